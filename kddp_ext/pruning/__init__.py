@@ -1,0 +1,1 @@
+"""Finding the neurons of a model and removing them: what `DynamicPruner` is made of."""

@@ -1,0 +1,182 @@
+"""What was pruned, in the coordinates of the original network, so that a fresh one can be shrunk alike."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from kddp_ext.pruning.compaction import Removal, plan_compaction
+from kddp_ext.pruning.neurons import find_neurons
+
+FORMAT, VERSION = "kddp_ext.pruning_history", 1
+
+
+class PruningHistory:
+    """The pruned neurons of each layer, step by step, numbered as in the network before any pruning.
+
+    Args:
+        original_widths: number of neurons by layer, before any pruning.
+
+    Attributes:
+        original_widths: the same.
+        steps: for each step, the pruned neurons (ascending original indices) by layer.
+    """
+
+    def __init__(self, original_widths: Mapping[str, int]) -> None:
+        self.original_widths: dict[str, int] = {}
+        for layer, width in original_widths.items():
+            if not isinstance(layer, str) or not _is_int(width) or width < 1:
+                raise ValueError(
+                    f"original_widths: expected widths of at least 1 by layer name, got {layer!r}: {width!r}"
+                )
+            self.original_widths[layer] = width
+        self.steps: list[dict[str, list[int]]] = []
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, PruningHistory):
+            return NotImplemented
+        return self.original_widths == other.original_widths and self.steps == other.steps
+
+    __hash__ = None  # type: ignore[assignment]  # it grows
+
+    def __repr__(self) -> str:
+        layers = ", ".join(
+            f"{name} {width}→{self.widths[name]}" for name, width in self.original_widths.items()
+        )
+        return f"PruningHistory({layers}; {len(self.steps)} steps)"
+
+    @property
+    def widths(self) -> dict[str, int]:
+        """Number of neurons by layer, after all steps."""
+        return {layer: len(self.kept(layer)) for layer in self.original_widths}
+
+    def pruned(self, layer: str) -> list[int]:
+        """Original indices of the neurons that `layer` lost, ascending."""
+        return sorted(index for step in self.steps for index in step.get(layer, []))
+
+    def kept(self, layer: str) -> list[int]:
+        """Original indices of the neurons that `layer` still has, in their order."""
+        gone = set(self.pruned(layer))
+        return [index for index in range(self.original_widths[layer]) if index not in gone]
+
+    def add_step(self, pruned: Mapping[str, Sequence[int]]) -> None:
+        """Record one step; a step that pruned nothing is not recorded.
+
+        Args:
+            pruned: original indices by layer.
+
+        Raises:
+            ValueError: a layer or an index is unknown, pruned before, or repeated, or a layer would be
+                emptied. Nothing is recorded then.
+        """
+        step = {}
+        for layer, indices in pruned.items():
+            if layer not in self.original_widths:
+                raise ValueError(
+                    f"pruned: no layer {layer!r}; the history is of {list(self.original_widths)}"
+                )
+            width, gone = self.original_widths[layer], set(self.pruned(layer))
+            for index in indices:
+                if not _is_int(index) or not 0 <= index < width:
+                    raise ValueError(f"pruned: {layer} has neurons 0 to {width - 1}, got {index!r}")
+                if index in gone:
+                    raise ValueError(f"pruned: neuron {index} of {layer} is pruned twice")
+                gone.add(index)
+            if len(gone) == width:
+                raise ValueError(f"pruned: {layer} would lose all of its {width} neurons")
+            if len(indices):
+                step[layer] = sorted(indices)
+        if step:
+            self.steps.append(step)
+
+    def copy(self) -> PruningHistory:
+        """A history of its own, with the same steps."""
+        other = PruningHistory(self.original_widths)
+        other.steps = [dict(step) for step in self.steps]
+        return other
+
+    def to_json(self) -> str:
+        """The history as JSON text, with its format and version."""
+        return json.dumps(
+            {
+                "format": FORMAT,
+                "version": VERSION,
+                "original_widths": self.original_widths,
+                "steps": self.steps,
+            }
+        )
+
+    @classmethod
+    def from_json(cls, text: str) -> PruningHistory:
+        """Read what `to_json` wrote.
+
+        Raises:
+            ValueError: the text is no history, is of another version, or contradicts itself.
+        """
+        try:
+            content = json.loads(text)
+        except (TypeError, json.JSONDecodeError) as error:
+            raise ValueError(f"text: expected the JSON of a pruning history: {error}") from error
+        if not isinstance(content, dict) or content.get("format") != FORMAT:
+            raise ValueError(f"text: expected JSON with format {FORMAT!r}, got {_brief(content)}")
+        if content.get("version") != VERSION:
+            raise ValueError(f"text: expected a history of version {VERSION}, got {content.get('version')!r}")
+        widths, steps = content.get("original_widths"), content.get("steps")
+        if not isinstance(widths, dict):
+            raise ValueError(f"text: expected original_widths by layer, got {_brief(widths)}")
+        if not isinstance(steps, list):
+            raise ValueError(f"text: expected a list of steps, got {_brief(steps)}")
+        history = cls(widths)
+        for step in steps:
+            if not isinstance(step, dict) or not all(isinstance(indices, list) for indices in step.values()):
+                raise ValueError(
+                    f"text: expected each step to hold lists of neurons by layer, got {_brief(step)}"
+                )
+            history.add_step(step)
+        return history
+
+    def replay(self, model: nn.Module, example_inputs: tuple[Any, ...]) -> None:
+        """Shrink a fresh model, as its constructor made it, to the widths of this history.
+
+        Its parameters keep the values of the neurons that stay; nothing is compensated.
+
+        Args:
+            model: of the architecture that was pruned, at its original widths.
+            example_inputs: positional arguments for its forward.
+
+        Raises:
+            UnsupportedModelError: the model cannot be traced.
+            ValueError: a layer is missing, cannot be pruned, or is not of its original width (because the
+                history has been replayed onto it before). The model is left as it was.
+        """
+        found = find_neurons(model, example_inputs)
+        removals = []
+        for layer, width in self.original_widths.items():
+            if layer not in found.groups:
+                reason = found.refused.get(layer, "it has no such Linear layer")
+                raise ValueError(
+                    f"model: the history is of a layer {layer!r} that cannot be pruned here: {reason}"
+                )
+            group = found.groups[layer]
+            if group.width != width:
+                raise ValueError(
+                    f"model: {layer} has {group.width} neurons where the history starts from {width}; replay "
+                    "it once, on a model as its constructor makes it"
+                )
+            kept = self.kept(layer)
+            if len(kept) < width:
+                removals.append(Removal(group, torch.tensor(kept, dtype=torch.int64)))
+        plan_compaction(model, removals).apply()
+
+
+def _is_int(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _brief(value: object) -> str:
+    text = repr(value)
+    return text if len(text) <= 80 else text[:77] + "..."

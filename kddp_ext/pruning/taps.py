@@ -1,0 +1,86 @@
+"""Forward hooks that keep the value each layer's neurons had in the latest forward pass."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from kddp_ext.pruning.neurons import NeuronGroup
+
+# Where a dropout leaves its input on its output, for the reader behind it; both are gone with the graph.
+_BEFORE_DROPOUT = "_kddp_before_dropout"
+
+
+class Taps:
+    """The hooks of one pruner, and the latest value of each group.
+
+    The hooks hold the values, not the pruner, so a model does not keep a pruner alive; a copied or unpickled
+    model gets hooks that do nothing, for its values are not those of the model that is pruned.
+    """
+
+    def __init__(self, model: nn.Module, groups: Iterable[NeuronGroup]) -> None:
+        self._values: dict[str, Tensor] = {}
+        self._handles = []
+        for group in groups:
+            for name in group.dropouts:
+                hook = _DropoutHook()
+                self._handles.append(model.get_submodule(name).register_forward_hook(hook, with_kwargs=True))
+            reader = model.get_submodule(group.readers[0].module)
+            self._handles.append(
+                reader.register_forward_pre_hook(_ReaderHook(self._values, group), with_kwargs=True)
+            )
+
+    def value(self, group: NeuronGroup) -> Tensor | None:
+        """The value of the latest forward pass as (samples, neurons); None before any."""
+        value = self._values.get(group.name)
+        return None if value is None else value.flatten(0, -2)
+
+    def clear(self) -> None:
+        """Forget the values."""
+        self._values.clear()
+
+    def remove(self) -> None:
+        """Take the hooks off the model."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+        self._values.clear()
+
+
+class _InertHook:
+    """What a copy of a hook is."""
+
+    def __call__(self, *arguments: Any) -> None:
+        return None
+
+
+class _Hook:
+    def __reduce__(self) -> tuple[type[_InertHook], tuple[()]]:
+        return _InertHook, ()
+
+
+class _ReaderHook(_Hook):
+    def __init__(self, values: dict[str, Tensor], group: NeuronGroup) -> None:
+        self._values = values
+        self._group = group.name
+        self._dropouts = len(group.dropouts)
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if torch.compiler.is_exporting():  # another pruner traces the model: there are no values
+            return
+        value = args[0] if args else kwargs["input"]
+        for _ in range(self._dropouts):
+            value = getattr(value, _BEFORE_DROPOUT, value)
+        self._values[self._group] = value
+
+
+class _DropoutHook(_Hook):
+    def __call__(
+        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor
+    ) -> None:
+        source = args[0] if args else kwargs["input"]
+        if output is not source and not torch.compiler.is_exporting():
+            setattr(output, _BEFORE_DROPOUT, source)

@@ -1,0 +1,144 @@
+"""A student on disk: its tensors, what was pruned of it, and nothing that runs code when it is read.
+
+The file is a safetensors file. Its metadata holds the format, its version, the pruning history and the user's
+own metadata, so that a constructor and the file are enough to rebuild the student.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import safetensors
+import safetensors.torch
+from torch import Tensor, nn
+
+from kddp_ext.files import atomic_write
+from kddp_ext.pruning.history import PruningHistory
+
+FORMAT, VERSION = "kddp_ext.student", "1"
+
+Path = str | os.PathLike[str]
+
+
+def save_student(
+    path: Path, model: nn.Module, history: PruningHistory, metadata: Mapping[str, str] | None = None
+) -> None:
+    """Write a student to `path`, whole or not at all.
+
+    Args:
+        path: the file, by custom `*.safetensors`.
+        model: the student as it is now.
+        history: `pruner.history`; `PruningHistory({})` for a student that was never pruned.
+        metadata: anything of the user's, as strings.
+
+    Raises:
+        TypeError: an argument is of the wrong type.
+        ValueError: the model is not of the widths that the history leads to.
+        OSError: the file could not be written.
+    """
+    metadata = {} if metadata is None else dict(metadata)
+    if not all(isinstance(text, str) for item in metadata.items() for text in item):
+        raise TypeError(f"metadata: expected strings by name, got {metadata!r}")
+    if not isinstance(history, PruningHistory):
+        raise TypeError(f"history: expected a PruningHistory, got {type(history).__name__}")
+    state = model.state_dict()
+    for name, value in state.items():
+        if not isinstance(value, Tensor):
+            raise TypeError(
+                f"model: {name} in its state_dict is a {type(value).__name__}; only tensors can be saved"
+            )
+    for layer, width in history.widths.items():
+        weight = state.get(f"{layer}.weight")
+        if weight is None or weight.shape[0] != width:
+            found = "no such layer" if weight is None else f"{weight.shape[0]} neurons"
+            raise ValueError(f"history: it leads to {width} neurons in {layer}, and the model has {found}")
+    tensors = {name: value.detach().cpu().contiguous().clone() for name, value in state.items()}
+    header = {
+        "format": FORMAT,
+        "version": VERSION,
+        "history": history.to_json(),
+        "metadata": json.dumps(metadata),
+    }
+    content = safetensors.torch.save(tensors, header)
+    atomic_write(path, lambda file: file.write(content))
+
+
+def load_student(
+    path: Path, constructor: Callable[[], nn.Module], example_inputs: tuple[Any, ...]
+) -> nn.Module:
+    """Rebuild a student: construct it at its original widths, prune it as it was pruned, load its tensors.
+
+    Args:
+        path: a file that `save_student` wrote.
+        constructor: makes the model as it was before any pruning.
+        example_inputs: positional arguments for the model's forward, as for `DynamicPruner`.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: the file is damaged or no student, or the constructor makes another architecture.
+    """
+    header = read_student_header(path)
+    model = constructor()
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"constructor: expected it to return a torch.nn.Module, got {type(model).__name__}")
+    try:
+        PruningHistory.from_json(header["history"]).replay(model, example_inputs)
+    except ValueError as error:
+        raise ValueError(f"{path}: the student does not fit the constructor's model: {error}") from error
+    made, saved = model.state_dict(), safetensors.torch.load_file(path)
+    for name in {**made, **saved}:
+        if _description(made.get(name)) != _description(saved.get(name)):
+            raise ValueError(
+                f"{path}: the constructor's model has {_description(made.get(name))} as {name}, the file has "
+                f"{_description(saved.get(name))}"
+            )
+    model.load_state_dict(saved, strict=True)
+    return model
+
+
+def read_student_header(path: Path) -> dict[str, Any]:
+    """What a student's file says of itself, without reading its tensors.
+
+    Returns:
+        "version": of the format. "history": JSON text for `PruningHistory.from_json`. "metadata": the user's
+        strings. "tensors": (dtype, shape) by name, such as ("F32", (128, 784)).
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: the file is damaged or no student.
+    """
+    try:
+        with safetensors.safe_open(path, framework="pt") as file:
+            header = file.metadata() or {}
+            slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118 - it is no dict
+            tensors = {name: (part.get_dtype(), tuple(part.get_shape())) for name, part in slices.items()}
+    except safetensors.SafetensorError as error:
+        raise ValueError(
+            f"{path}: expected a student's safetensors file, and it is none or is damaged: {error}"
+        ) from error
+    if header.get("format") != FORMAT:
+        raise ValueError(
+            f"{path}: expected a safetensors file of format {FORMAT!r}, got {header.get('format')!r}"
+        )
+    if header.get("version") != VERSION:
+        raise ValueError(f"{path}: expected version {VERSION} of the format, got {header.get('version')!r}")
+    try:
+        PruningHistory.from_json(header["history"])
+        metadata = json.loads(header["metadata"])
+    except (KeyError, ValueError) as error:
+        raise ValueError(f"{path}: its header is damaged: {error}") from error
+    return {
+        "version": header["version"],
+        "history": header["history"],
+        "metadata": metadata,
+        "tensors": tensors,
+    }
+
+
+def _description(value: Tensor | None) -> str:
+    if value is None:
+        return "nothing"
+    return f"{str(value.dtype).removeprefix('torch.')} {tuple(value.shape)}"
