@@ -1,0 +1,213 @@
+// The fused loss on the CPU: one parallel loop over blocks of logits rows and tiles of activations together.
+//
+// Compiled once for each instruction set. Blocks and tiles depend on the sizes alone and their sums are
+// combined in order, so the result does not depend on the number of threads.
+#include "kddp/kd_l1_loss.h"
+
+#include "cpu/activation_tile.h"
+#include "cpu/kernels.h"
+#include "cpu/logits_row.h"
+
+#if defined(_OPENMP)
+#include <omp.h>
+#endif
+
+namespace kddp {
+namespace {
+
+inline int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
+inline int64_t clamp(int64_t x, int64_t low, int64_t high) { return x < low ? low : x > high ? high : x; }
+inline int64_t round_up_to_line(int64_t bytes) { return divide_up(bytes, 64) * 64; }
+
+inline int thread_number() {
+#if defined(_OPENMP)
+    return omp_get_thread_num();
+#else
+    return 0;
+#endif
+}
+
+inline bool computes_in_double(const KdL1Loss& job) {
+    return job.student.type == ElementType::float64 ||
+           (job.teacher.data && job.teacher.type == ElementType::float64);
+}
+
+// How the work is cut, and where in the workspace its parts leave their sums.
+struct Schedule {
+    explicit Schedule(const KdL1Loss& job) : job(job) {
+        block_rows = clamp(65536 / (job.classes > 0 ? job.classes : 1), 1, 64);
+        logits_blocks = job.student.data ? divide_up(job.rows, block_rows) : 0;
+        row_parts = clamp(job.rows / 256, 1, 8);
+        for (int64_t i = 0; i < job.activations.layer_count; ++i)
+            tiles += tiles_of(job.activations.layers[i]);
+
+        const bool in_double = computes_in_double(job);
+        const int64_t classes =
+            in_double ? buffer_classes<double>(job.classes) : buffer_classes<float>(job.classes);
+        buffer_bytes = round_up_to_line(classes * (in_double ? 8 : 4));
+        terms_offset = 3 * buffer_bytes * job.threads;
+        tiles_offset = terms_offset + round_up_to_line(logits_blocks * int64_t(sizeof(RowTerms)));
+        statistics_offset = tiles_offset + round_up_to_line(tiles * int64_t(sizeof(double)));
+        const int64_t partial =
+            row_parts > 1 ? row_parts * statistics_rows * job.activations.statistics_stride : 0;
+        bytes = statistics_offset + round_up_to_line(partial * int64_t(sizeof(double)));
+    }
+
+    int64_t column_parts(const ActivationLayer& layer) const {
+        return divide_up(layer.neurons, tile_columns);
+    }
+    int64_t tiles_of(const ActivationLayer& layer) const { return row_parts * column_parts(layer); }
+
+    template <class T>
+    T* at(int64_t offset) const {
+        return reinterpret_cast<T*>(static_cast<char*>(job.workspace) + offset);
+    }
+
+    const KdL1Loss& job;
+    int64_t block_rows, logits_blocks, row_parts, tiles = 0;
+    int64_t buffer_bytes, terms_offset, tiles_offset, statistics_offset, bytes;
+};
+
+template <class T>
+RowBuffers<T> buffers_of_thread(const Schedule& schedule) {
+    const int64_t start = 3 * schedule.buffer_bytes * thread_number();
+    return {schedule.at<T>(start), schedule.at<T>(start + schedule.buffer_bytes),
+            schedule.at<T>(start + 2 * schedule.buffer_bytes)};
+}
+
+template <class T>
+void logits_block(const Schedule& schedule, const LogitsRows<T>& rows, int64_t block) {
+    const RowBuffers<T> buffers = buffers_of_thread<T>(schedule);
+    const int64_t first = block * schedule.block_rows;
+    RowTerms sum;
+    for (int64_t row = first; row < first + schedule.block_rows && row < schedule.job.rows; ++row) {
+        const RowTerms terms = rows(row, buffers);
+        sum.kd += terms.kd, sum.ce += terms.ce, sum.correct += terms.correct;
+    }
+    schedule.at<RowTerms>(schedule.terms_offset)[block] = sum;
+}
+
+// Tile `index` of all layers' tiles, which are numbered layer by layer.
+void activation_part(const Schedule& schedule, int64_t index) {
+    const KdL1Loss& job = schedule.job;
+    const ActivationLayer* layer = job.activations.layers;
+    int64_t within = index;
+    for (; within >= schedule.tiles_of(*layer); ++layer) within -= schedule.tiles_of(*layer);
+    const int64_t part = within / schedule.column_parts(*layer),
+                  column = within % schedule.column_parts(*layer) * tile_columns;
+    const Tile tile{job.rows * part / schedule.row_parts, job.rows * (part + 1) / schedule.row_parts, column,
+                    column + tile_columns < layer->neurons ? column + tile_columns : layer->neurons};
+    TileSums sums;
+    if (layer->statistics) std::memset(&sums, 0, sizeof sums);
+    const double gradient = job.scaled_gradients ? 1 : layer->l1_weight / double(job.rows);
+    schedule.at<double>(schedule.tiles_offset)[index] = activation_tile(*layer, tile, gradient, sums);
+    if (!layer->statistics) return;
+    double* target = layer->statistics;
+    if (schedule.row_parts > 1) {
+        const int64_t offset = layer->statistics - job.activations.layers[0].statistics;
+        target = schedule.at<double>(schedule.statistics_offset) +
+                 part * statistics_rows * job.activations.statistics_stride + offset;
+    }
+    for (int64_t k = 0; k < statistics_rows; ++k)
+        std::memcpy(target + k * job.activations.statistics_stride + column, sums.of[k],
+                    (tile.last_column - column) * sizeof(double));
+}
+
+// Adds up, in their order, what the parts of the rows left for one column of the statistics block.
+void combine_statistics(const Schedule& schedule, int64_t column) {
+    const int64_t stride = schedule.job.activations.statistics_stride;
+    const double* partial = schedule.at<double>(schedule.statistics_offset);
+    double* result = schedule.job.activations.layers[0].statistics;
+    for (int64_t k = 0; k < statistics_rows; ++k) {
+        double value = 0;
+        for (int64_t part = 0; part < schedule.row_parts; ++part) {
+            const double other = partial[(part * statistics_rows + k) * stride + column];
+            value = k == statistics_rows - 1 ? (other > value ? other : value) : value + other;
+        }
+        result[k * stride + column] = value;
+    }
+}
+
+void write_results(const Schedule& schedule) {
+    const KdL1Loss& job = schedule.job;
+    RowTerms sum;
+    for (int64_t block = 0; block < schedule.logits_blocks; ++block) {
+        const RowTerms& terms = schedule.at<RowTerms>(schedule.terms_offset)[block];
+        sum.kd += terms.kd, sum.ce += terms.ce, sum.correct += terms.correct;
+    }
+    double loss = 0, l1 = 0;
+    if (job.alpha != 0) loss += job.alpha * sum.kd;
+    if (job.alpha != 1) loss += (1 - job.alpha) * sum.ce;
+    const double* of_tile = schedule.at<double>(schedule.tiles_offset);
+    for (int64_t i = 0; i < job.activations.layer_count; ++i) {
+        const ActivationLayer& layer = job.activations.layers[i];
+        double of_layer = 0;
+        for (int64_t tile = 0; tile < schedule.tiles_of(layer); ++tile) of_layer += *of_tile++;
+        of_layer /= double(job.rows > 0 ? job.rows : 1);
+        l1 += of_layer;
+        if (layer.l1_weight != 0) loss += layer.l1_weight * of_layer;
+    }
+    const double terms[] = {sum.kd, sum.ce, l1, sum.correct};
+    if (job.result_type == ElementType::float64) {
+        *static_cast<double*>(job.loss) = loss;
+        std::memcpy(job.terms, terms, sizeof terms);
+    } else {
+        *static_cast<float*>(job.loss) = float(loss);
+        for (int i = 0; i < 4; ++i) static_cast<float*>(job.terms)[i] = float(terms[i]);
+    }
+}
+
+// Labels are checked before anything is written.
+Status count_valid_rows(const KdL1Loss& job, int64_t& valid) {
+    valid = job.rows;
+    if (!job.labels) return {};
+    for (int64_t row = 0; row < job.rows; ++row) {
+        const int64_t label = job.labels[row];
+        if (label == job.ignore_index) {
+            --valid;
+        } else if (label < 0 || label >= job.classes) {
+            return {Status::label_out_of_range, row, label};
+        }
+    }
+    return {};
+}
+
+template <class T>
+void run(const KdL1Loss& job, int64_t valid_rows) {
+    const Schedule schedule(job);
+    const LogitsRows<T> rows(job, valid_rows);
+    const int64_t parts = schedule.logits_blocks + schedule.tiles;
+    const bool combine =
+        schedule.row_parts > 1 && job.activations.layer_count && job.activations.layers[0].statistics;
+    const int64_t columns = combine ? job.activations.statistics_stride : 0;
+#pragma omp parallel num_threads(job.threads) if (job.threads > 1 && parts > 1)
+    {
+#pragma omp for schedule(dynamic)
+        for (int64_t part = 0; part < parts; ++part) {
+            if (part < schedule.logits_blocks)
+                logits_block<T>(schedule, rows, part);
+            else
+                activation_part(schedule, part - schedule.logits_blocks);
+        }
+#pragma omp for
+        for (int64_t column = 0; column < columns; ++column) combine_statistics(schedule, column);
+    }
+    write_results(schedule);
+}
+
+int64_t workspace(const KdL1Loss& job) { return Schedule(job).bytes; }
+
+Status forward(const KdL1Loss& job) {
+    int64_t valid_rows;
+    const Status status = count_valid_rows(job, valid_rows);
+    if (status.code != Status::ok) return status;
+    computes_in_double(job) ? run<double>(job, valid_rows) : run<float>(job, valid_rows);
+    return {};
+}
+
+}  // namespace
+
+// The names of this translation unit's instruction set come from the build.
+const Kernels KDDP_ISA_KERNELS = {KDDP_ISA_NAME, workspace, forward};
+
+}  // namespace kddp

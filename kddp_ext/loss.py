@@ -1,0 +1,345 @@
+"""The loss of knowledge distillation with dynamic pruning, in one native pass."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Sequence
+from typing import Any, Literal, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+from kddp_ext import ops, reference
+from kddp_ext.statistics import TrackedActivations
+
+Backend = Literal["auto", "native", "reference"]
+_INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
+_devices_warned_of: set[str] = set()
+
+
+class LossTerms(NamedTuple):
+    """What the loss is made of, before weighting: 0-dim tensors without gradient, on the loss's device.
+
+    Attributes:
+        kd: T² · KL(teacher ‖ student), averaged over the rows that are not ignored; 0 without a teacher.
+        ce: cross entropy with the labels, averaged likewise; 0 without labels.
+        l1: Σ|a| over the neurons of all layers, averaged over the batch.
+        correct: number of rows whose highest logit is the label's; 0 without labels.
+    """
+
+    kd: Tensor
+    ce: Tensor
+    l1: Tensor
+    correct: Tensor
+
+
+def fused_kd_l1_loss(
+    student_logits: Tensor,
+    teacher_logits: Tensor | None,
+    labels: Tensor | None,
+    activations: Sequence[Tensor] = (),
+    *,
+    temperature: float = 4.0,
+    alpha: float = 0.9,
+    l1_weight: float | Sequence[float] = 0.0,
+    label_smoothing: float = 0.0,
+    ignore_index: int = -100,
+    return_terms: bool = False,
+    backend: Backend = "auto",
+) -> Any:
+    """Distillation, classification and activation penalty: one value, one pass over each input.
+
+        loss = alpha · T² · KL(softmax(t/T) ‖ softmax(s/T)) + (1 - alpha) · CE(s, labels) + Σ l1_weight · Σ|a| / N
+
+    The gradient is computed in the same pass and only scaled in `backward`. The teacher's logits are constants.
+    Sums are taken in float32 and float64; gradients have the dtype of their input. The loss is differentiable once.
+
+    Args:
+        student_logits: (N, C) float32, float64, bfloat16 or float16, with any strides.
+        teacher_logits: (N, C), of any of these dtypes. None is allowed where alpha is 0.
+        labels: (N,) integers from 0 to C - 1, or `ignore_index`. None is allowed where alpha is 1.
+        activations: the (N, H) outputs of the fully-connected layers to penalise, of any of these dtypes. Those
+            of a `DynamicPruner` gather its statistics in the same pass.
+        temperature: T, what both logits are divided by; 4 is Hinton's choice for images of few classes.
+        alpha: share of the distillation term, from 0 to 1; 0.9 as RepDistiller and most others have it.
+        l1_weight: weight of the penalty, one for all activations or one for each. 0 penalises nothing.
+        label_smoothing: from 0 to 1, as in `torch.nn.functional.cross_entropy`.
+        ignore_index: rows with this label have no part in KD and CE, and a gradient of 0.
+        return_terms: whether to return the unweighted terms too, for logging without a second computation.
+        backend: "native" for the kernels (an error where this build has none for the device), "reference" for
+            plain PyTorch, "auto" for the kernels where there are any.
+
+    Returns:
+        The loss, 0-dim float32 (float64 where an input is), or (loss, LossTerms) with `return_terms`. Both are 0
+        where N is 0 or every row is ignored.
+
+    Raises:
+        TypeError, ValueError: an argument is not as described. The message names it, what was expected and what
+            came.
+
+    The distillation term is Hinton, Vinyals and Dean 2015 (arXiv:1503.02531) with their factor T²; the penalty is
+    that of Şener and Akbaş 2022 (doi 10.29109/gujsc.1141648).
+    """
+    _check_logits(student_logits, teacher_logits, labels, activations, alpha)
+    _check_settings(temperature, alpha, label_smoothing, ignore_index)
+    weights = _check_weights(l1_weight, len(activations))
+    if labels is not None and labels.dtype != torch.int64:
+        labels = labels.to(torch.int64)
+    inputs = _Inputs(
+        student_logits, None if teacher_logits is None else teacher_logits.detach(), labels, activations
+    )
+    settings = _Settings(float(temperature), float(alpha), weights, float(label_smoothing), ignore_index)
+    if _choose_native(student_logits.device, backend):
+        loss, terms = _native_loss(inputs, settings)
+    else:
+        loss, terms = _reference_loss(inputs, settings)
+    return (loss, LossTerms(*terms.unbind())) if return_terms else loss
+
+
+class FusedKDL1Loss(nn.Module):
+    """`fused_kd_l1_loss` as a module; it takes the same settings and has no parameters.
+
+    Args:
+        temperature, alpha, l1_weight, label_smoothing, ignore_index, return_terms, backend: as of the function.
+    """
+
+    def __init__(
+        self,
+        temperature: float = 4.0,
+        alpha: float = 0.9,
+        l1_weight: float | Sequence[float] = 0.0,
+        label_smoothing: float = 0.0,
+        ignore_index: int = -100,
+        return_terms: bool = False,
+        backend: Backend = "auto",
+    ) -> None:
+        super().__init__()
+        _check_settings(temperature, alpha, label_smoothing, ignore_index)
+        self.temperature = temperature
+        self.alpha = alpha
+        self.l1_weight = l1_weight
+        self.label_smoothing = label_smoothing
+        self.ignore_index = ignore_index
+        self.return_terms = return_terms
+        self.backend: Backend = backend
+
+    def extra_repr(self) -> str:
+        return f"temperature={self.temperature}, alpha={self.alpha}, l1_weight={self.l1_weight}"
+
+    def forward(
+        self,
+        student_logits: Tensor,
+        teacher_logits: Tensor | None,
+        labels: Tensor | None,
+        activations: Sequence[Tensor] = (),
+    ) -> Any:
+        """The loss, or (loss, LossTerms) with `return_terms`."""
+        return fused_kd_l1_loss(
+            student_logits,
+            teacher_logits,
+            labels,
+            activations,
+            temperature=self.temperature,
+            alpha=self.alpha,
+            l1_weight=self.l1_weight,
+            label_smoothing=self.label_smoothing,
+            ignore_index=self.ignore_index,
+            return_terms=self.return_terms,
+            backend=self.backend,
+        )
+
+
+class _Inputs(NamedTuple):
+    student_logits: Tensor
+    teacher_logits: Tensor | None
+    labels: Tensor | None
+    activations: Sequence[Tensor]
+
+
+class _Settings(NamedTuple):
+    temperature: float
+    alpha: float
+    l1_weights: list[float]
+    label_smoothing: float
+    ignore_index: int
+
+
+def _native_loss(inputs: _Inputs, settings: _Settings) -> tuple[Tensor, Tensor]:
+    student, teacher, labels, activations = inputs
+    training = torch.is_grad_enabled()
+    logits_gradient = training and student.requires_grad
+    penalised = any(w != 0 for w in settings.l1_weights) and any(a.requires_grad for a in activations)
+    activation_gradients = training and penalised
+    # float16 cannot hold a gradient that the batch size has divided.
+    scaled = torch.float16 in (student.dtype, *(a.dtype for a in activations))
+    tracked = activations if training and isinstance(activations, TrackedActivations) else None
+    flags = (logits_gradient, activation_gradients, scaled, tracked is not None)
+    if logits_gradient or activation_gradients:
+        loss, terms, sums, *_ = _FusedLoss.apply(student, teacher, labels, settings, flags, *activations)
+    else:
+        loss, terms, sums, *_ = ops.kd_l1_loss(student, teacher, labels, list(activations), *settings, *flags)
+    if tracked is not None:
+        column = 0
+        for activation, statistics in zip(tracked, tracked.statistics, strict=True):
+            width = activation.shape[1]
+            statistics.update(sums[:, column : column + width], activation.shape[0])
+            column += width
+    return loss, terms
+
+
+def _reference_loss(inputs: _Inputs, settings: _Settings) -> tuple[Tensor, Tensor]:
+    if isinstance(inputs.activations, TrackedActivations) and torch.is_grad_enabled():
+        inputs.activations.observe()
+    return reference.kd_l1_loss(*inputs, **settings._asdict())
+
+
+class _FusedLoss(torch.autograd.Function):
+    """The gradients are outputs of the forward, so that functorch and torch.compile may save them."""
+
+    @staticmethod
+    def forward(  # type: ignore[override]
+        student: Tensor,
+        teacher: Tensor | None,
+        labels: Tensor | None,
+        settings: _Settings,
+        flags: tuple[bool, bool, bool, bool],
+        *activations: Tensor,
+    ) -> tuple[Tensor, ...]:
+        loss, terms, sums, logits_gradient, activation_gradients = ops.kd_l1_loss(
+            student, teacher, labels, list(activations), *settings, *flags
+        )
+        return loss, terms, sums, logits_gradient, *activation_gradients
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        student, _, _, settings, (ctx.logits, ctx.activations, ctx.scaled, _), *activations = inputs
+        ctx.rows, ctx.l1_weights, ctx.layers = student.shape[0], settings.l1_weights, len(activations)
+        ctx.mark_non_differentiable(*output[1:])
+        ctx.save_for_backward(*output[3:])
+        ctx.set_materialize_grads(False)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_loss: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        absent = (None,) * (5 + ctx.layers)
+        if grad_loss is None:
+            return absent
+        logits_gradient, *activation_gradients = ctx.saved_tensors
+        logits_scale, activation_scales = grad_loss, [grad_loss] * ctx.layers
+        if ctx.scaled:
+            logits_scale = grad_loss / max(ctx.rows, 1)
+            activation_scales = [logits_scale * weight for weight in ctx.l1_weights]
+        of_logits = _scaled(logits_gradient, logits_scale) if ctx.logits else None
+        if not ctx.activations:
+            return of_logits, *absent[1:]
+        of_activations = [_scaled(g, s) for g, s in zip(activation_gradients, activation_scales, strict=True)]
+        return of_logits, None, None, None, None, *of_activations
+
+
+def _scaled(gradient: Tensor, scale: Tensor) -> Tensor:
+    # The usual `loss.backward()` scales by 1: on the CPU one can look, and spare the memory a round.
+    if not torch.compiler.is_compiling() and scale.device.type == "cpu" and scale.item() == 1:
+        return gradient
+    return gradient * scale
+
+
+def _choose_native(device: torch.device, backend: Backend) -> bool:
+    if backend not in ("auto", "native", "reference"):
+        raise ValueError(f"backend: expected 'auto', 'native' or 'reference', got {backend!r}")
+    if backend == "reference" or ops.is_native(device):
+        return backend != "reference"
+    if backend == "native":
+        raise ValueError(f"backend: this build of kddp_ext has no native kernels for {device.type!r} tensors")
+    if device.type not in _devices_warned_of:
+        _devices_warned_of.add(device.type)
+        warnings.warn(
+            f"kddp_ext has no native kernels for {device.type!r} in this build: the loss runs in plain PyTorch",
+            stacklevel=3,
+        )
+    return False
+
+
+def _check_logits(
+    student_logits: Tensor,
+    teacher_logits: Tensor | None,
+    labels: Tensor | None,
+    activations: Sequence[Tensor],
+    alpha: float,
+) -> None:
+    _check_matrix("student_logits", student_logits, student_logits)
+    rows, classes = student_logits.shape
+    if classes < 1:
+        raise ValueError(
+            f"student_logits: expected at least one class, got shape {tuple(student_logits.shape)}"
+        )
+    if teacher_logits is not None:
+        _check_matrix("teacher_logits", teacher_logits, student_logits)
+        if teacher_logits.shape != student_logits.shape:
+            raise ValueError(
+                f"teacher_logits: expected the student's shape {(rows, classes)}, got {tuple(teacher_logits.shape)}"
+            )
+    elif alpha != 0:
+        raise ValueError(f"teacher_logits: expected a tensor, since alpha is {alpha} and not 0, got None")
+    if labels is not None:
+        _check_labels(labels, student_logits)
+    elif alpha != 1:
+        raise ValueError(f"labels: expected a tensor, since alpha is {alpha} and not 1, got None")
+    if isinstance(activations, Tensor) or not isinstance(activations, Sequence):
+        raise TypeError(f"activations: expected a sequence of tensors, got {type(activations).__name__}")
+    for number, activation in enumerate(activations):
+        _check_matrix(f"activations[{number}]", activation, student_logits)
+        if activation.shape[0] != rows:
+            raise ValueError(
+                f"activations[{number}]: expected {rows} rows as in student_logits, got shape {tuple(activation.shape)}"
+            )
+
+
+def _check_matrix(name: str, matrix: Tensor, student_logits: Tensor) -> None:
+    if not isinstance(matrix, Tensor):
+        raise TypeError(f"{name}: expected a tensor, got {type(matrix).__name__}")
+    if matrix.dtype not in ops.ELEMENT_TYPES:
+        raise TypeError(f"{name}: expected dtype float32, float64, bfloat16 or float16, got {matrix.dtype}")
+    if matrix.dim() != 2:
+        raise ValueError(f"{name}: expected 2 dimensions, got shape {tuple(matrix.shape)}")
+    _check_device(name, matrix, student_logits)
+
+
+def _check_labels(labels: Tensor, student_logits: Tensor) -> None:
+    if not isinstance(labels, Tensor):
+        raise TypeError(f"labels: expected a tensor, got {type(labels).__name__}")
+    if labels.dtype not in _INTEGERS:
+        raise TypeError(f"labels: expected an integer dtype such as int64, got {labels.dtype}")
+    if labels.shape != student_logits.shape[:1]:
+        raise ValueError(f"labels: expected shape {(student_logits.shape[0],)}, got {tuple(labels.shape)}")
+    _check_device("labels", labels, student_logits)
+
+
+def _check_device(name: str, tensor: Tensor, student_logits: Tensor) -> None:
+    if tensor.device != student_logits.device:
+        raise ValueError(
+            f"{name}: expected device {student_logits.device} as student_logits, got {tensor.device}"
+        )
+
+
+def _check_settings(temperature: float, alpha: float, label_smoothing: float, ignore_index: int) -> None:
+    if not 0 < temperature < math.inf:
+        raise ValueError(f"temperature: expected a finite number above 0, got {temperature}")
+    for name, value in (("alpha", alpha), ("label_smoothing", label_smoothing)):
+        if not 0 <= value <= 1:
+            raise ValueError(f"{name}: expected a number from 0 to 1, got {value}")
+    if not isinstance(ignore_index, int):
+        raise TypeError(f"ignore_index: expected an integer, got {type(ignore_index).__name__}")
+
+
+def _check_weights(l1_weight: float | Sequence[float], layers: int) -> list[float]:
+    weights = list(l1_weight) if isinstance(l1_weight, Sequence) else [l1_weight] * layers
+    if len(weights) != layers:
+        raise ValueError(
+            f"l1_weight: expected one weight for each of {layers} activations, got {len(weights)}"
+        )
+    for weight in [*weights, *([] if isinstance(l1_weight, Sequence) else [l1_weight])]:
+        if not 0 <= weight < math.inf:
+            raise ValueError(f"l1_weight: expected a finite number of at least 0, got {weight}")
+    return [float(weight) for weight in weights]

@@ -1,0 +1,116 @@
+"""The native operations once more, in plain PyTorch: what they are tested against, and what runs where no kernel does."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def kd_l1_loss(
+    student_logits: Tensor,
+    teacher_logits: Tensor | None,
+    labels: Tensor | None,
+    activations: Sequence[Tensor],
+    *,
+    temperature: float,
+    alpha: float,
+    l1_weights: Sequence[float],
+    label_smoothing: float,
+    ignore_index: int,
+) -> tuple[Tensor, Tensor]:
+    """`kddp_ext.fused_kd_l1_loss` in plain PyTorch, differentiable by autograd.
+
+    Arguments are those of the fused loss, already validated, with one weight for each activation.
+
+    Returns:
+        The loss (0-dim), and (4,) detached: kd, ce, l1, correct. Both are float32, or float64 where an
+        input is.
+    """
+    inputs = [student_logits, *activations] + ([] if teacher_logits is None else [teacher_logits])
+    dtype = torch.float64 if any(x.dtype == torch.float64 for x in inputs) else torch.float32
+    student = student_logits.to(dtype)
+    rows = student.shape[0]
+    valid = torch.ones(rows, dtype=torch.bool, device=student.device)
+    if labels is not None:
+        valid = labels != ignore_index
+    count = valid.sum().clamp(min=1)
+    student = torch.where(valid[:, None], student, 0)  # whatever an ignored row holds, it has no effect
+
+    kd = ce = l1 = correct = loss = student.new_zeros(())
+    if teacher_logits is not None:
+        teacher = torch.where(valid[:, None], teacher_logits.detach().to(dtype), 0)
+        kd = temperature**2 * _kl_divergence(teacher / temperature, student / temperature).sum() / count
+    if labels is not None:
+        ce = F.cross_entropy(
+            student, labels, ignore_index=ignore_index, label_smoothing=label_smoothing, reduction="sum"
+        )
+        ce = ce / count
+        correct = ((student.detach().argmax(1) == labels) & valid).sum().to(dtype)
+    # A term of weight 0 is left out, for an infinite one would turn the sum to NaN.
+    if alpha != 0:
+        loss = loss + alpha * kd
+    if alpha != 1:
+        loss = loss + (1 - alpha) * ce
+    for activation, weight in zip(activations, l1_weights, strict=True):
+        penalty = activation.to(dtype).abs().sum() / max(rows, 1)
+        l1 = l1 + penalty
+        if weight != 0:
+            loss = loss + weight * penalty
+    return loss, torch.stack([kd, ce, l1, correct]).detach()
+
+
+def neuron_statistics(activation: Tensor) -> Tensor:
+    """Sums over the samples of `activation`, (N, H): (5, H) float64, rows as `statistics.STATISTICS` names them."""
+    a = activation.detach().to(torch.float64)
+    magnitude = a.abs()
+    highest = magnitude.amax(0) if len(a) else a.new_zeros(a.shape[1])
+    return torch.stack([magnitude.sum(0), a.sum(0), a.square().sum(0), (a != 0).sum(0).to(a), highest])
+
+
+def gather_slices(
+    tensors: Sequence[Tensor],
+    keep_rows: Tensor | None,
+    keep_columns: Tensor | None,
+    *,
+    rows: int,
+    columns: int,
+    pruned_columns: Tensor | None = None,
+    pruned_means: Tensor | None = None,
+) -> tuple[list[Tensor], Tensor]:
+    """`kddp_ext.ops.gather_slices` in plain PyTorch."""
+    gathered = []
+    blocks = [tensor.detach().reshape(rows, columns, -1) for tensor in tensors]
+    for tensor, block in zip(tensors, blocks, strict=True):
+        part = block if keep_rows is None else block.index_select(0, keep_rows)
+        part = part if keep_columns is None else part.index_select(1, keep_columns)
+        gathered.append(
+            part.clone().reshape(sliced_shape(tensor, rows, columns, part.shape[0], part.shape[1]))
+        )
+    shift = torch.zeros(rows if keep_rows is None else keep_rows.numel(), dtype=torch.float64)
+    if pruned_columns is not None and pruned_means is not None:
+        block = blocks[0] if keep_rows is None else blocks[0].index_select(0, keep_rows)
+        shift = block.index_select(1, pruned_columns).to(torch.float64).sum(2) @ pruned_means
+    return gathered, shift
+
+
+def sliced_shape(
+    tensor: Tensor, rows: int, columns: int, kept_rows: int, kept_columns: int
+) -> tuple[int, ...]:
+    """Shape of `tensor`, seen as (rows, columns, inner), after rows and columns have been taken from it.
+
+    The columns of a matrix behind a flatten are blocks of its second dimension, so that dimension shrinks in
+    proportion.
+    """
+    if tensor.dim() <= 1:
+        return (tensor.numel() // (rows * columns) * kept_rows * kept_columns,)
+    return (kept_rows, tensor.shape[1] // columns * kept_columns, *tensor.shape[2:])
+
+
+def _kl_divergence(teacher: Tensor, student: Tensor) -> Tensor:
+    """KL(softmax(teacher) ‖ softmax(student)) of each row, where 0 · log(0 / q) is 0, for q = 0 as well."""
+    log_p, log_q = F.log_softmax(teacher, 1), F.log_softmax(student, 1)
+    p = log_p.exp()
+    return torch.where(p == 0, 0, p * (log_p - log_q)).sum(1)
