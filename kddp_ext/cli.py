@@ -1,0 +1,192 @@
+"""The command `kddp`."""
+
+from __future__ import annotations
+
+import argparse
+import shlex
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Any, get_args
+
+import tyro
+from rich.console import Console
+
+from kddp_ext.workflow.config import Dataset, Preset, RunConfig, preset
+from kddp_ext.workflow.errors import WorkflowError
+from kddp_ext.workflow.runtime import Device
+
+_HELP = """\
+kddp: make a neural network small while it learns from a larger one.
+
+  kddp run         train a teacher, then a student on its own, with KD, and with KDDP; write a report
+  kddp evaluate    measure the accuracy of a run, or of one saved student, on the test images
+  kddp info        show what a run or a saved student is: architecture, size, what was pruned
+
+Start with `kddp run`. It uses small scanned digits that need no download, and takes about a minute.
+`kddp COMMAND --help` explains a command's options.
+"""
+_USAGE_ERROR, _INTERRUPTED = 2, 130
+
+
+@dataclass(frozen=True)
+class RunCommand:
+    """What `kddp run` is given besides the config."""
+
+    config: Annotated[RunConfig, tyro.conf.arg(name="")] = field(default_factory=RunConfig)
+    name: str = ""
+    """Name of the run and of its folder. Without it: the data set, and the preset unless that is default."""
+    runs_dir: Path = Path("runs")
+    """Where the folders of runs are kept."""
+    data_dir: Path | None = None
+    """Folder of the data set, or the one above it. Without it, the data set is downloaded once."""
+    resume: bool = False
+    """Continue a run that was interrupted, with the settings it was started with."""
+    device: Device = "auto"
+    """auto takes a GPU where there is one."""
+    threads: int = 0
+    """Processor threads. 0 leaves the choice to PyTorch."""
+
+
+@dataclass(frozen=True)
+class EvaluateCommand:
+    """What `kddp evaluate` is given."""
+
+    path: tyro.conf.Positional[Path]
+    """Folder of a run, or a student.safetensors file."""
+    data_dir: Path | None = None
+    """Folder of the data set, or the one above it. Without it, the data set is downloaded once."""
+    device: Device = "auto"
+    """auto takes a GPU where there is one."""
+
+
+@dataclass(frozen=True)
+class InfoCommand:
+    """What `kddp info` is given."""
+
+    path: tyro.conf.Positional[Path]
+    """Folder of a run, or a student.safetensors file."""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line; returns the exit code: 0, 2 for what the user can mend, 130 after Ctrl-C."""
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    commands = {"run": _run, "evaluate": _evaluate, "info": _info}
+    if not arguments or arguments[0] in ("-h", "--help", "help"):
+        print(_HELP, end="")
+        return 0 if arguments else _USAGE_ERROR
+    if arguments[0] == "--version":
+        from kddp_ext import __version__
+
+        print(f"kddp {__version__}")
+        return 0
+    if arguments[0] not in commands:
+        print(f"kddp: there is no command {arguments[0]!r}; use run, evaluate or info", file=sys.stderr)
+        return _USAGE_ERROR
+    try:
+        commands[arguments[0]](arguments[1:])
+    except (WorkflowError, OSError) as error:
+        print(f"kddp {arguments[0]}: {_message(error)}", file=sys.stderr)
+        return _USAGE_ERROR
+    except KeyboardInterrupt:
+        print(_after_interrupt(arguments), file=sys.stderr)
+        return _INTERRUPTED
+    return 0
+
+
+def _run(arguments: list[str]) -> None:
+    command = _parse(
+        RunCommand,
+        arguments,
+        "run",
+        "Train a teacher, then the student three times: alone (scratch), under the teacher's guidance (kd), "
+        "and under its guidance while superfluous neurons are removed (kddp). Everything is kept in "
+        "runs/NAME; report.md there has the table and a picture.",
+        default=RunCommand(config=_chosen_preset(arguments)),
+    )
+    config = command.config
+    name = command.name or config.dataset + ("" if config.preset == "default" else f"-{config.preset}")
+
+    # PyTorch and the rest load here, so that --help and a mistyped option answer at once.
+    import torch
+
+    from kddp_ext.workflow.run import run_workflow
+    from kddp_ext.workflow.runtime import keep_freed_memory
+
+    if command.threads < 0:
+        raise WorkflowError(f"--threads: expected a number of at least 0, got {command.threads}")
+    if command.threads:
+        torch.set_num_threads(command.threads)
+    keep_freed_memory()
+    run_workflow(
+        command.runs_dir / name,
+        config,
+        Console(),
+        data_dir=command.data_dir,
+        resume=command.resume,
+        device=command.device,
+    )
+
+
+def _evaluate(arguments: list[str]) -> None:
+    command = _parse(
+        EvaluateCommand,
+        arguments,
+        "evaluate",
+        "Measure the accuracy on the test images: of every finished stage of a run, or of one saved student.",
+    )
+    from kddp_ext.workflow.saved import evaluate
+
+    evaluate(command.path, command.data_dir, command.device, Console())
+
+
+def _info(arguments: list[str]) -> None:
+    command = _parse(
+        InfoCommand, arguments, "info", "Show what a run or a saved student is. Needs no data set."
+    )
+    from kddp_ext.workflow.saved import describe
+
+    describe(command.path, Console())
+
+
+def _parse(kind: Any, arguments: list[str], name: str, description: str, default: Any = None) -> Any:
+    options = {} if default is None else {"default": default}
+    return tyro.cli(
+        kind,
+        args=arguments,
+        prog=f"kddp {name}",
+        description=description,
+        config=(tyro.conf.FlagCreatePairsOff, tyro.conf.HelptextFromCommentsOff),
+        **options,
+    )
+
+
+def _chosen_preset(arguments: list[str]) -> RunConfig:
+    """The options' defaults. A wrong choice is left for the real parser to explain."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--dataset", default="digits")
+    parser.add_argument("--preset", default="default")
+    try:
+        chosen, _ = parser.parse_known_args(arguments)
+    except SystemExit:
+        return RunConfig()
+    if chosen.dataset not in get_args(Dataset) or chosen.preset not in get_args(Preset):
+        return RunConfig()
+    return preset(chosen.dataset, chosen.preset)
+
+
+def _message(error: Exception) -> str:
+    # atomic_write's errors say all; the system's own need their file's name in front.
+    if isinstance(error, OSError) and error.filename is not None:
+        return f"{error.filename}: {error.strerror}"
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
+    return str(error)
+
+
+def _after_interrupt(arguments: list[str]) -> str:
+    if arguments[0] != "run":
+        return "Interrupted."
+    command = ["kddp", *arguments] + ([] if "--resume" in arguments else ["--resume"])
+    return f"Interrupted. What is done is kept; continue with: {shlex.join(command)}"

@@ -1,0 +1,87 @@
+"""Downloads with a hash check into the user's cache, and unpacking that stays in its folder."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tarfile
+import zlib
+from pathlib import Path
+
+import pooch
+
+from kddp_ext.files import atomic_write
+from kddp_ext.workflow.errors import DataFileError, WorkflowError
+
+_CIFAR10_URL = "https://www.cs.toronto.edu/~kriz/"
+_CIFAR10_ARCHIVE = "cifar-10-python.tar.gz"
+_CIFAR10_HASH = "sha256:6d958be074577803d12ecdefd02955f39262c83c16fe9348329d7fe0b5c001ce"
+_CIFAR10_FOLDER = "cifar-10-batches-py"
+_CIFAR10_FILES = (*(f"data_batch_{number}" for number in range(1, 6)), "test_batch")
+
+_FASHION_URL = "http://fashion-mnist.s3-website.eu-central-1.amazonaws.com/"
+_FASHION_HASHES = {
+    "train-images-idx3-ubyte.gz": "md5:8d4fb7e6c68d591d4c3dfef9ec88bf0d",
+    "train-labels-idx1-ubyte.gz": "md5:25c81989df183df01b3e8a0aad5dffbe",
+    "t10k-images-idx3-ubyte.gz": "md5:bef4ecab320f06d8554ea6380940ec79",
+    "t10k-labels-idx1-ubyte.gz": "md5:bb300cfdad3c16e7a12a480ee83cd310",
+}
+
+
+def cache_folder() -> Path:
+    """Where downloads are kept: KDDP_CACHE, or the system's cache folder for this user."""
+    return Path(os.environ.get("KDDP_CACHE") or pooch.os_cache("kddp_ext"))
+
+
+def cifar10_folder() -> Path:
+    """The folder that holds cifar-10-batches-py, downloaded (170 MB) and unpacked the first time."""
+    cache = cache_folder()
+    unpacked = cache / _CIFAR10_FOLDER
+    if not all((unpacked / name).is_file() for name in _CIFAR10_FILES):
+        archive = fetch(_CIFAR10_URL + _CIFAR10_ARCHIVE, _CIFAR10_HASH, _CIFAR10_ARCHIVE, cache)
+        unpack(archive, [f"{_CIFAR10_FOLDER}/{name}" for name in _CIFAR10_FILES], cache)
+    return cache
+
+
+def fashion_mnist_folder() -> Path:
+    """The folder that holds Fashion-MNIST's four files, downloaded (31 MB) the first time."""
+    folder = cache_folder() / "fashion-mnist"
+    for name, known_hash in _FASHION_HASHES.items():
+        fetch(_FASHION_URL + name, known_hash, name, folder)
+    return folder
+
+
+def fetch(url: str, known_hash: str, name: str, folder: Path) -> Path:
+    """Download `url` to `folder / name` unless a file with the hash is there; returns its path.
+
+    Raises:
+        WorkflowError: no connection, or content with another hash. Such content is not kept.
+    """
+    try:
+        return Path(pooch.retrieve(url, known_hash, fname=name, path=folder, progressbar=False))
+    except (OSError, ValueError) as error:
+        raise WorkflowError(
+            f"cannot download {url} into {folder}: {error}. "
+            "Download it by hand and give its folder with --data-dir."
+        ) from error
+
+
+def unpack(archive: Path, members: list[str], folder: Path) -> None:
+    """Copy the named `members` of a .tar.gz into `folder`.
+
+    Nothing else in the archive is touched, and only regular files are taken, so that no name or link in it
+    can lead outside.
+    """
+    try:
+        with tarfile.open(archive, "r:gz") as tar:
+            for name in members:
+                source = tar.extractfile(tar.getmember(name))
+                if source is None or not tar.getmember(name).isreg():
+                    raise DataFileError(archive, f"a regular file {name}", "something else by that name")
+                target = folder / name
+                target.parent.mkdir(parents=True, exist_ok=True)
+                atomic_write(target, lambda file, source=source: shutil.copyfileobj(source, file))
+    except KeyError as error:
+        raise DataFileError(archive, "an archive of CIFAR-10", str(error)) from error
+    except (tarfile.TarError, EOFError, zlib.error) as error:
+        raise DataFileError(archive, "a complete .tar.gz", f"damaged content ({error})") from error

@@ -1,0 +1,77 @@
+"""What the report says of a model: accuracy, size, multiply-adds and latency."""
+
+from __future__ import annotations
+
+import statistics
+import time
+
+import torch
+from torch import Tensor, nn
+
+from kddp_ext.workflow.data import ImageData, Split
+from kddp_ext.workflow.runtime import Runtime
+
+_EVALUATION_BATCH = 1000
+
+
+@torch.inference_mode()
+def accuracy(model: nn.Module, data: ImageData, split: Split, runtime: Runtime) -> float:
+    """Share of the images of `split` that `model` classifies right, 0 to 1."""
+    model.eval()
+    correct = torch.zeros((), dtype=torch.int64, device=runtime.device)
+    for images, labels in zip(
+        split.images.split(_EVALUATION_BATCH), split.labels.split(_EVALUATION_BATCH), strict=True
+    ):
+        with runtime.autocast():
+            logits = model(data.normalise(images))
+        correct += (logits.argmax(1) == labels).sum()
+    return int(correct) / len(split.labels)
+
+
+def count_parameters(model: nn.Module) -> int:
+    """Number of weights and biases."""
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+@torch.inference_mode()
+def count_macs(model: nn.Module, image: Tensor) -> int:
+    """Multiply-adds of the convolutions and linear layers for one image, `image` (1, C, S, S)."""
+    macs = 0
+
+    def count(module: nn.Module, _inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        nonlocal macs
+        if isinstance(module, nn.Conv2d):
+            macs += output.numel() * module.weight[0].numel()
+        elif isinstance(module, nn.Linear):
+            macs += output.numel() * module.in_features
+
+    counted = [module for module in model.modules() if isinstance(module, (nn.Conv2d, nn.Linear))]
+    handles = [module.register_forward_hook(count) for module in counted]
+    try:
+        model.eval()(image)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return macs
+
+
+@torch.inference_mode()
+def latency(model: nn.Module, image: Tensor, batch_size: int, budget: float = 0.5) -> float:
+    """Median seconds of one forward pass in float32 over `batch_size` copies of `image`, (1, C, S, S).
+
+    Args:
+        budget: seconds to spend on it, after a tenth of that to warm up.
+    """
+    model.eval()
+    images = image.expand(batch_size, -1, -1, -1).contiguous(memory_format=torch.channels_last)
+    times: list[float] = []
+    for seconds in (budget / 10, budget):
+        times.clear()
+        end = time.perf_counter() + seconds
+        while time.perf_counter() < end or len(times) < 5:
+            start = time.perf_counter()
+            model(images)
+            if image.is_cuda:
+                torch.cuda.synchronize(image.device)
+            times.append(time.perf_counter() - start)
+    return statistics.median(times)

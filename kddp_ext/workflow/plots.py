@@ -1,0 +1,111 @@
+"""The picture of a run: accuracy against size, width over the epochs, and the terms of the loss."""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+from typing import Any
+
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import EngFormatter, LogLocator, MaxNLocator, NullFormatter
+
+from kddp_ext.files import atomic_write
+
+PICTURE = "report.png"
+
+_COLOURS = {"teacher": "#8a8f98", "scratch": "#3b78b5", "kd": "#e08a1e", "kddp": "#c0354a"}
+_NAMES = {"teacher": "Teacher", "scratch": "Student alone", "kd": "KD", "kddp": "KDDP"}
+_MARKERS = {"teacher": "s", "scratch": "o", "kd": "D", "kddp": "*"}
+
+
+def draw(
+    path: Path, stages: dict[str, dict[str, Any]], epochs: dict[str, list[dict[str, Any]]], title: str
+) -> None:
+    """Draw the finished stages of a run into a PNG file."""
+    figure = Figure(figsize=(13, 4.2), dpi=150, layout="constrained")
+    figure.suptitle(title, x=0.01, ha="left", fontsize=13, fontweight="bold")
+    left, middle, right = figure.subplots(1, 3)
+    _accuracy_against_parameters(left, stages)
+    _width(middle, stages, epochs.get("kddp", []))
+    _loss_terms(right, epochs.get("kddp", []))
+    for axes in (left, middle, right):
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.grid(color="#e6e8eb", linewidth=0.8)
+        axes.set_axisbelow(True)
+    picture = io.BytesIO()
+    figure.savefig(picture, format="png")
+    atomic_write(path, lambda file: file.write(picture.getbuffer()))
+
+
+def _accuracy_against_parameters(axes: Axes, stages: dict[str, dict[str, Any]]) -> None:
+    for stage, result in stages.items():
+        size = 260 if _MARKERS[stage] == "*" else 80
+        x, y = result["parameters"], 100 * result["test_accuracy"]
+        axes.scatter(
+            x, y, s=size, color=_COLOURS[stage], marker=_MARKERS[stage], label=_NAMES[stage], zorder=3
+        )
+    axes.set_xscale("log")
+    axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axes.xaxis.set_major_formatter(EngFormatter(sep=""))
+    axes.xaxis.set_minor_formatter(NullFormatter())
+    axes.margins(0.25)
+    axes.set_title("Accuracy against size")
+    axes.set_xlabel("parameters (log scale)")
+    axes.set_ylabel("test accuracy (%)")
+    if stages:
+        axes.legend(frameon=False, loc="best")
+
+
+def _width(axes: Axes, stages: dict[str, dict[str, Any]], epochs: list[dict[str, Any]]) -> None:
+    axes.set_title("KDDP finds the width")
+    axes.set_xlabel("epoch")
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.set_ylabel("neurons of the hidden layer")
+    if not epochs:
+        return
+    steps = [epoch["epoch"] for epoch in epochs]
+    widths = [epoch["width"] for epoch in epochs]
+    if "kd" in stages:
+        # An epoch trains with the width that the check before it left.
+        start = stages["kd"]["width"]
+        steps, widths = [0, *steps], [start, *widths]
+        axes.axhline(start, color=_COLOURS["kd"], linewidth=1.5, linestyle="--", label="KD")
+    axes.plot(steps, widths, color=_COLOURS["kddp"], linewidth=2.2, marker="o", markersize=4, label="KDDP")
+    axes.annotate(
+        str(widths[-1]),
+        (steps[-1], widths[-1]),
+        xytext=(0, 8),
+        textcoords="offset points",
+        ha="right",
+        color=_COLOURS["kddp"],
+        fontweight="bold",
+    )
+    axes.set_ylim(bottom=0)
+    axes.legend(frameon=False)
+
+
+def _loss_terms(axes: Axes, epochs: list[dict[str, Any]]) -> None:
+    axes.set_title("Terms of KDDP's loss")
+    axes.set_xlabel("epoch")
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.set_ylabel("mean over the epoch (log scale)")
+    if not epochs:
+        return
+    steps = [epoch["epoch"] for epoch in epochs]
+    for term, name, colour in (
+        ("kd", "KD", "#e08a1e"),
+        ("cross_entropy", "cross-entropy", "#3b78b5"),
+        ("l1", "L1 of the activations", "#4c9a5b"),
+    ):
+        axes.plot(
+            steps,
+            [epoch[term] for epoch in epochs],
+            color=colour,
+            linewidth=2,
+            marker="o",
+            markersize=3,
+            label=name,
+        )
+    axes.set_yscale("log")
+    axes.legend(frameon=False)

@@ -1,0 +1,135 @@
+"""The table of a run, on the terminal and in report.md."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.table import Table
+
+from kddp_ext.files import write_text
+from kddp_ext.workflow.config import RunConfig
+from kddp_ext.workflow.plots import PICTURE, draw
+from kddp_ext.workflow.run_folder import STAGES, RunFolder
+
+_MEANING = {
+    "teacher": "the large network",
+    "scratch": "the student alone, on the labels",
+    "kd": "the student under the teacher's guidance, at full width",
+    "kddp": "the same, with the L1 penalty and dynamic pruning",
+}
+# A line break where the terminal's narrower table may have one.
+_COLUMNS = (
+    "stage",
+    "test\naccuracy",
+    "parameters",
+    "hidden\nwidth",
+    "MACs",
+    "smaller\nthan KD",
+    "latency\n1 image",
+    "latency\n128 images",
+    "training",
+)
+
+
+@dataclass(frozen=True)
+class Results:
+    """The finished stages of a run.
+
+    Attributes:
+        stages: the figures of each stage.
+        epochs: the metrics of each epoch of each stage.
+    """
+
+    stages: dict[str, dict[str, Any]]
+    epochs: dict[str, list[dict[str, Any]]]
+
+
+def read_results(folder: RunFolder) -> Results:
+    """What the finished stages of a run left on disk."""
+    stages = {stage: result for stage in STAGES if (result := folder.read_result(stage)) is not None}
+    return Results(stages, {stage: folder.read_epochs(stage) for stage in stages})
+
+
+def write_report(folder: RunFolder, config: RunConfig, title: str) -> None:
+    """Write report.md and its picture."""
+    results = read_results(folder)
+    draw(folder.path / PICTURE, results.stages, results.epochs, title)
+    rows = _rows(results)
+    columns = [column.replace("\n", " ") for column in _COLUMNS]
+    lines = [
+        f"# {title}",
+        "",
+        f"| {' | '.join(columns)} |",
+        f"|{'|'.join('---' if column == 'stage' else '---:' for column in columns)}|",
+        *(f"| {' | '.join(row)} |" for row in rows),
+        "",
+        *(f"- **{stage}**: {_MEANING[stage]}." for stage in results.stages),
+        "",
+        f"![Accuracy against parameters, width and loss over the epochs]({PICTURE})",
+        "",
+        "Accuracy is that of the last epoch's weights on the test images, which nothing else used. MACs are",
+        "the multiply-adds of the convolutions and linear layers for one image. Latency is the median of a",
+        "float32 forward pass on the machine that trained. The training time of kd holds the teacher's",
+        "forward passes; kddp reads what they gave from disk.",
+        "",
+        "## Where the time went",
+        "",
+        *_time_table(results),
+        "",
+        "## Settings",
+        "",
+        "```",
+        *_settings(config),
+        "```",
+    ]
+    write_text(folder.report, "\n".join(lines) + "\n")
+
+
+def print_table(console: Console, folder: RunFolder, title: str) -> None:
+    """Print the table of a run."""
+    table = Table(title=title, title_style="bold", title_justify="left", box=SIMPLE_HEAD)
+    for column in _COLUMNS:
+        table.add_column(column, justify="left" if column == "stage" else "right", no_wrap=True)
+    for row in _rows(read_results(folder)):
+        table.add_row(*row, style="bold" if row[0] == "kddp" else None)
+    console.print(table)
+
+
+def _rows(results: Results) -> list[list[str]]:
+    kd = results.stages.get("kd")
+    return [_row(stage, result, kd) for stage, result in results.stages.items()]
+
+
+def _row(stage: str, result: dict[str, Any], kd: dict[str, Any] | None) -> list[str]:
+    student = stage != "teacher" and kd is not None
+    return [
+        stage,
+        f"{result['test_accuracy']:.2%}",
+        f"{result['parameters']:,}",
+        "" if result["width"] is None else f"{result['width']:,}",
+        _millions(result["macs"]),
+        f"{kd['parameters'] / result['parameters']:.2f}x" if student and kd is not None else "",
+        f"{result['latency_ms']['1']:.3f} ms",
+        f"{result['latency_ms']['128']:.2f} ms",
+        f"{result['seconds']['epoch']:.0f} s",
+    ]
+
+
+def _millions(number: int) -> str:
+    return f"{number / 1e6:.3f} M" if number < 1e6 else f"{number / 1e6:.2f} M"
+
+
+def _time_table(results: Results) -> list[str]:
+    phases = ("data", "teacher", "student", "loss", "prune", "validation")
+    lines = [f"| seconds | {' | '.join(phases)} | whole |", f"|---|{'---:|' * (len(phases) + 1)}"]
+    for stage, result in results.stages.items():
+        cells = [f"{result['seconds'][phase]:.2f}" if phase in result["seconds"] else "" for phase in phases]
+        lines.append(f"| {stage} | {' | '.join(cells)} | {result['seconds']['epoch']:.2f} |")
+    return lines
+
+
+def _settings(config: RunConfig) -> list[str]:
+    return [f"{option} = {value}" for option, value in config.options().items()]

@@ -1,0 +1,129 @@
+"""The folder of a run: what lies where, and who may continue it."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from kddp_ext.files import write_json, write_text
+from kddp_ext.workflow.config import RunConfig, differences, load_config
+from kddp_ext.workflow.errors import WorkflowError
+
+Stage = str
+STAGES: tuple[Stage, ...] = ("teacher", "scratch", "kd", "kddp")
+
+
+class RunFolder:
+    """Paths of one run, runs/NAME.
+
+    Args:
+        path: the folder.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.config = path / "config.json"
+        self.report = path / "report.md"
+        self.teacher_logits = path / "teacher_logits"
+
+    def stage(self, stage: Stage) -> Path:
+        """The folder of one stage."""
+        return self.path / stage
+
+    def checkpoint(self, stage: Stage) -> Path:
+        """Model, optimizer and pruner after the stage's latest epoch."""
+        return self.stage(stage) / "checkpoint.pt"
+
+    def student(self, stage: Stage) -> Path:
+        """The finished student, a safetensors file."""
+        return self.stage(stage) / "student.safetensors"
+
+    def write_epochs(self, stage: Stage, epochs: list[dict[str, Any]]) -> None:
+        """Write the metrics of each epoch, a line of JSON each."""
+        write_text(self.stage(stage) / "metrics.jsonl", "".join(json.dumps(epoch) + "\n" for epoch in epochs))
+
+    def read_epochs(self, stage: Stage) -> list[dict[str, Any]]:
+        """What `write_epochs` wrote."""
+        path = self.stage(stage) / "metrics.jsonl"
+        return [_parse(path, line) for line in _read(path).splitlines()]
+
+    def write_result(self, stage: Stage, result: dict[str, Any]) -> None:
+        """Write a stage's figures; this is what marks it as finished."""
+        write_json(self.stage(stage) / "result.json", result)
+
+    def read_result(self, stage: Stage) -> dict[str, Any] | None:
+        """A finished stage's figures, None for one that is not finished."""
+        path = self.stage(stage) / "result.json"
+        return _parse(path, _read(path)) if path.is_file() else None
+
+
+def open_run(path: Path, config: RunConfig, *, resume: bool) -> RunFolder:
+    """Start the run in `path`, or continue it.
+
+    Raises:
+        WorkflowError: a run is there and `resume` is not set, or it was started with another config (the
+            message names the fields), or the folder is something else.
+        OSError: the folder can't be made or written to.
+    """
+    folder = RunFolder(path)
+    if folder.config.is_file():
+        if not resume:
+            raise WorkflowError(
+                f"{path} holds a run already. Continue it with --resume, or start another with --name."
+            )
+        changed = differences(load_config(folder.config), config)
+        if changed:
+            raise WorkflowError(
+                f"{path} was started with other settings: {'; '.join(changed)}. "
+                "Resume with the settings it was started with, or give another --name."
+            )
+        return folder
+    if path.exists() and (not path.is_dir() or any(path.iterdir())):
+        raise WorkflowError(f"{path} exists and is not a run of kddp. Give another --name or --runs-dir.")
+    path.mkdir(parents=True, exist_ok=True)
+    write_json(folder.config, config.to_json())
+    return folder
+
+
+@contextmanager
+def locked(folder: RunFolder) -> Iterator[None]:
+    """Keep a second process out of the run for as long as the context lasts.
+
+    Raises:
+        WorkflowError: another process is in it.
+    """
+    with open(folder.config, "rb") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise WorkflowError(f"{folder.path} is in use by another kddp process") from error
+        yield
+
+
+def require_run(path: Path) -> RunFolder:
+    """The run in `path`; raises WorkflowError where there is none."""
+    folder = RunFolder(path)
+    if not folder.config.is_file():
+        raise WorkflowError(f"{path} is not a run of kddp: it has no config.json")
+    return folder
+
+
+def _read(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise WorkflowError(f"{path} is damaged: {error}") from error
+
+
+def _parse(path: Path, text: str) -> dict[str, Any]:
+    try:
+        value = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise WorkflowError(f"{path} is damaged: {error}") from error
+    if not isinstance(value, dict):
+        raise WorkflowError(f"{path} is damaged: expected a JSON object, found {text[:40]!r}")
+    return value
