@@ -68,6 +68,8 @@ class OperationGraph:
         self.nodes: list[Node] = list(program.graph.nodes)
         self._stored = {node: names[node.name] for node in self.nodes if node.name in names}
         self._holders = _holders(model)
+        # A module registered under several names goes by its first, whichever one torch.export chose.
+        self._names = {module: name for name, module in model.named_modules()}
 
     def stored(self, node: Any) -> StoredTensor | None:
         """The parameter or buffer that `node` stands for, None where it is a computed value."""
@@ -75,7 +77,7 @@ class OperationGraph:
         if name is None:
             return None
         module, _, attribute = name.rpartition(".")
-        return StoredTensor(module, attribute)
+        return StoredTensor(self._names[self.model.get_submodule(module)], attribute)
 
     def tensor(self, stored: StoredTensor) -> Tensor:
         """The tensor itself."""
@@ -123,7 +125,7 @@ class OperationGraph:
     def module(self, node: Node) -> str:
         """Name of the innermost module whose forward runs `node`; the model itself is ''."""
         stack = node.meta.get("nn_module_stack") or {"": ("", "")}
-        return str(list(stack.values())[-1][0])
+        return self._names[self.model.get_submodule(str(list(stack.values())[-1][0]))]
 
     def place(self, node: Node) -> str:
         """The same, to be read by people: "act (GELU)"."""
@@ -139,6 +141,8 @@ def _unchanged_modules(model: nn.Module, training: bool) -> Iterator[None]:
     try:
         for module, _, _ in attributes:
             module.training = training
+            if isinstance(module, nn.modules.batchnorm._NormBase) and module.momentum is None:
+                module.momentum = 0.1  # a cumulative average reads its counter as a number, which fake tensors lack
         yield
     finally:
         for module, before, buffers in attributes:

@@ -126,11 +126,10 @@ def _trace(graph: OperationGraph) -> TracedNeurons:
 
 
 def _layer_name(graph: OperationGraph, node: Node) -> str:
-    stored = graph.stored(node.args[1])
-    if stored is None:
-        return graph.module(node)
-    module = graph.model.get_submodule(stored.module)
-    return stored.module if isinstance(module, nn.Linear) else stored.name
+    stored, caller = graph.stored(node.args[1]), graph.module(node)
+    if stored is None or isinstance(graph.model.get_submodule(caller), nn.Linear):
+        return caller
+    return stored.module if isinstance(graph.model.get_submodule(stored.module), nn.Linear) else stored.name
 
 
 def _follow(graph: OperationGraph, linear: Node) -> NeuronGroup:

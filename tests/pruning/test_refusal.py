@@ -1,0 +1,239 @@
+"""What cannot be proven is refused, with the layer, the operation and the reason."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from kddp_ext.pruner import DynamicPruner
+from kddp_ext.pruning.neurons import UnsupportedModelError, find_neurons
+
+INPUTS = 6
+
+
+class Model(nn.Module):
+    """Three Linear layers; the test says how they are put together."""
+
+    def __init__(self, forward, **modules):
+        super().__init__()
+        self.first, self.second, self.last = nn.Linear(INPUTS, 8), nn.Linear(8, 8), nn.Linear(8, 3)
+        for name, module in modules.items():
+            setattr(self, name, module)
+        self.recipe = forward
+
+    def forward(self, x):
+        return self.recipe(self, x)
+
+
+def tied():
+    model = Model(lambda m, x: m.last(m.second(m.first(x)).relu() + m.other(x)), other=nn.Linear(INPUTS, 8))
+    model.other.weight = model.first.weight
+    return model
+
+
+def view_of_another():
+    model = Model(lambda m, x: m.last(m.second(m.first(x).relu()).relu()))
+    flat = torch.zeros(INPUTS * 8 + 8)
+    model.first.weight = nn.Parameter(flat[:-8].view(8, INPUTS))
+    model.first.bias = nn.Parameter(flat[-8:])
+    return model
+
+
+def parametrized():
+    model = Model(lambda m, x: m.last(m.first(x).relu()))
+    nn.utils.parametrizations.weight_norm(model.first)
+    return model
+
+
+def parametrized_reader():
+    model = Model(lambda m, x: m.last(m.first(x).relu()))
+    nn.utils.parametrizations.orthogonal(model.last)
+    return model
+
+
+def only_in_training(m, x):
+    h = m.first(x).relu()
+    return (m.last(h), m.second(h)) if m.training else m.last(h)
+
+
+# How the model is made, the layer that is refused, and what the reason says.
+REFUSED = {
+    "the last": (lambda: Model(lambda m, x: m.last(m.first(x))), "last", "its neurons are the model's outputs"),
+    "also an output": (
+        lambda: Model(lambda m, x: ((h := m.first(x).relu()), m.last(h))),
+        "first",
+        "also leaves the model as an output",
+    ),
+    "unknown operation": (
+        lambda: Model(lambda m, x: m.last(m.first(x).cumsum(1))),
+        "first",
+        "the operation cumsum in the forward of Model is not known",
+    ),
+    "permuted": (lambda: Model(lambda m, x: m.last(m.first(x).flip(1))), "first", "operation flip"),
+    "transposed": (lambda: Model(lambda m, x: m.last(m.first(x).t().t())), "first", "operation t in"),
+    "sorted": (lambda: Model(lambda m, x: m.last(m.first(x).sort(1).values)), "first", "operation sort"),
+    "softmax": (lambda: Model(lambda m, x: m.last(m.first(x).softmax(1))), "first", "softmax in .* from all of them"),
+    "layer norm": (
+        lambda: Model(lambda m, x: m.last(m.norm(m.first(x))), norm=nn.LayerNorm(8)),
+        "first",
+        r"layer_norm in norm \(LayerNorm\) .* BatchNorm1d",
+    ),
+    "residual sum": (
+        lambda: Model(lambda m, x: m.last((h := m.first(x)) + m.second(h.relu()))),
+        "first",
+        r"add in .* adds another tensor to them \(a residual sum\?\)",
+    ),
+    "gated": (
+        lambda: Model(lambda m, x: m.last(m.first(x).sigmoid() * m.up(x)), up=nn.Linear(INPUTS, 8)),
+        "first",
+        r"mul in .* \(a gated MLP\?\)",
+    ),
+    "gated, the other": (
+        lambda: Model(lambda m, x: m.last(m.first(x).sigmoid() * m.up(x)), up=nn.Linear(INPUTS, 8)),
+        "up",
+        r"mul in .* \(a gated MLP\?\)",
+    ),
+    "scaled by a vector": (
+        lambda: Model(lambda m, x: m.last(m.first(x) * m.scale), scale=nn.Parameter(torch.ones(8))),
+        "first",
+        "multiplies them by another tensor",
+    ),
+    "scaled by their norm": (
+        lambda: Model(lambda m, x: m.last((h := m.first(x)) / h.norm(dim=1, keepdim=True))),
+        "first",
+        "operation linalg_vector_norm|operation norm",
+    ),
+    "tied": (tied, "first", r"shared \(tied\) between first.weight and other.weight"),
+    "a view of another": (view_of_another, "first", "shared .*first.bias and first.weight"),
+    "called twice": (
+        lambda: Model(lambda m, x: m.last(m.second(m.second(m.first(x)).relu()))),
+        "second",
+        "weight is used 2 times in one forward pass",
+    ),
+    "read by a layer called twice": (
+        lambda: Model(lambda m, x: m.last(m.second(m.second(m.first(x)).relu()))),
+        "first",
+        "weight of second is used 2 times",
+    ),
+    "weight read elsewhere": (
+        lambda: Model(lambda m, x: m.last(m.first(x).relu()) + m.first.weight.square().sum()),
+        "first",
+        "weight is used 2 times",
+    ),
+    "parametrized": (parametrized, "first", "the weight is computed in the forward pass"),
+    "parametrized reader": (parametrized_reader, "first", "the weight of last is computed in the forward pass"),
+    "a weight without a module": (
+        lambda: Model(lambda m, x: m.last(F.linear(x, m.bare)), bare=nn.Parameter(torch.zeros(8, INPUTS))),
+        "bare",
+        "the weight bare belongs to no nn.Linear",
+    ),
+    "reader applied by hand": (
+        lambda: Model(lambda m, x: F.linear(m.first(x).relu(), m.last.weight, m.last.bias)),
+        "first",
+        "reads last.weight by hand",
+    ),
+    "norm applied by hand": (
+        lambda: Model(
+            lambda m, x: m.last(F.batch_norm(m.first(x), None, None, m.gain, None, True)), gain=nn.Parameter(torch.ones(8))
+        ),
+        "first",
+        "batch_norm in .* by hand; use nn.BatchNorm1d",
+    ),
+    "spelled-out width": (
+        lambda: Model(lambda m, x: m.last(m.first(x).view(-1, 8))),
+        "first",
+        "view in .* spells out the number of neurons, 8; write -1",
+    ),
+    "rearranged": (
+        lambda: Model(lambda m, x: m.last(m.first(x).view(-1, 4, 2).relu().reshape(-1, 8))),
+        "first",
+        "view in .* rearranges the neurons",
+    ),
+    "flattened with positions": (
+        lambda: Model(lambda m, x: m.last(m.first(x.view(-1, 2, INPUTS)).flatten(1)[:, :8])),
+        "first",
+        "flatten in .* merges the neurons",
+    ),
+    "broadcast": (
+        lambda: Model(lambda m, x: m.last(m.first(x) + torch.zeros(1, 1, 1))),
+        "first",
+        "broadcasts the neurons",
+    ),
+    "as a weight": (
+        lambda: Model(lambda m, x: (F.linear((h := m.first(x)), m.second(h)), m.last(h))),
+        "second",
+        "linear in .* uses them as its weight or bias",
+    ),
+    "two forms": (
+        lambda: Model(lambda m, x: (m.last((h := m.first(x)).relu()), m.second(h.tanh()))),
+        "first",
+        "last and second read different functions of its neurons",
+    ),
+    "norm over positions": (
+        lambda: Model(lambda m, x: m.last(m.norm(m.first(x.view(-1, 2, INPUTS)))), norm=nn.BatchNorm1d(2)),
+        "first",
+        "batch_norm in norm .* along another",
+    ),
+    "unreached": (lambda: Model(lambda m, x: m.last(m.first(x))), "second", "the forward pass does not reach it"),
+    "unread": (lambda: Model(lambda m, x: (m.first(x), m.last(m.second(x.repeat(1, 2)[:, :8])))[1]), "first", "nothing"),
+    "another head in training": (lambda: Model(only_in_training), "first", "differently|also leaves|outputs"),
+    "without gradient": (
+        lambda: Model(lambda m, x: m.last(no_grad_relu(m.first(x)))),
+        "first",
+        "wrap_with_set_grad_enabled",
+    ),
+    "single sample": (lambda: Model(lambda m, x: m.last(m.first(x[0]))), "first", "without a batch dimension"),
+}
+
+
+def no_grad_relu(x):
+    with torch.no_grad():
+        return x.relu()
+
+
+@pytest.mark.parametrize(("make", "layer", "reason"), REFUSED.values(), ids=list(REFUSED))
+def test_refuses(make, layer, reason):
+    model, x = make(), torch.randn(4, INPUTS)
+    found = find_neurons(model, (x,))
+    assert layer not in found.groups
+    with pytest.raises(UnsupportedModelError, match=rf"(?s)layers: {layer} cannot be pruned: .*({reason})"):
+        DynamicPruner(model, example_inputs=(x,), layers=[layer])
+
+
+def test_lists_every_reason_when_nothing_can_be_pruned():
+    model = Model(lambda m, x: m.last(m.first(x).cumsum(1)))
+    with pytest.raises(UnsupportedModelError, match=r"(?s)no layer that can be pruned.*first: .*cumsum.*last: its neurons"):
+        DynamicPruner(model, example_inputs=(torch.randn(4, INPUTS),))
+
+
+def test_a_model_without_linear_layers():
+    with pytest.raises(UnsupportedModelError, match="it has no Linear"):
+        DynamicPruner(nn.Sequential(nn.Conv2d(1, 2, 3)), example_inputs=(torch.randn(2, 1, 5, 5),))
+
+
+def test_convolutions_are_passed_over_and_refused_by_name():
+    model = nn.Sequential(nn.Conv2d(1, 2, 3), nn.ReLU(), nn.Flatten(), nn.Linear(18, 5), nn.ReLU(), nn.Linear(5, 2))
+    x = torch.randn(2, 1, 5, 5)
+    assert list(DynamicPruner(model, example_inputs=(x,)).widths) == ["3"]
+    with pytest.raises(UnsupportedModelError, match="layers: 0 cannot be pruned: it is a Conv2d"):
+        DynamicPruner(model, example_inputs=(x,), layers=["0"])
+
+
+def test_names_the_layers_there_are():
+    model = Model(lambda m, x: m.last(m.first(x)))
+    with pytest.raises(UnsupportedModelError, match="layers: fc9 .* no such module; .* are first"):
+        DynamicPruner(model, example_inputs=(torch.randn(4, INPUTS),), layers=["fc9"])
+
+
+@pytest.mark.parametrize(
+    ("model", "inputs", "reason"),
+    [
+        (nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 2)), torch.randn(2, 5), "RuntimeError"),
+        (nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Linear(4, 2)), torch.randn(1, 3), "more than 1 value"),
+        (Model(lambda m, x: m.last(m.first(x)) if x.sum().item() > 0 else m.second(x)), torch.randn(2, INPUTS), ""),
+    ],
+    ids=["wrong size", "one sample for a norm", "depends on the data"],
+)
+def test_a_forward_that_cannot_be_traced(model, inputs, reason):
+    with pytest.raises(UnsupportedModelError, match=rf"could not be traced in training mode with example_inputs: .*{reason}"):
+        find_neurons(model, (inputs,))
