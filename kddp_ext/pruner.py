@@ -29,9 +29,7 @@ class _State:
 
     groups: tuple[NeuronGroup, ...]
     statistics: tuple[NeuronStatistics, ...]
-    inactive_checks: tuple[
-        Tensor, ...
-    ]  # (H,) int64 each: at how many checks in a row the neuron was inactive
+    inactive_checks: tuple[Tensor, ...]  # (H,) int64 each: at how many checks in a row the neuron was inactive
     history: PruningHistory
 
 
@@ -178,9 +176,7 @@ class DynamicPruner:
             raise RuntimeError("prune: the pruner is closed")
         state = self._state
         removals, reports, inactive_checks = [], [], []
-        for group, statistics, before in zip(
-            state.groups, state.statistics, state.inactive_checks, strict=True
-        ):
+        for group, statistics, before in zip(state.groups, state.statistics, state.inactive_checks, strict=True):
             activity = self._activity(group, statistics)
             inactive = activity < self._bound
             checks = torch.where(inactive, before + 1, 0)
@@ -196,14 +192,12 @@ class DynamicPruner:
         history = state.history.copy()
         history.add_step({report.name: report.pruned for report in reports})
         groups = tuple(
-            replace(group, width=report.width_after)
-            for group, report in zip(state.groups, reports, strict=True)
+            replace(group, width=report.width_after) for group, report in zip(state.groups, reports, strict=True)
         )
         new_state = _State(
             groups=groups,
             statistics=tuple(
-                NeuronStatistics(g.width, s.values.device)
-                for g, s in zip(groups, state.statistics, strict=True)
+                NeuronStatistics(g.width, s.values.device) for g, s in zip(groups, state.statistics, strict=True)
             ),
             inactive_checks=tuple(inactive_checks),
             history=history,
@@ -234,12 +228,8 @@ class DynamicPruner:
         return {
             "version": STATE_VERSION,
             "history": state.history.to_json(),
-            "statistics": {
-                g.name: s.state_dict() for g, s in zip(state.groups, state.statistics, strict=True)
-            },
-            "inactive_checks": {
-                g.name: c.clone() for g, c in zip(state.groups, state.inactive_checks, strict=True)
-            },
+            "statistics": {g.name: s.state_dict() for g, s in zip(state.groups, state.statistics, strict=True)},
+            "inactive_checks": {g.name: c.clone() for g, c in zip(state.groups, state.inactive_checks, strict=True)},
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:

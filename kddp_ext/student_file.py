@@ -47,9 +47,7 @@ def save_student(
     state = model.state_dict()
     for name, value in state.items():
         if not isinstance(value, Tensor):
-            raise TypeError(
-                f"model: {name} in its state_dict is a {type(value).__name__}; only tensors can be saved"
-            )
+            raise TypeError(f"model: {name} in its state_dict is a {type(value).__name__}; only tensors can be saved")
     for layer, width in history.widths.items():
         weight = state.get(f"{layer}.weight")
         if weight is None or weight.shape[0] != width:
@@ -66,9 +64,7 @@ def save_student(
     atomic_write(path, lambda file: file.write(content))
 
 
-def load_student(
-    path: Path, constructor: Callable[[], nn.Module], example_inputs: tuple[Any, ...]
-) -> nn.Module:
+def load_student(path: Path, constructor: Callable[[], nn.Module], example_inputs: tuple[Any, ...]) -> nn.Module:
     """Rebuild a student: construct it at its original widths, prune it as it was pruned, load its tensors.
 
     Args:
@@ -120,9 +116,7 @@ def read_student_header(path: Path) -> dict[str, Any]:
             f"{path}: expected a student's safetensors file, and it is none or is damaged: {error}"
         ) from error
     if header.get("format") != FORMAT:
-        raise ValueError(
-            f"{path}: expected a safetensors file of format {FORMAT!r}, got {header.get('format')!r}"
-        )
+        raise ValueError(f"{path}: expected a safetensors file of format {FORMAT!r}, got {header.get('format')!r}")
     if header.get("version") != VERSION:
         raise ValueError(f"{path}: expected version {VERSION} of the format, got {header.get('version')!r}")
     try:

@@ -157,11 +157,7 @@ def plan_compaction(
 def _tensor(model: nn.Module, stored: StoredTensor, by_axis: Mapping[int, Removal]) -> Tensor:
     tensor = getattr(model.get_submodule(stored.module), stored.attribute)
     for axis, removal in by_axis.items():
-        if (
-            not isinstance(tensor, Tensor)
-            or tensor.dim() <= axis
-            or tensor.shape[axis] != removal.group.width
-        ):
+        if not isinstance(tensor, Tensor) or tensor.dim() <= axis or tensor.shape[axis] != removal.group.width:
             raise ValueError(
                 f"model: {stored.name} was traced with {removal.group.width} neurons of {removal.group.name} "
                 f"along dimension {axis}, and is now {getattr(tensor, 'shape', tensor)}; make a new pruner "
@@ -217,16 +213,8 @@ def _sliceable_state(stored: StoredTensor, tensor: Tensor, optimizer: Optimizer 
             continue
         if isinstance(value, Tensor) and value.dim() == 0:
             continue
-        if (
-            not isinstance(value, Tensor)
-            or value.layout != torch.strided
-            or not _fits(value.shape, tensor.shape)
-        ):
-            kind = (
-                f"a tensor of shape {tuple(value.shape)}"
-                if isinstance(value, Tensor)
-                else type(value).__name__
-            )
+        if not isinstance(value, Tensor) or value.layout != torch.strided or not _fits(value.shape, tensor.shape):
+            kind = f"a tensor of shape {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
             raise ValueError(
                 f"optimizer: {type(optimizer).__name__} keeps {key!r} of {stored.name}, {kind}, and it is "
                 f"not known how that follows the parameter's shape {tuple(tensor.shape)}; nothing was pruned"

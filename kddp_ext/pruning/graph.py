@@ -69,7 +69,7 @@ class OperationGraph:
         self._stored = {node: names[node.name] for node in self.nodes if node.name in names}
         self._holders = _holders(model)
         # A module registered under several names goes by its first, whichever one torch.export chose.
-        self._names = {module: name for name, module in model.named_modules()}
+        self._names: dict[nn.Module, str] = {module: name for name, module in model.named_modules()}
 
     def stored(self, node: Any) -> StoredTensor | None:
         """The parameter or buffer that `node` stands for, None where it is a computed value."""
@@ -106,9 +106,7 @@ class OperationGraph:
             raise Refusal(f"the {role} is a {type(tensor).__name__}; only plain dense tensors can be sliced")
         holders = self._holders[_storage(tensor)]
         if len(holders) > 1:
-            raise Refusal(
-                f"the {role} is shared (tied) between {' and '.join(sorted(holders))}; untie it first"
-            )
+            raise Refusal(f"the {role} is shared (tied) between {' and '.join(sorted(holders))}; untie it first")
         readers = [user for other in self._stored for user in other.users if self._reads(other, tensor)]
         if len(readers) > 1:
             places = sorted({self.place(reader) for reader in readers})

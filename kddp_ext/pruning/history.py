@@ -44,9 +44,7 @@ class PruningHistory:
     __hash__ = None  # type: ignore[assignment]  # it grows
 
     def __repr__(self) -> str:
-        layers = ", ".join(
-            f"{name} {width}→{self.widths[name]}" for name, width in self.original_widths.items()
-        )
+        layers = ", ".join(f"{name} {width}→{self.widths[name]}" for name, width in self.original_widths.items())
         return f"PruningHistory({layers}; {len(self.steps)} steps)"
 
     @property
@@ -76,9 +74,7 @@ class PruningHistory:
         step = {}
         for layer, indices in pruned.items():
             if layer not in self.original_widths:
-                raise ValueError(
-                    f"pruned: no layer {layer!r}; the history is of {list(self.original_widths)}"
-                )
+                raise ValueError(f"pruned: no layer {layer!r}; the history is of {list(self.original_widths)}")
             width, gone = self.original_widths[layer], set(self.pruned(layer))
             for index in indices:
                 if not _is_int(index) or not 0 <= index < width:
@@ -133,9 +129,7 @@ class PruningHistory:
         history = cls(widths)
         for step in steps:
             if not isinstance(step, dict) or not all(isinstance(indices, list) for indices in step.values()):
-                raise ValueError(
-                    f"text: expected each step to hold lists of neurons by layer, got {_brief(step)}"
-                )
+                raise ValueError(f"text: expected each step to hold lists of neurons by layer, got {_brief(step)}")
             history.add_step(step)
         return history
 
@@ -158,9 +152,7 @@ class PruningHistory:
         for layer, width in self.original_widths.items():
             if layer not in found.groups:
                 reason = found.refused.get(layer, "it has no such Linear layer")
-                raise ValueError(
-                    f"model: the history is of a layer {layer!r} that cannot be pruned here: {reason}"
-                )
+                raise ValueError(f"model: the history is of a layer {layer!r} that cannot be pruned here: {reason}")
             group = found.groups[layer]
             if group.width != width:
                 raise ValueError(

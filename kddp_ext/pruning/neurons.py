@@ -89,9 +89,7 @@ def find_neurons(model: nn.Module, example_inputs: tuple[Any, ...]) -> TracedNeu
         UnsupportedModelError: the forward pass cannot be traced.
     """
     try:
-        training, evaluation = (
-            _trace(OperationGraph(model, example_inputs, training=mode)) for mode in (True, False)
-        )
+        training, evaluation = (_trace(OperationGraph(model, example_inputs, training=mode)) for mode in (True, False))
     except Refusal as refusal:
         raise UnsupportedModelError(str(refusal)) from refusal
     groups: dict[str, NeuronGroup] = {}
@@ -155,9 +153,7 @@ def _follow(graph: OperationGraph, linear: Node) -> NeuronGroup:
     sources = [_before_dropout(graph, reader) for reader in path.readers]
     if len({source for source, _ in sources}) > 1:
         names = " and ".join(graph.module(reader) for reader in path.readers)
-        raise Refusal(
-            f"{names} read different functions of its neurons; only one common value can be observed"
-        )
+        raise Refusal(f"{names} read different functions of its neurons; only one common value can be observed")
     return NeuronGroup(
         name=weight.module,
         width=graph.tensor(weight).shape[0],

@@ -84,9 +84,7 @@ def _pointwise(path: NeuronPath, node: Node) -> None:
         if other not in path.axis and shape_of(other).numel() != 1:
             raise Refusal(_foreign_operand(path, node))
     if any(shape_of(source) != shape_of(node) for source in carried):
-        raise Refusal(
-            f"{operation_name(node)} in {path.graph.place(node)} broadcasts the neurons; keep the shape"
-        )
+        raise Refusal(f"{operation_name(node)} in {path.graph.place(node)} broadcasts the neurons; keep the shape")
     axes = {path.axis[source] for source in carried}
     if len(axes) > 1:
         raise Refusal(f"{operation_name(node)} in {path.graph.place(node)} mixes different neurons")
@@ -137,9 +135,7 @@ def _flatten(path: NeuronPath, node: Node) -> None:
     source = node.args[0]
     assert isinstance(source, Node)
     dimensions, axis = len(shape_of(source)), path.axis[source]
-    start, end = (
-        _argument(node, i, name, default) for i, name, default in ((1, "start_dim", 0), (2, "end_dim", -1))
-    )
+    start, end = (_argument(node, i, name, default) for i, name, default in ((1, "start_dim", 0), (2, "end_dim", -1)))
     start, end = start % dimensions, end % dimensions
     if start == end:
         path.axis[node] = axis
@@ -176,9 +172,7 @@ def _prelu(path: NeuronPath, node: Node) -> None:
         name = path.graph.module(node)
         module = path.graph.model.get_submodule(name)
         if path.axis[source] != 1 or not isinstance(module, nn.PReLU):
-            raise Refusal(
-                f"prelu in {path.graph.place(node)} has a slope for each entry of another dimension"
-            )
+            raise Refusal(f"prelu in {path.graph.place(node)} has a slope for each entry of another dimension")
         path.add_slice(slope, f"slope of {name}", 0)
         path.sizes.append((name, "num_parameters"))
     path.axis[node] = path.axis[source]

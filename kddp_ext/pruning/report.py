@@ -79,7 +79,7 @@ class PruneReport:
 
     def __str__(self) -> str:
         widths = ", ".join(_widths(layer) for layer in self.layers)
-        parts = [f"pruned {self.pruned} neurons ({widths})", self._parameters()]
+        parts = [f"pruned {self.pruned} neuron{'s' * (self.pruned != 1)} ({widths})", self._parameters()]
         waiting = sum(layer.waiting for layer in self.layers)
         if waiting:
             parts.append(f"{waiting} inactive for less than patience")

@@ -29,9 +29,7 @@ class Taps:
                 hook = _DropoutHook()
                 self._handles.append(model.get_submodule(name).register_forward_hook(hook, with_kwargs=True))
             reader = model.get_submodule(group.readers[0].module)
-            self._handles.append(
-                reader.register_forward_pre_hook(_ReaderHook(self._values, group), with_kwargs=True)
-            )
+            self._handles.append(reader.register_forward_pre_hook(_ReaderHook(self._values, group), with_kwargs=True))
 
     def value(self, group: NeuronGroup) -> Tensor | None:
         """The value of the latest forward pass as (samples, neurons); None before any."""
@@ -78,9 +76,7 @@ class _ReaderHook(_Hook):
 
 
 class _DropoutHook(_Hook):
-    def __call__(
-        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor
-    ) -> None:
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> None:
         source = args[0] if args else kwargs["input"]
         if output is not source and not torch.compiler.is_exporting():
             setattr(output, _BEFORE_DROPOUT, source)

@@ -23,9 +23,7 @@ def check_model(model: nn.Module) -> None:
             "inside, model.module"
         )
     if isinstance(model, torch.jit.ScriptModule):
-        raise UnsupportedModelError(
-            "model: a scripted module cannot be changed; pass the module it was made from"
-        )
+        raise UnsupportedModelError("model: a scripted module cannot be changed; pass the module it was made from")
 
 
 def check_optimizer(optimizer: Optimizer | None, model: nn.Module) -> None:
@@ -33,9 +31,7 @@ def check_optimizer(optimizer: Optimizer | None, model: nn.Module) -> None:
     if optimizer is None:
         return
     if not isinstance(optimizer, Optimizer):
-        raise TypeError(
-            f"optimizer: expected a torch.optim.Optimizer or None, got {type(optimizer).__name__}"
-        )
+        raise TypeError(f"optimizer: expected a torch.optim.Optimizer or None, got {type(optimizer).__name__}")
     require_sliceable_optimizer(optimizer)
     held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
     if not any(id(parameter) in held for parameter in model.parameters()):
@@ -53,35 +49,23 @@ def choose_layers(
         if groups:
             return tuple(groups.values())
         reasons = "".join(f"\n  {name}: {reason}" for name, reason in refused.items())
-        raise UnsupportedModelError(
-            f"model: it has no layer that can be pruned{reasons or ', for it has no Linear'}"
-        )
-    if (
-        isinstance(layers, str)
-        or not isinstance(layers, Sequence)
-        or not all(isinstance(n, str) for n in layers)
-    ):
+        raise UnsupportedModelError(f"model: it has no layer that can be pruned{reasons or ', for it has no Linear'}")
+    if isinstance(layers, str) or not isinstance(layers, Sequence) or not all(isinstance(n, str) for n in layers):
         raise TypeError(f"layers: expected a list of layer names or None, got {layers!r}")
     if not layers or len(set(layers)) < len(layers):
         raise ValueError(f"layers: expected at least one name, each once, got {layers!r}")
     for name in layers:
         if name not in groups:
-            raise UnsupportedModelError(
-                f"layers: {name} cannot be pruned: {_reason(model, name, groups, refused)}"
-            )
+            raise UnsupportedModelError(f"layers: {name} cannot be pruned: {_reason(model, name, groups, refused)}")
     return tuple(group for name, group in groups.items() if name in layers)
 
 
-def _reason(
-    model: nn.Module, name: str, groups: Mapping[str, NeuronGroup], refused: Mapping[str, str]
-) -> str:
+def _reason(model: nn.Module, name: str, groups: Mapping[str, NeuronGroup], refused: Mapping[str, str]) -> str:
     if name in refused:
         return refused[name]
     modules = dict(model.named_modules(remove_duplicate=False))
     if name not in modules:
-        return (
-            f"the model has no such module; its layers that can be pruned are {', '.join(groups) or 'none'}"
-        )
+        return f"the model has no such module; its layers that can be pruned are {', '.join(groups) or 'none'}"
     return f"it is a {type(modules[name]).__name__}; only the neurons of Linear layers can be"
 
 

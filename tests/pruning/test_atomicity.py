@@ -10,14 +10,14 @@ from kddp_ext.pruner import DynamicPruner
 from kddp_ext.pruning import compaction
 
 
-class Injected(Exception):
+class InjectedError(Exception):
     pass
 
 
 class FailsAt:
     """Calls through to a function, but raises once: before or after its k-th call."""
 
-    def __init__(self, function, call, after, error=Injected):
+    def __init__(self, function, call, after, error=InjectedError):
         self.function, self.call, self.after, self.error, self.calls = function, call, after, error, 0
 
     def __call__(self, *args, **kwargs):
@@ -103,7 +103,7 @@ PLACES = {
 }
 
 
-@pytest.mark.parametrize("error", [Injected, KeyboardInterrupt])
+@pytest.mark.parametrize("error", [InjectedError, KeyboardInterrupt])
 @pytest.mark.parametrize("after", [False, True], ids=["before", "after"])
 @pytest.mark.parametrize("place", PLACES.values(), ids=list(PLACES))
 def test_a_failure_at_any_call_changes_nothing(monkeypatch, place, after, error):
@@ -138,12 +138,12 @@ def test_a_failure_at_an_attribute_changes_nothing(monkeypatch, owner, attribute
     def refuse_once(self, name, value):
         if name == attribute and not failures:
             failures.append(name)
-            raise Injected
+            raise InjectedError
         plain(self, name, value)
 
     with monkeypatch.context() as patch:
         patch.setattr(owner, "__setattr__", refuse_once)
-        with pytest.raises(Injected):
+        with pytest.raises(InjectedError):
             trained.pruner.prune()
     assert failures
     assert_same(before, trained.snapshot())

@@ -134,7 +134,8 @@ REFUSED = {
     ),
     "norm applied by hand": (
         lambda: Model(
-            lambda m, x: m.last(F.batch_norm(m.first(x), None, None, m.gain, None, True)), gain=nn.Parameter(torch.ones(8))
+            lambda m, x: m.last(F.batch_norm(m.first(x), None, None, m.gain, None, True)),
+            gain=nn.Parameter(torch.ones(8)),
         ),
         "first",
         "batch_norm in .* by hand; use nn.BatchNorm1d",
@@ -175,7 +176,11 @@ REFUSED = {
         "batch_norm in norm .* along another",
     ),
     "unreached": (lambda: Model(lambda m, x: m.last(m.first(x))), "second", "the forward pass does not reach it"),
-    "unread": (lambda: Model(lambda m, x: (m.first(x), m.last(m.second(x.repeat(1, 2)[:, :8])))[1]), "first", "nothing"),
+    "unread": (
+        lambda: Model(lambda m, x: (m.first(x), m.last(m.second(x.repeat(1, 2)[:, :8])))[1]),
+        "first",
+        "nothing",
+    ),
     "another head in training": (lambda: Model(only_in_training), "first", "differently|also leaves|outputs"),
     "without gradient": (
         lambda: Model(lambda m, x: m.last(no_grad_relu(m.first(x)))),
@@ -202,7 +207,9 @@ def test_refuses(make, layer, reason):
 
 def test_lists_every_reason_when_nothing_can_be_pruned():
     model = Model(lambda m, x: m.last(m.first(x).cumsum(1)))
-    with pytest.raises(UnsupportedModelError, match=r"(?s)no layer that can be pruned.*first: .*cumsum.*last: its neurons"):
+    with pytest.raises(
+        UnsupportedModelError, match=r"(?s)no layer that can be pruned.*first: .*cumsum.*last: its neurons"
+    ):
         DynamicPruner(model, example_inputs=(torch.randn(4, INPUTS),))
 
 
@@ -221,7 +228,7 @@ def test_convolutions_are_passed_over_and_refused_by_name():
 
 def test_names_the_layers_there_are():
     model = Model(lambda m, x: m.last(m.first(x)))
-    with pytest.raises(UnsupportedModelError, match="layers: fc9 .* no such module; .* are first"):
+    with pytest.raises(UnsupportedModelError, match=r"layers: fc9 .* no such module; .* are first"):
         DynamicPruner(model, example_inputs=(torch.randn(4, INPUTS),), layers=["fc9"])
 
 
@@ -235,5 +242,7 @@ def test_names_the_layers_there_are():
     ids=["wrong size", "one sample for a norm", "depends on the data"],
 )
 def test_a_forward_that_cannot_be_traced(model, inputs, reason):
-    with pytest.raises(UnsupportedModelError, match=rf"could not be traced in training mode with example_inputs: .*{reason}"):
+    with pytest.raises(
+        UnsupportedModelError, match=rf"could not be traced in training mode with example_inputs: .*{reason}"
+    ):
         find_neurons(model, (inputs,))

@@ -1,6 +1,7 @@
 """The traced slices are exactly a neuron's own: shown by perturbing them, on models of many spellings."""
 
 import copy
+import functools
 
 import pytest
 import torch
@@ -148,23 +149,24 @@ def outputs(model):
     return torch.cat([part.flatten() for part in (result if isinstance(result, tuple) else (result,))]).detach()
 
 
-def each_group():
-    for name, (constructor, layers) in ZOO.items():
-        for layer in layers:
-            yield pytest.param(constructor, layer, id=f"{name}-{layer}")
+@functools.cache
+def traced(name):
+    return find_neurons(make(ZOO[name][0]), (example(),))
 
 
-@pytest.mark.parametrize(("constructor", "layers"), ZOO.values(), ids=list(ZOO))
-def test_finds_the_layers(constructor, layers):
-    found = find_neurons(make(constructor), (example(),))
+GROUPS = [pytest.param(name, layer, id=f"{name}-{layer}") for name, (_, layers) in ZOO.items() for layer in layers]
+
+
+@pytest.mark.parametrize("name", ZOO)
+def test_finds_the_layers(name):
+    found, layers = traced(name), ZOO[name][1]
     assert list(found.groups) == layers
     assert not found.refused.keys() & set(layers)
 
 
-@pytest.mark.parametrize(("constructor", "layer"), each_group())
-def test_nan_in_a_slice_reaches_its_neuron_alone(constructor, layer):
-    model = make(constructor)
-    group = find_neurons(model, (example(),)).groups[layer]
+@pytest.mark.parametrize(("name", "layer"), GROUPS)
+def test_nan_in_a_slice_reaches_its_neuron_alone(name, layer):
+    model, group = make(ZOO[name][0]), traced(name).groups[layer]
     readers = {reader.weight for reader in group.readers}
     for stored, axis in group.slices:
         if stored in readers:
@@ -178,10 +180,9 @@ def test_nan_in_a_slice_reaches_its_neuron_alone(constructor, layer):
                 assert poisoned.any(0).nonzero().flatten().tolist() == [neuron]
 
 
-@pytest.mark.parametrize(("constructor", "layer"), each_group())
-def test_zeroed_columns_cut_a_neuron_off(constructor, layer):
-    model = make(constructor)
-    group = find_neurons(model, (example(),)).groups[layer]
+@pytest.mark.parametrize(("name", "layer"), GROUPS)
+def test_zeroed_columns_cut_a_neuron_off(name, layer):
+    model, group = make(ZOO[name][0]), traced(name).groups[layer]
     for neuron in range(group.width):
         for reader in group.readers:
             model.get_submodule(reader.module).weight.data[:, neuron] = 0

@@ -1,0 +1,178 @@
+"""Which neurons count as inactive, which of them the guards keep, and what compensation leaves behind."""
+
+import copy
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import nn
+
+from kddp_ext.pruner import DynamicPruner
+from kddp_ext.pruning.criteria import CRITERIA, neurons_to_keep, outgoing_norms
+from kddp_ext.statistics import NeuronStatistics
+
+
+def observed(*batches):
+    statistics = NeuronStatistics(batches[0].shape[1])
+    for batch in batches:
+        statistics.observe(batch)
+    return statistics
+
+
+def test_formulas():
+    h = torch.tensor([[0.0, 1.0, -2.0, 5.0], [0.0, 3.0, 0.0, 5.0], [0.0, -1.0, 2.0, 5.0]], dtype=torch.float64)
+    weights = [torch.tensor([[1.0, 2.0, 0.5, 9.0]]), torch.tensor([[0.0, 0.0, 2.0, 1.0], [3.0, 1.0, 0.0, 1.0]])]
+    outgoing = outgoing_norms(weights)
+    torch.testing.assert_close(outgoing, torch.cat(weights).double().norm(dim=0))
+    statistics = observed(h[:1], h[1:])
+    contribution = outgoing * h.std(0, unbiased=False)
+    torch.testing.assert_close(CRITERIA["contribution"](statistics, outgoing), contribution / contribution.max())
+    torch.testing.assert_close(CRITERIA["mean_activation"](statistics, outgoing), h.abs().mean(0) / 5)
+    expected = torch.tensor([0, 1, 2 / 3, 1], dtype=torch.float64)
+    torch.testing.assert_close(CRITERIA["apoz"](statistics, outgoing), expected)
+    assert CRITERIA["dead"](statistics, outgoing).tolist() == [0, 1, 1, 1]
+
+
+@given(scales=st.lists(st.floats(1e-3, 1e3), min_size=5, max_size=5), seed=st.integers(0, 100))
+def test_contribution_is_blind_to_scale_between_layers(scales, seed):
+    """Shrinking W1 and growing W2 cheats the penalty and mean activations, not this."""
+    generator = torch.Generator().manual_seed(seed)
+    h, weight = torch.randn(20, 5, generator=generator).double(), torch.randn(3, 5, generator=generator).double()
+    scale = torch.tensor(scales, dtype=torch.float64)
+    plain = CRITERIA["contribution"](observed(h), outgoing_norms([weight]))
+    scaled = CRITERIA["contribution"](observed(h * scale), outgoing_norms([weight / scale]))
+    torch.testing.assert_close(scaled, plain, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("criterion", ["contribution", "mean_activation"])
+def test_a_layer_without_any_activity_is_left_alone(criterion):
+    activity = CRITERIA[criterion](observed(torch.zeros(4, 3)), torch.ones(3, dtype=torch.float64))
+    assert activity.tolist() == [1, 1, 1]
+
+
+@st.composite
+def marked_neurons(draw):
+    marked = draw(st.lists(st.booleans(), min_size=1, max_size=70))
+    levels = st.sampled_from([0.0, 0.25, 0.5, 1.0])
+    activity = draw(st.lists(levels, min_size=len(marked), max_size=len(marked)))
+    return torch.tensor(marked), torch.tensor(activity, dtype=torch.float64)
+
+
+@given(neurons=marked_neurons(), minimum_width=st.integers(1, 80), round_to=st.sampled_from([1, 2, 3, 8, 16, 100]))
+def test_guards(neurons, minimum_width, round_to):
+    marked, activity = neurons
+    keep = neurons_to_keep(marked, activity, minimum_width=minimum_width, round_to=round_to)
+    width, left = len(marked), len(keep)
+    kept = torch.zeros(width, dtype=torch.bool)
+    kept[keep] = True
+    assert keep.tolist() == sorted(set(keep.tolist()))
+    assert bool(kept[~marked].all())  # only marked neurons go
+    assert left >= min(minimum_width, width)
+    assert left == width or left % round_to == 0
+    # No fewer could have stayed, and those that go are no more active than any marked one that stays.
+    smaller = left - round_to
+    assert smaller < max(minimum_width, int((~marked).sum()))
+    gone, spared = activity[~kept], activity[kept & marked]
+    if len(gone) and len(spared):
+        assert gone.max() <= spared.min()
+
+
+def constant_neuron(*behind):
+    """Two of the five neurons put out a constant that is not zero; then `behind`."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 5), nn.Sigmoid(), *behind).double()
+    with torch.no_grad():
+        model[0].weight[[1, 4]] = 0
+        model[0].bias[[1, 4]] = torch.tensor([0.3, -2.0]).double()
+    return model
+
+
+BEHIND = {
+    "bias": lambda: [nn.Linear(5, 3)],
+    "bias and norm": lambda: [nn.Linear(5, 6), nn.BatchNorm1d(6), nn.Linear(6, 3)],
+    "norm without bias": lambda: [nn.Linear(5, 6, bias=False), nn.BatchNorm1d(6), nn.ReLU(), nn.Linear(6, 3)],
+    "norm without bias or affine": lambda: [
+        nn.Linear(5, 6, bias=False),
+        nn.BatchNorm1d(6, affine=False),
+        nn.Linear(6, 3),
+    ],
+}
+SHIFTED = {
+    "bias": "2.bias",
+    "bias and norm": "2.bias",
+    "norm without bias": "3.running_mean",
+    "norm without bias or affine": "3.running_mean",
+}
+
+
+@pytest.mark.parametrize("name", BEHIND)
+def test_compensation_replaces_a_constant_neuron_exactly(name):
+    model = constant_neuron(*BEHIND[name]())
+    x = torch.randn(50, 4, dtype=torch.float64)
+    model.train()(x)
+    whole = copy.deepcopy(model)
+    pruner = DynamicPruner(model, example_inputs=(x,), patience=1, layers=["0"])
+    model.eval()(x)
+    pruner.activations.observe()
+    report = pruner.prune()
+    assert report.layers[0].pruned == (1, 4)
+    assert report.layers[0].compensated == (SHIFTED[name],)
+    torch.testing.assert_close(model.eval()(x), whole.eval()(x), rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(model.train()(x), whole.train()(x), rtol=1e-12, atol=1e-12)
+
+
+def test_compensation_reaches_every_reader():
+    class TwoHeads(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.body, self.left, self.right = constant_neuron(), nn.Linear(5, 3).double(), nn.Linear(5, 2).double()
+
+        def forward(self, x):
+            h = self.body(x)
+            return torch.cat([self.left(h), self.right(h)], 1)
+
+    model, x = TwoHeads(), torch.randn(20, 4, dtype=torch.float64)
+    expected = model(x)
+    pruner = DynamicPruner(model, example_inputs=(x,), patience=1)
+    model(x)
+    pruner.activations.observe()
+    assert pruner.prune().layers[0].compensated == ("left.bias", "right.bias")
+    torch.testing.assert_close(model(x), expected, rtol=1e-12, atol=1e-12)
+
+
+def test_says_where_compensation_is_impossible():
+    model, x = constant_neuron(nn.Linear(5, 3, bias=False)), torch.randn(20, 4, dtype=torch.float64)
+    pruner = DynamicPruner(model, example_inputs=(x,), patience=1)
+    model(x)
+    pruner.activations.observe()
+    report = pruner.prune()
+    assert report.layers[0].uncompensated == ("2",)
+    assert "not compensated, for want of a bias: 2" in str(report)
+
+
+def test_compensation_can_be_turned_off():
+    model, x = constant_neuron(nn.Linear(5, 3)), torch.randn(20, 4, dtype=torch.float64)
+    bias = model[2].bias.detach().clone()
+    pruner = DynamicPruner(model, example_inputs=(x,), patience=1, compensate=False)
+    model(x)
+    pruner.activations.observe()
+    assert pruner.prune().layers[0].compensated == ()
+    assert torch.equal(model[2].bias, bias)
+
+
+@pytest.mark.parametrize("compensate", [True, False])
+def test_compensation_keeps_the_mean_of_the_next_layer(compensate):
+    """Of neurons that vary, what varies is lost and the mean stays; without it, both are lost."""
+    torch.manual_seed(1)
+    model = nn.Sequential(nn.Linear(8, 64), nn.Softplus(), nn.Linear(64, 4)).double()
+    x = torch.randn(500, 8, dtype=torch.float64)
+    pruner = DynamicPruner(model, example_inputs=(x[:2],), threshold=0.5, patience=1, compensate=compensate)
+    before = model(x).detach()
+    h, outgoing = pruner.activations[0].detach(), model[2].weight.detach().clone()
+    pruner.activations.observe()
+    pruned = list(pruner.prune().layers[0].pruned)
+    assert len(pruned) > 5
+    lost = (h - h.mean(0) if compensate else h)[:, pruned] @ outgoing[:, pruned].T
+    torch.testing.assert_close(before - model(x).detach(), lost, rtol=1e-10, atol=1e-12)
+    assert (float(lost.mean(0).abs().max()) < 1e-12) == compensate

@@ -1,0 +1,135 @@
+"""The history replays on a fresh model, once, and refuses what contradicts it."""
+
+import json
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import nn
+
+from kddp_ext.pruning.history import PruningHistory
+
+
+def make_model(width=8):
+    torch.manual_seed(0)
+    return nn.Sequential(
+        nn.Linear(5, width), nn.BatchNorm1d(width), nn.ReLU(), nn.Linear(width, 6), nn.ReLU(), nn.Linear(6, 3)
+    )
+
+
+EXAMPLE = (torch.zeros(2, 5),)
+
+
+def history():
+    result = PruningHistory({"0": 8, "3": 6})
+    result.add_step({"0": [2, 7], "3": []})
+    result.add_step({"0": [0], "3": [5]})
+    return result
+
+
+def test_widths_and_indices():
+    assert history().widths == {"0": 5, "3": 5}
+    assert history().pruned("0") == [0, 2, 7]
+    assert history().kept("0") == [1, 3, 4, 5, 6]
+    assert history().steps == [{"0": [2, 7]}, {"0": [0], "3": [5]}]
+    assert repr(history()) == "PruningHistory(0 8→5, 3 6→5; 2 steps)"
+
+
+def test_replay_gives_the_kept_slices():
+    model, whole = make_model(), make_model()
+    history().replay(model, EXAMPLE)
+    rows, columns = torch.tensor([1, 3, 4, 5, 6]), torch.tensor([0, 1, 2, 3, 4])
+    assert torch.equal(model[0].weight, whole[0].weight[rows])
+    assert torch.equal(model[1].running_var, whole[1].running_var[rows])
+    assert torch.equal(model[3].weight, whole[3].weight[columns][:, rows])
+    assert torch.equal(model[3].bias, whole[3].bias[columns])
+    assert torch.equal(model[5].weight, whole[5].weight[:, columns])
+    assert model(torch.zeros(4, 5)).shape == (4, 3)
+
+
+def test_replaying_twice_is_refused():
+    model = make_model()
+    history().replay(model, EXAMPLE)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    with pytest.raises(ValueError, match="model: 0 has 5 neurons where the history starts from 8; replay it once"):
+        history().replay(model, EXAMPLE)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+def test_an_empty_history_checks_the_widths():
+    PruningHistory({"0": 8}).replay(make_model(), EXAMPLE)
+    with pytest.raises(ValueError, match="model: 0 has 7 neurons where the history starts from 8"):
+        PruningHistory({"0": 8}).replay(make_model(width=7), EXAMPLE)
+
+
+@pytest.mark.parametrize(
+    ("layer", "reason"), [("5", "its neurons are the model's outputs"), ("fc", "it has no such Linear layer")]
+)
+def test_replay_on_another_architecture(layer, reason):
+    with pytest.raises(ValueError, match=f"model: the history is of a layer '{layer}' .*: {reason}"):
+        PruningHistory({layer: 3}).replay(make_model(), EXAMPLE)
+
+
+@given(
+    widths=st.dictionaries(st.text(min_size=1, max_size=5), st.integers(2, 30), max_size=4),
+    data=st.data(),
+)
+def test_json_round_trip(widths, data):
+    original = PruningHistory(widths)
+    for layer, width in widths.items():
+        gone = data.draw(st.lists(st.integers(0, width - 1), unique=True, max_size=width - 1))
+        original.add_step({layer: gone[:2]})
+        original.add_step({layer: gone[2:]})
+    assert PruningHistory.from_json(original.to_json()) == original
+    assert all(len(original.kept(layer)) + len(original.pruned(layer)) == width for layer, width in widths.items())
+
+
+@pytest.mark.parametrize(
+    ("step", "reason"),
+    [
+        ({"0": [8]}, "0 has neurons 0 to 7, got 8"),
+        ({"0": [-1]}, "0 has neurons 0 to 7, got -1"),
+        ({"0": [1.0]}, "0 has neurons 0 to 7, got 1.0"),
+        ({"0": [True]}, "got True"),
+        ({"0": [1, 1]}, "neuron 1 of 0 is pruned twice"),
+        ({"0": [2]}, "neuron 2 of 0 is pruned twice"),
+        ({"3": [0, 1, 2, 3, 4]}, "3 would lose all of its 6 neurons"),
+        ({"0": [1], "9": [0]}, "no layer '9'"),
+    ],
+)
+def test_wrong_steps_are_refused_whole(step, reason):
+    present = history()
+    with pytest.raises(ValueError, match=reason):
+        present.add_step(step)
+    assert present == history()
+    content = json.loads(present.to_json())
+    content["steps"].append(step)
+    with pytest.raises(ValueError, match=reason):
+        PruningHistory.from_json(json.dumps(content))
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        ("", "expected the JSON of a pruning history"),
+        ("{", "expected the JSON of a pruning history"),
+        (None, "expected the JSON of a pruning history"),
+        ("[1, 2]", r"expected JSON with format .* got \[1, 2\]"),
+        ('{"format": "other"}', "expected JSON with format 'kddp_ext.pruning_history'"),
+        ('{"format": "kddp_ext.pruning_history", "version": 2}', "expected a history of version 1, got 2"),
+        ('{"format": "kddp_ext.pruning_history", "version": 1, "original_widths": [], "steps": []}', "original_widths"),
+        (
+            '{"format": "kddp_ext.pruning_history", "version": 1, "original_widths": {"a": 0}, "steps": []}',
+            "at least 1",
+        ),
+        ('{"format": "kddp_ext.pruning_history", "version": 1, "original_widths": {"a": 2}}', "a list of steps"),
+        (
+            '{"format": "kddp_ext.pruning_history", "version": 1, "original_widths": {"a": 2}, "steps": [{"a": 1}]}',
+            "each step to hold lists",
+        ),
+    ],
+)
+def test_other_text_is_refused(text, reason):
+    with pytest.raises(ValueError, match=reason):
+        PruningHistory.from_json(text)

@@ -1,0 +1,418 @@
+"""The pruner in a training loop: what it observes, when it prunes, what it refuses, how it resumes."""
+
+import copy
+import gc
+import io
+import pickle
+import weakref
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import kddp_ext
+from kddp_ext.pruner import DynamicPruner
+from kddp_ext.pruning.history import PruningHistory
+from kddp_ext.pruning.neurons import UnsupportedModelError
+
+INPUTS = 5
+
+
+def make_model(width=8, dropout=0.0):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(INPUTS, width), nn.ReLU(), nn.Dropout(dropout), nn.Linear(width, 3))
+    with torch.no_grad():
+        model[0].bias += 1  # no neuron is dead unless a test kills it
+    return model
+
+
+def example(rows=6):
+    return torch.randn(rows, INPUTS, generator=torch.Generator().manual_seed(1))
+
+
+def make_pruner(model, optimizer=None, **options):
+    return DynamicPruner(model, optimizer, **{"example_inputs": (example(),), "patience": 1, **options})
+
+
+def kill(model, neurons):
+    with torch.no_grad():
+        model[0].weight[neurons] = 0
+        model[0].bias[neurons] = -1
+
+
+def observe(pruner, rows=6):
+    pruner.model(example(rows))
+    pruner.activations.observe()
+
+
+# --- what is observed
+
+
+def test_activations_are_what_the_next_linear_reads_before_its_dropout():
+    model = make_model(dropout=0.5)
+    pruner = make_pruner(model)
+    x = example()
+    logits = model.train()(x)
+    (activation,) = pruner.activations
+    assert torch.equal(activation, F.relu(F.linear(x, model[0].weight, model[0].bias)))
+    (gradient,) = torch.autograd.grad(logits.sum(), activation)
+    assert gradient.shape == activation.shape
+
+
+class SharedDropout(nn.Module):
+    """One dropout module in three places, in one of them not in front of a reader."""
+
+    def __init__(self):
+        super().__init__()
+        self.drop = nn.Dropout(0.5)
+        self.first, self.second, self.last = nn.Linear(INPUTS, 8), nn.Linear(8, 7), nn.Linear(7, 3)
+
+    def forward(self, x):
+        x = self.drop(self.first(self.drop(x)).relu())
+        return self.last(F.relu(self.drop(self.second(x)), inplace=True))
+
+
+def test_a_shared_dropout_is_told_apart():
+    model, seen = SharedDropout(), {}
+    pruner = make_pruner(model)
+    assert list(pruner.widths) == ["first", "second"]
+    model.first.register_forward_hook(lambda module, args, output: seen.update(first=output))
+    model.last.register_forward_pre_hook(lambda module, args: seen.update(second=args[0]))
+    model(example())
+    first, second = pruner.activations
+    assert torch.equal(first, seen["first"].relu())
+    assert second is seen["second"]
+
+
+def test_functional_and_in_place_dropouts_are_read_behind():
+    model = make_model(dropout=0.5)
+    model[2].inplace = True
+    pruner = make_pruner(model)
+    model.train()(example())
+    assert (pruner.activations[0] == 0).any()
+
+
+def test_positions_of_a_sequence_are_samples():
+    model = make_model()
+    pruner = make_pruner(model, example_inputs=(torch.randn(2, 3, INPUTS),))
+    model(torch.randn(4, 3, INPUTS))
+    assert pruner.activations[0].shape == (12, 8)
+
+
+def test_the_loss_fills_the_statistics_and_a_validation_pass_does_not():
+    model = make_model()
+    pruner = make_pruner(model)
+    x, labels = example(), torch.zeros(6, dtype=torch.int64)
+    kddp_ext.fused_kd_l1_loss(model(x), None, labels, pruner.activations, alpha=0.0, l1_weight=1e-3)
+    with torch.no_grad():
+        kddp_ext.fused_kd_l1_loss(model(x), None, labels, pruner.activations, alpha=0.0, l1_weight=1e-3)
+    statistics = pruner.statistics["0"]
+    assert statistics.rows == 6
+    expected = F.relu(F.linear(x, model[0].weight, model[0].bias)).double().sum(0)
+    torch.testing.assert_close(statistics.sum, expected)
+
+
+def test_activations_need_a_forward():
+    model = make_model()
+    pruner = make_pruner(model)
+    with pytest.raises(RuntimeError, match=r"activations: no forward pass has reached 0 .*call the model first"):
+        _ = pruner.activations
+    observe(pruner)
+    pruner.prune()
+    with pytest.raises(RuntimeError, match="no forward pass"):
+        _ = pruner.activations
+
+
+def test_prune_needs_statistics():
+    model = make_model()
+    pruner = make_pruner(model)
+    model(example())
+    with pytest.raises(
+        RuntimeError, match=r"no statistics of 0 .* fused_kd_l1_loss .* pruner\.activations\.observe\(\)"
+    ):
+        pruner.prune()
+    observe(pruner)
+    pruner.prune()
+    with pytest.raises(RuntimeError, match="no statistics"):
+        pruner.prune()
+
+
+# --- when it prunes
+
+
+def test_patience_counts_checks_in_a_row():
+    model = make_model()
+    pruner = make_pruner(model, patience=3, criterion="dead")
+    alive = copy.deepcopy(model.state_dict())
+    pruned = []
+    for dead in ([2], [2], [], [2, 4], [2, 4], [2]):
+        model.load_state_dict(alive)
+        kill(model, dead)
+        observe(pruner)
+        before = pruner.state_dict()["inactive_checks"]["0"][2]
+        report = pruner.prune()
+        pruned.append(report.layers[0].pruned)
+        assert pruner.widths["0"] == 8 - report.pruned
+        assert report.layers[0].waiting == len(dead) - report.pruned
+        assert before <= 2
+    assert pruned == [(), (), (), (), (), (2,)]
+
+
+def test_statistics_start_afresh_after_a_check():
+    model = make_model()
+    pruner = make_pruner(model, criterion="dead")
+    observe(pruner)
+    assert pruner.prune().pruned == 0
+    kill(model, [1, 6])  # alive before the check, dead since
+    observe(pruner)
+    assert pruner.prune().layers[0].pruned == (1, 6)
+
+
+def test_reports_original_indices():
+    model = make_model()
+    pruner = make_pruner(model, criterion="dead")
+    kill(model, [0, 5])
+    observe(pruner)
+    assert pruner.prune().layers[0].pruned == (0, 5)
+    kill(model, [0, 5])  # by now the original neurons 1 and 7
+    observe(pruner)
+    report = pruner.prune()
+    assert report.layers[0].pruned == (1, 7)
+    assert pruner.history.steps == [{"0": [0, 5]}, {"0": [1, 7]}]
+    assert pruner.widths == pruner.history.widths == {"0": 4}
+    assert (model[0].out_features, model[3].in_features) == (4, 4)
+
+
+def test_pruning_again_at_once_prunes_nothing():
+    model = make_model(width=40)
+    pruner = make_pruner(model, threshold=0.4)
+    observe(pruner, 50)
+    assert pruner.prune().pruned > 0
+    observe(pruner, 50)
+    report = pruner.prune()
+    assert report.pruned == 0
+    assert str(report).startswith("pruned 0 neurons (0: ")
+
+
+def test_guards_are_reported():
+    model = make_model()
+    pruner = make_pruner(model, criterion="dead", round_to=4, minimum_width=2)
+    kill(model, [0, 1, 2])
+    observe(pruner)
+    report = pruner.prune()
+    assert report.pruned == 0
+    assert report.layers[0].kept_by_guards == 3
+    assert "3 kept by minimum_width or round_to" in str(report)
+    kill(model, [0, 1, 2, 3, 4, 5, 6, 7])
+    observe(pruner)
+    assert pruner.prune().layers[0].pruned == (4, 5, 6, 7)
+    assert pruner.widths == {"0": 4}
+
+
+def test_report_counts_parameters():
+    model = make_model()
+    pruner = make_pruner(model, criterion="dead")
+    kill(model, [3])
+    observe(pruner)
+    report = pruner.prune()
+    assert report.parameters_before == 8 * INPUTS + 8 + 3 * 8 + 3
+    assert report.parameters_after == 7 * INPUTS + 7 + 3 * 7 + 3 == sum(p.numel() for p in model.parameters())
+    assert str(report) == "pruned 1 neuron (0: 8 → 7); parameters 75 → 66 (-12.0%)"
+
+
+def test_only_the_layers_asked_for():
+    model = nn.Sequential(nn.Linear(INPUTS, 6), nn.ReLU(), nn.Linear(6, 6), nn.ReLU(), nn.Linear(6, 3))
+    assert list(make_pruner(model).widths) == ["0", "2"]
+    pruner = make_pruner(model, layers=["2"])
+    assert list(pruner.widths) == ["2"]
+    assert pruner.refused.keys() == {"4"}
+
+
+def test_the_training_loop_of_the_readme():
+    torch.manual_seed(0)
+    student = nn.Sequential(nn.Linear(INPUTS, 30), nn.BatchNorm1d(30), nn.ReLU(), nn.Linear(30, 3))
+    teacher = nn.Linear(INPUTS, 3)
+    optimizer = torch.optim.Adam(student.parameters(), lr=0.02)
+    pruner = DynamicPruner(student, optimizer, example_inputs=(example(2),), threshold=0.05)
+    for _ in range(6):
+        for _ in range(15):
+            x = torch.randn(32, INPUTS)
+            logits = student(x)
+            with torch.no_grad():
+                teacher_logits = teacher(x)
+            loss = kddp_ext.fused_kd_l1_loss(
+                logits, teacher_logits, teacher_logits.argmax(1), pruner.activations, l1_weight=0.1
+            )
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+        pruner.prune()
+    assert pruner.widths["0"] < 30
+    assert (student(x).argmax(1) == teacher(x).argmax(1)).float().mean() > 0.8
+
+
+# --- hooks
+
+
+def test_copies_and_pickles_of_the_model_are_plain():
+    model = make_model(dropout=0.1)
+    pruner = make_pruner(model)
+    observe(pruner)
+    seen = pruner.activations[0]
+    for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        other(example())
+        assert pruner.activations[0] is seen
+
+
+def test_a_pruner_that_is_dropped_takes_its_hooks_along():
+    model = make_model(dropout=0.1)
+    pruner = make_pruner(model)
+    observe(pruner)
+    reference = weakref.ref(pruner)
+    del pruner
+    gc.collect()
+    assert reference() is None
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
+
+
+def test_close():
+    model = make_model(dropout=0.1)
+    pruner = make_pruner(model)
+    observe(pruner)
+    pruner.close()
+    pruner.close()
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
+    with pytest.raises(RuntimeError, match="prune: the pruner is closed"):
+        pruner.prune()
+    with pytest.raises(RuntimeError, match="activations: the pruner is closed"):
+        _ = pruner.activations
+    assert pruner.history.widths == {"0": 8}
+
+
+def test_a_second_pruner_does_not_disturb_the_first():
+    model = make_model()
+    first = make_pruner(model)
+    observe(first)
+    value = first.activations[0]
+    make_pruner(model)
+    assert first.activations[0] is value
+
+
+# --- resuming
+
+
+def test_state_resumes_in_a_rebuilt_student():
+    model = make_model()
+    pruner = make_pruner(model, criterion="dead", patience=2)
+    for dead in ([1, 2], [1, 2], [0, 3]):
+        kill(model, dead)
+        observe(pruner)
+        pruner.prune()
+    observe(pruner)
+    buffer = io.BytesIO()
+    torch.save({"pruner": pruner.state_dict(), "model": model.state_dict()}, buffer)
+    buffer.seek(0)
+    checkpoint = torch.load(buffer, weights_only=True)
+
+    rebuilt = make_model()
+    PruningHistory.from_json(checkpoint["pruner"]["history"]).replay(rebuilt, (example(),))
+    rebuilt.load_state_dict(checkpoint["model"])
+    resumed = make_pruner(rebuilt, criterion="dead", patience=2)
+    resumed.load_state_dict(checkpoint["pruner"])
+    assert resumed.history == pruner.history
+    assert torch.equal(resumed.statistics["0"].values, pruner.statistics["0"].values)
+    reports = [each.prune() for each in (pruner, resumed)]
+    assert reports[0] == reports[1]
+    assert reports[0].pruned == 2
+    for a, b in zip(model.parameters(), rebuilt.parameters(), strict=True):
+        assert torch.equal(a, b)
+
+
+def spoiled(key, value):
+    def spoil(state):
+        return {**state, key: value}
+
+    return spoil
+
+
+@pytest.mark.parametrize(
+    ("spoil", "reason"),
+    [
+        (spoiled("version", 99), "state: expected the state of a DynamicPruner, version 1"),
+        (lambda state: [], "state: expected the state of a DynamicPruner"),
+        (lambda state: {"version": 1}, "state: history, inactive_checks, statistics missing"),
+        (spoiled("history", "nonsense"), "expected the JSON of a pruning history"),
+        (spoiled("statistics", {}), "expected statistics and counters of the 8 neurons of 0"),
+        (spoiled("inactive_checks", {"0": torch.zeros(3)}), "expected statistics and counters of the 8 neurons of 0"),
+        (
+            lambda state: {**state, "statistics": {"0": {"values": torch.zeros(5, 3), "rows": 1}}},
+            "statistics of 8 neurons",
+        ),
+    ],
+)
+def test_a_bad_state_changes_nothing(spoil, reason):
+    pruner = make_pruner(make_model())
+    observe(pruner)
+    before = pruner._state
+    with pytest.raises(ValueError, match=reason):
+        pruner.load_state_dict(spoil(pruner.state_dict()))
+    assert pruner._state is before
+
+
+def test_a_state_of_another_width_is_refused():
+    state = make_pruner(make_model(width=7)).state_dict()
+    with pytest.raises(ValueError, match=r"state: it is of a model with widths {'0': 7}, .* {'0': 8}; replay"):
+        make_pruner(make_model(width=8)).load_state_dict(state)
+
+
+# --- arguments
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "reason"),
+    [
+        ({"example_inputs": torch.zeros(2, INPUTS)}, TypeError, r"example_inputs: expected a tuple .* got Tensor"),
+        ({"criterion": "magic"}, ValueError, "criterion: expected one of contribution, .* got 'magic'"),
+        ({"threshold": 0}, ValueError, "threshold: expected more than 0 and at most 1, got 0"),
+        ({"threshold": float("nan")}, ValueError, "threshold: .* got nan"),
+        ({"threshold": 1.5}, ValueError, "threshold: .* got 1.5"),
+        ({"threshold": "0.1"}, TypeError, "threshold: expected a number, got '0.1'"),
+        ({"patience": 0}, ValueError, "patience: expected at least 1, got 0"),
+        ({"patience": 1.0}, TypeError, "patience: expected a whole number, got 1.0"),
+        ({"patience": True}, TypeError, "patience: expected a whole number, got True"),
+        ({"minimum_width": 0}, ValueError, "minimum_width: expected at least 1, got 0"),
+        ({"round_to": -8}, ValueError, "round_to: expected at least 1, got -8"),
+        ({"compensate": 1}, TypeError, "compensate: expected True or False, got 1"),
+        ({"layers": "0"}, TypeError, "layers: expected a list of layer names or None, got '0'"),
+        ({"layers": [0]}, TypeError, "layers: expected a list of layer names"),
+        ({"layers": []}, ValueError, "layers: expected at least one name"),
+        ({"layers": ["0", "0"]}, ValueError, "layers: .* each once"),
+        ({"layers": ["3"]}, UnsupportedModelError, "layers: 3 cannot be pruned: its neurons are the model's outputs"),
+        ({"optimizer": "sgd"}, TypeError, "optimizer: expected a torch.optim.Optimizer or None, got str"),
+    ],
+)
+def test_wrong_arguments_are_named(options, error, reason):
+    model = make_model()
+    with pytest.raises(error, match=reason):
+        make_pruner(model, **options)
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
+
+
+def test_wrong_models_and_optimizers_are_named():
+    model = make_model()
+    with pytest.raises(TypeError, match=r"model: expected a torch.nn.Module, got function"):
+        make_pruner(lambda x: x)
+    with pytest.raises(UnsupportedModelError, match=r"DataParallel .* pass the module inside, model\.module"):
+        make_pruner(nn.DataParallel(model))
+    with pytest.raises(ValueError, match="optimizer: it holds none of the model's parameters"):
+        make_pruner(model, torch.optim.SGD(make_model().parameters(), lr=0.1))
+    with pytest.raises(ValueError, match="optimizer: LBFGS keeps one flat history"):
+        make_pruner(model, torch.optim.LBFGS(model.parameters()))
+
+
+@pytest.mark.parametrize("layers", [["0"], None])
+def test_the_last_linear_is_never_pruned(layers):
+    model = nn.Sequential(nn.Linear(INPUTS, 3))
+    with pytest.raises(UnsupportedModelError, match="its neurons are the model's outputs"):
+        make_pruner(model, layers=layers)
