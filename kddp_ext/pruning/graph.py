@@ -53,8 +53,9 @@ class OperationGraph:
     def __init__(self, model: nn.Module, example_inputs: tuple[Any, ...], *, training: bool) -> None:
         self.model = model
         self.training = training
-        with _unchanged_modules(model, training), torch.enable_grad(), warnings.catch_warnings():
+        with unchanged_modules(model), torch.enable_grad(), warnings.catch_warnings():
             warnings.simplefilter("ignore")
+            _set_mode(model, training)
             try:
                 program = torch.export.export(model, example_inputs, strict=False)
             except Exception as error:  # whatever the user's forward raises on these inputs
@@ -66,6 +67,7 @@ class OperationGraph:
         signature = program.graph_signature
         names = {**signature.inputs_to_parameters, **signature.inputs_to_buffers}
         self.nodes: list[Node] = list(program.graph.nodes)
+        self.constants: dict[str, Any] = dict(program.constants)
         self._stored = {node: names[node.name] for node in self.nodes if node.name in names}
         self._holders = _holders(model)
         # A module registered under several names goes by its first, whichever one torch.export chose.
@@ -133,21 +135,30 @@ class OperationGraph:
 
 
 @contextmanager
-def _unchanged_modules(model: nn.Module, training: bool) -> Iterator[None]:
-    # A forward that keeps something on `self` would keep a fake tensor; modes live in the same dictionaries.
-    attributes = [(module, dict(module.__dict__), dict(module._buffers)) for module in model.modules()]
+def unchanged_modules(model: nn.Module) -> Iterator[None]:
+    """Put attributes, modes, parameters and buffers back at the end, whatever was assigned in between.
+
+    A forward pass that keeps something on `self` would otherwise keep a fake tensor.
+    """
+    before = [(module, dict(module.__dict__)) for module in model.modules()]
+    stores: list[dict[str, Any]] = [store for m, _ in before for store in (m._parameters, m._buffers)]
+    tensors = [(store, dict(store)) for store in stores]
     try:
-        for module, _, _ in attributes:
-            module.training = training
-            if isinstance(module, nn.modules.batchnorm._NormBase) and module.momentum is None:
-                module.momentum = 0.1  # a cumulative average reads its counter as a number, which fake tensors lack
         yield
     finally:
-        for module, before, buffers in attributes:
+        for module, attributes in before:
             module.__dict__.clear()
-            module.__dict__.update(before)
-            module._buffers.clear()
-            module._buffers.update(buffers)
+            module.__dict__.update(attributes)
+        for store, content in tensors:
+            store.clear()
+            store.update(content)
+
+
+def _set_mode(model: nn.Module, training: bool) -> None:
+    for module in model.modules():
+        module.training = training
+        if isinstance(module, nn.modules.batchnorm._NormBase) and module.momentum is None:
+            module.momentum = 0.1  # a cumulative average reads its counter as a number, which fake tensors lack
 
 
 def _storage(tensor: Tensor) -> tuple[Any, int]:

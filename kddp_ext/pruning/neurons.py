@@ -7,13 +7,14 @@ says why it cannot.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from torch import nn
 from torch.fx import Node
 
 from kddp_ext.pruning.graph import OperationGraph, Refusal, StoredTensor
+from kddp_ext.pruning.narrowing import difference, one_neuron_fewer
 from kddp_ext.pruning.operations import NeuronPath, operation_name, shape_of
 
 
@@ -79,7 +80,9 @@ class TracedNeurons:
 
 
 def find_neurons(model: nn.Module, example_inputs: tuple[Any, ...]) -> TracedNeurons:
-    """Trace the model in training and in evaluation mode; a group is accepted where both agree.
+    """Trace the model in training and in evaluation mode; a layer is accepted where both agree.
+
+    What was found is proven by tracing the model again with one neuron fewer in each layer: see `narrowing`.
 
     Args:
         model: the model; nothing of it is changed.
@@ -89,9 +92,21 @@ def find_neurons(model: nn.Module, example_inputs: tuple[Any, ...]) -> TracedNeu
         UnsupportedModelError: the forward pass cannot be traced.
     """
     try:
-        training, evaluation = (_trace(OperationGraph(model, example_inputs, training=mode)) for mode in (True, False))
+        graphs = [OperationGraph(model, example_inputs, training=mode) for mode in (True, False)]
     except Refusal as refusal:
         raise UnsupportedModelError(str(refusal)) from refusal
+    groups, refused = _agreed(*[_trace(graph) for graph in graphs])
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Linear) and name not in groups:
+            refused.setdefault(name, "the forward pass does not reach it as a Linear")
+
+    refuted = _refuted(graphs, example_inputs, [group for group in groups.values() if group.width > 1])
+    refused.update(refuted)
+    return TracedNeurons({name: group for name, group in groups.items() if name not in refuted}, refused)
+
+
+def _agreed(training: TracedNeurons, evaluation: TracedNeurons) -> tuple[dict[str, NeuronGroup], dict[str, str]]:
+    """The groups that are the same in both modes, and why the others are refused."""
     groups: dict[str, NeuronGroup] = {}
     refused = {**training.refused}
     for name, reason in evaluation.refused.items():
@@ -103,13 +118,43 @@ def find_neurons(model: nn.Module, example_inputs: tuple[Any, ...]) -> TracedNeu
             refused.setdefault(name, "the model uses it differently in training and in evaluation")
     for name in evaluation.groups.keys() - training.groups.keys():
         refused.setdefault(name, "the model uses it in evaluation only")
-    for name, module in model.named_modules():
-        if isinstance(module, nn.Linear) and name not in groups:
-            refused.setdefault(name, "the forward pass does not reach it as a Linear")
-    return TracedNeurons(groups, refused)
+    return groups, refused
+
+
+def _refuted(
+    graphs: list[OperationGraph], example_inputs: tuple[Any, ...], groups: list[NeuronGroup]
+) -> dict[str, str]:
+    """Why some of the groups are refused after all: the model depends on how many neurons they have."""
+    reason = _dependence(graphs, example_inputs, groups)
+    if reason is None:
+        return {}
+    alone = {group.name: _dependence(graphs, example_inputs, [group]) for group in groups}
+    refuted = {name: why for name, why in alone.items() if why is not None}
+    return refuted or {group.name: reason for group in groups}
+
+
+def _dependence(graphs: list[OperationGraph], example_inputs: tuple[Any, ...], groups: list[NeuronGroup]) -> str | None:
+    if not groups:
+        return None
+    slices = [each for group in groups for each in group.slices]
+    sizes = [each for group in groups for each in group.sizes]
+    for graph in graphs:
+        try:
+            with one_neuron_fewer(graph.model, slices, sizes):
+                narrow = OperationGraph(graph.model, example_inputs, training=graph.training)
+                found = _trace(narrow).groups
+        except Refusal as refusal:
+            return f"with one neuron fewer, {refusal}"
+        changed = difference(graph, narrow)
+        if changed is not None:
+            return f"with one neuron fewer, {changed}: the model depends on their number"
+        if any(found.get(group.name) != replace(group, width=group.width - 1) for group in groups):
+            return "with one neuron fewer, the model uses it differently"
+    return None
 
 
 def _trace(graph: OperationGraph) -> TracedNeurons:
+    """Every Linear of one graph."""
     groups: dict[str, NeuronGroup] = {}
     refused: dict[str, str] = {}
     for node in graph.nodes:

@@ -108,26 +108,18 @@ def _type_as(path: NeuronPath, node: Node) -> None:
 
 
 def _assertion(path: NeuronPath, node: Node) -> None:
-    """torch.export's check of dtype and device before a cast; one of the sizes would fail after pruning."""
-    if any(argument is not None for argument in node.args[1:3]):
-        raise Refusal(f"a check in {path.graph.place(node)} fixes their number")
+    """torch.export's check of dtype and device before a cast: it computes nothing."""
 
 
 def _view(path: NeuronPath, node: Node) -> None:
-    """A reshape that changes nothing and does not spell out the number of neurons."""
+    """A reshape that changes nothing. One that spells out the number of neurons fails with one neuron fewer."""
     source, sizes = node.args[0], node.args[1]
     assert isinstance(source, Node)
     assert isinstance(sizes, list | tuple)
     place = path.graph.place(node)
     if shape_of(source) != shape_of(node):
         raise Refusal(f"{operation_name(node)} in {place} rearranges the neurons, which is not supported")
-    axis = path.axis[source]
-    if sizes[axis] != -1:
-        raise Refusal(
-            f"{operation_name(node)} in {place} spells out the number of neurons, {sizes[axis]}; write -1 "
-            "there, or flatten(1)"
-        )
-    path.axis[node] = axis
+    path.axis[node] = path.axis[source]
 
 
 def _flatten(path: NeuronPath, node: Node) -> None:

@@ -143,7 +143,28 @@ REFUSED = {
     "spelled-out width": (
         lambda: Model(lambda m, x: m.last(m.first(x).view(-1, 8))),
         "first",
-        "view in .* spells out the number of neurons, 8; write -1",
+        "with one neuron fewer, .* RuntimeError: shape",
+    ),
+    "spelled-out width that happens to divide": (
+        lambda: Model(lambda m, x: m.last(m.first(x.repeat(2, 1)).view(-1, 8))),
+        "first",
+        "with one neuron fewer, .*",
+    ),
+    "an assertion of the width": (lambda: Model(asserts), "first", "with one neuron fewer, .* AssertionError: eight"),
+    "scaled by their number": (
+        lambda: Model(lambda m, x: m.last((h := m.first(x)) / h.shape[1])),
+        "first",
+        "with one neuron fewer, div in .* another number: the model depends on their number",
+    ),
+    "scaled by their number, as a tensor": (
+        lambda: Model(lambda m, x: m.last(m.first(x) * torch.tensor(m.first.out_features**-0.5))),
+        "first",
+        "with one neuron fewer, it computes with another constant tensor",
+    ),
+    "another path for another number": (
+        lambda: Model(lambda m, x: m.last(m.first(x).relu() if m.last.in_features == 8 else m.first(x).tanh())),
+        "first",
+        "with one neuron fewer, relu in .* becomes tanh",
     ),
     "rearranged": (
         lambda: Model(lambda m, x: m.last(m.first(x).view(-1, 4, 2).relu().reshape(-1, 8))),
@@ -191,6 +212,12 @@ REFUSED = {
 }
 
 
+def asserts(m, x):
+    h = m.first(x)
+    assert h.shape[1] == 8, "eight"
+    return m.last(h)
+
+
 def no_grad_relu(x):
     with torch.no_grad():
         return x.relu()
@@ -203,6 +230,13 @@ def test_refuses(make, layer, reason):
     assert layer not in found.groups
     with pytest.raises(UnsupportedModelError, match=rf"(?s)layers: {layer} cannot be pruned: .*({reason})"):
         DynamicPruner(model, example_inputs=(x,), layers=[layer])
+
+
+def test_dependence_on_one_width_spares_the_other_layers():
+    model = Model(lambda m, x: m.last(m.second((h := m.first(x)).relu() / h.shape[1]).relu()))
+    found = find_neurons(model, (torch.randn(4, INPUTS),))
+    assert list(found.groups) == ["second"]
+    assert "another number" in found.refused["first"]
 
 
 def test_lists_every_reason_when_nothing_can_be_pruned():

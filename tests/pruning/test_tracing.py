@@ -79,6 +79,18 @@ class Tokens(nn.Module):
         return self.last(self.block(x[:, None, :].expand(-1, 2, -1)).mean(1))
 
 
+class KeepsItsShape(nn.Module):
+    """Sizes taken from the value itself."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.last = nn.Linear(INPUTS, 8), nn.Linear(8, 3)
+
+    def forward(self, x):
+        h = self.first(x)
+        return self.last(h.reshape(h.shape).view(h.size(0), h.size(1)))
+
+
 def sequential(*between, width=8, bias=True):
     return nn.Sequential(nn.Linear(INPUTS, width, bias=bias), *between, nn.Linear(width, 3))
 
@@ -115,6 +127,8 @@ ZOO = {
     "functional": (Functional, ["first", "second"]),
     "functional, other branch": (lambda: Functional(deep=False), ["first"]),
     "two heads": (TwoHeads, ["body"]),
+    "keeps its shape": (KeepsItsShape, ["first"]),
+    "one neuron": (lambda: sequential(nn.ReLU(), width=1), ["0"]),
     "swish by hand": (SwishByHand, ["first"]),
     "casts": (Cast, ["first"]),
     "tokens": (Tokens, ["block.linear1"]),
