@@ -87,9 +87,7 @@ def fused_kd_l1_loss(
     weights = _check_weights(l1_weight, len(activations))
     if labels is not None and labels.dtype != torch.int64:
         labels = labels.to(torch.int64)
-    inputs = _Inputs(
-        student_logits, None if teacher_logits is None else teacher_logits.detach(), labels, activations
-    )
+    inputs = _Inputs(student_logits, None if teacher_logits is None else teacher_logits.detach(), labels, activations)
     settings = _Settings(float(temperature), float(alpha), weights, float(label_smoothing), ignore_index)
     if _choose_native(student_logits.device, backend):
         loss, terms = _native_loss(inputs, settings)
@@ -177,7 +175,7 @@ def _native_loss(inputs: _Inputs, settings: _Settings) -> tuple[Tensor, Tensor]:
     tracked = activations if training and isinstance(activations, TrackedActivations) else None
     flags = (logits_gradient, activation_gradients, scaled, tracked is not None)
     if logits_gradient or activation_gradients:
-        loss, terms, sums, *_ = _FusedLoss.apply(student, teacher, labels, settings, flags, *activations)
+        loss, terms, sums, *_ = _FusedLoss.call(student, teacher, labels, settings, flags, *activations)
     else:
         loss, terms, sums, *_ = ops.kd_l1_loss(student, teacher, labels, list(activations), *settings, *flags)
     if tracked is not None:
@@ -198,8 +196,16 @@ def _reference_loss(inputs: _Inputs, settings: _Settings) -> tuple[Tensor, Tenso
 class _FusedLoss(torch.autograd.Function):
     """The gradients are outputs of the forward, so that functorch and torch.compile may save them."""
 
+    @classmethod
+    def call(cls, *arguments: Any) -> tuple[Tensor, ...]:
+        """`apply`, less the inspection of forward's signature, which takes longer than a small batch's loss."""
+        transformed = torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
+        apply: Any = cls.apply if transformed else super(torch.autograd.Function, cls).apply  # type: ignore[misc]
+        outputs: tuple[Tensor, ...] = apply(*arguments)
+        return outputs
+
     @staticmethod
-    def forward(  # type: ignore[override]
+    def forward(
         student: Tensor,
         teacher: Tensor | None,
         labels: Tensor | None,
@@ -222,27 +228,25 @@ class _FusedLoss(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad_loss: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, grad_loss: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
         absent = (None,) * (5 + ctx.layers)
         if grad_loss is None:
             return absent
-        logits_gradient, *activation_gradients = ctx.saved_tensors
-        logits_scale, activation_scales = grad_loss, [grad_loss] * ctx.layers
-        if ctx.scaled:
-            logits_scale = grad_loss / max(ctx.rows, 1)
-            activation_scales = [logits_scale * weight for weight in ctx.l1_weights]
-        of_logits = _scaled(logits_gradient, logits_scale) if ctx.logits else None
-        if not ctx.activations:
-            return of_logits, *absent[1:]
-        of_activations = [_scaled(g, s) for g, s in zip(activation_gradients, activation_scales, strict=True)]
-        return of_logits, None, None, None, None, *of_activations
+        gradients: Sequence[Tensor] = ctx.saved_tensors
+        # The usual `loss.backward()` scales by 1: on the CPU one can look, and spare the memory a round.
+        if ctx.scaled or torch.compiler.is_compiling() or grad_loss.device.type != "cpu" or grad_loss.item() != 1:
+            gradients = _scaled(gradients, grad_loss, ctx)
+        of_logits = gradients[0] if ctx.logits else None
+        of_activations = gradients[1:] if ctx.activations else absent[5:]
+        return (of_logits, None, None, None, None, *of_activations)
 
 
-def _scaled(gradient: Tensor, scale: Tensor) -> Tensor:
-    # The usual `loss.backward()` scales by 1: on the CPU one can look, and spare the memory a round.
-    if not torch.compiler.is_compiling() and scale.device.type == "cpu" and scale.item() == 1:
-        return gradient
-    return gradient * scale
+def _scaled(gradients: Sequence[Tensor], grad_loss: Tensor, ctx: Any) -> list[Tensor]:
+    if not ctx.scaled:
+        return [gradient * grad_loss for gradient in gradients]
+    of_row = grad_loss / max(ctx.rows, 1)
+    scales = [of_row, *(of_row * weight for weight in ctx.l1_weights)]
+    return [gradient * scale for gradient, scale in zip(gradients, scales[: len(gradients)], strict=True)]
 
 
 def _choose_native(device: torch.device, backend: Backend) -> bool:
@@ -271,9 +275,7 @@ def _check_logits(
     _check_matrix("student_logits", student_logits, student_logits)
     rows, classes = student_logits.shape
     if classes < 1:
-        raise ValueError(
-            f"student_logits: expected at least one class, got shape {tuple(student_logits.shape)}"
-        )
+        raise ValueError(f"student_logits: expected at least one class, got shape {tuple(student_logits.shape)}")
     if teacher_logits is not None:
         _check_matrix("teacher_logits", teacher_logits, student_logits)
         if teacher_logits.shape != student_logits.shape:
@@ -318,9 +320,7 @@ def _check_labels(labels: Tensor, student_logits: Tensor) -> None:
 
 def _check_device(name: str, tensor: Tensor, student_logits: Tensor) -> None:
     if tensor.device != student_logits.device:
-        raise ValueError(
-            f"{name}: expected device {student_logits.device} as student_logits, got {tensor.device}"
-        )
+        raise ValueError(f"{name}: expected device {student_logits.device} as student_logits, got {tensor.device}")
 
 
 def _check_settings(temperature: float, alpha: float, label_smoothing: float, ignore_index: int) -> None:
@@ -336,9 +336,7 @@ def _check_settings(temperature: float, alpha: float, label_smoothing: float, ig
 def _check_weights(l1_weight: float | Sequence[float], layers: int) -> list[float]:
     weights = list(l1_weight) if isinstance(l1_weight, Sequence) else [l1_weight] * layers
     if len(weights) != layers:
-        raise ValueError(
-            f"l1_weight: expected one weight for each of {layers} activations, got {len(weights)}"
-        )
+        raise ValueError(f"l1_weight: expected one weight for each of {layers} activations, got {len(weights)}")
     for weight in [*weights, *([] if isinstance(l1_weight, Sequence) else [l1_weight])]:
         if not 0 <= weight < math.inf:
             raise ValueError(f"l1_weight: expected a finite number of at least 0, got {weight}")

@@ -65,9 +65,7 @@ def _loss_outputs(
 ) -> LossOutputs:
     """Outputs of `kd_l1_loss`, not yet filled. What is not wanted is empty."""
     inputs = (
-        [student_logits, *activations]
-        if teacher_logits is None
-        else [student_logits, teacher_logits, *activations]
+        [student_logits, *activations] if teacher_logits is None else [student_logits, teacher_logits, *activations]
     )
     dtype = torch.float64 if any(x.dtype == torch.float64 for x in inputs) else torch.float32
     neurons = sum([a.shape[1] for a in activations]) if statistics else 0
@@ -294,7 +292,8 @@ def gather_slices(
     for number, tensor in enumerate(tensors):
         if rows * columns == 0 or tensor.numel() % (rows * columns):
             raise ValueError(
-                f"tensors[{number}]: expected a multiple of {rows} x {columns} elements, got shape {tuple(tensor.shape)}"
+                f"tensors[{number}]: expected a multiple of {rows} x {columns} elements, got shape "
+                f"{tuple(tensor.shape)}"
             )
     for name, index, size in [
         ("keep_rows", keep_rows, rows),
@@ -321,7 +320,6 @@ def _check_index(name: str, index: Tensor | None, size: int) -> None:
         raise ValueError(
             f"{name}: expected a contiguous vector of int64, got {index.dtype} of shape {tuple(index.shape)}"
         )
-    if index.numel() and not (0 <= int(index.min()) and int(index.max()) < size):
-        raise ValueError(
-            f"{name}: expected indices from 0 to {size - 1}, got {int(index.min())} to {int(index.max())}"
-        )
+    lowest, highest = (int(index.min()), int(index.max())) if index.numel() else (0, 0)
+    if lowest < 0 or highest >= size:
+        raise ValueError(f"{name}: expected indices from 0 to {size - 1}, got {lowest} to {highest}")

@@ -1,4 +1,4 @@
-"""The native operations once more, in plain PyTorch: what they are tested against, and what runs where no kernel does."""
+"""The native operations in plain PyTorch: what they are tested against, and what runs where there is no kernel."""
 
 from __future__ import annotations
 
@@ -86,9 +86,7 @@ def gather_slices(
     for tensor, block in zip(tensors, blocks, strict=True):
         part = block if keep_rows is None else block.index_select(0, keep_rows)
         part = part if keep_columns is None else part.index_select(1, keep_columns)
-        gathered.append(
-            part.clone().reshape(sliced_shape(tensor, rows, columns, part.shape[0], part.shape[1]))
-        )
+        gathered.append(part.clone().reshape(sliced_shape(tensor, rows, columns, part.shape[0], part.shape[1])))
     shift = torch.zeros(rows if keep_rows is None else keep_rows.numel(), dtype=torch.float64)
     if pruned_columns is not None and pruned_means is not None:
         block = blocks[0] if keep_rows is None else blocks[0].index_select(0, keep_rows)
@@ -96,9 +94,7 @@ def gather_slices(
     return gathered, shift
 
 
-def sliced_shape(
-    tensor: Tensor, rows: int, columns: int, kept_rows: int, kept_columns: int
-) -> tuple[int, ...]:
+def sliced_shape(tensor: Tensor, rows: int, columns: int, kept_rows: int, kept_columns: int) -> tuple[int, ...]:
     """Shape of `tensor`, seen as (rows, columns, inner), after rows and columns have been taken from it.
 
     The columns of a matrix behind a flatten are blocks of its second dimension, so that dimension shrinks in

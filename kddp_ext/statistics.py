@@ -96,8 +96,7 @@ class NeuronStatistics:
         """Add the sums of another `rows` samples, (5, H) float64 as the native loss returns them."""
         if values.shape != self.values.shape:
             raise ValueError(
-                f"values: expected shape {tuple(self.values.shape)} (statistics, neurons), "
-                f"got {tuple(values.shape)}"
+                f"values: expected shape {tuple(self.values.shape)} (statistics, neurons), got {tuple(values.shape)}"
             )
         self.values[_SUMS] += values[_SUMS]
         self.values[_MAX_ABS] = torch.maximum(self.values[_MAX_ABS], values[_MAX_ABS])
@@ -150,9 +149,7 @@ class TrackedActivations(tuple[Tensor, ...]):
     def __new__(cls, tensors: Iterable[Tensor], statistics: Sequence[NeuronStatistics]) -> TrackedActivations:
         self = super().__new__(cls, tensors)
         if len(self) != len(statistics):
-            raise ValueError(
-                f"statistics: expected one for each of {len(self)} activations, got {len(statistics)}"
-            )
+            raise ValueError(f"statistics: expected one for each of {len(self)} activations, got {len(statistics)}")
         self.statistics = tuple(statistics)
         return self
 

@@ -83,8 +83,7 @@ double activation_tile(const ActivationLayer& layer, Tile tile, T gradient_scale
             ColumnSums<T> columns;
             for (int64_t row = group; row < end; ++row) {
                 const Element* from = activation + row * layer.activation.row_stride + column;
-                const Vector<T> a =
-                    count >= lanes<T> ? load_elements<T>(from) : load_partial<T>(from, count, T(0));
+                const Vector<T> a = count >= lanes<T> ? load_elements<T>(from) : load_partial<T>(from, count, T(0));
                 const Vector<T> magnitude = absolute<T>(a);
                 columns.absolute += magnitude;
                 if (with_gradient) {
@@ -104,8 +103,7 @@ double activation_tile(const ActivationLayer& layer, Tile tile, T gradient_scale
 
 template <class T, class Element>
 double choose_outputs(const ActivationLayer& layer, Tile tile, double scale, TileSums& sums) {
-    if (layer.gradient && layer.statistics)
-        return activation_tile<T, Element, true, true>(layer, tile, T(scale), sums);
+    if (layer.gradient && layer.statistics) return activation_tile<T, Element, true, true>(layer, tile, T(scale), sums);
     if (layer.gradient) return activation_tile<T, Element, true, false>(layer, tile, T(scale), sums);
     if (layer.statistics) return activation_tile<T, Element, false, true>(layer, tile, T(scale), sums);
     return activation_tile<T, Element, false, false>(layer, tile, T(scale), sums);

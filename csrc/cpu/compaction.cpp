@@ -64,8 +64,7 @@ void gather_slices(const Compaction& job) {
 
 void pruned_contribution(const Compensation& job) {
     for (int64_t row = 0; row < job.kept_rows; ++row)
-        job.shift[row] =
-            job.is_double ? contribution_of_row<double>(job, row) : contribution_of_row<float>(job, row);
+        job.shift[row] = job.is_double ? contribution_of_row<double>(job, row) : contribution_of_row<float>(job, row);
 }
 
 }  // namespace kddp

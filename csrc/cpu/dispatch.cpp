@@ -30,8 +30,7 @@ const Kernels& choose() {
         if (!wanted || !*wanted || std::string(wanted) == candidate.kernels->name) return *candidate.kernels;
         names += std::string(names.empty() ? "" : ", ") + candidate.kernels->name;
     }
-    throw std::invalid_argument("KDDP_CPU_ISA: expected one of " + names + " on this processor, got '" +
-                                wanted + "'");
+    throw std::invalid_argument("KDDP_CPU_ISA: expected one of " + names + " on this processor, got '" + wanted + "'");
 }
 
 }  // namespace

@@ -113,8 +113,7 @@ inline void store_elements<float, BFloat16>(BFloat16* to, Vector<float> v) {
     const BitsVector<float> bits = (BitsVector<float>)v;
     const BitsVector<float> rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
     const BitsVector<float> nan = BitsVector<float>{} + 0x7fc0;
-    const HalfWords words =
-        __builtin_convertvector((bits & 0x7fffffff) > 0x7f800000 ? nan : rounded, HalfWords);
+    const HalfWords words = __builtin_convertvector((bits & 0x7fffffff) > 0x7f800000 ? nan : rounded, HalfWords);
     std::memcpy(to, &words, sizeof words);
 }
 

@@ -5,6 +5,7 @@
 #include "kddp/kd_l1_loss.h"
 
 #include "cpu/activation_tile.h"
+#include "cpu/huge_pages.h"
 #include "cpu/kernels.h"
 #include "cpu/logits_row.h"
 
@@ -28,8 +29,7 @@ inline int thread_number() {
 }
 
 inline bool computes_in_double(const KdL1Loss& job) {
-    return job.student.type == ElementType::float64 ||
-           (job.teacher.data && job.teacher.type == ElementType::float64);
+    return job.student.type == ElementType::float64 || (job.teacher.data && job.teacher.type == ElementType::float64);
 }
 
 // How the work is cut, and where in the workspace its parts leave their sums.
@@ -38,24 +38,19 @@ struct Schedule {
         block_rows = clamp(65536 / (job.classes > 0 ? job.classes : 1), 1, 64);
         logits_blocks = job.student.data ? divide_up(job.rows, block_rows) : 0;
         row_parts = clamp(job.rows / 256, 1, 8);
-        for (int64_t i = 0; i < job.activations.layer_count; ++i)
-            tiles += tiles_of(job.activations.layers[i]);
+        for (int64_t i = 0; i < job.activations.layer_count; ++i) tiles += tiles_of(job.activations.layers[i]);
 
         const bool in_double = computes_in_double(job);
-        const int64_t classes =
-            in_double ? buffer_classes<double>(job.classes) : buffer_classes<float>(job.classes);
+        const int64_t classes = in_double ? buffer_classes<double>(job.classes) : buffer_classes<float>(job.classes);
         buffer_bytes = round_up_to_line(classes * (in_double ? 8 : 4));
         terms_offset = 3 * buffer_bytes * job.threads;
         tiles_offset = terms_offset + round_up_to_line(logits_blocks * int64_t(sizeof(RowTerms)));
         statistics_offset = tiles_offset + round_up_to_line(tiles * int64_t(sizeof(double)));
-        const int64_t partial =
-            row_parts > 1 ? row_parts * statistics_rows * job.activations.statistics_stride : 0;
+        const int64_t partial = row_parts > 1 ? row_parts * statistics_rows * job.activations.statistics_stride : 0;
         bytes = statistics_offset + round_up_to_line(partial * int64_t(sizeof(double)));
     }
 
-    int64_t column_parts(const ActivationLayer& layer) const {
-        return divide_up(layer.neurons, tile_columns);
-    }
+    int64_t column_parts(const ActivationLayer& layer) const { return divide_up(layer.neurons, tile_columns); }
     int64_t tiles_of(const ActivationLayer& layer) const { return row_parts * column_parts(layer); }
 
     template <class T>
@@ -172,13 +167,21 @@ Status count_valid_rows(const KdL1Loss& job, int64_t& valid) {
     return {};
 }
 
+void advise_outputs(const KdL1Loss& job) {
+    advise_huge_pages(job.logits_gradient, job.rows * job.classes * size_of(job.student.type));
+    for (int64_t i = 0; i < job.activations.layer_count; ++i) {
+        const ActivationLayer& layer = job.activations.layers[i];
+        advise_huge_pages(layer.gradient, job.rows * layer.neurons * size_of(layer.activation.type));
+    }
+}
+
 template <class T>
 void run(const KdL1Loss& job, int64_t valid_rows) {
+    advise_outputs(job);
     const Schedule schedule(job);
     const LogitsRows<T> rows(job, valid_rows);
     const int64_t parts = schedule.logits_blocks + schedule.tiles;
-    const bool combine =
-        schedule.row_parts > 1 && job.activations.layer_count && job.activations.layers[0].statistics;
+    const bool combine = schedule.row_parts > 1 && job.activations.layer_count && job.activations.layers[0].statistics;
     const int64_t columns = combine ? job.activations.statistics_stride : 0;
 #pragma omp parallel num_threads(job.threads) if (job.threads > 1 && parts > 1)
     {

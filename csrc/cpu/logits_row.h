@@ -117,8 +117,7 @@ void exponentiate_piece(RowBuffers<T> buffers, int64_t count, RowMaxima<T> maxim
 template <class T, bool with_teacher, Untempered untempered>
 inline Vector<T> gradient_vector(RowBuffers<T> buffers, int64_t i, const GradientScale<T>& scale) {
     Vector<T> exp_student{}, exp_teacher{}, exp_untempered{};
-    if constexpr (with_teacher || untempered != Untempered::separate)
-        exp_student = load<T>(buffers.student + i);
+    if constexpr (with_teacher || untempered != Untempered::separate) exp_student = load<T>(buffers.student + i);
     if constexpr (with_teacher) exp_teacher = load<T>(buffers.teacher + i);
     if constexpr (untempered == Untempered::separate) {
         exp_untempered = load<T>(buffers.untempered + i);
@@ -137,8 +136,7 @@ void write_gradient_piece(RowBuffers<T> buffers, int64_t count, const GradientSc
     int64_t i = 0;
     for (; i + lanes<T> <= count; i += lanes<T>)
         store_elements<T>(to + i, gradient_vector<T, with_teacher, untempered>(buffers, i, scale));
-    if (i < count)
-        store_partial<T>(to + i, gradient_vector<T, with_teacher, untempered>(buffers, i, scale), count - i);
+    if (i < count) store_partial<T>(to + i, gradient_vector<T, with_teacher, untempered>(buffers, i, scale), count - i);
     if (label >= 0 && label < count) {
         const int64_t start = label / lanes<T> * lanes<T>;
         const Vector<T> around = gradient_vector<T, with_teacher, untempered>(buffers, start, scale);
@@ -203,10 +201,8 @@ RowSteps<T> steps_of(const KdL1Loss& job) {
                       exponentiate_piece<T, with_teacher, untempered>,
                       choose_write<T, with_teacher, untempered>(job.student.type)};
     // A term of weight 0 has no gradient, not 0 times one that may be infinite.
-    if (with_teacher && job.alpha == 0)
-        steps.write_gradient = choose_write<T, false, untempered>(job.student.type);
-    if (job.alpha == 1)
-        steps.write_gradient = choose_write<T, with_teacher, Untempered::absent>(job.student.type);
+    if (with_teacher && job.alpha == 0) steps.write_gradient = choose_write<T, false, untempered>(job.student.type);
+    if (job.alpha == 1) steps.write_gradient = choose_write<T, with_teacher, Untempered::absent>(job.student.type);
     return steps;
 }
 
@@ -239,8 +235,7 @@ class LogitsRows {
     // Terms of one row, each already divided by the number of valid rows; its gradient is written on the way.
     RowTerms operator()(int64_t row, RowBuffers<T> buffers) const {
         if (job_.labels && job_.labels[row] == job_.ignore_index) {
-            if (job_.logits_gradient)
-                std::memset(gradient(row, 0), 0, job_.classes * size_of(job_.student.type));
+            if (job_.logits_gradient) std::memset(gradient(row, 0), 0, job_.classes * size_of(job_.student.type));
             return {};
         }
         RowMaxima<T> maxima{-infinity<T>, -infinity<T>};
@@ -270,13 +265,11 @@ class LogitsRows {
     }
 
     const char* element(const Matrix& matrix, int64_t row, int64_t column) const {
-        return static_cast<const char*>(matrix.data) +
-               (row * matrix.row_stride + column) * size_of(matrix.type);
+        return static_cast<const char*>(matrix.data) + (row * matrix.row_stride + column) * size_of(matrix.type);
     }
 
     char* gradient(int64_t row, int64_t column) const {
-        return static_cast<char*>(job_.logits_gradient) +
-               (row * job_.classes + column) * size_of(job_.student.type);
+        return static_cast<char*>(job_.logits_gradient) + (row * job_.classes + column) * size_of(job_.student.type);
     }
 
     RowMaxima<T> read(int64_t row, int64_t start, int64_t count, RowBuffers<T> buffers) const {
@@ -329,9 +322,8 @@ class LogitsRows {
             const int64_t label = job_.labels[row];
             T scratch[lanes<T>];
             const T at_label = steps_.read_student(element(job_.student, row, label), 1, scratch);
-            terms.ce =
-                inverse_rows_ * cross_entropy(std::log(sums.untempered), double(at_label - maxima.student),
-                                              sums.margin / double(job_.classes), job_.label_smoothing);
+            terms.ce = inverse_rows_ * cross_entropy(std::log(sums.untempered), double(at_label - maxima.student),
+                                                     sums.margin / double(job_.classes), job_.label_smoothing);
             terms.correct = at_label == maxima.student && !appears_before(row, label, maxima.student);
         }
         return terms;

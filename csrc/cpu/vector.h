@@ -35,8 +35,8 @@ struct VectorTraits<float> {
     static constexpr float ln2_high = 0.693145751953125f, ln2_low = 1.42860682030941723e-6f;
     static constexpr float exp_underflow = -87.0f;
     // Minimax in relative error on [-ln(2)/2, ln(2)/2], own fit: 1.9e-9.
-    static constexpr float exp_coefficients[] = {
-        1.0f, 1.0000000363f, 0.49999992075f, 0.16666420072f, 0.04166822619f, 0.008374824031f, 0.00138368357f};
+    static constexpr float exp_coefficients[] = {1.0f,           1.0000000363f,   0.49999992075f, 0.16666420072f,
+                                                 0.04166822619f, 0.008374824031f, 0.00138368357f};
 };
 
 template <>

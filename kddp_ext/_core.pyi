@@ -1,0 +1,55 @@
+"""The native CPU module (python_bindings/core.cpp). Addresses are integers; 0 stands for an absent tensor."""
+
+from collections.abc import Callable
+
+from torch import Tensor
+
+_Matrix = tuple[int, int, int]  # data, element type, row stride
+_Layer = tuple[_Matrix, int, float, int, int]  # activation, neurons, l1_weight, gradient, statistics
+_Block = tuple[int, int, int, int]  # source, target, inner, element size
+
+compiler: str
+
+def instruction_set() -> str: ...
+def kd_l1_loss(
+    rows: int,
+    classes: int,
+    student: _Matrix,
+    teacher: _Matrix,
+    labels: int,
+    layers: list[_Layer],
+    statistics_stride: int,
+    temperature: float,
+    alpha: float,
+    label_smoothing: float,
+    ignore_index: int,
+    scaled_gradients: bool,
+    logits_gradient: int,
+    result_type: int,
+    loss: int,
+    terms: int,
+    allocate: Callable[[int], Tensor],
+    threads: int,
+) -> None: ...
+def gather_slices(
+    blocks: list[_Block],
+    rows: int,
+    columns: int,
+    keep_rows: int,
+    kept_rows: int,
+    keep_columns: int,
+    kept_columns: int,
+    threads: int,
+) -> None: ...
+def pruned_contribution(
+    weight: int,
+    is_double: bool,
+    columns: int,
+    inner: int,
+    keep_rows: int,
+    kept_rows: int,
+    pruned_columns: int,
+    pruned_count: int,
+    pruned_means: int,
+    shift: int,
+) -> None: ...

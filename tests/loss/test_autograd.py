@@ -1,0 +1,188 @@
+"""The loss as a citizen of PyTorch: gradcheck, opcheck, torch.compile, torch.func, retained graphs, autocast."""
+
+import copy
+import warnings
+
+import pytest
+import torch
+from torch.library import opcheck
+
+import kddp_ext
+from kddp_ext import ops
+
+
+@pytest.fixture
+def batch():
+    generator = torch.Generator().manual_seed(5)
+    student, teacher = torch.randn(2, 9, 21, generator=generator)
+    activation = torch.randn(9, 12, generator=generator)
+    return student, teacher, torch.randint(0, 21, (9,), generator=generator), activation
+
+
+def loss_of(student, teacher, labels, *activations, **settings):
+    options = {"temperature": 3.0, "alpha": 0.6, "l1_weight": 0.01, "label_smoothing": 0.1} | settings
+    return kddp_ext.fused_kd_l1_loss(student, teacher, labels, activations, **options)
+
+
+@pytest.mark.parametrize("temperature", [1.0, 2.0, 3.0, 4.0])
+@pytest.mark.parametrize("alpha", [0.0, 0.4, 1.0])
+def test_gradcheck(batch, temperature, alpha):
+    student, teacher, labels, activation = (x.double() if x.is_floating_point() else x for x in batch)
+    labels[2] = -100
+
+    def function(s, a):
+        return loss_of(s, teacher, labels, a, temperature=temperature, alpha=alpha)
+
+    assert torch.autograd.gradcheck(function, (student.requires_grad_(), activation.requires_grad_()))
+
+
+@pytest.mark.parametrize("without", ["teacher", "labels"])
+def test_gradcheck_of_one_term(batch, without):
+    student, teacher, labels, _ = (x.double() if x.is_floating_point() else x for x in batch)
+    arguments = (None, labels) if without == "teacher" else (teacher, None)
+    alpha = 0.0 if without == "teacher" else 1.0
+    assert torch.autograd.gradcheck(lambda s: loss_of(s, *arguments, alpha=alpha), (student.requires_grad_(),))
+
+
+@pytest.mark.parametrize("flags", [(True, True, False, True), (False, False, False, False), (True, False, True, False)])
+def test_opcheck_of_the_loss(batch, flags):
+    student, teacher, labels, activation = batch
+    arguments = (student, teacher, labels, [activation], 3.0, 0.6, [0.01], 0.1, -100, *flags)
+    opcheck(ops.kd_l1_loss, arguments)
+
+
+def test_opcheck_of_absent_inputs(batch):
+    student, teacher, labels, _ = batch
+    opcheck(ops.kd_l1_loss, (student, None, labels, [], 3.0, 0.0, [], 0.0, -100, True, False, False, False))
+    opcheck(ops.kd_l1_loss, (student, teacher, None, [], 3.0, 1.0, [], 0.0, -100, True, False, False, False))
+
+
+def test_opcheck_of_statistics_and_compaction(batch):
+    _, _, _, activation = batch
+    opcheck(torch.ops.kddp.neuron_statistics.default, (activation,))
+    keep = torch.tensor([0, 3, 7])
+    opcheck(torch.ops.kddp.gather_slices.default, ([activation], keep, keep, 9, 12, None, None))
+    means = torch.ones(2, dtype=torch.float64)
+    opcheck(torch.ops.kddp.gather_slices.default, ([activation], None, keep, 9, 12, torch.tensor([1, 2]), means))
+
+
+def test_compiles_without_a_graph_break(batch):
+    student, teacher, labels, activation = batch
+
+    def step(s, a, weight):
+        loss, terms = kddp_ext.fused_kd_l1_loss(s * 2, teacher, labels, [a], l1_weight=weight, return_terms=True)
+        return loss * 3 + 0 * terms.kd, terms
+
+    results = []
+    torch._dynamo.reset()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # the compiler's own
+        for function in (step, torch.compile(step, fullgraph=True)):
+            for weight in (0.01, 0.02):  # a schedule of the penalty must not break it either
+                s, a = student.clone().requires_grad_(), activation.clone().requires_grad_()
+                loss, terms = function(s, a, weight)
+                loss.backward()
+                results.append((loss.detach(), *(t.detach() for t in terms), s.grad, a.grad))
+    torch.testing.assert_close(results[0], results[2])
+    torch.testing.assert_close(results[1], results[3])
+
+
+def test_compiles_for_any_batch_size(batch):
+    step = torch.compile(loss_of, fullgraph=True, dynamic=True)
+    torch._dynamo.reset()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        for rows in (9, 5, 7):
+            arguments = [x[:rows] for x in batch]
+            torch.testing.assert_close(step(*arguments), loss_of(*arguments))
+
+
+def test_functorch_grad(batch):
+    student, teacher, labels, activation = batch
+    of_student, of_activation = torch.func.grad(lambda s, a: loss_of(s, teacher, labels, a), argnums=(0, 1))(
+        student, activation
+    )
+    s, a = student.clone().requires_grad_(), activation.clone().requires_grad_()
+    loss_of(s, teacher, labels, a).backward()
+    torch.testing.assert_close(of_student, s.grad)
+    torch.testing.assert_close(of_activation, a.grad)
+    value = torch.func.grad_and_value(lambda s: 2 * loss_of(s, teacher, labels))(student)[1]
+    torch.testing.assert_close(value, 2 * loss_of(student, teacher, labels))
+
+
+def test_backward_scales_by_what_comes_from_above(batch):
+    student, teacher, labels, activation = batch
+    gradients = []
+    for scale in (1.0, -2.5):
+        s, a = student.clone().requires_grad_(), activation.clone().requires_grad_()
+        (scale * loss_of(s, teacher, labels, a)).backward()
+        gradients.append((s.grad / scale, a.grad / scale))
+    torch.testing.assert_close(gradients[0], gradients[1])
+
+
+def test_a_retained_graph_gives_the_same_gradient_again(batch):
+    student, teacher, labels, activation = batch
+    s, a = student.clone().requires_grad_(), activation.clone().requires_grad_()
+    loss = loss_of(s, teacher, labels, a)
+    for times in (1, 2, 3):
+        loss.backward(retain_graph=True)
+        if times == 1:
+            first = s.grad.clone(), a.grad.clone()
+        torch.testing.assert_close((s.grad, a.grad), (first[0] * times, first[1] * times))
+
+
+def test_a_second_derivative_is_refused(batch):
+    student, teacher, labels, _ = batch
+    student.requires_grad_()
+    scale = torch.ones((), requires_grad=True)
+    (gradient,) = torch.autograd.grad(loss_of(student, teacher, labels) * scale, student, create_graph=True)
+    with pytest.raises(RuntimeError, match="twice"):
+        gradient.sum().backward()
+
+
+def test_inputs_are_not_changed(batch):
+    before = copy.deepcopy(batch)
+    student, teacher, labels, activation = batch
+    student.requires_grad_(), activation.requires_grad_()
+    loss_of(student, teacher, labels, activation).backward()
+    assert all(torch.equal(x, y) for x, y in zip(batch, before, strict=True))
+
+
+def test_terms_and_teacher_have_no_gradient(batch):
+    student, teacher, labels, activation = batch
+    teacher.requires_grad_()
+    loss, terms = kddp_ext.fused_kd_l1_loss(student.requires_grad_(), teacher, labels, [activation], return_terms=True)
+    loss.backward()
+    assert teacher.grad is None
+    assert not any(term.requires_grad for term in terms)
+
+
+def test_only_what_requires_a_gradient_gets_one(batch):
+    student, teacher, labels, activation = batch
+    activation.requires_grad_()
+    loss_of(student, teacher, labels, activation).backward()
+    assert student.grad is None
+    torch.testing.assert_close(activation.grad, activation.detach().sign() * 0.01 / 9)
+    assert not loss_of(student, teacher, labels, activation.detach()).requires_grad
+    with torch.no_grad():
+        assert not loss_of(student, teacher, labels, activation).requires_grad
+
+
+def test_under_autocast(batch):
+    _, teacher, labels, activation = batch
+    layer = torch.nn.Linear(12, 21)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        logits = layer(activation)
+        loss = loss_of(logits, teacher, labels, activation)
+    assert logits.dtype == torch.bfloat16
+    assert loss.dtype == torch.float32
+    loss.backward()
+    assert layer.weight.grad.dtype == torch.float32
+
+
+def test_module_equals_function(batch):
+    student, teacher, labels, activation = batch
+    module = kddp_ext.FusedKDL1Loss(temperature=3.0, alpha=0.6, l1_weight=0.01, label_smoothing=0.1)
+    assert torch.equal(module(student, teacher, labels, [activation]), loss_of(student, teacher, labels, activation))
+    assert "temperature=3.0" in repr(module)
+    assert not list(module.parameters())

@@ -1,0 +1,114 @@
+"""The measure of truth: at most twice PyTorch's own error at that dtype, against float64."""
+
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from loss_cases import Case, cases, composite, evaluate, fused, largest_error, reference
+
+import kddp_ext
+
+NAMES = ("kd", "ce", "l1", "correct")
+
+
+def assert_within_twice_pytorchs_error(case: Case) -> None:
+    """Where PyTorch happens to hit the truth, a rounding of what the value was computed from is still allowed."""
+    ours, theirs = evaluate(case, fused), evaluate(case, composite)
+    truth = evaluate(case, reference, torch.float64)
+    # A term is a difference of logarithms of sums, each of which carries a rounding of numbers about 1.
+    square, alpha = case.settings["temperature"] ** 2, case.settings["alpha"]
+    sources = {"kd": square, "ce": 1.0, "loss": alpha * square + (1 - alpha)}
+    for name, value, other, true in [
+        ("loss", ours.loss, theirs.loss, truth.loss),
+        *zip(NAMES, ours.terms, theirs.terms, truth.terms, strict=True),
+        ("student gradient", ours.gradients[0], theirs.gradients[0], truth.gradients[0]),
+        ("activation gradient", ours.gradients[1], theirs.gradients[1], truth.gradients[1]),
+    ]:
+        kind = torch.finfo(value.dtype)
+        rounding = 2 * kind.eps * (float(true.abs().amax()) + sources.get(name, 0.0)) + kind.tiny * kind.eps
+        their_error = largest_error(other, true)
+        if math.isnan(their_error):  # 0 times a logarithm that float16 cannot hold
+            their_error = 0.0
+        error = largest_error(value, true)
+        assert error <= 2 * their_error + rounding, f"{name}: {error:.3g} against {their_error:.3g} and {rounding:.3g}"
+
+
+@settings(max_examples=150, deadline=None)
+@given(cases())
+def test_error_is_at_most_twice_pytorchs(case):
+    assert_within_twice_pytorchs_error(case)
+
+
+@settings(max_examples=30, deadline=None)
+@given(cases(dtypes=("float32",), rows=3, classes=70_000, largest_logit=30.0))
+def test_long_rows(case):
+    assert_within_twice_pytorchs_error(case)
+
+
+@settings(max_examples=60, deadline=None)
+@given(cases(dtypes=("float32",), rows=40, classes=300, largest_logit=50.0))
+def test_float64_equals_the_reference(case):
+    ours, truth = evaluate(case, fused, torch.float64), evaluate(case, reference, torch.float64)
+    torch.testing.assert_close(ours.loss, truth.loss, rtol=1e-12, atol=1e-13)
+    torch.testing.assert_close(ours.terms, truth.terms, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(ours.gradients, truth.gradients, rtol=1e-11, atol=1e-14)
+
+
+def test_float64_on_one_side_is_computed_in_float64():
+    generator = torch.Generator().manual_seed(0)
+    student = torch.randn(5, 33, generator=generator, requires_grad=True)
+    teacher = torch.randn(5, 33, generator=generator, dtype=torch.float64)
+    labels = torch.arange(5)
+    loss = kddp_ext.fused_kd_l1_loss(student, teacher, labels)
+    truth = kddp_ext.fused_kd_l1_loss(student.detach().double(), teacher, labels, backend="reference")
+    assert loss.dtype == torch.float64
+    torch.testing.assert_close(loss.detach(), truth, rtol=1e-13, atol=0)
+    loss.backward()
+    assert student.grad.dtype == torch.float32
+
+
+@pytest.mark.parametrize("classes", [1, 2, 15, 16, 17, 31, 33, 100, 4095, 4096, 4097, 32768, 32769, 40000])
+def test_every_tail(classes):
+    generator = torch.Generator().manual_seed(classes)
+    student, teacher = torch.randn(2, 3, classes, generator=generator)
+    labels = torch.tensor([0, classes - 1, classes // 2])
+    options = {"temperature": 3.0, "alpha": 0.7, "l1_weight": 0.1, "label_smoothing": 0.1}
+    assert_within_twice_pytorchs_error(Case(student, teacher, labels, [student[:, :1].relu()], options))
+
+
+def test_the_first_of_equal_logits_is_the_prediction():
+    student = torch.tensor([[1.0, 5.0, 5.0], [5.0, 5.0, 1.0], [0.0, 0.0, 0.0]])
+    for label, correct in [(0, 2), (1, 1), (2, 0)]:
+        labels = torch.full((3,), label)
+        _, terms = kddp_ext.fused_kd_l1_loss(student, student, labels, return_terms=True)
+        assert int(terms.correct) == correct == int((student.argmax(1) == labels).sum())
+
+
+def test_equal_logits_have_no_divergence():
+    logits = torch.randn(50, 333, generator=torch.Generator().manual_seed(1)) * 100
+    _, terms = kddp_ext.fused_kd_l1_loss(logits, logits.clone(), None, alpha=1.0, return_terms=True)
+    assert float(terms.kd) == 0
+
+
+def test_results_do_not_depend_on_the_number_of_threads():
+    generator = torch.Generator().manual_seed(2)
+    case = Case(
+        torch.randn(700, 130, generator=generator),
+        torch.randn(700, 130, generator=generator),
+        torch.randint(0, 130, (700,), generator=generator),
+        [torch.randn(700, 600, generator=generator), torch.randn(700, 3, generator=generator)],
+        {"temperature": 3.0, "alpha": 0.5, "l1_weight": 0.1, "label_smoothing": 0.0},
+    )
+    threads = torch.get_num_threads()
+    results = []
+    try:
+        for number in (1, 2, 3, 7):
+            torch.set_num_threads(number)
+            results.append(evaluate(case, fused))
+    finally:
+        torch.set_num_threads(threads)
+    for other in results[1:]:
+        assert torch.equal(results[0].loss, other.loss)
+        assert torch.equal(results[0].terms, other.terms)
+        assert all(torch.equal(a, b) for a, b in zip(results[0].gradients, other.gradients, strict=True))
