@@ -13,6 +13,7 @@ from torch.optim import Optimizer
 
 from kddp_ext.pruning.compaction import Removal, plan_compaction
 from kddp_ext.pruning.criteria import CRITERIA, neurons_to_keep, outgoing_norms
+from kddp_ext.pruning.graph import uncompiled
 from kddp_ext.pruning.history import PruningHistory
 from kddp_ext.pruning.neurons import NeuronGroup, find_neurons
 from kddp_ext.pruning.report import LayerReport, PruneReport
@@ -82,6 +83,7 @@ class DynamicPruner:
         layers: Sequence[str] | None = None,
     ) -> None:
         check_model(model)
+        model = uncompiled(model)
         check_optimizer(optimizer, model)
         if not isinstance(example_inputs, tuple):
             raise TypeError(
@@ -150,8 +152,9 @@ class DynamicPruner:
             value = self._taps.value(group)
             if value is None:
                 raise RuntimeError(
-                    f"activations: no forward pass has reached {group.name} since the pruner was made or "
-                    "last pruned; call the model first"
+                    f"activations: no forward pass has reached {group.name} since the pruner was made or last "
+                    "pruned; call the model first (a compiled model must not have been called before the pruner "
+                    "was made)"
                 )
             if statistics.values.device != value.device:
                 statistics.values = statistics.values.to(value.device)  # the model was moved

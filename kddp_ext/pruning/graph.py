@@ -154,6 +154,13 @@ def unchanged_modules(model: nn.Module) -> Iterator[None]:
             store.update(content)
 
 
+def uncompiled(model: nn.Module) -> nn.Module:
+    """The module that torch.compile wrapped, whose names are the constructor's; any other module itself."""
+    inner = getattr(model, "_orig_mod", model)
+    assert isinstance(inner, nn.Module)
+    return inner
+
+
 def _set_mode(model: nn.Module, training: bool) -> None:
     for module in model.modules():
         module.training = training

@@ -103,8 +103,7 @@ PLACES = {
 }
 
 
-@pytest.mark.parametrize("error", [InjectedError, KeyboardInterrupt])
-@pytest.mark.parametrize("after", [False, True], ids=["before", "after"])
+@pytest.mark.parametrize(("after", "error"), [(False, InjectedError), (True, KeyboardInterrupt)])
 @pytest.mark.parametrize("place", PLACES.values(), ids=list(PLACES))
 def test_a_failure_at_any_call_changes_nothing(monkeypatch, place, after, error):
     owner, name = place

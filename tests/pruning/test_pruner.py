@@ -15,6 +15,7 @@ import kddp_ext
 from kddp_ext.pruner import DynamicPruner
 from kddp_ext.pruning.history import PruningHistory
 from kddp_ext.pruning.neurons import UnsupportedModelError
+from kddp_ext.student_file import load_student, save_student
 
 INPUTS = 5
 
@@ -297,6 +298,40 @@ def test_a_second_pruner_does_not_disturb_the_first():
     value = first.activations[0]
     make_pruner(model)
     assert first.activations[0] is value
+
+
+@pytest.mark.parametrize("wrapped", [False, True])
+def test_a_compiled_model_is_pruned_and_runs_on(wrapped, tmp_path):
+    model = make_model(dropout=0.1)
+    compiled = torch.compile(model, backend="eager", fullgraph=True)
+    optimizer = torch.optim.Adam(model.parameters())
+    pruner = make_pruner(compiled if wrapped else model, optimizer, criterion="dead")
+    assert pruner.widths == {"0": 8}
+    for dead, width in (([2], 7), ([0, 1], 5)):
+        kill(model, dead)
+        logits = compiled(example())
+        loss = kddp_ext.fused_kd_l1_loss(
+            logits, None, torch.zeros(6, dtype=torch.int64), pruner.activations, alpha=0.0, l1_weight=1e-3
+        )
+        loss.backward()
+        optimizer.step()
+        pruner.prune()
+        assert pruner.widths == {"0": width}
+    torch.testing.assert_close(compiled.eval()(example()), model.eval()(example()))
+    save_student(tmp_path / "student", compiled, pruner.history)
+    loaded = load_student(tmp_path / "student", make_model, (example(),))
+    assert torch.equal(loaded.eval()(example()), model(example()))
+
+
+def test_the_model_can_be_exported_while_it_is_pruned():
+    model = make_model().eval()
+    pruner = make_pruner(model)
+    observe(pruner)
+    value = pruner.activations[0]
+    program = torch.export.export(model, (example(),))
+    torch.testing.assert_close(program.module()(example()), model(example()))
+    model(example())
+    assert type(pruner.activations[0]) is type(value)
 
 
 # --- resuming
