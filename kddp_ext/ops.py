@@ -12,7 +12,15 @@ from collections.abc import Sequence
 import torch  # before _core: the OpenMP runtime that torch has loaded then serves both
 from torch import Tensor
 
-from kddp_ext import _core, reference
+from kddp_ext import reference
+
+try:
+    from kddp_ext import _core
+except ImportError as error:
+    raise ImportError(
+        "kddp_ext: the native module _core cannot be imported. Install the package (pip install .), and start Python "
+        "outside of its source folder, which has no compiled module and would be found first"
+    ) from error
 
 # Codes of csrc/include/kddp/types.h.
 ELEMENT_TYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
