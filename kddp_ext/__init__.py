@@ -2,15 +2,28 @@
 
 from kddp_ext.loss import FusedKDL1Loss, LossTerms, fused_kd_l1_loss
 from kddp_ext.ops import build_info
+from kddp_ext.pruner import DynamicPruner
+from kddp_ext.pruning.history import PruningHistory
+from kddp_ext.pruning.neurons import UnsupportedModelError
+from kddp_ext.pruning.report import LayerReport, PruneReport
 from kddp_ext.statistics import NeuronStatistics, TrackedActivations
+from kddp_ext.student_file import load_student, read_student_header, save_student
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "DynamicPruner",
     "FusedKDL1Loss",
+    "LayerReport",
     "LossTerms",
     "NeuronStatistics",
+    "PruneReport",
+    "PruningHistory",
     "TrackedActivations",
+    "UnsupportedModelError",
     "build_info",
     "fused_kd_l1_loss",
+    "load_student",
+    "read_student_header",
+    "save_student",
 ]

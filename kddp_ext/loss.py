@@ -229,7 +229,7 @@ class _FusedLoss(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_loss: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
-        absent = (None,) * (5 + ctx.layers)
+        absent: tuple[None, ...] = (None,) * (5 + ctx.layers)
         if grad_loss is None:
             return absent
         gradients: Sequence[Tensor] = ctx.saved_tensors
