@@ -22,30 +22,32 @@ class Taps:
     """
 
     def __init__(self, model: nn.Module, groups: Iterable[NeuronGroup]) -> None:
-        self._values: dict[str, Tensor] = {}
+        self._hooks: dict[str, _ReaderHook] = {}
         self._handles = []
         for group in groups:
             for name in group.dropouts:
-                hook = _DropoutHook()
-                self._handles.append(model.get_submodule(name).register_forward_hook(hook, with_kwargs=True))
+                module = model.get_submodule(name)
+                self._handles.append(module.register_forward_hook(_DropoutHook(), with_kwargs=True))
+            hook = self._hooks[group.name] = _ReaderHook(dropouts=len(group.dropouts))
             reader = model.get_submodule(group.readers[0].module)
-            self._handles.append(reader.register_forward_pre_hook(_ReaderHook(self._values, group), with_kwargs=True))
+            self._handles.append(reader.register_forward_pre_hook(hook, with_kwargs=True))
 
     def value(self, group: NeuronGroup) -> Tensor | None:
         """The value of the latest forward pass as (samples, neurons); None before any."""
-        value = self._values.get(group.name)
+        value = self._hooks[group.name].value
         return None if value is None else value.flatten(0, -2)
 
     def clear(self) -> None:
         """Forget the values."""
-        self._values.clear()
+        for hook in self._hooks.values():
+            hook.value = None
 
     def remove(self) -> None:
         """Take the hooks off the model."""
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
-        self._values.clear()
+        self.clear()
 
 
 class _InertHook:
@@ -61,10 +63,9 @@ class _Hook:
 
 
 class _ReaderHook(_Hook):
-    def __init__(self, values: dict[str, Tensor], group: NeuronGroup) -> None:
-        self._values = values
-        self._group = group.name
-        self._dropouts = len(group.dropouts)
+    def __init__(self, dropouts: int) -> None:
+        self.value: Tensor | None = None
+        self._dropouts = dropouts
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if torch.compiler.is_exporting():  # another pruner traces the model: there are no values
@@ -72,7 +73,7 @@ class _ReaderHook(_Hook):
         value = args[0] if args else kwargs["input"]
         for _ in range(self._dropouts):
             value = getattr(value, _BEFORE_DROPOUT, value)
-        self._values[self._group] = value
+        self.value = value
 
 
 class _DropoutHook(_Hook):

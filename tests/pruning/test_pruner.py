@@ -303,7 +303,8 @@ def test_a_second_pruner_does_not_disturb_the_first():
 @pytest.mark.parametrize("wrapped", [False, True])
 def test_a_compiled_model_is_pruned_and_runs_on(wrapped, tmp_path):
     model = make_model(dropout=0.1)
-    compiled = torch.compile(model, backend="eager", fullgraph=True)
+    graphs = []
+    compiled = torch.compile(model, backend=lambda graph, inputs: graphs.append(graph) or graph, fullgraph=True)
     optimizer = torch.optim.Adam(model.parameters())
     pruner = make_pruner(compiled if wrapped else model, optimizer, criterion="dead")
     assert pruner.widths == {"0": 8}
@@ -317,6 +318,8 @@ def test_a_compiled_model_is_pruned_and_runs_on(wrapped, tmp_path):
         optimizer.step()
         pruner.prune()
         assert pruner.widths == {"0": width}
+    compiled(example())
+    assert len(graphs) == 3  # once, and once more after each prune
     torch.testing.assert_close(compiled.eval()(example()), model.eval()(example()))
     save_student(tmp_path / "student", compiled, pruner.history)
     loaded = load_student(tmp_path / "student", make_model, (example(),))
