@@ -142,9 +142,7 @@ def _evaluate(arguments: list[str]) -> None:
 
 
 def _info(arguments: list[str]) -> None:
-    command = _parse(
-        InfoCommand, arguments, "info", "Show what a run or a saved student is. Needs no data set."
-    )
+    command = _parse(InfoCommand, arguments, "info", "Show what a run or a saved student is. Needs no data set.")
     from kddp_ext.workflow.saved import describe
 
     describe(command.path, Console())

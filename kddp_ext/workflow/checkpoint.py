@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import pickle
 from pathlib import Path
 from typing import Any
 
@@ -36,25 +35,16 @@ def load_checkpoint(path: Path, stage: str) -> dict[str, Any]:
         WorkflowError: the file is damaged, not a checkpoint, or one of another stage or version.
     """
     advice = f"Delete it to train the stage {stage} again."
+    content = path.read_bytes()
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except (
-        RuntimeError,
-        pickle.UnpicklingError,
-        EOFError,
-        ValueError,
-        KeyError,
-        AttributeError,
-        TypeError,
-    ) as error:
+        state = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
+    except Exception as error:  # a damaged archive may fail in any way, as any kind of exception
         reason = str(error).strip().split("\n", 1)[0]
         raise WorkflowError(f"{path} is damaged or not a checkpoint ({reason}). {advice}") from error
     if not isinstance(state, dict) or not state.keys() >= _FIELDS:
         raise WorkflowError(f"{path} is not a checkpoint of kddp. {advice}")
     if state["version"] != _VERSION:
-        raise WorkflowError(
-            f"{path} has version {state['version']}, this kddp_ext reads {_VERSION}. {advice}"
-        )
+        raise WorkflowError(f"{path} has version {state['version']}, this kddp_ext reads {_VERSION}. {advice}")
     if state["stage"] != stage:
         raise WorkflowError(f"{path} belongs to the stage {state['stage']}. {advice}")
     return state

@@ -44,9 +44,7 @@ class ImageData:
     def __init__(self, raw: RawDataset, info: DatasetInfo, config: RunConfig, device: torch.device) -> None:
         images, labels = torch.from_numpy(raw.train_images), torch.from_numpy(raw.train_labels)
         if config.validation >= len(labels):
-            raise WorkflowError(
-                f"--validation: expected fewer than the {len(labels)} images, got {config.validation}"
-            )
+            raise WorkflowError(f"--validation: expected fewer than the {len(labels)} images, got {config.validation}")
         shuffled = torch.randperm(len(labels), generator=torch.Generator().manual_seed(config.seed))
         held_out, kept = shuffled[: config.validation], shuffled[config.validation :]
         self.info = info
@@ -55,9 +53,7 @@ class ImageData:
         self.device = device
         self.train = Split(images[kept].to(device), labels[kept].to(device))
         self.validation = Split(images[held_out].to(device), labels[held_out].to(device))
-        self.test = Split(
-            torch.from_numpy(raw.test_images).to(device), torch.from_numpy(raw.test_labels).to(device)
-        )
+        self.test = Split(torch.from_numpy(raw.test_images).to(device), torch.from_numpy(raw.test_labels).to(device))
         # (x - mean) / std, as one multiplication and one addition in the type that the network reads.
         std = torch.tensor(info.std, device=device)
         self._scale = 1 / std
@@ -89,8 +85,8 @@ class ImageData:
 def crop_and_flip(images: Tensor, indices: Tensor, seed: int, epoch: int) -> Tensor:
     """Views of `images[indices]`, uint8 (N, S, S, C): moved by up to S/8 pixels and flipped.
 
-    What moves in at a border is its mirror image. Each image is flipped in every other epoch, starting with either (Jordan's alternating flip), so that two
-    epochs hold both sides of it.
+    What moves in at a border is its mirror image. Each image is flipped in every other epoch, starting with
+    either (Jordan's alternating flip), so that two epochs show both sides of it.
     """
     size = images.shape[1]
     most = size // 8

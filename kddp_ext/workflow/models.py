@@ -118,9 +118,7 @@ def build_teacher(config: RunConfig, info: DatasetInfo, seed: int = 0) -> Teache
 def build_student(config: RunConfig, info: DatasetInfo, seed: int = 0) -> Student:
     """The student of a run at its full width, with the initial weights that `seed` gives."""
     student = config.student
-    return _seeded(
-        seed, lambda: Student(info.channels, info.size, info.classes, student.channels, student.width)
-    )
+    return _seeded(seed, lambda: Student(info.channels, info.size, info.classes, student.channels, student.width))
 
 
 def _seeded(seed: int, build: Callable[[], Model]) -> Model:

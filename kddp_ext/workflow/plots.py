@@ -19,9 +19,7 @@ _NAMES = {"teacher": "Teacher", "scratch": "Student alone", "kd": "KD", "kddp": 
 _MARKERS = {"teacher": "s", "scratch": "o", "kd": "D", "kddp": "*"}
 
 
-def draw(
-    path: Path, stages: dict[str, dict[str, Any]], epochs: dict[str, list[dict[str, Any]]], title: str
-) -> None:
+def draw(path: Path, stages: dict[str, dict[str, Any]], epochs: dict[str, list[dict[str, Any]]], title: str) -> None:
     """Draw the finished stages of a run into a PNG file."""
     figure = Figure(figsize=(13, 4.2), dpi=150, layout="constrained")
     figure.suptitle(title, x=0.01, ha="left", fontsize=13, fontweight="bold")
@@ -42,9 +40,7 @@ def _accuracy_against_parameters(axes: Axes, stages: dict[str, dict[str, Any]]) 
     for stage, result in stages.items():
         size = 260 if _MARKERS[stage] == "*" else 80
         x, y = result["parameters"], 100 * result["test_accuracy"]
-        axes.scatter(
-            x, y, s=size, color=_COLOURS[stage], marker=_MARKERS[stage], label=_NAMES[stage], zorder=3
-        )
+        axes.scatter(x, y, s=size, color=_COLOURS[stage], marker=_MARKERS[stage], label=_NAMES[stage], zorder=3)
     axes.set_xscale("log")
     axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     axes.xaxis.set_major_formatter(EngFormatter(sep=""))

@@ -44,9 +44,7 @@ class Bar:
         elif time.monotonic() - self._last_line > _LINE_SECONDS:
             self._last_line = time.monotonic()
             share = 100 * self._done / max(self._total, 1)
-            self._console.print(
-                f"{self._label}: {share:.0f}% {self._note} {self._rate()}".rstrip(), highlight=False
-            )
+            self._console.print(f"{self._label}: {share:.0f}% {self._note} {self._rate()}".rstrip(), highlight=False)
 
     def note(self, text: str) -> None:
         """Show `text` beside the bar from now on."""
@@ -101,7 +99,7 @@ class Progress:
 
     def line(self, text: str) -> None:
         """Print a line that stays."""
-        self.console.print(text, highlight=False)
+        self.console.print(text, highlight=False, soft_wrap=True)
 
 
 def _display(console: Console) -> Display:

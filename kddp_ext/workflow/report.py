@@ -20,17 +20,17 @@ _MEANING = {
     "kd": "the student under the teacher's guidance, at full width",
     "kddp": "the same, with the L1 penalty and dynamic pruning",
 }
-# A line break where the terminal's narrower table may have one.
+# A line break where the terminal's narrower table has one.
 _COLUMNS = (
     "stage",
     "test\naccuracy",
     "parameters",
     "hidden\nwidth",
     "MACs",
-    "smaller\nthan KD",
-    "latency\n1 image",
-    "latency\n128 images",
-    "training",
+    "against\nKD",
+    "1 image\n(ms)",
+    "128\n(ms)",
+    "time\n(s)",
 )
 
 
@@ -73,7 +73,7 @@ def write_report(folder: RunFolder, config: RunConfig, title: str) -> None:
         "Accuracy is that of the last epoch's weights on the test images, which nothing else used. MACs are",
         "the multiply-adds of the convolutions and linear layers for one image. Latency is the median of a",
         "float32 forward pass on the machine that trained. The training time of kd holds the teacher's",
-        "forward passes; kddp reads what they gave from disk.",
+        "forward passes; kddp reads what they gave from disk. Against KD: how many times fewer parameters.",
         "",
         "## Where the time went",
         "",
@@ -90,7 +90,14 @@ def write_report(folder: RunFolder, config: RunConfig, title: str) -> None:
 
 def print_table(console: Console, folder: RunFolder, title: str) -> None:
     """Print the table of a run."""
-    table = Table(title=title, title_style="bold", title_justify="left", box=SIMPLE_HEAD)
+    table = Table(
+        title=title,
+        title_style="bold",
+        title_justify="left",
+        box=SIMPLE_HEAD,
+        pad_edge=False,
+        collapse_padding=True,
+    )
     for column in _COLUMNS:
         table.add_column(column, justify="left" if column == "stage" else "right", no_wrap=True)
     for row in _rows(read_results(folder)):
@@ -112,14 +119,14 @@ def _row(stage: str, result: dict[str, Any], kd: dict[str, Any] | None) -> list[
         "" if result["width"] is None else f"{result['width']:,}",
         _millions(result["macs"]),
         f"{kd['parameters'] / result['parameters']:.2f}x" if student and kd is not None else "",
-        f"{result['latency_ms']['1']:.3f} ms",
-        f"{result['latency_ms']['128']:.2f} ms",
-        f"{result['seconds']['epoch']:.0f} s",
+        f"{result['latency_ms']['1']:.3f}",
+        f"{result['latency_ms']['128']:.2f}",
+        f"{result['seconds']['epoch']:.0f}",
     ]
 
 
 def _millions(number: int) -> str:
-    return f"{number / 1e6:.3f} M" if number < 1e6 else f"{number / 1e6:.2f} M"
+    return f"{number / 1e6:.3f}M" if number < 1e6 else f"{number / 1e6:.2f}M"
 
 
 def _time_table(results: Results) -> list[str]:

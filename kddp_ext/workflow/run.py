@@ -58,7 +58,7 @@ def run_workflow(
         if not folder.report.is_file():
             write_report(folder, config, title)
     print_table(console, folder, title)
-    console.print(f"{time.monotonic() - started:.0f} s. The report is {folder.report}", highlight=False)
+    console.print(f"{time.monotonic() - started:.0f} s. The report is {folder.report}", highlight=False, soft_wrap=True)
 
 
 def _finished(folder: RunFolder) -> bool:

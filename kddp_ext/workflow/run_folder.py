@@ -72,9 +72,7 @@ def open_run(path: Path, config: RunConfig, *, resume: bool) -> RunFolder:
     folder = RunFolder(path)
     if folder.config.is_file():
         if not resume:
-            raise WorkflowError(
-                f"{path} holds a run already. Continue it with --resume, or start another with --name."
-            )
+            raise WorkflowError(f"{path} holds a run already. Continue it with --resume, or start another with --name.")
         changed = differences(load_config(folder.config), config)
         if changed:
             raise WorkflowError(

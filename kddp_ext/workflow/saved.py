@@ -56,9 +56,7 @@ def find_models(path: Path) -> list[SavedModel]:
     folder = require_run(path)
     finished = [stage for stage in STAGES if folder.read_result(stage) is not None]
     if not finished:
-        raise WorkflowError(
-            f"{path}: no stage of this run is finished yet. Continue it with kddp run --resume."
-        )
+        raise WorkflowError(f"{path}: no stage of this run is finished yet. Continue it with kddp run --resume.")
     return [_teacher(folder) if stage == "teacher" else _student(folder.student(stage)) for stage in finished]
 
 
@@ -75,6 +73,7 @@ def evaluate(path: Path, data_dir: Path | None, device: Device, console: Console
         console.print(
             f"{saved.stage:<8} {correct:.2%} of {len(data.test):,} test images  ({saved.path})",
             highlight=False,
+            soft_wrap=True,
         )
 
 
@@ -91,13 +90,14 @@ def describe(path: Path, console: Console) -> None:
         console.print(
             f"\n[bold]{saved.stage}[/bold]: {count_parameters(model):,} parameters, {saved.path}",
             highlight=False,
+            soft_wrap=True,
         )
-        console.print(str(model), highlight=False, markup=False)
+        console.print(str(model), highlight=False, soft_wrap=True, markup=False)
         for line in _pruned(saved.history):
-            console.print(line, highlight=False)
+            console.print(line, highlight=False, soft_wrap=True)
     console.print("\n[bold]settings[/bold]")
     for option, value in config.options().items():
-        console.print(f"{option} = {value}", highlight=False, markup=False)
+        console.print(f"{option} = {value}", highlight=False, soft_wrap=True, markup=False)
 
 
 def _pruned(history: kddp_ext.PruningHistory | None) -> list[str]:
@@ -139,9 +139,7 @@ def _student(path: Path) -> SavedModel:
 
     def load(example: Tensor) -> nn.Module:
         try:
-            return kddp_ext.load_student(
-                path, lambda: build_student(config, INFO[config.dataset]), (example,)
-            )
+            return kddp_ext.load_student(path, lambda: build_student(config, INFO[config.dataset]), (example,))
         except ValueError as error:
             raise WorkflowError(str(error)) from error
 

@@ -157,9 +157,7 @@ def _measure(run: Run, stage: Stage, training: Training) -> dict[str, Any]:
         "parameters": count_parameters(model),
         "width": None if stage == "teacher" else model.get_submodule("hidden").out_features,
         "macs": count_macs(model, image),
-        "latency_ms": {
-            str(batch): round(1000 * latency(model, image, batch), 4) for batch in LATENCY_BATCHES
-        },
+        "latency_ms": {str(batch): round(1000 * latency(model, image, batch), 4) for batch in LATENCY_BATCHES},
         "seconds": seconds,
     }
 

@@ -35,9 +35,7 @@ class TeacherLogits:
         progress: shows a bar while logits are computed.
     """
 
-    def __init__(
-        self, teacher: nn.Module, data: ImageData, folder: Path, runtime: Runtime, progress: Progress
-    ) -> None:
+    def __init__(self, teacher: nn.Module, data: ImageData, folder: Path, runtime: Runtime, progress: Progress) -> None:
         self._teacher = teacher.eval()
         self._data = data
         self._folder = folder

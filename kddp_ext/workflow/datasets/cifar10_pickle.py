@@ -24,9 +24,7 @@ _MOST_BYTES = 40_000_000
 _rebuild_array: Any = np.empty(0).__reduce__()[0]
 
 
-def read_pickled_batch(
-    path: Path, images: int, image_bytes: int
-) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
+def read_pickled_batch(path: Path, images: int, image_bytes: int) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
     """The pixels, uint8 (images, image_bytes), and labels, int64 (images,), of one pickled batch.
 
     Raises:
@@ -47,11 +45,7 @@ def read_pickled_batch(
     data, labels = batch[b"data"], batch[b"labels"]
     if not isinstance(data, np.ndarray) or data.dtype != np.uint8 or data.shape != (images, image_bytes):
         raise DataFileError(path, f"data as an array of uint8 ({images}, {image_bytes})", _describe(data))
-    if (
-        not isinstance(labels, list)
-        or len(labels) != images
-        or not all(type(label) is int for label in labels)
-    ):
+    if not isinstance(labels, list) or len(labels) != images or not all(type(label) is int for label in labels):
         raise DataFileError(path, f"labels as a list of {images} integers", _describe(labels))
     try:
         return data, np.asarray(labels, dtype=np.int64)

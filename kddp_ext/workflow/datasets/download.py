@@ -61,8 +61,7 @@ def fetch(url: str, known_hash: str, name: str, folder: Path) -> Path:
         return Path(pooch.retrieve(url, known_hash, fname=name, path=folder, progressbar=False))
     except (OSError, ValueError) as error:
         raise WorkflowError(
-            f"cannot download {url} into {folder}: {error}. "
-            "Download it by hand and give its folder with --data-dir."
+            f"cannot download {url} into {folder}: {error}. Download it by hand and give its folder with --data-dir."
         ) from error
 
 

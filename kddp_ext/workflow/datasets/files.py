@@ -37,7 +37,5 @@ def check_labels(path: Path, labels: NDArray[np.int64], classes: int) -> NDArray
     """`labels`, all of which must lie in 0 to classes - 1."""
     wrong = labels[(labels < 0) | (labels >= classes)]
     if wrong.size:
-        raise DataFileError(
-            path, f"labels from 0 to {classes - 1}", f"{wrong.size} others, the first {wrong[0]}"
-        )
+        raise DataFileError(path, f"labels from 0 to {classes - 1}", f"{wrong.size} others, the first {wrong[0]}")
     return labels
