@@ -9,6 +9,8 @@ from torch import nn
 from kddp_ext.pruner import DynamicPruner
 from kddp_ext.pruning import compaction
 
+pytestmark = pytest.mark.usefixtures("one_trace_each")
+
 
 class InjectedError(Exception):
     pass

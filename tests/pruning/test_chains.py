@@ -32,7 +32,7 @@ def chains(draw):
     return nn.Sequential(*modules, nn.Linear(width, CLASSES)).double()
 
 
-@settings(max_examples=12, deadline=None)
+@settings(max_examples=8, deadline=None)
 @given(
     model=chains(),
     threshold=st.floats(0.05, 0.9),

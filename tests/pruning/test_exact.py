@@ -7,6 +7,8 @@ from torch import nn
 import kddp_ext
 from kddp_ext.pruner import DynamicPruner
 
+pytestmark = pytest.mark.usefixtures("one_trace_each")
+
 INPUTS, WIDTH, CLASSES = 6, 9, 4
 DEAD = [0, 3, 8]
 ALIVE = [1, 2, 4, 5, 6, 7]
