@@ -90,7 +90,7 @@ class DynamicPruner:
                 "example_inputs: expected a tuple of the forward's positional arguments, such as "
                 f"(images[:2],), got {type(example_inputs).__name__}"
             )
-        if criterion not in CRITERIA:
+        if not isinstance(criterion, str) or criterion not in CRITERIA:
             raise ValueError(f"criterion: expected one of {', '.join(CRITERIA)}, got {criterion!r}")
         if not isinstance(compensate, bool):
             raise TypeError(f"compensate: expected True or False, got {compensate!r}")
@@ -136,8 +136,7 @@ class DynamicPruner:
 
     @property
     def activations(self) -> TrackedActivations:
-        """The neurons' values in the latest forward pass, (samples, neurons) a layer, in the order of
-        `widths`.
+        """The neurons' values in the latest forward pass, (samples, neurons) for each layer of `widths`.
 
         They are what the next Linear reads, taken before a Dropout in front of it, and part of the autograd
         graph. A layer applied along a sequence gives one sample a position.
@@ -178,38 +177,26 @@ class DynamicPruner:
         if self._taps is None:
             raise RuntimeError("prune: the pruner is closed")
         state = self._state
-        removals, reports, inactive_checks = [], [], []
-        for group, statistics, before in zip(state.groups, state.statistics, state.inactive_checks, strict=True):
-            activity = self._activity(group, statistics)
-            inactive = activity < self._bound
-            checks = torch.where(inactive, before + 1, 0)
-            marked = checks >= self.patience
-            keep = neurons_to_keep(marked, activity, minimum_width=self.minimum_width, round_to=self.round_to)
-            removal = Removal(group, keep, statistics.mean.cpu() if self.compensate else None)
-            original = torch.tensor(state.history.kept(group.name))
-            reports.append(LayerReport.of(removal, original, inactive=inactive, marked=marked))
-            inactive_checks.append(checks[keep])
-            if len(keep) < group.width:
-                removals.append(removal)
-
+        checks = [
+            self._check(*layer) for layer in zip(state.groups, state.statistics, state.inactive_checks, strict=True)
+        ]
+        removals, reports, inactive_checks = zip(*checks, strict=True)
         history = state.history.copy()
         history.add_step({report.name: report.pruned for report in reports})
-        groups = tuple(
-            replace(group, width=report.width_after) for group, report in zip(state.groups, reports, strict=True)
-        )
         new_state = _State(
-            groups=groups,
+            groups=tuple(replace(removal.group, width=len(removal.keep)) for removal in removals),
             statistics=tuple(
-                NeuronStatistics(g.width, s.values.device) for g, s in zip(groups, state.statistics, strict=True)
+                NeuronStatistics(report.width_after, statistics.values.device)
+                for report, statistics in zip(reports, state.statistics, strict=True)
             ),
-            inactive_checks=tuple(inactive_checks),
+            inactive_checks=inactive_checks,
             history=history,
         )
-        plan = plan_compaction(self.model, removals, self.optimizer)
+        plan = plan_compaction(self.model, [r for r in removals if len(r.keep) < r.group.width], self.optimizer)
         parameters_before = _parameter_count(self.model)
         plan.apply(also=[(self, "_state", new_state)])
         self._taps.clear()
-        return PruneReport(tuple(reports), parameters_before, _parameter_count(self.model))
+        return PruneReport(reports, parameters_before, _parameter_count(self.model))
 
     def reset(self) -> None:
         """Forget the statistics since the last check."""
@@ -272,9 +259,19 @@ class DynamicPruner:
             self._state, statistics=tuple(statistics), inactive_checks=tuple(inactive_checks), history=history
         )
 
-    @property
-    def _bound(self) -> float:
-        return 1.0 if self.criterion == "dead" else self.threshold
+    def _check(
+        self, group: NeuronGroup, statistics: NeuronStatistics, inactive_checks: Tensor
+    ) -> tuple[Removal, LayerReport, Tensor]:
+        """What a check removes of one layer, its report, and the counters of the neurons that stay."""
+        activity = self._activity(group, statistics)
+        inactive = activity < (1.0 if self.criterion == "dead" else self.threshold)
+        inactive_checks = torch.where(inactive, inactive_checks + 1, 0)
+        marked = inactive_checks >= self.patience
+        keep = neurons_to_keep(marked, activity, minimum_width=self.minimum_width, round_to=self.round_to)
+        removal = Removal(group, keep, statistics.mean.cpu() if self.compensate else None)
+        original = torch.tensor(self._state.history.kept(group.name))
+        report = LayerReport.of(removal, original, inactive=inactive, marked=marked)
+        return removal, report, inactive_checks[keep]
 
     def _activity(self, group: NeuronGroup, statistics: NeuronStatistics) -> Tensor:
         """The criterion's activity of each neuron, (width,) float64 on the CPU."""

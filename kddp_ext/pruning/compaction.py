@@ -1,5 +1,4 @@
-"""Removing neurons from a model and its optimizer: planned and checked as a whole, then applied or not at
-all.
+"""Removing neurons from a model and its optimizer: planned and checked whole, then applied or not at all.
 
 The plan allocates every new tensor before anything changes. Applying it only swaps tensors and integers, and
 keeps an undo log: an error on the way puts back what was there.
@@ -68,8 +67,7 @@ class CompactionPlan:
         self._optimizer = optimizer
 
     def apply(self, also: Sequence[tuple[object, str, Any]] = ()) -> None:
-        """Carry the plan out. On any error (an interrupt is one) everything is put back, and the error goes
-        on.
+        """Carry the plan out. On any error, an interrupt included, everything is put back.
 
         Args:
             also: further attributes, (object, name, value), to be set last: they change with the model or not

@@ -203,60 +203,12 @@ def _argument(node: Node, position: int, name: str, default: int) -> int:
 
 
 # Each entry of the result depends on the same entry of the inputs alone.
-POINTWISE = [
-    "relu",
-    "relu6",
-    "gelu",
-    "silu",
-    "mish",
-    "tanh",
-    "sigmoid",
-    "hardtanh",
-    "hardswish",
-    "hardsigmoid",
-    "leaky_relu",
-    "elu",
-    "selu",
-    "celu",
-    "softplus",
-    "log_sigmoid",
-    "threshold",
-    "hardshrink",
-    "softshrink",
-    "abs",
-    "neg",
-    "exp",
-    "expm1",
-    "log",
-    "log1p",
-    "sqrt",
-    "rsqrt",
-    "square",
-    "reciprocal",
-    "sin",
-    "cos",
-    "erf",
-    "sign",
-    "pow",
-    "clamp",
-    "clamp_min",
-    "clamp_max",
-    "add",
-    "sub",
-    "rsub",
-    "mul",
-    "div",
-    "maximum",
-    "minimum",
-    "dropout",
-    "alpha_dropout",
-    "to",
-    "_to_copy",
-    "contiguous",
-    "clone",
-    "detach",
-    "alias",
-]
+POINTWISE = """
+    relu relu6 gelu silu mish tanh sigmoid hardtanh hardswish hardsigmoid leaky_relu elu selu celu softplus
+    log_sigmoid threshold hardshrink softshrink abs neg exp expm1 log log1p sqrt rsqrt square reciprocal
+    sin cos erf sign pow clamp clamp_min clamp_max add sub rsub mul div maximum minimum
+    dropout alpha_dropout to _to_copy contiguous clone detach alias
+""".split()  # noqa: SIM905 - a list would be a page long
 
 HANDLERS: dict[str, Handler] = {
     **dict.fromkeys(POINTWISE, _pointwise),

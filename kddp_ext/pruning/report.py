@@ -73,13 +73,14 @@ class PruneReport:
     parameters_after: int
 
     @property
-    def pruned(self) -> int:
+    def neurons_pruned(self) -> int:
         """Number of neurons removed."""
         return sum(len(layer.pruned) for layer in self.layers)
 
     def __str__(self) -> str:
         widths = ", ".join(_widths(layer) for layer in self.layers)
-        parts = [f"pruned {self.pruned} neuron{'s' * (self.pruned != 1)} ({widths})", self._parameters()]
+        neurons = f"{self.neurons_pruned} neuron{'s' * (self.neurons_pruned != 1)}"
+        parts = [f"pruned {neurons} ({widths})", self._parameters()]
         waiting = sum(layer.waiting for layer in self.layers)
         if waiting:
             parts.append(f"{waiting} inactive for less than patience")

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
+from numbers import Integral, Real
 
 import torch
 from torch import nn
@@ -71,17 +71,18 @@ def _reason(model: nn.Module, name: str, groups: Mapping[str, NeuronGroup], refu
 
 def share(name: str, value: object) -> float:
     """A number in (0, 1]."""
-    if isinstance(value, bool) or not isinstance(value, int | float):
+    if isinstance(value, bool) or not isinstance(value, Real):
         raise TypeError(f"{name}: expected a number, got {value!r}")
-    if not (math.isfinite(value) and 0 < value <= 1):
+    number = float(value)
+    if not 0 < number <= 1:  # nor NaN
         raise ValueError(f"{name}: expected more than 0 and at most 1, got {value!r}")
-    return float(value)
+    return number
 
 
 def at_least_one(name: str, value: object) -> int:
     """A whole number of at least 1."""
-    if isinstance(value, bool) or not isinstance(value, int):
+    if isinstance(value, bool) or not isinstance(value, Integral):
         raise TypeError(f"{name}: expected a whole number, got {value!r}")
     if value < 1:
         raise ValueError(f"{name}: expected at least 1, got {value}")
-    return value
+    return int(value)

@@ -155,7 +155,7 @@ def test_the_last_graph_may_be_alive(dtype):
     calls = []
     for parameter in model.parameters():
         parameter.register_hook(lambda gradient: calls.append(tuple(gradient.shape)))
-    assert pruner.prune().pruned == len(DEAD)
+    assert pruner.prune().neurons_pruned == len(DEAD)
     step(model, optimizer, batch(generator, dtype))
     assert calls
     assert (len(ALIVE), INPUTS) in calls
@@ -178,7 +178,7 @@ def test_keeps_identity_flags_modes_and_hooks():
     pruner = DynamicPruner(model, optimizer, example_inputs=(x,), patience=1, layers=["0"])
     model(x).sum().backward()
     pruner.activations.observe()
-    assert pruner.prune().pruned == len(DEAD)
+    assert pruner.prune().neurons_pruned == len(DEAD)
     assert [id(tensor) for tensor in [*model.parameters(), *model.buffers()]] == identities
     assert [module.training for module in model.modules()] == modes
     assert not model[0].weight.requires_grad
@@ -234,6 +234,21 @@ def test_factored_moments_are_sliced_along_the_dimensions_they_have():
     assert torch.equal(optimizer.state[model[0].weight]["row_var"], rows[ALIVE])
     assert torch.equal(optimizer.state[model[0].weight]["col_var"], columns)
     step(model, optimizer, batch(generator, torch.float32))
+
+
+def test_transposed_storage():
+    model, optimizer, generator = build(OPTIMIZERS["adam"], NORMS["none"])
+    with torch.no_grad():
+        for linear in (model[0], model[4]):
+            linear.weight.data = linear.weight.data.t().contiguous().t()
+            linear.weight.grad = linear.weight.grad.t().contiguous().t()
+    x, _ = batch(generator)
+    expected = model(x)
+    gradient = model[0].weight.grad.clone()
+    prune_dead(model, optimizer, x)
+    torch.testing.assert_close(model(x), expected, rtol=1e-12, atol=1e-12)
+    assert torch.equal(model[0].weight.grad, gradient[ALIVE])
+    step(model, optimizer, batch(generator))
 
 
 def test_a_learning_rate_schedule_goes_on():

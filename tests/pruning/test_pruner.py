@@ -154,8 +154,8 @@ def test_patience_counts_checks_in_a_row():
         before = pruner.state_dict()["inactive_checks"]["0"][2]
         report = pruner.prune()
         pruned.append(report.layers[0].pruned)
-        assert pruner.widths["0"] == 8 - report.pruned
-        assert report.layers[0].waiting == len(dead) - report.pruned
+        assert pruner.widths["0"] == 8 - report.neurons_pruned
+        assert report.layers[0].waiting == len(dead) - report.neurons_pruned
         assert before <= 2
     assert pruned == [(), (), (), (), (), (2,)]
 
@@ -164,7 +164,7 @@ def test_statistics_start_afresh_after_a_check():
     model = make_model()
     pruner = make_pruner(model, criterion="dead")
     observe(pruner)
-    assert pruner.prune().pruned == 0
+    assert pruner.prune().neurons_pruned == 0
     kill(model, [1, 6])  # alive before the check, dead since
     observe(pruner)
     assert pruner.prune().layers[0].pruned == (1, 6)
@@ -189,10 +189,10 @@ def test_pruning_again_at_once_prunes_nothing():
     model = make_model(width=40)
     pruner = make_pruner(model, threshold=0.4)
     observe(pruner, 50)
-    assert pruner.prune().pruned > 0
+    assert pruner.prune().neurons_pruned > 0
     observe(pruner, 50)
     report = pruner.prune()
-    assert report.pruned == 0
+    assert report.neurons_pruned == 0
     assert str(report).startswith("pruned 0 neurons (0: ")
 
 
@@ -202,7 +202,7 @@ def test_guards_are_reported():
     kill(model, [0, 1, 2])
     observe(pruner)
     report = pruner.prune()
-    assert report.pruned == 0
+    assert report.neurons_pruned == 0
     assert report.layers[0].kept_by_guards == 3
     assert "3 kept by minimum_width or round_to" in str(report)
     kill(model, [0, 1, 2, 3, 4, 5, 6, 7])
@@ -362,7 +362,7 @@ def test_state_resumes_in_a_rebuilt_student():
     assert torch.equal(resumed.statistics["0"].values, pruner.statistics["0"].values)
     reports = [each.prune() for each in (pruner, resumed)]
     assert reports[0] == reports[1]
-    assert reports[0].pruned == 2
+    assert reports[0].neurons_pruned == 2
     for a, b in zip(model.parameters(), rebuilt.parameters(), strict=True):
         assert torch.equal(a, b)
 

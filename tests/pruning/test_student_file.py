@@ -25,7 +25,7 @@ def student():
     pruner = DynamicPruner(model, example_inputs=EXAMPLE, threshold=0.9, patience=1)
     model(torch.randn(30, 5))
     pruner.activations.observe()
-    assert pruner.prune().pruned > 0
+    assert pruner.prune().neurons_pruned > 0
     return model, pruner.history
 
 
