@@ -14,7 +14,6 @@ from torch import nn
 import kddp_ext
 from kddp_ext.pruner import DynamicPruner
 from kddp_ext.pruning.history import PruningHistory
-from kddp_ext.pruning.neurons import UnsupportedModelError
 from kddp_ext.student_file import load_student, save_student
 
 INPUTS = 5
@@ -402,55 +401,3 @@ def test_a_state_of_another_width_is_refused():
     state = make_pruner(make_model(width=7)).state_dict()
     with pytest.raises(ValueError, match=r"state: it is of a model with widths {'0': 7}, .* {'0': 8}; replay"):
         make_pruner(make_model(width=8)).load_state_dict(state)
-
-
-# --- arguments
-
-
-@pytest.mark.parametrize(
-    ("options", "error", "reason"),
-    [
-        ({"example_inputs": torch.zeros(2, INPUTS)}, TypeError, r"example_inputs: expected a tuple .* got Tensor"),
-        ({"criterion": "magic"}, ValueError, "criterion: expected one of contribution, .* got 'magic'"),
-        ({"threshold": 0}, ValueError, "threshold: expected more than 0 and at most 1, got 0"),
-        ({"threshold": float("nan")}, ValueError, "threshold: .* got nan"),
-        ({"threshold": 1.5}, ValueError, "threshold: .* got 1.5"),
-        ({"threshold": "0.1"}, TypeError, "threshold: expected a number, got '0.1'"),
-        ({"patience": 0}, ValueError, "patience: expected at least 1, got 0"),
-        ({"patience": 1.0}, TypeError, "patience: expected a whole number, got 1.0"),
-        ({"patience": True}, TypeError, "patience: expected a whole number, got True"),
-        ({"minimum_width": 0}, ValueError, "minimum_width: expected at least 1, got 0"),
-        ({"round_to": -8}, ValueError, "round_to: expected at least 1, got -8"),
-        ({"compensate": 1}, TypeError, "compensate: expected True or False, got 1"),
-        ({"layers": "0"}, TypeError, "layers: expected a list of layer names or None, got '0'"),
-        ({"layers": [0]}, TypeError, "layers: expected a list of layer names"),
-        ({"layers": []}, ValueError, "layers: expected at least one name"),
-        ({"layers": ["0", "0"]}, ValueError, "layers: .* each once"),
-        ({"layers": ["3"]}, UnsupportedModelError, "layers: 3 cannot be pruned: its neurons are the model's outputs"),
-        ({"optimizer": "sgd"}, TypeError, "optimizer: expected a torch.optim.Optimizer or None, got str"),
-    ],
-)
-def test_wrong_arguments_are_named(options, error, reason):
-    model = make_model()
-    with pytest.raises(error, match=reason):
-        make_pruner(model, **options)
-    assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
-
-
-def test_wrong_models_and_optimizers_are_named():
-    model = make_model()
-    with pytest.raises(TypeError, match=r"model: expected a torch.nn.Module, got function"):
-        make_pruner(lambda x: x)
-    with pytest.raises(UnsupportedModelError, match=r"DataParallel .* pass the module inside, model\.module"):
-        make_pruner(nn.DataParallel(model))
-    with pytest.raises(ValueError, match="optimizer: it holds none of the model's parameters"):
-        make_pruner(model, torch.optim.SGD(make_model().parameters(), lr=0.1))
-    with pytest.raises(ValueError, match="optimizer: LBFGS keeps one flat history"):
-        make_pruner(model, torch.optim.LBFGS(model.parameters()))
-
-
-@pytest.mark.parametrize("layers", [["0"], None])
-def test_the_last_linear_is_never_pruned(layers):
-    model = nn.Sequential(nn.Linear(INPUTS, 3))
-    with pytest.raises(UnsupportedModelError, match="its neurons are the model's outputs"):
-        make_pruner(model, layers=layers)
