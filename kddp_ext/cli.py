@@ -35,17 +35,17 @@ class RunCommand:
     """What `kddp run` is given besides the config."""
 
     config: Annotated[RunConfig, tyro.conf.arg(name="")] = field(default_factory=RunConfig)
-    name: str = ""
+    name: Annotated[str, tyro.conf.arg(metavar="NAME", help_behavior_hint="")] = ""
     """Name of the run and of its folder. Without it: the data set, and the preset unless that is default."""
-    runs_dir: Path = Path("runs")
+    runs_dir: Annotated[Path, tyro.conf.arg(metavar="DIR")] = Path("runs")
     """Where the folders of runs are kept."""
-    data_dir: Path | None = None
+    data_dir: Annotated[Path | None, tyro.conf.arg(metavar="DIR", help_behavior_hint="")] = None
     """Folder of the data set, or the one above it. Without it, the data set is downloaded once."""
-    resume: bool = False
+    resume: Annotated[bool, tyro.conf.arg(help_behavior_hint="")] = False
     """Continue a run that was interrupted, with the settings it was started with."""
     device: Device = "auto"
     """auto takes a GPU where there is one."""
-    threads: int = 0
+    threads: Annotated[int, tyro.conf.arg(metavar="N")] = 0
     """Processor threads. 0 leaves the choice to PyTorch."""
 
 
@@ -55,7 +55,7 @@ class EvaluateCommand:
 
     path: tyro.conf.Positional[Path]
     """Folder of a run, or a student.safetensors file."""
-    data_dir: Path | None = None
+    data_dir: Annotated[Path | None, tyro.conf.arg(metavar="DIR", help_behavior_hint="")] = None
     """Folder of the data set, or the one above it. Without it, the data set is downloaded once."""
     device: Device = "auto"
     """auto takes a GPU where there is one."""

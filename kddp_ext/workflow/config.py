@@ -8,6 +8,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, get_args
 
+from tyro.conf import FlagConversionOff
+
 from kddp_ext.workflow.errors import WorkflowError
 
 Dataset = Literal["digits", "fashion-mnist", "cifar10"]
@@ -83,7 +85,7 @@ class PruningConfig:
     """Neurons that always stay."""
     round_to: int = 1
     """Keep the width a multiple of this (8 or 16 suits a GPU)."""
-    compensate: bool = True
+    compensate: FlagConversionOff[bool] = True
     """Add a removed neuron's mean output to the next layer's bias."""
 
 
@@ -99,7 +101,7 @@ class RunConfig:
     """Decides the validation split, the initial weights, the order of the images and their augmentation."""
     validation: int = 200
     """Training images held out to watch progress. The test images are used once, when a stage ends."""
-    augment: bool = False
+    augment: FlagConversionOff[bool] = False
     """Random crops and horizontal flips."""
     precision: Precision = "auto"
     """auto takes bfloat16 where the processor computes in it natively, else float32."""
@@ -128,13 +130,13 @@ class RunConfig:
         if version != CONFIG_VERSION:
             raise WorkflowError(f"config version {version!r} is not one that this version of kddp_ext reads")
         try:
-            sections = {
-                "teacher": TeacherConfig(**_tuples(values.pop("teacher"))),
-                "student": StudentConfig(**_tuples(values.pop("student"))),
-                "distillation": DistillationConfig(**values.pop("distillation")),
-                "pruning": PruningConfig(**values.pop("pruning")),
-            }
-            return cls(**values, **sections)
+            return cls(
+                teacher=TeacherConfig(**_tuples(values.pop("teacher"))),
+                student=StudentConfig(**_tuples(values.pop("student"))),
+                distillation=DistillationConfig(**values.pop("distillation")),
+                pruning=PruningConfig(**values.pop("pruning")),
+                **values,
+            )
         except (TypeError, KeyError) as error:
             raise WorkflowError(f"the config does not fit this version of kddp_ext: {error}") from error
 

@@ -122,7 +122,7 @@ def _mix(x: Tensor) -> Tensor:
 
 
 def _shift_right(x: Tensor, bits: int) -> Tensor:
-    return (x >> bits) & (2 ** (64 - bits) - 1)  # PyTorch's >> repeats the sign
+    return torch.bitwise_and(x >> bits, 2 ** (64 - bits) - 1)  # PyTorch's >> repeats the sign
 
 
 def _signed(value: int) -> int:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from kddp_ext.workflow.config import RunConfig
 from kddp_ext.workflow.datasets import DatasetInfo
+from kddp_ext.workflow.errors import WorkflowError
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -98,8 +99,8 @@ class Student(nn.Module):
         sides = image_size // 2 ** len(channels)
         layers: list[nn.Module] = []
         for inputs, outputs in zip((image_channels, *channels), channels, strict=False):
-            layers += [nn.Conv2d(inputs, outputs, 3, padding=1, bias=False), nn.BatchNorm2d(outputs)]
-            layers += [nn.ReLU(), nn.MaxPool2d(2)]
+            layers += [nn.Conv2d(inputs, outputs, 3, padding=1, bias=False), nn.MaxPool2d(2)]
+            layers += [nn.BatchNorm2d(outputs), nn.ReLU()]
         self.features = nn.Sequential(*layers, nn.Flatten())
         self.hidden = nn.Linear(channels[-1] * sides * sides, width)
         self.activation = nn.ReLU()
@@ -108,6 +109,20 @@ class Student(nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         logits: Tensor = self.classifier(self.activation(self.hidden(self.features(images))))
         return logits
+
+
+def check_depth(config: RunConfig, info: DatasetInfo) -> None:
+    """Raise WorkflowError where a network of `config` halves the images more often than they have pixels for."""
+    networks = {
+        # The whitening of 2x2 patches takes a pixel before the first block.
+        "teacher": (len(config.teacher.channels), info.size - 1),
+        "student": (len(config.student.channels), info.size),
+    }
+    for network, (poolings, size) in networks.items():
+        if size >> poolings == 0:
+            raise WorkflowError(
+                f"--{network}.channels: {poolings} poolings leave nothing of the {info.size}x{info.size} images"
+            )
 
 
 def build_teacher(config: RunConfig, info: DatasetInfo, seed: int = 0) -> Teacher:

@@ -10,6 +10,7 @@ from rich.console import Console
 from kddp_ext.workflow.config import RunConfig
 from kddp_ext.workflow.data import ImageData
 from kddp_ext.workflow.datasets import INFO, read_dataset
+from kddp_ext.workflow.models import check_depth
 from kddp_ext.workflow.progress import Progress
 from kddp_ext.workflow.report import print_table, write_report
 from kddp_ext.workflow.run_folder import STAGES, RunFolder, locked, open_run
@@ -44,6 +45,7 @@ def run_workflow(
     started = time.monotonic()
     info = INFO[config.dataset]
     runtime = Runtime(device, config.precision)
+    check_depth(config, info)
     folder = open_run(path, config, resume=resume)
     title = f"KDDP on {info.name}"
     with locked(folder):

@@ -43,25 +43,23 @@ def run_teacher(run: Run) -> nn.Module:
     first = torch.arange(min(_WHITENING_IMAGES, len(run.data.train)), device=run.runtime.device)
     model.whiten(run.data.normalise(run.data.train.images[first]).cpu())
     recipe = teacher_recipe(run.config)
-    return _run_stage(run, "teacher", model, recipe, teacher=None, prune=False).model.eval()
+    return _run_stage(run, model, recipe, teacher=None).model.eval()
 
 
 def run_student(run: Run, stage: Stage, teacher: TeacherLogits) -> None:
     """Train the student of one stage, or go on where a killed run stopped."""
     if run.folder.read_result(stage) is not None:
         return
-    distil, prune = stage != "scratch", stage == "kddp"
     model = build_student(run.config, run.data.info, run.config.seed)
-    recipe = student_recipe(run.config, distil=distil, prune=prune)
-    _run_stage(run, stage, model, recipe, teacher if distil else None, prune)
+    recipe = student_recipe(run.config, stage)
+    _run_stage(run, model, recipe, None if stage == "scratch" else teacher)
 
 
-def _run_stage(
-    run: Run, stage: Stage, model: nn.Module, recipe: Recipe, teacher: TeacherLogits | None, prune: bool
-) -> Training:
+def _run_stage(run: Run, model: nn.Module, recipe: Recipe, teacher: TeacherLogits | None) -> Training:
+    stage = recipe.stage
     run.folder.stage(stage).mkdir(exist_ok=True)
     model = run.runtime.place(model)
-    training = _restore_or_start(run, stage, model, recipe, prune)
+    training = _restore_or_start(run, model, recipe)
     if run.folder.read_result(stage) is not None:
         return training
 
@@ -82,7 +80,8 @@ def _run_stage(
     return training
 
 
-def _restore_or_start(run: Run, stage: Stage, model: nn.Module, recipe: Recipe, prune: bool) -> Training:
+def _restore_or_start(run: Run, model: nn.Module, recipe: Recipe) -> Training:
+    stage = recipe.stage
     path = run.folder.checkpoint(stage)
     saved = load_checkpoint(path, stage) if path.is_file() else None
     if saved is not None:
@@ -94,7 +93,7 @@ def _restore_or_start(run: Run, stage: Stage, model: nn.Module, recipe: Recipe, 
         model.load_state_dict(saved["model"])
 
     optimizer = recipe.optimizer(model)
-    pruner = _pruner(run, model, optimizer) if prune else None
+    pruner = _pruner(run, model, optimizer) if stage == "kddp" else None
     training = Training(model, optimizer, pruner, epochs=[])
     if saved is not None:
         optimizer.load_state_dict(saved["optimizer"])

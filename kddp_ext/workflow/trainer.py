@@ -16,6 +16,7 @@ from kddp_ext.workflow.config import RunConfig
 from kddp_ext.workflow.data import ImageData
 from kddp_ext.workflow.errors import WorkflowError
 from kddp_ext.workflow.measure import accuracy, count_parameters
+from kddp_ext.workflow.run_folder import Stage
 from kddp_ext.workflow.runtime import PhaseClock, Runtime
 from kddp_ext.workflow.teacher_cache import TeacherLogits
 
@@ -25,6 +26,7 @@ class Recipe:
     """How one stage trains.
 
     Attributes:
+        stage: its name.
         epochs: passes over the training images.
         batch_size: images per step.
         learning_rate: the value for a position in the training, 0 at its start to 1 at its end.
@@ -35,6 +37,7 @@ class Recipe:
         label_smoothing: of the labels.
     """
 
+    stage: Stage
     epochs: int
     batch_size: int
     learning_rate: Callable[[float], float]
@@ -66,6 +69,7 @@ def teacher_recipe(config: RunConfig) -> Recipe:
     """SGD with Nesterov momentum and a triangular learning rate."""
     teacher = config.teacher
     return Recipe(
+        stage="teacher",
         epochs=teacher.epochs,
         batch_size=teacher.batch_size,
         learning_rate=lambda position: teacher.learning_rate * triangle(position),
@@ -80,19 +84,20 @@ def teacher_recipe(config: RunConfig) -> Recipe:
     )
 
 
-def student_recipe(config: RunConfig, *, distil: bool, prune: bool) -> Recipe:
+def student_recipe(config: RunConfig, stage: Stage) -> Recipe:
     """Adam with a cosine schedule, the same for every student but for the terms of the loss."""
     student = config.student
     return Recipe(
+        stage=stage,
         epochs=student.epochs,
         batch_size=student.batch_size,
         learning_rate=lambda position: student.learning_rate * (1 + math.cos(math.pi * position)) / 2,
         optimizer=lambda model: torch.optim.Adam(
             model.parameters(), lr=student.learning_rate, weight_decay=student.weight_decay
         ),
-        alpha=config.distillation.alpha if distil else 0.0,
+        alpha=0.0 if stage == "scratch" else config.distillation.alpha,
         temperature=config.distillation.temperature,
-        l1_weight=config.pruning.l1_weight if prune else 0.0,
+        l1_weight=config.pruning.l1_weight if stage == "kddp" else 0.0,
     )
 
 
@@ -126,7 +131,7 @@ def train(
         metrics = train_epoch(training, recipe, data, teacher, runtime, epoch, advance)
         if not math.isfinite(metrics["loss"]):
             raise WorkflowError(
-                f"the loss is {metrics['loss']} after epoch {epoch + 1}: the training diverged. "
+                f"{recipe.stage}: the loss is {metrics['loss']} after epoch {epoch + 1}: the training diverged. "
                 "Try a smaller learning rate."
             )
         training.epochs.append(metrics)

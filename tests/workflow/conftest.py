@@ -5,15 +5,18 @@ from __future__ import annotations
 import dataclasses
 import io
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from rich.console import Console
 
 from kddp_ext.workflow import stages
 from kddp_ext.workflow.config import RunConfig, StudentConfig, TeacherConfig
+from kddp_ext.workflow.data import ImageData
+from kddp_ext.workflow.datasets import DatasetInfo, RawDataset
 from kddp_ext.workflow.run import run_workflow
 
 
@@ -67,3 +70,18 @@ def _finished_once(small: RunConfig, tmp_path_factory: pytest.TempPathFactory) -
 def finished_run(_finished_once: Path, tmp_path: Path) -> Path:
     """Folder of a run of `small`, finished; a test may do with it what it likes."""
     return Path(shutil.copytree(_finished_once, tmp_path / "finished"))
+
+
+@pytest.fixture
+def image_data() -> Callable[..., ImageData]:
+    """Makes a small data set of noise."""
+
+    def make(seed: int = 0, validation: int = 10, augment: bool = True, count: int = 60) -> ImageData:
+        random = np.random.default_rng(1)
+        images = random.integers(0, 256, (count, 16, 16, 3), dtype=np.uint8)
+        raw = RawDataset(images, np.arange(count) % 10, images[:7], np.arange(7))
+        info = DatasetInfo("noise", 16, 3, 10, (120.0, 110.0, 100.0), (60.0, 50.0, 40.0))
+        config = dataclasses.replace(RunConfig(), seed=seed, validation=validation, augment=augment)
+        return ImageData(raw, info, config, torch.device("cpu"))
+
+    return make

@@ -6,9 +6,12 @@ import os
 import shutil
 import tarfile
 import zlib
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pooch
+from rich.progress import Progress
 
 from kddp_ext.files import atomic_write
 from kddp_ext.workflow.errors import DataFileError, WorkflowError
@@ -57,12 +60,37 @@ def fetch(url: str, known_hash: str, name: str, folder: Path) -> Path:
     Raises:
         WorkflowError: no connection, or content with another hash. Such content is not kept.
     """
+    pooch.get_logger().setLevel("WARNING")
     try:
-        return Path(pooch.retrieve(url, known_hash, fname=name, path=folder, progressbar=False))
+        return Path(pooch.retrieve(url, known_hash, fname=name, path=folder, downloader=downloader))
     except (OSError, ValueError) as error:
         raise WorkflowError(
             f"cannot download {url} into {folder}: {error}. Download it by hand and give its folder with --data-dir."
         ) from error
+
+
+def downloader(url: str, output_file: Any, caller: Any, **options: Any) -> None:
+    """Fetch `url` into `output_file`, with a progress bar; pooch calls this."""
+    with Progress() as display:
+        pooch.HTTPDownloader(progressbar=_Bar(display, f"downloading {url}"))(url, output_file, caller, **options)
+
+
+class _Bar:
+    """Shows pooch's progress on rich's display; pooch sets `total` and calls the methods."""
+
+    def __init__(self, display: Progress, label: str) -> None:
+        self._display = display
+        self._task = display.add_task(label, total=None)
+        self.total: int | None = None
+
+    def update(self, count: int) -> None:
+        self._display.update(self._task, total=self.total, advance=count)
+
+    def reset(self) -> None:
+        self._display.reset(self._task)
+
+    def close(self) -> None:
+        self._display.refresh()
 
 
 def unpack(archive: Path, members: list[str], folder: Path) -> None:
@@ -74,12 +102,13 @@ def unpack(archive: Path, members: list[str], folder: Path) -> None:
     try:
         with tarfile.open(archive, "r:gz") as tar:
             for name in members:
-                source = tar.extractfile(tar.getmember(name))
-                if source is None or not tar.getmember(name).isreg():
+                member = tar.getmember(name)
+                source = tar.extractfile(member) if member.isreg() else None
+                if source is None:
                     raise DataFileError(archive, f"a regular file {name}", "something else by that name")
                 target = folder / name
                 target.parent.mkdir(parents=True, exist_ok=True)
-                atomic_write(target, lambda file, source=source: shutil.copyfileobj(source, file))
+                atomic_write(target, partial(shutil.copyfileobj, source))
     except KeyError as error:
         raise DataFileError(archive, "an archive of CIFAR-10", str(error)) from error
     except (tarfile.TarError, EOFError, zlib.error) as error:

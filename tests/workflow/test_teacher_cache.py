@@ -1,0 +1,88 @@
+"""The teacher's logits on disk: what was computed, for this teacher and these views, or nothing."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from rich.console import Console
+from torch import Tensor, nn
+
+from kddp_ext.workflow.data import ImageData
+from kddp_ext.workflow.progress import Progress
+from kddp_ext.workflow.runtime import Runtime
+from kddp_ext.workflow.teacher_cache import TeacherLogits
+
+MakeCache = Callable[..., TeacherLogits]
+RUNTIME = Runtime("cpu", "float32")
+
+
+class CountingTeacher(nn.Module):
+    """A linear teacher that counts the images it has seen."""
+
+    def __init__(self, seed: int = 0) -> None:
+        super().__init__()
+        self.register_buffer("weight", torch.randn(10, 768, generator=torch.Generator().manual_seed(seed)))
+        self.seen = 0
+
+    def forward(self, images: Tensor) -> Tensor:
+        self.seen += len(images)
+        return images.flatten(1) @ self.weight.T
+
+
+@pytest.fixture
+def cache(image_data: Callable[..., ImageData], tmp_path: Path) -> Callable[..., TeacherLogits]:
+    """Makes the cache of a teacher, as a new process would."""
+
+    def make(teacher: nn.Module, **data: Any) -> TeacherLogits:
+        return TeacherLogits(teacher, image_data(**data), tmp_path, RUNTIME, Progress(Console(file=io.StringIO())))
+
+    return make
+
+
+def test_logits_are_those_of_the_epochs_views(cache: MakeCache, image_data: Callable[..., ImageData]) -> None:
+    teacher = CountingTeacher()
+    logits = cache(teacher).epoch(3)
+    assert torch.equal(logits, teacher(image_data().training_images(torch.arange(50), 3)))
+
+
+def test_a_second_run_reads_what_the_first_computed(cache: MakeCache) -> None:
+    first = cache(CountingTeacher()).epoch(0)
+    teacher = CountingTeacher()
+    assert torch.equal(cache(teacher).epoch(0), first)
+    assert teacher.seen == 0
+
+
+@pytest.mark.parametrize(
+    "change", [{"seed": 1}, {"augment": False}, {"count": 61}, {"teacher": CountingTeacher(1)}, {"epoch": 1}]
+)
+def test_nothing_stale_is_read(cache: MakeCache, change: dict[str, object]) -> None:
+    cache(CountingTeacher()).epoch(0)
+    change = dict(change)
+    teacher, epoch = change.pop("teacher", CountingTeacher()), change.pop("epoch", 0)
+    cache(teacher, **change).epoch(epoch)
+    assert teacher.seen > 0  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("damage", ["truncated", "empty", "foreign"])
+def test_a_damaged_file_is_computed_again(cache: MakeCache, tmp_path: Path, damage: str) -> None:
+    first = cache(CountingTeacher()).epoch(0)
+    (path,) = tmp_path.iterdir()
+    content = path.read_bytes()
+    path.write_bytes({"truncated": content[:-9], "empty": b"", "foreign": b"hello world"}[damage])
+    teacher = CountingTeacher()
+    assert torch.equal(cache(teacher).epoch(0), first)
+    assert teacher.seen == 50
+    assert path.read_bytes() == content
+
+
+def test_without_augmentation_one_file_serves_every_epoch(cache: MakeCache, tmp_path: Path) -> None:
+    teacher = CountingTeacher()
+    logits = cache(teacher, augment=False)
+    assert torch.equal(logits.epoch(0), logits.epoch(5))
+    assert teacher.seen == 50
+    assert len(list(tmp_path.iterdir())) == 1
