@@ -108,7 +108,7 @@ def _run(arguments: list[str]) -> None:
     config = command.config
     name = command.name or config.dataset + ("" if config.preset == "default" else f"-{config.preset}")
 
-    # PyTorch and the rest load here, so that --help and a mistyped option answer at once.
+    # Matplotlib and the rest load here, so that --help and a mistyped option need not wait for them.
     import torch
 
     from kddp_ext.workflow.run import run_workflow

@@ -13,7 +13,7 @@ from kddp_ext.files import atomic_write
 from kddp_ext.workflow.errors import WorkflowError
 
 _VERSION = 1
-_FIELDS = {"version", "stage", "architecture", "model", "optimizer", "epochs"}
+_FIELDS = {"version", "stage", "architecture", "model", "optimizer", "pruner", "history", "epochs"}
 
 
 def save_checkpoint(path: Path, state: dict[str, Any]) -> None:

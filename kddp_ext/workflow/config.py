@@ -73,7 +73,7 @@ class DistillationConfig:
 class PruningConfig:
     """When a neuron goes. Decided after every epoch but the last, from that epoch's activations."""
 
-    l1_weight: float = 5e-3
+    l1_weight: float = 0.015
     """Weight of the L1 penalty on the hidden layer's activations."""
     criterion: Criterion = "contribution"
     """What a neuron is judged by."""
@@ -151,6 +151,7 @@ def preset(dataset: Dataset, name: Preset) -> RunConfig:
             precision="float32",  # a network this small gains nothing from bfloat16
             teacher=TeacherConfig(epochs=6 if quick else 12),
             student=StudentConfig(epochs=8 if quick else 20),
+            pruning=PruningConfig(l1_weight=5e-3 if quick else 0.015),
         )
     if dataset == "fashion-mnist":
         return RunConfig(
@@ -158,7 +159,7 @@ def preset(dataset: Dataset, name: Preset) -> RunConfig:
             preset=name,
             validation=5000,
             teacher=TeacherConfig(channels=(32, 64, 128), epochs=3 if quick else 10, batch_size=256, learning_rate=0.3),
-            student=StudentConfig(channels=(16, 32), epochs=4 if quick else 15, batch_size=256, learning_rate=1e-3),
+            student=StudentConfig(channels=(16, 32), epochs=4 if quick else 15, batch_size=256),
             pruning=PruningConfig(l1_weight=1e-3),
         )
     return RunConfig(
@@ -168,18 +169,17 @@ def preset(dataset: Dataset, name: Preset) -> RunConfig:
         augment=True,
         teacher=TeacherConfig(
             channels=(32, 64, 256) if quick else (64, 256, 256),
-            epochs=8 if quick else 10,
+            epochs=7 if quick else 10,
             batch_size=256,
             learning_rate=0.3,
         ),
         student=StudentConfig(
             channels=(32, 64, 128),
             width=1024,
-            epochs=6 if quick else 25,
+            epochs=5 if quick else 25,
             batch_size=256,
-            learning_rate=1e-3,
         ),
-        pruning=PruningConfig(l1_weight=1e-3),
+        pruning=PruningConfig(l1_weight=5e-4),
     )
 
 

@@ -79,7 +79,7 @@ class ImageData:
 
     def example(self, count: int = 1) -> Tensor:
         """`count` images as a network reads them, for tracing and measuring."""
-        return self.normalise(self.test.images[:count])
+        return self.normalise(self.train.images[:count])
 
 
 def crop_and_flip(images: Tensor, indices: Tensor, seed: int, epoch: int) -> Tensor:

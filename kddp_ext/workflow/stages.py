@@ -13,6 +13,7 @@ import kddp_ext
 from kddp_ext.workflow.checkpoint import architecture, check_architecture, load_checkpoint, save_checkpoint
 from kddp_ext.workflow.config import RunConfig
 from kddp_ext.workflow.data import ImageData
+from kddp_ext.workflow.errors import WorkflowError
 from kddp_ext.workflow.measure import accuracy, count_macs, count_parameters, latency
 from kddp_ext.workflow.models import build_student, build_teacher
 from kddp_ext.workflow.progress import Bar, Progress
@@ -84,23 +85,31 @@ def _restore_or_start(run: Run, model: nn.Module, recipe: Recipe) -> Training:
     stage = recipe.stage
     path = run.folder.checkpoint(stage)
     saved = load_checkpoint(path, stage) if path.is_file() else None
-    if saved is not None:
+    if saved is None:
+        return _start(run, model, recipe)
+    try:
         # A pruned student is the fresh one, shrunk by its history.
         if saved["history"] is not None:
             history = kddp_ext.PruningHistory.from_json(saved["history"])
             history.replay(model, (run.data.example(2),))
         check_architecture(path, saved["architecture"], model)
         model.load_state_dict(saved["model"])
-
-    optimizer = recipe.optimizer(model)
-    pruner = _pruner(run, model, optimizer) if stage == "kddp" else None
-    training = Training(model, optimizer, pruner, epochs=[])
-    if saved is not None:
-        optimizer.load_state_dict(saved["optimizer"])
-        if pruner is not None:
-            pruner.load_state_dict(saved["pruner"])
+        training = _start(run, model, recipe)
+        training.optimizer.load_state_dict(saved["optimizer"])
+        if training.pruner is not None:
+            training.pruner.load_state_dict(saved["pruner"])
         training.epochs = saved["epochs"]
+    except WorkflowError:
+        raise
+    except (ValueError, TypeError, KeyError, AttributeError, RuntimeError) as error:
+        raise WorkflowError(f"{path} does not fit this run: {error}") from error
     return training
+
+
+def _start(run: Run, model: nn.Module, recipe: Recipe) -> Training:
+    optimizer = recipe.optimizer(model)
+    pruner = _pruner(run, model, optimizer) if recipe.stage == "kddp" else None
+    return Training(model, optimizer, pruner, epochs=[])
 
 
 def _pruner(run: Run, model: nn.Module, optimizer: torch.optim.Optimizer) -> kddp_ext.DynamicPruner:

@@ -129,11 +129,6 @@ def train(
     """
     for epoch in range(len(training.epochs), recipe.epochs):
         metrics = train_epoch(training, recipe, data, teacher, runtime, epoch, advance)
-        if not math.isfinite(metrics["loss"]):
-            raise WorkflowError(
-                f"{recipe.stage}: the loss is {metrics['loss']} after epoch {epoch + 1}: the training diverged. "
-                "Try a smaller learning rate."
-            )
         training.epochs.append(metrics)
         epoch_done(metrics)
 
@@ -147,7 +142,7 @@ def train_epoch(
     epoch: int,
     advance: Callable[[int], None],
 ) -> dict[str, Any]:
-    """One pass over the training images; returns its metrics."""
+    """One pass over the training images, then the pruning; returns its metrics. Raises as `train` does."""
     model, optimizer, pruner = training.model, training.optimizer, training.pruner
     clock = PhaseClock(runtime.device)
     started = time.perf_counter()
@@ -189,6 +184,12 @@ def train_epoch(
         sums += torch.stack([loss.detach(), terms.kd, terms.ce, terms.l1, terms.correct])
         advance(len(indices))
 
+    loss_mean, kd, ce, l1 = (sums[:4] / len(batches)).tolist()
+    if not math.isfinite(loss_mean):
+        raise WorkflowError(
+            f"{recipe.stage}: the loss is {loss_mean} after epoch {epoch + 1}: the training diverged. "
+            "Try a smaller learning rate."
+        )
     # Not after the last epoch: what is removed there could no longer be made up for.
     if pruner is not None and epoch + 1 < recipe.epochs:
         with clock.phase("prune"):
@@ -197,7 +198,6 @@ def train_epoch(
         validation = accuracy(model, data, data.validation, runtime)
 
     images_seen = len(batches) * len(batches[0])
-    loss_mean, kd, ce, l1 = (sums[:4] / len(batches)).tolist()
     metrics: dict[str, Any] = {
         "epoch": epoch + 1,
         "loss": loss_mean,

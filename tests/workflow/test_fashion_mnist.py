@@ -54,6 +54,7 @@ def test_the_four_files_are_read(tmp_path: Path, compressed: bool, below: str) -
     np.testing.assert_array_equal(raw.train_images[..., 0], images(20))
     np.testing.assert_array_equal(raw.test_images[..., 0], images(10))
     assert raw.train_labels.tolist() == [*range(10), *range(10)]
+    assert raw.train_images.flags.writeable  # or PyTorch warns
 
 
 @pytest.mark.parametrize(

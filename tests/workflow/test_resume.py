@@ -209,6 +209,19 @@ def test_a_checkpoint_of_another_architecture_is_named(finished_run: Path, small
     assert str(path) in str(failure.value)
 
 
+@pytest.mark.parametrize("part", ["pruner", "history", "optimizer"])
+def test_a_checkpoint_with_a_part_that_does_not_fit_is_named(
+    finished_run: Path, small: RunConfig, quiet: Console, part: str
+) -> None:
+    path = unfinished(finished_run, "kddp")
+    state = torch.load(path, weights_only=True)
+    state[part] = "nonsense"
+    torch.save(state, path)
+    with pytest.raises(WorkflowError, match="does not fit this run") as failure:
+        run_workflow(finished_run, small, quiet, resume=True)
+    assert str(path) in str(failure.value)
+
+
 def test_a_checkpoint_of_another_stage_is_named(finished_run: Path, small: RunConfig, quiet: Console) -> None:
     path = unfinished(finished_run, "kd")
     path.write_bytes(RunFolder(finished_run).checkpoint("scratch").read_bytes())
