@@ -164,20 +164,34 @@ class _Settings(NamedTuple):
     ignore_index: int
 
 
+class _Flags(NamedTuple):
+    """What the operator is to compute besides the loss, in the operator's order."""
+
+    logits_gradient: bool
+    activation_gradients: bool
+    scaled: bool
+    statistics: bool
+
+
 def _native_loss(inputs: _Inputs, settings: _Settings) -> tuple[Tensor, Tensor]:
     student, teacher, labels, activations = inputs
     training = torch.is_grad_enabled()
     logits_gradient = training and student.requires_grad
-    penalised = any(w != 0 for w in settings.l1_weights) and any(a.requires_grad for a in activations)
-    activation_gradients = training and penalised
+    activation_gradients = training and any(settings.l1_weights) and any(a.requires_grad for a in activations)
     # float16 cannot hold a gradient that the batch size has divided.
-    scaled = torch.float16 in (student.dtype, *(a.dtype for a in activations))
+    scaled = student.dtype == torch.float16 or torch.float16 in [a.dtype for a in activations]
     tracked = activations if training and isinstance(activations, TrackedActivations) else None
-    flags = (logits_gradient, activation_gradients, scaled, tracked is not None)
-    if logits_gradient or activation_gradients:
-        loss, terms, sums, *_ = _FusedLoss.call(student, teacher, labels, settings, flags, *activations)
+    flags = _Flags(logits_gradient, activation_gradients, scaled, tracked is not None)
+    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+        traced: Any = _TracedLoss.apply
+        loss, terms, sums, *_ = traced(student, teacher, labels, settings, flags, *activations)
     else:
-        loss, terms, sums, *_ = ops.kd_l1_loss(student, teacher, labels, list(activations), *settings, *flags)
+        detached = [a.detach() for a in activations]
+        loss, terms, sums, of_logits, of_activations = ops.kd_l1_loss(
+            student.detach(), teacher, labels, detached, *settings, *flags
+        )
+        if logits_gradient or activation_gradients:
+            loss = _attach(loss, (of_logits, *of_activations), settings, flags, student, *activations)
     if tracked is not None:
         column = 0
         for activation, statistics in zip(tracked, tracked.statistics, strict=True):
@@ -193,16 +207,8 @@ def _reference_loss(inputs: _Inputs, settings: _Settings) -> tuple[Tensor, Tenso
     return reference.kd_l1_loss(*inputs, **settings._asdict())
 
 
-class _FusedLoss(torch.autograd.Function):
-    """The gradients are outputs of the forward, so that functorch and torch.compile may save them."""
-
-    @classmethod
-    def call(cls, *arguments: Any) -> tuple[Tensor, ...]:
-        """`apply`, less the inspection of forward's signature, which takes longer than a small batch's loss."""
-        transformed = torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
-        apply: Any = cls.apply if transformed else super(torch.autograd.Function, cls).apply  # type: ignore[misc]
-        outputs: tuple[Tensor, ...] = apply(*arguments)
-        return outputs
+class _TracedLoss(torch.autograd.Function):
+    """The loss under torch.compile and torch.func, where only inputs and outputs of the forward may be saved."""
 
     @staticmethod
     def forward(
@@ -210,18 +216,18 @@ class _FusedLoss(torch.autograd.Function):
         teacher: Tensor | None,
         labels: Tensor | None,
         settings: _Settings,
-        flags: tuple[bool, bool, bool, bool],
+        flags: _Flags,
         *activations: Tensor,
     ) -> tuple[Tensor, ...]:
-        loss, terms, sums, logits_gradient, activation_gradients = ops.kd_l1_loss(
+        loss, terms, sums, of_logits, of_activations = ops.kd_l1_loss(
             student, teacher, labels, list(activations), *settings, *flags
         )
-        return loss, terms, sums, logits_gradient, *activation_gradients
+        return loss, terms, sums, of_logits, *of_activations
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        student, _, _, settings, (ctx.logits, ctx.activations, ctx.scaled, _), *activations = inputs
-        ctx.rows, ctx.l1_weights, ctx.layers = student.shape[0], settings.l1_weights, len(activations)
+        ctx.rows = inputs[0].shape[0]
+        _, _, _, ctx.settings, ctx.flags, *_ = inputs
         ctx.mark_non_differentiable(*output[1:])
         ctx.save_for_backward(*output[3:])
         ctx.set_materialize_grads(False)
@@ -229,24 +235,52 @@ class _FusedLoss(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_loss: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
-        absent: tuple[None, ...] = (None,) * (5 + ctx.layers)
-        if grad_loss is None:
-            return absent
-        gradients: Sequence[Tensor] = ctx.saved_tensors
-        # The usual `loss.backward()` scales by 1: on the CPU one can look, and spare the memory a round.
-        if ctx.scaled or torch.compiler.is_compiling() or grad_loss.device.type != "cpu" or grad_loss.item() != 1:
-            gradients = _scaled(gradients, grad_loss, ctx)
-        of_logits = gradients[0] if ctx.logits else None
-        of_activations = gradients[1:] if ctx.activations else absent[5:]
+        of_logits, *of_activations = _input_gradients(ctx, grad_loss)
         return (of_logits, None, None, None, None, *of_activations)
 
 
-def _scaled(gradients: Sequence[Tensor], grad_loss: Tensor, ctx: Any) -> list[Tensor]:
-    if not ctx.scaled:
-        return [gradient * grad_loss for gradient in gradients]
-    of_row = grad_loss / max(ctx.rows, 1)
-    scales = [of_row, *(of_row * weight for weight in ctx.l1_weights)]
-    return [gradient * scale for gradient, scale in zip(gradients, scales[: len(gradients)], strict=True)]
+class _KnownGradients(torch.autograd.Function):
+    """The eager case: the gradients are known before the node is made, which then costs half as much."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, loss: Tensor, gradients: tuple[Tensor, ...], settings: _Settings, flags: _Flags, *inputs: Tensor
+    ) -> Tensor:
+        ctx.rows, ctx.settings, ctx.flags = inputs[0].shape[0], settings, flags
+        ctx.save_for_backward(*gradients)
+        return loss
+
+    @staticmethod
+    def backward(ctx: Any, grad_loss: Tensor | None) -> tuple[Tensor | None, ...]:
+        gradients = _once_differentiable_gradients if torch.is_grad_enabled() else _input_gradients
+        return (None, None, None, None, *gradients(ctx, grad_loss))
+
+
+# Function.apply would inspect forward's signature for transforms, of which there are none here.
+_attach: Any = super(torch.autograd.Function, _KnownGradients).apply
+
+
+def _input_gradients(ctx: Any, grad_loss: Tensor | None) -> Sequence[Tensor | None]:
+    """Gradients with respect to the student's logits and each activation."""
+    settings, flags = ctx.settings, ctx.flags
+    absent = [None] * len(settings.l1_weights)
+    if grad_loss is None:
+        return [None, *absent]
+    gradients: Sequence[Tensor] = ctx.saved_tensors
+    # The usual `loss.backward()` scales by 1: on the CPU one can look, and spare the memory a round.
+    if flags.scaled or torch.compiler.is_compiling() or not grad_loss.is_cpu or grad_loss.item() != 1:
+        scales = [grad_loss] * len(gradients)
+        if flags.scaled:
+            of_row = grad_loss / max(ctx.rows, 1)
+            scales = [of_row, *[of_row * weight for weight in settings.l1_weights]][: len(gradients)]
+        gradients = [gradient * scale for gradient, scale in zip(gradients, scales, strict=True)]
+    return [
+        gradients[0] if flags.logits_gradient else None,
+        *(gradients[1:] if flags.activation_gradients else absent),
+    ]
+
+
+_once_differentiable_gradients = once_differentiable(_input_gradients)
 
 
 def _choose_native(device: torch.device, backend: Backend) -> bool:

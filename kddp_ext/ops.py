@@ -72,18 +72,21 @@ def _loss_outputs(
     statistics: bool,
 ) -> LossOutputs:
     """Outputs of `kd_l1_loss`, not yet filled. What is not wanted is empty."""
-    inputs = (
-        [student_logits, *activations] if teacher_logits is None else [student_logits, teacher_logits, *activations]
-    )
-    dtype = torch.float64 if any(x.dtype == torch.float64 for x in inputs) else torch.float32
-    neurons = sum([a.shape[1] for a in activations]) if statistics else 0
+    dtypes = [x.dtype for x in (student_logits, teacher_logits, *activations) if x is not None]
+    dtype = torch.float64 if torch.float64 in dtypes else torch.float32
+    device = student_logits.device
+    sums = (_STATISTICS_ROWS, sum([a.shape[1] for a in activations])) if statistics else (0,)
     return (
-        student_logits.new_empty((), dtype=dtype),
-        student_logits.new_empty(4, dtype=dtype),
-        student_logits.new_empty((_STATISTICS_ROWS, neurons), dtype=torch.float64),
-        student_logits.new_empty(student_logits.shape if logits_gradient else (0,)),
-        [a.new_empty(a.shape) for a in activations] if activation_gradients else [],
+        torch.empty((), dtype=dtype, device=device),
+        torch.empty(4, dtype=dtype, device=device),
+        torch.empty(sums, dtype=torch.float64, device=device),
+        _contiguous_like(student_logits) if logits_gradient else student_logits.new_empty(0),
+        [_contiguous_like(a) for a in activations] if activation_gradients else [],
     )
+
+
+def _contiguous_like(tensor: Tensor) -> Tensor:
+    return torch.empty_like(tensor, memory_format=torch.contiguous_format)
 
 
 def _kd_l1_loss(
@@ -118,7 +121,7 @@ def _kd_l1_loss(
         _ABSENT if teacher is None else _matrix(teacher),
         0 if labels is None else labels.data_ptr(),
         _layers(readable, l1_weights, of_activations, gathered if statistics else None),
-        gathered.shape[1],
+        gathered.shape[-1],
         temperature,
         alpha,
         label_smoothing,

@@ -8,9 +8,12 @@
 namespace kddp {
 namespace {
 
-// A tile's accumulators stay in the first-level cache; its rows are read in groups, as so many parallel
-// streams.
-constexpr int64_t tile_columns = 512, rows_in_group = 8;
+// A tile's accumulators stay in the first-level cache.
+constexpr int64_t tile_columns = 512;
+
+// With statistics, so many rows are read together before the accumulators are touched. Without, row follows row.
+template <bool with_statistics>
+constexpr int64_t rows_in_group = with_statistics ? 8 : 1;
 
 struct Tile {
     int64_t first_row, last_row, first_column, last_column;
@@ -22,79 +25,95 @@ struct alignas(64) TileSums {
     double of[statistics_rows][tile_columns];
 };
 
+// Adds a vector to as many doubles.
+template <class T>
+inline void accumulate(double* to, Vector<T> v) {
+    Vector<double> half[2];
+    widen(v, half[0], half[1]);
+    for (int i = 0; i < lanes<T> / lanes<double>; ++i)
+        store<double>(to + i * lanes<double>, load<double>(to + i * lanes<double>) + half[i]);
+}
+
 // What one vector of columns adds up over a group of rows.
 template <class T>
 struct ColumnSums {
+    static constexpr int halves = lanes<T> / lanes<double>;
     Vector<T> absolute{}, nonzero{}, highest{};
     Vector<double> sum[2]{}, squares[2]{};
 
     void add(Vector<T> a, Vector<T> magnitude) {
         nonzero += a != 0 ? broadcast<T>(1) : Vector<T>{};
         highest = maximum<T>(magnitude, highest);
-        Vector<double> low, high;
-        widen(a, low, high);
-        sum[0] += low, sum[1] += high;
-        squares[0] += low * low, squares[1] += high * high;
+        Vector<double> half[2];
+        widen(a, half[0], half[1]);
+        for (int i = 0; i < halves; ++i) sum[i] += half[i], squares[i] += half[i] * half[i];
     }
 
     void add_to(TileSums& sums, int64_t column) const {
-        Vector<double> low, high, most_low, most_high;
-        constexpr int width = lanes<double>;
-        // A vector of doubles has no second half: its second vector is left out.
-        constexpr bool halves = sizeof(T) < sizeof(double);
-        widen(absolute, low, high);
-        accumulate(sums.of[0] + column, low);
-        if (halves) accumulate(sums.of[0] + column + width, high);
-        accumulate(sums.of[1] + column, sum[0]);
-        if (halves) accumulate(sums.of[1] + column + width, sum[1]);
-        accumulate(sums.of[2] + column, squares[0]);
-        if (halves) accumulate(sums.of[2] + column + width, squares[1]);
-        widen(nonzero, low, high);
-        accumulate(sums.of[3] + column, low);
-        if (halves) accumulate(sums.of[3] + column + width, high);
-        widen(highest, most_low, most_high);
-        store<double>(sums.of[4] + column, maximum<double>(load<double>(sums.of[4] + column), most_low));
-        if (halves)
-            store<double>(sums.of[4] + column + width,
-                          maximum<double>(load<double>(sums.of[4] + column + width), most_high));
+        accumulate<T>(sums.of[0] + column, absolute);
+        accumulate<T>(sums.of[3] + column, nonzero);
+        Vector<double> most[2];
+        widen(highest, most[0], most[1]);
+        for (int i = 0; i < halves; ++i) {
+            const int64_t at = column + i * lanes<double>;
+            accumulate<double>(sums.of[1] + at, sum[i]);
+            accumulate<double>(sums.of[2] + at, squares[i]);
+            store<double>(sums.of[4] + at, maximum<double>(load<double>(sums.of[4] + at), most[i]));
+        }
     }
-
-  private:
-    static void accumulate(double* to, Vector<double> v) { store<double>(to, load<double>(to) + v); }
 };
 
+// scale * sign(a): the scale with a's sign, or 0 where a is 0 or not a number.
 template <class T>
 inline Vector<T> scaled_sign(Vector<T> a, T scale) {
-    const Vector<T> positive = broadcast<T>(scale), zero{};
-    return a > 0 ? positive : (a < 0 ? -positive : zero);
+    using Bits = typename VectorTraits<T>::Bits;
+    const BitsVector<T> sign = (BitsVector<T>)a & (Bits(1) << (8 * sizeof(T) - 1));
+    const Vector<T> signed_scale = (Vector<T>)((BitsVector<T>)broadcast<T>(scale) | sign);
+    return absolute<T>(a) > 0 ? signed_scale : Vector<T>{};
+}
+
+// One vector of columns of a group of rows; `count` columns of it where `partial`.
+template <class T, class Element, bool with_gradient, bool with_statistics, bool partial>
+inline ColumnSums<T> activation_columns(const ActivationLayer& layer, int64_t first_row, int64_t last_row,
+                                        int64_t column, int64_t count, T gradient_scale) {
+    ColumnSums<T> columns;
+    for (int64_t row = first_row; row < last_row; ++row) {
+        const Element* from =
+            static_cast<const Element*>(layer.activation.data) + row * layer.activation.row_stride + column;
+        const Vector<T> a = partial ? load_partial<T>(from, count, T(0)) : load_elements<T>(from);
+        const Vector<T> magnitude = absolute<T>(a);
+        columns.absolute += magnitude;
+        if constexpr (with_statistics) columns.add(a, magnitude);
+        if constexpr (with_gradient) {
+            Element* to = static_cast<Element*>(layer.gradient) + row * layer.neurons + column;
+            const Vector<T> gradient = scaled_sign<T>(a, gradient_scale);
+            partial ? store_partial<T>(to, gradient, count) : store_elements<T>(to, gradient);
+        }
+    }
+    return columns;
 }
 
 // Returns the sum of |a| over the tile.
 template <class T, class Element, bool with_gradient, bool with_statistics>
-double activation_tile(const ActivationLayer& layer, Tile tile, T gradient_scale, TileSums& sums) {
-    const Element* activation = static_cast<const Element*>(layer.activation.data);
-    Element* gradient = static_cast<Element*>(layer.gradient);
+double activation_tile(const ActivationLayer& layer, Tile tile, T scale, TileSums& sums) {
+    constexpr int64_t group_rows = rows_in_group<with_statistics>;
+    const int64_t whole = tile.first_column + (tile.last_column - tile.first_column) / lanes<T> * lanes<T>;
     double total = 0;
-    for (int64_t group = tile.first_row; group < tile.last_row; group += rows_in_group) {
-        const int64_t end = group + rows_in_group < tile.last_row ? group + rows_in_group : tile.last_row;
+    for (int64_t row = tile.first_row; row < tile.last_row; row += group_rows) {
+        const int64_t end = row + group_rows < tile.last_row ? row + group_rows : tile.last_row;
         Vector<T> group_sum{};
-        for (int64_t column = tile.first_column; column < tile.last_column; column += lanes<T>) {
-            const int64_t count = tile.last_column - column;
-            ColumnSums<T> columns;
-            for (int64_t row = group; row < end; ++row) {
-                const Element* from = activation + row * layer.activation.row_stride + column;
-                const Vector<T> a = count >= lanes<T> ? load_elements<T>(from) : load_partial<T>(from, count, T(0));
-                const Vector<T> magnitude = absolute<T>(a);
-                columns.absolute += magnitude;
-                if (with_gradient) {
-                    Element* to = gradient + row * layer.neurons + column;
-                    const Vector<T> g = scaled_sign<T>(a, gradient_scale);
-                    count >= lanes<T> ? store_elements<T>(to, g) : store_partial<T>(to, g, count);
-                }
-                if (with_statistics) columns.add(a, magnitude);
-            }
+        int64_t column = tile.first_column;
+        for (; column < whole; column += lanes<T>) {
+            const ColumnSums<T> columns = activation_columns<T, Element, with_gradient, with_statistics, false>(
+                layer, row, end, column, lanes<T>, scale);
             group_sum += columns.absolute;
-            if (with_statistics) columns.add_to(sums, column - tile.first_column);
+            if constexpr (with_statistics) columns.add_to(sums, column - tile.first_column);
+        }
+        if (column < tile.last_column) {
+            const ColumnSums<T> columns = activation_columns<T, Element, with_gradient, with_statistics, true>(
+                layer, row, end, column, tile.last_column - column, scale);
+            group_sum += columns.absolute;
+            if constexpr (with_statistics) columns.add_to(sums, column - tile.first_column);
         }
         total += sum_of_lanes<T>(group_sum);
     }
