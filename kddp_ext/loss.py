@@ -260,12 +260,12 @@ class _KnownGradients(torch.autograd.Function):
 _attach: Any = super(torch.autograd.Function, _KnownGradients).apply
 
 
-def _input_gradients(ctx: Any, grad_loss: Tensor | None) -> Sequence[Tensor | None]:
+def _input_gradients(ctx: Any, grad_loss: Tensor | None) -> tuple[Tensor | None, ...]:
     """Gradients with respect to the student's logits and each activation."""
     settings, flags = ctx.settings, ctx.flags
     absent = [None] * len(settings.l1_weights)
     if grad_loss is None:
-        return [None, *absent]
+        return (None, *absent)
     gradients: Sequence[Tensor] = ctx.saved_tensors
     # The usual `loss.backward()` scales by 1: on the CPU one can look, and spare the memory a round.
     if flags.scaled or torch.compiler.is_compiling() or not grad_loss.is_cpu or grad_loss.item() != 1:
@@ -274,10 +274,8 @@ def _input_gradients(ctx: Any, grad_loss: Tensor | None) -> Sequence[Tensor | No
             of_row = grad_loss / max(ctx.rows, 1)
             scales = [of_row, *[of_row * weight for weight in settings.l1_weights]][: len(gradients)]
         gradients = [gradient * scale for gradient, scale in zip(gradients, scales, strict=True)]
-    return [
-        gradients[0] if flags.logits_gradient else None,
-        *(gradients[1:] if flags.activation_gradients else absent),
-    ]
+    of_activations = gradients[1:] if flags.activation_gradients else absent
+    return (gradients[0] if flags.logits_gradient else None, *of_activations)
 
 
 _once_differentiable_gradients = once_differentiable(_input_gradients)
