@@ -65,8 +65,8 @@ def read_idx(path: Path, shape: tuple[int, ...]) -> NDArray[np.uint8]:
         raise DataFileError(path, what, f"a header that says {' x '.join(map(str, found))}")
     if len(content) != total:
         raise DataFileError(path, f"{what} ({total} with its header)", f"{len(content)} bytes")
-    array: NDArray[np.uint8] = np.frombuffer(content, np.uint8, values, header_bytes).reshape(shape)
-    return array.copy()  # PyTorch wants it writable
+    array: NDArray[np.uint8] = np.frombuffer(content, np.uint8, values, header_bytes).reshape(shape).copy()
+    return array  # a copy, for PyTorch wants it writable
 
 
 def _decompress(path: Path, content: bytes, what: str, total: int) -> bytes:
