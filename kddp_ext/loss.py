@@ -252,8 +252,14 @@ class _KnownGradients(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad_loss: Tensor | None) -> tuple[Tensor | None, ...]:
-        gradients = _once_differentiable_gradients if torch.is_grad_enabled() else _input_gradients
-        return (None, None, None, None, *gradients(ctx, grad_loss))
+        if torch.is_grad_enabled():  # the decorator costs what is saved elsewhere
+            return _KnownGradients.backward_once(ctx, grad_loss)
+        return (None, None, None, None, *_input_gradients(ctx, grad_loss))
+
+    @staticmethod
+    @once_differentiable
+    def backward_once(ctx: Any, grad_loss: Tensor | None) -> tuple[Tensor | None, ...]:
+        return (None, None, None, None, *_input_gradients(ctx, grad_loss))
 
 
 # Function.apply would inspect forward's signature for transforms, of which there are none here.
@@ -276,9 +282,6 @@ def _input_gradients(ctx: Any, grad_loss: Tensor | None) -> tuple[Tensor | None,
         gradients = [gradient * scale for gradient, scale in zip(gradients, scales, strict=True)]
     of_activations = gradients[1:] if flags.activation_gradients else absent
     return (gradients[0] if flags.logits_gradient else None, *of_activations)
-
-
-_once_differentiable_gradients = once_differentiable(_input_gradients)
 
 
 def _choose_native(device: torch.device, backend: Backend) -> bool:
