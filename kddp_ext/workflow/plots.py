@@ -41,6 +41,8 @@ def _accuracy_against_parameters(axes: Axes, stages: dict[str, dict[str, Any]]) 
         size = 260 if _MARKERS[stage] == "*" else 80
         x, y = result["parameters"], 100 * result["test_accuracy"]
         axes.scatter(x, y, s=size, color=_COLOURS[stage], marker=_MARKERS[stage], label=_NAMES[stage], zorder=3)
+    if {"kd", "kddp"} <= stages.keys():
+        _reduction(axes, stages["kd"], stages["kddp"])
     axes.set_xscale("log")
     axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     axes.xaxis.set_major_formatter(EngFormatter(sep=""))
@@ -51,6 +53,22 @@ def _accuracy_against_parameters(axes: Axes, stages: dict[str, dict[str, Any]]) 
     axes.set_ylabel("test accuracy (%)")
     if stages:
         axes.legend(frameon=False, loc="best")
+
+
+def _reduction(axes: Axes, kd: dict[str, Any], kddp: dict[str, Any]) -> None:
+    """An arrow from KD to KDDP that says how much smaller it is."""
+    start, end = ((result["parameters"], 100 * result["test_accuracy"]) for result in (kd, kddp))
+    arrow = {"arrowstyle": "->", "color": _COLOURS["kddp"], "shrinkA": 8, "shrinkB": 12}
+    axes.annotate("", xy=end, xytext=start, arrowprops=arrow)
+    middle = ((start[0] * end[0]) ** 0.5, (start[1] + end[1]) / 2)
+    axes.annotate(
+        f"{kd['parameters'] / kddp['parameters']:.1f}x smaller",
+        middle,
+        xytext=(0, 7),
+        textcoords="offset points",
+        ha="center",
+        color=_COLOURS["kddp"],
+    )
 
 
 def _width(axes: Axes, stages: dict[str, dict[str, Any]], epochs: list[dict[str, Any]]) -> None:
