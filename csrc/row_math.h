@@ -22,10 +22,11 @@ struct GradientScale {
     T label;       // (1 - alpha) (1 - label_smoothing) / n, at the label alone
 };
 
-// KL(p || q) of one row. Rounding may leave a little less than nothing of what cannot be negative.
+// KL(p || q) of one row, from dot, Z_p and log(Z_q / Z_p). Rounding may leave a little less than nothing of what cannot
+// be negative.
 template <class T>
-KDDP_INLINE T kl_divergence(T dot, T sum_p, T log_sum_p, T log_sum_q) {
-    const T divergence = dot / sum_p + log_sum_q - log_sum_p;
+KDDP_INLINE T kl_divergence(T dot, T sum_p, T log_q_over_p) {
+    const T divergence = dot / sum_p + log_q_over_p;
     return divergence < 0 ? T(0) : divergence;
 }
 

@@ -314,8 +314,7 @@ class LogitsRows {
     RowTerms terms(int64_t row, RowMaxima<T> maxima, const RowSums& sums) const {
         RowTerms terms;
         if (job_.teacher.data) {
-            const double divergence =
-                kl_divergence(sums.dot, sums.teacher, std::log(sums.teacher), std::log(sums.student));
+            const double divergence = kl_divergence(sums.dot, sums.teacher, std::log(sums.student / sums.teacher));
             terms.kd = divergence * job_.temperature * job_.temperature * inverse_rows_;
         }
         if (job_.labels) {

@@ -111,22 +111,28 @@ inline Vector<T> absolute(Vector<T> v) {
     return (Vector<T>)((BitsVector<T>)v & all_but_sign);
 }
 
-template <class T>
-inline T sum_of_lanes(Vector<T> v) {
-    T lane[lanes<T>];
-    std::memcpy(lane, &v, sizeof v);
-    for (int width = lanes<T> / 2; width > 0; width /= 2)
-        for (int i = 0; i < width; ++i) lane[i] += lane[i + width];
-    return lane[0];
+// Reductions fold a vector in halves, down to one lane.
+
+template <class T, int bytes = KDDP_VECTOR_BYTES>
+inline T sum_of_lanes(typename VectorOf<T, bytes>::Type v) {
+    if constexpr (bytes == 2 * sizeof(T)) {
+        return v[0] + v[1];
+    } else {
+        typename VectorOf<T, bytes / 2>::Type half[2];
+        std::memcpy(half, &v, sizeof v);
+        return sum_of_lanes<T, bytes / 2>(half[0] + half[1]);
+    }
 }
 
-template <class T>
-inline T maximum_of_lanes(Vector<T> v) {
-    T lane[lanes<T>];
-    std::memcpy(lane, &v, sizeof v);
-    for (int width = lanes<T> / 2; width > 0; width /= 2)
-        for (int i = 0; i < width; ++i) lane[i] = lane[i] > lane[i + width] ? lane[i] : lane[i + width];
-    return lane[0];
+template <class T, int bytes = KDDP_VECTOR_BYTES>
+inline T maximum_of_lanes(typename VectorOf<T, bytes>::Type v) {
+    if constexpr (bytes == 2 * sizeof(T)) {
+        return v[0] > v[1] ? v[0] : v[1];
+    } else {
+        typename VectorOf<T, bytes / 2>::Type half[2];
+        std::memcpy(half, &v, sizeof v);
+        return maximum_of_lanes<T, bytes / 2>(half[0] > half[1] ? half[0] : half[1]);
+    }
 }
 
 // e^x for x <= 0, -inf and NaN included; 0 where the result would be subnormal. 2^n * e^r with r = x - n
