@@ -104,8 +104,8 @@ class Progress:
 
 def _display(console: Console) -> Display:
     return Display(
-        TextColumn("{task.description:<16}"),
-        BarColumn(bar_width=24),
+        TextColumn("{task.description:<8}"),
+        BarColumn(bar_width=12),
         TextColumn("{task.percentage:>3.0f}%"),
         TextColumn("{task.fields[note]}"),
         TextColumn("[dim]{task.fields[rate]}"),

@@ -52,6 +52,10 @@ def run_workflow(
         if not _finished(folder):
             data = ImageData(read_dataset(config.dataset, data_dir), info, config, runtime.device)
             progress = Progress(console)
+            progress.line(
+                f"{title}: {len(data.train):,} images for training, {len(data.validation):,} for validation, "
+                f"{len(data.test):,} for the test; {runtime}"
+            )
             run = Run(folder, config, data, runtime, progress)
             teacher = run_teacher(run)
             logits = TeacherLogits(teacher, data, folder.teacher_logits, runtime, progress)

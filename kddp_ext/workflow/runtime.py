@@ -37,6 +37,13 @@ class Runtime:
         native = precision == "auto" and _computes_bfloat16(self.device)
         self.dtype = torch.bfloat16 if native or precision == "bfloat16" else torch.float32
 
+    def __str__(self) -> str:
+        where = f"{str(self.dtype).removeprefix('torch.')} on {self.device}"
+        threads = torch.get_num_threads()
+        if self.device.type == "cuda":
+            return where
+        return f"{where}, {threads} thread{'' if threads == 1 else 's'}"
+
     def place(self, model: Model) -> Model:
         """Move `model` to the device, its convolutions channels last."""
         model.to(self.device)

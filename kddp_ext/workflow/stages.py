@@ -65,8 +65,7 @@ def _run_stage(run: Run, model: nn.Module, recipe: Recipe, teacher: TeacherLogit
         return training
 
     images = len(run.data.train) // recipe.batch_size * recipe.batch_size or len(run.data.train)
-    label = f"{stage} on {run.data.info.name}"
-    with run.progress.bar(label, images * recipe.epochs, images * len(training.epochs)) as bar:
+    with run.progress.bar(stage, images * recipe.epochs, images * len(training.epochs)) as bar:
 
         def epoch_done(metrics: dict[str, Any]) -> None:
             _save(run, stage, training)
@@ -172,7 +171,7 @@ def _measure(run: Run, stage: Stage, training: Training) -> dict[str, Any]:
 
 def _show(bar: Bar, metrics: dict[str, Any], epochs: int) -> None:
     width = f", width {metrics['width']}" if "width" in metrics else ""
-    bar.note(f"epoch {metrics['epoch']}/{epochs}, validation {metrics['validation_accuracy']:.1%}{width}")
+    bar.note(f"epoch {metrics['epoch']}/{epochs}, val {metrics['validation_accuracy']:.1%}{width}")
 
 
 def _summary(result: dict[str, Any]) -> str:
