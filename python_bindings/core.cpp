@@ -45,9 +45,9 @@ std::vector<kddp::ActivationLayer> activation_layers(const std::vector<LayerArgu
 // Calls `allocate(bytes)` for the workspace between sizing and running, so that Python owns that memory too.
 void kd_l1_loss(int64_t rows, int64_t classes, const MatrixArguments& student, const MatrixArguments& teacher,
                 Address labels, const std::vector<LayerArguments>& layer_arguments, int64_t statistics_stride,
-                double temperature, double alpha, double label_smoothing, int64_t ignore_index,
-                bool scaled_gradients, Address logits_gradient, int result_type, Address loss, Address terms,
-                const py::function& allocate, int threads) {
+                double temperature, double alpha, double label_smoothing, int64_t ignore_index, bool scaled_gradients,
+                Address logits_gradient, int result_type, Address loss, Address terms, const py::function& allocate,
+                int threads) {
     const std::vector<kddp::ActivationLayer> layers = activation_layers(layer_arguments);
     kddp::KdL1Loss job{rows,
                        classes,
@@ -82,9 +82,8 @@ void kd_l1_loss(int64_t rows, int64_t classes, const MatrixArguments& student, c
 // source, target, inner, element_size
 using BlockArguments = std::tuple<Address, Address, int64_t, int64_t>;
 
-void gather_slices(const std::vector<BlockArguments>& block_arguments, int64_t rows, int64_t columns,
-                   Address keep_rows, int64_t kept_rows, Address keep_columns, int64_t kept_columns,
-                   int threads) {
+void gather_slices(const std::vector<BlockArguments>& block_arguments, int64_t rows, int64_t columns, Address keep_rows,
+                   int64_t kept_rows, Address keep_columns, int64_t kept_columns, int threads) {
     std::vector<kddp::Block> blocks;
     for (const auto& [source, target, inner, element_size] : block_arguments)
         blocks.push_back({pointer<const void>(source), pointer<void>(target), inner, element_size});
@@ -95,13 +94,12 @@ void gather_slices(const std::vector<BlockArguments>& block_arguments, int64_t r
 }
 
 void pruned_contribution(Address weight, bool is_double, int64_t columns, int64_t inner, Address keep_rows,
-                         int64_t kept_rows, Address pruned_columns, int64_t pruned_count,
-                         Address pruned_means, Address shift) {
+                         int64_t kept_rows, Address pruned_columns, int64_t pruned_count, Address pruned_means,
+                         Address shift) {
     py::gil_scoped_release unlocked;
     kddp::pruned_contribution({pointer<const void>(weight), is_double, columns, inner,
-                               pointer<const int64_t>(keep_rows), kept_rows,
-                               pointer<const int64_t>(pruned_columns), pruned_count,
-                               pointer<const double>(pruned_means), pointer<double>(shift)});
+                               pointer<const int64_t>(keep_rows), kept_rows, pointer<const int64_t>(pruned_columns),
+                               pruned_count, pointer<const double>(pruned_means), pointer<double>(shift)});
 }
 
 }  // namespace
