@@ -19,6 +19,7 @@ import torch
 from rich.console import Console
 
 import kddp_ext
+from kddp_ext.cli import main
 from kddp_ext.workflow import trainer
 from kddp_ext.workflow.config import RunConfig
 from kddp_ext.workflow.errors import WorkflowError
@@ -117,18 +118,20 @@ def test_killed_in_the_middle_of_epochs_again_and_again(
 
 def test_sigkill(tmp_path: Path) -> None:
     options = ["--teacher.channels", "8", "--teacher.epochs", "3", "--student.channels", "4", "--student.epochs", "6"]
-    options += ["--student.width", "48", "--pruning.l1-weight", "0.05", "--pruning.patience", "1", "--threads", "1"]
-    options += ["--runs-dir", str(tmp_path), "--device", "cpu"]
+    options += ["--student.width", "48", "--pruning.l1-weight", "0.005", "--pruning.threshold", "0.1"]
+    options += ["--threads", "1", "--device", "cpu", "--runs-dir", str(tmp_path)]
+    assert main(["run", "--name", "whole", *options]) == 0
 
-    def command(name: str, *more: str) -> list[str]:
-        return [sys.executable, "-m", "kddp_ext", "run", "--name", name, *options, *more]
-
-    subprocess.run(command("whole"), check=True, capture_output=True)
-    process = subprocess.Popen(command("killed"), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    process = subprocess.Popen(
+        [sys.executable, "-m", "kddp_ext", "run", "--name", "killed", *options],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
     wait_for(tmp_path / "killed" / "kddp" / "checkpoint.pt", process)
     process.send_signal(signal.SIGKILL)
     assert process.wait() == -signal.SIGKILL
-    subprocess.run(command("killed", "--resume"), check=True, capture_output=True)
+
+    assert main(["run", "--name", "killed", *options, "--resume"]) == 0
     assert_same_end(tmp_path / "whole", tmp_path / "killed")
 
 
