@@ -8,6 +8,7 @@ torch.compile and torch.export.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch  # before _core: the OpenMP runtime that torch has loaded then serves both
 from torch import Tensor
@@ -59,19 +60,12 @@ def _workspace(size: int) -> Tensor:
 def _loss_outputs(
     student_logits: Tensor,
     teacher_logits: Tensor | None,
-    labels: Tensor | None,
+    _labels: Tensor | None,
     activations: Sequence[Tensor],
-    temperature: float,
-    alpha: float,
-    l1_weights: Sequence[float],
-    label_smoothing: float,
-    ignore_index: int,
-    logits_gradient: bool,
-    activation_gradients: bool,
-    scaled_gradients: bool,
-    statistics: bool,
+    *settings: Any,
 ) -> LossOutputs:
-    """Outputs of `kd_l1_loss`, not yet filled. What is not wanted is empty."""
+    """Outputs of `kd_l1_loss` for its arguments, not yet filled. What is not wanted is empty."""
+    logits_gradient, activation_gradients, _, statistics = settings[-4:]
     dtypes = [x.dtype for x in (student_logits, teacher_logits, *activations) if x is not None]
     dtype = torch.float64 if torch.float64 in dtypes else torch.float32
     device = student_logits.device
@@ -104,10 +98,8 @@ def _kd_l1_loss(
     scaled_gradients: bool,
     statistics: bool,
 ) -> LossOutputs:
-    outputs = _loss_outputs(
-        student_logits, teacher_logits, labels, activations, temperature, alpha, l1_weights, label_smoothing,
-        ignore_index, logits_gradient, activation_gradients, scaled_gradients, statistics,
-    )  # fmt: skip
+    flags = (logits_gradient, activation_gradients, scaled_gradients, statistics)
+    outputs = _loss_outputs(student_logits, teacher_logits, labels, activations, *flags)
     loss, terms, gathered, gradient, of_activations = outputs
     # Bound to names, for a copy must outlive the call that is given its address.
     student = _rows_side_by_side(student_logits)

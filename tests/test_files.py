@@ -46,6 +46,6 @@ def test_a_folder_that_is_not_there_is_named(tmp_path):
 
 def test_a_disk_that_turns_out_full_when_the_file_is_synced(tmp_path, monkeypatch):
     monkeypatch.setattr(os, "fsync", lambda _: (_ for _ in ()).throw(OSError(errno.ENOSPC, "No space left on device")))
-    with pytest.raises(OSError, match="cannot write .*No space left"):
+    with pytest.raises(OSError, match=r"cannot write .*No space left"):
         write_text(tmp_path / "a.txt", "x")
     assert not os.listdir(tmp_path)

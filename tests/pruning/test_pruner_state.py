@@ -1,0 +1,73 @@
+"""The pruner's state: saved, restored, and refused where it is of another student."""
+
+import io
+
+import pytest
+import torch
+from pruner_cases import example, kill, make_model, make_pruner, observe
+
+from kddp_ext.pruning.history import PruningHistory
+
+
+def test_state_resumes_in_a_rebuilt_student():
+    model = make_model()
+    pruner = make_pruner(model, criterion="dead", patience=2)
+    for dead in ([1, 2], [1, 2], [0, 3]):
+        kill(model, dead)
+        observe(pruner)
+        pruner.prune()
+    observe(pruner)
+    buffer = io.BytesIO()
+    torch.save({"pruner": pruner.state_dict(), "model": model.state_dict()}, buffer)
+    buffer.seek(0)
+    checkpoint = torch.load(buffer, weights_only=True)
+
+    rebuilt = make_model()
+    PruningHistory.from_json(checkpoint["pruner"]["history"]).replay(rebuilt, (example(),))
+    rebuilt.load_state_dict(checkpoint["model"])
+    resumed = make_pruner(rebuilt, criterion="dead", patience=2)
+    resumed.load_state_dict(checkpoint["pruner"])
+    assert resumed.history == pruner.history
+    assert torch.equal(resumed.statistics["0"].values, pruner.statistics["0"].values)
+    reports = [each.prune() for each in (pruner, resumed)]
+    assert reports[0] == reports[1]
+    assert reports[0].neurons_pruned == 2
+    for a, b in zip(model.parameters(), rebuilt.parameters(), strict=True):
+        assert torch.equal(a, b)
+
+
+def spoiled(key, value):
+    def spoil(state):
+        return {**state, key: value}
+
+    return spoil
+
+
+@pytest.mark.parametrize(
+    ("spoil", "reason"),
+    [
+        (spoiled("version", 99), "state: expected the state of a DynamicPruner, version 1"),
+        (lambda state: [], "state: expected the state of a DynamicPruner"),
+        (lambda state: {"version": 1}, "state: history, inactive_checks, statistics missing"),
+        (spoiled("history", "nonsense"), "expected the JSON of a pruning history"),
+        (spoiled("statistics", {}), "expected statistics and counters of the 8 neurons of 0"),
+        (spoiled("inactive_checks", {"0": torch.zeros(3)}), "expected statistics and counters of the 8 neurons of 0"),
+        (
+            lambda state: {**state, "statistics": {"0": {"values": torch.zeros(5, 3), "rows": 1}}},
+            "statistics of 8 neurons",
+        ),
+    ],
+)
+def test_a_bad_state_changes_nothing(spoil, reason):
+    pruner = make_pruner(make_model())
+    observe(pruner)
+    before = pruner._state
+    with pytest.raises(ValueError, match=reason):
+        pruner.load_state_dict(spoil(pruner.state_dict()))
+    assert pruner._state is before
+
+
+def test_a_state_of_another_width_is_refused():
+    state = make_pruner(make_model(width=7)).state_dict()
+    with pytest.raises(ValueError, match=r"state: it is of a model with widths {'0': 7}, .* {'0': 8}; replay"):
+        make_pruner(make_model(width=8)).load_state_dict(state)
