@@ -46,7 +46,7 @@ class RunCommand:
     device: Device = "auto"
     """auto takes a GPU where there is one."""
     threads: Annotated[int, tyro.conf.arg(metavar="N")] = 0
-    """Processor threads. 0 leaves the choice to PyTorch."""
+    """Processor threads. 0 takes one for digits, too small for more to help, and PyTorch's choice otherwise."""
 
 
 @dataclass(frozen=True)
@@ -116,8 +116,9 @@ def _run(arguments: list[str]) -> None:
 
     if command.threads < 0:
         raise WorkflowError(f"--threads: expected a number of at least 0, got {command.threads}")
-    if command.threads:
-        torch.set_num_threads(command.threads)
+    threads = command.threads or (1 if config.dataset == "digits" else 0)
+    if threads:
+        torch.set_num_threads(threads)
     keep_freed_memory()
     run_workflow(
         command.runs_dir / name,
