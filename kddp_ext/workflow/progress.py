@@ -22,6 +22,7 @@ class Bar:
         console: where the lines go.
         label: what is being done.
         total: how many images it takes.
+        done: how many of them an earlier run has done.
     """
 
     def __init__(self, display: Display | None, console: Console, label: str, total: int, done: int) -> None:
@@ -44,7 +45,9 @@ class Bar:
         elif time.monotonic() - self._last_line > _LINE_SECONDS:
             self._last_line = time.monotonic()
             share = 100 * self._done / max(self._total, 1)
-            self._console.print(f"{self._label}: {share:.0f}% {self._note} {self._rate()}".rstrip(), highlight=False)
+            self._console.print(
+                f"{self._label}: {share:.0f}% {self._note} {self._rate()}", highlight=False, soft_wrap=True
+            )
 
     def note(self, text: str) -> None:
         """Show `text` beside the bar from now on."""

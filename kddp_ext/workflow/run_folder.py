@@ -70,7 +70,9 @@ def open_run(path: Path, config: RunConfig, *, resume: bool) -> RunFolder:
         OSError: the folder can't be made or written to.
     """
     folder = RunFolder(path)
-    if folder.config.is_file():
+    # A run that stopped before its first stage, for want of its data say, has nothing to lose.
+    begun = folder.config.is_file() and any(folder.stage(stage).exists() for stage in STAGES)
+    if begun:
         if not resume:
             raise WorkflowError(f"{path} holds a run already. Continue it with --resume, or start another with --name.")
         changed = differences(load_config(folder.config), config)
@@ -80,7 +82,7 @@ def open_run(path: Path, config: RunConfig, *, resume: bool) -> RunFolder:
                 "Resume with the settings it was started with, or give another --name."
             )
         return folder
-    if path.exists() and (not path.is_dir() or any(path.iterdir())):
+    if path.exists() and not folder.config.is_file() and (not path.is_dir() or any(path.iterdir())):
         raise WorkflowError(f"{path} exists and is not a run of kddp. Give another --name or --runs-dir.")
     path.mkdir(parents=True, exist_ok=True)
     write_json(folder.config, config.to_json())

@@ -116,6 +116,13 @@ def test_an_unwritable_place_for_runs(tmp_path: Path, capsys: pytest.CaptureFixt
     assert message.count("\n") == 1
 
 
+def test_a_run_that_found_no_data_can_be_started_again(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    options = ["--runs-dir", str(tmp_path), "--dataset", "cifar10", "--data-dir", str(tmp_path / "nowhere")]
+    for seed in ("0", "1"):
+        assert main(["run", *options, "--seed", seed]) == 2
+        assert f"{tmp_path / 'nowhere'}: expected a file data_batch_1" in capsys.readouterr().err
+
+
 def test_a_full_disk_leaves_the_last_checkpoint(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
