@@ -23,7 +23,7 @@ def chains(draw):
         between = [draw(st.sampled_from(ACTIVATIONS))()]
         if draw(st.booleans()):
             between.append(nn.BatchNorm1d(wider, affine=draw(st.booleans())))
-        if draw(st.booleans()):
+        if wider > 2 and draw(st.booleans()):  # with one neuron fewer, a slope a channel would be one for all
             between.append(nn.PReLU(wider))
         if draw(st.booleans()):
             between.append(nn.Dropout(0.3, inplace=draw(st.booleans())))

@@ -124,6 +124,7 @@ def test_sigkill(tmp_path: Path) -> None:
 
     process = subprocess.Popen(
         [sys.executable, "-m", "kddp_ext", "run", "--name", "killed", *options],
+        cwd=tmp_path,  # not the source folder, whose package has no compiled module
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
     )
@@ -139,6 +140,7 @@ def test_ctrl_c_says_how_to_go_on(tmp_path: Path) -> None:
     options = ["--runs-dir", str(tmp_path), "--name", "mine", "--teacher.epochs", "1000", "--threads", "1"]
     process = subprocess.Popen(
         [sys.executable, "-m", "kddp_ext", "run", *options],
+        cwd=tmp_path,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
