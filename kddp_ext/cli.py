@@ -24,7 +24,7 @@ kddp: make a neural network small while it learns from a larger one.
   kddp evaluate    measure the accuracy of a run, or of one saved student, on the test images
   kddp info        show what a run or a saved student is: architecture, size, what was pruned
 
-Start with `kddp run`. It uses small scanned digits that need no download, and takes about a minute.
+Start with `kddp run`. It uses small scanned digits that need no download, and takes half a minute.
 `kddp COMMAND --help` explains a command's options.
 """
 _USAGE_ERROR, _INTERRUPTED = 2, 130
