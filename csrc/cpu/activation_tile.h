@@ -8,8 +8,8 @@
 namespace kddp {
 namespace {
 
-// A tile's accumulators stay in the first-level cache.
-constexpr int64_t tile_columns = 512;
+// With statistics, a tile is at most so wide: its accumulators stay in the second-level cache.
+constexpr int64_t tile_columns = 1024;
 
 // With statistics, so many rows are read together before the accumulators are touched. Without, row follows row.
 template <bool with_statistics>

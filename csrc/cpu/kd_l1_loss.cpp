@@ -37,7 +37,7 @@ struct Schedule {
     explicit Schedule(const KdL1Loss& job) : job(job) {
         block_rows = clamp(65536 / (job.classes > 0 ? job.classes : 1), 1, 64);
         logits_blocks = job.student.data ? divide_up(job.rows, block_rows) : 0;
-        row_parts = clamp(job.rows / 256, 1, 8);
+        statistics_parts = clamp(job.rows / 64, 1, 8);
         for (int64_t i = 0; i < job.activations.layer_count; ++i) tiles += tiles_of(job.activations.layers[i]);
 
         const bool in_double = computes_in_double(job);
@@ -46,12 +46,22 @@ struct Schedule {
         terms_offset = 3 * buffer_bytes * job.threads;
         tiles_offset = terms_offset + round_up_to_line(logits_blocks * int64_t(sizeof(RowTerms)));
         statistics_offset = tiles_offset + round_up_to_line(tiles * int64_t(sizeof(double)));
-        const int64_t partial = row_parts > 1 ? row_parts * statistics_rows * job.activations.statistics_stride : 0;
+        const int64_t partial =
+            statistics_parts > 1 ? statistics_parts * statistics_rows * job.activations.statistics_stride : 0;
         bytes = statistics_offset + round_up_to_line(partial * int64_t(sizeof(double)));
     }
 
-    int64_t column_parts(const ActivationLayer& layer) const { return divide_up(layer.neurons, tile_columns); }
-    int64_t tiles_of(const ActivationLayer& layer) const { return row_parts * column_parts(layer); }
+    // Whole rows where nothing is summed by column, for memory is read fastest from end to end.
+    int64_t columns_of_tile(const ActivationLayer& layer) const {
+        return layer.statistics ? tile_columns : (layer.neurons > 0 ? layer.neurons : 1);
+    }
+    int64_t column_parts(const ActivationLayer& layer) const {
+        return divide_up(layer.neurons, columns_of_tile(layer));
+    }
+    int64_t row_parts(const ActivationLayer& layer) const {
+        return layer.statistics ? statistics_parts : divide_up(job.rows, clamp(65536 / columns_of_tile(layer), 1, 256));
+    }
+    int64_t tiles_of(const ActivationLayer& layer) const { return row_parts(layer) * column_parts(layer); }
 
     template <class T>
     T* at(int64_t offset) const {
@@ -59,7 +69,7 @@ struct Schedule {
     }
 
     const KdL1Loss& job;
-    int64_t block_rows, logits_blocks, row_parts, tiles = 0;
+    int64_t block_rows, logits_blocks, statistics_parts, tiles = 0;
     int64_t buffer_bytes, terms_offset, tiles_offset, statistics_offset, bytes;
 };
 
@@ -88,17 +98,18 @@ void activation_part(const Schedule& schedule, int64_t index) {
     const ActivationLayer* layer = job.activations.layers;
     int64_t within = index;
     for (; within >= schedule.tiles_of(*layer); ++layer) within -= schedule.tiles_of(*layer);
-    const int64_t part = within / schedule.column_parts(*layer),
-                  column = within % schedule.column_parts(*layer) * tile_columns;
-    const Tile tile{job.rows * part / schedule.row_parts, job.rows * (part + 1) / schedule.row_parts, column,
-                    column + tile_columns < layer->neurons ? column + tile_columns : layer->neurons};
+    const int64_t parts = schedule.row_parts(*layer), width = schedule.columns_of_tile(*layer);
+    const int64_t part = within / schedule.column_parts(*layer);
+    const int64_t column = within % schedule.column_parts(*layer) * width;
+    const Tile tile{job.rows * part / parts, job.rows * (part + 1) / parts, column,
+                    column + width < layer->neurons ? column + width : layer->neurons};
     TileSums sums;
     if (layer->statistics) std::memset(&sums, 0, sizeof sums);
     const double gradient = job.scaled_gradients ? 1 : layer->l1_weight / double(job.rows);
     schedule.at<double>(schedule.tiles_offset)[index] = activation_tile(*layer, tile, gradient, sums);
     if (!layer->statistics) return;
     double* target = layer->statistics;
-    if (schedule.row_parts > 1) {
+    if (parts > 1) {
         const int64_t offset = layer->statistics - job.activations.layers[0].statistics;
         target = schedule.at<double>(schedule.statistics_offset) +
                  part * statistics_rows * job.activations.statistics_stride + offset;
@@ -115,7 +126,7 @@ void combine_statistics(const Schedule& schedule, int64_t column) {
     double* result = schedule.job.activations.layers[0].statistics;
     for (int64_t k = 0; k < statistics_rows; ++k) {
         double value = 0;
-        for (int64_t part = 0; part < schedule.row_parts; ++part) {
+        for (int64_t part = 0; part < schedule.statistics_parts; ++part) {
             const double other = partial[(part * statistics_rows + k) * stride + column];
             value = k == statistics_rows - 1 ? (other > value ? other : value) : value + other;
         }
@@ -181,7 +192,8 @@ void run(const KdL1Loss& job, int64_t valid_rows) {
     const Schedule schedule(job);
     const LogitsRows<T> rows(job, valid_rows);
     const int64_t parts = schedule.logits_blocks + schedule.tiles;
-    const bool combine = schedule.row_parts > 1 && job.activations.layer_count && job.activations.layers[0].statistics;
+    const bool combine =
+        schedule.statistics_parts > 1 && job.activations.layer_count && job.activations.layers[0].statistics;
     const int64_t columns = combine ? job.activations.statistics_stride : 0;
 #pragma omp parallel num_threads(job.threads) if (job.threads > 1 && parts > 1)
     {

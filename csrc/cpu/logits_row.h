@@ -15,6 +15,9 @@
 namespace kddp {
 namespace {
 
+// Exponentials are taken to the base 2, so u, v and dot of row_math.h come in units of ln(2).
+constexpr double log2_e = 1.44269504088896340736, ln_2 = 0.693147180559945309417;
+
 constexpr int64_t longest_buffered_row = 32768, piece_classes = 4096;
 
 template <class T>
@@ -77,26 +80,25 @@ inline Vector<T> untempered_exponential(Vector<T> tempered, Vector<T> margin) {
     if constexpr (untempered == Untempered::same) return tempered;
     if constexpr (untempered == Untempered::square) return tempered * tempered;
     if constexpr (untempered == Untempered::fourth) return (tempered * tempered) * (tempered * tempered);
-    return exp_of_nonpositive<T>(margin);
+    return exp2_of_nonpositive<T>(margin * T(log2_e));
 }
 
 // Replaces the logits in the buffers by their exponentials and adds those up.
 template <class T, bool with_teacher, Untempered untempered>
-void exponentiate_piece(RowBuffers<T> buffers, int64_t count, RowMaxima<T> maxima, T inverse_temperature,
-                        RowSums& sums) {
+void exponentiate_piece(RowBuffers<T> buffers, int64_t count, RowMaxima<T> maxima, T to_exponent, RowSums& sums) {
     Vector<T> sum_student{}, sum_teacher{}, sum_untempered{}, dot{};
     for (int64_t i = 0; i < count; i += lanes<T>) {
         const Vector<T> margin = load<T>(buffers.student + i) - maxima.student;
-        const Vector<T> u = margin * inverse_temperature;
+        const Vector<T> u = margin * to_exponent;
         Vector<T> exp_student{};
         if constexpr (with_teacher || untempered != Untempered::separate) {
-            exp_student = exp_of_nonpositive<T>(u);
+            exp_student = exp2_of_nonpositive<T>(u);
             sum_student += exp_student;
             store<T>(buffers.student + i, exp_student);
         }
         if constexpr (with_teacher) {
-            const Vector<T> v = (load<T>(buffers.teacher + i) - maxima.teacher) * inverse_temperature;
-            const Vector<T> exp_teacher = exp_of_nonpositive<T>(v);
+            const Vector<T> v = (load<T>(buffers.teacher + i) - maxima.teacher) * to_exponent;
+            const Vector<T> exp_teacher = exp2_of_nonpositive<T>(v);
             sum_teacher += exp_teacher;
             store<T>(buffers.teacher + i, exp_teacher);
             // 0 * log(0 / q) is 0, also where q is 0 and the difference of logarithms is not a number.
@@ -230,7 +232,7 @@ class LogitsRows {
           steps_(job.teacher.data ? choose_steps<T, true>(job) : choose_steps<T, false>(job)),
           in_buffers_(job.classes <= longest_buffered_row),
           inverse_rows_(1.0 / double(valid_rows > 0 ? valid_rows : 1)),
-          inverse_temperature_(T(1 / job.temperature)) {}
+          to_exponent_(T(log2_e / job.temperature)) {}
 
     // Terms of one row, each already divided by the number of valid rows; its gradient is written on the way.
     RowTerms operator()(int64_t row, RowBuffers<T> buffers) const {
@@ -249,7 +251,7 @@ class LogitsRows {
         sums.margin -= double(maxima.student) * double(job_.classes);
         for_each_piece(buffers, [&](int64_t start, int64_t count, RowBuffers<T> piece) {
             if (!in_buffers_) read(row, start, count, piece);
-            steps_.exponentiate(piece, count, maxima, inverse_temperature_, sums);
+            steps_.exponentiate(piece, count, maxima, to_exponent_, sums);
         });
         if (job_.logits_gradient) write_gradient(row, buffers, maxima, sums);
         return terms(row, maxima, sums);
@@ -305,7 +307,7 @@ class LogitsRows {
         for_each_piece(buffers, [&](int64_t start, int64_t count, RowBuffers<T> piece) {
             if (!in_buffers_) {
                 read(row, start, count, piece);
-                steps_.exponentiate(piece, count, maxima, inverse_temperature_, again);
+                steps_.exponentiate(piece, count, maxima, to_exponent_, again);
             }
             steps_.write_gradient(piece, count, scale, label - start, gradient(row, start));
         });
@@ -314,7 +316,8 @@ class LogitsRows {
     RowTerms terms(int64_t row, RowMaxima<T> maxima, const RowSums& sums) const {
         RowTerms terms;
         if (job_.teacher.data) {
-            const double divergence = kl_divergence(sums.dot, sums.teacher, std::log(sums.student / sums.teacher));
+            const double divergence =
+                kl_divergence(sums.dot * ln_2, sums.teacher, std::log(sums.student / sums.teacher));
             terms.kd = divergence * job_.temperature * job_.temperature * inverse_rows_;
         }
         if (job_.labels) {
@@ -343,7 +346,7 @@ class LogitsRows {
     const RowSteps<T> steps_;
     const bool in_buffers_;
     const double inverse_rows_;
-    const T inverse_temperature_;
+    const T to_exponent_;
 };
 
 }  // namespace

@@ -8,6 +8,7 @@
 #include <cstdint>
 #include <cstring>
 #include <limits>
+#include <type_traits>
 
 #if defined(__AVX512F__) || defined(__F16C__)
 #include <immintrin.h>
@@ -32,11 +33,10 @@ struct VectorTraits<float> {
     using Bits = uint32_t;
     static constexpr int exponent_bias = 127, mantissa_bits = 23;
     static constexpr float round_magic = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer
-    static constexpr float ln2_high = 0.693145751953125f, ln2_low = 1.42860682030941723e-6f;
-    static constexpr float exp_underflow = -87.0f;
-    // Minimax in relative error on [-ln(2)/2, ln(2)/2], own fit: 1.9e-9.
-    static constexpr float exp_coefficients[] = {1.0f,           1.0000000363f,   0.49999992075f, 0.16666420072f,
-                                                 0.04166822619f, 0.008374824031f, 0.00138368357f};
+    static constexpr float lowest_exponent = -126.0f;
+    // Minimax of 2^f in relative error on [-1/2, 1/2], own fit: 1.9e-9.
+    static constexpr float exp2_coefficients[] = {1.0f,           0.693147205739f,  0.240226468907f, 0.0555032877362f,
+                                                  0.00961848894f, 0.0013399932578f, 0.000153458194f};
 };
 
 template <>
@@ -44,21 +44,20 @@ struct VectorTraits<double> {
     using Bits = uint64_t;
     static constexpr int exponent_bias = 1023, mantissa_bits = 52;
     static constexpr double round_magic = 6755399441055744.0;  // 1.5 * 2^52
-    static constexpr double ln2_high = 0.693147180369123816490, ln2_low = 1.90821492927058770002e-10;
-    static constexpr double exp_underflow = -708.0;
+    static constexpr double lowest_exponent = -1022.0;
     // As above: 3.1e-18.
-    static constexpr double exp_coefficients[] = {1.0,
-                                                  1.0000000000000000304,
-                                                  0.50000000000000177031,
-                                                  0.16666666666666168204,
-                                                  0.041666666666492629684,
-                                                  0.008333333333559433932,
-                                                  0.0013888888951261041615,
-                                                  0.00019841269432470488344,
-                                                  0.000024801486481436400871,
-                                                  2.755762262047198039e-6,
-                                                  2.7632308174894485818e-7,
-                                                  2.4994303273814395124e-8};
+    static constexpr double exp2_coefficients[] = {1.0,
+                                                   0.69314718055994533046,
+                                                   0.24022650695910156211,
+                                                   0.055504108664819921316,
+                                                   0.0096181291075883325056,
+                                                   0.0013333558146789983452,
+                                                   0.00015403530462518032455,
+                                                   0.000015252733489936729404,
+                                                   1.3215433087767392654e-6,
+                                                   1.0178198039851680892e-7,
+                                                   7.0741059624137121565e-9,
+                                                   4.4352804976168588762e-10};
 };
 
 template <class T, int bytes = KDDP_VECTOR_BYTES>
@@ -135,23 +134,51 @@ inline T maximum_of_lanes(typename VectorOf<T, bytes>::Type v) {
     }
 }
 
-// e^x for x <= 0, -inf and NaN included; 0 where the result would be subnormal. 2^n * e^r with r = x - n
-// ln(2).
-template <class T>
-inline Vector<T> exp_of_nonpositive(Vector<T> x) {
+#if defined(__AVX512F__)
+inline Vector<float> nearest_integer(Vector<float> x) {
+    return (Vector<float>)_mm512_maskz_roundscale_ps(0xffff, (__m512)x, 0);
+}
+
+inline Vector<double> nearest_integer(Vector<double> x) {
+    return (Vector<double>)_mm512_maskz_roundscale_pd(0xff, (__m512d)x, 0);
+}
+
+inline Vector<float> times_power_of_two(Vector<float> x, Vector<float> n) {
+    return (Vector<float>)_mm512_maskz_scalef_ps(0xffff, (__m512)x, (__m512)n);
+}
+
+inline Vector<double> times_power_of_two(Vector<double> x, Vector<double> n) {
+    return (Vector<double>)_mm512_maskz_scalef_pd(0xff, (__m512d)x, (__m512d)n);
+}
+#else
+template <class V>
+inline V nearest_integer(V x) {
+    using Traits = VectorTraits<std::remove_reference_t<decltype(x[0])> >;
+    return (x + Traits::round_magic) - Traits::round_magic;
+}
+
+// For integers n that are exponents of normal numbers: the low bits of n + round_magic, moved to the exponent.
+template <class V>
+inline V times_power_of_two(V x, V n) {
+    using T = std::remove_reference_t<decltype(x[0])>;
     using Traits = VectorTraits<T>;
-    constexpr T log2_e = T(1.44269504088896340736);
-    const Vector<T> shifted = x * log2_e + Traits::round_magic;
-    const Vector<T> n = shifted - Traits::round_magic;
-    const Vector<T> r = (x - n * Traits::ln2_high) - n * Traits::ln2_low;
-    constexpr int degree = sizeof(Traits::exp_coefficients) / sizeof(T) - 1;
-    Vector<T> polynomial = broadcast<T>(Traits::exp_coefficients[degree]);
-    for (int i = degree - 1; i >= 0; --i) polynomial = polynomial * r + Traits::exp_coefficients[i];
-    // The low bits of `shifted` hold n: moved to the exponent they are 2^n.
-    const BitsVector<T> exponent = ((BitsVector<T>)shifted << Traits::mantissa_bits) +
+    const BitsVector<T> exponent = ((BitsVector<T>)(n + Traits::round_magic) << Traits::mantissa_bits) +
                                    ((typename Traits::Bits)Traits::exponent_bias << Traits::mantissa_bits);
-    const Vector<T> result = polynomial * (Vector<T>)exponent;
-    return x < Traits::exp_underflow ? Vector<T>{} : result;
+    return x * (V)exponent;
+}
+#endif
+
+// 2^x for x <= 0, -inf and NaN included; 0 where the result would be subnormal. 2^n * 2^f with f = x - n.
+template <class T>
+inline Vector<T> exp2_of_nonpositive(Vector<T> x) {
+    using Traits = VectorTraits<T>;
+    const Vector<T> n = nearest_integer(x);
+    const Vector<T> f = x - n;
+    constexpr int degree = sizeof(Traits::exp2_coefficients) / sizeof(T) - 1;
+    Vector<T> polynomial = broadcast<T>(Traits::exp2_coefficients[degree]);
+    for (int i = degree - 1; i >= 0; --i) polynomial = polynomial * f + Traits::exp2_coefficients[i];
+    const Vector<T> result = times_power_of_two(polynomial, n);
+    return x < Traits::lowest_exponent ? Vector<T>{} : result;
 }
 
 // The two halves of a vector in double precision (of doubles: the vector itself, and zeros).
