@@ -72,15 +72,17 @@ def measure(shapes: list[Shape], threads: int, seconds: float, compiled: bool) -
         if compiled:
             torch._dynamo.reset()
             losses["torch.compile"] = torch.compile(eager)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # the compiler's own
+            for loss in losses.values():
+                _step(loss, inputs)
         samples: dict[str, list[float]] = {name: [] for name in losses}
         for _ in range(3):
             for name, loss in losses.items():
                 timer = Timer(
                     "step(loss, inputs)", globals={"step": _step, "loss": loss, "inputs": inputs}, num_threads=threads
                 )
-                with warnings.catch_warnings():
-                    warnings.simplefilter("ignore")  # the compiler's own
-                    samples[name].append(timer.blocked_autorange(min_run_time=seconds / 3).median)
+                samples[name].append(timer.blocked_autorange(min_run_time=seconds / 3).median)
         yield Row(str(shape), {name: sorted(of_loss)[1] for name, of_loss in samples.items()}, _needed_bytes(shape))
 
 
