@@ -54,7 +54,7 @@ void kd_l1_loss(int64_t rows, int64_t classes, const MatrixArguments& student, c
                        matrix(student),
                        matrix(teacher),
                        pointer<const int64_t>(labels),
-                       {rows, layers.data(), static_cast<int64_t>(layers.size()), statistics_stride},
+                       {layers.data(), static_cast<int64_t>(layers.size()), statistics_stride},
                        temperature,
                        alpha,
                        label_smoothing,

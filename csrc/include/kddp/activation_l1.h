@@ -19,7 +19,6 @@ struct ActivationLayer {
 };
 
 struct ActivationL1 {
-    int64_t rows;
     const ActivationLayer* layers;
     int64_t layer_count;
     int64_t statistics_stride;
