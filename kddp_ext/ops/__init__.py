@@ -1,0 +1,12 @@
+"""The native operations as PyTorch operators: the only folder that sees an address.
+
+Every operator allocates its outputs and its workspace with torch, hands their addresses to `_core`, and changes
+none of its inputs. The shapes of the outputs follow from those of the inputs alone, so the operators trace under
+torch.compile and torch.export.
+"""
+
+from kddp_ext.ops.compaction import gather_slices
+from kddp_ext.ops.library import ELEMENT_TYPES, build_info, is_native
+from kddp_ext.ops.loss import kd_l1_loss, neuron_statistics
+
+__all__ = ["ELEMENT_TYPES", "build_info", "gather_slices", "is_native", "kd_l1_loss", "neuron_statistics"]

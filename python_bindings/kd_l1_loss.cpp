@@ -1,0 +1,72 @@
+// The fused loss for kddp_ext/ops/loss.py, which owns every buffer and has checked every size and type.
+#include "kddp/kd_l1_loss.h"
+
+#include <string>
+#include <tuple>
+#include <vector>
+
+#include "bindings.h"
+
+namespace kddp_python {
+namespace {
+
+using MatrixArguments = std::tuple<Address, int, int64_t>;  // data, element type, row stride
+
+kddp::Matrix matrix(const MatrixArguments& arguments) {
+    const auto& [data, type, row_stride] = arguments;
+    return {pointer<const void>(data), static_cast<kddp::ElementType>(type), row_stride};
+}
+
+// activation, neurons, l1_weight, gradient, statistics
+using LayerArguments = std::tuple<MatrixArguments, int64_t, double, Address, Address>;
+
+std::vector<kddp::ActivationLayer> activation_layers(const std::vector<LayerArguments>& arguments) {
+    std::vector<kddp::ActivationLayer> layers;
+    for (const auto& [activation, neurons, l1_weight, gradient, statistics] : arguments)
+        layers.push_back(
+            {matrix(activation), neurons, l1_weight, pointer<void>(gradient), pointer<double>(statistics)});
+    return layers;
+}
+
+// Calls `allocate(bytes)` for the workspace between sizing and running, so that Python owns that memory too.
+void kd_l1_loss(int64_t rows, int64_t classes, const MatrixArguments& student, const MatrixArguments& teacher,
+                Address labels, const std::vector<LayerArguments>& layer_arguments, int64_t statistics_stride,
+                double temperature, double alpha, double label_smoothing, int64_t ignore_index, bool scaled_gradients,
+                Address logits_gradient, int result_type, Address loss, Address terms, const py::function& allocate,
+                int threads) {
+    const std::vector<kddp::ActivationLayer> layers = activation_layers(layer_arguments);
+    kddp::KdL1Loss job{rows,
+                       classes,
+                       matrix(student),
+                       matrix(teacher),
+                       pointer<const int64_t>(labels),
+                       {layers.data(), static_cast<int64_t>(layers.size()), statistics_stride},
+                       temperature,
+                       alpha,
+                       label_smoothing,
+                       ignore_index,
+                       scaled_gradients,
+                       pointer<void>(logits_gradient),
+                       static_cast<kddp::ElementType>(result_type),
+                       pointer<void>(loss),
+                       pointer<void>(terms),
+                       nullptr,
+                       threads};
+    const py::object workspace = allocate(kddp::kd_l1_loss_workspace(job));
+    job.workspace = pointer<void>(workspace.attr("data_ptr")().cast<Address>());
+    kddp::Status status;
+    {
+        py::gil_scoped_release unlocked;
+        status = kddp::kd_l1_loss(job);
+    }
+    if (status.code == kddp::Status::label_out_of_range)
+        throw py::value_error("labels: expected values from 0 to " + std::to_string(classes - 1) +
+                              " or ignore_index=" + std::to_string(ignore_index) + ", got " +
+                              std::to_string(status.value) + " in row " + std::to_string(status.row));
+}
+
+}  // namespace
+
+void bind_kd_l1_loss(py::module_& m) { m.def("kd_l1_loss", &kd_l1_loss); }
+
+}  // namespace kddp_python
