@@ -1,8 +1,14 @@
 // The mathematics of one row of logits, for every backend: plain formulas over numbers or vectors of numbers.
 //
-// With u = (s - max s) / T and v = (t - max t) / T, the kernels sum over the classes
-//   Z_q = sum e^u      Z_p = sum e^v      Z_1 = sum e^(s - max s)      dot = sum e^v (v - u)
+// A row is worked in pieces. Each has references of its own near its highest logits, r_s and r_t, so that it is read
+// once: with u = (s - r_s) / T and v = (t - r_t) / T, a kernel sums what PieceSums lists, merge() brings the pieces to
+// the references of the row, and finish_row() turns the sums into the row's terms and into the coefficients of its
+// gradient.
 #pragma once
+
+#include <cmath>
+
+#include "kddp/kd_l1_loss.h"
 
 namespace kddp {
 
@@ -12,37 +18,233 @@ namespace kddp {
 #define KDDP_INLINE inline
 #endif
 
-// What the gradient of one row multiplies its exponentials by.
-template <class T>
-struct GradientScale {
-    T student;     // alpha T / (n Z_q)
-    T teacher;     // alpha T / (n Z_p)
-    T untempered;  // (1 - alpha) / (n Z_1)
-    T smoothing;   // (1 - alpha) label_smoothing / (n C)
-    T label;       // (1 - alpha) (1 - label_smoothing) / n, at the label alone
+// The two shapes that the gradient of a divergence takes away from the label, with e_s = e^u and e_t = e^v:
+//   difference: first e_s - second e_t        forward_kl, dkd
+//   weighted:   e_s (first w + second)        reverse_kl with w = u - v, jsd with w = log(q / m)
+enum class GradientForm { difference, weighted };
+
+KDDP_INLINE constexpr GradientForm gradient_form(Divergence divergence) {
+    return divergence == Divergence::reverse_kl || divergence == Divergence::jsd ? GradientForm::weighted
+                                                                                 : GradientForm::difference;
+}
+
+// What the formulas need of a call.
+struct RowRule {
+    Divergence divergence;
+    bool with_teacher, with_labels, standardize;
+    double classes, temperature, alpha, label_smoothing, jsd_beta, target_weight, non_target_weight;
+    double value_scale;     // 1 / valid rows
+    double gradient_scale;  // the same, or what of it the forward applies
 };
 
-// KL(p || q) of one row, from dot, Z_p and log(Z_q / Z_p). Rounding may leave a little less than nothing of what cannot
-// be negative.
-template <class T>
-KDDP_INLINE T kl_divergence(T dot, T sum_p, T log_q_over_p) {
-    const T divergence = dot / sum_p + log_q_over_p;
-    return divergence < 0 ? T(0) : divergence;
+// Mean and standard deviation of a row (divided by classes - 1, as torch.std has it).
+struct Moments {
+    double mean = 0, deviation = 0;
+    KDDP_INLINE double divisor() const { return deviation + 1e-7; }  // the epsilon of Sun et al. 2024
+};
+
+struct PieceSums {
+    double student_reference, teacher_reference;
+    double highest;                       // of the student's logits
+    double student, teacher;              // sum e^u, sum e^v
+    double untempered;                    // sum e^(s - r_s)
+    double dot;                           // sum e^v (v - u), where the form is weighted sum e^u (u - v)
+    double logits;                        // sum s
+    double student_moment, other_moment;  // sum e^u (s - r_s), sum (e^v or e^u w) (s - r_s)
+};
+
+// What jsd sums in its second round, over the whole row's p, q and m.
+struct MixtureSums {
+    double kl_teacher = 0, kl_student = 0;           // KL(p || m), KL(q || m)
+    double student_moment = 0, weighted_moment = 0;  // sum q (s - r_s), sum q w (s - r_s)
+};
+
+// By how much the references of a piece lie below those of the row, and the factors that follow.
+struct Rebase {
+    double student, teacher;                    // in logits
+    double student_tempered, teacher_tempered;  // in nats of the tempered distributions
+    double student_factor, teacher_factor, untempered_factor;
+};
+
+KDDP_INLINE Rebase rebase(const PieceSums& piece, const PieceSums& row, double inverse_student,
+                          double inverse_teacher) {
+    Rebase by{piece.student_reference - row.student_reference,
+              piece.teacher_reference - row.teacher_reference,
+              0,
+              0,
+              1,
+              1,
+              1};
+    if (by.student != 0) {
+        by.student_tempered = by.student * inverse_student;
+        by.student_factor = std::exp(by.student_tempered);
+        by.untempered_factor = std::exp(by.student);
+    }
+    if (by.teacher != 0) {
+        by.teacher_tempered = by.teacher * inverse_teacher;
+        by.teacher_factor = std::exp(by.teacher_tempered);
+    }
+    return by;
 }
 
-// Cross entropy against (1 - smoothing) onehot(label) + smoothing / C, from margins s - max s.
-template <class T>
-KDDP_INLINE T cross_entropy(T log_sum, T label_margin, T mean_margin, T smoothing) {
-    const T nll = log_sum - label_margin;
-    return smoothing == 0 ? nll : (1 - smoothing) * nll + smoothing * (log_sum - mean_margin);
+// Adds a piece to its row, whose references are set.
+KDDP_INLINE void merge(const PieceSums& piece, const Rebase& by, GradientForm form, PieceSums& row) {
+    const double student = by.student_factor, teacher = by.teacher_factor;
+    const double apart = by.student_tempered - by.teacher_tempered;
+    row.student += student * piece.student;
+    row.teacher += teacher * piece.teacher;
+    row.untempered += by.untempered_factor * piece.untempered;
+    row.logits += piece.logits;
+    const double moment = piece.student_moment + by.student * piece.student;
+    row.student_moment += student * moment;
+    // A factor of 0 takes with it whatever may be infinite behind it.
+    if (form == GradientForm::difference && teacher != 0) {
+        row.dot += teacher * (piece.dot - apart * piece.teacher);
+        row.other_moment += teacher * (piece.other_moment + by.student * piece.teacher);
+    } else if (form == GradientForm::weighted && student != 0) {
+        row.dot += student * (piece.dot + apart * piece.student);
+        row.other_moment += student * (piece.other_moment + by.student * piece.dot + apart * moment);
+    }
 }
 
-// d loss / d s away from the label. Value may be a number or a vector.
-template <class Value, class T>
-KDDP_INLINE Value gradient_away_from_label(Value exp_student, Value exp_teacher, Value exp_untempered,
-                                           const GradientScale<T>& scale) {
-    return scale.student * exp_student - scale.teacher * exp_teacher + scale.untempered * exp_untempered -
-           scale.smoothing;
+// Coefficients of the gradient of a row: GradientForm's, and those of what is added to it.
+struct RowGradient {
+    double first, second;
+    double untempered;  // times e^(s - r_s)
+    double constant;    // subtracted everywhere
+    double label;       // subtracted at the label
+    double projection;  // times s - mean, subtracted: through the standard deviation of standardised logits
+};
+
+struct RowValues {
+    double kd, ce;
+};
+
+// Rounding may leave a little less than nothing of what cannot be negative.
+KDDP_INLINE double not_negative(double divergence) { return divergence < 0 ? 0 : divergence; }
+
+// KL(p || q) of one row, from dot, Z_p and Z_q.
+KDDP_INLINE double kl_divergence(double dot, double sum_p, double sum_q) {
+    return not_negative(dot / sum_p + std::log(sum_q / sum_p));
+}
+
+KDDP_INLINE double log_sigmoid(double x) { return (x < 0 ? x : 0) - std::log1p(std::exp(x < 0 ? x : -x)); }
+
+// x log(x / y) from logarithms, 0 where x is 0.
+KDDP_INLINE double kl_term(double log_x, double log_y) {
+    const double x = std::exp(log_x);
+    return x == 0 ? 0 : x * (log_x - log_y);
+}
+
+// Of the label in a row whose sums leave it out (dkd): logits above the highest of the others, tempered.
+struct TargetMargins {
+    double student, teacher;
+};
+
+// kd of a row and its part of the gradient. `scale` is alpha T / n: the derivative of the tempered logits.
+KDDP_INLINE double decoupled(const RowRule& rule, const PieceSums& row, TargetMargins target, double scale,
+                             RowGradient& gradient) {
+    if (row.student == 0 && row.teacher == 0) {  // the label has the row for itself, on both sides
+        gradient = {};
+        return 0;
+    }
+    const double student_logit = target.student - std::log(row.student);
+    const double teacher_logit = target.teacher - std::log(row.teacher);
+    const double binary = kl_term(log_sigmoid(teacher_logit), log_sigmoid(student_logit)) +
+                          kl_term(log_sigmoid(-teacher_logit), log_sigmoid(-student_logit));
+    const double excess = std::exp(log_sigmoid(student_logit)) - std::exp(log_sigmoid(teacher_logit));
+    gradient.first = scale * (rule.non_target_weight - rule.target_weight * excess) / row.student;
+    gradient.second = scale * rule.non_target_weight / row.teacher;
+    gradient.label = -scale * rule.target_weight * excess;
+    return rule.target_weight * not_negative(binary) +
+           rule.non_target_weight * kl_divergence(row.dot, row.teacher, row.student);
+}
+
+KDDP_INLINE double divergence_of_row(const RowRule& rule, const PieceSums& row, const MixtureSums& mixture,
+                                     TargetMargins target, double scale, RowGradient& gradient) {
+    gradient.first = scale / row.student;
+    switch (rule.divergence) {
+        case Divergence::reverse_kl:
+            gradient.second = -gradient.first * (row.dot / row.student);
+            return kl_divergence(row.dot, row.student, row.teacher);
+        case Divergence::jsd:
+            gradient.first *= 1 - rule.jsd_beta;
+            gradient.second = -gradient.first * mixture.kl_student;
+            return not_negative(rule.jsd_beta * mixture.kl_teacher + (1 - rule.jsd_beta) * mixture.kl_student);
+        case Divergence::dkd:
+            return decoupled(rule, row, target, scale, gradient);
+        default:
+            gradient.second = scale / row.teacher;
+            return kl_divergence(row.dot, row.teacher, row.student);
+    }
+}
+
+// Takes the gradient with respect to z = (s - mean) / (std + epsilon) to the logits s. Every divergence is blind to
+// a shift of z, so its gradient sums to 0 and the mean passes nothing on.
+KDDP_INLINE void through_standardization(const RowRule& rule, const PieceSums& row, const MixtureSums& mixture,
+                                         Moments student, double target_logit, RowGradient& gradient) {
+    double along = gradient.first * row.student_moment - gradient.second * row.other_moment;  // sum g (s - r_s)
+    if (rule.divergence == Divergence::reverse_kl)
+        along = gradient.first * row.other_moment + gradient.second * row.student_moment;
+    if (rule.divergence == Divergence::jsd)
+        along = row.student * (gradient.first * mixture.weighted_moment + gradient.second * mixture.student_moment);
+    if (rule.divergence == Divergence::dkd) along -= gradient.label * (target_logit - row.student_reference);
+    const double divisor = student.divisor();
+    gradient.first /= divisor, gradient.second /= divisor, gradient.label /= divisor;
+    if (student.deviation > 0)
+        gradient.projection = along / ((rule.classes - 1) * student.deviation * divisor * divisor);
+}
+
+// Cross entropy against (1 - smoothing) onehot(label) + smoothing / C, and its part of the gradient. Of dkd the sums
+// leave the label out.
+KDDP_INLINE double cross_entropy(const RowRule& rule, const PieceSums& row, double label_logit, double scale,
+                                 RowGradient& gradient) {
+    const double margin = label_logit - row.student_reference;
+    double log_sum = std::log(row.untempered), at_label = 0;
+    if (rule.divergence == Divergence::dkd && rule.with_teacher) {
+        const double higher = log_sum > margin ? log_sum : margin, lower = log_sum > margin ? margin : log_sum;
+        if (higher == higher) log_sum = higher + std::log1p(std::exp(lower - higher));
+        at_label = std::exp(margin - log_sum);
+        gradient.untempered = scale * std::exp(-log_sum);
+    } else {
+        gradient.untempered = scale / row.untempered;
+    }
+    gradient.constant = scale * rule.label_smoothing / rule.classes;
+    gradient.label += scale * (1 - rule.label_smoothing - at_label);
+    const double nll = log_sum - margin;
+    if (rule.label_smoothing == 0) return nll;
+    const double mean_margin = row.logits / rule.classes - row.student_reference;
+    return (1 - rule.label_smoothing) * nll + rule.label_smoothing * (log_sum - mean_margin);
+}
+
+// Terms and gradient of a row from its merged sums. A term of weight 0 has no gradient, not 0 times one that may be
+// infinite.
+KDDP_INLINE RowValues finish_row(const RowRule& rule, const PieceSums& row, const MixtureSums& mixture, Moments student,
+                                 TargetMargins target, double label_logit, RowGradient& gradient) {
+    RowValues values{0, 0};
+    gradient.first = gradient.second = gradient.untempered = 0;
+    gradient.constant = gradient.label = gradient.projection = 0;
+    if (rule.with_teacher) {
+        const double scale = rule.alpha * rule.temperature * rule.gradient_scale;
+        const double divergence = divergence_of_row(rule, row, mixture, target, scale, gradient);
+        values.kd = divergence * rule.temperature * rule.temperature * rule.value_scale;
+        if (rule.standardize) through_standardization(rule, row, mixture, student, label_logit, gradient);
+        if (rule.alpha == 0) gradient = {};
+    }
+    if (rule.with_labels) {
+        const double scale = (1 - rule.alpha) * rule.gradient_scale;
+        RowGradient unused{};
+        values.ce =
+            rule.value_scale * cross_entropy(rule, row, label_logit, scale, rule.alpha == 1 ? unused : gradient);
+    }
+    return values;
+}
+
+// d loss / d s away from the label. Value may be a number or a vector; `other` is e^v or w, as the form has it.
+template <GradientForm form, class Value, class T>
+KDDP_INLINE Value divergence_gradient(Value exp_student, Value other, T first, T second) {
+    if constexpr (form == GradientForm::weighted) return exp_student * (first * other + second);
+    return first * exp_student - second * other;
 }
 
 }  // namespace kddp

@@ -31,9 +31,10 @@ std::vector<kddp::ActivationLayer> activation_layers(const std::vector<LayerArgu
 // Calls `allocate(bytes)` for the workspace between sizing and running, so that Python owns that memory too.
 void kd_l1_loss(int64_t rows, int64_t classes, const MatrixArguments& student, const MatrixArguments& teacher,
                 Address labels, const std::vector<LayerArguments>& layer_arguments, int64_t statistics_stride,
-                double temperature, double alpha, double label_smoothing, int64_t ignore_index, bool scaled_gradients,
-                Address logits_gradient, int result_type, Address loss, Address terms, const py::function& allocate,
-                int threads) {
+                double temperature, double alpha, double label_smoothing, int64_t ignore_index, int divergence,
+                double jsd_beta, double dkd_target_weight, double dkd_non_target_weight, bool standardize_logits,
+                bool scaled_gradients, Address logits_gradient, int result_type, Address loss, Address terms,
+                const py::function& allocate, int threads) {
     const std::vector<kddp::ActivationLayer> layers = activation_layers(layer_arguments);
     kddp::KdL1Loss job{rows,
                        classes,
@@ -45,6 +46,11 @@ void kd_l1_loss(int64_t rows, int64_t classes, const MatrixArguments& student, c
                        alpha,
                        label_smoothing,
                        ignore_index,
+                       static_cast<kddp::Divergence>(divergence),
+                       jsd_beta,
+                       dkd_target_weight,
+                       dkd_non_target_weight,
+                       standardize_logits,
                        scaled_gradients,
                        pointer<void>(logits_gradient),
                        static_cast<kddp::ElementType>(result_type),

@@ -80,14 +80,14 @@ inline ColumnSums<T> activation_columns(const ActivationLayer& layer, int64_t fi
     for (int64_t row = first_row; row < last_row; ++row) {
         const Element* from =
             static_cast<const Element*>(layer.activation.data) + row * layer.activation.row_stride + column;
-        const Vector<T> a = partial ? load_partial<T>(from, count, T(0)) : load_elements<T>(from);
+        const Vector<T> a = partial ? load_partial<T>(from, 0, count, T(0)) : load_elements<T>(from);
         const Vector<T> magnitude = absolute<T>(a);
         columns.absolute += magnitude;
         if constexpr (with_statistics) columns.add(a, magnitude);
         if constexpr (with_gradient) {
             Element* to = static_cast<Element*>(layer.gradient) + row * layer.neurons + column;
             const Vector<T> gradient = scaled_sign<T>(a, gradient_scale);
-            partial ? store_partial<T>(to, gradient, count) : store_elements<T>(to, gradient);
+            partial ? store_partial<T>(to, gradient, 0, count) : store_elements<T>(to, gradient);
         }
     }
     return columns;

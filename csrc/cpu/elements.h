@@ -140,31 +140,42 @@ inline void store_elements<float, Float16>(Float16* to, Vector<float> v) {
 }
 #endif
 
-// The first `count` elements of a vector; the other lanes are filled on reading and left alone on writing.
+// A whole vector past the caches; `to` is aligned to it.
+template <class T, class Element>
+inline void stream_elements(Element* to, Vector<T> v) {
+    constexpr int bytes = lanes<T> * sizeof(Element);
+    alignas(bytes) Element converted[lanes<T>];
+    store_elements<T>(converted, v);
+    stream<bytes>(to, converted);
+}
+
+// Lanes `first` to `last` of a vector; the others are filled on reading and left alone on writing.
 
 template <class T, class Element>
-inline Vector<T> load_partial(const Element* from, int64_t count, T fill) {
+inline Vector<T> load_partial(const Element* from, int64_t first, int64_t last, T fill) {
     T lane[lanes<T>];
-    for (int i = 0; i < lanes<T>; ++i) lane[i] = i < count ? T(to_number(from[i])) : fill;
+    for (int i = 0; i < lanes<T>; ++i) lane[i] = i >= first && i < last ? T(to_number(from[i])) : fill;
     return load<T>(lane);
 }
 
 template <class T, class Element>
-inline void store_partial(Element* to, Vector<T> v, int64_t count) {
+inline void store_partial(Element* to, Vector<T> v, int64_t first, int64_t last) {
     T lane[lanes<T>];
     store<T>(lane, v);
-    for (int64_t i = 0; i < count; ++i) from_number(lane[i], to[i]);
+    for (int64_t i = first; i < last; ++i) from_number(lane[i], to[i]);
 }
 
 #if defined(__AVX512F__)
+inline __mmask16 lane_mask(int64_t first, int64_t last) { return __mmask16((1u << last) - (1u << first)); }
+
 template <>
-inline Vector<float> load_partial<float, float>(const float* from, int64_t count, float fill) {
-    return (Vector<float>)_mm512_mask_loadu_ps(_mm512_set1_ps(fill), __mmask16((1u << count) - 1), from);
+inline Vector<float> load_partial<float, float>(const float* from, int64_t first, int64_t last, float fill) {
+    return (Vector<float>)_mm512_mask_loadu_ps(_mm512_set1_ps(fill), lane_mask(first, last), from);
 }
 
 template <>
-inline void store_partial<float, float>(float* to, Vector<float> v, int64_t count) {
-    _mm512_mask_storeu_ps(to, __mmask16((1u << count) - 1), (__m512)v);
+inline void store_partial<float, float>(float* to, Vector<float> v, int64_t first, int64_t last) {
+    _mm512_mask_storeu_ps(to, lane_mask(first, last), (__m512)v);
 }
 #endif
 

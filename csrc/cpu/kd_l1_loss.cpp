@@ -40,10 +40,8 @@ struct Schedule {
         statistics_parts = clamp(job.rows / 64, 1, 8);
         for (int64_t i = 0; i < job.activations.layer_count; ++i) tiles += tiles_of(job.activations.layers[i]);
 
-        const bool in_double = computes_in_double(job);
-        const int64_t classes = in_double ? buffer_classes<double>(job.classes) : buffer_classes<float>(job.classes);
-        buffer_bytes = round_up_to_line(classes * (in_double ? 8 : 4));
-        terms_offset = 3 * buffer_bytes * job.threads;
+        computes_in_double(job) ? size_scratch<double>() : size_scratch<float>();
+        terms_offset = scratch_bytes * job.threads;
         tiles_offset = terms_offset + round_up_to_line(logits_blocks * int64_t(sizeof(RowTerms)));
         statistics_offset = tiles_offset + round_up_to_line(tiles * int64_t(sizeof(double)));
         const int64_t partial =
@@ -64,29 +62,43 @@ struct Schedule {
     int64_t tiles_of(const ActivationLayer& layer) const { return row_parts(layer) * column_parts(layer); }
 
     template <class T>
+    void size_scratch() {
+        kept_bytes = round_up_to_line(buffer_places<T>(job.classes) * int64_t(sizeof(T)));
+        kept_streams = choose_untempered(job) == Untempered::separate ? 3 : 2;
+        const bool reads_again = job.standardize_logits || job.divergence == Divergence::jsd;
+        logits_bytes = reads_again ? piece_classes * int64_t(sizeof(T)) : 0;
+        const int64_t pieces = divide_up(job.classes + lanes<T>, piece_classes);
+        scratch_bytes =
+            kept_streams * kept_bytes + 2 * logits_bytes + round_up_to_line(pieces * int64_t(sizeof(PieceSums)));
+    }
+
+    // What a thread works its rows in.
+    template <class T>
+    RowScratch<T> scratch() const {
+        const int64_t kept = scratch_bytes * thread_number(), logits = kept + kept_streams * kept_bytes;
+        return {{at<T>(kept), at<T>(kept + kept_bytes), at<T>(kept + 2 * kept_bytes)},
+                {at<T>(logits), at<T>(logits + logits_bytes), nullptr},
+                at<PieceSums>(logits + 2 * logits_bytes)};
+    }
+
+    template <class T>
     T* at(int64_t offset) const {
         return reinterpret_cast<T*>(static_cast<char*>(job.workspace) + offset);
     }
 
     const KdL1Loss& job;
     int64_t block_rows, logits_blocks, statistics_parts, tiles = 0;
-    int64_t buffer_bytes, terms_offset, tiles_offset, statistics_offset, bytes;
+    int64_t kept_bytes, kept_streams, logits_bytes, scratch_bytes;
+    int64_t terms_offset, tiles_offset, statistics_offset, bytes;
 };
 
 template <class T>
-RowBuffers<T> buffers_of_thread(const Schedule& schedule) {
-    const int64_t start = 3 * schedule.buffer_bytes * thread_number();
-    return {schedule.at<T>(start), schedule.at<T>(start + schedule.buffer_bytes),
-            schedule.at<T>(start + 2 * schedule.buffer_bytes)};
-}
-
-template <class T>
 void logits_block(const Schedule& schedule, const LogitsRows<T>& rows, int64_t block) {
-    const RowBuffers<T> buffers = buffers_of_thread<T>(schedule);
+    const RowScratch<T> scratch = schedule.scratch<T>();
     const int64_t first = block * schedule.block_rows;
     RowTerms sum;
     for (int64_t row = first; row < first + schedule.block_rows && row < schedule.job.rows; ++row) {
-        const RowTerms terms = rows(row, buffers);
+        const RowTerms terms = rows(row, scratch);
         sum.kd += terms.kd, sum.ce += terms.ce, sum.correct += terms.correct;
     }
     schedule.at<RowTerms>(schedule.terms_offset)[block] = sum;
@@ -178,6 +190,13 @@ Status count_valid_rows(const KdL1Loss& job, int64_t& valid) {
     return {};
 }
 
+// Gradients that the caches cannot hold until they are read are written past them.
+bool writes_past_caches(const KdL1Loss& job) {
+    constexpr int64_t worth = 4 << 20;
+    return job.rows * job.classes * size_of(job.student.type) >= worth &&
+           reinterpret_cast<uintptr_t>(job.logits_gradient) % 64 == 0 && job.classes >= shortest_aligned_row;
+}
+
 void advise_outputs(const KdL1Loss& job) {
     advise_huge_pages(job.logits_gradient, job.rows * job.classes * size_of(job.student.type));
     for (int64_t i = 0; i < job.activations.layer_count; ++i) {
@@ -190,7 +209,7 @@ template <class T>
 void run(const KdL1Loss& job, int64_t valid_rows) {
     advise_outputs(job);
     const Schedule schedule(job);
-    const LogitsRows<T> rows(job, valid_rows);
+    const LogitsRows<T> rows(job, valid_rows, writes_past_caches(job));
     const int64_t parts = schedule.logits_blocks + schedule.tiles;
     const bool combine =
         schedule.statistics_parts > 1 && job.activations.layer_count && job.activations.layers[0].statistics;

@@ -1,269 +1,118 @@
-// One row of logits: the terms of the loss and the gradient with respect to the student's logits.
+// A row of logits: its terms of the loss and its gradient, piece by piece (row_math.h says why).
 //
-// Each row goes through three steps, over buffers of the type computed in: read it (converted, with its
-// maximum), turn it into exponentials (with their sums), combine those into the gradient; each step piece by
-// piece. A row of at most `longest_buffered_row` stays in the buffers between the steps. Of a longer one the
-// buffers hold a piece, and what was read and exponentiated for the sums is so once more for the gradient.
+// Up to `longest_kept_row` classes, the exponentials of all pieces are kept until the gradient is written. Of a longer
+// row only a piece is kept, and read and exponentiated once more for the gradient.
 #pragma once
 
-#include <cmath>
+#include <algorithm>
 
-#include "cpu/elements.h"
+#include "cpu/choose_steps.h"
 #include "kddp/kd_l1_loss.h"
-#include "row_math.h"
 
 namespace kddp {
 namespace {
 
-// Exponentials are taken to the base 2, so u, v and dot of row_math.h come in units of ln(2).
-constexpr double log2_e = 1.44269504088896340736, ln_2 = 0.693147180559945309417;
+constexpr int64_t longest_kept_row = 32768, piece_classes = 1024;
 
-constexpr int64_t longest_buffered_row = 32768, piece_classes = 4096;
+// From so many classes on, a row's places in the buffers follow the address of its gradient.
+constexpr int64_t shortest_aligned_row = 256;
 
 template <class T>
-constexpr int64_t buffer_classes(int64_t classes) {
-    return classes <= longest_buffered_row ? round_up_to_lanes<T>(classes) : piece_classes;
+constexpr int64_t buffer_places(int64_t classes) {
+    return classes <= longest_kept_row ? round_up_to_lanes<T>(classes + lanes<T>) : piece_classes;
 }
-
-// How e^s comes from e^(s/T): where T is 2 or 4 by squaring, else by an exponential of its own.
-enum class Untempered { absent, same, square, fourth, separate };
-
-template <class T>
-struct RowBuffers {
-    T* student;
-    T* teacher;
-    T* untempered;  // used where Untempered::separate
-};
-
-template <class T>
-inline RowBuffers<T> operator+(RowBuffers<T> buffers, int64_t offset) {
-    return {buffers.student + offset, buffers.teacher + offset, buffers.untempered + offset};
-}
-
-template <class T>
-struct RowMaxima {
-    T student, teacher;
-};
-
-// A piece is summed in vectors, the pieces in double: long rows lose nothing.
-struct RowSums {
-    double student = 0, teacher = 0, untempered = 0, dot = 0, margin = 0;
-};
 
 struct RowTerms {
     double kd = 0, ce = 0, correct = 0;
 };
 
-// Reads `count` elements, pads with -inf (whose exponential is 0) to a whole vector, and returns their
-// maximum.
-template <class T, class Element>
-T read_piece(const void* source, int64_t count, T* buffer) {
-    const Element* from = static_cast<const Element*>(source);
-    Vector<T> highest = broadcast<T>(-infinity<T>);
-    int64_t i = 0;
-    for (; i + lanes<T> <= count; i += lanes<T>) {
-        const Vector<T> v = load_elements<T>(from + i);
-        highest = maximum<T>(v, highest);
-        store<T>(buffer + i, v);
-    }
-    if (i < count) {
-        const Vector<T> v = load_partial<T>(from + i, count - i, -infinity<T>);
-        highest = maximum<T>(v, highest);
-        store<T>(buffer + i, v);
-    }
-    return maximum_of_lanes<T>(highest);
-}
-
-// e^s from e^(s/T); `margin` is s - max s.
-template <class T, Untempered untempered>
-inline Vector<T> untempered_exponential(Vector<T> tempered, Vector<T> margin) {
-    if constexpr (untempered == Untempered::same) return tempered;
-    if constexpr (untempered == Untempered::square) return tempered * tempered;
-    if constexpr (untempered == Untempered::fourth) return (tempered * tempered) * (tempered * tempered);
-    return exp2_of_nonpositive<T>(margin * T(log2_e));
-}
-
-// Replaces the logits in the buffers by their exponentials and adds those up.
-template <class T, bool with_teacher, Untempered untempered>
-void exponentiate_piece(RowBuffers<T> buffers, int64_t count, RowMaxima<T> maxima, T to_exponent, RowSums& sums) {
-    Vector<T> sum_student{}, sum_teacher{}, sum_untempered{}, dot{};
-    for (int64_t i = 0; i < count; i += lanes<T>) {
-        const Vector<T> margin = load<T>(buffers.student + i) - maxima.student;
-        const Vector<T> u = margin * to_exponent;
-        Vector<T> exp_student{};
-        if constexpr (with_teacher || untempered != Untempered::separate) {
-            exp_student = exp2_of_nonpositive<T>(u);
-            sum_student += exp_student;
-            store<T>(buffers.student + i, exp_student);
-        }
-        if constexpr (with_teacher) {
-            const Vector<T> v = (load<T>(buffers.teacher + i) - maxima.teacher) * to_exponent;
-            const Vector<T> exp_teacher = exp2_of_nonpositive<T>(v);
-            sum_teacher += exp_teacher;
-            store<T>(buffers.teacher + i, exp_teacher);
-            // 0 * log(0 / q) is 0, also where q is 0 and the difference of logarithms is not a number.
-            dot += exp_teacher == 0 ? Vector<T>{} : exp_teacher * (v - u);
-        }
-        if constexpr (untempered != Untempered::absent) {
-            const Vector<T> e = untempered_exponential<T, untempered>(exp_student, margin);
-            sum_untempered += e;
-            if constexpr (untempered == Untempered::separate) store<T>(buffers.untempered + i, e);
-        }
-    }
-    sums.student += sum_of_lanes<T>(sum_student);
-    sums.teacher += sum_of_lanes<T>(sum_teacher);
-    sums.untempered += sum_of_lanes<T>(sum_untempered);
-    sums.dot += sum_of_lanes<T>(dot);
-}
-
-template <class T, bool with_teacher, Untempered untempered>
-inline Vector<T> gradient_vector(RowBuffers<T> buffers, int64_t i, const GradientScale<T>& scale) {
-    Vector<T> exp_student{}, exp_teacher{}, exp_untempered{};
-    if constexpr (with_teacher || untempered != Untempered::separate) exp_student = load<T>(buffers.student + i);
-    if constexpr (with_teacher) exp_teacher = load<T>(buffers.teacher + i);
-    if constexpr (untempered == Untempered::separate) {
-        exp_untempered = load<T>(buffers.untempered + i);
-    } else if constexpr (untempered != Untempered::absent) {
-        exp_untempered = untempered_exponential<T, untempered>(exp_student, exp_student);
-    }
-    return gradient_away_from_label(exp_student, exp_teacher, exp_untempered, scale);
-}
-
-// Writes the gradient of `count` classes. `label` counts from the piece's start; outside of it, it has no
-// effect.
-template <class T, class Element, bool with_teacher, Untempered untempered>
-void write_gradient_piece(RowBuffers<T> buffers, int64_t count, const GradientScale<T>& scale, int64_t label,
-                          void* target) {
-    Element* to = static_cast<Element*>(target);
-    int64_t i = 0;
-    for (; i + lanes<T> <= count; i += lanes<T>)
-        store_elements<T>(to + i, gradient_vector<T, with_teacher, untempered>(buffers, i, scale));
-    if (i < count) store_partial<T>(to + i, gradient_vector<T, with_teacher, untempered>(buffers, i, scale), count - i);
-    if (label >= 0 && label < count) {
-        const int64_t start = label / lanes<T> * lanes<T>;
-        const Vector<T> around = gradient_vector<T, with_teacher, untempered>(buffers, start, scale);
-        from_number(around[label - start] - scale.label, to[label]);
-    }
-}
-
-template <class T>
-using ReadPiece = T (*)(const void*, int64_t, T*);
-template <class T>
-using ExponentiatePiece = void (*)(RowBuffers<T>, int64_t, RowMaxima<T>, T, RowSums&);
-template <class T>
-using WriteGradientPiece = void (*)(RowBuffers<T>, int64_t, const GradientScale<T>&, int64_t, void*);
-
-template <class T>
-ReadPiece<T> choose_read(ElementType type) {
-    switch (type) {
-        case ElementType::float64:
-            return read_piece<T, double>;
-        case ElementType::bfloat16:
-            return read_piece<T, BFloat16>;
-        case ElementType::float16:
-            return read_piece<T, Float16>;
-        default:
-            return read_piece<T, float>;
-    }
-}
-
-template <class T, bool with_teacher, Untempered untempered>
-WriteGradientPiece<T> choose_write(ElementType type) {
-    switch (type) {
-        case ElementType::float64:
-            return write_gradient_piece<T, double, with_teacher, untempered>;
-        case ElementType::bfloat16:
-            return write_gradient_piece<T, BFloat16, with_teacher, untempered>;
-        case ElementType::float16:
-            return write_gradient_piece<T, Float16, with_teacher, untempered>;
-        default:
-            return write_gradient_piece<T, float, with_teacher, untempered>;
-    }
-}
-
-inline Untempered choose_untempered(const KdL1Loss& job) {
-    if (!job.labels) return Untempered::absent;
-    if (job.temperature == 1) return Untempered::same;
-    if (job.teacher.data && job.temperature == 2) return Untempered::square;
-    if (job.teacher.data && job.temperature == 4) return Untempered::fourth;
-    return Untempered::separate;
-}
-
-// The functions of the three steps, chosen once a call.
-template <class T>
-struct RowSteps {
-    ReadPiece<T> read_student, read_teacher;
-    ExponentiatePiece<T> exponentiate;
-    WriteGradientPiece<T> write_gradient;
+// What a row's pieces leave for one another.
+struct RowState {
+    double student_to_nats, teacher_to_nats;  // 1 / T, of standardised logits also by the row's deviation
+    Moments student;
+    const PieceSums* sums;  // of the row
+    PieceSums merged;       // where it has several pieces
+    MixtureSums mixture;
+    RowGradient gradient;
 };
 
-template <class T, bool with_teacher, Untempered untempered>
-RowSteps<T> steps_of(const KdL1Loss& job) {
-    RowSteps<T> steps{choose_read<T>(job.student.type), choose_read<T>(job.teacher.type),
-                      exponentiate_piece<T, with_teacher, untempered>,
-                      choose_write<T, with_teacher, untempered>(job.student.type)};
-    // A term of weight 0 has no gradient, not 0 times one that may be infinite.
-    if (with_teacher && job.alpha == 0) steps.write_gradient = choose_write<T, false, untempered>(job.student.type);
-    if (job.alpha == 1) steps.write_gradient = choose_write<T, with_teacher, Untempered::absent>(job.student.type);
-    return steps;
-}
-
-template <class T, bool with_teacher>
-RowSteps<T> choose_steps(const KdL1Loss& job) {
-    switch (choose_untempered(job)) {
-        case Untempered::absent:
-            return steps_of<T, with_teacher, Untempered::absent>(job);
-        case Untempered::same:
-            return steps_of<T, with_teacher, Untempered::same>(job);
-        case Untempered::square:
-            return steps_of<T, with_teacher, Untempered::square>(job);
-        case Untempered::fourth:
-            return steps_of<T, with_teacher, Untempered::fourth>(job);
-        default:
-            return steps_of<T, with_teacher, Untempered::separate>(job);
-    }
-}
+// Memory that a row is worked in.
+template <class T>
+struct RowScratch {
+    RowBuffers<T> kept;    // buffer_places each
+    RowBuffers<T> logits;  // a piece as read, where a step needs it again; has no `untempered`
+    PieceSums* sums;       // of each piece
+};
 
 template <class T>
 class LogitsRows {
   public:
-    LogitsRows(const KdL1Loss& job, int64_t valid_rows)
+    LogitsRows(const KdL1Loss& job, int64_t valid_rows, bool past_caches)
         : job_(job),
-          steps_(job.teacher.data ? choose_steps<T, true>(job) : choose_steps<T, false>(job)),
-          in_buffers_(job.classes <= longest_buffered_row),
-          inverse_rows_(1.0 / double(valid_rows > 0 ? valid_rows : 1)),
-          to_exponent_(T(log2_e / job.temperature)) {}
+          steps_(choose_steps<T>(job)),
+          rule_(rule_of(job, valid_rows)),
+          kept_(job.classes <= longest_kept_row),
+          past_caches_(past_caches) {}
 
     // Terms of one row, each already divided by the number of valid rows; its gradient is written on the way.
-    RowTerms operator()(int64_t row, RowBuffers<T> buffers) const {
-        if (job_.labels && job_.labels[row] == job_.ignore_index) {
-            if (job_.logits_gradient) std::memset(gradient(row, 0), 0, job_.classes * size_of(job_.student.type));
+    RowTerms operator()(int64_t row, RowScratch<T> scratch) const {
+        if (ignored(row)) {
+            write_zeros(row);
             return {};
         }
-        RowMaxima<T> maxima{-infinity<T>, -infinity<T>};
-        RowSums sums;
-        for_each_piece(buffers, [&](int64_t start, int64_t count, RowBuffers<T> piece) {
-            const RowMaxima<T> highest = read(row, start, count, piece);
-            maxima.student = highest.student > maxima.student ? highest.student : maxima.student;
-            maxima.teacher = highest.teacher > maxima.teacher ? highest.teacher : maxima.teacher;
-            if (job_.label_smoothing != 0) sums.margin += sum_of(piece.student, count);
-        });
-        sums.margin -= double(maxima.student) * double(job_.classes);
-        for_each_piece(buffers, [&](int64_t start, int64_t count, RowBuffers<T> piece) {
-            if (!in_buffers_) read(row, start, count, piece);
-            steps_.exponentiate(piece, count, maxima, to_exponent_, sums);
-        });
-        if (job_.logits_gradient) write_gradient(row, buffers, maxima, sums);
-        return terms(row, maxima, sums);
+        RowState state;
+        begin(row, scratch, state);
+        const int64_t pieces = pieces_of(row);
+        for (int64_t k = 0; k < pieces; ++k) exponentiate(row, k, state, buffers_of(k, scratch), scratch.sums[k]);
+        merge_sums(scratch.sums, pieces, state);
+        if (mixes()) {
+            state.mixture = {};
+            for (int64_t k = 0; k < pieces; ++k) add(mix(row, k, state, scratch), state.mixture);
+        }
+        const RowTerms terms = finish(row, state);
+        if (job_.logits_gradient)
+            for (int64_t k = 0; k < pieces; ++k) write(row, k, state, scratch);
+        return terms;
     }
 
   private:
-    template <class Function>
-    void for_each_piece(RowBuffers<T> buffers, Function function) const {
-        for (int64_t start = 0; start < job_.classes; start += piece_classes) {
-            const int64_t left = job_.classes - start;
-            function(start, left < piece_classes ? left : piece_classes, buffers + (in_buffers_ ? start : 0));
-        }
+    static RowRule rule_of(const KdL1Loss& job, int64_t valid_rows) {
+        const double inverse_rows = 1.0 / double(valid_rows > 0 ? valid_rows : 1);
+        return {job.divergence,
+                job.teacher.data != nullptr,
+                job.labels != nullptr,
+                job.standardize_logits && job.teacher.data,
+                double(job.classes),
+                job.temperature,
+                job.alpha,
+                job.label_smoothing,
+                job.jsd_beta,
+                job.dkd_target_weight,
+                job.dkd_non_target_weight,
+                inverse_rows,
+                inverse_rows * (job.scaled_gradients ? double(job.rows) : 1.0)};
+    }
+
+    bool ignored(int64_t row) const { return job_.labels && job_.labels[row] == job_.ignore_index; }
+    bool mixes() const { return rule_.with_teacher && rule_.divergence == Divergence::jsd; }
+    bool leaves_label_out() const { return rule_.with_teacher && rule_.divergence == Divergence::dkd; }
+    int64_t label_of(int64_t row) const { return job_.labels ? job_.labels[row] : -1; }
+
+    // Places before the row's first class in its buffer.
+    int64_t head_of(int64_t row) const {
+        return job_.classes < shortest_aligned_row ? 0 : row * job_.classes % lanes<T>;
+    }
+
+    int64_t pieces_of(int64_t row) const { return (head_of(row) + job_.classes + piece_classes - 1) / piece_classes; }
+
+    Piece piece_of(int64_t row, int64_t k) const {
+        const int64_t head = head_of(row), start = k == 0 ? 0 : k * piece_classes - head;
+        const int64_t room = piece_classes - (k == 0 ? head : 0), left = job_.classes - start;
+        return {start, left < room ? left : room, k == 0 ? head : 0};
+    }
+
+    RowBuffers<T> buffers_of(int64_t k, const RowScratch<T>& scratch) const {
+        return kept_ ? scratch.kept + k * piece_classes : scratch.kept;
     }
 
     const char* element(const Matrix& matrix, int64_t row, int64_t column) const {
@@ -274,79 +123,240 @@ class LogitsRows {
         return static_cast<char*>(job_.logits_gradient) + (row * job_.classes + column) * size_of(job_.student.type);
     }
 
-    RowMaxima<T> read(int64_t row, int64_t start, int64_t count, RowBuffers<T> buffers) const {
-        RowMaxima<T> maxima{steps_.read_student(element(job_.student, row, start), count, buffers.student),
-                            -infinity<T>};
-        if (job_.teacher.data)
-            maxima.teacher = steps_.read_teacher(element(job_.teacher, row, start), count, buffers.teacher);
-        return maxima;
+    void write_zeros(int64_t row) const {
+        if (job_.logits_gradient) std::memset(gradient(row, 0), 0, job_.classes * size_of(job_.student.type));
     }
 
-    static double sum_of(const T* values, int64_t count) {
-        Vector<T> sums{};
-        int64_t i = 0;
-        for (; i + lanes<T> <= count; i += lanes<T>) sums += load<T>(values + i);
-        double sum = sum_of_lanes<T>(sums);
-        for (; i < count; ++i) sum += double(values[i]);
-        return sum;
+    Tempering<T> tempering(const RowState& state) const {
+        return {T(state.student_to_nats * log2_e), T(state.teacher_to_nats * log2_e), T(state.student_to_nats),
+                T(state.teacher_to_nats)};
     }
 
-    void write_gradient(int64_t row, RowBuffers<T> buffers, RowMaxima<T> maxima, const RowSums& sums) const {
-        const double each_row = inverse_rows_ * (job_.scaled_gradients ? double(job_.rows) : 1.0);
-        const double kd = job_.teacher.data ? job_.alpha * job_.temperature * each_row : 0;
-        const double ce = job_.labels ? (1 - job_.alpha) * each_row : 0;
-        GradientScale<T> scale{};
-        if (kd != 0) scale.student = T(kd / sums.student), scale.teacher = T(kd / sums.teacher);
-        if (ce != 0) {
-            scale.untempered = T(ce / sums.untempered);
-            scale.smoothing = T(ce * job_.label_smoothing / double(job_.classes));
-            scale.label = T(ce * (1 - job_.label_smoothing));
+    // Both sides' logits, in the buffers where they have to be converted. What they have of the label where dkd
+    // leaves it out is made the least.
+    struct Logits {
+        const T* student;
+        const T* teacher;
+    };
+    Logits read(int64_t row, Piece piece, RowBuffers<T> buffers, double* sum = nullptr) const {
+        Logits logits{steps_.read_student(element(job_.student, row, piece.start), piece, buffers.student), nullptr};
+        if (rule_.with_teacher)
+            logits.teacher = steps_.read_teacher(element(job_.teacher, row, piece.start), piece, buffers.teacher);
+        if (sum) *sum = sum_of(logits.student, piece);
+        const int64_t label = label_of(row) - piece.start;
+        if (leaves_label_out() && label >= 0 && label < piece.count)
+            buffers.student[piece.head + label] = buffers.teacher[piece.head + label] = filling<T>;
+        return logits;
+    }
+
+    static double sum_of(const T* buffer, Piece piece) {
+        Vector<T> sum{};
+        over_vectors<T>(
+            piece, [&](int64_t i) { sum += load<T>(buffer + i); },
+            [&](int64_t i, int64_t first, int64_t last) { sum += load_partial<T>(buffer + i, first, last, T(0)); });
+        return sum_of_lanes<T>(sum);
+    }
+
+    void begin(int64_t row, const RowScratch<T>& scratch, RowState& state) const {
+        state.student_to_nats = state.teacher_to_nats = 1 / job_.temperature;
+        if (rule_.standardize) {
+            const Moments teacher = moments_of(job_.teacher, steps_.read_teacher, row, scratch.logits.teacher);
+            state.student = moments_of(job_.student, steps_.read_student, row, scratch.logits.student);
+            state.student_to_nats /= state.student.divisor();
+            state.teacher_to_nats /= teacher.divisor();
         }
-        const int64_t label = ce != 0 ? job_.labels[row] : -1;
-        RowSums again;  // what has been summed already
-        for_each_piece(buffers, [&](int64_t start, int64_t count, RowBuffers<T> piece) {
-            if (!in_buffers_) {
-                read(row, start, count, piece);
-                steps_.exponentiate(piece, count, maxima, to_exponent_, again);
+    }
+
+    // Piece after piece: the sum of squares around the mean of what has been seen (Chan, Golub, LeVeque 1979).
+    Moments moments_of(const Matrix& matrix, ReadPiece<T> read, int64_t row, T* buffer) const {
+        double count = 0, mean = 0, squares = 0;
+        for (int64_t k = 0; k < pieces_of(row); ++k) {
+            const Piece piece = piece_of(row, k);
+            const T* values = read(element(matrix, row, piece.start), piece, buffer);
+            const double of_piece = sum_of(values, piece) / double(piece.count), apart = of_piece - mean;
+            const double total = count + double(piece.count);
+            squares += squares_around(of_piece, values, piece) + apart * apart * count * double(piece.count) / total;
+            mean += apart * double(piece.count) / total;
+            count = total;
+        }
+        return {mean, job_.classes > 1 ? std::sqrt(squares / double(job_.classes - 1)) : 0};
+    }
+
+    static double squares_around(double mean, const T* buffer, Piece piece) {
+        Vector<T> sum{};
+        const auto add = [&](Vector<T> v) { sum += (v - T(mean)) * (v - T(mean)); };
+        over_vectors<T>(
+            piece, [&](int64_t i) { add(load<T>(buffer + i)); },
+            [&](int64_t i, int64_t first, int64_t last) { add(load_partial<T>(buffer + i, first, last, T(mean))); });
+        return sum_of_lanes<T>(sum);
+    }
+
+    void exponentiate(int64_t row, int64_t k, const RowState& state, RowBuffers<T> buffers, PieceSums& sums) const {
+        const Piece piece = piece_of(row, k);
+        const Tempering<T> by = tempering(state);
+        Logits logits = read(row, piece, buffers, rule_.label_smoothing != 0 ? &sums.logits : nullptr);
+        // The first few vectors tell where the highest logits are about; where they mislead, the piece is done again.
+        constexpr int64_t looked_at = 4;
+        set_references({highest_of(logits.student, piece, looked_at),
+                        rule_.with_teacher ? highest_of(logits.teacher, piece, looked_at) : T(0)},
+                       sums);
+        const Highest<T> highest =
+            steps_.exponentiate(logits.student, logits.teacher, buffers, piece, by, next_of(row, k), sums);
+        const bool misled =
+            !near(highest.student, sums.student_reference, state.student_to_nats) ||
+            (rule_.with_teacher && !near(highest.teacher, sums.teacher_reference, state.teacher_to_nats));
+        if (misled || !std::isfinite(sums.dot)) {
+            logits = read(row, piece, buffers);
+            set_references(highest, sums);
+            steps_.exponentiate_safely(logits.student, logits.teacher, buffers, piece, by, next_of(row, k), sums);
+        }
+        sums.highest = double(highest.student);
+    }
+
+    // Where every logit is -inf, their differences from a finite reference are so too, and the filling is below it.
+    static void set_references(Highest<T> highest, PieceSums& sums) {
+        constexpr T lowest = filling<T> / 2;
+        sums.student_reference = highest.student > lowest ? highest.student : lowest;
+        sums.teacher_reference = highest.teacher > lowest ? highest.teacher : lowest;
+    }
+
+    // Whether exponentials around this reference neither overflow nor lose what counts.
+    static bool near(T highest, double reference, double to_nats) {
+        const double apart = std::abs(double(highest) - reference);
+        return apart <= 40 && apart * to_nats <= 40;
+    }
+
+    // The next piece of this row, or the first of the next.
+    NextLogits next_of(int64_t row, int64_t k) const {
+        const bool ends = k + 1 == pieces_of(row);
+        const int64_t next_row = ends && row + 1 < job_.rows ? row + 1 : row;
+        const int64_t start = ends ? 0 : piece_of(row, k + 1).start;
+        return {element(job_.student, next_row, start), element(job_.teacher, next_row, start),
+                int(lanes<T> * size_of(job_.student.type)), int(lanes<T> * size_of(job_.teacher.type))};
+    }
+
+    void merge_sums(const PieceSums* sums, int64_t pieces, RowState& state) const {
+        state.sums = sums;
+        if (pieces == 1) return;
+        PieceSums& row = state.merged;
+        row = {};
+        row.student_reference = row.teacher_reference = row.highest = -infinity<double>;
+        for (int64_t k = 0; k < pieces; ++k) {
+            row.student_reference = std::max(row.student_reference, sums[k].student_reference);
+            row.teacher_reference = std::max(row.teacher_reference, sums[k].teacher_reference);
+            row.highest = std::max(row.highest, sums[k].highest);
+        }
+        state.sums = &row;
+        const GradientForm form = gradient_form(rule_.divergence);
+        for (int64_t k = 0; k < pieces; ++k) merge(sums[k], rebased(sums[k], state), form, row);
+    }
+
+    Rebase rebased(const PieceSums& piece, const RowState& state) const {
+        return rebase(piece, *state.sums, state.student_to_nats, state.teacher_to_nats);
+    }
+
+    MixtureSums mix(int64_t row, int64_t k, const RowState& state, const RowScratch<T>& scratch) const {
+        const Piece piece = piece_of(row, k);
+        const RowBuffers<T> buffers = buffers_of(k, scratch);
+        PieceSums again;
+        if (!kept_) exponentiate(row, k, state, buffers, again);
+        const Logits logits = read(row, piece, scratch.logits);
+        const Rebase by = rebased(scratch.sums[k], state);
+        const MixtureScale<T> scale{T(state.sums->student_reference),
+                                    T(state.sums->teacher_reference),
+                                    T(std::log2(state.sums->student)),
+                                    T(std::log2(state.sums->teacher)),
+                                    T(by.student_factor / state.sums->student),
+                                    T(by.teacher_factor / state.sums->teacher),
+                                    T(1 - job_.jsd_beta),
+                                    T(job_.jsd_beta)};
+        MixtureSums sums;
+        mix_piece<T>(logits.student, logits.teacher, buffers, piece, tempering(state), scale, sums);
+        return sums;
+    }
+
+    static void add(const MixtureSums& piece, MixtureSums& row) {
+        row.kl_teacher += piece.kl_teacher, row.kl_student += piece.kl_student;
+        row.student_moment += piece.student_moment, row.weighted_moment += piece.weighted_moment;
+    }
+
+    RowTerms finish(int64_t row, RowState& state) const {
+        T student[lanes<T>], teacher[lanes<T>];
+        const int64_t label = label_of(row);
+        TargetMargins target{};
+        if (label >= 0) {
+            student[0] = *steps_.read_student(element(job_.student, row, label), {0, 1, 0}, student);
+            if (leaves_label_out()) {
+                teacher[0] = *steps_.read_teacher(element(job_.teacher, row, label), {0, 1, 0}, teacher);
+                target = {(double(student[0]) - state.sums->student_reference) * state.student_to_nats,
+                          (double(teacher[0]) - state.sums->teacher_reference) * state.teacher_to_nats};
             }
-            steps_.write_gradient(piece, count, scale, label - start, gradient(row, start));
-        });
-    }
-
-    RowTerms terms(int64_t row, RowMaxima<T> maxima, const RowSums& sums) const {
-        RowTerms terms;
-        if (job_.teacher.data) {
-            const double divergence =
-                kl_divergence(sums.dot * ln_2, sums.teacher, std::log(sums.student / sums.teacher));
-            terms.kd = divergence * job_.temperature * job_.temperature * inverse_rows_;
         }
-        if (job_.labels) {
-            const int64_t label = job_.labels[row];
-            T scratch[lanes<T>];
-            const T at_label = steps_.read_student(element(job_.student, row, label), 1, scratch);
-            terms.ce = inverse_rows_ * cross_entropy(std::log(sums.untempered), double(at_label - maxima.student),
-                                                     sums.margin / double(job_.classes), job_.label_smoothing);
-            terms.correct = at_label == maxima.student && !appears_before(row, label, maxima.student);
-        }
-        return terms;
+        const double label_logit = label >= 0 ? double(student[0]) : 0;
+        const RowValues values =
+            finish_row(rule_, *state.sums, state.mixture, state.student, target, label_logit, state.gradient);
+        const bool highest = label >= 0 && label_logit >= state.sums->highest;
+        return {values.kd, values.ce, double(highest && !appears_before(row, label, student[0]))};
     }
 
     // Of several highest logits the first is the prediction, as in argmax.
     bool appears_before(int64_t row, int64_t end, T value) const {
-        T scratch[64];
-        static_assert(sizeof scratch >= KDDP_VECTOR_BYTES, "a piece is at least a vector");
+        T buffer[64];
+        static_assert(sizeof buffer >= KDDP_VECTOR_BYTES, "a piece is at least a vector");
         for (int64_t start = 0; start < end; start += 64) {
             const int64_t count = start + 64 < end ? 64 : end - start;
-            if (steps_.read_student(element(job_.student, row, start), count, scratch) == value) return true;
+            const Piece piece{start, count, 0};
+            if (highest_of(steps_.read_student(element(job_.student, row, start), piece, buffer), piece, 64) == value)
+                return true;
         }
         return false;
     }
 
+    void write(int64_t row, int64_t k, const RowState& state, const RowScratch<T>& scratch) const {
+        const Piece piece = piece_of(row, k);
+        const RowBuffers<T> buffers = buffers_of(k, scratch);
+        PieceSums again;
+        if (!kept_ && mixes())
+            mix(row, k, state, scratch);
+        else if (!kept_)
+            exponentiate(row, k, state, buffers, again);
+        const T* logits = nullptr;
+        if (rule_.standardize)
+            logits = steps_.read_student(element(job_.student, row, piece.start), piece, scratch.logits.student);
+        PieceGradient<T> coefficients;
+        set_coefficients(row, piece, scratch.sums[k], state, logits, coefficients);
+        steps_.write_gradient(buffers, piece, coefficients, gradient(row, piece.start));
+    }
+
+    void set_coefficients(int64_t row, Piece piece, const PieceSums& sums, const RowState& state, const T* logits,
+                          PieceGradient<T>& to) const {
+        const RowGradient& of = state.gradient;
+        double first = of.first, second = of.second, untempered = of.untempered;
+        if (&sums != state.sums) {
+            const Rebase by = rebased(sums, state);
+            const bool weighted = gradient_form(rule_.divergence) == GradientForm::weighted;
+            first *= by.student_factor;
+            second *= weighted ? by.student_factor : by.teacher_factor;
+            untempered *= by.untempered_factor;
+            if (weighted && !mixes()) second += first * (by.student_tempered - by.teacher_tempered);
+        }
+        to.first = T(first);
+        to.second = T(second);
+        to.untempered = T(untempered);
+        to.constant = T(of.constant);
+        to.label = T(of.label);
+        to.projection = T(of.projection);
+        to.mean = rule_.standardize ? T(state.student.mean) : T(0);
+        to.logits = logits;
+        const int64_t label = label_of(row) - piece.start;
+        to.label_place = label >= 0 && label < piece.count && of.label != 0 ? piece.head + label : -1;
+        to.past_caches = past_caches_;
+    }
+
     const KdL1Loss& job_;
     const RowSteps<T> steps_;
-    const bool in_buffers_;
-    const double inverse_rows_;
-    const T to_exponent_;
+    const RowRule rule_;
+    const bool kept_, past_caches_;
 };
 
 }  // namespace

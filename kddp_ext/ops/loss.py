@@ -99,6 +99,7 @@ def _kd_l1_loss(
         alpha,
         label_smoothing,
         ignore_index,
+        0, 0.5, 1.0, 8.0, False,
         scaled_gradients,
         gradient.data_ptr() if logits_gradient else 0,
         ELEMENT_TYPES[loss.dtype],
@@ -137,7 +138,7 @@ def _neuron_statistics(activation: Tensor) -> Tensor:
     unused = torch.empty(5, dtype=torch.float64)  # the loss of nothing
     core.kd_l1_loss(
         activation.shape[0], 0, _ABSENT, _ABSENT, 0, _layers([readable], [0.0], [], statistics), activation.shape[1],
-        1.0, 0.0, 0.0, 0, False, 0, ELEMENT_TYPES[unused.dtype], unused.data_ptr(), unused[1:].data_ptr(), _workspace,
+        1.0, 0.0, 0.0, 0, 0, 0.5, 1.0, 8.0, False, False, 0, ELEMENT_TYPES[unused.dtype], unused.data_ptr(), unused[1:].data_ptr(), _workspace,
         torch.get_num_threads(),
     )  # fmt: skip
     return statistics

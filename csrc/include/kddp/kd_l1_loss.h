@@ -3,7 +3,7 @@
 //
 //   loss = alpha * kd + (1 - alpha) * ce + sum over layers of l1_weight * l1
 //
-// with kd = T^2 * KL(softmax(teacher/T) || softmax(student/T)) and ce averaged over the rows whose label is
+// with kd = T^2 * divergence(softmax(teacher/T), softmax(student/T)) and ce averaged over the rows whose label is
 // not ignore_index, and l1 = sum |a| averaged over all rows. A term of weight 0 is left out.
 #pragma once
 
@@ -11,6 +11,14 @@
 #include "kddp/types.h"
 
 namespace kddp {
+
+// Of a row's teacher distribution p and student distribution q, with y its label:
+enum class Divergence : int {
+    forward_kl = 0,  // KL(p || q)
+    reverse_kl = 1,  // KL(q || p)
+    jsd = 2,         // beta KL(p || m) + (1 - beta) KL(q || m) with m = beta p + (1 - beta) q
+    dkd = 3,         // target_weight KL of (p_y, 1 - p_y) || (q_y, 1 - q_y) + non_target_weight KL over the others
+};
 
 struct KdL1Loss {
     int64_t rows;
@@ -23,6 +31,10 @@ struct KdL1Loss {
     double alpha;
     double label_smoothing;
     int64_t ignore_index;
+    Divergence divergence;
+    double jsd_beta;
+    double dkd_target_weight, dkd_non_target_weight;
+    bool standardize_logits;  // kd is that of (x - mean) / (std + 1e-7) of each row, both sides
     // float16 cannot hold gradients divided by the batch size. Where set, those of the logits come multiplied
     // by `rows`, those of the activations as sign(a), for whoever scales them with grad_output to finish.
     bool scaled_gradients;
