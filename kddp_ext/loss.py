@@ -12,9 +12,11 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from kddp_ext import ops, reference
+from kddp_ext.divergences import DIVERGENCES
 from kddp_ext.statistics import TrackedActivations
 
 Backend = Literal["auto", "native", "reference"]
+Divergence = Literal["forward_kl", "reverse_kl", "jsd", "dkd"]
 _INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 _devices_warned_of: set[str] = set()
 
@@ -46,13 +48,19 @@ def fused_kd_l1_loss(
     l1_weight: float | Sequence[float] = 0.0,
     label_smoothing: float = 0.0,
     ignore_index: int = -100,
+    divergence: Divergence = "forward_kl",
+    jsd_beta: float = 0.5,
+    dkd_target_weight: float = 1.0,
+    dkd_non_target_weight: float = 8.0,
+    standardize_logits: bool = False,
     return_terms: bool = False,
     backend: Backend = "auto",
 ) -> Any:
     """Distillation, classification and activation penalty: one value, one pass over each input.
 
-        loss = alpha · T² · KL(softmax(t/T) ‖ softmax(s/T)) + (1 - alpha) · CE(s, labels) + Σ l1_weight · Σ|a| / N
+        loss = alpha · T² · D(softmax(t/T), softmax(s/T)) + (1 - alpha) · CE(s, labels) + Σ l1_weight · Σ|a| / N
 
+    with D the divergence, KL(softmax(t/T) ‖ softmax(s/T)) unless another is named.
     The gradient is computed in the same pass and only scaled in `backward`. The teacher's logits are constants.
     Sums are taken in float32 and float64; gradients have the dtype of their input. The loss is differentiable once.
 
@@ -67,6 +75,15 @@ def fused_kd_l1_loss(
         l1_weight: weight of the penalty, one for all activations or one for each. 0 penalises nothing.
         label_smoothing: from 0 to 1, as in `torch.nn.functional.cross_entropy`.
         ignore_index: rows with this label have no part in KD and CE, and a gradient of 0.
+        divergence: D. With p the teacher's distribution and q the student's: "forward_kl", KL(p ‖ q); "reverse_kl",
+            KL(q ‖ p), which prefers a student that is right where it is sure; "jsd", jsd_beta · KL(p ‖ m) +
+            (1 - jsd_beta) · KL(q ‖ m) with m = jsd_beta · p + (1 - jsd_beta) · q; "dkd", the divergence of
+            (p_y, 1 - p_y) at the label y and that over the other classes, weighted apart (needs labels).
+        jsd_beta: of "jsd", between 0 and 1; 0.5 is the symmetric divergence.
+        dkd_target_weight: of "dkd", at least 0; 1 as in the paper.
+        dkd_non_target_weight: of "dkd", at least 0; 8 is the paper's choice for CIFAR-100.
+        standardize_logits: whether D sees (x - mean) / (std + 1e-7) of each row instead of the logits, on both
+            sides, so that the student need not match the teacher's scale. The cross entropy sees them as they are.
         return_terms: whether to return the unweighted terms too, for logging without a second computation.
         backend: "native" for the kernels (an error where this build has none for the device), "reference" for
             plain PyTorch, "auto" for the kernels where there are any.
@@ -80,15 +97,31 @@ def fused_kd_l1_loss(
             came.
 
     The distillation term is Hinton, Vinyals and Dean 2015 (arXiv:1503.02531) with their factor T²; the penalty is
-    that of Şener and Akbaş 2022 (doi 10.29109/gujsc.1141648).
+    that of Şener and Akbaş 2022 (doi 10.29109/gujsc.1141648). The other divergences: Gu et al. 2024
+    (arXiv:2306.08543), Agarwal et al. 2024 (arXiv:2306.13649), Zhao et al. 2022 (arXiv:2203.08679), standardised
+    logits Sun et al. 2024 (arXiv:2403.01265). docs/losses.md has them all, and other libraries' conventions.
     """
     _check_logits(student_logits, teacher_logits, labels, activations, alpha)
     _check_settings(temperature, alpha, label_smoothing, ignore_index)
+    _check_divergence(divergence, jsd_beta, dkd_target_weight, dkd_non_target_weight)
+    if divergence == "dkd" and labels is None:
+        raise ValueError("labels: expected a tensor, since divergence is 'dkd', got None")
     weights = _check_weights(l1_weight, len(activations))
     if labels is not None and labels.dtype != torch.int64:
         labels = labels.to(torch.int64)
     inputs = _Inputs(student_logits, None if teacher_logits is None else teacher_logits.detach(), labels, activations)
-    settings = _Settings(float(temperature), float(alpha), weights, float(label_smoothing), ignore_index)
+    settings = _Settings(
+        float(temperature),
+        float(alpha),
+        weights,
+        float(label_smoothing),
+        ignore_index,
+        divergence,
+        float(jsd_beta),
+        float(dkd_target_weight),
+        float(dkd_non_target_weight),
+        standardize_logits,
+    )
     if _choose_native(student_logits.device, backend):
         loss, terms = _native_loss(inputs, settings)
     else:
@@ -100,7 +133,8 @@ class FusedKDL1Loss(nn.Module):
     """`fused_kd_l1_loss` as a module; it takes the same settings and has no parameters.
 
     Args:
-        temperature, alpha, l1_weight, label_smoothing, ignore_index, return_terms, backend: as of the function.
+        temperature, alpha, l1_weight, label_smoothing, ignore_index, divergence, jsd_beta, dkd_target_weight,
+        dkd_non_target_weight, standardize_logits, return_terms, backend: as of the function.
     """
 
     def __init__(
@@ -110,11 +144,22 @@ class FusedKDL1Loss(nn.Module):
         l1_weight: float | Sequence[float] = 0.0,
         label_smoothing: float = 0.0,
         ignore_index: int = -100,
+        divergence: Divergence = "forward_kl",
+        jsd_beta: float = 0.5,
+        dkd_target_weight: float = 1.0,
+        dkd_non_target_weight: float = 8.0,
+        standardize_logits: bool = False,
         return_terms: bool = False,
         backend: Backend = "auto",
     ) -> None:
         super().__init__()
         _check_settings(temperature, alpha, label_smoothing, ignore_index)
+        _check_divergence(divergence, jsd_beta, dkd_target_weight, dkd_non_target_weight)
+        self.divergence: Divergence = divergence
+        self.jsd_beta = jsd_beta
+        self.dkd_target_weight = dkd_target_weight
+        self.dkd_non_target_weight = dkd_non_target_weight
+        self.standardize_logits = standardize_logits
         self.temperature = temperature
         self.alpha = alpha
         self.l1_weight = l1_weight
@@ -124,7 +169,10 @@ class FusedKDL1Loss(nn.Module):
         self.backend: Backend = backend
 
     def extra_repr(self) -> str:
-        return f"temperature={self.temperature}, alpha={self.alpha}, l1_weight={self.l1_weight}"
+        return (
+            f"temperature={self.temperature}, alpha={self.alpha}, l1_weight={self.l1_weight}, "
+            f"divergence={self.divergence!r}"
+        )
 
     def forward(
         self,
@@ -144,6 +192,11 @@ class FusedKDL1Loss(nn.Module):
             l1_weight=self.l1_weight,
             label_smoothing=self.label_smoothing,
             ignore_index=self.ignore_index,
+            divergence=self.divergence,
+            jsd_beta=self.jsd_beta,
+            dkd_target_weight=self.dkd_target_weight,
+            dkd_non_target_weight=self.dkd_non_target_weight,
+            standardize_logits=self.standardize_logits,
             return_terms=self.return_terms,
             backend=self.backend,
         )
@@ -162,6 +215,16 @@ class _Settings(NamedTuple):
     l1_weights: list[float]
     label_smoothing: float
     ignore_index: int
+    divergence: Divergence
+    jsd_beta: float
+    dkd_target_weight: float
+    dkd_non_target_weight: float
+    standardize_logits: bool
+
+    def of_operator(self) -> tuple[Any, ...]:
+        """In the operator's order and types."""
+        code = DIVERGENCES.index(self.divergence)
+        return (*self[:5], code, *self[6:])
 
 
 class _Flags(NamedTuple):
@@ -188,7 +251,7 @@ def _native_loss(inputs: _Inputs, settings: _Settings) -> tuple[Tensor, Tensor]:
     else:
         detached = [a.detach() for a in activations]
         loss, terms, sums, of_logits, of_activations = ops.kd_l1_loss(
-            student.detach(), teacher, labels, detached, *settings, *flags
+            student.detach(), teacher, labels, detached, *settings.of_operator(), *flags
         )
         if logits_gradient or activation_gradients:
             loss = _attach(loss, (of_logits, *of_activations), settings, flags, student, *activations)
@@ -220,7 +283,7 @@ class _TracedLoss(torch.autograd.Function):
         *activations: Tensor,
     ) -> tuple[Tensor, ...]:
         loss, terms, sums, of_logits, of_activations = ops.kd_l1_loss(
-            student, teacher, labels, list(activations), *settings, *flags
+            student, teacher, labels, list(activations), *settings.of_operator(), *flags
         )
         return loss, terms, sums, of_logits, *of_activations
 
@@ -366,6 +429,18 @@ def _check_settings(temperature: float, alpha: float, label_smoothing: float, ig
             raise ValueError(f"{name}: expected a number from 0 to 1, got {value}")
     if not isinstance(ignore_index, int):
         raise TypeError(f"ignore_index: expected an integer, got {type(ignore_index).__name__}")
+
+
+def _check_divergence(divergence: str, jsd_beta: float, *dkd_weights: float) -> None:
+    if divergence not in DIVERGENCES:
+        raise ValueError(f"divergence: expected one of {', '.join(DIVERGENCES)}, got {divergence!r}")
+    if not 0 < jsd_beta < 1:
+        raise ValueError(
+            f"jsd_beta: expected a number between 0 and 1 (at the ends use 'forward_kl', 'reverse_kl'), got {jsd_beta}"
+        )
+    for name, weight in zip(("dkd_target_weight", "dkd_non_target_weight"), dkd_weights, strict=True):
+        if not 0 <= weight < math.inf:
+            raise ValueError(f"{name}: expected a finite number of at least 0, got {weight}")
 
 
 def _check_weights(l1_weight: float | Sequence[float], layers: int) -> list[float]:

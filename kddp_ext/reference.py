@@ -8,6 +8,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from kddp_ext import divergences
+from kddp_ext.divergences import standardized
+
 
 def kd_l1_loss(
     student_logits: Tensor,
@@ -20,6 +23,11 @@ def kd_l1_loss(
     l1_weights: Sequence[float],
     label_smoothing: float,
     ignore_index: int,
+    divergence: str = "forward_kl",
+    jsd_beta: float = 0.5,
+    dkd_target_weight: float = 1.0,
+    dkd_non_target_weight: float = 8.0,
+    standardize_logits: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """`kddp_ext.fused_kd_l1_loss` in plain PyTorch, differentiable by autograd.
 
@@ -42,7 +50,18 @@ def kd_l1_loss(
     kd = ce = l1 = correct = loss = student.new_zeros(())
     if teacher_logits is not None:
         teacher = torch.where(valid[:, None], teacher_logits.detach().to(dtype), 0)
-        kd = temperature**2 * _kl_divergence(teacher / temperature, student / temperature).sum() / count
+        sides = [standardized(x) if standardize_logits else x for x in (teacher, student)]
+        p, q = (x / temperature for x in sides)
+        if divergence == "dkd":
+            assert labels is not None
+            target = torch.where(valid, labels, 0)
+            of_rows = divergences.decoupled_kl(p, q, target, dkd_target_weight, dkd_non_target_weight)
+            of_rows = torch.where(valid, of_rows, 0)
+        elif divergence == "jsd":
+            of_rows = divergences.jensen_shannon(p, q, jsd_beta)
+        else:
+            of_rows = getattr(divergences, divergence)(p, q)
+        kd = temperature**2 * of_rows.sum() / count
     if labels is not None:
         ce = F.cross_entropy(
             student, labels, ignore_index=ignore_index, label_smoothing=label_smoothing, reduction="sum"
@@ -103,10 +122,3 @@ def sliced_shape(tensor: Tensor, rows: int, columns: int, kept_rows: int, kept_c
     if tensor.dim() <= 1:
         return (tensor.numel() // (rows * columns) * kept_rows * kept_columns,)
     return (kept_rows, tensor.shape[1] // columns * kept_columns, *tensor.shape[2:])
-
-
-def _kl_divergence(teacher: Tensor, student: Tensor) -> Tensor:
-    """KL(softmax(teacher) ‖ softmax(student)) of each row, where 0 · log(0 / q) is 0, for q = 0 as well."""
-    log_p, log_q = F.log_softmax(teacher, 1), F.log_softmax(student, 1)
-    p = log_p.exp()
-    return torch.where(p == 0, 0, p * (log_p - log_q)).sum(1)

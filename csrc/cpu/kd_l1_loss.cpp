@@ -20,6 +20,9 @@ inline int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 inline int64_t clamp(int64_t x, int64_t low, int64_t high) { return x < low ? low : x > high ? high : x; }
 inline int64_t round_up_to_line(int64_t bytes) { return divide_up(bytes, 64) * 64; }
 
+// A gradient that the caches cannot hold until it is read is written past them.
+inline bool worth_past_caches(int64_t bytes) { return bytes >= 4 << 20; }
+
 inline int thread_number() {
 #if defined(_OPENMP)
     return omp_get_thread_num();
@@ -117,8 +120,10 @@ void activation_part(const Schedule& schedule, int64_t index) {
                     column + width < layer->neurons ? column + width : layer->neurons};
     TileSums sums;
     if (layer->statistics) std::memset(&sums, 0, sizeof sums);
+    const int64_t bytes = job.rows * layer->neurons * size_of(layer->activation.type);
     const double gradient = job.scaled_gradients ? 1 : layer->l1_weight / double(job.rows);
-    schedule.at<double>(schedule.tiles_offset)[index] = activation_tile(*layer, tile, gradient, sums);
+    schedule.at<double>(schedule.tiles_offset)[index] =
+        activation_tile(*layer, tile, gradient, worth_past_caches(bytes), sums);
     if (!layer->statistics) return;
     double* target = layer->statistics;
     if (parts > 1) {
@@ -190,10 +195,8 @@ Status count_valid_rows(const KdL1Loss& job, int64_t& valid) {
     return {};
 }
 
-// Gradients that the caches cannot hold until they are read are written past them.
 bool writes_past_caches(const KdL1Loss& job) {
-    constexpr int64_t worth = 4 << 20;
-    return job.rows * job.classes * size_of(job.student.type) >= worth &&
+    return worth_past_caches(job.rows * job.classes * size_of(job.student.type)) &&
            reinterpret_cast<uintptr_t>(job.logits_gradient) % 64 == 0 && job.classes >= shortest_aligned_row;
 }
 

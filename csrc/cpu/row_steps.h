@@ -2,26 +2,13 @@
 // gradient. Each kind of element, divergence and temperature has loops of its own, chosen once a call.
 #pragma once
 
-#include "cpu/elements.h"
+#include "cpu/pieces.h"
 #include "row_math.h"
 
 namespace kddp {
 namespace {
 
 constexpr double log2_e = 1.44269504088896340736, ln_2 = 0.693147180559945309417;
-
-// Classes start to start + count of a row. In a buffer they follow after `head` places, so that a place that is a
-// multiple of the lanes is an aligned address of the gradient.
-struct Piece {
-    int64_t start, count;
-    int64_t head;
-    int64_t end() const { return head + count; }
-    int64_t first_whole(int64_t lanes) const { return head > 0 ? lanes : 0; }
-    int64_t last_whole(int64_t lanes) const {
-        const int64_t first = first_whole(lanes);
-        return end() < first ? end() : first + (end() - first) / lanes * lanes;
-    }
-};
 
 // What a side's exponentials take of its logits.
 template <class T>
@@ -50,15 +37,6 @@ struct RowBuffers {
 template <class T>
 inline RowBuffers<T> operator+(RowBuffers<T> buffers, int64_t offset) {
     return {buffers.student + offset, buffers.teacher + offset, buffers.untempered + offset};
-}
-
-// whole(i) for every whole vector of a piece, part(i, first, last) for those of which it has some lanes only.
-template <class T, class Whole, class Part>
-inline void over_vectors(Piece piece, Whole whole, Part part) {
-    const int64_t begin = piece.first_whole(lanes<T>), end = piece.last_whole(lanes<T>);
-    if (begin > 0) part(int64_t(0), piece.head, piece.end() < begin ? piece.end() : begin);
-    for (int64_t i = begin; i < end; i += lanes<T>) whole(i);
-    if (end < piece.end()) part(end, int64_t(0), piece.end() - end);
 }
 
 // What stands around a piece: its exponential is 0, and of two their difference as well.

@@ -17,6 +17,7 @@ _ABSENT = (0, 0, 0)
 library.define(
     "kd_l1_loss(Tensor student_logits, Tensor? teacher_logits, Tensor? labels, Tensor[] activations, "
     "float temperature, float alpha, float[] l1_weights, float label_smoothing, int ignore_index, "
+    "int divergence, float jsd_beta, float dkd_target_weight, float dkd_non_target_weight, bool standardize_logits, "
     "bool logits_gradient, bool activation_gradients, bool scaled_gradients, bool statistics) "
     "-> (Tensor loss, Tensor terms, Tensor statistics, Tensor logits_gradient, Tensor[] activation_gradients)"
 )
@@ -74,6 +75,11 @@ def _kd_l1_loss(
     l1_weights: Sequence[float],
     label_smoothing: float,
     ignore_index: int,
+    divergence: int,
+    jsd_beta: float,
+    dkd_target_weight: float,
+    dkd_non_target_weight: float,
+    standardize_logits: bool,
     logits_gradient: bool,
     activation_gradients: bool,
     scaled_gradients: bool,
@@ -99,7 +105,11 @@ def _kd_l1_loss(
         alpha,
         label_smoothing,
         ignore_index,
-        0, 0.5, 1.0, 8.0, False,
+        divergence,
+        jsd_beta,
+        dkd_target_weight,
+        dkd_non_target_weight,
+        standardize_logits,
         scaled_gradients,
         gradient.data_ptr() if logits_gradient else 0,
         ELEMENT_TYPES[loss.dtype],

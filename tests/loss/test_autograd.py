@@ -47,14 +47,20 @@ def test_gradcheck_of_one_term(batch, without):
 @pytest.mark.parametrize("flags", [(True, True, False, True), (False, False, False, False), (True, False, True, False)])
 def test_opcheck_of_the_loss(batch, flags):
     student, teacher, labels, activation = batch
-    arguments = (student, teacher, labels, [activation], 3.0, 0.6, [0.01], 0.1, -100, *flags)
+    arguments = (student, teacher, labels, [activation], 3.0, 0.6, [0.01], 0.1, -100, 0, 0.5, 1.0, 8.0, False, *flags)
     opcheck(ops.kd_l1_loss, arguments)
 
 
 def test_opcheck_of_absent_inputs(batch):
     student, teacher, labels, _ = batch
-    opcheck(ops.kd_l1_loss, (student, None, labels, [], 3.0, 0.0, [], 0.0, -100, True, False, False, False))
-    opcheck(ops.kd_l1_loss, (student, teacher, None, [], 3.0, 1.0, [], 0.0, -100, True, False, False, False))
+    opcheck(
+        ops.kd_l1_loss,
+        (student, None, labels, [], 3.0, 0.0, [], 0.0, -100, 0, 0.5, 1.0, 8.0, False, True, False, False, False),
+    )
+    opcheck(
+        ops.kd_l1_loss,
+        (student, teacher, None, [], 3.0, 1.0, [], 0.0, -100, 0, 0.5, 1.0, 8.0, False, True, False, False, False),
+    )
 
 
 def test_opcheck_of_statistics_and_compaction(batch):
