@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import warnings
 from collections.abc import Sequence
 from typing import Any, Literal, NamedTuple
@@ -11,13 +10,13 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from kddp_ext import loss_arguments as arguments
 from kddp_ext import ops, reference
 from kddp_ext.divergences import DIVERGENCES
 from kddp_ext.statistics import TrackedActivations
 
 Backend = Literal["auto", "native", "reference"]
 Divergence = Literal["forward_kl", "reverse_kl", "jsd", "dkd"]
-_INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 _devices_warned_of: set[str] = set()
 
 
@@ -101,29 +100,29 @@ def fused_kd_l1_loss(
     (arXiv:2306.08543), Agarwal et al. 2024 (arXiv:2306.13649), Zhao et al. 2022 (arXiv:2203.08679), standardised
     logits Sun et al. 2024 (arXiv:2403.01265). docs/losses.md has them all, and other libraries' conventions.
     """
-    _check_logits(student_logits, teacher_logits, labels, activations, alpha)
-    _check_settings(temperature, alpha, label_smoothing, ignore_index)
-    _check_divergence(divergence, jsd_beta, dkd_target_weight, dkd_non_target_weight)
+    arguments.check_logits(student_logits, teacher_logits, labels, activations, alpha)
+    arguments.check_settings(temperature, alpha, label_smoothing, ignore_index)
+    arguments.check_divergence(divergence, jsd_beta, dkd_target_weight, dkd_non_target_weight)
     if divergence == "dkd" and labels is None:
         raise ValueError("labels: expected a tensor, since divergence is 'dkd', got None")
-    weights = _check_weights(l1_weight, len(activations))
+    weights = arguments.check_weights(l1_weight, len(activations))
     if labels is not None and labels.dtype != torch.int64:
         labels = labels.to(torch.int64)
-    inputs = _Inputs(student_logits, None if teacher_logits is None else teacher_logits.detach(), labels, activations)
+    inputs = _Inputs(student_logits, _constant(teacher_logits), labels, activations)
     settings = _Settings(
         float(temperature),
         float(alpha),
         weights,
         float(label_smoothing),
         ignore_index,
-        divergence,
+        DIVERGENCES.index(divergence),
         float(jsd_beta),
         float(dkd_target_weight),
         float(dkd_non_target_weight),
         standardize_logits,
     )
     if _choose_native(student_logits.device, backend):
-        loss, terms = _native_loss(inputs, settings)
+        loss, terms = _native_loss(inputs, settings, return_terms)
     else:
         loss, terms = _reference_loss(inputs, settings)
     return (loss, LossTerms(*terms.unbind())) if return_terms else loss
@@ -153,8 +152,8 @@ class FusedKDL1Loss(nn.Module):
         backend: Backend = "auto",
     ) -> None:
         super().__init__()
-        _check_settings(temperature, alpha, label_smoothing, ignore_index)
-        _check_divergence(divergence, jsd_beta, dkd_target_weight, dkd_non_target_weight)
+        arguments.check_settings(temperature, alpha, label_smoothing, ignore_index)
+        arguments.check_divergence(divergence, jsd_beta, dkd_target_weight, dkd_non_target_weight)
         self.divergence: Divergence = divergence
         self.jsd_beta = jsd_beta
         self.dkd_target_weight = dkd_target_weight
@@ -202,6 +201,10 @@ class FusedKDL1Loss(nn.Module):
         )
 
 
+def _constant(teacher_logits: Tensor | None) -> Tensor | None:
+    return teacher_logits.detach() if teacher_logits is not None and teacher_logits.requires_grad else teacher_logits
+
+
 class _Inputs(NamedTuple):
     student_logits: Tensor
     teacher_logits: Tensor | None
@@ -210,21 +213,18 @@ class _Inputs(NamedTuple):
 
 
 class _Settings(NamedTuple):
+    """In the operator's order and types."""
+
     temperature: float
     alpha: float
     l1_weights: list[float]
     label_smoothing: float
     ignore_index: int
-    divergence: Divergence
+    divergence: int
     jsd_beta: float
     dkd_target_weight: float
     dkd_non_target_weight: float
     standardize_logits: bool
-
-    def of_operator(self) -> tuple[Any, ...]:
-        """In the operator's order and types."""
-        code = DIVERGENCES.index(self.divergence)
-        return (*self[:5], code, *self[6:])
 
 
 class _Flags(NamedTuple):
@@ -236,7 +236,7 @@ class _Flags(NamedTuple):
     statistics: bool
 
 
-def _native_loss(inputs: _Inputs, settings: _Settings) -> tuple[Tensor, Tensor]:
+def _native_loss(inputs: _Inputs, settings: _Settings, with_terms: bool) -> tuple[Tensor, Any]:
     student, teacher, labels, activations = inputs
     training = torch.is_grad_enabled()
     logits_gradient = training and student.requires_grad
@@ -249,12 +249,10 @@ def _native_loss(inputs: _Inputs, settings: _Settings) -> tuple[Tensor, Tensor]:
         traced: Any = _TracedLoss.apply
         loss, terms, sums, *_ = traced(student, teacher, labels, settings, flags, *activations)
     else:
-        detached = [a.detach() for a in activations]
-        loss, terms, sums, of_logits, of_activations = ops.kd_l1_loss(
-            student.detach(), teacher, labels, detached, *settings.of_operator(), *flags
-        )
+        loss, terms, sums, of_logits, of_activations = ops.kd_l1_loss(inputs, settings, flags, with_terms)
         if logits_gradient or activation_gradients:
-            loss = _attach(loss, (of_logits, *of_activations), settings, flags, student, *activations)
+            gradients = of_activations if of_logits is None else (of_logits, *of_activations)
+            loss = _attach(loss, gradients, settings, flags, student, *activations)
     if tracked is not None:
         column = 0
         for activation, statistics in zip(tracked, tracked.statistics, strict=True):
@@ -267,7 +265,8 @@ def _native_loss(inputs: _Inputs, settings: _Settings) -> tuple[Tensor, Tensor]:
 def _reference_loss(inputs: _Inputs, settings: _Settings) -> tuple[Tensor, Tensor]:
     if isinstance(inputs.activations, TrackedActivations) and torch.is_grad_enabled():
         inputs.activations.observe()
-    return reference.kd_l1_loss(*inputs, **settings._asdict())
+    named = settings._asdict() | {"divergence": DIVERGENCES[settings.divergence]}
+    return reference.kd_l1_loss(*inputs, **named)
 
 
 class _TracedLoss(torch.autograd.Function):
@@ -282,8 +281,8 @@ class _TracedLoss(torch.autograd.Function):
         flags: _Flags,
         *activations: Tensor,
     ) -> tuple[Tensor, ...]:
-        loss, terms, sums, of_logits, of_activations = ops.kd_l1_loss(
-            student, teacher, labels, list(activations), *settings.of_operator(), *flags
+        loss, terms, sums, of_logits, of_activations = ops.kd_l1_loss_operator(
+            student, teacher, labels, list(activations), *settings, *flags
         )
         return loss, terms, sums, of_logits, *of_activations
 
@@ -338,13 +337,19 @@ def _input_gradients(ctx: Any, grad_loss: Tensor | None) -> tuple[Tensor | None,
     gradients: Sequence[Tensor] = ctx.saved_tensors
     # The usual `loss.backward()` scales by 1: on the CPU one can look, and spare the memory a round.
     if flags.scaled or torch.compiler.is_compiling() or not grad_loss.is_cpu or grad_loss.item() != 1:
-        scales = [grad_loss] * len(gradients)
-        if flags.scaled:
-            of_row = grad_loss / max(ctx.rows, 1)
-            scales = [of_row, *[of_row * weight for weight in settings.l1_weights]][: len(gradients)]
-        gradients = [gradient * scale for gradient, scale in zip(gradients, scales, strict=True)]
-    of_activations = gradients[1:] if flags.activation_gradients else absent
-    return (gradients[0] if flags.logits_gradient else None, *of_activations)
+        gradients = _scaled_gradients(ctx, gradients, grad_loss)
+    if not flags.logits_gradient:
+        return (None, *(gradients[-len(absent) :] if flags.activation_gradients else absent))
+    return tuple(gradients) if flags.activation_gradients else (gradients[0], *absent)
+
+
+def _scaled_gradients(ctx: Any, gradients: Sequence[Tensor], grad_loss: Tensor) -> list[Tensor]:
+    scales = [grad_loss] * len(gradients)
+    if ctx.flags.scaled:
+        of_row = grad_loss / max(ctx.rows, 1)
+        scales = [of_row * weight for weight in ctx.settings.l1_weights]
+        scales = [of_row, *scales][-len(gradients) :] if ctx.flags.activation_gradients else [of_row]
+    return [gradient * scale for gradient, scale in zip(gradients, scales, strict=True)]
 
 
 def _choose_native(device: torch.device, backend: Backend) -> bool:
@@ -361,93 +366,3 @@ def _choose_native(device: torch.device, backend: Backend) -> bool:
             stacklevel=3,
         )
     return False
-
-
-def _check_logits(
-    student_logits: Tensor,
-    teacher_logits: Tensor | None,
-    labels: Tensor | None,
-    activations: Sequence[Tensor],
-    alpha: float,
-) -> None:
-    _check_matrix("student_logits", student_logits, student_logits)
-    rows, classes = student_logits.shape
-    if classes < 1:
-        raise ValueError(f"student_logits: expected at least one class, got shape {tuple(student_logits.shape)}")
-    if teacher_logits is not None:
-        _check_matrix("teacher_logits", teacher_logits, student_logits)
-        if teacher_logits.shape != student_logits.shape:
-            raise ValueError(
-                f"teacher_logits: expected the student's shape {(rows, classes)}, got {tuple(teacher_logits.shape)}"
-            )
-    elif alpha != 0:
-        raise ValueError(f"teacher_logits: expected a tensor, since alpha is {alpha} and not 0, got None")
-    if labels is not None:
-        _check_labels(labels, student_logits)
-    elif alpha != 1:
-        raise ValueError(f"labels: expected a tensor, since alpha is {alpha} and not 1, got None")
-    if isinstance(activations, Tensor) or not isinstance(activations, Sequence):
-        raise TypeError(f"activations: expected a sequence of tensors, got {type(activations).__name__}")
-    for number, activation in enumerate(activations):
-        _check_matrix(f"activations[{number}]", activation, student_logits)
-        if activation.shape[0] != rows:
-            raise ValueError(
-                f"activations[{number}]: expected {rows} rows as in student_logits, got shape {tuple(activation.shape)}"
-            )
-
-
-def _check_matrix(name: str, matrix: Tensor, student_logits: Tensor) -> None:
-    if not isinstance(matrix, Tensor):
-        raise TypeError(f"{name}: expected a tensor, got {type(matrix).__name__}")
-    if matrix.dtype not in ops.ELEMENT_TYPES:
-        raise TypeError(f"{name}: expected dtype float32, float64, bfloat16 or float16, got {matrix.dtype}")
-    if matrix.dim() != 2:
-        raise ValueError(f"{name}: expected 2 dimensions, got shape {tuple(matrix.shape)}")
-    _check_device(name, matrix, student_logits)
-
-
-def _check_labels(labels: Tensor, student_logits: Tensor) -> None:
-    if not isinstance(labels, Tensor):
-        raise TypeError(f"labels: expected a tensor, got {type(labels).__name__}")
-    if labels.dtype not in _INTEGERS:
-        raise TypeError(f"labels: expected an integer dtype such as int64, got {labels.dtype}")
-    if labels.shape != student_logits.shape[:1]:
-        raise ValueError(f"labels: expected shape {(student_logits.shape[0],)}, got {tuple(labels.shape)}")
-    _check_device("labels", labels, student_logits)
-
-
-def _check_device(name: str, tensor: Tensor, student_logits: Tensor) -> None:
-    if tensor.device != student_logits.device:
-        raise ValueError(f"{name}: expected device {student_logits.device} as student_logits, got {tensor.device}")
-
-
-def _check_settings(temperature: float, alpha: float, label_smoothing: float, ignore_index: int) -> None:
-    if not 0 < temperature < math.inf:
-        raise ValueError(f"temperature: expected a finite number above 0, got {temperature}")
-    for name, value in (("alpha", alpha), ("label_smoothing", label_smoothing)):
-        if not 0 <= value <= 1:
-            raise ValueError(f"{name}: expected a number from 0 to 1, got {value}")
-    if not isinstance(ignore_index, int):
-        raise TypeError(f"ignore_index: expected an integer, got {type(ignore_index).__name__}")
-
-
-def _check_divergence(divergence: str, jsd_beta: float, *dkd_weights: float) -> None:
-    if divergence not in DIVERGENCES:
-        raise ValueError(f"divergence: expected one of {', '.join(DIVERGENCES)}, got {divergence!r}")
-    if not 0 < jsd_beta < 1:
-        raise ValueError(
-            f"jsd_beta: expected a number between 0 and 1 (at the ends use 'forward_kl', 'reverse_kl'), got {jsd_beta}"
-        )
-    for name, weight in zip(("dkd_target_weight", "dkd_non_target_weight"), dkd_weights, strict=True):
-        if not 0 <= weight < math.inf:
-            raise ValueError(f"{name}: expected a finite number of at least 0, got {weight}")
-
-
-def _check_weights(l1_weight: float | Sequence[float], layers: int) -> list[float]:
-    weights = list(l1_weight) if isinstance(l1_weight, Sequence) else [l1_weight] * layers
-    if len(weights) != layers:
-        raise ValueError(f"l1_weight: expected one weight for each of {layers} activations, got {len(weights)}")
-    for weight in [*weights, *([] if isinstance(l1_weight, Sequence) else [l1_weight])]:
-        if not 0 <= weight < math.inf:
-            raise ValueError(f"l1_weight: expected a finite number of at least 0, got {weight}")
-    return [float(weight) for weight in weights]

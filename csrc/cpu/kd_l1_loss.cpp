@@ -173,10 +173,10 @@ void write_results(const Schedule& schedule) {
     const double terms[] = {sum.kd, sum.ce, l1, sum.correct};
     if (job.result_type == ElementType::float64) {
         *static_cast<double*>(job.loss) = loss;
-        std::memcpy(job.terms, terms, sizeof terms);
+        if (job.terms) std::memcpy(job.terms, terms, sizeof terms);
     } else {
         *static_cast<float*>(job.loss) = float(loss);
-        for (int i = 0; i < 4; ++i) static_cast<float*>(job.terms)[i] = float(terms[i]);
+        for (int i = 0; job.terms && i < 4; ++i) static_cast<float*>(job.terms)[i] = float(terms[i]);
     }
 }
 

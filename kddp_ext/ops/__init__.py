@@ -6,7 +6,18 @@ torch.compile and torch.export.
 """
 
 from kddp_ext.ops.compaction import gather_slices
+from kddp_ext.ops.gradient_pool import GradientPool, pool
 from kddp_ext.ops.library import ELEMENT_TYPES, build_info, is_native
-from kddp_ext.ops.loss import kd_l1_loss, neuron_statistics
+from kddp_ext.ops.loss import kd_l1_loss, kd_l1_loss_operator, neuron_statistics
 
-__all__ = ["ELEMENT_TYPES", "build_info", "gather_slices", "is_native", "kd_l1_loss", "neuron_statistics"]
+__all__ = [
+    "ELEMENT_TYPES",
+    "GradientPool",
+    "build_info",
+    "gather_slices",
+    "is_native",
+    "kd_l1_loss",
+    "kd_l1_loss_operator",
+    "neuron_statistics",
+    "pool",
+]

@@ -9,10 +9,14 @@ import torch
 from torch import Tensor
 
 from kddp_ext import reference
+from kddp_ext.ops.gradient_pool import pool
 from kddp_ext.ops.library import ELEMENT_TYPES, core, is_native, library
 
 _STATISTICS_ROWS = 5
 _ABSENT = (0, 0, 0)
+# temperature to standardize_logits of a call without logits.
+_NO_LOSS = (1.0, 0.0, 0.0, 0, 0, 0.5, 1.0, 8.0, False)
+_PLAIN = (Tensor, torch.nn.Parameter)
 
 library.define(
     "kd_l1_loss(Tensor student_logits, Tensor? teacher_logits, Tensor? labels, Tensor[] activations, "
@@ -48,20 +52,24 @@ def _loss_outputs(
 ) -> LossOutputs:
     """Outputs of `kd_l1_loss` for its arguments, not yet filled. What is not wanted is empty."""
     logits_gradient, activation_gradients, _, statistics = settings[-4:]
-    dtypes = [x.dtype for x in (student_logits, teacher_logits, *activations) if x is not None]
-    dtype = torch.float64 if torch.float64 in dtypes else torch.float32
+    dtype = torch.float32
+    for tensor in (student_logits, teacher_logits, *activations):
+        if tensor is not None and tensor.dtype == torch.float64:
+            dtype = torch.float64
     device = student_logits.device
     sums = (_STATISTICS_ROWS, sum([a.shape[1] for a in activations])) if statistics else (0,)
     return (
         torch.empty((), dtype=dtype, device=device),
         torch.empty(4, dtype=dtype, device=device),
         torch.empty(sums, dtype=torch.float64, device=device),
-        _contiguous_like(student_logits) if logits_gradient else student_logits.new_empty(0),
-        [_contiguous_like(a) for a in activations] if activation_gradients else [],
+        _gradient_of(student_logits) if logits_gradient else student_logits.new_empty(0),
+        [_gradient_of(a) for a in activations] if activation_gradients else [],
     )
 
 
-def _contiguous_like(tensor: Tensor) -> Tensor:
+def _gradient_of(tensor: Tensor) -> Tensor:
+    if _is_plain(tensor):
+        return pool.empty(tensor.shape, tensor.dtype)
     return torch.empty_like(tensor, memory_format=torch.contiguous_format)
 
 
@@ -87,38 +95,55 @@ def _kd_l1_loss(
 ) -> LossOutputs:
     flags = (logits_gradient, activation_gradients, scaled_gradients, statistics)
     outputs = _loss_outputs(student_logits, teacher_logits, labels, activations, *flags)
-    loss, terms, gathered, gradient, of_activations = outputs
+    loss, terms, sums, of_logits, of_activations = outputs
+    settings = (
+        *(temperature, alpha, l1_weights, label_smoothing, ignore_index, divergence, jsd_beta),
+        *(dkd_target_weight, dkd_non_target_weight, standardize_logits),
+    )
+    _run(
+        (student_logits, teacher_logits, labels, activations),
+        settings,
+        scaled_gradients,
+        (loss, terms, sums if statistics else None, of_logits if logits_gradient else None, of_activations),
+    )
+    return outputs
+
+
+def _run(
+    inputs: tuple[Tensor, Tensor | None, Tensor | None, Sequence[Tensor]],
+    settings: tuple[Any, ...],
+    scaled_gradients: bool,
+    outputs: tuple[Tensor, Tensor | None, Tensor | None, Tensor | None, list[Tensor]],
+) -> None:
+    """Fill the outputs. What is None, or of the activations' gradients an empty list, is not wanted."""
+    student, teacher, labels, activations = inputs
+    loss, terms, sums, of_logits, of_activations = outputs
+    temperature, alpha, l1_weights = settings[:3]
     # Bound to names, for a copy must outlive the call that is given its address.
-    student = _rows_side_by_side(student_logits)
-    teacher = None if teacher_logits is None else _rows_side_by_side(teacher_logits)
+    student = _rows_side_by_side(student)
+    teacher = None if teacher is None else _rows_side_by_side(teacher)
     labels = None if labels is None else labels.contiguous()
     readable = [_rows_side_by_side(a) for a in activations]
+    rows, classes = student.shape
     core.kd_l1_loss(
-        student.shape[0],
-        student.shape[1],
+        rows,
+        classes,
         _matrix(student),
         _ABSENT if teacher is None else _matrix(teacher),
         0 if labels is None else labels.data_ptr(),
-        _layers(readable, l1_weights, of_activations, gathered if statistics else None),
-        gathered.shape[-1],
+        _layers(readable, l1_weights, of_activations, sums),
+        0 if sums is None else sums.shape[1],
         temperature,
         alpha,
-        label_smoothing,
-        ignore_index,
-        divergence,
-        jsd_beta,
-        dkd_target_weight,
-        dkd_non_target_weight,
-        standardize_logits,
+        *settings[3:],
         scaled_gradients,
-        gradient.data_ptr() if logits_gradient else 0,
+        0 if of_logits is None else of_logits.data_ptr(),
         ELEMENT_TYPES[loss.dtype],
         loss.data_ptr(),
-        terms.data_ptr(),
+        0 if terms is None else terms.data_ptr(),
         _workspace,
         torch.get_num_threads(),
     )
-    return outputs
 
 
 _Layer = tuple[tuple[int, int, int], int, float, int, int]
@@ -145,12 +170,13 @@ def _layers(
 def _neuron_statistics(activation: Tensor) -> Tensor:
     readable = _rows_side_by_side(activation)
     statistics = activation.new_empty((_STATISTICS_ROWS, activation.shape[1]), dtype=torch.float64)
-    unused = torch.empty(5, dtype=torch.float64)  # the loss of nothing
+    unused = torch.empty(1, dtype=torch.float64)  # the loss of nothing
     core.kd_l1_loss(
-        activation.shape[0], 0, _ABSENT, _ABSENT, 0, _layers([readable], [0.0], [], statistics), activation.shape[1],
-        1.0, 0.0, 0.0, 0, 0, 0.5, 1.0, 8.0, False, False, 0, ELEMENT_TYPES[unused.dtype], unused.data_ptr(), unused[1:].data_ptr(), _workspace,
-        torch.get_num_threads(),
-    )  # fmt: skip
+        *(activation.shape[0], 0, _ABSENT, _ABSENT, 0),
+        *(_layers([readable], [0.0], [], statistics), activation.shape[1]),
+        *_NO_LOSS,
+        *(False, 0, ELEMENT_TYPES[unused.dtype], unused.data_ptr(), 0, _workspace, torch.get_num_threads()),
+    )
     return statistics
 
 
@@ -164,8 +190,69 @@ torch.library.register_fake("kddp::kd_l1_loss", _loss_outputs, lib=library)
 torch.library.register_fake("kddp::neuron_statistics", _neuron_statistics_fake, lib=library)
 
 # Bound once: looking an operator up by its name costs more than a small batch's loss.
-kd_l1_loss = torch.ops.kddp.kd_l1_loss.default
+kd_l1_loss_operator = torch.ops.kddp.kd_l1_loss.default
 _neuron_statistics_operator = torch.ops.kddp.neuron_statistics.default
+
+
+def kd_l1_loss(
+    inputs: tuple[Tensor, Tensor | None, Tensor | None, Sequence[Tensor]],
+    settings: tuple[Any, ...],
+    flags: tuple[bool, bool, bool, bool],
+    with_terms: bool,
+) -> tuple[Tensor, Any, Any, Any, list[Tensor]]:
+    """The operator `kddp::kd_l1_loss`, without PyTorch's dispatcher where nothing there could take part.
+
+    For a small batch the dispatcher and the tensors that nobody wants take a third of the time. Modes, tensor
+    subclasses, transforms, the compiler and the profiler all see the operator.
+
+    Args:
+        inputs: student_logits, teacher_logits, labels, activations.
+        settings: the operator's, from temperature to standardize_logits.
+        flags: the operator's, from logits_gradient on.
+        with_terms: whether the terms are wanted.
+
+    Returns:
+        As the operator; what is not wanted may be None.
+    """
+    student, teacher, labels, activations = inputs
+    if not (_nothing_intercepts() and _is_plain(student) and _is_plain(teacher) and _is_plain(labels)) or not all(
+        map(_is_plain, activations)
+    ):
+        detached = [activation.detach() for activation in activations]
+        outputs: LossOutputs = kd_l1_loss_operator(student.detach(), teacher, labels, detached, *settings, *flags)
+        return outputs
+    logits_gradient, activation_gradients, scaled, statistics = flags
+    dtype = torch.float32
+    for tensor in (student, teacher, *activations):
+        if tensor is not None and tensor.dtype == torch.float64:
+            dtype = torch.float64
+    wanted = (
+        torch.empty((), dtype=dtype),
+        torch.empty(4, dtype=dtype) if with_terms else None,
+        _empty_statistics(activations) if statistics else None,
+        pool.empty(student.shape, student.dtype) if logits_gradient else None,
+        [pool.empty(a.shape, a.dtype) for a in activations] if activation_gradients else [],
+    )
+    _run(inputs, settings, scaled, wanted)
+    return wanted
+
+
+def _empty_statistics(activations: Sequence[Tensor]) -> Tensor:
+    return torch.empty((_STATISTICS_ROWS, sum([a.shape[1] for a in activations])), dtype=torch.float64)
+
+
+def _is_plain(tensor: Tensor | None) -> bool:
+    return tensor is None or (type(tensor) in _PLAIN and tensor.is_cpu)
+
+
+def _nothing_intercepts() -> bool:
+    return not (
+        torch.compiler.is_compiling()
+        or torch._C._len_torch_dispatch_stack()
+        or torch._C._is_torch_function_mode_enabled()
+        or torch._C._are_functorch_transforms_active()
+        or torch._C._autograd._profiler_enabled()
+    )
 
 
 def neuron_statistics(activation: Tensor) -> Tensor:

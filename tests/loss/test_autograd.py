@@ -48,17 +48,17 @@ def test_gradcheck_of_one_term(batch, without):
 def test_opcheck_of_the_loss(batch, flags):
     student, teacher, labels, activation = batch
     arguments = (student, teacher, labels, [activation], 3.0, 0.6, [0.01], 0.1, -100, 0, 0.5, 1.0, 8.0, False, *flags)
-    opcheck(ops.kd_l1_loss, arguments)
+    opcheck(ops.kd_l1_loss_operator, arguments)
 
 
 def test_opcheck_of_absent_inputs(batch):
     student, teacher, labels, _ = batch
     opcheck(
-        ops.kd_l1_loss,
+        ops.kd_l1_loss_operator,
         (student, None, labels, [], 3.0, 0.0, [], 0.0, -100, 0, 0.5, 1.0, 8.0, False, True, False, False, False),
     )
     opcheck(
-        ops.kd_l1_loss,
+        ops.kd_l1_loss_operator,
         (student, teacher, None, [], 3.0, 1.0, [], 0.0, -100, 0, 0.5, 1.0, 8.0, False, True, False, False, False),
     )
 

@@ -41,7 +41,7 @@ struct KdL1Loss {
     void* logits_gradient;    // (rows, classes) contiguous, the student's type; absent: not computed
     ElementType result_type;  // float32 or float64
     void* loss;
-    void* terms;      // kd, ce, l1, correct
+    void* terms;      // kd, ce, l1, correct; absent: not wanted
     void* workspace;  // kd_l1_loss_workspace bytes, aligned to 64
     int threads;
 };

@@ -1,0 +1,104 @@
+"""What the loss accepts. Every error names the argument, what was expected and what came."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from kddp_ext import ops
+from kddp_ext.divergences import DIVERGENCES
+
+_INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
+
+
+def check_logits(
+    student_logits: Tensor,
+    teacher_logits: Tensor | None,
+    labels: Tensor | None,
+    activations: Sequence[Tensor],
+    alpha: float,
+) -> None:
+    _check_matrix("student_logits", student_logits, student_logits)
+    rows, classes = student_logits.shape
+    if classes < 1:
+        raise ValueError(f"student_logits: expected at least one class, got shape {tuple(student_logits.shape)}")
+    if teacher_logits is not None:
+        _check_matrix("teacher_logits", teacher_logits, student_logits)
+        if teacher_logits.shape != student_logits.shape:
+            raise ValueError(
+                f"teacher_logits: expected the student's shape {(rows, classes)}, got {tuple(teacher_logits.shape)}"
+            )
+    elif alpha != 0:
+        raise ValueError(f"teacher_logits: expected a tensor, since alpha is {alpha} and not 0, got None")
+    if labels is not None:
+        _check_labels(labels, student_logits)
+    elif alpha != 1:
+        raise ValueError(f"labels: expected a tensor, since alpha is {alpha} and not 1, got None")
+    if isinstance(activations, Tensor) or not isinstance(activations, Sequence):
+        raise TypeError(f"activations: expected a sequence of tensors, got {type(activations).__name__}")
+    for number, activation in enumerate(activations):
+        _check_matrix(f"activations[{number}]", activation, student_logits)
+        if activation.shape[0] != rows:
+            raise ValueError(
+                f"activations[{number}]: expected {rows} rows as in student_logits, got shape {tuple(activation.shape)}"
+            )
+
+
+def _check_matrix(name: str, matrix: Tensor, student_logits: Tensor) -> None:
+    if not isinstance(matrix, Tensor):
+        raise TypeError(f"{name}: expected a tensor, got {type(matrix).__name__}")
+    if matrix.dtype not in ops.ELEMENT_TYPES:
+        raise TypeError(f"{name}: expected dtype float32, float64, bfloat16 or float16, got {matrix.dtype}")
+    if matrix.dim() != 2:
+        raise ValueError(f"{name}: expected 2 dimensions, got shape {tuple(matrix.shape)}")
+    _check_device(name, matrix, student_logits)
+
+
+def _check_labels(labels: Tensor, student_logits: Tensor) -> None:
+    if not isinstance(labels, Tensor):
+        raise TypeError(f"labels: expected a tensor, got {type(labels).__name__}")
+    if labels.dtype not in _INTEGERS:
+        raise TypeError(f"labels: expected an integer dtype such as int64, got {labels.dtype}")
+    if labels.shape != student_logits.shape[:1]:
+        raise ValueError(f"labels: expected shape {(student_logits.shape[0],)}, got {tuple(labels.shape)}")
+    _check_device("labels", labels, student_logits)
+
+
+def _check_device(name: str, tensor: Tensor, student_logits: Tensor) -> None:
+    if tensor.device != student_logits.device:
+        raise ValueError(f"{name}: expected device {student_logits.device} as student_logits, got {tensor.device}")
+
+
+def check_settings(temperature: float, alpha: float, label_smoothing: float, ignore_index: int) -> None:
+    if not 0 < temperature < math.inf:
+        raise ValueError(f"temperature: expected a finite number above 0, got {temperature}")
+    for name, value in (("alpha", alpha), ("label_smoothing", label_smoothing)):
+        if not 0 <= value <= 1:
+            raise ValueError(f"{name}: expected a number from 0 to 1, got {value}")
+    if not isinstance(ignore_index, int):
+        raise TypeError(f"ignore_index: expected an integer, got {type(ignore_index).__name__}")
+
+
+def check_divergence(divergence: str, jsd_beta: float, *dkd_weights: float) -> None:
+    if divergence not in DIVERGENCES:
+        raise ValueError(f"divergence: expected one of {', '.join(DIVERGENCES)}, got {divergence!r}")
+    if not 0 < jsd_beta < 1:
+        raise ValueError(
+            f"jsd_beta: expected a number between 0 and 1 (at the ends use 'forward_kl', 'reverse_kl'), got {jsd_beta}"
+        )
+    for name, weight in zip(("dkd_target_weight", "dkd_non_target_weight"), dkd_weights, strict=True):
+        if not 0 <= weight < math.inf:
+            raise ValueError(f"{name}: expected a finite number of at least 0, got {weight}")
+
+
+def check_weights(l1_weight: float | Sequence[float], layers: int) -> list[float]:
+    weights = list(l1_weight) if isinstance(l1_weight, Sequence) else [l1_weight] * layers
+    if len(weights) != layers:
+        raise ValueError(f"l1_weight: expected one weight for each of {layers} activations, got {len(weights)}")
+    for weight in [*weights, *([] if isinstance(l1_weight, Sequence) else [l1_weight])]:
+        if not 0 <= weight < math.inf:
+            raise ValueError(f"l1_weight: expected a finite number of at least 0, got {weight}")
+    return [float(weight) for weight in weights]

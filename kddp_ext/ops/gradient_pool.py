@@ -1,0 +1,95 @@
+"""Memory for gradients that is used again once nobody holds it.
+
+PyTorch gives CPU memory back to the system as soon as a large tensor dies, and the system hands it out again page by
+page, cleared: for a large batch's gradient that takes longer than computing it. A training loop drops its gradients at
+every step, so the pool keeps their memory for the next.
+"""
+
+from __future__ import annotations
+
+import sys
+import threading
+from collections import defaultdict
+
+import torch
+from torch import Tensor
+
+_SMALLEST = 64 << 10  # the heap keeps what is smaller
+_use_count = torch._C._storage_Use_Count
+
+
+class _Kept:
+    """A tensor of the pool. Who holds its memory counts either as a tensor or as Python's object of the storage."""
+
+    __slots__ = ("_holders", "_storage", "tensor")
+
+    def __init__(self, shape: torch.Size, dtype: torch.dtype) -> None:
+        self.tensor = torch.empty(shape, dtype=dtype)
+        self._storage = self.tensor.untyped_storage()
+        self._holders = self._count_holders()
+
+    def _count_holders(self) -> tuple[int, int]:
+        return _use_count(self._storage._cdata), sys.getrefcount(self._storage)
+
+    def is_free(self) -> bool:
+        return self._count_holders() == self._holders
+
+
+class GradientPool:
+    """Tensors of which the pool keeps the memory.
+
+    Memory is free once no tensor, view, array or graph refers to it but the pool.
+
+    Args:
+        limit: bytes that the pool may keep, in use or not. A larger request is served by PyTorch alone.
+    """
+
+    def __init__(self, limit: int) -> None:
+        self.limit = limit
+        self._kept: defaultdict[tuple[torch.Size, torch.dtype], list[_Kept]] = defaultdict(list)
+        self._bytes = 0
+        self._lock = threading.Lock()
+
+    @property
+    def bytes(self) -> int:
+        """Bytes that are kept at present, in use or not."""
+        return self._bytes
+
+    def empty(self, shape: torch.Size, dtype: torch.dtype) -> Tensor:
+        """A contiguous CPU tensor, not filled."""
+        size = shape.numel() * dtype.itemsize
+        if not _SMALLEST <= size <= self.limit:
+            return torch.empty(shape, dtype=dtype)
+        with self._lock:
+            for kept in self._kept[shape, dtype]:
+                if kept.is_free():
+                    return kept.tensor.detach()
+            if not self._make_room(size):
+                return torch.empty(shape, dtype=dtype)
+            self._kept[shape, dtype].append(_Kept(shape, dtype))
+            self._bytes += size
+            return self._kept[shape, dtype][-1].tensor.detach()
+
+    def release(self) -> None:
+        """Forget all memory that is not in use; it is PyTorch's again."""
+        with self._lock:
+            self._drop_unused(until=0)
+
+    def _make_room(self, size: int) -> bool:
+        if self._bytes + size > self.limit:
+            self._drop_unused(until=self.limit - size)
+        return self._bytes + size <= self.limit
+
+    def _drop_unused(self, until: int) -> None:
+        for key, kept in list(self._kept.items()):
+            for entry in list(kept):
+                if self._bytes <= until:
+                    return
+                if entry.is_free():
+                    kept.remove(entry)
+                    self._bytes -= entry.tensor.nbytes
+            if not kept:
+                del self._kept[key]
+
+
+pool = GradientPool(limit=1 << 30)
