@@ -7,28 +7,31 @@ namespace kddp {
 namespace {
 
 template <class T>
-using ReadPiece = const T* (*)(const void*, Piece, T*);
+using ReadPiece = const void* (*)(const void*, Piece, T*);
 template <class T>
-using ExponentiatePiece = Highest<T> (*)(const T*, const T*, RowBuffers<T>, Piece, Tempering<T>, NextLogits,
+using HighestOf = T (*)(const void*, Piece, int64_t);
+template <class T>
+using ExponentiatePiece = Highest<T> (*)(const void*, const void*, RowBuffers<T>, Piece, Tempering<T>, NextLogits,
                                          PieceSums&);
 template <class T>
 using WriteGradientPiece = void (*)(RowBuffers<T>, Piece, const PieceGradient<T>&, void*);
+template <class T>
+using WriteGradientAgain = void (*)(const void*, const void*, Piece, Tempering<T>, const PieceSums&,
+                                    const PieceGradient<T>&, void*);
 
 template <class T>
 struct RowSteps {
-    ReadPiece<T> read_student, read_teacher;
+    ReadPiece<T> read_student, read_teacher;        // for the loops below, as they want it
+    ReadPiece<T> convert_student, convert_teacher;  // to the type computed in
+    HighestOf<T> highest_of;
     ExponentiatePiece<T> exponentiate;         // fast, but its dot is no number where a class is excluded
     ExponentiatePiece<T> exponentiate_safely;  // the same numbers where both give numbers
-    WriteGradientPiece<T> write_gradient;
+    WriteGradientPiece<T> write_gradient;      // of what `exponentiate` kept
+    WriteGradientAgain<T> write_again;         // of the logits; absent: there is no such loop, and they are kept
 };
 
 template <class T>
-constexpr ElementType type_of = sizeof(T) == 8 ? ElementType::float64 : ElementType::float32;
-
-// dkd changes what it has read, so it needs a copy.
-template <class T>
-ReadPiece<T> choose_read(ElementType type, bool copy) {
-    if (type == type_of<T> && !copy) return find_piece<T>;
+ReadPiece<T> choose_convert(ElementType type) {
     switch (type) {
         case ElementType::float64:
             return read_piece<T, double>;
@@ -61,57 +64,96 @@ inline Distillation choose_distillation(const KdL1Loss& job) {
     return job.divergence == Divergence::jsd ? Distillation::mixture : Distillation::forward;
 }
 
+template <class T>
 inline Untempered choose_untempered(const KdL1Loss& job) {
     if (!job.labels) return Untempered::absent;
     if (job.standardize_logits && job.teacher.data) return Untempered::separate;
     if (job.temperature == 1) return Untempered::same;
-    if (job.teacher.data && job.temperature == 2) return Untempered::square;
-    if (job.teacher.data && job.temperature == 4) return Untempered::fourth;
+    if (job.teacher.data && sizeof(T) == 4 && job.temperature == 2) return Untempered::square;
+    if (job.teacher.data && sizeof(T) == 4 && job.temperature == 4) return Untempered::fourth;
     return Untempered::separate;
 }
 
+// The loops that read elements of one type where they are.
+template <class T, class Element, Distillation distillation, Untempered untempered, bool moments>
+void choose_loops(const KdL1Loss& job, bool keep, RowSteps<T>& steps) {
+    constexpr Exclusions safe = Exclusions::counted_as_zero;
+    constexpr Exclusions fast = distillation == Distillation::forward && !moments ? Exclusions::ignored : safe;
+    steps.highest_of = highest_of<T, Element>;
+    steps.exponentiate = exponentiate_piece<T, Element, distillation, untempered, moments, fast, true>;
+    steps.exponentiate_safely = exponentiate_piece<T, Element, distillation, untempered, moments, safe, true>;
+    if constexpr (!moments && distillation == Distillation::forward && sizeof(T) == 4) {
+        // A term of weight 0 has no gradient, which the loops over kept exponentials see to.
+        const bool weightless = (job.teacher.data && job.alpha == 0) || (job.labels && job.alpha == 1);
+        if (keep || weightless) return;
+        steps.exponentiate = exponentiate_piece<T, Element, distillation, untempered, false, fast, false>;
+        steps.exponentiate_safely = exponentiate_piece<T, Element, distillation, untempered, false, safe, false>;
+        steps.write_again = write_gradient_again<T, Element, distillation, untempered>;
+    }
+}
+
 template <class T, Distillation distillation, Untempered untempered, bool moments>
-RowSteps<T> steps_of(const KdL1Loss& job) {
+RowSteps<T> steps_of(const KdL1Loss& job, bool keep) {
     const ElementType type = job.student.type;
-    constexpr Exclusions fast =
-        distillation == Distillation::forward && !moments ? Exclusions::ignored : Exclusions::counted_as_zero;
-    const bool copy = job.teacher.data && job.divergence == Divergence::dkd;
-    RowSteps<T> steps{choose_read<T>(type, copy), choose_read<T>(job.teacher.type, copy),
-                      exponentiate_piece<T, distillation, untempered, moments, fast>,
-                      exponentiate_piece<T, distillation, untempered, moments, Exclusions::counted_as_zero>,
-                      choose_write<T, distillation, untempered, moments>(type)};
+    RowSteps<T> steps{};
+    steps.convert_student = steps.read_student = choose_convert<T>(type);
+    steps.convert_teacher = steps.read_teacher = choose_convert<T>(job.teacher.type);
+    steps.write_gradient = choose_write<T, distillation, untempered, moments>(type);
     // A term of weight 0 has no gradient, not 0 times one that may be infinite.
     if (job.alpha == 0) steps.write_gradient = choose_write<T, Distillation::none, untempered, false>(type);
     if (job.alpha == 1) steps.write_gradient = choose_write<T, distillation, Untempered::absent, moments>(type);
+    // dkd changes what it has read, so it needs a copy.
+    const bool dkd = job.teacher.data && job.divergence == Divergence::dkd;
+    const bool alike = !job.teacher.data || job.teacher.type == type;
+    if constexpr (distillation == Distillation::forward && !moments && sizeof(T) == 4) {
+        if (alike && !dkd && type == ElementType::bfloat16 && job.label_smoothing == 0) {
+            steps.read_student = steps.read_teacher = find_piece<T, BFloat16>;
+            choose_loops<T, BFloat16, distillation, untempered, moments>(job, keep, steps);
+            return steps;
+        }
+        if (alike && !dkd && type == ElementType::float16 && job.label_smoothing == 0) {
+            steps.read_student = steps.read_teacher = find_piece<T, Float16>;
+            choose_loops<T, Float16, distillation, untempered, moments>(job, keep, steps);
+            return steps;
+        }
+    }
+    const bool where_they_are = alike && !dkd && type == type_of_element<T>;
+    if (!dkd && type == type_of_element<T>) steps.read_student = find_piece<T, T>;
+    if (!dkd && job.teacher.type == type_of_element<T>) steps.read_teacher = find_piece<T, T>;
+    choose_loops<T, T, distillation, untempered, moments>(job, keep || !where_they_are, steps);
     return steps;
 }
 
 template <class T, Distillation distillation>
-RowSteps<T> choose_steps(const KdL1Loss& job) {
-    const Untempered untempered = choose_untempered(job);
+RowSteps<T> choose_steps(const KdL1Loss& job, bool keep) {
+    const Untempered untempered = choose_untempered<T>(job);
     if constexpr (distillation != Distillation::none) {
         if (job.standardize_logits)
-            return untempered == Untempered::absent ? steps_of<T, distillation, Untempered::absent, true>(job)
-                                                    : steps_of<T, distillation, Untempered::separate, true>(job);
-        if (untempered == Untempered::square) return steps_of<T, distillation, Untempered::square, false>(job);
-        if (untempered == Untempered::fourth) return steps_of<T, distillation, Untempered::fourth, false>(job);
+            return untempered == Untempered::absent ? steps_of<T, distillation, Untempered::absent, true>(job, keep)
+                                                    : steps_of<T, distillation, Untempered::separate, true>(job, keep);
+        if constexpr (sizeof(T) == 4) {
+            if (untempered == Untempered::square)
+                return steps_of<T, distillation, Untempered::square, false>(job, keep);
+            if (untempered == Untempered::fourth)
+                return steps_of<T, distillation, Untempered::fourth, false>(job, keep);
+        }
     }
-    if (untempered == Untempered::absent) return steps_of<T, distillation, Untempered::absent, false>(job);
-    if (untempered == Untempered::same) return steps_of<T, distillation, Untempered::same, false>(job);
-    return steps_of<T, distillation, Untempered::separate, false>(job);
+    if (untempered == Untempered::absent) return steps_of<T, distillation, Untempered::absent, false>(job, keep);
+    if (untempered == Untempered::same) return steps_of<T, distillation, Untempered::same, false>(job, keep);
+    return steps_of<T, distillation, Untempered::separate, false>(job, keep);
 }
 
 template <class T>
-RowSteps<T> choose_steps(const KdL1Loss& job) {
+RowSteps<T> choose_steps(const KdL1Loss& job, bool keep) {
     switch (choose_distillation(job)) {
         case Distillation::forward:
-            return choose_steps<T, Distillation::forward>(job);
+            return choose_steps<T, Distillation::forward>(job, keep);
         case Distillation::reverse:
-            return choose_steps<T, Distillation::reverse>(job);
+            return choose_steps<T, Distillation::reverse>(job, keep);
         case Distillation::mixture:
-            return choose_steps<T, Distillation::mixture>(job);
+            return choose_steps<T, Distillation::mixture>(job, keep);
         default:
-            return choose_steps<T, Distillation::none>(job);
+            return choose_steps<T, Distillation::none>(job, keep);
     }
 }
 

@@ -14,10 +14,14 @@ struct Candidate {
 };
 
 const Kernels& choose() {
+#if defined(KDDP_X86)
+    const bool avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                        __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+#endif
     const Candidate candidates[] = {
 #if defined(KDDP_X86)
-        {&avx512_kernels, __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-                              __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl")},
+        {&avx512_bf16_kernels, avx512 && __builtin_cpu_supports("avx512bf16")},
+        {&avx512_kernels, avx512},
         {&avx2_kernels,
          __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c")},
 #endif

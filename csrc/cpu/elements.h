@@ -3,6 +3,7 @@
 #pragma once
 
 #include "cpu/vector.h"
+#include "kddp/types.h"
 
 namespace kddp {
 namespace {
@@ -14,6 +15,12 @@ struct BFloat16 {
 struct Float16 {
     uint16_t bits;
 };
+
+template <class Element>
+constexpr ElementType type_of_element = std::is_same_v<Element, double>     ? ElementType::float64
+                                        : std::is_same_v<Element, BFloat16> ? ElementType::bfloat16
+                                        : std::is_same_v<Element, Float16>  ? ElementType::float16
+                                                                            : ElementType::float32;
 
 inline float from_bits(uint32_t bits) {
     float value;
@@ -99,6 +106,14 @@ inline void store_elements<double, double>(double* to, Vector<double> v) {
     store<double>(to, v);
 }
 
+#if defined(__AVX512F__)
+// The forms with a mask, of all lanes: in the others GCC 12 sees an uninitialised value (its bug 105593).
+template <>
+inline Vector<float> load_elements<float, BFloat16>(const BFloat16* from) {
+    const __m512i words = _mm512_maskz_cvtepu16_epi32(0xffff, _mm256_loadu_si256((const __m256i*)from));
+    return (Vector<float>)_mm512_maskz_slli_epi32(0xffff, words, 16);
+}
+#else
 typedef VectorOf<uint16_t, KDDP_VECTOR_BYTES / 2>::Type HalfWords;
 
 template <>
@@ -107,18 +122,33 @@ inline Vector<float> load_elements<float, BFloat16>(const BFloat16* from) {
     std::memcpy(&words, from, sizeof words);
     return (Vector<float>)(__builtin_convertvector(words, BitsVector<float>) << 16);
 }
+#endif
+
+#if defined(__AVX512BF16__)
+template <>
+inline void store_elements<float, BFloat16>(BFloat16* to, Vector<float> v) {
+    _mm256_storeu_si256((__m256i*)to, (__m256i)_mm512_maskz_cvtneps_pbh(0xffff, (__m512)v));
+}
+#else
+// Rounded to nearest even; adding to a NaN could make it infinite.
+inline BitsVector<float> bfloat16_bits(Vector<float> v) {
+    const BitsVector<float> bits = (BitsVector<float>)v;
+    const BitsVector<float> rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
+    return (bits & 0x7fffffff) > 0x7f800000 ? BitsVector<float>{} + 0x7fc0 : rounded;
+}
 
 template <>
 inline void store_elements<float, BFloat16>(BFloat16* to, Vector<float> v) {
-    const BitsVector<float> bits = (BitsVector<float>)v;
-    const BitsVector<float> rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
-    const BitsVector<float> nan = BitsVector<float>{} + 0x7fc0;
-    const HalfWords words = __builtin_convertvector((bits & 0x7fffffff) > 0x7f800000 ? nan : rounded, HalfWords);
+#if defined(__AVX512F__)
+    _mm256_storeu_si256((__m256i*)to, _mm512_maskz_cvtepi32_epi16(0xffff, (__m512i)bfloat16_bits(v)));
+#else
+    const HalfWords words = __builtin_convertvector(bfloat16_bits(v), HalfWords);
     std::memcpy(to, &words, sizeof words);
+#endif
 }
+#endif
 
 #if defined(__AVX512F__)
-// The forms with a mask, of all lanes: in the others GCC 12 sees an uninitialised value (its bug 105593).
 template <>
 inline Vector<float> load_elements<float, Float16>(const Float16* from) {
     return (Vector<float>)_mm512_maskz_cvtph_ps(0xffff, _mm256_loadu_si256((const __m256i*)from));
@@ -151,6 +181,7 @@ inline void stream_elements(Element* to, Vector<T> v) {
 
 // Lanes `first` to `last` of a vector; the others are filled on reading and left alone on writing.
 
+// A copy of them is read, for memory around them may be nobody's.
 template <class T, class Element>
 inline Vector<T> load_partial(const Element* from, int64_t first, int64_t last, T fill) {
     T lane[lanes<T>];

@@ -67,7 +67,7 @@ struct Schedule {
     template <class T>
     void size_scratch() {
         kept_bytes = round_up_to_line(buffer_places<T>(job.classes) * int64_t(sizeof(T)));
-        kept_streams = choose_untempered(job) == Untempered::separate ? 3 : 2;
+        kept_streams = choose_untempered<T>(job) == Untempered::separate ? 3 : 2;
         const bool reads_again = job.standardize_logits || job.divergence == Divergence::jsd;
         logits_bytes = reads_again ? piece_classes * int64_t(sizeof(T)) : 0;
         const int64_t pieces = divide_up(job.classes + lanes<T>, piece_classes);

@@ -15,6 +15,7 @@ extern const Kernels baseline_kernels;
 #if defined(KDDP_X86)
 extern const Kernels avx2_kernels;
 extern const Kernels avx512_kernels;
+extern const Kernels avx512_bf16_kernels;
 #endif
 
 // The widest that this processor has, or the one that the environment variable KDDP_CPU_ISA names.

@@ -49,7 +49,7 @@ class LogitsRows {
   public:
     LogitsRows(const KdL1Loss& job, int64_t valid_rows, bool past_caches)
         : job_(job),
-          steps_(choose_steps<T>(job)),
+          steps_(choose_steps<T>(job, job.classes <= longest_kept_row)),
           rule_(rule_of(job, valid_rows)),
           kept_(job.classes <= longest_kept_row),
           past_caches_(past_caches) {}
@@ -135,14 +135,14 @@ class LogitsRows {
     // Both sides' logits, in the buffers where they have to be converted. What they have of the label where dkd
     // leaves it out is made the least.
     struct Logits {
-        const T* student;
-        const T* teacher;
+        const void* student;
+        const void* teacher;
     };
     Logits read(int64_t row, Piece piece, RowBuffers<T> buffers, double* sum = nullptr) const {
         Logits logits{steps_.read_student(element(job_.student, row, piece.start), piece, buffers.student), nullptr};
         if (rule_.with_teacher)
             logits.teacher = steps_.read_teacher(element(job_.teacher, row, piece.start), piece, buffers.teacher);
-        if (sum) *sum = sum_of(logits.student, piece);
+        if (sum) *sum = sum_of(static_cast<const T*>(logits.student), piece);
         const int64_t label = label_of(row) - piece.start;
         if (leaves_label_out() && label >= 0 && label < piece.count)
             buffers.student[piece.head + label] = buffers.teacher[piece.head + label] = filling<T>;
@@ -160,8 +160,8 @@ class LogitsRows {
     void begin(int64_t row, const RowScratch<T>& scratch, RowState& state) const {
         state.student_to_nats = state.teacher_to_nats = 1 / job_.temperature;
         if (rule_.standardize) {
-            const Moments teacher = moments_of(job_.teacher, steps_.read_teacher, row, scratch.logits.teacher);
-            state.student = moments_of(job_.student, steps_.read_student, row, scratch.logits.student);
+            const Moments teacher = moments_of(job_.teacher, steps_.convert_teacher, row, scratch.logits.teacher);
+            state.student = moments_of(job_.student, steps_.convert_student, row, scratch.logits.student);
             state.student_to_nats /= state.student.divisor();
             state.teacher_to_nats /= teacher.divisor();
         }
@@ -172,7 +172,7 @@ class LogitsRows {
         double count = 0, mean = 0, squares = 0;
         for (int64_t k = 0; k < pieces_of(row); ++k) {
             const Piece piece = piece_of(row, k);
-            const T* values = read(element(matrix, row, piece.start), piece, buffer);
+            const T* values = static_cast<const T*>(read(element(matrix, row, piece.start), piece, buffer));
             const double of_piece = sum_of(values, piece) / double(piece.count), apart = of_piece - mean;
             const double total = count + double(piece.count);
             squares += squares_around(of_piece, values, piece) + apart * apart * count * double(piece.count) / total;
@@ -197,8 +197,8 @@ class LogitsRows {
         Logits logits = read(row, piece, buffers, rule_.label_smoothing != 0 ? &sums.logits : nullptr);
         // The first few vectors tell where the highest logits are about; where they mislead, the piece is done again.
         constexpr int64_t looked_at = 4;
-        set_references({highest_of(logits.student, piece, looked_at),
-                        rule_.with_teacher ? highest_of(logits.teacher, piece, looked_at) : T(0)},
+        set_references({steps_.highest_of(logits.student, piece, looked_at),
+                        rule_.with_teacher ? steps_.highest_of(logits.teacher, piece, looked_at) : T(0)},
                        sums);
         const Highest<T> highest =
             steps_.exponentiate(logits.student, logits.teacher, buffers, piece, by, next_of(row, k), sums);
@@ -285,9 +285,9 @@ class LogitsRows {
         const int64_t label = label_of(row);
         TargetMargins target{};
         if (label >= 0) {
-            student[0] = *steps_.read_student(element(job_.student, row, label), {0, 1, 0}, student);
+            steps_.convert_student(element(job_.student, row, label), {0, 1, 0}, student);
             if (leaves_label_out()) {
-                teacher[0] = *steps_.read_teacher(element(job_.teacher, row, label), {0, 1, 0}, teacher);
+                steps_.convert_teacher(element(job_.teacher, row, label), {0, 1, 0}, teacher);
                 target = {(double(student[0]) - state.sums->student_reference) * state.student_to_nats,
                           (double(teacher[0]) - state.sums->teacher_reference) * state.teacher_to_nats};
             }
@@ -306,7 +306,8 @@ class LogitsRows {
         for (int64_t start = 0; start < end; start += 64) {
             const int64_t count = start + 64 < end ? 64 : end - start;
             const Piece piece{start, count, 0};
-            if (highest_of(steps_.read_student(element(job_.student, row, start), piece, buffer), piece, 64) == value)
+            if (highest_of<T, T>(steps_.convert_student(element(job_.student, row, start), piece, buffer), piece, 64) ==
+                value)
                 return true;
         }
         return false;
@@ -315,20 +316,26 @@ class LogitsRows {
     void write(int64_t row, int64_t k, const RowState& state, const RowScratch<T>& scratch) const {
         const Piece piece = piece_of(row, k);
         const RowBuffers<T> buffers = buffers_of(k, scratch);
-        PieceSums again;
+        const void* logits = nullptr;
+        if (rule_.standardize)
+            logits = steps_.convert_student(element(job_.student, row, piece.start), piece, scratch.logits.student);
+        PieceGradient<T> coefficients;
+        set_coefficients(row, piece, scratch.sums[k], state, logits, coefficients);
+        if (steps_.write_again) {
+            const Logits again = read(row, piece, buffers);
+            steps_.write_again(again.student, again.teacher, piece, tempering(state), scratch.sums[k], coefficients,
+                               gradient(row, piece.start));
+            return;
+        }
+        PieceSums sums;
         if (!kept_ && mixes())
             mix(row, k, state, scratch);
         else if (!kept_)
-            exponentiate(row, k, state, buffers, again);
-        const T* logits = nullptr;
-        if (rule_.standardize)
-            logits = steps_.read_student(element(job_.student, row, piece.start), piece, scratch.logits.student);
-        PieceGradient<T> coefficients;
-        set_coefficients(row, piece, scratch.sums[k], state, logits, coefficients);
+            exponentiate(row, k, state, buffers, sums);
         steps_.write_gradient(buffers, piece, coefficients, gradient(row, piece.start));
     }
 
-    void set_coefficients(int64_t row, Piece piece, const PieceSums& sums, const RowState& state, const T* logits,
+    void set_coefficients(int64_t row, Piece piece, const PieceSums& sums, const RowState& state, const void* logits,
                           PieceGradient<T>& to) const {
         const RowGradient& of = state.gradient;
         double first = of.first, second = of.second, untempered = of.untempered;

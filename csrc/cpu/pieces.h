@@ -19,13 +19,16 @@ struct Piece {
     }
 };
 
-// whole(i) for every whole vector of a piece, part(i, first, last) for those of which it has some lanes only.
+// whole(i) for every whole vector of a piece, part(i, first, last) for those of which it has some lanes only: at most
+// the first and the last.
 template <class T, class Whole, class Part>
-inline void over_vectors(Piece piece, Whole whole, Part part) {
+KDDP_ALWAYS_INLINE inline void over_vectors(Piece piece, Whole whole, Part part) {
     const int64_t begin = piece.first_whole(lanes<T>), end = piece.last_whole(lanes<T>);
-    if (begin > 0) part(int64_t(0), piece.head, piece.end() < begin ? piece.end() : begin);
+    for (int64_t i = begin > 0 ? 0 : end; i < piece.end(); i = i < end ? end : piece.end()) {
+        const bool last = i == end;
+        part(i, last ? int64_t(0) : piece.head, (last || piece.end() < begin ? piece.end() : begin) - i);
+    }
     for (int64_t i = begin; i < end; i += lanes<T>) whole(i);
-    if (end < piece.end()) part(end, int64_t(0), piece.end() - end);
 }
 
 }  // namespace

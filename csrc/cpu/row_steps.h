@@ -43,10 +43,10 @@ inline RowBuffers<T> operator+(RowBuffers<T> buffers, int64_t offset) {
 template <class T>
 constexpr T filling = std::numeric_limits<T>::lowest();
 
-// Logits of a piece in the type computed in. One that they have already stays where it is (`source` is where the piece
-// starts), others are converted into the buffer.
+// Logits of a piece, counted in places, for the loops to read: converted into the buffer, or where they are. `source`
+// is where the piece starts.
 template <class T, class Element>
-const T* read_piece(const void* source, Piece piece, T* buffer) {
+const void* read_piece(const void* source, Piece piece, T* buffer) {
     const Element* from = static_cast<const Element*>(source) - piece.head;
     over_vectors<T>(
         piece, [&](int64_t i) { store<T>(buffer + i, load_elements<T>(from + i)); },
@@ -56,21 +56,28 @@ const T* read_piece(const void* source, Piece piece, T* buffer) {
     return buffer;
 }
 
-template <class T>
-const T* find_piece(const void* source, Piece piece, T*) {
-    return static_cast<const T*>(source) - piece.head;
+template <class T, class Element>
+const void* find_piece(const void* source, Piece piece, T*) {
+    return static_cast<const Element*>(source) - piece.head;
+}
+
+// Lanes of a vector of logits that belong to its piece.
+template <class T, class Element>
+inline Vector<T> load_logits(const Element* from, int64_t first, int64_t last) {
+    return load_partial<T>(from, first, last, filling<T>);
 }
 
 // The highest logit of the first vectors of a piece, or of all.
-template <class T>
-T highest_of(const T* values, Piece piece, int64_t vectors) {
+template <class T, class Element>
+T highest_of(const void* values, Piece piece, int64_t vectors) {
+    const Element* from = static_cast<const Element*>(values);
     Vector<T> highest = broadcast<T>(filling<T>);
     const int64_t places = vectors * lanes<T>;
     const Piece looked_at{0, (piece.end() < places ? piece.end() : places) - piece.head, piece.head};
     over_vectors<T>(
-        looked_at, [&](int64_t i) { highest = maximum<T>(load<T>(values + i), highest); },
+        looked_at, [&](int64_t i) { highest = maximum<T>(load_elements<T>(from + i), highest); },
         [&](int64_t i, int64_t first, int64_t last) {
-            highest = maximum<T>(load_partial<T>(values + i, first, last, filling<T>), highest);
+            highest = maximum<T>(load_logits<T>(from + i, first, last), highest);
         });
     return maximum_of_lanes<T>(highest);
 }
@@ -90,52 +97,54 @@ inline Vector<T> product_or_zero(Vector<T> x, Vector<T> y) {
     return x == 0 ? Vector<T>{} : x * y;
 }
 
+// Of a vector of classes: e^u, what stands beside it in the gradient's form (e^v; reverse: u - v), e^(s - r_s).
+template <class T>
+struct Exponentials {
+    Vector<T> student{}, other{}, untempered{};
+};
+
 template <class T>
 struct ExponentialSums {
     Vector<T> student{}, teacher{}, untempered{}, dot{}, student_moment{}, other_moment{};
     Vector<T> highest = broadcast<T>(filling<T>), highest_of_teacher = highest;
 };
 
-// One vector of exponentiate_piece.
+// From margins s - r_s and t - r_t.
 template <class T, Distillation distillation, Untempered untempered, bool moments, Exclusions exclusions>
-inline void exponentiate_vector(Vector<T> margin, Vector<T> teacher_margin, RowBuffers<T> to, Tempering<T> by,
-                                ExponentialSums<T>& sums) {
+KDDP_ALWAYS_INLINE inline Exponentials<T> exponentiate(Vector<T> margin, Vector<T> teacher_margin,
+                                                       const Tempering<T>& by, ExponentialSums<T>& sums) {
     constexpr bool with_teacher = distillation != Distillation::none;
-    Vector<T> exp_student{};
+    Exponentials<T> e;
     if constexpr (with_teacher || (untempered != Untempered::separate && untempered != Untempered::absent)) {
-        exp_student = exp2_of_product<T>(margin, by.student_to_exponent);
-        sums.student += exp_student;
-        store<T>(to.student, exp_student);
+        e.student = exp2_of_product<T>(margin, by.student_to_exponent);
+        sums.student += e.student;
     }
     if constexpr (with_teacher) {
-        const Vector<T> exp_teacher = exp2_of_product<T>(teacher_margin, by.teacher_to_exponent);
-        sums.teacher += exp_teacher;
+        e.other = exp2_of_product<T>(teacher_margin, by.teacher_to_exponent);
+        sums.teacher += e.other;
         // Where both temperatures are one, it is multiplied in at the end.
         Vector<T> apart = teacher_margin - margin;
         if constexpr (moments) apart = teacher_margin * by.teacher_to_nats - margin * by.student_to_nats;
         if constexpr (distillation == Distillation::forward) {
             if constexpr (exclusions == Exclusions::ignored)
-                sums.dot += exp_teacher * apart;
+                sums.dot += e.other * apart;
             else
-                sums.dot += product_or_zero<T>(exp_teacher, apart);
-            if constexpr (moments) sums.other_moment += product_or_zero<T>(exp_teacher, margin);
+                sums.dot += product_or_zero<T>(e.other, apart);
+            if constexpr (moments) sums.other_moment += product_or_zero<T>(e.other, margin);
         }
         if constexpr (distillation == Distillation::reverse) {
             if constexpr (!moments) apart *= by.student_to_nats;
-            const Vector<T> weight = exp_student == 0 ? Vector<T>{} : -apart;
-            sums.dot += exp_student * weight;
-            if constexpr (moments) sums.other_moment += product_or_zero<T>(exp_student, weight * margin);
-            store<T>(to.teacher, weight);
-        } else {
-            store<T>(to.teacher, exp_teacher);
+            e.other = e.student == 0 ? Vector<T>{} : -apart;
+            sums.dot += e.student * e.other;
+            if constexpr (moments) sums.other_moment += product_or_zero<T>(e.student, e.other * margin);
         }
-        if constexpr (moments) sums.student_moment += product_or_zero<T>(exp_student, margin);
+        if constexpr (moments) sums.student_moment += product_or_zero<T>(e.student, margin);
     }
     if constexpr (untempered != Untempered::absent) {
-        const Vector<T> e = untempered_exponential<T, untempered>(exp_student, margin);
-        sums.untempered += e;
-        if constexpr (untempered == Untempered::separate) store<T>(to.untempered, e);
+        e.untempered = untempered_exponential<T, untempered>(e.student, margin);
+        sums.untempered += e.untempered;
     }
+    return e;
 }
 
 // What is read after this piece, asked for while the processor computes.
@@ -150,38 +159,44 @@ struct Highest {
     T student, teacher;
 };
 
-// Puts the exponentials of a piece's logits into the buffers (reverse: u - v in the teacher's place) and sums them.
-// The sums' references are set. Returns the highest logits.
-template <class T, Distillation distillation, Untempered untempered, bool moments, Exclusions exclusions>
-Highest<T> exponentiate_piece(const T* student, const T* teacher, RowBuffers<T> buffers, Piece piece, Tempering<T> by,
-                              NextLogits next, PieceSums& result) {
+// Sums a piece's exponentials, and keeps them in the buffers where the gradient is to be made from those. The sums'
+// references are set. Returns the highest logits.
+template <class T, class Element, Distillation distillation, Untempered untempered, bool moments, Exclusions exclusions,
+          bool keep>
+Highest<T> exponentiate_piece(const void* student_logits, const void* teacher_logits, RowBuffers<T> buffers,
+                              Piece piece, Tempering<T> by, NextLogits next, PieceSums& result) {
+    constexpr bool with_teacher = distillation != Distillation::none;
+    const Element* student = static_cast<const Element*>(student_logits);
+    const Element* teacher = static_cast<const Element*>(teacher_logits);
     const T of_student = T(result.student_reference), of_teacher = T(result.teacher_reference);
     ExponentialSums<T> sums;
-    const auto add = [&](int64_t i, Vector<T> s, Vector<T> t) {
+    const auto add = [&](int64_t i, Vector<T> s, Vector<T> t) KDDP_ALWAYS_INLINE {
         sums.highest = maximum<T>(s, sums.highest);
-        if constexpr (distillation != Distillation::none)
-            sums.highest_of_teacher = maximum<T>(t, sums.highest_of_teacher);
-        exponentiate_vector<T, distillation, untempered, moments, exclusions>(s - of_student, t - of_teacher,
-                                                                              buffers + i, by, sums);
-    };
-    const auto part = [&](const T* from, int64_t i, int64_t first, int64_t last) {
-        return from ? load_partial<T>(from + i, first, last, filling<T>) : Vector<T>{};
+        if constexpr (with_teacher) sums.highest_of_teacher = maximum<T>(t, sums.highest_of_teacher);
+        const Exponentials<T> e =
+            exponentiate<T, distillation, untempered, moments, exclusions>(s - of_student, t - of_teacher, by, sums);
+        if constexpr (!keep) return;
+        if constexpr (with_teacher || untempered != Untempered::separate) store<T>(buffers.student + i, e.student);
+        if constexpr (with_teacher) store<T>(buffers.teacher + i, e.other);
+        if constexpr (untempered == Untempered::separate) store<T>(buffers.untempered + i, e.untempered);
     };
     over_vectors<T>(
         piece,
         [&](int64_t i) {
             Vector<T> t{};
-            if constexpr (distillation != Distillation::none) {
-                t = load<T>(teacher + i);
+            if constexpr (with_teacher) {
+                t = load_elements<T>(teacher + i);
                 prefetch(next.teacher);
                 next.teacher += next.teacher_bytes;
             }
             prefetch(next.student);
             next.student += next.student_bytes;
-            add(i, load<T>(student + i), t);
+            add(i, load_elements<T>(student + i), t);
         },
         [&](int64_t i, int64_t first, int64_t last) {
-            add(i, part(student, i, first, last), part(teacher, i, first, last));
+            Vector<T> t{};
+            if constexpr (with_teacher) t = load_logits<T>(teacher + i, first, last);
+            add(i, load_logits<T>(student + i, first, last), t);
         });
     result.student = sum_of_lanes<T>(sums.student);
     result.teacher = sum_of_lanes<T>(sums.teacher);
@@ -204,8 +219,10 @@ struct MixtureScale {
 
 // jsd's second round: replaces the teacher's exponentials by log(q / m), and sums.
 template <class T>
-void mix_piece(const T* student, const T* teacher, RowBuffers<T> buffers, Piece piece, Tempering<T> by,
-               MixtureScale<T> scale, MixtureSums& sums) {
+void mix_piece(const void* student_logits, const void* teacher_logits, RowBuffers<T> buffers, Piece piece,
+               Tempering<T> by, MixtureScale<T> scale, MixtureSums& sums) {
+    const T* student = static_cast<const T*>(student_logits);
+    const T* teacher = static_cast<const T*>(teacher_logits);
     Vector<T> kl_teacher{}, kl_student{}, student_moment{}, weighted_moment{};
     const auto add = [&](int64_t i, Vector<T> s, Vector<T> t) {
         const Vector<T> margin = s - scale.student_reference, teacher_margin = t - scale.teacher_reference;
@@ -225,8 +242,7 @@ void mix_piece(const T* student, const T* teacher, RowBuffers<T> buffers, Piece 
     over_vectors<T>(
         piece, [&](int64_t i) { add(i, load<T>(student + i), load<T>(teacher + i)); },
         [&](int64_t i, int64_t first, int64_t last) {
-            add(i, load_partial<T>(student + i, first, last, filling<T>),
-                load_partial<T>(teacher + i, first, last, filling<T>));
+            add(i, load_logits<T>(student + i, first, last), load_logits<T>(teacher + i, first, last));
         });
     sums.kl_teacher = sum_of_lanes<T>(kl_teacher) * ln_2;
     sums.kl_student = sum_of_lanes<T>(kl_student);
@@ -239,73 +255,100 @@ template <class T>
 struct PieceGradient {
     T first, second, untempered, constant, label, projection;
     T mean;               // of the row, used with a projection
-    const T* logits;      // the piece as read, used with a projection
+    const void* logits;   // the piece as read, used with a projection
     int64_t label_place;  // in the buffers; none: below 0
     bool past_caches;
+
+    // One that no store can change, so that it stays in registers.
+    PieceGradient copy() const {
+        return {first, second, untempered, constant, label, projection, mean, logits, label_place, past_caches};
+    }
 };
 
-template <class T, Distillation distillation, Untempered untempered, bool moments>
-inline Vector<T> gradient_vector(RowBuffers<T> buffers, const PieceGradient<T>& scale, Vector<T> logits) {
-    constexpr bool with_teacher = distillation != Distillation::none;
+template <class T, Distillation distillation, Untempered untempered>
+KDDP_ALWAYS_INLINE inline Vector<T> gradient_vector(const Exponentials<T>& e, const PieceGradient<T>& scale) {
     constexpr GradientForm form =
         distillation == Distillation::forward ? GradientForm::difference : GradientForm::weighted;
-    Vector<T> exp_student{}, exp_untempered{}, gradient{};
-    if constexpr (with_teacher || (untempered != Untempered::separate && untempered != Untempered::absent))
-        exp_student = load<T>(buffers.student);
-    if constexpr (with_teacher)
-        gradient = divergence_gradient<form>(exp_student, load<T>(buffers.teacher), scale.first, scale.second);
-    if constexpr (moments) gradient -= scale.projection * (logits - scale.mean);
-    if constexpr (untempered == Untempered::separate) {
-        exp_untempered = load<T>(buffers.untempered);
-    } else if constexpr (untempered != Untempered::absent) {
-        exp_untempered = untempered_exponential<T, untempered>(exp_student, exp_student);
-    }
-    if constexpr (untempered != Untempered::absent) gradient += scale.untempered * exp_untempered - scale.constant;
+    Vector<T> gradient{};
+    if constexpr (distillation != Distillation::none)
+        gradient = divergence_gradient<form>(e.student, e.other, scale.first, scale.second);
+    if constexpr (untempered != Untempered::absent) gradient += scale.untempered * e.untempered - scale.constant;
     return gradient;
 }
 
-// Writes the gradient of a piece, which starts at `target`.
-template <class T, class Element, Distillation distillation, Untempered untempered, bool moments>
-void write_gradient_piece(RowBuffers<T> buffers, Piece piece, const PieceGradient<T>& of_piece, void* target) {
-    // Copies that no store can change, so that they stay in registers.
-    const PieceGradient<T> scale{of_piece.first,       of_piece.second,     of_piece.untempered, of_piece.constant,
-                                 of_piece.label,       of_piece.projection, of_piece.mean,       of_piece.logits,
-                                 of_piece.label_place, of_piece.past_caches};
+// Writes `gradient(i, first, last)`, the vectors of a piece's gradient less what is subtracted at the label. The piece
+// starts at `target`.
+template <class T, class Element, class Gradient>
+KDDP_ALWAYS_INLINE inline void write_vectors(Piece piece, const PieceGradient<T>& scale, void* target,
+                                             Gradient gradient) {
     Element* to = static_cast<Element*>(target) - piece.head;
-    const auto gradient = [&](int64_t i, int64_t first, int64_t last) {
-        Vector<T> logits{};
-        if constexpr (moments) logits = load_partial<T>(scale.logits + i, first, last, T(0));
-        Vector<T> v = gradient_vector<T, distillation, untempered, moments>(buffers + i, scale, logits);
-        if (scale.label_place >= i && scale.label_place < i + lanes<T>) v[scale.label_place - i] -= scale.label;
-        return v;
-    };
-    const auto whole_vectors = [&](int64_t i, int64_t end, auto put) {
-        for (; i < end; i += lanes<T>) {
-            Vector<T> logits{};
-            if constexpr (moments) logits = load<T>(scale.logits + i);
-            put(to + i, gradient_vector<T, distillation, untempered, moments>(buffers + i, scale, logits));
-        }
-    };
-    const auto kept = [](Element* at, Vector<T> v) { store_elements<T>(at, v); };
-    const auto past_caches = [](Element* at, Vector<T> v) { stream_elements<T>(at, v); };
-    // The vector with the label apart from those before and after it.
     const int64_t begin = piece.first_whole(lanes<T>), end = piece.last_whole(lanes<T>);
     const int64_t place = scale.label_place / lanes<T> * lanes<T>;
     const int64_t label = scale.label_place >= begin && scale.label_place < end ? place : end;
-    const auto range = [&](int64_t from, int64_t until) {
-        scale.past_caches ? whole_vectors(from, until, past_caches) : whole_vectors(from, until, kept);
-    };
-    if (begin > 0) {
-        const int64_t last = piece.end() < begin ? piece.end() : begin;
-        store_partial<T>(to, gradient(0, piece.head, last), piece.head, last);
+    // Whole vectors up to the label's and from there on; then the others one by one.
+    for (int64_t i = begin; i < end; i = label + lanes<T>) {
+        const int64_t until = i <= label ? label : end;
+        for (; i < until; i += lanes<T>) {
+            const Vector<T> v = gradient(i, 0, lanes<T>);
+            scale.past_caches ? stream_elements<T>(to + i, v) : store_elements<T>(to + i, v);
+        }
+        if (until == end) break;
     }
-    range(begin, label);
-    if (label < end) {
-        const Vector<T> v = gradient(label, 0, lanes<T>);
-        scale.past_caches ? past_caches(to + label, v) : kept(to + label, v);
-        range(label + lanes<T>, end);
+    const int64_t others[] = {begin > 0 ? 0 : -1, label < end ? label : -1, end < piece.end() ? end : -1};
+    for (const int64_t i : others) {
+        if (i < 0) continue;
+        const int64_t first = i < piece.head ? piece.head - i : 0;
+        const int64_t last = i + lanes<T> < piece.end() ? lanes<T> : piece.end() - i;
+        Vector<T> v = gradient(i, first, last);
+        if (scale.label_place >= i && scale.label_place < i + lanes<T>) v[scale.label_place - i] -= scale.label;
+        store_partial<T>(to + i, v, first, last);
     }
-    if (end < piece.end()) store_partial<T>(to + end, gradient(end, 0, piece.end() - end), 0, piece.end() - end);
+}
+
+// From exponentials that were kept.
+template <class T, class Element, Distillation distillation, Untempered untempered, bool moments>
+void write_gradient_piece(RowBuffers<T> buffers, Piece piece, const PieceGradient<T>& of_piece, void* target) {
+    constexpr bool with_teacher = distillation != Distillation::none;
+    const PieceGradient<T> scale = of_piece.copy();
+    const T* logits = static_cast<const T*>(scale.logits);
+    write_vectors<T, Element>(piece, scale, target, [&](int64_t i, int64_t first, int64_t last) KDDP_ALWAYS_INLINE {
+        Exponentials<T> e;
+        if constexpr (with_teacher || (untempered != Untempered::separate && untempered != Untempered::absent))
+            e.student = load<T>(buffers.student + i);
+        if constexpr (with_teacher) e.other = load<T>(buffers.teacher + i);
+        if constexpr (untempered == Untempered::separate)
+            e.untempered = load<T>(buffers.untempered + i);
+        else if constexpr (untempered != Untempered::absent)
+            e.untempered = untempered_exponential<T, untempered>(e.student, e.student);
+        Vector<T> v = gradient_vector<T, distillation, untempered>(e, scale);
+        if constexpr (moments) {
+            const bool whole = first == 0 && last == lanes<T>;
+            v -= scale.projection *
+                 ((whole ? load<T>(logits + i) : load_logits<T>(logits + i, first, last)) - scale.mean);
+        }
+        return v;
+    });
+}
+
+// From the logits, exponentiated once more. `references` are those of the piece's sums.
+template <class T, class Element, Distillation distillation, Untempered untempered>
+void write_gradient_again(const void* student_logits, const void* teacher_logits, Piece piece, Tempering<T> by,
+                          const PieceSums& references, const PieceGradient<T>& of_piece, void* target) {
+    const Element* student = static_cast<const Element*>(student_logits);
+    const Element* teacher = static_cast<const Element*>(teacher_logits);
+    const T of_student = T(references.student_reference), of_teacher = T(references.teacher_reference);
+    const PieceGradient<T> scale = of_piece.copy();
+    write_vectors<T, Element>(piece, scale, target, [&](int64_t i, int64_t first, int64_t last) KDDP_ALWAYS_INLINE {
+        ExponentialSums<T> unused;
+        const bool whole = first == 0 && last == lanes<T>;
+        const Vector<T> s = whole ? load_elements<T>(student + i) : load_logits<T>(student + i, first, last);
+        Vector<T> t{};
+        if constexpr (distillation != Distillation::none)
+            t = whole ? load_elements<T>(teacher + i) : load_logits<T>(teacher + i, first, last);
+        const Exponentials<T> e = exponentiate<T, distillation, untempered, false, Exclusions::ignored>(
+            s - of_student, t - of_teacher, by, unused);
+        return gradient_vector<T, distillation, untempered>(e, scale);
+    });
 }
 
 }  // namespace

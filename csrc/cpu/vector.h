@@ -23,6 +23,9 @@
 #define KDDP_VECTOR_BYTES 16
 #endif
 
+// What a loop is made of has to be in it, lambdas included.
+#define KDDP_ALWAYS_INLINE __attribute__((always_inline))
+
 namespace kddp {
 namespace {
 
