@@ -2,6 +2,7 @@
 
 from kddp_ext.loss import FusedKDL1Loss, LossTerms, fused_kd_l1_loss
 from kddp_ext.ops import build_info
+from kddp_ext.ops import pool as gradient_pool
 from kddp_ext.pruner import DynamicPruner
 from kddp_ext.pruning.history import PruningHistory
 from kddp_ext.pruning.neurons import UnsupportedModelError
@@ -23,6 +24,7 @@ __all__ = [
     "UnsupportedModelError",
     "build_info",
     "fused_kd_l1_loss",
+    "gradient_pool",
     "load_student",
     "read_student_header",
     "save_student",

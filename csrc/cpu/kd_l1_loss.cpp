@@ -68,20 +68,25 @@ struct Schedule {
     void size_scratch() {
         kept_bytes = round_up_to_line(buffer_places<T>(job.classes) * int64_t(sizeof(T)));
         kept_streams = choose_untempered<T>(job) == Untempered::separate ? 3 : 2;
-        const bool reads_again = job.standardize_logits || job.divergence == Divergence::jsd;
+        const bool mixes = job.divergence == Divergence::jsd, reads_again = job.standardize_logits || mixes;
         logits_bytes = reads_again ? piece_classes * int64_t(sizeof(T)) : 0;
         const int64_t pieces = divide_up(job.classes + lanes<T>, piece_classes);
-        scratch_bytes =
-            kept_streams * kept_bytes + 2 * logits_bytes + round_up_to_line(pieces * int64_t(sizeof(PieceSums)));
+        sums_bytes = round_up_to_line(pieces * int64_t(sizeof(PieceSums)));
+        mixture_bytes = mixes ? round_up_to_line(pieces * int64_t(sizeof(MixtureSums))) : 0;
+        scratch_bytes = kept_streams * kept_bytes + 2 * logits_bytes + sums_bytes + mixture_bytes;
+        shares_rows = job.threads > 1 && job.student.data && job.rows < job.threads && job.classes >= 2 * piece_classes;
+        if (shares_rows) logits_blocks = job.rows, block_rows = 1;
     }
 
     // What a thread works its rows in.
     template <class T>
     RowScratch<T> scratch() const {
         const int64_t kept = scratch_bytes * thread_number(), logits = kept + kept_streams * kept_bytes;
+        const int64_t sums = logits + 2 * logits_bytes;
         return {{at<T>(kept), at<T>(kept + kept_bytes), at<T>(kept + 2 * kept_bytes)},
                 {at<T>(logits), at<T>(logits + logits_bytes), nullptr},
-                at<PieceSums>(logits + 2 * logits_bytes)};
+                at<PieceSums>(sums),
+                at<MixtureSums>(sums + sums_bytes)};
     }
 
     template <class T>
@@ -91,7 +96,8 @@ struct Schedule {
 
     const KdL1Loss& job;
     int64_t block_rows, logits_blocks, statistics_parts, tiles = 0;
-    int64_t kept_bytes, kept_streams, logits_bytes, scratch_bytes;
+    int64_t kept_bytes, kept_streams, logits_bytes, sums_bytes, mixture_bytes, scratch_bytes;
+    bool shares_rows;  // all threads work at one row, for there are fewer rows than threads
     int64_t terms_offset, tiles_offset, statistics_offset, bytes;
 };
 
@@ -212,7 +218,13 @@ template <class T>
 void run(const KdL1Loss& job, int64_t valid_rows) {
     advise_outputs(job);
     const Schedule schedule(job);
-    const LogitsRows<T> rows(job, valid_rows, writes_past_caches(job));
+    const LogitsRows<T> rows(job, valid_rows, writes_past_caches(job), schedule.shares_rows);
+    int64_t first_part = 0;
+    if (schedule.shares_rows) {
+        for (; first_part < job.rows; ++first_part)
+            schedule.at<RowTerms>(schedule.terms_offset)[first_part] =
+                rows.together(first_part, schedule.scratch<T>(), [&] { return schedule.scratch<T>(); });
+    }
     const int64_t parts = schedule.logits_blocks + schedule.tiles;
     const bool combine =
         schedule.statistics_parts > 1 && job.activations.layer_count && job.activations.layers[0].statistics;
@@ -220,7 +232,7 @@ void run(const KdL1Loss& job, int64_t valid_rows) {
 #pragma omp parallel num_threads(job.threads) if (job.threads > 1 && parts > 1)
     {
 #pragma omp for schedule(dynamic)
-        for (int64_t part = 0; part < parts; ++part) {
+        for (int64_t part = first_part; part < parts; ++part) {
             if (part < schedule.logits_blocks)
                 logits_block<T>(schedule, rows, part);
             else

@@ -12,6 +12,10 @@
 namespace kddp {
 namespace {
 
+// Inlined twice, a formula may be contracted to fused multiplications in two ways, and a row worked by one thread would
+// differ from one worked by several in a last bit.
+#define KDDP_ONE_COPY __attribute__((noinline))
+
 constexpr int64_t longest_kept_row = 32768, piece_classes = 1024;
 
 // From so many classes on, a row's places in the buffers follow the address of its gradient.
@@ -42,16 +46,18 @@ struct RowScratch {
     RowBuffers<T> kept;    // buffer_places each
     RowBuffers<T> logits;  // a piece as read, where a step needs it again; has no `untempered`
     PieceSums* sums;       // of each piece
+    MixtureSums* mixture;  // likewise
 };
 
 template <class T>
 class LogitsRows {
   public:
-    LogitsRows(const KdL1Loss& job, int64_t valid_rows, bool past_caches)
+    // Where threads share a row, none of them keeps it.
+    LogitsRows(const KdL1Loss& job, int64_t valid_rows, bool past_caches, bool shared)
         : job_(job),
-          steps_(choose_steps<T>(job, job.classes <= longest_kept_row)),
+          kept_(job.classes <= longest_kept_row && !shared),
+          steps_(choose_steps<T>(job, kept_)),
           rule_(rule_of(job, valid_rows)),
-          kept_(job.classes <= longest_kept_row),
           past_caches_(past_caches) {}
 
     // Terms of one row, each already divided by the number of valid rows; its gradient is written on the way.
@@ -66,12 +72,47 @@ class LogitsRows {
         for (int64_t k = 0; k < pieces; ++k) exponentiate(row, k, state, buffers_of(k, scratch), scratch.sums[k]);
         merge_sums(scratch.sums, pieces, state);
         if (mixes()) {
-            state.mixture = {};
-            for (int64_t k = 0; k < pieces; ++k) add(mix(row, k, state, scratch), state.mixture);
+            for (int64_t k = 0; k < pieces; ++k) scratch.mixture[k] = mix(row, k, state, scratch);
+            merge_mixture(scratch.mixture, pieces, state);
         }
         const RowTerms terms = finish(row, state);
         if (job_.logits_gradient)
             for (int64_t k = 0; k < pieces; ++k) write(row, k, state, scratch);
+        return terms;
+    }
+
+    // The same by all threads together, each with `scratch_of_thread()`; the pieces' sums are those of `shared`.
+    template <class ScratchOfThread>
+    RowTerms together(int64_t row, const RowScratch<T>& shared, ScratchOfThread scratch_of_thread) const {
+        if (ignored(row)) {
+            write_zeros(row);
+            return {};
+        }
+        RowState state;
+        begin(row, shared, state);
+        const int64_t pieces = pieces_of(row);
+        RowTerms terms;
+#pragma omp parallel num_threads(job_.threads)
+        {
+            RowScratch<T> scratch = scratch_of_thread();
+            scratch.sums = shared.sums, scratch.mixture = shared.mixture;
+#pragma omp for
+            for (int64_t k = 0; k < pieces; ++k) exponentiate(row, k, state, scratch.kept, scratch.sums[k]);
+#pragma omp single
+            merge_sums(scratch.sums, pieces, state);
+            if (mixes()) {
+#pragma omp for
+                for (int64_t k = 0; k < pieces; ++k) scratch.mixture[k] = mix(row, k, state, scratch);
+#pragma omp single
+                merge_mixture(scratch.mixture, pieces, state);
+            }
+#pragma omp single
+            terms = finish(row, state);
+            if (job_.logits_gradient) {
+#pragma omp for
+                for (int64_t k = 0; k < pieces; ++k) write(row, k, state, scratch);
+            }
+        }
         return terms;
     }
 
@@ -157,7 +198,7 @@ class LogitsRows {
         return sum_of_lanes<T>(sum);
     }
 
-    void begin(int64_t row, const RowScratch<T>& scratch, RowState& state) const {
+    KDDP_ONE_COPY void begin(int64_t row, const RowScratch<T>& scratch, RowState& state) const {
         state.student_to_nats = state.teacher_to_nats = 1 / job_.temperature;
         if (rule_.standardize) {
             const Moments teacher = moments_of(job_.teacher, steps_.convert_teacher, row, scratch.logits.teacher);
@@ -191,7 +232,8 @@ class LogitsRows {
         return sum_of_lanes<T>(sum);
     }
 
-    void exponentiate(int64_t row, int64_t k, const RowState& state, RowBuffers<T> buffers, PieceSums& sums) const {
+    KDDP_ONE_COPY void exponentiate(int64_t row, int64_t k, const RowState& state, RowBuffers<T> buffers,
+                                    PieceSums& sums) const {
         const Piece piece = piece_of(row, k);
         const Tempering<T> by = tempering(state);
         Logits logits = read(row, piece, buffers, rule_.label_smoothing != 0 ? &sums.logits : nullptr);
@@ -235,7 +277,7 @@ class LogitsRows {
                 int(lanes<T> * size_of(job_.student.type)), int(lanes<T> * size_of(job_.teacher.type))};
     }
 
-    void merge_sums(const PieceSums* sums, int64_t pieces, RowState& state) const {
+    KDDP_ONE_COPY void merge_sums(const PieceSums* sums, int64_t pieces, RowState& state) const {
         state.sums = sums;
         if (pieces == 1) return;
         PieceSums& row = state.merged;
@@ -255,7 +297,7 @@ class LogitsRows {
         return rebase(piece, *state.sums, state.student_to_nats, state.teacher_to_nats);
     }
 
-    MixtureSums mix(int64_t row, int64_t k, const RowState& state, const RowScratch<T>& scratch) const {
+    KDDP_ONE_COPY MixtureSums mix(int64_t row, int64_t k, const RowState& state, const RowScratch<T>& scratch) const {
         const Piece piece = piece_of(row, k);
         const RowBuffers<T> buffers = buffers_of(k, scratch);
         PieceSums again;
@@ -275,12 +317,16 @@ class LogitsRows {
         return sums;
     }
 
-    static void add(const MixtureSums& piece, MixtureSums& row) {
-        row.kl_teacher += piece.kl_teacher, row.kl_student += piece.kl_student;
-        row.student_moment += piece.student_moment, row.weighted_moment += piece.weighted_moment;
+    KDDP_ONE_COPY static void merge_mixture(const MixtureSums* pieces, int64_t count, RowState& state) {
+        MixtureSums& row = state.mixture;
+        row = {};
+        for (int64_t k = 0; k < count; ++k) {
+            row.kl_teacher += pieces[k].kl_teacher, row.kl_student += pieces[k].kl_student;
+            row.student_moment += pieces[k].student_moment, row.weighted_moment += pieces[k].weighted_moment;
+        }
     }
 
-    RowTerms finish(int64_t row, RowState& state) const {
+    KDDP_ONE_COPY RowTerms finish(int64_t row, RowState& state) const {
         T student[lanes<T>], teacher[lanes<T>];
         const int64_t label = label_of(row);
         TargetMargins target{};
@@ -313,7 +359,7 @@ class LogitsRows {
         return false;
     }
 
-    void write(int64_t row, int64_t k, const RowState& state, const RowScratch<T>& scratch) const {
+    KDDP_ONE_COPY void write(int64_t row, int64_t k, const RowState& state, const RowScratch<T>& scratch) const {
         const Piece piece = piece_of(row, k);
         const RowBuffers<T> buffers = buffers_of(k, scratch);
         const void* logits = nullptr;
@@ -361,9 +407,10 @@ class LogitsRows {
     }
 
     const KdL1Loss& job_;
+    const bool kept_;
     const RowSteps<T> steps_;
     const RowRule rule_;
-    const bool kept_, past_caches_;
+    const bool past_caches_;
 };
 
 }  // namespace

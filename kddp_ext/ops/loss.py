@@ -14,8 +14,6 @@ from kddp_ext.ops.library import ELEMENT_TYPES, core, is_native, library
 
 _STATISTICS_ROWS = 5
 _ABSENT = (0, 0, 0)
-# temperature to standardize_logits of a call without logits.
-_NO_LOSS = (1.0, 0.0, 0.0, 0, 0, 0.5, 1.0, 8.0, False)
 _PLAIN = (Tensor, torch.nn.Parameter)
 
 library.define(
@@ -125,7 +123,8 @@ def _run(
     labels = None if labels is None else labels.contiguous()
     readable = [_rows_side_by_side(a) for a in activations]
     rows, classes = student.shape
-    core.kd_l1_loss(
+    native: Any = core.kd_l1_loss
+    native(
         rows,
         classes,
         _matrix(student),
@@ -171,12 +170,14 @@ def _neuron_statistics(activation: Tensor) -> Tensor:
     readable = _rows_side_by_side(activation)
     statistics = activation.new_empty((_STATISTICS_ROWS, activation.shape[1]), dtype=torch.float64)
     unused = torch.empty(1, dtype=torch.float64)  # the loss of nothing
+    # fmt: off
     core.kd_l1_loss(
-        *(activation.shape[0], 0, _ABSENT, _ABSENT, 0),
-        *(_layers([readable], [0.0], [], statistics), activation.shape[1]),
-        *_NO_LOSS,
-        *(False, 0, ELEMENT_TYPES[unused.dtype], unused.data_ptr(), 0, _workspace, torch.get_num_threads()),
+        activation.shape[0], 0, _ABSENT, _ABSENT, 0,
+        _layers([readable], [0.0], [], statistics), activation.shape[1],
+        1.0, 0.0, 0.0, 0, 0, 0.5, 1.0, 8.0, False,
+        False, 0, ELEMENT_TYPES[unused.dtype], unused.data_ptr(), 0, _workspace, torch.get_num_threads(),
     )
+    # fmt: on
     return statistics
 
 
