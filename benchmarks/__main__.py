@@ -1,74 +1,107 @@
-"""Runs every benchmark on this machine, prints a table, and writes JSON where asked.
+"""Runs the benchmarks on this machine and prints their tables.
 
-python -m benchmarks [--threads N] [--seconds S] [--no-compile] [--json FILE]
+python -m benchmarks [--only loss,compaction] [--threads N] [--seconds S] [--rounds N] [--no-compile]
+                     [--json FILE] [--plot FILE] [--markdown FILE] [--smoke]
 """
 
 from __future__ import annotations
 
 import argparse
+import subprocess
+import sys
+from typing import Any
 
-import torch
 from rich.console import Console
-from rich.table import Table
 
-import kddp_ext
-from benchmarks import compaction, loss
+from benchmarks import child, machine
+from benchmarks.comparisons import COMPARISONS
+from benchmarks.plot import draw
+from benchmarks.settings import Settings
+from benchmarks.table import write_markdown
 from kddp_ext.files import write_json
 
+JSON_VERSION = 1
+BUSY = 0.5  # load average above which something else disturbs
 
-def main() -> None:
+
+def main() -> int:
+    """0 where every comparison ran."""
     arguments = _parse()
-    torch.set_num_threads(arguments.threads)
+    settings = Settings(arguments.threads, arguments.seconds, arguments.rounds, arguments.compile, arguments.smoke)
     console = Console()
-    bandwidth = loss.copy_bandwidth(arguments.threads)
-    console.print(
-        f"torch {torch.__version__}, {arguments.threads} threads, {kddp_ext.build_info()['cpu']} kernels, "
-        f"copy {bandwidth / 1e9:.1f} GB/s"
-    )
-    with console.status("measuring the loss"):
-        rows = list(loss.measure(loss.SHAPES, arguments.threads, arguments.seconds, not arguments.no_compile))
-    with console.status("measuring the compaction"):
-        compacted = compaction.measure(repetitions=9)
-    console.print(_loss_table(rows, bandwidth))
-    ratio = compacted["index_select"] / compacted["kddp_ext"]
-    console.print(
-        f"compaction of {'-'.join(map(str, compaction.SIZES))} with Adam's state, half the neurons: "
-        f"{compacted['kddp_ext'] * 1e3:.0f} ms, {ratio:.1f}x index_select"
-    )
+    described = machine.describe(settings)
+    head = machine.summary(described)
+    console.print(head)
+    if described["load_average"] > BUSY:
+        console.print(f"[yellow]other work is running (load {described['load_average']:.1f}): expect noise[/yellow]")
+    results, failed = {}, []
+    for name in arguments.only:
+        try:
+            with console.status(f"measuring {name}"):
+                results[name] = {heap: child.run(name, heap, settings) for heap in COMPARISONS[name].heaps}
+        except subprocess.CalledProcessError as error:
+            console.print(f"[red]{name} failed, exit status {error.returncode}[/red]")
+            failed.append(name)
+            continue
+        for table in COMPARISONS[name].tables(results[name]):
+            console.print(table.for_terminal())
+    _write(arguments, head, described, settings, results)
+    return 1 if failed else 0
+
+
+def _write(
+    arguments: argparse.Namespace, head: str, described: dict[str, Any], settings: Settings, results: dict[str, Any]
+) -> None:
     if arguments.json:
-        result = {
-            "torch": torch.__version__,
-            "threads": arguments.threads,
-            "build": kddp_ext.build_info(),
-            "copy_bytes_per_second": bandwidth,
-            "loss": [row._asdict() for row in rows],
-            "compaction_seconds": compacted,
+        content = {
+            "version": JSON_VERSION,
+            "machine": described,
+            "settings": settings._asdict(),
+            "comparisons": results,
         }
-        write_json(arguments.json, result)
+        write_json(arguments.json, content)
+    if arguments.markdown:
+        tables = [table for name, result in results.items() for table in COMPARISONS[name].tables(result)]
+        write_markdown(arguments.markdown, head, tables)
+    if arguments.plot and "loss" in results:
+        draw(arguments.plot, results["loss"], head)
 
 
 def _parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__.splitlines()[0])
-    parser.add_argument("--threads", type=int, default=2, help="threads of every implementation (default 2)")
-    parser.add_argument("--seconds", type=float, default=1.5, help="how long each is timed at each shape (default 1.5)")
-    parser.add_argument("--no-compile", action="store_true", help="leave torch.compile out")
-    parser.add_argument("--json", help="write the figures to this file")
-    return parser.parse_args()
+    parser.add_argument(
+        "--only", type=_names, default=list(COMPARISONS), metavar="NAMES", help=f"of {', '.join(COMPARISONS)}; all"
+    )
+    parser.add_argument("--threads", type=_at_least_one, default=2, help="threads of every implementation (default 2)")
+    parser.add_argument("--seconds", type=float, default=3.0, help="how long each is timed at each shape (default 3)")
+    parser.add_argument("--rounds", type=_at_least_one, default=15, help="in how many turns (default 15)")
+    parser.add_argument("--no-compile", dest="compile", action="store_false", help="leave torch.compile out")
+    parser.add_argument(
+        "--smoke", action="store_true", help="tiny shapes: does everything run? No figure means a thing"
+    )
+    parser.add_argument("--json", metavar="FILE", help="write the figures to this file")
+    parser.add_argument("--plot", metavar="FILE", help="draw the loss comparison into this PNG file")
+    parser.add_argument("--markdown", metavar="FILE", help="write the tables to this file, or into its marked places")
+    arguments = parser.parse_args()
+    if arguments.plot and "loss" not in arguments.only:
+        parser.error("--plot draws the loss comparison, which --only leaves out")
+    return arguments
 
 
-def _loss_table(rows: list[loss.Row], bandwidth: float) -> Table:
-    table = Table(title="loss, forward + backward", title_justify="left")
-    table.add_column("rows×classes, activations")
-    for header in ("µs", "vs eager", "vs torch.compile", "share of copy bandwidth"):
-        table.add_column(header, justify="right")
-    for row in rows:
-        own = row.seconds["kddp_ext"]
-        ratios = [
-            f"{row.seconds[name] / own:.1f}x" if name in row.seconds else "-" for name in ("eager", "torch.compile")
-        ]
-        table.add_row(row.shape, f"{own * 1e6:.0f}", *ratios, f"{row.bytes / own / bandwidth:.0%}")
-    return table
+def _names(text: str) -> list[str]:
+    names = text.split(",")
+    unknown = [name for name in names if name not in COMPARISONS]
+    if unknown:
+        raise argparse.ArgumentTypeError(f"expected some of {', '.join(COMPARISONS)}, got {', '.join(unknown)}")
+    return names
+
+
+def _at_least_one(text: str) -> int:
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"expected at least 1, got {number}")
+    return number
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -1,0 +1,123 @@
+"""The losses that are compared and the tensors they are compared on."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+import kddp_ext
+from benchmarks import formulas
+from benchmarks.settings import Settings
+
+# How far two right implementations may be apart, relative to the size of what they compute. Wide, for eager PyTorch
+# rounds its intermediate results to the inputs' type; a wrong formula is further off.
+TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 5e-2}
+
+Loss = Callable[["Inputs"], Tensor]
+
+
+class Shape(NamedTuple):
+    """N rows of C classes, and (N, H) activations of one layer; H = 0 for none."""
+
+    rows: int
+    classes: int
+    neurons: int
+    dtype: torch.dtype = torch.float32
+
+    def __str__(self) -> str:
+        activations = f" with {self.rows}×{self.neurons}" if self.neurons else ""
+        dtype = "" if self.dtype == torch.float32 else f" {str(self.dtype).removeprefix('torch.')}"
+        return f"{self.rows}×{self.classes}{activations}{dtype}"
+
+    def at(self, settings: Settings) -> Shape:
+        """This shape, or a tiny one like it in a smoke run."""
+        if not settings.smoke:
+            return self
+        return self._replace(rows=8, classes=min(self.classes, 100), neurons=min(self.neurons, 16))
+
+
+class Inputs(NamedTuple):
+    """What a loss gets. The student's logits and the activations are leaves that want a gradient."""
+
+    student: Tensor
+    teacher: Tensor
+    labels: Tensor
+    activations: Sequence[Tensor]
+
+    @property
+    def leaves(self) -> list[Tensor]:
+        return [self.student, *self.activations]
+
+
+def make_inputs(shape: Shape) -> Inputs:
+    """Standard normal logits, uniform labels, and activations behind a ReLU; the same at every call."""
+    generator = torch.Generator().manual_seed(0)
+    student, teacher = (torch.randn(shape.rows, shape.classes, generator=generator).to(shape.dtype) for _ in range(2))
+    labels = torch.randint(0, shape.classes, (shape.rows,), generator=generator)
+    activations = []
+    if shape.neurons:
+        activation = torch.relu(torch.randn(shape.rows, shape.neurons, generator=generator))
+        activations.append(activation.to(shape.dtype).requires_grad_())
+    return Inputs(student.requires_grad_(), teacher, labels, activations)
+
+
+def fused(inputs: Inputs, **settings: Any) -> Tensor:
+    """This package's loss."""
+    loss: Tensor = kddp_ext.fused_kd_l1_loss(
+        *inputs, temperature=formulas.TEMPERATURE, alpha=formulas.ALPHA, l1_weight=formulas.L1_WEIGHT, **settings
+    )
+    return loss
+
+
+def contenders(
+    inputs: Inputs, settings: Settings, formula: Callable[..., Tensor] = formulas.forward_kl, **keywords: Any
+) -> dict[str, Callable[[], None]]:
+    """A training step's share of the loss, forward and backward, by implementation. All are seen to agree first.
+
+    Args:
+        inputs: what every implementation gets.
+        settings: whether torch.compile takes part.
+        formula: the distillation term in eager PyTorch, from `formulas`.
+        keywords: what `fused_kd_l1_loss` is given for the same term.
+    """
+    eager = partial(formulas.loss, formula)
+    losses: dict[str, Loss] = {"kddp_ext": lambda i: fused(i, **keywords), "eager": lambda i: eager(*i)}
+    if settings.compile:
+        torch._dynamo.reset()
+        compiled = torch.compile(eager, dynamic=False)
+        losses["torch.compile"] = lambda i: compiled(*i)
+    require_agreement(losses, inputs)
+    return {name: partial(step, loss, inputs) for name, loss in losses.items()}
+
+
+def step(loss: Loss, inputs: Inputs) -> None:
+    """Forward and backward, with no gradients from the step before."""
+    for leaf in inputs.leaves:
+        leaf.grad = None
+    loss(inputs).backward()
+
+
+def require_agreement(losses: Mapping[str, Loss], inputs: Inputs) -> None:
+    """Raise a RuntimeError unless all implementations give the eager one's value and gradients.
+
+    An error is measured in the Euclidean norm, relative to the eager result's.
+    """
+    results = {name: _results(loss, inputs) for name, loss in losses.items()}
+    for name, result in results.items():
+        for what, tensor, expected in zip(("loss", "logits", "activations"), result, results["eager"], strict=False):
+            error = float((tensor - expected).norm() / expected.norm())
+            if not error <= TOLERANCE[inputs.student.dtype]:
+                raise RuntimeError(f"{name} and eager PyTorch do not compute the same {what}: they differ by {error}")
+
+
+def _results(loss: Loss, inputs: Inputs) -> list[Tensor]:
+    for leaf in inputs.leaves:
+        leaf.grad = None
+    value = loss(inputs)
+    value.backward()
+    gradients = [leaf.grad for leaf in inputs.leaves if leaf.grad is not None]
+    return [tensor.detach().double().clone() for tensor in (value, *gradients)]

@@ -1,0 +1,45 @@
+"""The comparisons, in the order in which they are run and printed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+from benchmarks.comparisons import (
+    class_counts,
+    compaction,
+    divergences,
+    loss,
+    memory,
+    neuron_statistics,
+    pruning,
+    threads,
+)
+from benchmarks.settings import Settings
+from benchmarks.table import Table
+
+
+class Comparison(NamedTuple):
+    """One comparison.
+
+    Attributes:
+        measure: returns the result, of what JSON can hold.
+        tables: what is printed of the results, which come by heap.
+        heaps: how the C library is to treat memory (`child.HEAPS`); one run for each.
+    """
+
+    measure: Callable[[Settings], dict[str, Any]]
+    tables: Callable[[dict[str, dict[str, Any]]], list[Table]]
+    heaps: tuple[str, ...] = ("default",)
+
+
+COMPARISONS = {
+    "loss": Comparison(loss.measure, loss.tables, ("default", "warm")),
+    "class-counts": Comparison(class_counts.measure, class_counts.tables),
+    "threads": Comparison(threads.measure, threads.tables),
+    "memory": Comparison(memory.measure, memory.tables),
+    "statistics": Comparison(neuron_statistics.measure, neuron_statistics.tables),
+    "divergences": Comparison(divergences.measure, divergences.tables),
+    "compaction": Comparison(compaction.measure, compaction.tables, ("default", "warm")),
+    "pruning": Comparison(pruning.measure, pruning.tables, ("default", "warm")),
+}

@@ -1,0 +1,62 @@
+"""Memory that a step needs besides the gradients that it returns."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from torch.profiler import ProfilerActivity, profile
+
+from benchmarks.cases import Inputs, Shape, contenders, make_inputs
+from benchmarks.comparisons.loss import SHAPES
+from benchmarks.moved_bytes import gradient_bytes
+from benchmarks.settings import Settings
+from benchmarks.table import Table, kibibytes
+
+
+def measure(settings: Settings) -> dict[str, Any]:
+    """Peak of the bytes that torch's CPU allocator has handed out in a step, less those of the gradients."""
+    return {"shapes": [_measure_shape(shape.at(settings), settings) for shape in SHAPES]}
+
+
+def _measure_shape(shape: Shape, settings: Settings) -> dict[str, Any]:
+    inputs = make_inputs(shape)
+    beyond = {}
+    for name, step in contenders(inputs, settings).items():
+        peak = _peak_bytes(step, inputs)
+        if peak < gradient_bytes(shape):
+            raise RuntimeError(f"the profiler saw {peak} bytes, less than the gradients, which were allocated as well")
+        beyond[name] = peak - gradient_bytes(shape)
+    return {"shape": str(shape), "gradient_bytes": gradient_bytes(shape), "bytes_beyond": beyond}
+
+
+def _peak_bytes(step: Callable[[], None], inputs: Inputs) -> int:
+    """Highest sum of what was allocated and not yet freed, read off the profiler's record of every allocation."""
+    for leaf in inputs.leaves:
+        leaf.grad = None  # freed before the record starts, which would else begin below zero
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        step()
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "trace.json"
+        profiler.export_chrome_trace(str(path))
+        events = json.loads(path.read_text(encoding="utf-8"))["traceEvents"]
+    allocations = [event for event in events if event.get("name") == "[memory]"]
+    present = peak = 0
+    for event in sorted(allocations, key=lambda event: event["ts"]):
+        present += event["args"]["Bytes"]
+        peak = max(peak, present)
+    return peak
+
+
+def tables(by_heap: dict[str, dict[str, Any]]) -> list[Table]:
+    shapes = by_heap["default"]["shapes"]
+    names = list(shapes[0]["bytes_beyond"])
+    columns = ["rows×classes with activations", "gradients (KiB)", *[f"{name} beyond them (KiB)" for name in names]]
+    rows = [
+        [s["shape"], kibibytes(s["gradient_bytes"]), *[kibibytes(s["bytes_beyond"][name]) for name in names]]
+        for s in shapes
+    ]
+    return [Table("memory", "Memory beyond the returned gradients, peak of forward and backward", columns, rows)]

@@ -1,0 +1,73 @@
+"""The loss as one writes it with PyTorch's own functions."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+TEMPERATURE, ALPHA, L1_WEIGHT = 4.0, 0.9, 1e-4
+JSD_BETA = 0.3  # teacher's share in the mixture; not 0.5, which could not tell the two apart
+DKD_TARGET_WEIGHT, DKD_NON_TARGET_WEIGHT = 1.0, 8.0
+
+# The distillation term of tempered student logits, tempered teacher logits and labels, averaged over the rows.
+Divergence = Callable[[Tensor, Tensor, Tensor], Tensor]
+
+
+def loss(
+    divergence: Divergence, student: Tensor, teacher: Tensor, labels: Tensor, activations: Sequence[Tensor]
+) -> Tensor:
+    """alpha · T² · divergence + (1 - alpha) · CE + l1_weight · Σ|a| / N."""
+    value = ALPHA * TEMPERATURE**2 * divergence(student / TEMPERATURE, teacher / TEMPERATURE, labels)
+    value = value + (1 - ALPHA) * F.cross_entropy(student, labels)
+    for activation in activations:
+        value = value + L1_WEIGHT * activation.abs().sum() / activation.shape[0]
+    return value
+
+
+def forward_kl(student: Tensor, teacher: Tensor, labels: Tensor) -> Tensor:
+    """KL(teacher ‖ student): Hinton, Vinyals and Dean 2015, arXiv:1503.02531."""
+    return F.kl_div(F.log_softmax(student, dim=1), F.softmax(teacher, dim=1), reduction="batchmean")
+
+
+def reverse_kl(student: Tensor, teacher: Tensor, labels: Tensor) -> Tensor:
+    """KL(student ‖ teacher): Gu et al. 2024, arXiv:2306.08543."""
+    log_q, log_p = F.log_softmax(student, dim=1), F.log_softmax(teacher, dim=1)
+    return F.kl_div(log_p, log_q, reduction="batchmean", log_target=True)
+
+
+def jsd(student: Tensor, teacher: Tensor, labels: Tensor) -> Tensor:
+    """β KL(teacher ‖ m) + (1 - β) KL(student ‖ m), m = β p + (1 - β) q: Agarwal et al. 2024, arXiv:2306.13649."""
+    log_q, log_p = F.log_softmax(student, dim=1), F.log_softmax(teacher, dim=1)
+    shares = torch.tensor([JSD_BETA, 1 - JSD_BETA], dtype=student.dtype).log()
+    log_m = torch.logaddexp(log_p + shares[0], log_q + shares[1])
+    of_teacher = F.kl_div(log_m, log_p, reduction="batchmean", log_target=True)
+    of_student = F.kl_div(log_m, log_q, reduction="batchmean", log_target=True)
+    return JSD_BETA * of_teacher + (1 - JSD_BETA) * of_student
+
+
+def dkd(student: Tensor, teacher: Tensor, labels: Tensor) -> Tensor:
+    """Target and non-target classes apart: Zhao et al. 2022, arXiv:2203.08679."""
+    label = labels[:, None]
+    q, p = (F.softmax(logits, dim=1).gather(1, label) for logits in (student, teacher))
+    binary_q, binary_p = torch.cat([q, 1 - q], 1), torch.cat([p, 1 - p], 1)
+    of_target = F.kl_div(binary_q.log(), binary_p, reduction="batchmean")
+    # As the paper's code has it: a logit so low that the target's probability is 0.
+    target = torch.zeros_like(student).scatter(1, label, 1000.0)
+    of_others = F.kl_div(
+        F.log_softmax(student - target, dim=1), F.softmax(teacher - target, dim=1), reduction="batchmean"
+    )
+    return DKD_TARGET_WEIGHT * of_target + DKD_NON_TARGET_WEIGHT * of_others
+
+
+def standardized_forward_kl(student: Tensor, teacher: Tensor, labels: Tensor) -> Tensor:
+    """KL(teacher ‖ student) of logits of mean 0 and deviation 1: Sun et al. 2024, arXiv:2403.01427."""
+    return forward_kl(_standardized(student), _standardized(teacher), labels)
+
+
+def _standardized(tempered: Tensor) -> Tensor:
+    logits = tempered * TEMPERATURE
+    deviation = logits.std(dim=1, keepdim=True)
+    return (logits - logits.mean(dim=1, keepdim=True)) / (1e-7 + deviation) / TEMPERATURE
