@@ -13,7 +13,7 @@ from typing import Any
 
 from rich.console import Console
 
-from benchmarks import child, machine
+from benchmarks import child, disturbance, machine
 from benchmarks.comparisons import COMPARISONS
 from benchmarks.plot import draw
 from benchmarks.settings import Settings
@@ -45,7 +45,9 @@ def main() -> int:
             continue
         for table in COMPARISONS[name].tables(results[name]):
             console.print(table.for_terminal())
-    _write(arguments, head, described, settings, results)
+    quality = disturbance.summary(results)
+    console.print(quality)
+    _write(arguments, f"{head}. {quality}", described, settings, results)
     return 1 if failed else 0
 
 

@@ -2,6 +2,7 @@
 
 The speed of a shared machine drifts by more than the differences of interest. Each round therefore times every
 contender once, shortly after one another and in an order that rotates. A ratio is the median of the rounds' ratios.
+A round in which another process took the processor away is timed again, as far as patience goes.
 """
 
 from __future__ import annotations
@@ -14,9 +15,12 @@ from typing import Any, NamedTuple
 
 from torch.utils.benchmark import Timer
 
+from benchmarks.disturbance import Watch
 from benchmarks.settings import Settings
 
 WARM_UP_CALLS = 5
+PATIENCE = 3  # rounds tried for each round wanted
+PAUSE = 0.3  # seconds after a disturbed round: what disturbs may be over then
 
 Step = Callable[[], object]
 
@@ -30,9 +34,10 @@ class Quartiles(NamedTuple):
 
 
 class Rounds(NamedTuple):
-    """Seconds a call, by contender and then by round."""
+    """Seconds a call, by contender and then by round; and in how many of the rounds something else ran."""
 
     seconds: dict[str, list[float]]
+    disturbed: int = 0
 
     def median(self, name: str) -> float:
         """Median seconds of a contender."""
@@ -48,7 +53,12 @@ class Rounds(NamedTuple):
             "seconds": {name: self.median(name) for name in self.seconds},
             f"times_{base}": {name: self.ratio(name, base)._asdict() for name in self.seconds if name != base},
             "rounds": self.seconds,
+            **self.quality(),
         }
+
+    def quality(self) -> dict[str, int]:
+        """How far the rounds can be trusted, for JSON."""
+        return {"round_count": len(next(iter(self.seconds.values()))), "disturbed_rounds": self.disturbed}
 
 
 def quartiles(values: list[float]) -> Quartiles:
@@ -67,18 +77,15 @@ def in_turns(steps: Mapping[str, Step], settings: Settings, threads: Mapping[str
         settings: `seconds` is what each contender gets in all, `rounds` over how many turns.
         threads: threads of each contender, where they differ.
     """
+    seconds = settings.seconds / settings.rounds
     timers = {
         name: Timer("step()", globals={"step": step}, num_threads=(threads or {}).get(name, settings.threads))
         for name, step in steps.items()
     }
-    for timer in timers.values():
-        _warm_up(timer, settings)
-    seconds: dict[str, list[float]] = {name: [] for name in steps}
-    for names in _orders(list(steps), settings.rounds):
-        for name in names:
-            timed = timers[name].blocked_autorange(min_run_time=settings.seconds / settings.rounds)
-            seconds[name].append(timed.median)
-    return Rounds(seconds)
+    for timer in timers.values():  # until nothing is compiled or allocated for the first time any more
+        timer.timeit(1 if settings.smoke else WARM_UP_CALLS)
+        timer.blocked_autorange(min_run_time=seconds)
+    return _rounds(lambda name: timers[name].blocked_autorange(min_run_time=seconds).median, list(steps), settings)
 
 
 class Stopwatch:
@@ -94,30 +101,47 @@ class Stopwatch:
         self.seconds[stage] = time.perf_counter() - start
 
 
-def stages_in_turns(runs: Mapping[str, Callable[[Stopwatch], None]], rounds: int) -> dict[str, Rounds]:
+def stages_in_turns(runs: Mapping[str, Callable[[Stopwatch], None]], settings: Settings) -> dict[str, Rounds]:
     """Times what changes its input: each run prepares an input of its own and times its stages. Rounds by stage.
 
-    A first round, which imports and allocates, is not counted.
+    Each is run once before, uncounted, which imports and allocates.
     """
-    stages: dict[str, dict[str, list[float]]] = {}
-    for round_number, names in enumerate(_orders(list(runs), rounds + 1)):
-        for name in names:
-            stopwatch = Stopwatch()
-            runs[name](stopwatch)
-            if round_number > 0:
-                for stage, seconds in stopwatch.seconds.items():
-                    stages.setdefault(stage, {run: [] for run in runs})[name].append(seconds)
-    return {stage: Rounds(seconds) for stage, seconds in stages.items()}
+
+    def run(name: str) -> dict[str, float]:
+        stopwatch = Stopwatch()
+        runs[name](stopwatch)
+        return stopwatch.seconds
+
+    for name in runs:
+        run(name)
+    rounds: Any = _rounds(run, list(runs), settings)
+    stages = rounds.seconds[next(iter(runs))][0]
+    return {
+        stage: Rounds({name: [of[stage] for of in rounds.seconds[name]] for name in runs}, rounds.disturbed)
+        for stage in stages
+    }
 
 
-def _warm_up(timer: Timer, settings: Settings) -> None:
-    """Calls until nothing is compiled or allocated for the first time any more."""
-    timer.timeit(1 if settings.smoke else WARM_UP_CALLS)
-    timer.blocked_autorange(min_run_time=settings.seconds / settings.rounds)
+def _rounds(measure: Callable[[str], Any], names: list[str], settings: Settings) -> Rounds:
+    """What `measure` gives for each contender in each round: undisturbed rounds, and others only for want of those."""
+    good: list[dict[str, Any]] = []
+    bad: list[dict[str, Any]] = []
+    for number in range(settings.rounds * PATIENCE):
+        watch = Watch(settings.threads)
+        measured = {}
+        for name in _rotated(names, number):
+            with watch.interruptions():
+                measured[name] = measure(name)
+        (bad if watch.disturbed else good).append(measured)
+        if len(good) == settings.rounds or (settings.smoke and number + 1 == settings.rounds):
+            break
+        if watch.disturbed:
+            time.sleep(PAUSE)
+    kept = (good + bad)[: settings.rounds]
+    return Rounds({name: [measured[name] for measured in kept] for name in names}, max(0, len(kept) - len(good)))
 
 
-def _orders(names: list[str], rounds: int) -> Iterator[list[str]]:
-    """The contenders in rotating order, so that none always follows the same one."""
-    for number in range(rounds):
-        first = number % len(names)
-        yield names[first:] + names[:first]
+def _rotated(names: list[str], number: int) -> list[str]:
+    """Another contender comes first in each round, so that none always follows the same one."""
+    first = number % len(names)
+    return names[first:] + names[:first]

@@ -1,6 +1,7 @@
 """The benchmarks run, compare implementations that agree, and write what they promise. No time is asserted."""
 
 import json
+import math
 import subprocess
 import sys
 from pathlib import Path
@@ -17,18 +18,17 @@ def benchmarks():
     """The package's modules; it lies in the source folder and is not installed."""
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(str(ROOT))
-        from benchmarks import cases, moved_bytes, plot, table, timing
+        from benchmarks import cases, disturbance, moved_bytes, timing
         from benchmarks.comparisons import COMPARISONS, memory
         from benchmarks.settings import Settings
 
         yield SimpleNamespace(
             cases=cases,
             comparisons=COMPARISONS,
+            disturbance=disturbance,
             memory=memory,
             moved_bytes=moved_bytes,
-            plot=plot,
             settings=Settings(threads=1, seconds=0.001, rounds=2, compile=False, smoke=True),
-            table=table,
             timing=timing,
         )
 
@@ -100,8 +100,30 @@ def test_a_ratio_is_made_within_a_round(benchmarks):
     assert rounds.ratio("a", base="b") == (2.0, 2.0, 2.0)
 
 
-def test_contenders_rotate(benchmarks):
+@pytest.fixture
+def patient(benchmarks, monkeypatch):
+    """Settings of a run that repeats disturbed rounds, without waiting between them."""
+    monkeypatch.setattr(benchmarks.timing, "PAUSE", 0)
+    monkeypatch.setattr(benchmarks.disturbance, "LIMIT", math.inf)
+    return benchmarks.settings._replace(smoke=False)
+
+
+def test_contenders_rotate(benchmarks, patient):
     seen = []
-    runs = {name: lambda stopwatch, name=name: seen.append(name) for name in "abc"}
-    benchmarks.timing.stages_in_turns(runs, rounds=2)
-    assert "".join(seen) == "abcbcacab"
+    benchmarks.timing._rounds(seen.append, list("abc"), patient._replace(rounds=4))
+    assert "".join(seen) == "abcbcacababc"
+
+
+def test_disturbed_rounds_are_repeated_while_patience_lasts(benchmarks, patient, monkeypatch):
+    counts = iter([0, 10**9, 0, 0, 0, 10**9, 0, 0])  # before and after: rounds 0 and 2 are disturbed
+    monkeypatch.setattr(benchmarks.disturbance, "LIMIT", 50)
+    monkeypatch.setattr(benchmarks.disturbance, "_involuntary_switches", lambda: next(counts))
+    values = iter(range(10))
+    rounds = benchmarks.timing._rounds(lambda name: next(values), ["a"], patient)
+    assert rounds == ({"a": [1, 3]}, 0)
+    counts = iter([0, 10**9] * 5 + [0, 0])
+    values = iter(range(10))
+    rounds = benchmarks.timing._rounds(lambda name: next(values), ["a"], patient)
+    assert rounds == ({"a": [5, 0]}, 1)
+    results = {"loss": {"warm": {"shapes": [rounds.to_json("a")]}}}
+    assert benchmarks.disturbance.summary(results) == "Rounds disturbed by other processes: loss 1 of 2."

@@ -37,6 +37,7 @@ def _measure_batch(elements: int, settings: Settings) -> dict[str, Any]:
             name: quartiles([a / b for a, b in zip(values, base, strict=True)])._asdict()
             for name, values in per_element.items()
         },
+        **rounds.quality(),
     }
 
 

@@ -42,7 +42,7 @@ def measure(settings: Settings) -> dict[str, Any]:
 
     _require_same(layers[1], kept[1], kept[0])
     runs = {"kddp_ext": gather_all(_native), "index_select": gather_all(_index_select)}
-    timed = stages_in_turns(runs, settings.rounds)["gather"].to_json(base="kddp_ext")
+    timed = stages_in_turns(runs, settings)["gather"].to_json(base="kddp_ext")
     return {"sizes": widths, "copies": COPIES, **timed}
 
 

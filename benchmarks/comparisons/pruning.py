@@ -47,7 +47,7 @@ def measure(settings: Settings) -> dict[str, Any]:
     runs = {"kddp_ext": timed_on_a_copy(_dynamic_pruner)}
     if importlib.util.find_spec("torch_pruning"):
         runs["Torch-Pruning"] = timed_on_a_copy(_torch_pruning)
-    stages = stages_in_turns(runs, settings.rounds)
+    stages = stages_in_turns(runs, settings)
     return {"sizes": sizes(settings), "stages": {name: stages[name].to_json(base="kddp_ext") for name in STAGES}}
 
 
