@@ -47,12 +47,17 @@ def main() -> int:
             console.print(table.for_terminal())
     quality = disturbance.summary(results)
     console.print(quality)
-    _write(arguments, f"{head}. {quality}", described, settings, results)
+    _write(arguments, head, quality, described, settings, results)
     return 1 if failed else 0
 
 
 def _write(
-    arguments: argparse.Namespace, head: str, described: dict[str, Any], settings: Settings, results: dict[str, Any]
+    arguments: argparse.Namespace,
+    head: str,
+    quality: str,
+    described: dict[str, Any],
+    settings: Settings,
+    results: dict[str, Any],
 ) -> None:
     if arguments.json:
         content = {
@@ -64,7 +69,7 @@ def _write(
         write_json(arguments.json, content)
     if arguments.markdown:
         tables = [table for name, result in results.items() for table in COMPARISONS[name].tables(result)]
-        write_markdown(arguments.markdown, head, tables)
+        write_markdown(arguments.markdown, f"{head}. {quality}", tables)
     if arguments.plot and "loss" in results:
         draw(arguments.plot, results["loss"], head)
 

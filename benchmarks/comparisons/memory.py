@@ -10,35 +10,46 @@ from typing import Any
 
 from torch.profiler import ProfilerActivity, profile
 
-from benchmarks.cases import Inputs, Shape, contenders, make_inputs
+from benchmarks.cases import Inputs, Shape, contenders, fused, make_inputs, step
 from benchmarks.comparisons.loss import SHAPES
 from benchmarks.moved_bytes import gradient_bytes
 from benchmarks.settings import Settings
 from benchmarks.table import Table, kibibytes
+from kddp_ext import ops
 
 
 def measure(settings: Settings) -> dict[str, Any]:
-    """Peak of the bytes that torch's CPU allocator has handed out in a step, less those of the gradients."""
+    """Peak of the bytes that torch's CPU allocator has handed out in a step, less those of the gradients.
+
+    Also what this package's pool keeps after a step, when the gradients are dropped: their memory, for the next ones.
+    """
     return {"shapes": [_measure_shape(shape.at(settings), settings) for shape in SHAPES]}
 
 
 def _measure_shape(shape: Shape, settings: Settings) -> dict[str, Any]:
     inputs = make_inputs(shape)
     beyond = {}
-    for name, step in contenders(inputs, settings).items():
-        peak = _peak_bytes(step, inputs)
+    for name, contender in contenders(inputs, settings).items():
+        peak = _peak_bytes(contender, inputs)
         if peak < gradient_bytes(shape):
             raise RuntimeError(f"the profiler saw {peak} bytes, less than the gradients, which were allocated as well")
         beyond[name] = peak - gradient_bytes(shape)
-    return {"shape": str(shape), "gradient_bytes": gradient_bytes(shape), "bytes_beyond": beyond}
+    kept = _kept_bytes(inputs)
+    return {
+        "shape": str(shape),
+        "gradient_bytes": gradient_bytes(shape),
+        "bytes_beyond": beyond,
+        "pool_bytes_kept": kept,
+    }
 
 
-def _peak_bytes(step: Callable[[], None], inputs: Inputs) -> int:
+def _peak_bytes(contender: Callable[[], None], inputs: Inputs) -> int:
     """Highest sum of what was allocated and not yet freed, read off the profiler's record of every allocation."""
     for leaf in inputs.leaves:
         leaf.grad = None  # freed before the record starts, which would else begin below zero
+    ops.pool.release()  # so that the gradients are allocated in the step, as in the first one of a training
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
-        step()
+        contender()
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "trace.json"
         profiler.export_chrome_trace(str(path))
@@ -51,12 +62,28 @@ def _peak_bytes(step: Callable[[], None], inputs: Inputs) -> int:
     return peak
 
 
+def _kept_bytes(inputs: Inputs) -> int:
+    ops.pool.release()
+    step(fused, inputs)
+    for leaf in inputs.leaves:
+        leaf.grad = None
+    kept = ops.pool.bytes
+    ops.pool.release()
+    return kept
+
+
 def tables(by_heap: dict[str, dict[str, Any]]) -> list[Table]:
     shapes = by_heap["default"]["shapes"]
     names = list(shapes[0]["bytes_beyond"])
     columns = ["rows×classes with activations", "gradients (KiB)", *[f"{name} beyond them (KiB)" for name in names]]
+    columns.append("kept between steps (KiB)")
     rows = [
-        [s["shape"], kibibytes(s["gradient_bytes"]), *[kibibytes(s["bytes_beyond"][name]) for name in names]]
-        for s in shapes
+        [
+            shape["shape"],
+            kibibytes(shape["gradient_bytes"]),
+            *[kibibytes(shape["bytes_beyond"][name]) for name in names],
+            kibibytes(shape["pool_bytes_kept"]),
+        ]
+        for shape in shapes
     ]
     return [Table("memory", "Memory beyond the returned gradients, peak of forward and backward", columns, rows)]
