@@ -12,7 +12,10 @@ import torch
 import kddp_ext
 from kddp_ext import _core
 
-NUMERIC_SUITE = [Path(__file__).parent / "loss" / name for name in ("test_values.py", "test_extremes.py")]
+INSTRUCTION_SETS = ("baseline", "avx2", "avx512", "avx512_bf16")
+NUMERIC_SUITE = [
+    Path(__file__).parent / "loss" / name for name in ("test_values.py", "test_extremes.py", "test_long_rows.py")
+]
 
 
 def run_python(*arguments, **environment):
@@ -29,12 +32,12 @@ def run_python(*arguments, **environment):
 
 def test_build_info():
     info = kddp_ext.build_info()
-    assert info["cpu"] in ("baseline", "avx2", "avx512")
+    assert info["cpu"] in INSTRUCTION_SETS
     assert info["cuda"] is False
     assert info["compiler"]
 
 
-@pytest.mark.parametrize("name", ["baseline", "avx2", "avx512"])
+@pytest.mark.parametrize("name", INSTRUCTION_SETS)
 def test_every_instruction_set_passes_the_numeric_suite(name):
     probe = run_python("-c", "import kddp_ext; kddp_ext.build_info()", KDDP_CPU_ISA=name)
     if probe.returncode:

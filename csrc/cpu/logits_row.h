@@ -7,6 +7,7 @@
 #include <algorithm>
 
 #include "cpu/choose_steps.h"
+#include "cpu/row_moments.h"
 #include "kddp/kd_l1_loss.h"
 
 namespace kddp {
@@ -183,19 +184,11 @@ class LogitsRows {
         Logits logits{steps_.read_student(element(job_.student, row, piece.start), piece, buffers.student), nullptr};
         if (rule_.with_teacher)
             logits.teacher = steps_.read_teacher(element(job_.teacher, row, piece.start), piece, buffers.teacher);
-        if (sum) *sum = sum_of(static_cast<const T*>(logits.student), piece);
+        if (sum) *sum = sum_of_piece(static_cast<const T*>(logits.student), piece);
         const int64_t label = label_of(row) - piece.start;
         if (leaves_label_out() && label >= 0 && label < piece.count)
             buffers.student[piece.head + label] = buffers.teacher[piece.head + label] = filling<T>;
         return logits;
-    }
-
-    static double sum_of(const T* buffer, Piece piece) {
-        Vector<T> sum{};
-        over_vectors<T>(
-            piece, [&](int64_t i) { sum += load<T>(buffer + i); },
-            [&](int64_t i, int64_t first, int64_t last) { sum += load_partial<T>(buffer + i, first, last, T(0)); });
-        return sum_of_lanes<T>(sum);
     }
 
     KDDP_ONE_COPY void begin(int64_t row, const RowScratch<T>& scratch, RowState& state) const {
@@ -208,28 +201,14 @@ class LogitsRows {
         }
     }
 
-    // Piece after piece: the sum of squares around the mean of what has been seen (Chan, Golub, LeVeque 1979).
-    Moments moments_of(const Matrix& matrix, ReadPiece<T> read, int64_t row, T* buffer) const {
-        double count = 0, mean = 0, squares = 0;
+    Moments moments_of(const Matrix& matrix, ReadPiece<T> convert, int64_t row, T* buffer) const {
+        RunningMoments running;
         for (int64_t k = 0; k < pieces_of(row); ++k) {
             const Piece piece = piece_of(row, k);
-            const T* values = static_cast<const T*>(read(element(matrix, row, piece.start), piece, buffer));
-            const double of_piece = sum_of(values, piece) / double(piece.count), apart = of_piece - mean;
-            const double total = count + double(piece.count);
-            squares += squares_around(of_piece, values, piece) + apart * apart * count * double(piece.count) / total;
-            mean += apart * double(piece.count) / total;
-            count = total;
+            const void* values = convert(element(matrix, row, piece.start), piece, buffer);
+            running.add(static_cast<const T*>(values), piece);
         }
-        return {mean, job_.classes > 1 ? std::sqrt(squares / double(job_.classes - 1)) : 0};
-    }
-
-    static double squares_around(double mean, const T* buffer, Piece piece) {
-        Vector<T> sum{};
-        const auto add = [&](Vector<T> v) { sum += (v - T(mean)) * (v - T(mean)); };
-        over_vectors<T>(
-            piece, [&](int64_t i) { add(load<T>(buffer + i)); },
-            [&](int64_t i, int64_t first, int64_t last) { add(load_partial<T>(buffer + i, first, last, T(mean))); });
-        return sum_of_lanes<T>(sum);
+        return running.moments();
     }
 
     KDDP_ONE_COPY void exponentiate(int64_t row, int64_t k, const RowState& state, RowBuffers<T> buffers,
