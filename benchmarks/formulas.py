@@ -1,4 +1,4 @@
-"""The loss as one writes it with PyTorch's own functions; where there are several ways, one that suits torch.compile."""
+"""The loss as one writes it with PyTorch's own functions; of several ways, one that suits torch.compile as well."""
 
 from __future__ import annotations
 
