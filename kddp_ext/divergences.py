@@ -16,7 +16,7 @@ DIVERGENCES = ("forward_kl", "reverse_kl", "jsd", "dkd")
 
 
 def standardized(logits: Tensor) -> Tensor:
-    """(x - mean) / (std + 1e-7) of each row; 0 where all its logits are equal. Sun et al. 2024 (arXiv:2403.01265)."""
+    """(x - mean) / (std + 1e-7) of each row; 0 where all its logits are equal. Sun et al. 2024 (arXiv:2403.01427)."""
     centered = logits - logits.mean(1, keepdim=True)
     squares = centered.square().sum(1, keepdim=True)
     spread = squares != 0  # the root of 0 has no derivative

@@ -98,7 +98,7 @@ def fused_kd_l1_loss(
     The distillation term is Hinton, Vinyals and Dean 2015 (arXiv:1503.02531) with their factor T²; the penalty is
     that of Şener and Akbaş 2022 (doi 10.29109/gujsc.1141648). The other divergences: Gu et al. 2024
     (arXiv:2306.08543), Agarwal et al. 2024 (arXiv:2306.13649), Zhao et al. 2022 (arXiv:2203.08679), standardised
-    logits Sun et al. 2024 (arXiv:2403.01265). docs/losses.md has them all, and other libraries' conventions.
+    logits Sun et al. 2024 (arXiv:2403.01427). docs/losses.md has them all, and other libraries' conventions.
     """
     arguments.check_logits(student_logits, teacher_logits, labels, activations, alpha)
     arguments.check_settings(temperature, alpha, label_smoothing, ignore_index)

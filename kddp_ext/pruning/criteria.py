@@ -52,8 +52,9 @@ CRITERIA: dict[str, Criterion] = {
 
 def outgoing_norms(weights: Sequence[Tensor]) -> Tensor:
     """‖W2[:,j]‖₂ over all layers that read neuron j, float64 (H,); `weights` are (outputs, H)."""
-    norms = [torch.linalg.vector_norm(weight.detach(), dim=0, dtype=torch.float64) for weight in weights]
-    return torch.stack(norms).square().sum(0).sqrt()
+    # By a few rows at a time: torch converts and sums along the rows of a large matrix an order of magnitude slower.
+    blocks = [rows.double().square_().sum(0) for weight in weights for rows in weight.detach().split(64)]
+    return torch.stack(blocks).sum(0).sqrt()
 
 
 def neurons_to_keep(marked: Tensor, activity: Tensor, *, minimum_width: int, round_to: int) -> Tensor:
