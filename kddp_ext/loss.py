@@ -24,7 +24,7 @@ class LossTerms(NamedTuple):
     """What the loss is made of, before weighting: 0-dim tensors without gradient, on the loss's device.
 
     Attributes:
-        kd: T² · KL(teacher ‖ student), averaged over the rows that are not ignored; 0 without a teacher.
+        kd: T² times the divergence, averaged over the rows that are not ignored; 0 without a teacher.
         ce: cross entropy with the labels, averaged likewise; 0 without labels.
         l1: Σ|a| over the neurons of all layers, averaged over the batch.
         correct: number of rows whose highest logit is the label's; 0 without labels.
@@ -102,7 +102,7 @@ def fused_kd_l1_loss(
     """
     arguments.check_logits(student_logits, teacher_logits, labels, activations, alpha)
     arguments.check_settings(temperature, alpha, label_smoothing, ignore_index)
-    arguments.check_divergence(divergence, jsd_beta, dkd_target_weight, dkd_non_target_weight)
+    arguments.check_divergence(divergence, jsd_beta, standardize_logits, dkd_target_weight, dkd_non_target_weight)
     if divergence == "dkd" and labels is None:
         raise ValueError("labels: expected a tensor, since divergence is 'dkd', got None")
     weights = arguments.check_weights(l1_weight, len(activations))
@@ -153,7 +153,7 @@ class FusedKDL1Loss(nn.Module):
     ) -> None:
         super().__init__()
         arguments.check_settings(temperature, alpha, label_smoothing, ignore_index)
-        arguments.check_divergence(divergence, jsd_beta, dkd_target_weight, dkd_non_target_weight)
+        arguments.check_divergence(divergence, jsd_beta, standardize_logits, dkd_target_weight, dkd_non_target_weight)
         self.divergence: Divergence = divergence
         self.jsd_beta = jsd_beta
         self.dkd_target_weight = dkd_target_weight
@@ -170,7 +170,7 @@ class FusedKDL1Loss(nn.Module):
     def extra_repr(self) -> str:
         return (
             f"temperature={self.temperature}, alpha={self.alpha}, l1_weight={self.l1_weight}, "
-            f"divergence={self.divergence!r}"
+            f"divergence={self.divergence!r}, standardize_logits={self.standardize_logits}"
         )
 
     def forward(

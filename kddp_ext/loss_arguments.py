@@ -82,13 +82,15 @@ def check_settings(temperature: float, alpha: float, label_smoothing: float, ign
         raise TypeError(f"ignore_index: expected an integer, got {type(ignore_index).__name__}")
 
 
-def check_divergence(divergence: str, jsd_beta: float, *dkd_weights: float) -> None:
+def check_divergence(divergence: str, jsd_beta: float, standardize_logits: bool, *dkd_weights: float) -> None:
     if divergence not in DIVERGENCES:
         raise ValueError(f"divergence: expected one of {', '.join(DIVERGENCES)}, got {divergence!r}")
     if not 0 < jsd_beta < 1:
         raise ValueError(
             f"jsd_beta: expected a number between 0 and 1 (at the ends use 'forward_kl', 'reverse_kl'), got {jsd_beta}"
         )
+    if not isinstance(standardize_logits, bool):
+        raise TypeError(f"standardize_logits: expected a bool, got {type(standardize_logits).__name__}")
     for name, weight in zip(("dkd_target_weight", "dkd_non_target_weight"), dkd_weights, strict=True):
         if not 0 <= weight < math.inf:
             raise ValueError(f"{name}: expected a finite number of at least 0, got {weight}")

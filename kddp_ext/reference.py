@@ -56,11 +56,11 @@ def kd_l1_loss(
             assert labels is not None
             target = torch.where(valid, labels, 0)
             of_rows = divergences.decoupled_kl(p, q, target, dkd_target_weight, dkd_non_target_weight)
-            of_rows = torch.where(valid, of_rows, 0)
         elif divergence == "jsd":
             of_rows = divergences.jensen_shannon(p, q, jsd_beta)
         else:
             of_rows = getattr(divergences, divergence)(p, q)
+        of_rows = torch.where(valid, of_rows, 0)
         kd = temperature**2 * of_rows.sum() / count
     if labels is not None:
         ce = F.cross_entropy(
