@@ -69,7 +69,7 @@ def decoupled_kl(
     others = [torch.where(target, -torch.inf, x) for x in (teacher, student)]
     alone = torch.stack([x.amax(1) == -torch.inf for x in others]).all(0)
     others = [torch.where(alone[:, None], 0, x) for x in others]
-    divergence = student.new_zeros(len(student))
+    divergence = torch.where(torch.zeros_like(alone), student[:, 0], 0)  # 0, but differentiable
     if target_weight != 0:
         divergence = divergence + target_weight * _kl(*map(_binary, (teacher, student), others, (labels, labels)))
     if non_target_weight != 0:

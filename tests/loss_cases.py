@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
+from typing import Any
 
 import hypothesis.strategies as st
 import torch
@@ -12,6 +14,7 @@ from torch import Tensor
 import kddp_ext
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+DIVERGENCES = ("forward_kl", "reverse_kl", "jsd", "dkd")
 LAYOUTS = ("contiguous", "transposed", "every other row", "inner columns", "one row for all")
 
 
@@ -23,7 +26,7 @@ class Case:
     teacher: Tensor
     labels: Tensor
     activations: list[Tensor]
-    settings: dict[str, float] = field(default_factory=dict)
+    settings: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass
@@ -50,8 +53,8 @@ def laid_out(matrix: Tensor, layout: str) -> Tensor:
 
 
 @st.composite
-def cases(draw, dtypes=tuple(DTYPES), rows=300, classes=2000, largest_logit=1e4):
-    """Inputs of any shape, layout, magnitude and setting."""
+def cases(draw, dtypes=tuple(DTYPES), rows=300, classes=2000, largest_logit=1e4, **fixed):
+    """Inputs of any shape, layout, magnitude and setting; `fixed` are settings that are not drawn."""
     generator = torch.Generator().manual_seed(draw(st.integers(0, 2**31)))
     n, c, h = draw(st.integers(1, rows)), draw(st.integers(1, classes)), draw(st.integers(1, 70))
     student_type, teacher_type = DTYPES[draw(st.sampled_from(dtypes))], DTYPES[draw(st.sampled_from(dtypes))]
@@ -69,13 +72,24 @@ def cases(draw, dtypes=tuple(DTYPES), rows=300, classes=2000, largest_logit=1e4)
         logits(teacher_type),
         labels,
         [laid_out(activation, draw(st.sampled_from(LAYOUTS)))],
-        {
-            "temperature": draw(st.sampled_from([1.0, 2.0, 4.0]) | st.floats(0.5, 20)),
-            "alpha": draw(st.sampled_from([0.0, 0.9, 1.0]) | st.floats(0, 1)),
-            "l1_weight": draw(st.sampled_from([0.0, 1e-4, 0.1])),
-            "label_smoothing": draw(st.sampled_from([0.0, 0.0, 0.1, 1.0])),
-        },
+        draw(settings_of_loss()) | fixed,
     )
+
+
+@st.composite
+def settings_of_loss(draw):
+    weights = st.sampled_from([0.0, 1.0, 8.0]) | st.floats(0, 10)
+    return {
+        "temperature": draw(st.sampled_from([1.0, 2.0, 4.0]) | st.floats(0.5, 20)),
+        "alpha": draw(st.sampled_from([0.0, 0.9, 1.0]) | st.floats(0, 1)),
+        "l1_weight": draw(st.sampled_from([0.0, 1e-4, 0.1])),
+        "label_smoothing": draw(st.sampled_from([0.0, 0.0, 0.1, 1.0])),
+        "divergence": draw(st.sampled_from(DIVERGENCES)),
+        "jsd_beta": draw(st.sampled_from([0.5]) | st.floats(0.01, 0.99)),
+        "dkd_target_weight": draw(weights),
+        "dkd_non_target_weight": draw(weights),
+        "standardize_logits": draw(st.booleans()),
+    }
 
 
 def evaluate(case: Case, function, dtype: torch.dtype | None = None) -> Result:
@@ -106,18 +120,44 @@ def reference(student, teacher, labels, activations, **settings):
     )
 
 
-def composite(student, teacher, labels, activations, *, temperature, alpha, l1_weight, label_smoothing):
+def composite(student, teacher, labels, activations, *, temperature, alpha, l1_weight, label_smoothing, **settings):
     """What one writes with PyTorch's own functions, each in the dtype of its input."""
     valid = labels != -100
     count = valid.sum().clamp(min=1)
-    log_q, log_p = F.log_softmax(student / temperature, 1), F.log_softmax(teacher.to(student.dtype) / temperature, 1)
-    divergence = F.kl_div(log_q, log_p, reduction="none", log_target=True).sum(1)
+    sides = [student, teacher.to(student.dtype)]
+    if settings.pop("standardize_logits", False):
+        correction = min(1, student.shape[1] - 1)  # one class alone has no deviation
+        sides = [(x - x.mean(1, keepdim=True)) / (x.std(1, correction=correction, keepdim=True) + 1e-7) for x in sides]
+    tempered = [x / temperature for x in sides]
+    divergence = divergence_of_rows(*tempered, labels.clamp(min=0), **settings)
     kd = temperature**2 * divergence[valid].sum() / count
     ce = F.cross_entropy(student, labels, label_smoothing=label_smoothing, reduction="sum") / count
     l1 = sum(a.abs().sum() / a.shape[0] for a in activations)
     correct = ((student.argmax(1) == labels) & valid).sum()
     loss = alpha * kd + (1 - alpha) * ce + l1_weight * l1
     return loss, (kd, ce, l1, correct.to(loss.dtype))
+
+
+def divergence_of_rows(
+    student, teacher, labels, divergence="forward_kl", jsd_beta=0.5, dkd_target_weight=1.0, dkd_non_target_weight=8.0
+):
+    """Divergence of each row of tempered logits, from PyTorch's `kl_div`."""
+    log_q, log_p = F.log_softmax(student, 1), F.log_softmax(teacher, 1)
+    if divergence == "forward_kl":
+        return kl(log_p, log_q)
+    if divergence == "reverse_kl":
+        return kl(log_q, log_p)
+    if divergence == "jsd":
+        log_m = torch.stack([log_p + math.log(jsd_beta), log_q + math.log1p(-jsd_beta)]).logsumexp(0)
+        return jsd_beta * kl(log_p, log_m) + (1 - jsd_beta) * kl(log_q, log_m)
+    target = F.one_hot(labels, student.shape[1]).bool()
+    binary = [torch.stack([x[target], x.masked_fill(target, -torch.inf).logsumexp(1)], 1) for x in (log_p, log_q)]
+    others = [x[~target].view(len(x), x.shape[1] - 1).log_softmax(1) for x in (teacher, student)]
+    return dkd_target_weight * kl(*binary) + dkd_non_target_weight * kl(*others)
+
+
+def kl(log_x, log_y):
+    return F.kl_div(log_y, log_x, reduction="none", log_target=True).sum(1)
 
 
 def largest_error(value: Tensor, truth: Tensor) -> float:
