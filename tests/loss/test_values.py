@@ -39,7 +39,8 @@ def assert_within_twice_pytorchs_error(case: Case) -> None:
 
 def sources_of(case: Case) -> dict[str, float]:
     """Size of the numbers, about to cancel or not, whose rounding shows in a result of the case."""
-    with_weights, (temperature, alpha) = case.settings, (case.settings[x] for x in ("temperature", "alpha"))
+    with_weights = {"divergence": "forward_kl", "dkd_target_weight": 1.0, "dkd_non_target_weight": 8.0} | case.settings
+    temperature, alpha = with_weights["temperature"], with_weights["alpha"]
     # A divergence is a difference of logarithms of sums, each of which carries a rounding of numbers about 1.
     parts = {"jsd": 2, "dkd": with_weights["dkd_target_weight"] + with_weights["dkd_non_target_weight"]}
     kd = temperature**2 * parts.get(with_weights["divergence"], 1)
@@ -50,7 +51,8 @@ def sources_of(case: Case) -> dict[str, float]:
 
 def gradient_source(case: Case) -> float:
     """The most that is weighed by a probability in the divergence's gradient: 1, and of the reverse ones log q."""
-    settings, logits = case.settings, case.student.double()
+    settings = {"divergence": "forward_kl", "standardize_logits": False} | case.settings
+    logits = case.student.double()
     sides = [logits, case.teacher.double()]
     if settings["standardize_logits"] and logits.shape[1] > 1:
         mean, deviation = logits.mean(1, keepdim=True), logits.std(1, keepdim=True) + 1e-7
