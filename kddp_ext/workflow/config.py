@@ -67,6 +67,16 @@ class DistillationConfig:
     """Softens both distributions; the KD term is multiplied by its square."""
     alpha: float = 0.9
     """Weight of the teacher, 0 to 1; the labels have the rest."""
+    divergence: Literal["forward_kl", "reverse_kl", "jsd", "dkd"] = "forward_kl"
+    """Between the two softened distributions; docs/losses.md says what each is for."""
+    jsd_beta: float = 0.5
+    """Of jsd: the teacher's share of the mixture, between 0 and 1."""
+    dkd_target_weight: float = 1.0
+    """Of dkd: weight of the divergence at the label."""
+    dkd_non_target_weight: float = 8.0
+    """Of dkd: weight of the divergence over the other classes."""
+    standardize_logits: bool = False
+    """Whether each row of logits is z-scored before it is softened, on both sides."""
 
 
 @dataclass(frozen=True)
@@ -246,6 +256,8 @@ def _check(config: RunConfig) -> None:
         "teacher.weight-decay": config.teacher.weight_decay,
         "student.weight-decay": config.student.weight_decay,
         "pruning.l1-weight": config.pruning.l1_weight,
+        "distillation.dkd-target-weight": config.distillation.dkd_target_weight,
+        "distillation.dkd-non-target-weight": config.distillation.dkd_non_target_weight,
     }
     for option, number in not_negative.items():
         if not 0 <= number < float("inf"):
@@ -264,6 +276,10 @@ def _check(config: RunConfig) -> None:
         )
     if not 0 <= config.distillation.alpha <= 1:
         raise WorkflowError(f"--distillation.alpha: expected a number from 0 to 1, got {config.distillation.alpha}")
+    if not 0 < config.distillation.jsd_beta < 1:
+        raise WorkflowError(
+            f"--distillation.jsd-beta: expected a number between 0 and 1, got {config.distillation.jsd_beta}"
+        )
     for option, channels in {
         "teacher.channels": config.teacher.channels,
         "student.channels": config.student.channels,

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -33,6 +33,7 @@ class Recipe:
         optimizer: makes the optimizer of a model's parameters.
         alpha: weight of the teacher; 0 trains on the labels alone.
         temperature: of the distillation.
+        divergence: the loss's arguments that name and shape the divergence.
         l1_weight: of the penalty on the activations of the layers that are pruned.
         label_smoothing: of the labels.
     """
@@ -44,6 +45,7 @@ class Recipe:
     optimizer: Callable[[nn.Module], torch.optim.Optimizer]
     alpha: float = 0.0
     temperature: float = 1.0
+    divergence: Mapping[str, Any] = field(default_factory=dict)
     l1_weight: float = 0.0
     label_smoothing: float = 0.0
 
@@ -97,6 +99,13 @@ def student_recipe(config: RunConfig, stage: Stage) -> Recipe:
         ),
         alpha=0.0 if stage == "scratch" else config.distillation.alpha,
         temperature=config.distillation.temperature,
+        divergence={
+            "divergence": config.distillation.divergence,
+            "jsd_beta": config.distillation.jsd_beta,
+            "dkd_target_weight": config.distillation.dkd_target_weight,
+            "dkd_non_target_weight": config.distillation.dkd_non_target_weight,
+            "standardize_logits": config.distillation.standardize_logits,
+        },
         l1_weight=config.pruning.l1_weight if stage == "kddp" else 0.0,
     )
 
@@ -176,6 +185,7 @@ def train_epoch(
                 l1_weight=recipe.l1_weight,
                 label_smoothing=recipe.label_smoothing,
                 return_terms=True,
+                **recipe.divergence,
             )
         with clock.phase("student"):
             optimizer.zero_grad()

@@ -81,6 +81,7 @@ def test_options_override_the_preset(started: list[Any], tmp_path: Path) -> None
     ("option", "value", "message"),
     [
         ("--distillation.alpha", "1.5", "--distillation.alpha: expected a number from 0 to 1, got 1.5"),
+        ("--distillation.jsd-beta", "1", "--distillation.jsd-beta: expected a number between 0 and 1, got 1.0"),
         ("--distillation.temperature", "nan", "--distillation.temperature: expected a positive number, got nan"),
         ("--pruning.l1-weight", "-1", "--pruning.l1-weight: expected a number of at least 0, got -1.0"),
         ("--pruning.threshold", "0", "--pruning.threshold: expected a number above 0, at most 1, got 0.0"),
