@@ -6,7 +6,8 @@ from torch import Tensor
 
 _Matrix = tuple[int, int, int]  # data, element type, row stride
 _Layer = tuple[_Matrix, int, float, int, int]  # activation, neurons, l1_weight, gradient, statistics
-_Block = tuple[int, int, int, int]  # source, target, inner, element size
+_Block = tuple[int, int, int, int]  # source, row stride in bytes, bytes of a column, target
+_Compensation = tuple[int, int, int, int, int]  # element type, pruned columns, their number, means, shift
 
 compiler: str
 
@@ -38,23 +39,12 @@ def kd_l1_loss(
 ) -> None: ...
 def gather_slices(
     blocks: list[_Block],
-    rows: int,
     columns: int,
     keep_rows: int,
     kept_rows: int,
     keep_columns: int,
     kept_columns: int,
+    compensation: _Compensation,
+    allocate: Callable[[int], Tensor],
     threads: int,
-) -> None: ...
-def pruned_contribution(
-    weight: int,
-    is_double: bool,
-    columns: int,
-    inner: int,
-    keep_rows: int,
-    kept_rows: int,
-    pruned_columns: int,
-    pruned_count: int,
-    pruned_means: int,
-    shift: int,
 ) -> None: ...

@@ -9,34 +9,37 @@
 namespace kddp_python {
 namespace {
 
-// source, target, inner, element_size
-using BlockArguments = std::tuple<Address, Address, int64_t, int64_t>;
+// source, row stride in bytes, bytes of a column, target
+using BlockArguments = std::tuple<Address, int64_t, int64_t, Address>;
+// element type, pruned columns, their number, means, shift
+using CompensationArguments = std::tuple<int, Address, int64_t, Address, Address>;
 
-void gather_slices(const std::vector<BlockArguments>& block_arguments, int64_t rows, int64_t columns, Address keep_rows,
-                   int64_t kept_rows, Address keep_columns, int64_t kept_columns, int threads) {
-    std::vector<kddp::Block> blocks;
-    for (const auto& [source, target, inner, element_size] : block_arguments)
-        blocks.push_back({pointer<const void>(source), pointer<void>(target), inner, element_size});
-    py::gil_scoped_release unlocked;
-    kddp::gather_slices({blocks.data(), static_cast<int64_t>(blocks.size()), rows, columns,
-                         pointer<const int64_t>(keep_rows), kept_rows, pointer<const int64_t>(keep_columns),
-                         kept_columns, threads});
+kddp::Compensation compensation(const CompensationArguments& arguments) {
+    const auto& [type, pruned_columns, pruned_count, means, shift] = arguments;
+    return {static_cast<kddp::ElementType>(type), pointer<const int64_t>(pruned_columns), pruned_count,
+            pointer<const double>(means), pointer<double>(shift)};
 }
 
-void pruned_contribution(Address weight, bool is_double, int64_t columns, int64_t inner, Address keep_rows,
-                         int64_t kept_rows, Address pruned_columns, int64_t pruned_count, Address pruned_means,
-                         Address shift) {
+// Calls `allocate(bytes)` for the workspace between sizing and running, so that Python owns that memory too.
+void gather_slices(const std::vector<BlockArguments>& block_arguments, int64_t columns, Address keep_rows,
+                   int64_t kept_rows, Address keep_columns, int64_t kept_columns,
+                   const CompensationArguments& compensation_arguments, const py::function& allocate, int threads) {
+    std::vector<kddp::Block> blocks;
+    for (const auto& [source, row_stride, column_bytes, target] : block_arguments)
+        blocks.push_back({pointer<const void>(source), row_stride, column_bytes, pointer<void>(target)});
+    kddp::Compaction job{blocks.data(), static_cast<int64_t>(blocks.size()),
+                         columns,       pointer<const int64_t>(keep_rows),
+                         kept_rows,     pointer<const int64_t>(keep_columns),
+                         kept_columns,  compensation(compensation_arguments),
+                         nullptr,       threads};
+    const py::object workspace = allocate(kddp::gather_slices_workspace(job));
+    job.workspace = pointer<void>(workspace.attr("data_ptr")().cast<Address>());
     py::gil_scoped_release unlocked;
-    kddp::pruned_contribution({pointer<const void>(weight), is_double, columns, inner,
-                               pointer<const int64_t>(keep_rows), kept_rows, pointer<const int64_t>(pruned_columns),
-                               pruned_count, pointer<const double>(pruned_means), pointer<double>(shift)});
+    kddp::gather_slices(job);
 }
 
 }  // namespace
 
-void bind_compaction(py::module_& m) {
-    m.def("gather_slices", &gather_slices);
-    m.def("pruned_contribution", &pruned_contribution);
-}
+void bind_compaction(py::module_& m) { m.def("gather_slices", &gather_slices); }
 
 }  // namespace kddp_python

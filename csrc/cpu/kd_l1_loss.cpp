@@ -238,6 +238,7 @@ void run(const KdL1Loss& job, int64_t valid_rows) {
             else
                 activation_part(schedule, part - schedule.logits_blocks);
         }
+        finish_streams();
 #pragma omp for
         for (int64_t column = 0; column < columns; ++column) combine_statistics(schedule, column);
     }
@@ -257,6 +258,6 @@ Status forward(const KdL1Loss& job) {
 }  // namespace
 
 // The names of this translation unit's instruction set come from the build.
-const Kernels KDDP_ISA_KERNELS = {KDDP_ISA_NAME, workspace, forward};
+const Kernels KDDP_ISA_KERNELS = {KDDP_ISA_NAME, workspace, forward, &KDDP_ISA_COMPACTION};
 
 }  // namespace kddp

@@ -112,6 +112,7 @@ class LogitsRows {
             if (job_.logits_gradient) {
 #pragma omp for
                 for (int64_t k = 0; k < pieces; ++k) write(row, k, state, scratch);
+                finish_streams();
             }
         }
         return terms;

@@ -122,6 +122,13 @@ inline void stream(void* to, const void* from) {
     std::memcpy(to, from, bytes);
 }
 
+// Before another thread reads what this one has streamed.
+inline void finish_streams() {
+#if defined(__SSE2__)
+    _mm_sfence();
+#endif
+}
+
 template <class T>
 inline Vector<T> maximum(Vector<T> a, Vector<T> b) {
     return a > b ? a : b;

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from kddp_ext import reference
-from kddp_ext.ops.library import core, is_native, library
+from kddp_ext.ops.library import ELEMENT_TYPES, core, is_native, library
 
 library.define(
     "gather_slices(Tensor[] tensors, Tensor? keep_rows, Tensor? keep_columns, int rows, int columns, "
@@ -22,10 +22,10 @@ def _sliced_outputs(
     keep_columns: Tensor | None,
     rows: int,
     columns: int,
-    pruned_columns: Tensor | None,
-    pruned_means: Tensor | None,
+    _pruned_columns: Tensor | None,
+    _pruned_means: Tensor | None,
 ) -> tuple[list[Tensor], Tensor]:
-    """Outputs of `gather_slices`, not yet filled."""
+    """Outputs of `gather_slices`, not yet filled, but for the zeros where no columns are pruned."""
     kept_rows = rows if keep_rows is None else keep_rows.shape[0]
     kept_columns = columns if keep_columns is None else keep_columns.shape[0]
     shift = tensors[0].new_zeros(kept_rows, dtype=torch.float64)
@@ -42,33 +42,48 @@ def _gather_slices(
     pruned_columns: Tensor | None,
     pruned_means: Tensor | None,
 ) -> tuple[list[Tensor], Tensor]:
+    _check(tensors, keep_rows, keep_columns, rows, columns, pruned_columns, pruned_means)
     outputs = _sliced_outputs(tensors, keep_rows, keep_columns, rows, columns, pruned_columns, pruned_means)
     targets, shift = outputs
-    sources = [t.contiguous() for t in tensors]
-    blocks = [
-        (source.data_ptr(), target.data_ptr(), source.numel() // (rows * columns), source.element_size())
-        for source, target in zip(sources, targets, strict=True)
-    ]
-    kept_columns = columns if keep_columns is None else keep_columns.shape[0]
-    rows_address = 0 if keep_rows is None else keep_rows.data_ptr()
-    columns_address = 0 if keep_columns is None else keep_columns.data_ptr()
+    # Bound to a name, for a copy must outlive the call that is given its address.
+    sources = [_readable(t, rows) for t in tensors]
+    blocks = []
+    for source, target in zip(sources, targets, strict=True):
+        column_bytes = source.numel() // (rows * columns) * source.element_size()
+        row_stride = columns * column_bytes if source.is_contiguous() else source.stride(0) * source.element_size()
+        blocks.append((source.data_ptr(), row_stride, column_bytes, target.data_ptr()))
     core.gather_slices(
         blocks,
-        rows,
         columns,
-        rows_address,
+        0 if keep_rows is None else keep_rows.data_ptr(),
         shift.shape[0],
-        columns_address,
-        kept_columns,
+        0 if keep_columns is None else keep_columns.data_ptr(),
+        columns if keep_columns is None else keep_columns.shape[0],
+        _compensation(sources[0], pruned_columns, pruned_means, shift),
+        _workspace,
         torch.get_num_threads(),
     )
-    if pruned_columns is not None and pruned_means is not None:
-        weight = sources[0] if sources[0].dtype == torch.float64 else sources[0].float()
-        core.pruned_contribution(
-            weight.data_ptr(), weight.dtype == torch.float64, columns, blocks[0][2], rows_address, shift.shape[0],
-            pruned_columns.data_ptr(), pruned_columns.shape[0], pruned_means.data_ptr(), shift.data_ptr(),
-        )  # fmt: skip
     return outputs
+
+
+def _readable(tensor: Tensor, rows: int) -> Tensor:
+    """The tensor itself where each of its rows is contiguous, else a contiguous copy."""
+    if tensor.is_contiguous() or (tensor.shape[0] == rows and tensor[0].is_contiguous()):
+        return tensor
+    return tensor.contiguous()
+
+
+def _compensation(
+    weight: Tensor, pruned_columns: Tensor | None, pruned_means: Tensor | None, shift: Tensor
+) -> tuple[int, int, int, int, int]:
+    if pruned_columns is None or pruned_means is None:
+        return (0, 0, 0, 0, 0)
+    pruned = (pruned_columns.data_ptr(), pruned_columns.shape[0])
+    return (ELEMENT_TYPES[weight.dtype], *pruned, pruned_means.data_ptr(), shift.data_ptr())
+
+
+def _workspace(size: int) -> Tensor:
+    return torch.empty(size, dtype=torch.uint8)
 
 
 library.impl("gather_slices", _gather_slices, "CPU")
@@ -89,36 +104,29 @@ def gather_slices(
 ) -> tuple[list[Tensor], Tensor]:
     """Take the kept rows and columns out of several tensors in one call: a parameter, its gradient, its moments.
 
+    What the pruned columns of the first contributed on average is summed in the same reading of it.
+
     Args:
         tensors: each is seen as a (rows, columns, inner) block with inner = numel / (rows · columns); any dtype.
         keep_rows: int64 indices of the rows to keep, in their new order; None keeps all.
         keep_columns: the same of the columns.
         rows: rows of each block; for a vector its length.
         columns: columns of each block; for a vector 1.
-        pruned_columns: (P,) int64, columns whose mean contribution is wanted.
+        pruned_columns: (P,) int64, columns whose mean contribution is wanted; tensors[0] is then float32, float64,
+            bfloat16 or float16.
         pruned_means: (P,) float64, the mean of what those columns are multiplied by.
 
     Returns:
         The smaller tensors, contiguous, with as many dimensions as before; and (kept rows,) float64:
-        Σ_p tensors[0][row, p, :].sum() · pruned_means[p], or zeros.
+        Σ_p tensors[0][row, p, :].sum() · pruned_means[p], or zeros. It is summed in float64, the same whatever the
+        number of threads. A NaN or infinity among the pruned columns gives what IEEE 754 says, so an infinite weight
+        of mean 0 gives NaN; those among the kept columns are not looked at.
 
     Raises:
-        ValueError: an index is outside its range, or a tensor is no such block.
+        ValueError: an index is outside its range, a tensor is no such block, or the means are not as said above.
     """
-    for number, tensor in enumerate(tensors):
-        if rows * columns == 0 or tensor.numel() % (rows * columns):
-            raise ValueError(
-                f"tensors[{number}]: expected a multiple of {rows} x {columns} elements, got shape "
-                f"{tuple(tensor.shape)}"
-            )
-    for name, index, size in [
-        ("keep_rows", keep_rows, rows),
-        ("keep_columns", keep_columns, columns),
-        ("pruned_columns", pruned_columns, columns),
-    ]:
-        _check_index(name, index, size)
-    native = all(is_native(t.device) for t in tensors)
-    if not native or not tensors:
+    if not tensors or not all(is_native(t.device) for t in tensors):
+        _check(tensors, keep_rows, keep_columns, rows, columns, pruned_columns, pruned_means)
         return reference.gather_slices(
             tensors, keep_rows, keep_columns, rows=rows, columns=columns,
             pruned_columns=pruned_columns, pruned_means=pruned_means,
@@ -129,6 +137,31 @@ def gather_slices(
     return list(gathered), shift
 
 
+def _check(
+    tensors: Sequence[Tensor],
+    keep_rows: Tensor | None,
+    keep_columns: Tensor | None,
+    rows: int,
+    columns: int,
+    pruned_columns: Tensor | None,
+    pruned_means: Tensor | None,
+) -> None:
+    for number, tensor in enumerate(tensors):
+        if rows * columns == 0 or tensor.numel() % (rows * columns):
+            raise ValueError(
+                f"tensors[{number}]: expected a multiple of {rows} x {columns} elements, got shape "
+                f"{tuple(tensor.shape)}"
+            )
+    _check_index("keep_rows", keep_rows, rows)
+    _check_index("keep_columns", keep_columns, columns)
+    _check_index("pruned_columns", pruned_columns, columns)
+    if pruned_columns is not None or pruned_means is not None:
+        _check_means(pruned_columns, pruned_means)
+        if tensors and tensors[0].dtype not in ELEMENT_TYPES:
+            names = ", ".join(str(dtype) for dtype in ELEMENT_TYPES)
+            raise ValueError(f"tensors[0]: expected one of {names} with pruned_means, got {tensors[0].dtype}")
+
+
 def _check_index(name: str, index: Tensor | None, size: int) -> None:
     if index is None:
         return
@@ -136,6 +169,16 @@ def _check_index(name: str, index: Tensor | None, size: int) -> None:
         raise ValueError(
             f"{name}: expected a contiguous vector of int64, got {index.dtype} of shape {tuple(index.shape)}"
         )
-    lowest, highest = (int(index.min()), int(index.max())) if index.numel() else (0, 0)
+    lowest, highest = map(int, index.aminmax()) if index.numel() else (0, 0)
     if lowest < 0 or highest >= size:
         raise ValueError(f"{name}: expected indices from 0 to {size - 1}, got {lowest} to {highest}")
+
+
+def _check_means(columns: Tensor | None, means: Tensor | None) -> None:
+    if columns is None or means is None:
+        raise ValueError("pruned_columns, pruned_means: expected both or neither")
+    if means.dtype != torch.float64 or means.shape != columns.shape or not means.is_contiguous():
+        raise ValueError(
+            f"pruned_means: expected a contiguous vector of {columns.shape[0]} float64, got {means.dtype} of shape "
+            f"{tuple(means.shape)}"
+        )

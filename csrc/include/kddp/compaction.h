@@ -1,48 +1,47 @@
-// Taking the kept rows and columns out of every tensor of a layer in one call.
+// Taking the kept rows and columns out of every tensor of a layer, and what the pruned columns contributed, in one
+// reading of them: one job is one launch.
 #pragma once
 
-#include <cstdint>
+#include "kddp/types.h"
 
 namespace kddp {
 
-// One tensor, seen as a contiguous (rows, columns, inner) block of elements of `element_size` bytes.
+// One tensor, seen as (rows, columns): a column is `column_bytes` wide (those of a matrix behind a flatten, or of a
+// convolution, are several elements), columns lie side by side, and rows `row_stride` bytes apart.
 struct Block {
     const void* source;
-    void* target;  // (kept rows, kept columns, inner)
-    int64_t inner;
-    int64_t element_size;
+    int64_t row_stride;
+    int64_t column_bytes;
+    void* target;  // (kept rows, kept columns), contiguous
+};
+
+// shift[r] = sum over p and the elements k of a column of block 0's [row r, pruned[p], k] * means[p], summed in double
+// in an order that depends on the sizes and the instruction set alone. NaN and infinities in pruned columns follow
+// IEEE 754 (infinity * 0 is NaN); those in kept columns do not matter.
+struct Compensation {
+    ElementType type;               // of block 0
+    const int64_t* pruned_columns;  // absent: none wanted
+    int64_t pruned_count;
+    const double* means;  // (pruned)
+    double* shift;        // (kept rows)
 };
 
 struct Compaction {
     const Block* blocks;
     int64_t block_count;
-    int64_t rows;
     int64_t columns;
-    const int64_t* keep_rows;  // absent: all
+    const int64_t* keep_rows;  // in any order, and again if so wished; absent: the first `kept_rows`
     int64_t kept_rows;
-    const int64_t* keep_columns;  // absent: all
+    const int64_t* keep_columns;  // likewise
     int64_t kept_columns;
+    Compensation compensation;
+    void* workspace;  // gather_slices_workspace bytes, aligned to 64
     int threads;
 };
 
+int64_t gather_slices_workspace(const Compaction& job);
+
+// Indices must be in range.
 void gather_slices(const Compaction& job);
-
-// What the pruned columns contributed on average: shift[r] = sum over p of weight[r, pruned[p], :] *
-// means[p], accumulated in double in the order of p. Element types other than float32 and float64 are not
-// taken.
-struct Compensation {
-    const void* weight;  // (rows, columns, inner) contiguous
-    bool is_double;
-    int64_t columns;
-    int64_t inner;
-    const int64_t* keep_rows;
-    int64_t kept_rows;
-    const int64_t* pruned_columns;
-    int64_t pruned_count;
-    const double* pruned_means;
-    double* shift;  // (kept rows)
-};
-
-void pruned_contribution(const Compensation& job);
 
 }  // namespace kddp
