@@ -45,7 +45,8 @@ def test_whoever_holds_it_keeps_it(pool, hold):
     assert pool.empty(SHAPE, torch.float32).data_ptr() == address
 
 
-def test_another_shape_or_dtype_has_memory_of_its_own(pool):
+def test_another_shape_or_dtype_has_memory_of_its_own():
+    pool = GradientPool(limit=16 * LARGE)
     addresses = {
         pool.empty(shape, dtype).data_ptr()
         for shape, dtype in [(SHAPE, torch.float32), (SHAPE, torch.float64), (torch.Size((65, 1024)), torch.float32)]

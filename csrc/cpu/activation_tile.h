@@ -111,7 +111,8 @@ double activation_run(const ActivationRows<T, Element> rows, const Element* from
 }
 
 // Runs are short enough that float adds them up well.
-constexpr int64_t longest_run = 4096;
+template <class T>
+constexpr int64_t longest_run = 128 * lanes<T>;
 
 template <class T, class Element, bool with_gradient>
 double activation_tile_alone(const ActivationRows<T, Element>& rows, Tile tile) {
@@ -119,8 +120,8 @@ double activation_tile_alone(const ActivationRows<T, Element>& rows, Tile tile) 
     if (rows.row_stride == rows.neurons && row_length == rows.neurons) row_length *= row_count, row_count = 1;
     double total = 0;
     for (int64_t row = tile.first_row; row < tile.first_row + row_count; ++row) {
-        for (int64_t start = 0; start < row_length; start += longest_run) {
-            const int64_t count = start + longest_run < row_length ? longest_run : row_length - start;
+        for (int64_t start = 0; start < row_length; start += longest_run<T>) {
+            const int64_t count = start + longest_run<T> < row_length ? longest_run<T> : row_length - start;
             const int64_t column = tile.first_column + start;
             total += activation_run<T, Element, with_gradient>(
                 rows, rows.activation + row * rows.row_stride + column,
