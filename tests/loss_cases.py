@@ -59,9 +59,12 @@ def cases(draw, dtypes=tuple(DTYPES), rows=300, classes=2000, largest_logit=1e4,
     n, c, h = draw(st.integers(1, rows)), draw(st.integers(1, classes)), draw(st.integers(1, 70))
     student_type, teacher_type = DTYPES[draw(st.sampled_from(dtypes))], DTYPES[draw(st.sampled_from(dtypes))]
     scale = draw(st.sampled_from([0.1, 1.0, 10.0, 100.0, largest_logit]))
+    # A few classes far above the rest, anywhere in the row.
+    peak, peaks = draw(st.sampled_from([0.0, 0.0, 10.0, 39.0])), torch.randint(0, c, (n, 2), generator=generator)
 
     def logits(dtype):
         values = torch.randn(n, c, generator=generator).clamp(-3, 3) * scale / 3
+        values = values.scatter_add(1, peaks, torch.full(peaks.shape, peak))
         return laid_out(values.to(dtype), draw(st.sampled_from(LAYOUTS)))
 
     labels = torch.randint(0, c, (n,), generator=generator)
