@@ -20,7 +20,8 @@ namespace kddp {
 
 // The two shapes that the gradient of a divergence takes away from the label, with e_s = e^u and e_t = e^v:
 //   difference: first e_s - second e_t        forward_kl, dkd
-//   weighted:   e_s (first w + second)        reverse_kl with w = u - v, jsd with w = log(q / m)
+//   weighted:   first e_s (w + second)        reverse_kl with w = u - v, jsd with w = log(q / m)
+// w may be huge where its mean, -second, is as huge: their difference is taken first.
 enum class GradientForm { difference, weighted };
 
 KDDP_INLINE constexpr GradientForm gradient_form(Divergence divergence) {
@@ -156,21 +157,31 @@ KDDP_INLINE double decoupled(const RowRule& rule, const PieceSums& row, TargetMa
     gradient.first = scale * (rule.non_target_weight - rule.target_weight * excess) / row.student;
     gradient.second = scale * rule.non_target_weight / row.teacher;
     gradient.label = -scale * rule.target_weight * excess;
-    return rule.target_weight * not_negative(binary) +
-           rule.non_target_weight * kl_divergence(row.dot, row.teacher, row.student);
+    // A part of weight 0 may be infinite.
+    double divergence = 0;
+    if (rule.target_weight != 0) divergence += rule.target_weight * not_negative(binary);
+    if (rule.non_target_weight != 0)
+        divergence += rule.non_target_weight * kl_divergence(row.dot, row.teacher, row.student);
+    return divergence;
 }
 
 KDDP_INLINE double divergence_of_row(const RowRule& rule, const PieceSums& row, const MixtureSums& mixture,
                                      TargetMargins target, double scale, RowGradient& gradient) {
     gradient.first = scale / row.student;
+    double divergence;
     switch (rule.divergence) {
         case Divergence::reverse_kl:
-            gradient.second = -gradient.first * (row.dot / row.student);
-            return kl_divergence(row.dot, row.student, row.teacher);
+            divergence = kl_divergence(row.dot, row.student, row.teacher);
+            gradient.second = -row.dot / row.student;
+            // Where the teacher alone excludes a class there is no gradient.
+            if (divergence == HUGE_VAL) gradient.first = gradient.second = 0;
+            return divergence;
         case Divergence::jsd:
+            divergence = rule.jsd_beta * mixture.kl_teacher + (1 - rule.jsd_beta) * mixture.kl_student;
             gradient.first *= 1 - rule.jsd_beta;
-            gradient.second = -gradient.first * mixture.kl_student;
-            return not_negative(rule.jsd_beta * mixture.kl_teacher + (1 - rule.jsd_beta) * mixture.kl_student);
+            gradient.second = -mixture.kl_student;
+            if (divergence != divergence) gradient.first = divergence;  // the teacher's side may not show in q
+            return not_negative(divergence);
         case Divergence::dkd:
             return decoupled(rule, row, target, scale, gradient);
         default:
@@ -185,12 +196,13 @@ KDDP_INLINE void through_standardization(const RowRule& rule, const PieceSums& r
                                          Moments student, double target_logit, RowGradient& gradient) {
     double along = gradient.first * row.student_moment - gradient.second * row.other_moment;  // sum g (s - r_s)
     if (rule.divergence == Divergence::reverse_kl)
-        along = gradient.first * row.other_moment + gradient.second * row.student_moment;
+        along = gradient.first * (row.other_moment + gradient.second * row.student_moment);
     if (rule.divergence == Divergence::jsd)
-        along = row.student * (gradient.first * mixture.weighted_moment + gradient.second * mixture.student_moment);
+        along = row.student * gradient.first * (mixture.weighted_moment + gradient.second * mixture.student_moment);
     if (rule.divergence == Divergence::dkd) along -= gradient.label * (target_logit - row.student_reference);
     const double divisor = student.divisor();
-    gradient.first /= divisor, gradient.second /= divisor, gradient.label /= divisor;
+    gradient.first /= divisor, gradient.label /= divisor;
+    if (gradient_form(rule.divergence) == GradientForm::difference) gradient.second /= divisor;
     if (student.deviation > 0)
         gradient.projection = along / ((rule.classes - 1) * student.deviation * divisor * divisor);
 }
@@ -243,7 +255,7 @@ KDDP_INLINE RowValues finish_row(const RowRule& rule, const PieceSums& row, cons
 // d loss / d s away from the label. Value may be a number or a vector; `other` is e^v or w, as the form has it.
 template <GradientForm form, class Value, class T>
 KDDP_INLINE Value divergence_gradient(Value exp_student, Value other, T first, T second) {
-    if constexpr (form == GradientForm::weighted) return exp_student * (first * other + second);
+    if constexpr (form == GradientForm::weighted) return first * exp_student * (other + second);
     return first * exp_student - second * other;
 }
 

@@ -163,6 +163,14 @@ def kl(log_x, log_y):
     return F.kl_div(log_y, log_x, reduction="none", log_target=True).sum(1)
 
 
+def reverse_source(log_q: Tensor, log_p: Tensor) -> Tensor:
+    """How much of log p reaches each row of the reverse gradient, q (log(q / p) - D): nothing where q is 1."""
+    q = log_q.exp()
+    distance = torch.where(q == 0, 0, log_p.abs())
+    others = (q * distance).sum(1, keepdim=True) - q * distance
+    return (q * ((1 - q) * distance + others)).amax(1)
+
+
 def largest_error(value: Tensor, truth: Tensor) -> float:
     """Largest absolute difference; equal infinities differ by nothing."""
     value, truth = value.to(torch.float64), truth.to(torch.float64)

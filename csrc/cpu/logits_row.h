@@ -218,7 +218,9 @@ class LogitsRows {
         const Tempering<T> by = tempering(state);
         Logits logits = read(row, piece, buffers, rule_.label_smoothing != 0 ? &sums.logits : nullptr);
         // The first few vectors tell where the highest logits are about; where they mislead, the piece is done again.
-        constexpr int64_t looked_at = 4;
+        // The weighted form takes differences of what a reference away from the highest logit would round.
+        const bool weighted = rule_.with_teacher && gradient_form(rule_.divergence) == GradientForm::weighted;
+        const int64_t looked_at = weighted ? piece_classes : 4;
         set_references({steps_.highest_of(logits.student, piece, looked_at),
                         rule_.with_teacher ? steps_.highest_of(logits.teacher, piece, looked_at) : T(0)},
                        sums);
@@ -242,10 +244,11 @@ class LogitsRows {
         sums.teacher_reference = highest.teacher > lowest ? highest.teacher : lowest;
     }
 
-    // Whether exponentials around this reference neither overflow nor lose what counts.
+    // Whether exponentials around this reference neither overflow nor lose what counts: of e^20 the exponent's rounding
+    // is still that of the exponential.
     static bool near(T highest, double reference, double to_nats) {
         const double apart = std::abs(double(highest) - reference);
-        return apart <= 40 && apart * to_nats <= 40;
+        return apart <= 20 && apart * to_nats <= 20;
     }
 
     // The next piece of this row, or the first of the next.
@@ -369,9 +372,9 @@ class LogitsRows {
             const Rebase by = rebased(sums, state);
             const bool weighted = gradient_form(rule_.divergence) == GradientForm::weighted;
             first *= by.student_factor;
-            second *= weighted ? by.student_factor : by.teacher_factor;
             untempered *= by.untempered_factor;
-            if (weighted && !mixes()) second += first * (by.student_tempered - by.teacher_tempered);
+            if (!weighted) second *= by.teacher_factor;
+            if (weighted && !mixes() && first != 0) second += by.student_tempered - by.teacher_tempered;
         }
         to.first = T(first);
         to.second = T(second);

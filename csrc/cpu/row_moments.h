@@ -16,24 +16,31 @@ double sum_of_piece(const T* values, Piece piece) {
     return sum_of_lanes<T>(sum);
 }
 
-template <class T>
-double squares_around(double mean, const T* values, Piece piece) {
+// Sum of (v - origin)^power.
+template <int power, class T>
+double sum_around(double origin, const T* values, Piece piece) {
     Vector<T> sum{};
-    const auto add = [&](Vector<T> v) { sum += (v - T(mean)) * (v - T(mean)); };
+    const auto add = [&](Vector<T> v) { sum += power == 1 ? v - T(origin) : (v - T(origin)) * (v - T(origin)); };
     over_vectors<T>(
         piece, [&](int64_t i) { add(load<T>(values + i)); },
-        [&](int64_t i, int64_t first, int64_t last) { add(load_partial<T>(values + i, first, last, T(mean))); });
-    return sum_of_lanes<T>(sum);
+        [&](int64_t i, int64_t first, int64_t last) { add(load_partial<T>(values + i, first, last, T(origin))); });
+    const double result = sum_of_lanes<T>(sum);
+    if (std::isfinite(result)) return result;
+    double again = 0;  // float does not hold the square of 1e20
+    for (int64_t i = piece.head; i < piece.end(); ++i) again += std::pow(double(values[i]) - origin, power);
+    return again;
 }
 
-// The squares are around the mean of what has been seen (Chan, Golub, LeVeque 1979).
+// The squares are around the mean of what has been seen (Chan, Golub, LeVeque 1979), the mean is above the first value:
+// equal logits have a deviation of 0, not of a rounding.
 class RunningMoments {
   public:
     template <class T>
     void add(const T* values, Piece piece) {
-        const double number = double(piece.count), mean = sum_of_piece(values, piece) / number;
-        const double apart = mean - mean_, total = count_ + number;
-        squares_ += squares_around(mean, values, piece) + apart * apart * count_ * number / total;
+        if (count_ == 0) mean_ = double(values[piece.head]);
+        const double number = double(piece.count), total = count_ + number;
+        const double mean = mean_ + sum_around<1>(mean_, values, piece) / number, apart = mean - mean_;
+        squares_ += sum_around<2>(mean, values, piece) + apart * apart * count_ * number / total;
         mean_ += apart * number / total;
         count_ = total;
     }

@@ -134,9 +134,11 @@ KDDP_ALWAYS_INLINE inline Exponentials<T> exponentiate(Vector<T> margin, Vector<
         }
         if constexpr (distillation == Distillation::reverse) {
             if constexpr (!moments) apart *= by.student_to_nats;
-            e.other = e.student == 0 ? Vector<T>{} : -apart;
-            sums.dot += e.student * e.other;
-            if constexpr (moments) sums.other_moment += product_or_zero<T>(e.student, e.other * margin);
+            const Vector<T> weight = e.student == 0 ? Vector<T>{} : -apart;
+            sums.dot += e.student * weight;
+            if constexpr (moments) sums.other_moment += product_or_zero<T>(e.student, weight * margin);
+            // An infinite one leaves its row without a gradient: times 0 it has to be 0.
+            e.other = weight > -filling<T> ? broadcast<T>(-filling<T>) : weight;
         }
         if constexpr (moments) sums.student_moment += product_or_zero<T>(e.student, margin);
     }

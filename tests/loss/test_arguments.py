@@ -52,6 +52,27 @@ def call(**changes):
         ({"l1_weight": -1e-4}, ValueError, "l1_weight: expected a finite number of at least 0, got -0.0001"),
         ({"l1_weight": float("inf")}, ValueError, "l1_weight: expected a finite number of at least 0, got inf"),
         ({"l1_weight": [1.0, 2.0]}, ValueError, "l1_weight: expected one weight for each of 1 activations, got 2"),
+        (
+            {"divergence": "kl"},
+            ValueError,
+            "divergence: expected one of forward_kl, reverse_kl, jsd, dkd, got 'kl'",
+        ),
+        ({"jsd_beta": 0.0}, ValueError, "jsd_beta: expected a number between 0 and 1 .*, got 0.0"),
+        ({"jsd_beta": 1.0}, ValueError, "jsd_beta: expected a number between 0 and 1 .*, got 1.0"),
+        ({"jsd_beta": float("nan")}, ValueError, "jsd_beta: expected a number between 0 and 1 .*, got nan"),
+        (
+            {"dkd_target_weight": -1.0},
+            ValueError,
+            "dkd_target_weight: expected a finite number of at least 0, got -1.0",
+        ),
+        ({"dkd_non_target_weight": float("inf")}, ValueError, "dkd_non_target_weight: expected a finite .*, got inf"),
+        ({"dkd_non_target_weight": float("nan")}, ValueError, "dkd_non_target_weight: expected a finite .*, got nan"),
+        ({"standardize_logits": 1}, TypeError, "standardize_logits: expected a bool, got int"),
+        (
+            {"divergence": "dkd", "labels": None, "alpha": 1.0},
+            ValueError,
+            "labels: expected a tensor, since divergence is 'dkd', got None",
+        ),
         ({"backend": "fast"}, ValueError, "backend: expected 'auto', 'native' or 'reference', got 'fast'"),
     ],
 )
@@ -60,9 +81,13 @@ def test_bad_arguments(changes, error, message):
         call(**changes)
 
 
-def test_a_module_refuses_bad_settings_when_it_is_made():
-    with pytest.raises(ValueError, match="temperature"):
-        kddp_ext.FusedKDL1Loss(temperature=-1.0)
+@pytest.mark.parametrize(
+    ("settings", "name"),
+    [({"temperature": -1.0}, "temperature"), ({"divergence": "kl"}, "divergence"), ({"jsd_beta": 2.0}, "jsd_beta")],
+)
+def test_a_module_refuses_bad_settings_when_it_is_made(settings, name):
+    with pytest.raises(ValueError, match=name):
+        kddp_ext.FusedKDL1Loss(**settings)
 
 
 @pytest.mark.parametrize("dtype", [torch.int32, torch.int16, torch.uint8, torch.int8])

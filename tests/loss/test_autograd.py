@@ -5,10 +5,14 @@ import warnings
 
 import pytest
 import torch
+from loss_cases import DIVERGENCES
 from torch.library import opcheck
 
 import kddp_ext
 from kddp_ext import ops
+
+each_divergence = pytest.mark.parametrize("divergence", DIVERGENCES)
+standardized_or_not = pytest.mark.parametrize("standardize_logits", [False, True])
 
 
 @pytest.fixture
@@ -24,16 +28,21 @@ def loss_of(student, teacher, labels, *activations, **settings):
     return kddp_ext.fused_kd_l1_loss(student, teacher, labels, activations, **options)
 
 
+@each_divergence
+@standardized_or_not
 @pytest.mark.parametrize("temperature", [1.0, 2.0, 3.0, 4.0])
 @pytest.mark.parametrize("alpha", [0.0, 0.4, 1.0])
-def test_gradcheck(batch, temperature, alpha):
+def test_gradcheck(batch, temperature, alpha, divergence, standardize_logits):
     student, teacher, labels, activation = (x.double() if x.is_floating_point() else x for x in batch)
     labels[2] = -100
+    settings = {"divergence": divergence, "standardize_logits": standardize_logits, "jsd_beta": 0.3}
 
     def function(s, a):
-        return loss_of(s, teacher, labels, a, temperature=temperature, alpha=alpha)
+        return loss_of(s, teacher, labels, a, temperature=temperature, alpha=alpha, **settings)
 
-    assert torch.autograd.gradcheck(function, (student.requires_grad_(), activation.requires_grad_()))
+    inputs = (student[:4].requires_grad_(), activation[:4, :3].requires_grad_())
+    teacher, labels = teacher[:4], labels[:4]
+    assert torch.autograd.gradcheck(function, inputs)
 
 
 @pytest.mark.parametrize("without", ["teacher", "labels"])
@@ -49,6 +58,18 @@ def test_opcheck_of_the_loss(batch, flags):
     student, teacher, labels, activation = batch
     arguments = (student, teacher, labels, [activation], 3.0, 0.6, [0.01], 0.1, -100, 0, 0.5, 1.0, 8.0, False, *flags)
     opcheck(ops.kd_l1_loss_operator, arguments)
+
+
+@pytest.mark.parametrize("divergence", [1, 2, 3])
+@standardized_or_not
+def test_opcheck_of_each_divergence(batch, divergence, standardize_logits):
+    student, teacher, labels, activation = batch
+    settings = (3.0, 0.6, [0.01], 0.1, -100, divergence, 0.3, 1.0, 8.0, standardize_logits)
+    opcheck(
+        ops.kd_l1_loss_operator,
+        (student, teacher, labels, [activation], *settings, True, True, False, True),
+        test_utils=("test_schema", "test_faketensor"),
+    )
 
 
 def test_opcheck_of_absent_inputs(batch):
@@ -93,6 +114,26 @@ def test_compiles_without_a_graph_break(batch):
     torch.testing.assert_close(results[1], results[3])
 
 
+@each_divergence
+@standardized_or_not
+def test_each_divergence_compiles_without_a_graph_break(batch, divergence, standardize_logits):
+    student, teacher, labels, activation = batch
+
+    def step(s):
+        return loss_of(s, teacher, labels, activation, divergence=divergence, standardize_logits=standardize_logits)
+
+    results = []
+    torch._dynamo.reset()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # the compiler's own
+        for function in (step, torch.compile(step, fullgraph=True, backend="aot_eager")):
+            s = student.clone().requires_grad_()
+            loss = function(s)
+            loss.backward()
+            results.append((loss.detach(), s.grad))
+    torch.testing.assert_close(*results)
+
+
 def test_compiles_for_any_batch_size(batch):
     step = torch.compile(loss_of, fullgraph=True, dynamic=True)
     torch._dynamo.reset()
@@ -103,13 +144,16 @@ def test_compiles_for_any_batch_size(batch):
             torch.testing.assert_close(step(*arguments), loss_of(*arguments))
 
 
-def test_functorch_grad(batch):
+@each_divergence
+def test_functorch_grad(batch, divergence):
     student, teacher, labels, activation = batch
-    of_student, of_activation = torch.func.grad(lambda s, a: loss_of(s, teacher, labels, a), argnums=(0, 1))(
-        student, activation
-    )
+
+    def step(s, a):
+        return loss_of(s, teacher, labels, a, divergence=divergence)
+
+    of_student, of_activation = torch.func.grad(step, argnums=(0, 1))(student, activation)
     s, a = student.clone().requires_grad_(), activation.clone().requires_grad_()
-    loss_of(s, teacher, labels, a).backward()
+    step(s, a).backward()
     torch.testing.assert_close(of_student, s.grad)
     torch.testing.assert_close(of_activation, a.grad)
     value = torch.func.grad_and_value(lambda s: 2 * loss_of(s, teacher, labels))(student)[1]
@@ -137,11 +181,13 @@ def test_a_retained_graph_gives_the_same_gradient_again(batch):
         torch.testing.assert_close((s.grad, a.grad), (first[0] * times, first[1] * times))
 
 
-def test_a_second_derivative_is_refused(batch):
+@each_divergence
+def test_a_second_derivative_is_refused(batch, divergence):
     student, teacher, labels, _ = batch
     student.requires_grad_()
     scale = torch.ones((), requires_grad=True)
-    (gradient,) = torch.autograd.grad(loss_of(student, teacher, labels) * scale, student, create_graph=True)
+    loss = loss_of(student, teacher, labels, divergence=divergence) * scale
+    (gradient,) = torch.autograd.grad(loss, student, create_graph=True)
     with pytest.raises(RuntimeError, match="twice"):
         gradient.sum().backward()
 
@@ -186,9 +232,23 @@ def test_under_autocast(batch):
     assert layer.weight.grad.dtype == torch.float32
 
 
-def test_module_equals_function(batch):
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"divergence": "reverse_kl", "standardize_logits": True},
+        {"divergence": "jsd", "jsd_beta": 0.2},
+        {"divergence": "dkd", "dkd_target_weight": 0.5, "dkd_non_target_weight": 2.0},
+    ],
+)
+def test_module_equals_function(batch, settings):
     student, teacher, labels, activation = batch
-    module = kddp_ext.FusedKDL1Loss(temperature=3.0, alpha=0.6, l1_weight=0.01, label_smoothing=0.1)
-    assert torch.equal(module(student, teacher, labels, [activation]), loss_of(student, teacher, labels, activation))
+    module = kddp_ext.FusedKDL1Loss(temperature=3.0, alpha=0.6, l1_weight=0.01, label_smoothing=0.1, **settings)
+    function = loss_of(student, teacher, labels, activation, **settings)
+    assert torch.equal(module(student, teacher, labels, [activation]), function)
+    if settings:
+        assert not torch.equal(function, loss_of(student, teacher, labels, activation))
+        assert not torch.equal(function, loss_of(student, teacher, labels, activation, divergence=module.divergence))
     assert "temperature=3.0" in repr(module)
+    assert f"divergence={module.divergence!r}" in repr(module)
     assert not list(module.parameters())
