@@ -53,7 +53,7 @@ CRITERIA: dict[str, Criterion] = {
 def outgoing_norms(weights: Sequence[Tensor]) -> Tensor:
     """‖W2[:,j]‖₂ over all layers that read neuron j, float64 (H,); `weights` are (outputs, H)."""
     # By a few rows at a time: torch converts and sums along the rows of a large matrix an order of magnitude slower.
-    blocks = [rows.double().square_().sum(0) for weight in weights for rows in weight.detach().split(64)]
+    blocks = [rows.double().square().sum(0) for weight in weights for rows in weight.detach().split(64)]
     return torch.stack(blocks).sum(0).sqrt()
 
 
