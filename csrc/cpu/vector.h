@@ -215,7 +215,7 @@ inline Vector<T> exp2_of_product(Vector<T> x, T factor) {
 
 #if defined(__AVX512F__)
 // The same in fewer operations: 2^(n/32) from a table that two registers hold, so that f is at most 1/64. Entry k is
-// the bits of 2^(k/32) less k << 18: added to n << 18, they are those of 2^(n/32). Own fit: 1.1e-10.
+// the bits of 2^(k/32) less k << 18: added to n << 18, they are those of 2^(n/32). Own fit: 5.4e-8.
 alignas(64) constexpr uint32_t exp2_table[32] = {
     0x3f800000, 0x3f7ecd87, 0x3f7daac3, 0x3f7c980f, 0x3f7b95c2, 0x3f7aa43a, 0x3f79c3d3, 0x3f78f4f0,
     0x3f7837f0, 0x3f778d3a, 0x3f76f532, 0x3f767043, 0x3f75fed7, 0x3f75a15b, 0x3f75583f, 0x3f7523f6,
@@ -234,8 +234,7 @@ inline Vector<float> exp2_of_product<float>(Vector<float> x, float factor) {
     const __m512i fraction =
         _mm512_permutex2var_epi32(_mm512_load_si512(exp2_table), bits, _mm512_load_si512(exp2_table + 16));
     const __m512i power = _mm512_add_epi32(fraction, _mm512_maskz_slli_epi32(0xffff, bits, 18));
-    __m512 slope = _mm512_fmadd_ps(f, _mm512_set1_ps(0.05549876803f), _mm512_set1_ps(0.240228476f));
-    slope = _mm512_fmadd_ps(f, slope, _mm512_set1_ps(0.6931471819f));
+    const __m512 slope = _mm512_fmadd_ps(f, _mm512_set1_ps(0.2402265038f), _mm512_set1_ps(0.6931573343f));
     const __m512 scale = _mm512_castsi512_ps(power);
     return (Vector<float>)_mm512_fmadd_ps(scale, _mm512_mul_ps(f, slope), scale);
 }

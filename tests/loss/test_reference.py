@@ -1,4 +1,4 @@
-"""The truth that the kernels are tested against, itself held to definitions in other words and to finite differences."""
+"""The truth that the kernels are tested against, itself held to definitions and to finite differences."""
 
 import pytest
 import torch
