@@ -1,10 +1,13 @@
-// Which loops of row_steps.h serve a call.
+// Which loops of row_steps.h and gradient_steps.h serve a call.
 #pragma once
 
-#include "cpu/row_steps.h"
+#include "cpu/gradient_steps.h"
 
 namespace kddp {
 namespace {
+
+// Rows of more classes are read twice instead of being kept as exponentials: the second-level cache holds no more.
+constexpr int64_t longest_kept_row = 32768;
 
 template <class T>
 using ReadPiece = const void* (*)(const void*, Piece, T*);
@@ -19,15 +22,22 @@ template <class T>
 using WriteGradientAgain = void (*)(const void*, const void*, Piece, Tempering<T>, const PieceSums&,
                                     const PieceGradient<T>&, void*);
 
+// Loops over logits less the references of their piece.
+template <class T>
+struct LogitsLoops {
+    ExponentiatePiece<T> exponentiate;         // fast, but its dot is no number where a class is excluded
+    ExponentiatePiece<T> exponentiate_safely;  // the same numbers where both give numbers
+    WriteGradientAgain<T> write_again;         // the gradient; absent: it is made from what `exponentiate` keeps
+};
+
 template <class T>
 struct RowSteps {
     ReadPiece<T> read_student, read_teacher;        // for the loops below, as they want it
     ReadPiece<T> convert_student, convert_teacher;  // to the type computed in
     HighestOf<T> highest_of;
-    ExponentiatePiece<T> exponentiate;         // fast, but its dot is no number where a class is excluded
-    ExponentiatePiece<T> exponentiate_safely;  // the same numbers where both give numbers
-    WriteGradientPiece<T> write_gradient;      // of what `exponentiate` kept
-    WriteGradientAgain<T> write_again;         // of the logits; absent: there is no such loop, and they are kept
+    LogitsLoops<T> by_difference;          // of any references
+    LogitsLoops<T> by_shift;               // of such as are shifts of the exponent; may be absent
+    WriteGradientPiece<T> write_gradient;  // of what `exponentiate` kept
 };
 
 template <class T>
@@ -75,25 +85,40 @@ inline Untempered choose_untempered(const KdL1Loss& job) {
 }
 
 // The loops that read elements of one type where they are.
-template <class T, class Element, Distillation distillation, Untempered untempered, bool moments>
-void choose_loops(const KdL1Loss& job, bool keep, RowSteps<T>& steps) {
+template <class T, class Element, Distillation distillation, Untempered untempered, bool moments, bool keep>
+void choose_loops(RowSteps<T>& steps) {
     constexpr Exclusions safe = Exclusions::counted_as_zero;
-    constexpr Exclusions fast = distillation == Distillation::forward && !moments ? Exclusions::ignored : safe;
+    constexpr bool plain = distillation == Distillation::forward && !moments;
+    constexpr bool shifts = plain && has_exp2_of_shifted<T> && untempered != Untempered::separate;
+    constexpr Exclusions fast = plain && !shifts ? Exclusions::ignored : safe;
     steps.highest_of = highest_of<T, Element>;
-    steps.exponentiate = exponentiate_piece<T, Element, distillation, untempered, moments, fast, true>;
-    steps.exponentiate_safely = exponentiate_piece<T, Element, distillation, untempered, moments, safe, true>;
-    if constexpr (!moments && distillation == Distillation::forward && sizeof(T) == 4) {
-        // A term of weight 0 has no gradient, which the loops over kept exponentials see to.
-        const bool weightless = (job.teacher.data && job.alpha == 0) || (job.labels && job.alpha == 1);
-        if (keep || weightless) return;
-        steps.exponentiate = exponentiate_piece<T, Element, distillation, untempered, false, fast, false>;
-        steps.exponentiate_safely = exponentiate_piece<T, Element, distillation, untempered, false, safe, false>;
-        steps.write_again = write_gradient_again<T, Element, distillation, untempered>;
+    steps.by_difference = {exponentiate_piece<T, Element, distillation, untempered, moments, fast, false, keep>,
+                           exponentiate_piece<T, Element, distillation, untempered, moments, safe, false, keep>,
+                           nullptr};
+    if constexpr (!keep)
+        steps.by_difference.write_again = write_gradient_again<T, Element, distillation, untempered, false>;
+    if constexpr (shifts) {
+        steps.by_shift = {
+            exponentiate_piece<T, Element, distillation, untempered, moments, Exclusions::ignored, true, keep>,
+            exponentiate_piece<T, Element, distillation, untempered, moments, safe, true, keep>, nullptr};
+        if constexpr (!keep)
+            steps.by_shift.write_again = write_gradient_again<T, Element, distillation, untempered, true>;
     }
 }
 
+template <class T, class Element, Distillation distillation, Untempered untempered, bool moments>
+void choose_loops(const KdL1Loss& job, bool where_they_are, RowSteps<T>& steps) {
+    if constexpr (!moments && distillation == Distillation::forward && sizeof(T) == 4) {
+        // A term of weight 0 has no gradient, which the loops over kept exponentials see to.
+        const bool weightless = (job.teacher.data && job.alpha == 0) || (job.labels && job.alpha == 1);
+        if (where_they_are && !weightless && job.classes > longest_kept_row)
+            return choose_loops<T, Element, distillation, untempered, moments, false>(steps);
+    }
+    choose_loops<T, Element, distillation, untempered, moments, true>(steps);
+}
+
 template <class T, Distillation distillation, Untempered untempered, bool moments>
-RowSteps<T> steps_of(const KdL1Loss& job, bool keep) {
+RowSteps<T> steps_of(const KdL1Loss& job) {
     const ElementType type = job.student.type;
     RowSteps<T> steps{};
     steps.convert_student = steps.read_student = choose_convert<T>(type);
@@ -108,52 +133,50 @@ RowSteps<T> steps_of(const KdL1Loss& job, bool keep) {
     if constexpr (distillation == Distillation::forward && !moments && sizeof(T) == 4) {
         if (alike && !dkd && type == ElementType::bfloat16 && job.label_smoothing == 0) {
             steps.read_student = steps.read_teacher = find_piece<T, BFloat16>;
-            choose_loops<T, BFloat16, distillation, untempered, moments>(job, keep, steps);
+            choose_loops<T, BFloat16, distillation, untempered, moments>(job, true, steps);
             return steps;
         }
         if (alike && !dkd && type == ElementType::float16 && job.label_smoothing == 0) {
             steps.read_student = steps.read_teacher = find_piece<T, Float16>;
-            choose_loops<T, Float16, distillation, untempered, moments>(job, keep, steps);
+            choose_loops<T, Float16, distillation, untempered, moments>(job, true, steps);
             return steps;
         }
     }
     const bool where_they_are = alike && !dkd && type == type_of_element<T>;
     if (!dkd && type == type_of_element<T>) steps.read_student = find_piece<T, T>;
     if (!dkd && job.teacher.type == type_of_element<T>) steps.read_teacher = find_piece<T, T>;
-    choose_loops<T, T, distillation, untempered, moments>(job, keep || !where_they_are, steps);
+    choose_loops<T, T, distillation, untempered, moments>(job, where_they_are, steps);
     return steps;
 }
 
 template <class T, Distillation distillation>
-RowSteps<T> choose_steps(const KdL1Loss& job, bool keep) {
+RowSteps<T> choose_steps(const KdL1Loss& job) {
     const Untempered untempered = choose_untempered<T>(job);
     if constexpr (distillation != Distillation::none) {
         if (job.standardize_logits)
-            return untempered == Untempered::absent ? steps_of<T, distillation, Untempered::absent, true>(job, keep)
-                                                    : steps_of<T, distillation, Untempered::separate, true>(job, keep);
+            return untempered == Untempered::absent ? steps_of<T, distillation, Untempered::absent, true>(job)
+                                                    : steps_of<T, distillation, Untempered::separate, true>(job);
         if constexpr (sizeof(T) == 4) {
-            if (untempered == Untempered::square)
-                return steps_of<T, distillation, Untempered::square, false>(job, keep);
-            if (untempered == Untempered::fourth)
-                return steps_of<T, distillation, Untempered::fourth, false>(job, keep);
+            if (untempered == Untempered::square) return steps_of<T, distillation, Untempered::square, false>(job);
+            if (untempered == Untempered::fourth) return steps_of<T, distillation, Untempered::fourth, false>(job);
         }
     }
-    if (untempered == Untempered::absent) return steps_of<T, distillation, Untempered::absent, false>(job, keep);
-    if (untempered == Untempered::same) return steps_of<T, distillation, Untempered::same, false>(job, keep);
-    return steps_of<T, distillation, Untempered::separate, false>(job, keep);
+    if (untempered == Untempered::absent) return steps_of<T, distillation, Untempered::absent, false>(job);
+    if (untempered == Untempered::same) return steps_of<T, distillation, Untempered::same, false>(job);
+    return steps_of<T, distillation, Untempered::separate, false>(job);
 }
 
 template <class T>
-RowSteps<T> choose_steps(const KdL1Loss& job, bool keep) {
+RowSteps<T> choose_steps(const KdL1Loss& job) {
     switch (choose_distillation(job)) {
         case Distillation::forward:
-            return choose_steps<T, Distillation::forward>(job, keep);
+            return choose_steps<T, Distillation::forward>(job);
         case Distillation::reverse:
-            return choose_steps<T, Distillation::reverse>(job, keep);
+            return choose_steps<T, Distillation::reverse>(job);
         case Distillation::mixture:
-            return choose_steps<T, Distillation::mixture>(job, keep);
+            return choose_steps<T, Distillation::mixture>(job);
         default:
-            return choose_steps<T, Distillation::none>(job, keep);
+            return choose_steps<T, Distillation::none>(job);
     }
 }
 

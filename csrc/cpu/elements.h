@@ -179,6 +179,45 @@ inline void stream_elements(Element* to, Vector<T> v) {
     stream<bytes>(to, converted);
 }
 
+// Two vectors of neighbouring elements, in an order that is cheaper than their own; the same on reading and on writing.
+template <class T>
+struct VectorPair {
+    Vector<T> first, second;
+};
+
+template <class T, class Element>
+constexpr bool has_pairs = false;
+
+template <class T, class Element>
+VectorPair<T> load_pair(const Element* from);
+template <class T, class Element>
+void write_pair(Element* to, VectorPair<T> v, bool past_caches);
+
+#if defined(__AVX512BF16__)
+template <>
+constexpr bool has_pairs<float, BFloat16> = true;
+
+// The elements of even number are the low halves of 32 bits, the others the high ones.
+template <>
+inline VectorPair<float> load_pair<float, BFloat16>(const BFloat16* from) {
+    const BitsVector<float> words = (BitsVector<float>)_mm512_loadu_si512(from);
+    return {(Vector<float>)(words << 16), (Vector<float>)(words & 0xffff0000u)};
+}
+
+alignas(64) constexpr uint16_t interleaved[32] = {0, 16, 1, 17, 2,  18, 3,  19, 4,  20, 5,  21, 6,  22, 7,  23,
+                                                  8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31};
+
+template <>
+inline void write_pair<float, BFloat16>(BFloat16* to, VectorPair<float> v, bool past_caches) {
+    const __m512i halves = (__m512i)_mm512_cvtne2ps_pbh((__m512)v.second, (__m512)v.first);
+    const __m512i elements = _mm512_maskz_permutexvar_epi16(~__mmask32(0), _mm512_load_si512(interleaved), halves);
+    if (!past_caches) return _mm512_storeu_si512(to, elements);
+    // Only half of it is sure to be aligned.
+    _mm256_stream_si256((__m256i*)to, (__m256i)__builtin_shufflevector(elements, elements, 0, 1, 2, 3));
+    _mm256_stream_si256((__m256i*)(to + 16), (__m256i)__builtin_shufflevector(elements, elements, 4, 5, 6, 7));
+}
+#endif
+
 // Lanes `first` to `last` of a vector; the others are filled on reading and left alone on writing.
 
 // A copy of them is read, for memory around them may be nobody's.

@@ -69,12 +69,13 @@ struct Schedule {
         kept_bytes = round_up_to_line(buffer_places<T>(job.classes) * int64_t(sizeof(T)));
         kept_streams = choose_untempered<T>(job) == Untempered::separate ? 3 : 2;
         const bool mixes = job.divergence == Divergence::jsd, reads_again = job.standardize_logits || mixes;
-        logits_bytes = reads_again ? piece_classes * int64_t(sizeof(T)) : 0;
-        const int64_t pieces = divide_up(job.classes + lanes<T>, piece_classes);
+        const int64_t of_piece = piece_classes(job.classes);
+        logits_bytes = reads_again ? of_piece * int64_t(sizeof(T)) : 0;
+        const int64_t pieces = divide_up(job.classes + lanes<T>, of_piece);
         sums_bytes = round_up_to_line(pieces * int64_t(sizeof(PieceSums)));
         mixture_bytes = mixes ? round_up_to_line(pieces * int64_t(sizeof(MixtureSums))) : 0;
         scratch_bytes = kept_streams * kept_bytes + 2 * logits_bytes + sums_bytes + mixture_bytes;
-        shares_rows = job.threads > 1 && job.student.data && job.rows < job.threads && job.classes >= 2 * piece_classes;
+        shares_rows = job.threads > 1 && job.student.data && job.rows < job.threads && job.classes >= 2 * of_piece;
         if (shares_rows) logits_blocks = job.rows, block_rows = 1;
     }
 

@@ -6,8 +6,8 @@
 
 #include <algorithm>
 
-#include "cpu/choose_steps.h"
 #include "cpu/row_moments.h"
+#include "cpu/row_scratch.h"
 #include "kddp/kd_l1_loss.h"
 
 namespace kddp {
@@ -17,39 +17,6 @@ namespace {
 // differ from one worked by several in a last bit.
 #define KDDP_ONE_COPY __attribute__((noinline))
 
-constexpr int64_t longest_kept_row = 32768, piece_classes = 1024;
-
-// From so many classes on, a row's places in the buffers follow the address of its gradient.
-constexpr int64_t shortest_aligned_row = 256;
-
-template <class T>
-constexpr int64_t buffer_places(int64_t classes) {
-    return classes <= longest_kept_row ? round_up_to_lanes<T>(classes + lanes<T>) : piece_classes;
-}
-
-struct RowTerms {
-    double kd = 0, ce = 0, correct = 0;
-};
-
-// What a row's pieces leave for one another.
-struct RowState {
-    double student_to_nats, teacher_to_nats;  // 1 / T, of standardised logits also by the row's deviation
-    Moments student;
-    const PieceSums* sums;  // of the row
-    PieceSums merged;       // where it has several pieces
-    MixtureSums mixture;
-    RowGradient gradient;
-};
-
-// Memory that a row is worked in.
-template <class T>
-struct RowScratch {
-    RowBuffers<T> kept;    // buffer_places each
-    RowBuffers<T> logits;  // a piece as read, where a step needs it again; has no `untempered`
-    PieceSums* sums;       // of each piece
-    MixtureSums* mixture;  // likewise
-};
-
 template <class T>
 class LogitsRows {
   public:
@@ -57,7 +24,8 @@ class LogitsRows {
     LogitsRows(const KdL1Loss& job, int64_t valid_rows, bool past_caches, bool shared)
         : job_(job),
           kept_(job.classes <= longest_kept_row && !shared),
-          steps_(choose_steps<T>(job, kept_)),
+          steps_(choose_steps<T>(job)),
+          piece_classes_(piece_classes(job.classes)),
           rule_(rule_of(job, valid_rows)),
           past_caches_(past_caches) {}
 
@@ -146,16 +114,16 @@ class LogitsRows {
         return job_.classes < shortest_aligned_row ? 0 : row * job_.classes % lanes<T>;
     }
 
-    int64_t pieces_of(int64_t row) const { return (head_of(row) + job_.classes + piece_classes - 1) / piece_classes; }
+    int64_t pieces_of(int64_t row) const { return (head_of(row) + job_.classes + piece_classes_ - 1) / piece_classes_; }
 
     Piece piece_of(int64_t row, int64_t k) const {
-        const int64_t head = head_of(row), start = k == 0 ? 0 : k * piece_classes - head;
-        const int64_t room = piece_classes - (k == 0 ? head : 0), left = job_.classes - start;
+        const int64_t head = head_of(row), start = k == 0 ? 0 : k * piece_classes_ - head;
+        const int64_t room = piece_classes_ - (k == 0 ? head : 0), left = job_.classes - start;
         return {start, left < room ? left : room, k == 0 ? head : 0};
     }
 
     RowBuffers<T> buffers_of(int64_t k, const RowScratch<T>& scratch) const {
-        return kept_ ? scratch.kept + k * piece_classes : scratch.kept;
+        return kept_ ? scratch.kept + k * piece_classes_ : scratch.kept;
     }
 
     const char* element(const Matrix& matrix, int64_t row, int64_t column) const {
@@ -220,28 +188,44 @@ class LogitsRows {
         // The first few vectors tell where the highest logits are about; where they mislead, the piece is done again.
         // The weighted form takes differences of what a reference away from the highest logit would round.
         const bool weighted = rule_.with_teacher && gradient_form(rule_.divergence) == GradientForm::weighted;
-        const int64_t looked_at = weighted ? piece_classes : 4;
+        const int64_t looked_at = weighted ? longest_piece : 4;
         set_references({steps_.highest_of(logits.student, piece, looked_at),
                         rule_.with_teacher ? steps_.highest_of(logits.teacher, piece, looked_at) : T(0)},
-                       sums);
+                       by, sums);
         const Highest<T> highest =
-            steps_.exponentiate(logits.student, logits.teacher, buffers, piece, by, next_of(row, k), sums);
+            loops_for(sums, by).exponentiate(logits.student, logits.teacher, buffers, piece, by, next_of(row, k), sums);
         const bool misled =
             !near(highest.student, sums.student_reference, state.student_to_nats) ||
             (rule_.with_teacher && !near(highest.teacher, sums.teacher_reference, state.teacher_to_nats));
         if (misled || !std::isfinite(sums.dot)) {
             logits = read(row, piece, buffers);
-            set_references(highest, sums);
-            steps_.exponentiate_safely(logits.student, logits.teacher, buffers, piece, by, next_of(row, k), sums);
+            set_references(highest, by, sums);
+            loops_for(sums, by).exponentiate_safely(logits.student, logits.teacher, buffers, piece, by, next_of(row, k),
+                                                    sums);
         }
         sums.highest = double(highest.student);
     }
 
-    // Where every logit is -inf, their differences from a finite reference are so too, and the filling is below it.
-    static void set_references(Highest<T> highest, PieceSums& sums) {
+    // Near the highest logits, at a shift of the exponent where there is one. Where every logit is -inf, their
+    // differences from a finite reference are so too, and the filling is below it.
+    void set_references(Highest<T> highest, const Tempering<T>& by, PieceSums& sums) const {
         constexpr T lowest = filling<T> / 2;
         sums.student_reference = highest.student > lowest ? highest.student : lowest;
         sums.teacher_reference = highest.teacher > lowest ? highest.teacher : lowest;
+        if (!shifts(sums, by)) return;
+        sums.student_reference = nearest_shift(sums.student_reference, by.student_to_exponent);
+        sums.teacher_reference = nearest_shift(sums.teacher_reference, by.teacher_to_exponent);
+    }
+
+    // The exponential of a class alone is to be 1, so that nothing is rounded.
+    bool shifts(const PieceSums& references, const Tempering<T>& by) const {
+        return steps_.by_shift.exponentiate && job_.classes > 1 &&
+               may_shift(references.student_reference, by.student_to_exponent) &&
+               may_shift(references.teacher_reference, by.teacher_to_exponent);
+    }
+
+    const LogitsLoops<T>& loops_for(const PieceSums& references, const Tempering<T>& by) const {
+        return shifts(references, by) ? steps_.by_shift : steps_.by_difference;
     }
 
     // Whether exponentials around this reference neither overflow nor lose what counts: of e^20 the exponent's rounding
@@ -350,10 +334,11 @@ class LogitsRows {
             logits = steps_.convert_student(element(job_.student, row, piece.start), piece, scratch.logits.student);
         PieceGradient<T> coefficients;
         set_coefficients(row, piece, scratch.sums[k], state, logits, coefficients);
-        if (steps_.write_again) {
+        const Tempering<T> by = tempering(state);
+        if (const auto write_again = loops_for(scratch.sums[k], by).write_again) {
             const Logits again = read(row, piece, buffers);
-            steps_.write_again(again.student, again.teacher, piece, tempering(state), scratch.sums[k], coefficients,
-                               gradient(row, piece.start));
+            write_again(again.student, again.teacher, piece, by, scratch.sums[k], coefficients,
+                        gradient(row, piece.start));
             return;
         }
         PieceSums sums;
@@ -392,6 +377,7 @@ class LogitsRows {
     const KdL1Loss& job_;
     const bool kept_;
     const RowSteps<T> steps_;
+    const int64_t piece_classes_;
     const RowRule rule_;
     const bool past_caches_;
 };

@@ -20,15 +20,23 @@ struct Piece {
 };
 
 // whole(i) for every whole vector of a piece, part(i, first, last) for those of which it has some lanes only: at most
-// the first and the last.
-template <class T, class Whole, class Part>
-KDDP_ALWAYS_INLINE inline void over_vectors(Piece piece, Whole whole, Part part) {
+// the first and the last. With `pairs`, pair(i) for two whole vectors side by side, as far as there are two.
+template <class T, bool pairs, class Pair, class Whole, class Part>
+KDDP_ALWAYS_INLINE inline void over_vectors(Piece piece, Pair pair, Whole whole, Part part) {
     const int64_t begin = piece.first_whole(lanes<T>), end = piece.last_whole(lanes<T>);
     for (int64_t i = begin > 0 ? 0 : end; i < piece.end(); i = i < end ? end : piece.end()) {
         const bool last = i == end;
         part(i, last ? int64_t(0) : piece.head, (last || piece.end() < begin ? piece.end() : begin) - i);
     }
-    for (int64_t i = begin; i < end; i += lanes<T>) whole(i);
+    int64_t i = begin;
+    if constexpr (pairs)
+        for (; i + 2 * lanes<T> <= end; i += 2 * lanes<T>) pair(i);
+    for (; i < end; i += lanes<T>) whole(i);
+}
+
+template <class T, class Whole, class Part>
+KDDP_ALWAYS_INLINE inline void over_vectors(Piece piece, Whole whole, Part part) {
+    over_vectors<T, false>(piece, [](int64_t) {}, whole, part);
 }
 
 }  // namespace

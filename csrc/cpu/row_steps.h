@@ -109,21 +109,52 @@ struct ExponentialSums {
     Vector<T> highest = broadcast<T>(filling<T>), highest_of_teacher = highest;
 };
 
-// From margins s - r_s and t - r_t.
-template <class T, Distillation distillation, Untempered untempered, bool moments, Exclusions exclusions>
-KDDP_ALWAYS_INLINE inline Exponentials<T> exponentiate(Vector<T> margin, Vector<T> teacher_margin,
+// Where the exponentials of a piece are 1: in logits, and as a shift of the exponent (see exp2_of_shifted).
+template <class T>
+struct Origin {
+    T student, teacher, apart;  // apart: teacher less student
+    T student_shift, teacher_shift;
+};
+
+// How far a reference moves the exponent, to the next multiple of what exp2_of_shifted can.
+inline double shift_of(double reference, double to_exponent) {
+    return std::nearbyint(reference * to_exponent / exp2_shift_unit) * exp2_shift_unit;
+}
+
+// Logits further from 0 lose too much in t - s.
+inline bool may_shift(double reference, double to_exponent) { return std::abs(reference * to_exponent) <= 64; }
+
+inline double nearest_shift(double reference, double to_exponent) {
+    return shift_of(reference, to_exponent) / to_exponent;
+}
+
+template <class T>
+inline Origin<T> origin_of(const PieceSums& references, const Tempering<T>& by) {
+    const double student = references.student_reference, teacher = references.teacher_reference;
+    return {T(student), T(teacher), T(teacher - student), T(shift_of(student, by.student_to_exponent)),
+            T(shift_of(teacher, by.teacher_to_exponent))};
+}
+
+// The exponentials of a vector of classes. `shifted`: both references are shifts of the exponent.
+template <class T, Distillation distillation, Untempered untempered, bool moments, Exclusions exclusions, bool shifted>
+KDDP_ALWAYS_INLINE inline Exponentials<T> exponentiate(Vector<T> s, Vector<T> t, const Origin<T>& origin,
                                                        const Tempering<T>& by, ExponentialSums<T>& sums) {
     constexpr bool with_teacher = distillation != Distillation::none;
+    const Vector<T> margin = s - origin.student, teacher_margin = t - origin.teacher;
     Exponentials<T> e;
-    if constexpr (with_teacher || (untempered != Untempered::separate && untempered != Untempered::absent)) {
+    if constexpr (shifted)
+        e.student = exp2_of_shifted(s, by.student_to_exponent, origin.student_shift);
+    else if constexpr (with_teacher || (untempered != Untempered::separate && untempered != Untempered::absent))
         e.student = exp2_of_product<T>(margin, by.student_to_exponent);
-        sums.student += e.student;
-    }
+    sums.student += e.student;
     if constexpr (with_teacher) {
-        e.other = exp2_of_product<T>(teacher_margin, by.teacher_to_exponent);
+        if constexpr (shifted)
+            e.other = exp2_of_shifted(t, by.teacher_to_exponent, origin.teacher_shift);
+        else
+            e.other = exp2_of_product<T>(teacher_margin, by.teacher_to_exponent);
         sums.teacher += e.other;
         // Where both temperatures are one, it is multiplied in at the end.
-        Vector<T> apart = teacher_margin - margin;
+        Vector<T> apart = shifted ? (t - s) - origin.apart : teacher_margin - margin;
         if constexpr (moments) apart = teacher_margin * by.teacher_to_nats - margin * by.student_to_nats;
         if constexpr (distillation == Distillation::forward) {
             if constexpr (exclusions == Exclusions::ignored)
@@ -164,35 +195,46 @@ struct Highest {
 // Sums a piece's exponentials, and keeps them in the buffers where the gradient is to be made from those. The sums'
 // references are set. Returns the highest logits.
 template <class T, class Element, Distillation distillation, Untempered untempered, bool moments, Exclusions exclusions,
-          bool keep>
+          bool shifted, bool keep>
 Highest<T> exponentiate_piece(const void* student_logits, const void* teacher_logits, RowBuffers<T> buffers,
                               Piece piece, Tempering<T> by, NextLogits next, PieceSums& result) {
-    constexpr bool with_teacher = distillation != Distillation::none;
+    constexpr bool with_teacher = distillation != Distillation::none, pairs = !keep && has_pairs<T, Element>;
     const Element* student = static_cast<const Element*>(student_logits);
     const Element* teacher = static_cast<const Element*>(teacher_logits);
-    const T of_student = T(result.student_reference), of_teacher = T(result.teacher_reference);
+    const Origin<T> origin = origin_of<T>(result, by);
     ExponentialSums<T> sums;
     const auto add = [&](int64_t i, Vector<T> s, Vector<T> t) KDDP_ALWAYS_INLINE {
         sums.highest = maximum<T>(s, sums.highest);
         if constexpr (with_teacher) sums.highest_of_teacher = maximum<T>(t, sums.highest_of_teacher);
         const Exponentials<T> e =
-            exponentiate<T, distillation, untempered, moments, exclusions>(s - of_student, t - of_teacher, by, sums);
+            exponentiate<T, distillation, untempered, moments, exclusions, shifted>(s, t, origin, by, sums);
         if constexpr (!keep) return;
         if constexpr (with_teacher || untempered != Untempered::separate) store<T>(buffers.student + i, e.student);
         if constexpr (with_teacher) store<T>(buffers.teacher + i, e.other);
         if constexpr (untempered == Untempered::separate) store<T>(buffers.untempered + i, e.untempered);
     };
-    over_vectors<T>(
+    const auto ask_for_next = [&](int vectors) KDDP_ALWAYS_INLINE {
+        prefetch(next.student);
+        next.student += vectors * next.student_bytes;
+        if constexpr (with_teacher) {
+            prefetch(next.teacher);
+            next.teacher += vectors * next.teacher_bytes;
+        }
+    };
+    over_vectors<T, pairs>(
         piece,
         [&](int64_t i) {
+            ask_for_next(2);
+            VectorPair<T> t{};
+            const VectorPair<T> s = load_pair<T>(student + i);
+            if constexpr (with_teacher) t = load_pair<T>(teacher + i);
+            add(i, s.first, t.first);
+            add(i, s.second, t.second);
+        },
+        [&](int64_t i) {
+            ask_for_next(1);
             Vector<T> t{};
-            if constexpr (with_teacher) {
-                t = load_elements<T>(teacher + i);
-                prefetch(next.teacher);
-                next.teacher += next.teacher_bytes;
-            }
-            prefetch(next.student);
-            next.student += next.student_bytes;
+            if constexpr (with_teacher) t = load_elements<T>(teacher + i);
             add(i, load_elements<T>(student + i), t);
         },
         [&](int64_t i, int64_t first, int64_t last) {
@@ -204,6 +246,8 @@ Highest<T> exponentiate_piece(const void* student_logits, const void* teacher_lo
     result.teacher = sum_of_lanes<T>(sums.teacher);
     result.untempered = sum_of_lanes<T>(sums.untempered);
     result.dot = sum_of_lanes<T>(sums.dot);
+    if constexpr (shifted)  // less what `apart` was rounded by
+        result.dot -= (result.teacher_reference - result.student_reference - double(origin.apart)) * result.teacher;
     if constexpr (distillation == Distillation::forward && !moments) result.dot *= double(by.student_to_nats);
     result.student_moment = sum_of_lanes<T>(sums.student_moment);
     result.other_moment = sum_of_lanes<T>(sums.other_moment);
@@ -250,107 +294,6 @@ void mix_piece(const void* student_logits, const void* teacher_logits, RowBuffer
     sums.kl_student = sum_of_lanes<T>(kl_student);
     sums.student_moment = sum_of_lanes<T>(student_moment);
     sums.weighted_moment = sum_of_lanes<T>(weighted_moment);
-}
-
-// The coefficients of RowGradient for one piece.
-template <class T>
-struct PieceGradient {
-    T first, second, untempered, constant, label, projection;
-    T mean;               // of the row, used with a projection
-    const void* logits;   // the piece as read, used with a projection
-    int64_t label_place;  // in the buffers; none: below 0
-    bool past_caches;
-
-    // One that no store can change, so that it stays in registers.
-    PieceGradient copy() const {
-        return {first, second, untempered, constant, label, projection, mean, logits, label_place, past_caches};
-    }
-};
-
-template <class T, Distillation distillation, Untempered untempered>
-KDDP_ALWAYS_INLINE inline Vector<T> gradient_vector(const Exponentials<T>& e, const PieceGradient<T>& scale) {
-    constexpr GradientForm form =
-        distillation == Distillation::forward ? GradientForm::difference : GradientForm::weighted;
-    Vector<T> gradient{};
-    if constexpr (distillation != Distillation::none)
-        gradient = divergence_gradient<form>(e.student, e.other, scale.first, scale.second);
-    if constexpr (untempered != Untempered::absent) gradient += scale.untempered * e.untempered - scale.constant;
-    return gradient;
-}
-
-// Writes `gradient(i, first, last)`, the vectors of a piece's gradient less what is subtracted at the label. The piece
-// starts at `target`.
-template <class T, class Element, class Gradient>
-KDDP_ALWAYS_INLINE inline void write_vectors(Piece piece, const PieceGradient<T>& scale, void* target,
-                                             Gradient gradient) {
-    Element* to = static_cast<Element*>(target) - piece.head;
-    const int64_t begin = piece.first_whole(lanes<T>), end = piece.last_whole(lanes<T>);
-    const int64_t place = scale.label_place / lanes<T> * lanes<T>;
-    const int64_t label = scale.label_place >= begin && scale.label_place < end ? place : end;
-    // Whole vectors up to the label's and from there on; then the others one by one.
-    for (int64_t i = begin; i < end; i = label + lanes<T>) {
-        const int64_t until = i <= label ? label : end;
-        for (; i < until; i += lanes<T>) {
-            const Vector<T> v = gradient(i, 0, lanes<T>);
-            scale.past_caches ? stream_elements<T>(to + i, v) : store_elements<T>(to + i, v);
-        }
-        if (until == end) break;
-    }
-    const int64_t others[] = {begin > 0 ? 0 : -1, label < end ? label : -1, end < piece.end() ? end : -1};
-    for (const int64_t i : others) {
-        if (i < 0) continue;
-        const int64_t first = i < piece.head ? piece.head - i : 0;
-        const int64_t last = i + lanes<T> < piece.end() ? lanes<T> : piece.end() - i;
-        Vector<T> v = gradient(i, first, last);
-        if (scale.label_place >= i && scale.label_place < i + lanes<T>) v[scale.label_place - i] -= scale.label;
-        store_partial<T>(to + i, v, first, last);
-    }
-}
-
-// From exponentials that were kept.
-template <class T, class Element, Distillation distillation, Untempered untempered, bool moments>
-void write_gradient_piece(RowBuffers<T> buffers, Piece piece, const PieceGradient<T>& of_piece, void* target) {
-    constexpr bool with_teacher = distillation != Distillation::none;
-    const PieceGradient<T> scale = of_piece.copy();
-    const T* logits = static_cast<const T*>(scale.logits);
-    write_vectors<T, Element>(piece, scale, target, [&](int64_t i, int64_t first, int64_t last) KDDP_ALWAYS_INLINE {
-        Exponentials<T> e;
-        if constexpr (with_teacher || (untempered != Untempered::separate && untempered != Untempered::absent))
-            e.student = load<T>(buffers.student + i);
-        if constexpr (with_teacher) e.other = load<T>(buffers.teacher + i);
-        if constexpr (untempered == Untempered::separate)
-            e.untempered = load<T>(buffers.untempered + i);
-        else if constexpr (untempered != Untempered::absent)
-            e.untempered = untempered_exponential<T, untempered>(e.student, e.student);
-        Vector<T> v = gradient_vector<T, distillation, untempered>(e, scale);
-        if constexpr (moments) {
-            const bool whole = first == 0 && last == lanes<T>;
-            v -= scale.projection *
-                 ((whole ? load<T>(logits + i) : load_logits<T>(logits + i, first, last)) - scale.mean);
-        }
-        return v;
-    });
-}
-
-// From the logits, exponentiated once more. `references` are those of the piece's sums.
-template <class T, class Element, Distillation distillation, Untempered untempered>
-void write_gradient_again(const void* student_logits, const void* teacher_logits, Piece piece, Tempering<T> by,
-                          const PieceSums& references, const PieceGradient<T>& of_piece, void* target) {
-    const Element* student = static_cast<const Element*>(student_logits);
-    const Element* teacher = static_cast<const Element*>(teacher_logits);
-    const T of_student = T(references.student_reference), of_teacher = T(references.teacher_reference);
-    const PieceGradient<T> scale = of_piece.copy();
-    write_vectors<T, Element>(piece, scale, target, [&](int64_t i, int64_t first, int64_t last) KDDP_ALWAYS_INLINE {
-        ExponentialSums<T> unused;
-        const bool whole = first == 0 && last == lanes<T>;
-        const Vector<T> s = whole ? load_elements<T>(student + i) : load_logits<T>(student + i, first, last);
-        Vector<T> t{};
-        if constexpr (distillation != Distillation::none)
-            t = whole ? load_elements<T>(teacher + i) : load_logits<T>(teacher + i, first, last);
-        const Exponentials<T> e = exponentiate<T, distillation, untempered, false, Exclusions::ignored>(
-            s - of_student, t - of_teacher, by, unused);
-        return gradient_vector<T, distillation, untempered>(e, scale);
-    });
 }
 
 }  // namespace

@@ -222,11 +222,12 @@ alignas(64) constexpr uint32_t exp2_table[32] = {
     0x3f7504f3, 0x3f74fbaf, 0x3f7508a4, 0x3f752c4d, 0x3f75672a, 0x3f75b9be, 0x3f76248c, 0x3f76a81e,
     0x3f7744fd, 0x3f77fbb8, 0x3f78ccdf, 0x3f79b907, 0x3f7ac0c7, 0x3f7be4ba, 0x3f7d257d, 0x3f7e83b3};
 
-// An exponent of -127 or less has the bits of 0.
-template <>
-inline Vector<float> exp2_of_product<float>(Vector<float> x, float factor) {
-    const __m512 bounded = _mm512_maskz_max_ps(0xffff, _mm512_set1_ps(-127.0f / factor), (__m512)x);  // NaN stays NaN
-    const __m512 magic = _mm512_set1_ps(393216.0f);  // 1.5 * 2^18: adding it rounds to a multiple of 1/32
+// 2^(x * factor - shift), of a shift that is a multiple of 1/32 and far below `magic`: the difference costs nothing. An
+// exponent of -127 or less has the bits of 0.
+inline Vector<float> exp2_of_shifted(Vector<float> x, float factor, float shift) {
+    const __m512 lowest = _mm512_set1_ps((shift - 127) / factor);
+    const __m512 bounded = _mm512_maskz_max_ps(0xffff, lowest, (__m512)x);  // NaN stays NaN
+    const __m512 magic = _mm512_set1_ps(393216 - shift);                    // 1.5 * 2^18: rounds to multiples of 1/32
     const __m512 shifted = _mm512_fmadd_ps(bounded, _mm512_set1_ps(factor), magic);
     const __m512 n = _mm512_sub_ps(shifted, magic);
     const __m512 f = _mm512_fmsub_ps(bounded, _mm512_set1_ps(factor), n);
@@ -238,7 +239,23 @@ inline Vector<float> exp2_of_product<float>(Vector<float> x, float factor) {
     const __m512 scale = _mm512_castsi512_ps(power);
     return (Vector<float>)_mm512_fmadd_ps(scale, _mm512_mul_ps(f, slope), scale);
 }
+
+template <>
+inline Vector<float> exp2_of_product<float>(Vector<float> x, float factor) {
+    return exp2_of_shifted(x, factor, 0);
+}
+
+template <class T>
+constexpr bool has_exp2_of_shifted = sizeof(T) == 4;
+#else
+template <class T>
+constexpr bool has_exp2_of_shifted = false;
+
+template <class T>
+Vector<T> exp2_of_shifted(Vector<T> x, T factor, T shift);  // not of this instruction set
 #endif
+
+constexpr double exp2_shift_unit = 1.0 / 32;
 
 // log2 of a positive normal number. float: the exponent, and a polynomial in m - 1 with m from 3/4 to 3/2.
 inline Vector<double> log2_of_positive(Vector<double> x) {

@@ -53,6 +53,27 @@ def test_a_piece_may_begin_far_below_its_highest_logit(where, margin):
     torch.testing.assert_close(ours[2].double(), leaf.grad, rtol=1e-4, atol=1e-7)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("classes", [1000, 40_000, 40_017])
+@pytest.mark.parametrize(("of_student", "of_teacher"), [(0.0, 0.0), (700.0, -90.0), (3e4, -6e4), (6e4, 0.0)])
+@pytest.mark.parametrize("temperature", [0.125, 1.0, 4.0, 3.0])
+def test_logits_far_from_zero(dtype, classes, of_student, of_teacher, temperature):
+    """What all logits have in common is nothing to a softmax; what is left of them is the logits' own rounding."""
+    generator = torch.Generator().manual_seed(classes)
+    student, teacher = torch.randn(2, 3, classes, generator=generator)
+    student, teacher = (student * 3 + of_student).to(dtype), (teacher * 3 + of_teacher).to(dtype)
+    labels = torch.tensor([0, classes // 2, classes - 1])
+    ours = results(student, teacher, labels, temperature=temperature)
+    leaf = student.double().requires_grad_()
+    settings = {"temperature": temperature, "return_terms": True, "backend": "reference"}
+    loss, terms = kddp_ext.fused_kd_l1_loss(leaf, teacher.double(), labels, **settings)
+    loss.backward()
+    torch.testing.assert_close(ours[0].double(), loss.detach(), rtol=4e-6, atol=4e-6)
+    torch.testing.assert_close(ours[1].double(), torch.stack(list(terms)), rtol=4e-6, atol=4e-6)
+    rounding = torch.finfo(dtype).eps
+    torch.testing.assert_close(ours[2].double(), leaf.grad, rtol=max(rounding, 1e-5), atol=2e-7 * max(1, temperature))
+
+
 def test_classes_excluded_in_one_piece_alone():
     student, teacher = torch.randn(2, 2, 5000, generator=torch.Generator().manual_seed(0))
     student[:, 1024:3000] = teacher[:, 1024:3000] = -torch.inf
