@@ -11,55 +11,67 @@ namespace {
 // With statistics, a tile is at most so wide: its accumulators stay in the second-level cache.
 constexpr int64_t tile_columns = 1024;
 
-// With statistics, so many rows are read together before the accumulators are touched.
-constexpr int64_t rows_in_group = 8;
+// With statistics, so many rows are added up before the accumulators are touched, a few of them at a time.
+constexpr int64_t rows_in_group = 8, rows_at_once = 4;
 
 struct Tile {
     int64_t first_row, last_row, first_column, last_column;
 };
 
-// Sums over the tile's rows, a column each, in double: pruning wants the variance of a constant neuron to be
-// 0.
+// Sums over the tile's rows, a column each.
 struct alignas(64) TileSums {
     double of[statistics_rows][tile_columns];
 };
 
 // Adds a vector to as many doubles.
 template <class T>
-inline void accumulate(double* to, Vector<T> v) {
+KDDP_ALWAYS_INLINE inline void accumulate(double* to, Vector<T> v) {
     Vector<double> half[2];
     widen(v, half[0], half[1]);
-    for (int i = 0; i < lanes<T> / lanes<double>; ++i)
-        store<double>(to + i * lanes<double>, load<double>(to + i * lanes<double>) + half[i]);
+    store<double>(to, load<double>(to) + half[0]);
+    if constexpr (lanes<T> > lanes<double>)
+        store<double>(to + lanes<double>, load<double>(to + lanes<double>) + half[1]);
 }
 
-// What one vector of columns adds up over a group of rows.
+template <class T>
+KDDP_ALWAYS_INLINE inline void keep_highest(double* to, Vector<T> v) {
+    Vector<double> half[2];
+    widen(v, half[0], half[1]);
+    store<double>(to, maximum<double>(load<double>(to), half[0]));
+    if constexpr (lanes<T> > lanes<double>)
+        store<double>(to + lanes<double>, maximum<double>(load<double>(to + lanes<double>), half[1]));
+}
+
+// What one vector of columns adds up over a group of rows. Sum and squares are those of a - origin, with the origin one
+// of a neuron's activations: what float rounds is then a part of the deviation, and nothing where that is 0.
 template <class T>
 struct ColumnSums {
-    static constexpr int halves = lanes<T> / lanes<double>;
-    Vector<T> absolute{}, nonzero{}, highest{};
-    Vector<double> sum[2]{}, squares[2]{};
+    Vector<T> absolute{}, sum{}, squares{}, nonzero{}, highest{};
 
-    void add(Vector<T> a, Vector<T> magnitude) {
-        absolute += magnitude;
-        nonzero += a != 0 ? broadcast<T>(1) : Vector<T>{};
-        highest = maximum<T>(magnitude, highest);
-        Vector<double> half[2];
-        widen(a, half[0], half[1]);
-        for (int i = 0; i < halves; ++i) sum[i] += half[i], squares[i] += half[i] * half[i];
+    template <int count>
+    KDDP_ALWAYS_INLINE void add(const Vector<T> (&a)[count], Vector<T> origin) {
+        Vector<T> magnitude[count], apart[count];
+#pragma GCC unroll 4
+        for (int k = 0; k < count; ++k) {
+            magnitude[k] = kddp::absolute<T>(a[k]);
+            nonzero += a[k] != 0 ? broadcast<T>(1) : Vector<T>{};
+            highest = maximum<T>(magnitude[k], highest);
+            apart[k] = a[k] - origin;
+            squares += apart[k] * apart[k];
+        }
+        absolute += sum_in_pairs(magnitude);
+        sum += sum_in_pairs(apart);
     }
 
-    void add_to(TileSums& sums, int64_t column) const {
+    KDDP_ALWAYS_INLINE static Vector<T> sum_in_pairs(const Vector<T> (&v)[4]) { return (v[0] + v[1]) + (v[2] + v[3]); }
+    KDDP_ALWAYS_INLINE static Vector<T> sum_in_pairs(const Vector<T> (&v)[1]) { return v[0]; }
+
+    KDDP_ALWAYS_INLINE void add_to(TileSums& sums, int64_t column) const {
         accumulate<T>(sums.of[0] + column, absolute);
+        accumulate<T>(sums.of[1] + column, sum);
+        accumulate<T>(sums.of[2] + column, squares);
         accumulate<T>(sums.of[3] + column, nonzero);
-        Vector<double> most[2];
-        widen(highest, most[0], most[1]);
-        for (int i = 0; i < halves; ++i) {
-            const int64_t at = column + i * lanes<double>;
-            accumulate<double>(sums.of[1] + at, sum[i]);
-            accumulate<double>(sums.of[2] + at, squares[i]);
-            store<double>(sums.of[4] + at, maximum<double>(load<double>(sums.of[4] + at), most[i]));
-        }
+        keep_highest<T>(sums.of[4] + column, highest);
     }
 };
 
@@ -131,47 +143,96 @@ double activation_tile_alone(const ActivationRows<T, Element>& rows, Tile tile) 
     return total;
 }
 
-// One vector of columns of a group of rows; `count` columns of it where `partial`.
-template <class T, class Element, bool with_gradient, bool partial>
-inline ColumnSums<T> activation_columns(const ActivationRows<T, Element>& rows, int64_t first_row, int64_t last_row,
-                                        int64_t column, int64_t count) {
-    ColumnSums<T> columns;
-    for (int64_t row = first_row; row < last_row; ++row) {
-        const Element* from = rows.activation + row * rows.row_stride + column;
-        const Vector<T> a = partial ? load_partial<T>(from, 0, count, T(0)) : load_elements<T>(from);
-        columns.add(a, absolute<T>(a));
-        if constexpr (with_gradient) {
-            Element* to = rows.gradient + row * rows.neurons + column;
+// What sums and squares are taken around: of a neuron's activations in two rows the smaller, where it is a number.
+inline double origin_of(double first, double second) {
+    const double smaller = std::abs(first) < std::abs(second) ? first : second;
+    return std::isfinite(smaller) ? smaller : 0;
+}
+
+template <class T>
+KDDP_ALWAYS_INLINE inline Vector<T> origin_of(Vector<T> first, Vector<T> second) {
+    const Vector<T> smaller = absolute<T>(first) < absolute<T>(second) ? first : second;
+    return absolute<T>(smaller) < infinity<T> ? smaller : Vector<T>{};
+}
+
+// One vector of columns of `count` rows; `columns` columns of it where `partial`.
+template <class T, class Element, bool with_gradient, bool partial, int count>
+KDDP_ALWAYS_INLINE inline void add_rows(const ActivationRows<T, Element>& rows, int64_t row, int64_t column,
+                                        int64_t columns, Vector<T> origin, ColumnSums<T>& sums) {
+    Vector<T> a[count];
+#pragma GCC unroll 4
+    for (int k = 0; k < count; ++k) {
+        const Element* from = rows.activation + (row + k) * rows.row_stride + column;
+        a[k] = partial ? load_partial<T>(from, 0, columns, T(0)) : load_elements<T>(from);
+    }
+    sums.add(a, origin);
+    if constexpr (with_gradient) {
+#pragma GCC unroll 4
+        for (int k = 0; k < count; ++k) {
+            Element* to = rows.gradient + (row + k) * rows.neurons + column;
             if constexpr (partial)
-                store_partial<T>(to, scaled_sign<T>(a, rows.scale), 0, count);
+                store_partial<T>(to, scaled_sign<T>(a[k], rows.scale), 0, columns);
             else
-                write_gradient<T>(rows, to, a);
+                write_gradient<T>(rows, to, a[k]);
         }
     }
-    return columns;
+}
+
+// One vector of columns of a group of rows, or of a row alone. Returns the sums of |a|.
+template <class T, class Element, bool with_gradient, bool partial>
+KDDP_ALWAYS_INLINE inline Vector<T> add_group(const ActivationRows<T, Element>& rows, Tile tile, int64_t row,
+                                              int64_t last_row, int64_t column, TileSums& sums) {
+    const int64_t columns = tile.last_column - column;
+    const auto activations = [&](int64_t of_row) {
+        const Element* from = rows.activation + of_row * rows.row_stride + column;
+        return partial ? load_partial<T>(from, 0, columns, T(0)) : load_elements<T>(from);
+    };
+    const Vector<T> origin = origin_of<T>(activations(tile.first_row), activations(tile.last_row - 1));
+    ColumnSums<T> of_group;
+    for (; row + rows_at_once <= last_row; row += rows_at_once)
+        add_rows<T, Element, with_gradient, partial, rows_at_once>(rows, row, column, columns, origin, of_group);
+    for (; row < last_row; ++row)
+        add_rows<T, Element, with_gradient, partial, 1>(rows, row, column, columns, origin, of_group);
+    of_group.add_to(sums, column - tile.first_column);
+    return of_group.absolute;
+}
+
+// From sums and squares of a - origin those of a.
+template <class T, class Element>
+void undo_origin(const ActivationRows<T, Element>& rows, Tile tile, TileSums& sums) {
+    const int64_t count = tile.last_row - tile.first_row;
+    if (count == 0) return;
+    for (int64_t column = tile.first_column; column < tile.last_column; ++column) {
+        const Element* from = rows.activation + tile.first_row * rows.row_stride + column;
+        const auto activation = [&](int64_t row) { return double(to_number(from[row * rows.row_stride])); };
+        const double origin = origin_of(activation(0), activation(count - 1));
+        double& sum = sums.of[1][column - tile.first_column];
+        double& squares = sums.of[2][column - tile.first_column];
+        if (std::isfinite(squares)) {
+            squares += origin * (2 * sum + count * origin);
+            sum += count * origin;
+            continue;
+        }
+        sum = squares = 0;  // float does not hold the square of 1e20
+        for (int64_t row = 0; row < count; ++row) sum += activation(row), squares += activation(row) * activation(row);
+    }
 }
 
 template <class T, class Element, bool with_gradient>
 double activation_tile_with_statistics(const ActivationRows<T, Element> rows, Tile tile, TileSums& sums) {
     const int64_t whole = tile.first_column + (tile.last_column - tile.first_column) / lanes<T> * lanes<T>;
     double total = 0;
-    for (int64_t row = tile.first_row; row < tile.last_row; row += rows_in_group) {
-        const int64_t end = row + rows_in_group < tile.last_row ? row + rows_in_group : tile.last_row;
-        Vector<T> group_sum{};
+    for (int64_t row = tile.first_row, end; row < tile.last_row; row = end) {
+        end = row + (row + rows_in_group <= tile.last_row ? rows_in_group : 1);
+        Vector<T> absolute{};
         int64_t column = tile.first_column;
-        for (; column < whole; column += lanes<T>) {
-            const auto columns = activation_columns<T, Element, with_gradient, false>(rows, row, end, column, lanes<T>);
-            group_sum += columns.absolute;
-            columns.add_to(sums, column - tile.first_column);
-        }
-        if (column < tile.last_column) {
-            const auto columns =
-                activation_columns<T, Element, with_gradient, true>(rows, row, end, column, tile.last_column - column);
-            group_sum += columns.absolute;
-            columns.add_to(sums, column - tile.first_column);
-        }
-        total += sum_of_lanes<T>(group_sum);
+        for (; column < whole; column += lanes<T>)
+            absolute += add_group<T, Element, with_gradient, false>(rows, tile, row, end, column, sums);
+        if (column < tile.last_column)
+            absolute += add_group<T, Element, with_gradient, true>(rows, tile, row, end, column, sums);
+        total += sum_of_lanes<T>(absolute);
     }
+    undo_origin(rows, tile, sums);
     return total;
 }
 

@@ -213,8 +213,15 @@ inline void write_pair<float, BFloat16>(BFloat16* to, VectorPair<float> v, bool 
     const __m512i elements = _mm512_maskz_permutexvar_epi16(~__mmask32(0), _mm512_load_si512(interleaved), halves);
     if (!past_caches) return _mm512_storeu_si512(to, elements);
     // Only half of it is sure to be aligned.
-    _mm256_stream_si256((__m256i*)to, (__m256i)__builtin_shufflevector(elements, elements, 0, 1, 2, 3));
-    _mm256_stream_si256((__m256i*)(to + 16), (__m256i)__builtin_shufflevector(elements, elements, 4, 5, 6, 7));
+    __m256i half[2];
+#if KDDP_HAS_SHUFFLEVECTOR
+    half[0] = (__m256i)__builtin_shufflevector(elements, elements, 0, 1, 2, 3);
+    half[1] = (__m256i)__builtin_shufflevector(elements, elements, 4, 5, 6, 7);
+#else
+    std::memcpy(half, &elements, sizeof elements);
+#endif
+    _mm256_stream_si256((__m256i*)to, half[0]);
+    _mm256_stream_si256((__m256i*)(to + 16), half[1]);
 }
 #endif
 

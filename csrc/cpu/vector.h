@@ -23,6 +23,12 @@
 #define KDDP_VECTOR_BYTES 16
 #endif
 
+#if defined(__has_builtin)
+#if __has_builtin(__builtin_shufflevector)
+#define KDDP_HAS_SHUFFLEVECTOR 1
+#endif
+#endif
+
 // What a loop is made of has to be in it, lambdas included.
 #define KDDP_ALWAYS_INLINE __attribute__((always_inline))
 
@@ -283,12 +289,23 @@ inline void widen(Vector<double> v, Vector<double>& low, Vector<double>& high) {
     high = Vector<double>{};
 }
 
+// GCC makes four instructions of a conversion to 64 bytes, and takes a vector apart through memory.
 inline void widen(Vector<float> v, Vector<double>& low, Vector<double>& high) {
     typedef VectorOf<float, KDDP_VECTOR_BYTES / 2>::Type Half;
     Half half[2];
+#if defined(__AVX512F__) && KDDP_HAS_SHUFFLEVECTOR
+    half[0] = __builtin_shufflevector(v, v, 0, 1, 2, 3, 4, 5, 6, 7);
+    half[1] = __builtin_shufflevector(v, v, 8, 9, 10, 11, 12, 13, 14, 15);
+#else
     std::memcpy(half, &v, sizeof v);
+#endif
+#if defined(__AVX512F__)
+    low = (Vector<double>)_mm512_maskz_cvtps_pd(0xff, (__m256)half[0]);
+    high = (Vector<double>)_mm512_maskz_cvtps_pd(0xff, (__m256)half[1]);
+#else
     low = __builtin_convertvector(half[0], Vector<double>);
     high = __builtin_convertvector(half[1], Vector<double>);
+#endif
 }
 
 }  // namespace

@@ -1,6 +1,6 @@
 """Which neurons are inactive: one activity per neuron, and the bound below which it counts as none.
 
-Every criterion reads exact sums over all samples since the last check. They differ in what "active" means;
+Every criterion reads sums over all samples since the last check. They differ in what "active" means;
 docs/pruning.md compares them.
 """
 
