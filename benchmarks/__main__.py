@@ -1,7 +1,7 @@
 """Runs the benchmarks on this machine and prints their tables.
 
-python -m benchmarks [--only loss,compaction] [--threads N] [--seconds S] [--rounds N] [--no-compile]
-                     [--json FILE] [--plot FILE] [--markdown FILE] [--smoke]
+python -m benchmarks [--device cpu|cuda] [--only loss,compaction] [--threads N] [--seconds S] [--rounds N]
+                     [--no-compile] [--json FILE] [--plot FILE] [--markdown FILE] [--smoke]
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from rich.console import Console
 
 from benchmarks import child, disturbance, machine
 from benchmarks.comparisons import COMPARISONS
+from benchmarks.gpu import command, device
 from benchmarks.plot import draw
 from benchmarks.settings import Settings
 from benchmarks.table import write_markdown
@@ -25,9 +26,11 @@ BUSY = 0.5  # load average above which something else disturbs
 
 
 def main() -> int:
-    """0 where every comparison ran."""
+    """0 where every comparison ran, 1 where one failed, 2 where there is no such device."""
     arguments = _parse()
-    settings = Settings(arguments.threads, arguments.seconds, arguments.rounds, arguments.compile, arguments.smoke)
+    if arguments.device == "cuda":
+        return _on_a_gpu(arguments)
+    settings = _settings(arguments)
     console = Console()
     described = machine.describe(settings)
     head = machine.summary(described)
@@ -49,6 +52,18 @@ def main() -> int:
     console.print(quality)
     _write(arguments, head, quality, described, settings, results)
     return 1 if failed else 0
+
+
+def _on_a_gpu(arguments: argparse.Namespace) -> int:
+    reason = device.why_not()
+    if reason is not None:
+        print(reason, file=sys.stderr)
+        return 2
+    return command.run(arguments, _settings(arguments), device.gpu(), command.describe())
+
+
+def _settings(arguments: argparse.Namespace) -> Settings:
+    return Settings(arguments.threads, arguments.seconds, arguments.rounds, arguments.compile, arguments.smoke)
 
 
 def _write(
@@ -75,9 +90,11 @@ def _write(
 
 
 def _parse() -> argparse.Namespace:
+    on_a_gpu = " and ".join(command.COMPARISONS)
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__.splitlines()[0])
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="what to measure on (default cpu)")
     parser.add_argument(
-        "--only", type=_names, default=list(COMPARISONS), metavar="NAMES", help=f"of {', '.join(COMPARISONS)}; all"
+        "--only", type=_names, metavar="NAMES", help=f"of {', '.join(COMPARISONS)}; all, on a GPU {on_a_gpu}"
     )
     parser.add_argument("--threads", type=_at_least_one, default=2, help="threads of every implementation (default 2)")
     parser.add_argument("--seconds", type=float, default=3.0, help="how long each is timed at each shape (default 3)")
@@ -90,6 +107,12 @@ def _parse() -> argparse.Namespace:
     parser.add_argument("--plot", metavar="FILE", help="draw the loss comparison into this PNG file")
     parser.add_argument("--markdown", metavar="FILE", help="write the tables to this file, or into its marked places")
     arguments = parser.parse_args()
+    available = list(COMPARISONS if arguments.device == "cpu" else command.COMPARISONS)
+    arguments.only = arguments.only or available
+    if not set(arguments.only) <= set(available):
+        parser.error(f"--device cuda measures {on_a_gpu} alone")
+    if arguments.plot and arguments.device == "cuda":
+        parser.error("--plot draws the loss comparison of the CPU")
     if arguments.plot and "loss" not in arguments.only:
         parser.error("--plot draws the loss comparison, which --only leaves out")
     return arguments

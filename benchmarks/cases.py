@@ -53,15 +53,19 @@ class Inputs(NamedTuple):
         return [self.student, *self.activations]
 
 
-def make_inputs(shape: Shape) -> Inputs:
+def make_inputs(shape: Shape, device: str = "cpu") -> Inputs:
     """Standard normal logits, uniform labels, and activations behind a ReLU; the same at every call."""
     generator = torch.Generator().manual_seed(0)
-    student, teacher = (torch.randn(shape.rows, shape.classes, generator=generator).to(shape.dtype) for _ in range(2))
-    labels = torch.randint(0, shape.classes, (shape.rows,), generator=generator)
+
+    def normal(columns: int) -> Tensor:
+        return torch.randn(shape.rows, columns, generator=generator)
+
+    student, teacher = (normal(shape.classes).to(device, shape.dtype) for _ in range(2))
+    labels = torch.randint(0, shape.classes, (shape.rows,), generator=generator).to(device)
     activations = []
     if shape.neurons:
-        activation = torch.relu(torch.randn(shape.rows, shape.neurons, generator=generator))
-        activations.append(activation.to(shape.dtype).requires_grad_())
+        activation = torch.relu(normal(shape.neurons))
+        activations.append(activation.to(device, shape.dtype).requires_grad_())
     return Inputs(student.requires_grad_(), teacher, labels, activations)
 
 

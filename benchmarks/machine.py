@@ -27,7 +27,7 @@ def describe(settings: Settings) -> dict[str, Any]:
         "kddp_ext": kddp_ext.__version__,
         "compiler": build["compiler"],
         "torch": torch.__version__,
-        "torch_pruning": _version("torch-pruning"),
+        "torch_pruning": version_of("torch-pruning"),
         "python": platform.python_version(),
         "system": f"{platform.system()} {platform.machine()}, {' '.join(platform.libc_ver()) or 'unknown C library'}",
         "transparent_huge_pages": _huge_pages(),
@@ -66,7 +66,8 @@ def _huge_pages() -> str:
     return chosen or "unknown"
 
 
-def _version(package: str) -> str | None:
+def version_of(package: str) -> str | None:
+    """The installed version of a package, or None."""
     try:
         return metadata.version(package)
     except metadata.PackageNotFoundError:

@@ -37,13 +37,14 @@ class Table(NamedTuple):
         return "\n".join([f"**{self.title}**\n", *lines, *note])
 
 
-def write_markdown(path: str, head: str, tables: Sequence[Table]) -> None:
+def write_markdown(path: str, head: str | None, tables: Sequence[Table], head_name: str = "machine") -> None:
     """Write the tables to a file; where it stands already and marks their places, only those places are filled.
 
-    A place is all between the lines `<!-- table NAME -->` and `<!-- end -->`; the head's NAME is `machine`.
+    A place is all between the lines `<!-- table NAME -->` and `<!-- end -->`; the head has a NAME too.
     """
     file = Path(path)
-    parts = {"machine": head, **{table.name: table.to_markdown() for table in tables}}
+    parts = {} if head is None else {head_name: head}
+    parts |= {table.name: table.to_markdown() for table in tables}
     text = file.read_text(encoding="utf-8") if file.exists() else ""
     if "<!-- table " not in text:
         text = "".join(f"<!-- table {name} -->\n<!-- end -->\n\n" for name in parts).rstrip("\n") + "\n"

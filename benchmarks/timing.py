@@ -129,7 +129,7 @@ def _rounds(measure: Callable[[str], Any], names: list[str], settings: Settings)
     for number in range(settings.rounds * PATIENCE):
         watch = Watch(settings.threads)
         measured = {}
-        for name in _rotated(names, number):
+        for name in rotated(names, number):
             with watch.interruptions():
                 measured[name] = measure(name)
         (bad if watch.disturbed else good).append(measured)
@@ -141,7 +141,7 @@ def _rounds(measure: Callable[[str], Any], names: list[str], settings: Settings)
     return Rounds({name: [measured[name] for measured in kept] for name in names}, max(0, len(kept) - len(good)))
 
 
-def _rotated(names: list[str], number: int) -> list[str]:
+def rotated(names: list[str], number: int) -> list[str]:
     """Another contender comes first in each round, so that none always follows the same one."""
     first = number % len(names)
     return names[first:] + names[:first]

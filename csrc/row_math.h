@@ -129,13 +129,21 @@ KDDP_INLINE double kl_divergence(double dot, double sum_p, double sum_q) {
     return not_negative(dot / sum_p + std::log(sum_q / sum_p));
 }
 
-KDDP_INLINE double log_sigmoid(double x) { return (x < 0 ? x : 0) - std::log1p(std::exp(x < 0 ? x : -x)); }
+// A choice between two, of which the first is x nats above the other: both probabilities and their logarithms.
+struct BinaryChoice {
+    double first, second, log_first, log_second;
+};
 
-// x log(x / y) from logarithms, 0 where x is 0.
-KDDP_INLINE double kl_term(double log_x, double log_y) {
-    const double x = std::exp(log_x);
-    return x == 0 ? 0 : x * (log_x - log_y);
+KDDP_INLINE BinaryChoice binary_choice(double x) {
+    const double ratio = std::exp(x < 0 ? x : -x), log_total = std::log1p(ratio), likely = 1 / (1 + ratio);
+    const bool is_first = x >= 0;
+    const double unlikely = ratio * likely, log_unlikely = (is_first ? -x : x) - log_total;
+    return {is_first ? likely : unlikely, is_first ? unlikely : likely, is_first ? -log_total : log_unlikely,
+            is_first ? log_unlikely : -log_total};
 }
+
+// x log(x / y) from x and logarithms, 0 where x is 0.
+KDDP_INLINE double kl_term(double x, double log_x, double log_y) { return x == 0 ? 0 : x * (log_x - log_y); }
 
 // Of the label in a row whose sums leave it out (dkd): logits above the highest of the others, tempered.
 struct TargetMargins {
@@ -149,11 +157,11 @@ KDDP_INLINE double decoupled(const RowRule& rule, const PieceSums& row, TargetMa
         gradient = {};
         return 0;
     }
-    const double student_logit = target.student - std::log(row.student);
-    const double teacher_logit = target.teacher - std::log(row.teacher);
-    const double binary = kl_term(log_sigmoid(teacher_logit), log_sigmoid(student_logit)) +
-                          kl_term(log_sigmoid(-teacher_logit), log_sigmoid(-student_logit));
-    const double excess = std::exp(log_sigmoid(student_logit)) - std::exp(log_sigmoid(teacher_logit));
+    const BinaryChoice student = binary_choice(target.student - std::log(row.student));
+    const BinaryChoice teacher = binary_choice(target.teacher - std::log(row.teacher));
+    const double binary = kl_term(teacher.first, teacher.log_first, student.log_first) +
+                          kl_term(teacher.second, teacher.log_second, student.log_second);
+    const double excess = student.first - teacher.first;
     gradient.first = scale * (rule.non_target_weight - rule.target_weight * excess) / row.student;
     gradient.second = scale * rule.non_target_weight / row.teacher;
     gradient.label = -scale * rule.target_weight * excess;
@@ -229,27 +237,37 @@ KDDP_INLINE double cross_entropy(const RowRule& rule, const PieceSums& row, doub
     return (1 - rule.label_smoothing) * nll + rule.label_smoothing * (log_sum - mean_margin);
 }
 
-// Terms and gradient of a row from its merged sums. A term of weight 0 has no gradient, not 0 times one that may be
-// infinite.
+// Terms and gradient of a row from its merged sums, in two parts: what the teacher says, which sets the gradient, then
+// what the label adds to it. A term of weight 0 has no gradient, not 0 times one that may be infinite.
+KDDP_INLINE double finish_divergence(const RowRule& rule, const PieceSums& row, const MixtureSums& mixture,
+                                     Moments student, TargetMargins target, double label_logit, RowGradient& gradient) {
+    gradient = {};
+    if (!rule.with_teacher) return 0;
+    const double scale = rule.alpha * rule.temperature * rule.gradient_scale;
+    const double divergence = divergence_of_row(rule, row, mixture, target, scale, gradient);
+    if (rule.standardize) through_standardization(rule, row, mixture, student, label_logit, gradient);
+    if (rule.alpha == 0) gradient = {};
+    return divergence * rule.temperature * rule.temperature * rule.value_scale;
+}
+
+KDDP_INLINE double finish_cross_entropy(const RowRule& rule, const PieceSums& row, double label_logit,
+                                        RowGradient& gradient) {
+    if (!rule.with_labels) return 0;
+    const double scale = (1 - rule.alpha) * rule.gradient_scale;
+    RowGradient of_labels{0, 0, 0, 0, gradient.label, 0};
+    const double entropy = cross_entropy(rule, row, label_logit, scale, of_labels);
+    if (rule.alpha != 1) {
+        gradient.untempered = of_labels.untempered;
+        gradient.constant = of_labels.constant;
+        gradient.label = of_labels.label;
+    }
+    return rule.value_scale * entropy;
+}
+
 KDDP_INLINE RowValues finish_row(const RowRule& rule, const PieceSums& row, const MixtureSums& mixture, Moments student,
                                  TargetMargins target, double label_logit, RowGradient& gradient) {
-    RowValues values{0, 0};
-    gradient.first = gradient.second = gradient.untempered = 0;
-    gradient.constant = gradient.label = gradient.projection = 0;
-    if (rule.with_teacher) {
-        const double scale = rule.alpha * rule.temperature * rule.gradient_scale;
-        const double divergence = divergence_of_row(rule, row, mixture, target, scale, gradient);
-        values.kd = divergence * rule.temperature * rule.temperature * rule.value_scale;
-        if (rule.standardize) through_standardization(rule, row, mixture, student, label_logit, gradient);
-        if (rule.alpha == 0) gradient = {};
-    }
-    if (rule.with_labels) {
-        const double scale = (1 - rule.alpha) * rule.gradient_scale;
-        RowGradient unused{};
-        values.ce =
-            rule.value_scale * cross_entropy(rule, row, label_logit, scale, rule.alpha == 1 ? unused : gradient);
-    }
-    return values;
+    const double kd = finish_divergence(rule, row, mixture, student, target, label_logit, gradient);
+    return {kd, finish_cross_entropy(rule, row, label_logit, gradient)};
 }
 
 // d loss / d s away from the label. Value may be a number or a vector; `other` is e^v or w, as the form has it.

@@ -93,7 +93,7 @@ def fused_kd_l1_loss(
 
     Raises:
         TypeError, ValueError: an argument is not as described. The message names it, what was expected and what
-            came.
+            came. Only a label that is no class is not an error on a GPU, which nobody waits for: the loss is then NaN.
 
     The distillation term is Hinton, Vinyals and Dean 2015 (arXiv:1503.02531) with their factor T²; the penalty is
     that of Şener and Akbaş 2022 (doi 10.29109/gujsc.1141648). The other divergences: Gu et al. 2024
@@ -297,7 +297,7 @@ class _TracedLoss(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_loss: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
-        of_logits, *of_activations = _input_gradients(ctx, grad_loss)
+        of_logits, *of_activations = _input_gradients(ctx, grad_loss, in_place=False)
         return (of_logits, None, None, None, None, *of_activations)
 
 
@@ -316,40 +316,45 @@ class _KnownGradients(torch.autograd.Function):
     def backward(ctx: Any, grad_loss: Tensor | None) -> tuple[Tensor | None, ...]:
         if torch.is_grad_enabled():  # the decorator costs what is saved elsewhere
             return _KnownGradients.backward_once(ctx, grad_loss)
-        return (None, None, None, None, *_input_gradients(ctx, grad_loss))
+        in_place = not torch._C._autograd._get_current_graph_task_keep_graph()
+        return (None, None, None, None, *_input_gradients(ctx, grad_loss, in_place))
 
     @staticmethod
     @once_differentiable
     def backward_once(ctx: Any, grad_loss: Tensor | None) -> tuple[Tensor | None, ...]:
-        return (None, None, None, None, *_input_gradients(ctx, grad_loss))
+        return (None, None, None, None, *_input_gradients(ctx, grad_loss, in_place=False))
 
 
 # Function.apply would inspect forward's signature for transforms, of which there are none here.
 _attach: Any = super(torch.autograd.Function, _KnownGradients).apply
 
 
-def _input_gradients(ctx: Any, grad_loss: Tensor | None) -> tuple[Tensor | None, ...]:
-    """Gradients with respect to the student's logits and each activation."""
+def _input_gradients(ctx: Any, grad_loss: Tensor | None, in_place: bool) -> tuple[Tensor | None, ...]:
+    """Gradients with respect to the student's logits and each activation.
+
+    They may overwrite what is saved `in_place`, where no other backward will need that.
+    """
     settings, flags = ctx.settings, ctx.flags
     absent = [None] * len(settings.l1_weights)
     if grad_loss is None:
         return (None, *absent)
     gradients: Sequence[Tensor] = ctx.saved_tensors
     # The usual `loss.backward()` scales by 1: on the CPU one can look, and spare the memory a round.
-    if flags.scaled or torch.compiler.is_compiling() or not grad_loss.is_cpu or grad_loss.item() != 1:
-        gradients = _scaled_gradients(ctx, gradients, grad_loss)
+    may_look = grad_loss.is_cpu and not ops.scales_natively(grad_loss.device)
+    if flags.scaled or torch.compiler.is_compiling() or not may_look or grad_loss.item() != 1:
+        gradients = _scaled_gradients(ctx, gradients, grad_loss, in_place)
     if not flags.logits_gradient:
         return (None, *(gradients[-len(absent) :] if flags.activation_gradients else absent))
     return tuple(gradients) if flags.activation_gradients else (gradients[0], *absent)
 
 
-def _scaled_gradients(ctx: Any, gradients: Sequence[Tensor], grad_loss: Tensor) -> list[Tensor]:
-    scales = [grad_loss] * len(gradients)
+def _scaled_gradients(ctx: Any, gradients: Sequence[Tensor], grad_loss: Tensor, in_place: bool) -> Sequence[Tensor]:
+    factors = None
     if ctx.flags.scaled:
-        of_row = grad_loss / max(ctx.rows, 1)
-        scales = [of_row * weight for weight in ctx.settings.l1_weights]
-        scales = [of_row, *scales][-len(gradients) :] if ctx.flags.activation_gradients else [of_row]
-    return [gradient * scale for gradient, scale in zip(gradients, scales, strict=True)]
+        of_row = 1 / max(ctx.rows, 1)
+        factors = [of_row * weight for weight in ctx.settings.l1_weights]
+        factors = [of_row, *factors][-len(gradients) :] if ctx.flags.activation_gradients else [of_row]
+    return ops.scale_gradients(gradients, grad_loss, factors, in_place=in_place)
 
 
 def _choose_native(device: torch.device, backend: Backend) -> bool:

@@ -17,7 +17,4 @@ T* pointer(Address address) {
     return reinterpret_cast<T*>(address);
 }
 
-void bind_kd_l1_loss(py::module_& m);
-void bind_compaction(py::module_& m);
-
 }  // namespace kddp_python

@@ -2,13 +2,41 @@
 // meanwhile. Only kddp_ext/ops calls these.
 #include <string>
 
-#include "bindings.h"
+#include "compaction_arguments.h"
 #include "cpu/kernels.h"
+#include "loss_arguments.h"
+
+namespace kddp_python {
+namespace {
+
+class Cpu {
+  public:
+    using Place = int;  // threads
+    explicit Cpu(int threads) : threads_(threads) {}
+
+    template <class Job>
+    int64_t workspace(Job& job) const {
+        job.threads = threads_;
+        if constexpr (std::is_same_v<Job, kddp::KdL1Loss>)
+            return kddp::kd_l1_loss_workspace(job);
+        else
+            return kddp::gather_slices_workspace(job);
+    }
+    kddp::Status run(const kddp::KdL1Loss& job) const { return kddp::kd_l1_loss(job); }
+    void run(const kddp::Compaction& job) const { kddp::gather_slices(job); }
+
+  private:
+    int threads_;
+};
+
+}  // namespace
+}  // namespace kddp_python
 
 PYBIND11_MODULE(_core, m) {
+    using kddp_python::Cpu;
     m.doc() = "The native CPU operations of kddp_ext; use kddp_ext.ops instead.";
-    kddp_python::bind_kd_l1_loss(m);
-    kddp_python::bind_compaction(m);
+    m.def("kd_l1_loss", &kddp_python::kd_l1_loss<Cpu>);
+    m.def("gather_slices", &kddp_python::gather_slices<Cpu>);
     m.def("instruction_set", [] { return std::string(kddp::kernels().name); });
     m.attr("compiler") = KDDP_COMPILER;
 }

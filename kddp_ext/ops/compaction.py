@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from kddp_ext import reference
-from kddp_ext.ops.library import ELEMENT_TYPES, core, is_native, library
+from kddp_ext.ops.library import ELEMENT_TYPES, is_native, library, native, workspace_on
 
 library.define(
     "gather_slices(Tensor[] tensors, Tensor? keep_rows, Tensor? keep_columns, int rows, int columns, "
@@ -52,7 +52,8 @@ def _gather_slices(
         column_bytes = source.numel() // (rows * columns) * source.element_size()
         row_stride = columns * column_bytes if source.is_contiguous() else source.stride(0) * source.element_size()
         blocks.append((source.data_ptr(), row_stride, column_bytes, target.data_ptr()))
-    core.gather_slices(
+    module, place = native(tensors[0])
+    module.gather_slices(
         blocks,
         columns,
         0 if keep_rows is None else keep_rows.data_ptr(),
@@ -60,8 +61,8 @@ def _gather_slices(
         0 if keep_columns is None else keep_columns.data_ptr(),
         columns if keep_columns is None else keep_columns.shape[0],
         _compensation(sources[0], pruned_columns, pruned_means, shift),
-        _workspace,
-        torch.get_num_threads(),
+        workspace_on(tensors[0].device),
+        place,
     )
     return outputs
 
@@ -82,11 +83,8 @@ def _compensation(
     return (ELEMENT_TYPES[weight.dtype], *pruned, pruned_means.data_ptr(), shift.data_ptr())
 
 
-def _workspace(size: int) -> Tensor:
-    return torch.empty(size, dtype=torch.uint8)
-
-
 library.impl("gather_slices", _gather_slices, "CPU")
+library.impl("gather_slices", _gather_slices, "CUDA")
 torch.library.register_fake("kddp::gather_slices", _sliced_outputs, lib=library)
 
 _gather_slices_operator = torch.ops.kddp.gather_slices.default

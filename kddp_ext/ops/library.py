@@ -1,8 +1,12 @@
-"""What the native operators share: the module, PyTorch's registry of operators, and how tensors are described to it."""
+"""What the native operators share: the modules, PyTorch's registry of operators, how tensors are described to them."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import torch  # before _core: the OpenMP runtime that torch has loaded then serves both
+from torch import Tensor
 
 try:
     from kddp_ext import _core
@@ -12,7 +16,9 @@ except ImportError as error:
         "outside of its source folder, which has no compiled module and would be found first"
     ) from error
 
-__all__ = ["ELEMENT_TYPES", "build_info", "core", "is_native", "library"]
+from kddp_ext.ops import cuda
+
+__all__ = ["ELEMENT_TYPES", "build_info", "core", "is_native", "library", "native", "scales_natively", "workspace_on"]
 
 core = _core
 library = torch.library.Library("kddp", "DEF")
@@ -20,10 +26,34 @@ library = torch.library.Library("kddp", "DEF")
 # Codes of csrc/include/kddp/types.h.
 ELEMENT_TYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
 
+# What serves tensors on the CPU in the place of `core`, and what it is called with in the place of the threads.
+_stand_in: tuple[Any, Any] | None = None
+
+
+def native(tensor: Tensor) -> tuple[Any, Any]:
+    """The module whose kernels serve `tensor`, and its last argument: how many threads, or where on a GPU.
+
+    Raises:
+        RuntimeError: CUDA cannot be used, with the reason.
+    """
+    if tensor.is_cuda:
+        return cuda.module(tensor.device), cuda.place(tensor.device)
+    return _stand_in or (core, torch.get_num_threads())
+
+
+def scales_natively(device: torch.device) -> bool:
+    """Whether gradients on `device` are scaled by a kernel; on the CPU PyTorch does that as well."""
+    return (device.type == "cuda" and cuda.is_built()) or _stand_in is not None
+
+
+def workspace_on(device: torch.device) -> Callable[[int], Tensor]:
+    """What the native modules get their workspace from."""
+    return lambda size: torch.empty(size, dtype=torch.uint8, device=device)
+
 
 def is_native(device: torch.device) -> bool:
-    """Whether this build has kernels for tensors on `device`."""
-    return device.type == "cpu"
+    """Whether this build has kernels for tensors on `device`. On ROCm, "cuda" is another device by that name."""
+    return device.type == "cpu" or (device.type == "cuda" and cuda.is_built())
 
 
 def build_info() -> dict[str, object]:
@@ -31,6 +61,7 @@ def build_info() -> dict[str, object]:
 
     Returns:
         cpu: the instruction set in use (set the environment variable KDDP_CPU_ISA before the first call to choose
-        another), cuda: whether the CUDA kernels were built, compiler: what built the native module.
+        another), cuda: whether the CUDA kernels were built, cuda_architectures: for which (as CMake names them; empty
+        without), cuda_compiler: by what ("" without), compiler: what built the native module of the CPU.
     """
-    return {"cpu": core.instruction_set(), "cuda": False, "compiler": core.compiler}
+    return {"cpu": core.instruction_set(), **cuda.build_info(), "compiler": core.compiler}

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from kddp_ext import reference
 from kddp_ext.ops.gradient_pool import pool
-from kddp_ext.ops.library import ELEMENT_TYPES, core, is_native, library
+from kddp_ext.ops.library import ELEMENT_TYPES, is_native, library, native, scales_natively, workspace_on
 
 _STATISTICS_ROWS = 5
 _ABSENT = (0, 0, 0)
@@ -24,6 +24,8 @@ library.define(
     "-> (Tensor loss, Tensor terms, Tensor statistics, Tensor logits_gradient, Tensor[] activation_gradients)"
 )
 library.define("neuron_statistics(Tensor activation) -> Tensor")
+library.define("scale_gradients(Tensor[] gradients, Tensor grad_loss, float[] factors) -> Tensor[]")
+library.define("scale_gradients_(Tensor(a!)[] gradients, Tensor grad_loss, float[] factors) -> ()")
 
 LossOutputs = tuple[Tensor, Tensor, Tensor, Tensor, list[Tensor]]
 
@@ -35,10 +37,6 @@ def _rows_side_by_side(matrix: Tensor) -> Tensor:
 
 def _matrix(matrix: Tensor) -> tuple[int, int, int]:
     return (matrix.data_ptr(), ELEMENT_TYPES[matrix.dtype], matrix.stride(0))
-
-
-def _workspace(size: int) -> Tensor:
-    return torch.empty(size, dtype=torch.uint8)
 
 
 def _loss_outputs(
@@ -123,8 +121,8 @@ def _run(
     labels = None if labels is None else labels.contiguous()
     readable = [_rows_side_by_side(a) for a in activations]
     rows, classes = student.shape
-    native: Any = core.kd_l1_loss
-    native(
+    module, place = native(student)
+    module.kd_l1_loss(
         rows,
         classes,
         _matrix(student),
@@ -140,8 +138,8 @@ def _run(
         ELEMENT_TYPES[loss.dtype],
         loss.data_ptr(),
         0 if terms is None else terms.data_ptr(),
-        _workspace,
-        torch.get_num_threads(),
+        workspace_on(student.device),
+        place,
     )
 
 
@@ -169,13 +167,15 @@ def _layers(
 def _neuron_statistics(activation: Tensor) -> Tensor:
     readable = _rows_side_by_side(activation)
     statistics = activation.new_empty((_STATISTICS_ROWS, activation.shape[1]), dtype=torch.float64)
-    unused = torch.empty(1, dtype=torch.float64)  # the loss of nothing
+    unused = statistics.new_empty(1)  # the loss of nothing
+    module, place = native(activation)
     # fmt: off
-    core.kd_l1_loss(
+    module.kd_l1_loss(
         activation.shape[0], 0, _ABSENT, _ABSENT, 0,
         _layers([readable], [0.0], [], statistics), activation.shape[1],
         1.0, 0.0, 0.0, 0, 0, 0.5, 1.0, 8.0, False,
-        False, 0, ELEMENT_TYPES[unused.dtype], unused.data_ptr(), 0, _workspace, torch.get_num_threads(),
+        False, 0, ELEMENT_TYPES[unused.dtype], unused.data_ptr(), 0,
+        workspace_on(activation.device), place,
     )
     # fmt: on
     return statistics
@@ -185,14 +185,58 @@ def _neuron_statistics_fake(activation: Tensor) -> Tensor:
     return activation.new_empty((_STATISTICS_ROWS, activation.shape[1]), dtype=torch.float64)
 
 
-library.impl("kd_l1_loss", _kd_l1_loss, "CPU")
-library.impl("neuron_statistics", _neuron_statistics, "CPU")
+def _scale_gradients(gradients: Sequence[Tensor], grad_loss: Tensor, factors: Sequence[float]) -> list[Tensor]:
+    if not scales_natively(grad_loss.device):
+        return [gradient * (grad_loss * factor) for gradient, factor in zip(gradients, factors, strict=True)]
+    outputs = _scaled_outputs(gradients, grad_loss, factors)
+    _scale_into(outputs, gradients, grad_loss, factors)
+    return outputs
+
+
+def _scale_gradients_in_place(gradients: Sequence[Tensor], grad_loss: Tensor, factors: Sequence[float]) -> None:
+    if scales_natively(grad_loss.device):
+        _scale_into(gradients, gradients, grad_loss, factors)
+    else:
+        for gradient, factor in zip(gradients, factors, strict=True):
+            gradient.mul_(grad_loss * factor)
+
+
+def _scale_into(
+    targets: Sequence[Tensor], gradients: Sequence[Tensor], grad_loss: Tensor, factors: Sequence[float]
+) -> None:
+    grad_loss = grad_loss.detach().to(torch.float64 if grad_loss.dtype == torch.float64 else torch.float32)
+    module, place = native(grad_loss)
+    module.scale(
+        [
+            (source.data_ptr(), target.data_ptr(), source.numel(), ELEMENT_TYPES[source.dtype], factor)
+            for source, target, factor in zip(gradients, targets, factors, strict=True)
+        ],
+        grad_loss.data_ptr(),
+        ELEMENT_TYPES[grad_loss.dtype],
+        place,
+    )
+
+
+def _scaled_outputs(gradients: Sequence[Tensor], _grad_loss: Tensor, _factors: Sequence[float]) -> list[Tensor]:
+    return [torch.empty_like(gradient) for gradient in gradients]
+
+
+torch.library.register_fake("kddp::scale_gradients", _scaled_outputs, lib=library)
+torch.library.register_fake("kddp::scale_gradients_", lambda *_: None, lib=library)
+
+for _device in ("CPU", "CUDA"):
+    library.impl("kd_l1_loss", _kd_l1_loss, _device)
+    library.impl("neuron_statistics", _neuron_statistics, _device)
+    library.impl("scale_gradients", _scale_gradients, _device)
+    library.impl("scale_gradients_", _scale_gradients_in_place, _device)
 torch.library.register_fake("kddp::kd_l1_loss", _loss_outputs, lib=library)
 torch.library.register_fake("kddp::neuron_statistics", _neuron_statistics_fake, lib=library)
 
 # Bound once: looking an operator up by its name costs more than a small batch's loss.
 kd_l1_loss_operator = torch.ops.kddp.kd_l1_loss.default
 _neuron_statistics_operator = torch.ops.kddp.neuron_statistics.default
+_scale_gradients_operator = torch.ops.kddp.scale_gradients.default
+_scale_gradients_in_place_operator = torch.ops.kddp.scale_gradients_.default
 
 
 def kd_l1_loss(
@@ -269,3 +313,25 @@ def neuron_statistics(activation: Tensor) -> Tensor:
         return reference.neuron_statistics(activation)
     statistics: Tensor = _neuron_statistics_operator(activation.detach())
     return statistics
+
+
+def scale_gradients(
+    gradients: Sequence[Tensor], grad_loss: Tensor, factors: Sequence[float] | None = None, *, in_place: bool = False
+) -> Sequence[Tensor]:
+    """Each gradient times `grad_loss` times its factor; on a GPU in one launch.
+
+    Args:
+        gradients: contiguous, as `kd_l1_loss` returns them.
+        grad_loss: a 0-dim tensor on their device, which stays there.
+        factors: one for each gradient; None, 1 for all.
+        in_place: whether the gradients are overwritten and returned; a GPU then leaves alone what is scaled by 1.
+    """
+    if torch.compiler.is_compiling() or (not in_place and not scales_natively(grad_loss.device)):
+        scales = [grad_loss] * len(gradients) if factors is None else [grad_loss * factor for factor in factors]
+        return [gradient * scale for gradient, scale in zip(gradients, scales, strict=True)]
+    factors = [1.0] * len(gradients) if factors is None else factors
+    if in_place:
+        _scale_gradients_in_place_operator(gradients, grad_loss, factors)
+        return gradients
+    scaled: list[Tensor] = _scale_gradients_operator(gradients, grad_loss, factors)
+    return scaled

@@ -72,6 +72,12 @@ def test_opcheck_of_each_divergence(batch, divergence, standardize_logits):
     )
 
 
+def test_opcheck_of_scaling(batch):
+    gradients, scale = [batch[0], batch[3]], torch.tensor(2.0)
+    for operator in (torch.ops.kddp.scale_gradients, torch.ops.kddp.scale_gradients_):
+        opcheck(operator, (gradients, scale, [1.0, 0.5]))
+
+
 def test_opcheck_of_absent_inputs(batch):
     student, teacher, labels, _ = batch
     opcheck(
@@ -179,6 +185,22 @@ def test_a_retained_graph_gives_the_same_gradient_again(batch):
         if times == 1:
             first = s.grad.clone(), a.grad.clone()
         torch.testing.assert_close((s.grad, a.grad), (first[0] * times, first[1] * times))
+
+
+@pytest.mark.parametrize("scale", [1.0, -2.5])
+@pytest.mark.parametrize("half", [False, True])
+def test_what_is_saved_is_overwritten_by_the_last_backward_alone(batch, scale, half):
+    student, teacher, labels, activation = (x.half() if half and x.is_floating_point() else x for x in batch)
+    s, a = student.clone().requires_grad_(), activation.clone().requires_grad_()
+    loss = loss_of(s, teacher, labels, a) * scale
+    once = torch.autograd.grad(loss, [s, a], retain_graph=True)
+    again = torch.autograd.grad(loss, [s, a], retain_graph=True)
+    (last,) = torch.autograd.grad(loss, [s])
+    assert torch.equal(once[0], again[0])
+    assert torch.equal(once[1], again[1])
+    assert torch.equal(once[0], last)
+    with pytest.raises(RuntimeError, match="a second time"):
+        torch.autograd.grad(loss, [s])
 
 
 @each_divergence

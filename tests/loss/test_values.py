@@ -40,7 +40,9 @@ def assert_within_twice_pytorchs_error(case: Case) -> None:
         kind = torch.finfo(value.dtype)
         if value.dtype == torch.float16 and float(true.abs().amax()) * len(case.labels) > kind.max:
             continue  # a constant row, standardised: float16 holds gradients multiplied by the rows
-        rounding = 2 * kind.eps * float(true.abs().amax()) + kind.tiny * kind.eps
+        # Of huge logits a divergence is a difference of logarithms of its own size, which are rounded too.
+        roundings = 4 if name in ("kd", "loss") else 2
+        rounding = roundings * kind.eps * float(true.abs().amax()) + kind.tiny * kind.eps
         rounding += 2 * torch.finfo(torch.float32).eps * sources.get(name, 0.0)  # what all is computed in
         their_error = largest_error(other, true)
         if not math.isfinite(their_error):  # 0 times a logarithm that float16 cannot hold, or that is infinite
@@ -86,8 +88,8 @@ def through_standardization(source, logits):
 
 @each_divergence
 @standardized_or_not
-def test_error_is_at_most_twice_pytorchs(divergence, standardize_logits):
-    @settings(max_examples=60, deadline=None)
+def test_error_is_at_most_twice_pytorchs(divergence, standardize_logits, examples):
+    @settings(max_examples=examples(60), deadline=None)
     @given(cases(divergence=divergence, standardize_logits=standardize_logits))
     def holds(case):
         assert_within_twice_pytorchs_error(case)

@@ -1,18 +1,20 @@
 // The fused loss for kddp_ext/ops/loss.py, which owns every buffer and has checked every size and type.
-#include "kddp/kd_l1_loss.h"
+//
+// A Backend is made of a call's `Place`, says how much workspace a job needs, and runs it.
+#pragma once
 
 #include <string>
 #include <tuple>
 #include <vector>
 
 #include "bindings.h"
+#include "kddp/kd_l1_loss.h"
 
 namespace kddp_python {
-namespace {
 
 using MatrixArguments = std::tuple<Address, int, int64_t>;  // data, element type, row stride
 
-kddp::Matrix matrix(const MatrixArguments& arguments) {
+inline kddp::Matrix matrix(const MatrixArguments& arguments) {
     const auto& [data, type, row_stride] = arguments;
     return {pointer<const void>(data), static_cast<kddp::ElementType>(type), row_stride};
 }
@@ -20,7 +22,7 @@ kddp::Matrix matrix(const MatrixArguments& arguments) {
 // activation, neurons, l1_weight, gradient, statistics
 using LayerArguments = std::tuple<MatrixArguments, int64_t, double, Address, Address>;
 
-std::vector<kddp::ActivationLayer> activation_layers(const std::vector<LayerArguments>& arguments) {
+inline std::vector<kddp::ActivationLayer> activation_layers(const std::vector<LayerArguments>& arguments) {
     std::vector<kddp::ActivationLayer> layers;
     for (const auto& [activation, neurons, l1_weight, gradient, statistics] : arguments)
         layers.push_back(
@@ -29,12 +31,13 @@ std::vector<kddp::ActivationLayer> activation_layers(const std::vector<LayerArgu
 }
 
 // Calls `allocate(bytes)` for the workspace between sizing and running, so that Python owns that memory too.
+template <class Backend>
 void kd_l1_loss(int64_t rows, int64_t classes, const MatrixArguments& student, const MatrixArguments& teacher,
                 Address labels, const std::vector<LayerArguments>& layer_arguments, int64_t statistics_stride,
                 double temperature, double alpha, double label_smoothing, int64_t ignore_index, int divergence,
                 double jsd_beta, double dkd_target_weight, double dkd_non_target_weight, bool standardize_logits,
                 bool scaled_gradients, Address logits_gradient, int result_type, Address loss, Address terms,
-                const py::function& allocate, int threads) {
+                const py::function& allocate, const typename Backend::Place& place) {
     const std::vector<kddp::ActivationLayer> layers = activation_layers(layer_arguments);
     kddp::KdL1Loss job{rows,
                        classes,
@@ -57,22 +60,19 @@ void kd_l1_loss(int64_t rows, int64_t classes, const MatrixArguments& student, c
                        pointer<void>(loss),
                        pointer<void>(terms),
                        nullptr,
-                       threads};
-    const py::object workspace = allocate(kddp::kd_l1_loss_workspace(job));
+                       1};
+    Backend backend(place);
+    const py::object workspace = allocate(backend.workspace(job));
     job.workspace = pointer<void>(workspace.attr("data_ptr")().cast<Address>());
     kddp::Status status;
     {
         py::gil_scoped_release unlocked;
-        status = kddp::kd_l1_loss(job);
+        status = backend.run(job);
     }
     if (status.code == kddp::Status::label_out_of_range)
         throw py::value_error("labels: expected values from 0 to " + std::to_string(classes - 1) +
                               " or ignore_index=" + std::to_string(ignore_index) + ", got " +
                               std::to_string(status.value) + " in row " + std::to_string(status.row));
 }
-
-}  // namespace
-
-void bind_kd_l1_loss(py::module_& m) { m.def("kd_l1_loss", &kd_l1_loss); }
 
 }  // namespace kddp_python

@@ -1,29 +1,31 @@
 // The compaction for kddp_ext/ops/compaction.py, which owns every buffer and has checked every size and type.
-#include "kddp/compaction.h"
+#pragma once
 
 #include <tuple>
 #include <vector>
 
 #include "bindings.h"
+#include "kddp/compaction.h"
 
 namespace kddp_python {
-namespace {
 
 // source, row stride in bytes, bytes of a column, target
 using BlockArguments = std::tuple<Address, int64_t, int64_t, Address>;
 // element type, pruned columns, their number, means, shift
 using CompensationArguments = std::tuple<int, Address, int64_t, Address, Address>;
 
-kddp::Compensation compensation(const CompensationArguments& arguments) {
+inline kddp::Compensation compensation(const CompensationArguments& arguments) {
     const auto& [type, pruned_columns, pruned_count, means, shift] = arguments;
     return {static_cast<kddp::ElementType>(type), pointer<const int64_t>(pruned_columns), pruned_count,
             pointer<const double>(means), pointer<double>(shift)};
 }
 
 // Calls `allocate(bytes)` for the workspace between sizing and running, so that Python owns that memory too.
+template <class Backend>
 void gather_slices(const std::vector<BlockArguments>& block_arguments, int64_t columns, Address keep_rows,
                    int64_t kept_rows, Address keep_columns, int64_t kept_columns,
-                   const CompensationArguments& compensation_arguments, const py::function& allocate, int threads) {
+                   const CompensationArguments& compensation_arguments, const py::function& allocate,
+                   const typename Backend::Place& place) {
     std::vector<kddp::Block> blocks;
     for (const auto& [source, row_stride, column_bytes, target] : block_arguments)
         blocks.push_back({pointer<const void>(source), row_stride, column_bytes, pointer<void>(target)});
@@ -31,15 +33,12 @@ void gather_slices(const std::vector<BlockArguments>& block_arguments, int64_t c
                          columns,       pointer<const int64_t>(keep_rows),
                          kept_rows,     pointer<const int64_t>(keep_columns),
                          kept_columns,  compensation(compensation_arguments),
-                         nullptr,       threads};
-    const py::object workspace = allocate(kddp::gather_slices_workspace(job));
+                         nullptr,       1};
+    Backend backend(place);
+    const py::object workspace = allocate(backend.workspace(job));
     job.workspace = pointer<void>(workspace.attr("data_ptr")().cast<Address>());
     py::gil_scoped_release unlocked;
-    kddp::gather_slices(job);
+    backend.run(job);
 }
-
-}  // namespace
-
-void bind_compaction(py::module_& m) { m.def("gather_slices", &gather_slices); }
 
 }  // namespace kddp_python

@@ -1,0 +1,41 @@
+"""Published figures of a few GPUs."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+
+class Gpu(NamedTuple):
+    """Peak figures as the vendor's data sheet has them.
+
+    Attributes:
+        bandwidth: of its memory, bytes a second.
+        multiprocessors: that are enabled in this product.
+        clock: the boost clock in Hz, at which the data sheet's float32 rate is reached.
+        source: where the figures stand.
+    """
+
+    name: str
+    bandwidth: float
+    multiprocessors: int
+    clock: float
+    source: str
+
+    @property
+    def exponentials(self) -> float:
+        """Results of 2^x in float32 a second, at most."""
+        return EXPONENTIALS_A_CLOCK * self.multiprocessors * self.clock
+
+
+# Of each multiprocessor of compute capability 8.0 to 9.0: CUDA C++ Programming Guide, throughput of native arithmetic
+# instructions (reciprocal, base-2 logarithm, base-2 exponential, sine and cosine in float32).
+EXPONENTIALS_A_CLOCK = 16
+
+# The clocks of the H100 and the H200 are not in their data sheets: 67 TFLOPS of float32 are 2 operations of 128 cores
+# of 132 multiprocessors at 1.98 GHz.
+GPUS = {
+    "H100": Gpu("H100 SXM", 3.35e12, 132, 1.98e9, "NVIDIA H100 Tensor Core GPU data sheet"),
+    "A100": Gpu("A100 80GB SXM", 2.039e12, 108, 1.41e9, "NVIDIA A100 Tensor Core GPU data sheet"),
+    "H200": Gpu("H200 SXM", 4.8e12, 132, 1.98e9, "NVIDIA H200 Tensor Core GPU data sheet"),
+    "L4": Gpu("L4", 0.3e12, 58, 2.04e9, "NVIDIA L4 Tensor Core GPU data sheet"),
+}

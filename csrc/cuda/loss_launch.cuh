@@ -1,0 +1,205 @@
+// One launch of the fused loss: its argument, what all of its blocks do together, and how it ends.
+//
+// Blocks stay for the whole launch and take rows of logits, then units of activations, in turn. Each leaves its sums in
+// the workspace; the last to finish adds them up in order.
+#pragma once
+
+#include "cuda/memory.cuh"
+#include "cuda/warp.cuh"
+#include "kddp/kd_l1_loss.h"
+#include "row_math.h"
+
+namespace kddp {
+
+// How e^s comes from e^(s/T): where T is 2 or 4 by squaring, else by an exponential of its own.
+enum class Untempered : int { absent, same, square, fourth, separate };
+
+// A layer of activations as its units of work see it: rectangles of rows and columns, a warp each.
+struct LayerLaunch {
+    const char* data;
+    char* gradient;
+    double* statistics;
+    double* partial;  // statistics of each part of the rows, where there are several
+    int64_t row_stride, columns;
+    int64_t rows, unit_rows, unit_columns;
+    int64_t first_unit;  // of the launch
+    double l1_weight, scale;
+    ElementType type;
+    int row_parts, column_parts;
+    int first_counter;
+    int aligned;  // whether a thread may read all at once: 16 bytes, or with statistics, those of its columns
+};
+
+constexpr int layers_of_launch = 20;
+
+struct RowTerms {
+    double kd, ce, correct;
+};
+
+struct LossLaunch {
+    int64_t rows;
+    int classes_of_slice, slices;  // of a row, where several blocks share it
+    unsigned row_groups;           // blocks, or groups of blocks that share a row, that take rows in turn
+    int64_t classes;
+    int vectors_of_side, vectors_of_team;  // of 16 bytes, in shared memory
+    bool rows_adjoin;                      // in all matrices, and do not all begin with a sector
+    Matrix student, teacher;
+    int64_t student_elements, teacher_elements;  // from the first of the matrix to behind its last
+    const int64_t* labels;
+    int64_t ignore_index;
+    RowRule rule;
+    bool scaled_gradients, count_labels;
+    Untempered untempered;
+    char* gradient;
+    double alpha, row_count, inverse_temperature;
+    ElementType result_type;
+    void* loss;
+    void* terms;
+    LayerLaunch layers[layers_of_launch];
+    int layer_count;
+    int64_t statistics_stride, units;
+    RowTerms* block_terms;
+    double* unit_sums;
+    double* carried;         // l1 and its weighted sum of earlier launches of the call
+    bool carries, finishes;  // whether there were any, and whether this one is the last
+    char* slices_workspace;
+    unsigned long long* label_counter;  // blocks that have counted << 40, valid labels
+    unsigned* done_counter;
+    unsigned* counters;  // of the statistics' parts
+    unsigned* slice_counters;
+};
+
+// The same launch, of which the compiler does not know it: so it keeps nothing in registers that it has worked out of
+// the launch before.
+__device__ __forceinline__ const LossLaunch& again(const LossLaunch& launch) {
+#if defined(KDDP_EMULATOR)
+    return launch;
+#else
+    unsigned zero;
+    asm volatile("mov.u32 %0, 0;" : "=r"(zero));
+    return (&launch)[zero];
+#endif
+}
+
+// Labels that a block keeps: of its first rows.
+constexpr int kept_labels = 64;
+
+constexpr int counters_at_front = 8;  // label_counter, done_counter
+constexpr int slice_counter_count = 1024;
+constexpr int part_counter_count = static_cast<int>(counters_bytes / 4) - counters_at_front - slice_counter_count;
+
+// Counts the labels of this block's rows, or where blocks share a row, its part of them, and adds it to what the other
+// blocks count. Each waits for the sum when it finishes its first row, by which time it is there. The labels of the
+// block's first rows are kept, where no other block shares these; every thread may read them behind this.
+template <int teams>
+__device__ __forceinline__ void count_labels(const LossLaunch& launch, SharedArray<int64_t> kept) {
+    if (!launch.count_labels) return;
+    KDDP_SHARED(unsigned, counts, 32);
+    const int lane = static_cast<int>(threadIdx.x % 32), warp = static_cast<int>(threadIdx.x / 32);
+    unsigned count = 0;
+#pragma unroll 1
+    for (int64_t i = threadIdx.x;; i += blockDim.x) {
+        const int64_t row = (blockIdx.x + i / teams * gridDim.x) * teams + i % teams;
+        if (row >= launch.rows) break;
+        const int64_t label = load_global(launch.labels + row);
+        if (i < kept_labels) kept.store(static_cast<int>(i), label);
+        count += label != launch.ignore_index;
+    }
+    count = sum_of_lanes<32>(count);
+    if (lane == 0) counts.store(warp, count);
+    __syncthreads();
+    if (warp != 0) return;
+    count = sum_of_lanes<32>(lane < static_cast<int>(blockDim.x / 32) ? counts.load(lane) : 0u);
+    if (lane == 0) atomicAdd(launch.label_counter, (1ull << 40) + count);
+}
+
+// Rows whose label is not to be ignored, at least 1.
+__device__ __forceinline__ double valid_rows(const LossLaunch& launch) {
+    double count = launch.row_count;
+    if (launch.count_labels) {
+        unsigned long long seen = read_counter(launch.label_counter);
+        while ((seen >> 40) < gridDim.x) {
+            wait_a_little();
+            seen = read_counter(launch.label_counter);
+        }
+        count = static_cast<double>(seen & ((1ull << 40) - 1));
+    }
+    return count > 0 ? count : 1;
+}
+
+// Whether this block is the last of the launch; of all threads.
+__device__ __forceinline__ bool is_last_block(unsigned* counter) {
+    KDDP_SHARED(unsigned, ticket, 1);
+    __threadfence();
+    __syncthreads();
+    if (threadIdx.x == 0) ticket.store(0, atomicInc(counter, gridDim.x - 1));
+    __syncthreads();
+    const bool last = ticket.load(0) == gridDim.x - 1;
+    if (last) __threadfence();
+    return last;
+}
+
+template <class T>
+__device__ __forceinline__ void store_results(const LossLaunch& launch, double loss, const double* terms) {
+    store_global(static_cast<T*>(launch.loss), T(loss));
+    if (!launch.terms) return;
+#pragma unroll
+    for (int i = 0; i < 4; ++i) store_global(static_cast<T*>(launch.terms) + i, T(terms[i]));
+}
+
+// The last block adds up what all have left. A term of weight 0 is left out.
+__device__ __forceinline__ void write_results(const LossLaunch& launch) {
+    KDDP_SHARED(double, scratch, 32);
+    // Neighbouring threads read neighbouring numbers, each always the same of a block's three.
+    const unsigned readers = blockDim.x / 3 * 3, which = threadIdx.x % 3;
+    double term = 0;
+    for (unsigned i = threadIdx.x; i < gridDim.x * 3 && threadIdx.x < readers; i += readers)
+        term += load_workspace(&launch.block_terms[0].kd + i);
+    const double kd = sum_of_block(which == 0 ? term : 0, scratch), ce = sum_of_block(which == 1 ? term : 0, scratch);
+    const double correct = sum_of_block(which == 2 ? term : 0, scratch);
+    double l1 = 0, weighted = 0;
+    if (launch.carries) l1 = load_workspace(launch.carried), weighted = load_workspace(launch.carried + 1);
+    for (int layer = 0; layer < launch.layer_count; ++layer) {
+        const int64_t first = launch.layers[layer].first_unit;
+        const int64_t end = layer + 1 < launch.layer_count ? launch.layers[layer + 1].first_unit : launch.units;
+        double sum = 0;
+        for (int64_t unit = first + threadIdx.x; unit < end; unit += blockDim.x)
+            sum += load_workspace(launch.unit_sums + unit);
+        sum = sum_of_block(sum, scratch) / (launch.row_count > 0 ? launch.row_count : 1);
+        l1 += sum;
+        if (launch.layers[layer].l1_weight != 0) weighted += launch.layers[layer].l1_weight * sum;
+    }
+    if (threadIdx.x != 0) return;
+    store_global(launch.label_counter, 0ull);
+    for (unsigned i = 0; launch.slices > 1 && i < launch.row_groups; ++i) store_global(launch.slice_counters + i, 0u);
+    if (!launch.finishes) {
+        store_global(launch.carried, l1), store_global(launch.carried + 1, weighted);
+        return;
+    }
+    double loss = weighted;
+    if (launch.alpha != 0) loss += launch.alpha * kd;
+    if (launch.alpha != 1) loss += (1 - launch.alpha) * ce;
+    const double terms[] = {kd, ce, l1, correct};
+    if (launch.result_type == ElementType::float64)
+        store_results<double>(launch, loss, terms);
+    else
+        store_results<float>(launch, loss, terms);
+}
+
+// The end of every block. `terms` are a thread's own.
+__device__ __forceinline__ void finish_launch(const LossLaunch& launch, const RowTerms& terms) {
+    KDDP_SHARED(double, scratch, 32);
+    if (launch.student.data) {
+        const double kd = sum_of_block(terms.kd, scratch), ce = sum_of_block(terms.ce, scratch);
+        const double correct = sum_of_block(terms.correct, scratch);
+        if (threadIdx.x < 3)
+            store_global(&launch.block_terms[blockIdx.x].kd + threadIdx.x, threadIdx.x == 0   ? kd
+                                                                           : threadIdx.x == 1 ? ce
+                                                                                              : correct);
+    } else if (threadIdx.x < 3) {
+        store_global(&launch.block_terms[blockIdx.x].kd + threadIdx.x, 0.0);
+    }
+    if (is_last_block(launch.done_counter)) write_results(launch);
+}
+
+}  // namespace kddp

@@ -1,0 +1,111 @@
+"""The native module for GPUs: whether it is there, whether it can run, and where.
+
+A build with CUDA is imported and used on machines without a GPU: nothing here asks the driver before the first call
+for a CUDA tensor.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import importlib.util
+import threading
+from typing import Any
+
+import torch
+from torch import Tensor
+
+_counters: dict[tuple[int, int], Tensor] = {}
+_lock = threading.Lock()
+
+
+@functools.cache
+def is_built() -> bool:
+    """Whether this build has the module `kddp_ext._cuda`."""
+    return importlib.util.find_spec("kddp_ext._cuda") is not None
+
+
+@functools.cache
+def _loaded() -> Any:
+    return importlib.import_module("kddp_ext._cuda")
+
+
+def build_info() -> dict[str, object]:
+    """The part of `kddp_ext.build_info` that is about CUDA."""
+    if not is_built():
+        return {"cuda": False, "cuda_architectures": [], "cuda_compiler": ""}
+    native = _loaded()
+    return {"cuda": True, "cuda_architectures": native.architectures.split(), "cuda_compiler": native.compiler}
+
+
+def _version(number: int) -> str:
+    return f"{number // 1000}.{number % 1000 // 10}"
+
+
+def why_not(native: Any, device: int) -> str | None:
+    """One sentence on why the kernels cannot run on a device, or None."""
+    if torch.version.hip is not None:
+        return "this PyTorch is built for ROCm, for which kddp_ext has no kernels: use backend='reference'"
+    driver, runtime = native.driver_version(), native.runtime_version()
+    if driver == 0:
+        return "no NVIDIA driver was found: install one, or keep the tensors on the CPU"
+    if driver // 1000 < runtime // 1000:
+        return (
+            f"the NVIDIA driver supports CUDA {_version(driver)} and kddp_ext was built with CUDA {_version(runtime)}: "
+            "update the driver, or build kddp_ext with an older CUDA"
+        )
+    error = native.device_error(device)
+    if error in ("cudaErrorNoKernelImageForDevice", "cudaErrorInvalidDeviceFunction"):
+        major, minor = torch.cuda.get_device_capability(device)
+        return (
+            f"this build of kddp_ext has no kernels for a GPU of compute capability {major}.{minor}, only for "
+            f"{native.architectures}: build it with CMAKE_CUDA_ARCHITECTURES={major}{minor}"
+        )
+    return f"CUDA device {device} cannot be used: {error}" if error else None
+
+
+@functools.cache
+def _checked(device: int) -> str | None:
+    return why_not(_loaded(), device)
+
+
+def module(device: torch.device) -> Any:
+    """The native module, once it is known that it can run on `device`.
+
+    Raises:
+        RuntimeError: it cannot, with the reason in one sentence.
+    """
+    reason = _checked(_index(device))
+    if reason is not None:
+        raise RuntimeError(f"kddp_ext: {reason}")
+    return _loaded()
+
+
+def place(device: torch.device) -> tuple[int, int, int, Tensor]:
+    """Device, the current stream on it, the counters that belong to both, and the tensor that keeps these."""
+    index = _index(device)
+    stream = torch.cuda.current_stream(device).cuda_stream
+    counters = _counters_of(index, stream)
+    return index, stream, counters.data_ptr(), counters
+
+
+def _index(device: torch.device) -> int:
+    return torch.cuda.current_device() if device.index is None else device.index
+
+
+def _counters_of(device: int, stream: int) -> Tensor:
+    """Counters of a launch's blocks, 0 between launches: each launch leaves them so, and none has to be preceded by
+    a fill. Two streams never share them, and a CUDA graph, which may run on any, has its own of each call."""
+    with torch.cuda.device(device):
+        is_capturing = torch.cuda.is_current_stream_capturing()
+    if is_capturing:
+        return _new_counters(device)
+    with _lock:
+        counters = _counters.get((device, stream))
+        if counters is None:
+            counters = _counters[device, stream] = _new_counters(device)
+        return counters
+
+
+def _new_counters(device: int) -> Tensor:
+    return torch.zeros(_loaded().counters_bytes, dtype=torch.uint8, device=torch.device("cuda", device))

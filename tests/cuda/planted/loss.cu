@@ -1,0 +1,34 @@
+// The loss for float32 alone and the forward divergence, which compiles fast, as a C function.
+#include <vector>
+
+#include "cuda/kd_l1_loss.h"
+#include "cuda/kernels_by_rows.cuh"
+
+namespace kddp {
+LossKernels float32_kernels(GradientForm) {
+    return kernels_of<RowKinds<float, ElementType::float32>, GradientForm::difference>();
+}
+LossKernels bfloat16_kernels(GradientForm) { return {}; }
+LossKernels float16_kernels(GradientForm) { return {}; }
+LossKernels float64_kernels(GradientForm) { return {}; }
+}  // namespace kddp
+
+// statistics: (5, neurons). Returns what is wrong, or nothing.
+extern "C" const char* run_loss(int64_t rows, int64_t classes, const float* student, const float* teacher,
+                                const int64_t* labels, float* logits_gradient, int64_t neurons, const float* activation,
+                                float* activation_gradient, double* statistics, float* loss, float* terms,
+                                unsigned* counters) {
+    using kddp::ElementType;
+    const kddp::ActivationLayer layer{
+        {activation, ElementType::float32, neurons}, neurons, 0.1, activation_gradient, statistics};
+    kddp::KdL1Loss job{};
+    job.rows = rows, job.classes = classes;
+    job.student = {student, ElementType::float32, classes}, job.teacher = {teacher, ElementType::float32, classes};
+    job.labels = labels, job.ignore_index = -100, job.activations = {&layer, 1, neurons};
+    job.temperature = 4, job.alpha = 0.9, job.divergence = kddp::Divergence::forward_kl;
+    job.logits_gradient = logits_gradient, job.result_type = ElementType::float32, job.loss = loss, job.terms = terms;
+    std::vector<double> workspace(static_cast<size_t>(kddp::cuda_kd_l1_loss_workspace(job)) / 8 + 8);
+    job.workspace = workspace.data() + (64 - reinterpret_cast<uintptr_t>(workspace.data()) % 64) % 64 / 8;
+    emulator::allow(workspace.data(), workspace.size() * 8, true, "the workspace");
+    return emulator::guarded([&] { kddp::cuda_kd_l1_loss(job, {nullptr, counters}); });
+}

@@ -1,0 +1,20 @@
+// The compaction and the backward, of one float32 matrix each, as C functions.
+#include "cuda/compaction.h"
+#include "cuda/platform.cuh"
+#include "cuda/scale.h"
+
+extern "C" {
+
+const char* run_gather(int64_t columns, const int64_t* keep_rows, int64_t kept_rows, const int64_t* keep_columns,
+                       int64_t kept_columns, const float* source, float* target) {
+    const kddp::Block block{source, columns * 4, 4, target};
+    const kddp::Compaction job{&block, 1, columns, keep_rows, kept_rows, keep_columns, kept_columns, {}, nullptr, 1};
+    return emulator::guarded([&] { kddp::cuda_gather_slices(job, {nullptr, nullptr}); });
+}
+
+const char* run_scale(int64_t count, const float* source, float* target, const float* scalar) {
+    const kddp::ScaledTensor tensor{source, target, count, kddp::ElementType::float32, 2.0};
+    return emulator::guarded(
+        [&] { kddp::cuda_scale(&tensor, 1, scalar, kddp::ElementType::float32, {nullptr, nullptr}); });
+}
+}

@@ -1,0 +1,219 @@
+"""Where launches go and what else the host asks of CUDA: on the emulator, which records every call of the runtime.
+
+What is shown: a launch takes the device and the stream that it is told, the caller's device is as it was, and nothing
+allocates, copies, waits or synchronises, so that a CUDA graph can capture it.
+"""
+
+import contextlib
+import re
+from types import SimpleNamespace
+
+import backends
+import pytest
+import torch
+
+import kddp_ext
+from kddp_ext.ops import cuda, gather_slices, library, scale_gradients
+
+HARMLESS = {"cudaSetDevice", "cudaFuncSetAttribute", "launch"}
+
+
+@pytest.fixture
+def emulated(request):
+    emulated = backends.emulated(request.config)
+    emulated.emulator.set_devices(2)
+    emulated.emulator.device = 0
+    emulated.emulator.clear()
+    yield emulated
+    emulated.emulator.device = 0
+
+
+@contextlib.contextmanager
+def calls_go_to(emulated, device, stream):
+    library._stand_in = (emulated.module, emulated.place(device, stream))
+    try:
+        yield
+    finally:
+        library._stand_in = None
+
+
+def forward():
+    logits = torch.randn(6, 40, requires_grad=True)
+    activation = torch.randn(6, 33, requires_grad=True)
+    labels = torch.tensor([0, 3, -100, 39, 7, 1])
+    return kddp_ext.fused_kd_l1_loss(logits, torch.randn(6, 40), labels, [activation], l1_weight=0.1)
+
+
+def compaction(_):
+    keep_rows, keep_columns = torch.tensor([0, 4, 8]), torch.tensor([1, 7])
+    gather_slices([torch.randn(9, 8), torch.randn(9, 8)], keep_rows, keep_columns, rows=9, columns=8)
+
+
+OPERATIONS = {
+    "forward": (lambda: None, lambda _: forward()),
+    "backward": (forward, lambda loss: loss.backward(torch.tensor(3.0))),
+    "compaction": (lambda: None, compaction),
+}
+
+
+@pytest.mark.parametrize("operation", OPERATIONS)
+@pytest.mark.parametrize("current", [0, 1])
+@pytest.mark.parametrize(("device", "stream"), [(0, 0), (1, 0), (0, 0x51DE), (1, 0x51DE)])
+def test_one_launch_on_the_tensors_device_and_stream(emulated, operation, current, device, stream):
+    prepare, run = OPERATIONS[operation]
+    with calls_go_to(emulated, device, stream):
+        prepared = prepare()
+        emulated.emulator.device = current
+        emulated.emulator.clear()
+        run(prepared)
+    calls = emulated.emulator.calls()
+    launches = [(call["device"], call["stream"]) for call in calls if call["name"] == "launch"]
+    assert launches == [(device, stream)]
+    assert {call["name"] for call in calls} <= HARMLESS
+    assert not any(call["error"] for call in calls)
+    assert emulated.emulator.device == current
+
+
+@pytest.mark.parametrize(("scale", "in_place", "moves"), [(1.0, True, False), (1.0, False, True), (3.0, True, True)])
+def test_the_usual_backward_moves_nothing(emulated, scale, in_place, moves):
+    gradients = [torch.randn(5, 7), torch.randn(5, 9)]
+    expected = [gradient * scale for gradient in gradients]
+    with calls_go_to(emulated, 0, 0):
+        scaled = scale_gradients(gradients, torch.tensor(scale), in_place=in_place)
+    (report,) = emulated.emulator.reports()
+    assert (report["sectors_written"] > 0) is moves
+    assert all(map(torch.equal, scaled, expected))
+    assert (scaled[0].data_ptr() == gradients[0].data_ptr()) is in_place
+
+
+def test_more_layers_than_a_launch_takes(emulated):
+    with calls_go_to(emulated, 1, 0x51DE):
+        layers = [torch.randn(4, 10) for _ in range(45)]
+        loss = kddp_ext.fused_kd_l1_loss(torch.randn(4, 10), None, torch.zeros(4, dtype=torch.int64), layers, alpha=0.0)
+    assert loss.isfinite()
+    launches = [(call["device"], call["stream"]) for call in emulated.emulator.calls() if call["name"] == "launch"]
+    assert launches == [(1, 0x51DE)] * 3
+
+
+def test_a_device_that_is_not_there(emulated):
+    with (
+        calls_go_to(emulated, 2, 0),
+        pytest.raises(RuntimeError, match="choosing the device failed with cudaErrorInvalid"),
+    ):
+        forward()
+    assert emulated.emulator.device == 0
+    with calls_go_to(emulated, 0, 0):
+        assert forward().isfinite()  # the next call is not told of it
+
+
+def test_the_sources_ask_the_runtime_for_nothing_else():
+    """What the emulator does not know of could not be recorded: it would not compile; this names what is used."""
+    used = set()
+    for path in backends.SOURCES + sorted((backends.ROOT / "csrc" / "cuda").glob("*.*h")):
+        used |= set(re.findall(r"\b(cuda[A-Z]\w+)\(", path.read_text(encoding="utf-8")))
+    assert used == {
+        "cudaDeviceGetAttribute", "cudaFuncGetAttributes", "cudaFuncSetAttribute", "cudaGetDevice", "cudaGetErrorName",
+        "cudaGetErrorString", "cudaGetLastError", "cudaLaunchCooperativeKernel",
+        "cudaOccupancyMaxActiveBlocksPerMultiprocessor", "cudaSetDevice",
+    }  # fmt: skip
+
+
+class FakeCuda:
+    """torch.cuda with two devices, whose streams and current device tests choose."""
+
+    def __init__(self, monkeypatch):
+        self.current, self.capturing = 0, False
+        self.streams = {0: 0x10, 1: 0x20}
+        monkeypatch.setattr(torch.cuda, "current_device", lambda: self.current)
+        monkeypatch.setattr(torch.cuda, "current_stream", self.stream)
+        monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: self.capturing and self.current == 1)
+        monkeypatch.setattr(torch.cuda, "device", self.device)
+        monkeypatch.setattr(cuda, "_counters", {})
+        monkeypatch.setattr(cuda, "_new_counters", lambda device: torch.zeros(64, dtype=torch.uint8))
+
+    def stream(self, device):
+        return SimpleNamespace(cuda_stream=self.streams[self.current if device.index is None else device.index])
+
+    @contextlib.contextmanager
+    def device(self, index):
+        before, self.current = self.current, index
+        yield
+        self.current = before
+
+
+def test_a_place_is_the_current_stream_of_the_tensors_device(monkeypatch):
+    fake = FakeCuda(monkeypatch)
+    assert cuda.place(torch.device("cuda"))[:2] == (0, 0x10)
+    assert cuda.place(torch.device("cuda", 1))[:2] == (1, 0x20)
+    fake.current, fake.streams[1] = 1, 0x51DE
+    assert cuda.place(torch.device("cuda"))[:2] == (1, 0x51DE)
+    assert cuda.place(torch.device("cuda", 0))[:2] == (0, 0x10)
+
+
+def test_counters_belong_to_a_device_and_stream(monkeypatch):
+    fake = FakeCuda(monkeypatch)
+    first = cuda.place(torch.device("cuda", 0))
+    other_device = cuda.place(torch.device("cuda", 1))
+    fake.streams[0] = 0x11
+    other_stream = cuda.place(torch.device("cuda", 0))
+    fake.streams[0] = 0x10
+    assert cuda.place(torch.device("cuda", 0))[2] == first[2]
+    assert len({first[2], other_device[2], other_stream[2]}) == 3
+    assert first[3].data_ptr() == first[2]
+
+
+def test_a_graph_has_counters_of_its_own(monkeypatch):
+    """A graph may be replayed on any stream, and what is captured has not run yet: it must not fill the cache."""
+    fake = FakeCuda(monkeypatch)
+    fake.capturing = True
+    captured = [cuda.place(torch.device("cuda", 1)) for _ in range(2)]
+    assert captured[0][2] != captured[1][2]
+    assert not cuda._counters
+    fake.capturing = False
+    assert cuda.place(torch.device("cuda", 1))[2] not in {place[2] for place in captured}
+
+
+def native(driver=13000, runtime=13000, error=""):
+    return SimpleNamespace(
+        driver_version=lambda: driver, runtime_version=lambda: runtime, device_error=lambda _: error,
+        architectures="80-real 120",
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("module", "text"),
+    [
+        (native(driver=0), "no NVIDIA driver was found"),
+        (native(driver=12040), "the NVIDIA driver supports CUDA 12.4 and kddp_ext was built with CUDA 13.0"),
+        (
+            native(error="cudaErrorNoKernelImageForDevice"),
+            "no kernels for a GPU of compute capability 6.1, only for 80-",
+        ),
+        (native(error="cudaErrorDevicesUnavailable"), "CUDA device 0 cannot be used: cudaErrorDevicesUnavailable"),
+        (native(driver=13020), None),
+    ],
+)
+def test_why_cuda_cannot_be_used_is_one_sentence(monkeypatch, module, text):
+    monkeypatch.setattr(torch.version, "hip", None)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (6, 1))
+    why = cuda.why_not(module, 0)
+    assert (why is None) if text is None else (text in why and "\n" not in why)
+
+
+def test_rocm_is_not_cuda(monkeypatch):
+    monkeypatch.setattr(torch.version, "hip", "6.4")
+    assert "built for ROCm" in cuda.why_not(native(), 0)
+
+
+def test_the_reason_is_an_error_of_the_first_call(monkeypatch):
+    monkeypatch.setattr(cuda, "_loaded", lambda: native(driver=0))
+    monkeypatch.setattr(torch.version, "hip", None)
+    cuda._checked.cache_clear()
+    with pytest.raises(RuntimeError, match="kddp_ext: no NVIDIA driver was found"):
+        cuda.module(torch.device("cuda", 0))
+    cuda._checked.cache_clear()
+
+
+def test_a_build_without_cuda_says_so(monkeypatch):
+    monkeypatch.setattr(cuda, "is_built", lambda: False)
+    assert cuda.build_info() == {"cuda": False, "cuda_architectures": [], "cuda_compiler": ""}

@@ -1,0 +1,214 @@
+"""Single launches of the CUDA kernels on the emulator, with every buffer known: what is read, written and allowed."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from backends import Emulated
+from torch import Tensor
+
+from kddp_ext.ops.library import ELEMENT_TYPES
+
+ABSENT = (0, 0, 0)
+DIVERGENCES = {"forward_kl": 0, "reverse_kl": 1, "jsd": 2, "dkd": 3}
+
+
+def aligned(shape: tuple[int, ...], dtype: torch.dtype, *, fill: float | None = None) -> Tensor:
+    """A tensor at a multiple of 256 bytes, as on a GPU. Unfilled it has no number that a result could be."""
+    size = torch.Size(shape).numel() * torch.empty((), dtype=dtype).element_size()
+    memory = torch.full((size + 256,), 0xFF, dtype=torch.uint8)
+    start = -memory.data_ptr() % 256
+    tensor = memory[start : start + size].view(dtype).view(shape)
+    return tensor if fill is None else tensor.fill_(fill)
+
+
+def filled(values: Tensor) -> Tensor:
+    """The same values at a multiple of 256 bytes."""
+    return aligned(tuple(values.shape), values.dtype).copy_(values)
+
+
+def extent(tensor: Tensor) -> int:
+    """Bytes from the first element to behind the last."""
+    last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+    return (last + 1) * tensor.element_size() if tensor.numel() else 0
+
+
+@dataclass
+class Launch:
+    """One call: its buffers, which of them are declared as needed, and what makes it run."""
+
+    inputs: dict[str, Tensor]
+    outputs: dict[str, Tensor]
+    arguments: tuple[Any, ...]
+    operation: str
+    parts: dict[str, list[Tensor]] = field(default_factory=dict)
+    """Of inputs that are read in part, or whose rows do not lie side by side: the contiguous parts that are read."""
+
+    @property
+    def read(self) -> list[Tensor]:
+        return [part for name, tensor in self.inputs.items() for part in self.parts.get(name, [tensor])]
+
+    @property
+    def needed_bytes(self) -> int:
+        """Bytes of all that is read and written, each once."""
+        return sum(x.numel() * x.element_size() for x in (*self.read, *self.outputs.values()))
+
+    @property
+    def needed_sector_bytes(self) -> int:
+        """Bytes of the sectors in which those lie: what is taken out of a matrix here and there costs no less."""
+        sectors = 0
+        for tensors in (self.read, self.outputs.values()):
+            touched = set()
+            for x in tensors:
+                touched.update(range(x.data_ptr() // 32, (x.data_ptr() + x.numel() * x.element_size() - 1) // 32 + 1))
+            sectors += len(touched)
+        return 32 * sectors
+
+    def run(self, emulated: Emulated, *, guarded: bool = True) -> dict[str, Any]:
+        """Runs it with every input and output declared as needed, and nothing else allowed; gives the report.
+
+        Raises:
+            RuntimeError: the emulator has found a fault.
+        """
+        emulator, counters = emulated.emulator, emulated.counters
+        emulator.last_error()  # another test's
+        emulator.clear()
+        emulator.allow_everything()
+        if guarded:
+            for name, tensor in self.inputs.items():
+                emulator.allow(tensor, writable=False, name=name, size=extent(tensor))
+            for name, tensor in {**self.outputs, "counters": counters}.items():
+                emulator.allow(tensor, writable=True, name=name)
+        for tensor in self.read:
+            emulator.needs(tensor, is_store=False)
+        for tensor in self.outputs.values():
+            emulator.needs(tensor, is_store=True)
+
+        def allocate(size: int) -> Tensor:
+            workspace = aligned((size,), torch.uint8)
+            if guarded and size:
+                emulator.allow(workspace, writable=True, name="workspace")
+            return workspace
+
+        last = () if self.operation == "scale" else (allocate,)
+        try:
+            getattr(emulated.module, self.operation)(*self.arguments, *last, emulated.place())
+        finally:
+            emulator.allow_everything()
+        (report,) = emulator.reports()
+        return report
+
+
+def _matrix(matrix: Tensor | None) -> tuple[int, int, int]:
+    return ABSENT if matrix is None else (matrix.data_ptr(), ELEMENT_TYPES[matrix.dtype], matrix.stride(0))
+
+
+def loss_launch(
+    student: Tensor | None,
+    teacher: Tensor | None,
+    labels: Tensor | None,
+    activations: list[Tensor],
+    *,
+    divergence: str = "forward_kl",
+    temperature: float = 4.0,
+    alpha: float = 0.9,
+    l1_weight: float = 1e-4,
+    gradients: bool = True,
+    statistics: bool = False,
+) -> Launch:
+    """The fused loss as in training: with gradients, and of the activations' statistics where they are wanted.
+
+    Without a student it is the activations alone, as `neuron_statistics` asks for them.
+    """
+    given = {"student": student, "teacher": teacher, "labels": labels}
+    inputs = {name: tensor for name, tensor in given.items() if tensor is not None}
+    inputs |= {f"activation {i}": tensor for i, tensor in enumerate(activations)}
+    outputs = {"loss": aligned((), torch.float32)}
+    if student is not None:
+        outputs["terms"] = aligned((4,), torch.float32)
+        if gradients:
+            outputs["logits gradient"] = aligned(tuple(student.shape), student.dtype)
+    layers = []
+    for i, activation in enumerate(activations):
+        if gradients:
+            outputs[f"activation gradient {i}"] = aligned(tuple(activation.shape), activation.dtype)
+        if statistics:
+            outputs[f"statistics {i}"] = aligned((5, activation.shape[1]), torch.float64)
+        of = [
+            outputs[name].data_ptr() if name in outputs else 0
+            for name in (f"activation gradient {i}", f"statistics {i}")
+        ]
+        layers.append((_matrix(activation), activation.shape[1], l1_weight, *of))
+    rows = (student if student is not None else activations[0]).shape[0]
+    arguments = (
+        rows, 0 if student is None else student.shape[1], _matrix(student), _matrix(teacher),
+        0 if labels is None else labels.data_ptr(), layers, activations[0].shape[1] if activations else 0,
+        temperature, alpha, 0.0, -100, DIVERGENCES[divergence], 0.5, 1.0, 8.0, False, False,
+        *(outputs[name].data_ptr() if name in outputs else 0 for name in ("logits gradient",)),
+        ELEMENT_TYPES[torch.float32], outputs["loss"].data_ptr(),
+        outputs["terms"].data_ptr() if "terms" in outputs else 0,
+    )  # fmt: skip
+    parts = {name: list(x) for name, x in inputs.items() if not x.is_contiguous()}
+    return Launch(inputs, outputs, arguments, "kd_l1_loss", parts)
+
+
+def _runs(indices: list[int]) -> list[tuple[int, int]]:
+    """Starts and ends of runs of neighbouring indices."""
+    starts = [i for k, i in enumerate(indices) if k == 0 or i != indices[k - 1] + 1]
+    ends = [i + 1 for k, i in enumerate(indices) if k == len(indices) - 1 or i + 1 != indices[k + 1]]
+    return list(zip(starts, ends, strict=True))
+
+
+def compaction_launch(
+    tensors: list[Tensor], keep_rows: Tensor | None, keep_columns: Tensor | None, pruned: Tensor | None = None
+) -> Launch:
+    """The kept rows and columns of matrices of one shape, and what the `pruned` columns of the first contributed."""
+    rows, columns = tensors[0].shape
+    kept = (
+        rows if keep_rows is None else keep_rows.numel(),
+        columns if keep_columns is None else keep_columns.numel(),
+    )
+    inputs = {
+        name: index
+        for name, index in (("keep_rows", keep_rows), ("keep_columns", keep_columns), ("pruned", pruned))
+        if index is not None
+    }
+    inputs |= {f"matrix {i}": tensor for i, tensor in enumerate(tensors)}
+    outputs = {f"gathered {i}": aligned(kept, tensor.dtype) for i, tensor in enumerate(tensors)}
+    compensation = (0, 0, 0, 0, 0)
+    if pruned is not None:
+        inputs["means"] = filled(torch.linspace(0.5, 1.5, pruned.numel(), dtype=torch.float64))
+        outputs["shift"] = aligned((kept[0],), torch.float64)
+        addresses = (inputs["means"].data_ptr(), outputs["shift"].data_ptr())
+        compensation = (ELEMENT_TYPES[tensors[0].dtype], pruned.data_ptr(), pruned.numel(), *addresses)
+    kept_rows = range(rows) if keep_rows is None else keep_rows.tolist()
+    runs = _runs(list(range(columns)) if keep_columns is None else keep_columns.tolist())
+    also = [] if pruned is None else _runs(pruned.tolist())
+    parts = {
+        f"matrix {i}": [
+            tensor[row, start:end] for row in kept_rows for start, end in (*runs, *(also if i == 0 else ()))
+        ]
+        for i, tensor in enumerate(tensors)
+    }
+    blocks = [
+        (source.data_ptr(), columns * source.element_size(), source.element_size(), target.data_ptr())
+        for source, target in zip(tensors, outputs.values(), strict=False)
+    ]
+    addresses_of = [0 if index is None else index.data_ptr() for index in (keep_rows, keep_columns)]
+    arguments = (blocks, columns, addresses_of[0], kept[0], addresses_of[1], kept[1], compensation)
+    return Launch(inputs, outputs, arguments, "gather_slices", parts)
+
+
+def scale_launch(gradients: list[Tensor], factor: float) -> Launch:
+    """Every gradient times a scalar that lies on the device."""
+    inputs = {f"gradient {i}": gradient for i, gradient in enumerate(gradients)}
+    outputs = {f"scaled {i}": aligned(tuple(x.shape), x.dtype) for i, x in enumerate(gradients)}
+    tensors = [
+        (source.data_ptr(), target.data_ptr(), source.numel(), ELEMENT_TYPES[source.dtype], 1.0)
+        for source, target in zip(gradients, outputs.values(), strict=True)
+    ]
+    inputs["scalar"] = aligned((), torch.float32, fill=factor)
+    arguments = (tensors, inputs["scalar"].data_ptr(), ELEMENT_TYPES[torch.float32])
+    return Launch(inputs, outputs, arguments, "scale")

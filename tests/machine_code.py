@@ -1,0 +1,147 @@
+"""What nvcc made of the CUDA kernels: registers, stack and shared memory, instructions, and the occupancy they allow.
+
+Read with cuobjdump and nvdisasm (PyPI: nvidia-cuda-cuobjdump, nvidia-cuda-nvdisasm) from the module `kddp_ext._cuda`.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import re
+import shutil
+import subprocess
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+
+class MissingError(RuntimeError):
+    """What is needed to read machine code is not there; the text says what."""
+
+
+@dataclass(frozen=True)
+class Multiprocessor:
+    """What the blocks of one multiprocessor share (CUDA C++ Programming Guide, "Compute Capabilities")."""
+
+    threads: int
+    blocks: int
+    shared_bytes: int
+    reserved_bytes: int  # of shared memory, for each block, that ptxas does not count among the block's own
+    registers: int = 65536
+
+
+MULTIPROCESSORS: Mapping[str, Multiprocessor] = {
+    "sm_75": Multiprocessor(1024, 16, 64 << 10, 0),
+    "sm_80": Multiprocessor(2048, 32, 164 << 10, 1024),
+    "sm_86": Multiprocessor(1536, 16, 100 << 10, 1024),
+    "sm_89": Multiprocessor(1536, 24, 100 << 10, 1024),
+    "sm_90": Multiprocessor(2048, 32, 228 << 10, 0),
+    "sm_100": Multiprocessor(2048, 32, 228 << 10, 0),
+    "sm_120": Multiprocessor(1536, 24, 100 << 10, 0),
+}
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """One kernel for one architecture, as ptxas has left it."""
+
+    architecture: str
+    symbol: str
+    registers: int  # of a thread
+    stack_bytes: int  # of a thread: what is spilled, and arrays that are no registers
+    local_bytes: int
+    shared_bytes: int  # of a block, without the dynamic ones
+
+    @property
+    def name(self) -> str:
+        """Its function's name and what its template takes, in short: `kd_l1_loss_by_rows<float32, 32, keeps, 0>`."""
+        name = re.search(r"kddp\d*(?:_GLOBAL__N__\w+?_)?\d+(\D\w*?)(?:I|E|PK|N)", self.symbol)
+        loss = re.search(
+            r"RowKindsI([fd])LNS_11ElementTypeE(\d)ELb\dEEELi(\d+)ELb(\d)ELNS_12GradientFormE(\d)", self.symbol
+        )
+        if loss is None:
+            known = [k for k in ("scale_gradients", "compact_layer", "probe") if k in self.symbol]
+            return known[0] if known else (name.group(1) if name else self.symbol)
+        kind = {"f0": "float32", "f2": "bfloat16", "f3": "float16"}.get(loss.group(1) + loss.group(2), "float64")
+        rows = {"8": "small_teams", "32": "warps", "1024": "blocks" if loss.group(4) == "1" else "long_rows"}
+        return f"{rows[loss.group(3)]} {kind} {('difference', 'weighted')[int(loss.group(5))]}"
+
+    def occupancy(self, threads: int, dynamic_shared_bytes: int = 0) -> float:
+        """Share of a multiprocessor's threads that blocks of `threads` can fill, as NVIDIA's calculator works it out.
+
+        Registers go to a warp in units of 256, shared memory to a block in units of 128 bytes.
+        """
+        of = MULTIPROCESSORS[self.architecture]
+        warps = -(-threads // 32)
+        of_warp = -(-self.registers * 32 // 256) * 256
+        by_registers = of.registers // of_warp // warps
+        shared = -(-(self.shared_bytes + dynamic_shared_bytes + of.reserved_bytes) // 128) * 128
+        by_shared = of.shared_bytes // shared if shared else of.blocks
+        return min(of.blocks, of.threads // threads, by_registers, by_shared) * threads / of.threads
+
+
+def built_module() -> Path:
+    """The installed module `kddp_ext._cuda`.
+
+    Raises:
+        MissingError: kddp_ext was built without CUDA.
+    """
+    spec = importlib.util.find_spec("kddp_ext._cuda")
+    if spec is None or spec.origin is None:
+        raise MissingError("kddp_ext was built without CUDA: there is no machine code to read")
+    return Path(spec.origin)
+
+
+def _tools() -> dict[str, str]:
+    """An environment in which cuobjdump finds nvdisasm, and `which` finds both."""
+    folders = [os.environ.get("PATH", "")]
+    spec = importlib.util.find_spec("nvidia")
+    for root in (spec.submodule_search_locations or []) if spec else []:
+        folders += [str(path) for path in sorted(Path(root).glob("cu*/bin"))]
+    return {**os.environ, "PATH": os.pathsep.join(folders)}
+
+
+def _cuobjdump(*arguments: str) -> str:
+    environment = _tools()
+    for tool in ("cuobjdump", "nvdisasm"):
+        if shutil.which(tool, path=environment["PATH"]) is None:
+            raise MissingError(f"{tool} is missing: pip install nvidia-cuda-{tool}, or put a CUDA toolkit on the PATH")
+    command = [str(shutil.which("cuobjdump", path=environment["PATH"])), *arguments]
+    return subprocess.run(command, capture_output=True, text=True, check=True, env=environment).stdout
+
+
+def kernels(module: Path) -> list[Kernel]:
+    """Every kernel of a module, for each architecture that it has machine code for.
+
+    Raises:
+        MissingError: a tool is not installed.
+    """
+    found = []
+    architecture = symbol = ""
+    for line in _cuobjdump("-res-usage", str(module)).splitlines():
+        if line.startswith("arch = "):
+            architecture = line.removeprefix("arch = ").strip()
+        elif "Function " in line:
+            symbol = line.split("Function ")[1].strip().removesuffix(":")
+        elif "REG:" in line:
+            usage = {key: int(value) for key, value in re.findall(r"([A-Z]+):(\d+)", line)}
+            found.append(Kernel(architecture, symbol, usage["REG"], usage["STACK"], usage["LOCAL"], usage["SHARED"]))
+    return found
+
+
+def virtual_architectures(module: Path) -> list[str]:
+    """Those that PTX is there for, which a driver can translate for newer GPUs."""
+    return re.findall(r"PTX file\s+\d+: \S*?(sm_\d+)\S*\.ptx", _cuobjdump("-lptx", str(module)))
+
+
+def instructions(module: Path, architecture: str) -> dict[str, Counter[str]]:
+    """How often each instruction stands in each kernel, by symbol; modifiers belong to it: `LDG.E.128.CONSTANT`."""
+    counted: dict[str, Counter[str]] = {}
+    of: Counter[str] = Counter()
+    for line in _cuobjdump("-sass", "-arch", architecture, str(module)).splitlines():
+        if "Function :" in line:
+            of = counted.setdefault(line.split("Function :")[1].strip(), Counter())
+        elif match := re.match(r"\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)", line):
+            of[match.group(1)] += 1
+    return counted
