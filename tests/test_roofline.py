@@ -212,7 +212,7 @@ float exp2f(float x) {
 COUNTED_RUN = """
 import ctypes, sys
 from pathlib import Path
-sys.path[:0] = [{root!r}, {tests!r}]
+sys.path += [{root!r}, {tests!r}]  # behind the installed package
 import backends
 from benchmarks.cases import Shape, make_inputs
 from benchmarks.roofline import passes
@@ -239,7 +239,8 @@ def test_exponentials_of_a_class(roofline, request, tmp_path):
     paths = {"root": ROOT, "tests": ROOT / "tests", "folder": backends.build_folder(request.config), "library": library}
     program = COUNTED_RUN.format(**{name: str(path) for name, path in paths.items()}, shapes=shapes)
     environment = {**os.environ, "LD_PRELOAD": str(library)}
-    ended = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True, check=True)
+    command = [sys.executable, "-c", program]  # in a folder that hides no installed package
+    ended = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=True)
     kept, read_again = (
         int(n) / (rows * classes) for n, (rows, classes, _) in zip(ended.stdout.split(), shapes, strict=True)
     )
