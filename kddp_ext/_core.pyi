@@ -5,7 +5,8 @@ from collections.abc import Callable
 from torch import Tensor
 
 _Matrix = tuple[int, int, int]  # data, element type, row stride
-_Layer = tuple[_Matrix, int, float, int, int]  # activation, neurons, l1_weight, gradient, statistics
+# activation, rows, neurons, samples, l1_weight, gradient, statistics
+_Layer = tuple[_Matrix, int, int, float, float, int, int]
 _Block = tuple[int, int, int, int]  # source, row stride in bytes, bytes of a column, target
 _Compensation = tuple[int, int, int, int, int]  # element type, pruned columns, their number, means, shift
 

@@ -13,6 +13,7 @@ from torch.autograd.function import once_differentiable
 from kddp_ext import loss_arguments as arguments
 from kddp_ext import ops, reference
 from kddp_ext.divergences import DIVERGENCES
+from kddp_ext.neuron_matrix import NeuronMatrix, neuron_matrix
 from kddp_ext.statistics import TrackedActivations
 
 Backend = Literal["auto", "native", "reference"]
@@ -26,7 +27,7 @@ class LossTerms(NamedTuple):
     Attributes:
         kd: T² times the divergence, averaged over the rows that are not ignored; 0 without a teacher.
         ce: cross entropy with the labels, averaged likewise; 0 without labels.
-        l1: Σ|a| over the neurons of all layers, averaged over the batch.
+        l1: Σ|a| over the neurons of all layers, averaged over the batch, and over positions where there are any.
         correct: number of rows whose highest logit is the label's; 0 without labels.
     """
 
@@ -67,8 +68,9 @@ def fused_kd_l1_loss(
         student_logits: (N, C) float32, float64, bfloat16 or float16, with any strides.
         teacher_logits: (N, C), of any of these dtypes. None is allowed where alpha is 0.
         labels: (N,) integers from 0 to C - 1, or `ignore_index`. None is allowed where alpha is 1.
-        activations: the (N, H) outputs of the fully-connected layers to penalise, of any of these dtypes. Those
-            of a `DynamicPruner` gather its statistics in the same pass.
+        activations: what is to be penalised, of any of these dtypes: (N, H) outputs of fully-connected layers, or
+            (N, C, *positions) of convolutions, whose channels count with the mean of |a| over positions. Those of a
+            `DynamicPruner` gather its statistics in the same pass.
         temperature: T, what both logits are divided by; 4 is Hinton's choice for images of few classes.
         alpha: share of the distillation term, from 0 to 1; 0.9 as RepDistiller and most others have it.
         l1_weight: weight of the penalty, one for all activations or one for each. 0 penalises nothing.
@@ -108,11 +110,13 @@ def fused_kd_l1_loss(
     weights = arguments.check_weights(l1_weight, len(activations))
     if labels is not None and labels.dtype != torch.int64:
         labels = labels.to(torch.int64)
-    inputs = _Inputs(student_logits, _constant(teacher_logits), labels, activations)
+    matrices = _matrices(activations)
+    inputs = _Inputs(student_logits, _constant(teacher_logits), labels, [matrix.values for matrix in matrices])
     settings = _Settings(
         float(temperature),
         float(alpha),
         weights,
+        [float(max(matrix.samples, 1)) for matrix in matrices],
         float(label_smoothing),
         ignore_index,
         DIVERGENCES.index(divergence),
@@ -121,10 +125,15 @@ def fused_kd_l1_loss(
         float(dkd_non_target_weight),
         standardize_logits,
     )
+    tracked = activations if isinstance(activations, TrackedActivations) and torch.is_grad_enabled() else None
     if _choose_native(student_logits.device, backend):
-        loss, terms = _native_loss(inputs, settings, return_terms)
+        loss, terms, sums = _native_loss(inputs, settings, return_terms, tracked is not None)
+        if tracked is not None:
+            tracked.update(matrices, sums)
     else:
         loss, terms = _reference_loss(inputs, settings)
+        if tracked is not None:
+            tracked.observe()
     return (loss, LossTerms(*terms.unbind())) if return_terms else loss
 
 
@@ -201,6 +210,12 @@ class FusedKDL1Loss(nn.Module):
         )
 
 
+def _matrices(activations: Sequence[Tensor]) -> list[NeuronMatrix]:
+    if isinstance(activations, TrackedActivations):
+        return activations.matrices()
+    return [neuron_matrix(activation) for activation in activations]
+
+
 def _constant(teacher_logits: Tensor | None) -> Tensor | None:
     return teacher_logits.detach() if teacher_logits is not None and teacher_logits.requires_grad else teacher_logits
 
@@ -218,6 +233,7 @@ class _Settings(NamedTuple):
     temperature: float
     alpha: float
     l1_weights: list[float]
+    samples: list[float]
     label_smoothing: float
     ignore_index: int
     divergence: int
@@ -236,35 +252,29 @@ class _Flags(NamedTuple):
     statistics: bool
 
 
-def _native_loss(inputs: _Inputs, settings: _Settings, with_terms: bool) -> tuple[Tensor, Any]:
+def _native_loss(
+    inputs: _Inputs, settings: _Settings, with_terms: bool, with_statistics: bool
+) -> tuple[Tensor, Any, Any]:
+    """The loss, its terms, and the sums over each column of the activations."""
     student, teacher, labels, activations = inputs
     training = torch.is_grad_enabled()
     logits_gradient = training and student.requires_grad
     activation_gradients = training and any(settings.l1_weights) and any(a.requires_grad for a in activations)
     # float16 cannot hold a gradient that the batch size has divided.
     scaled = student.dtype == torch.float16 or torch.float16 in [a.dtype for a in activations]
-    tracked = activations if training and isinstance(activations, TrackedActivations) else None
-    flags = _Flags(logits_gradient, activation_gradients, scaled, tracked is not None)
+    flags = _Flags(logits_gradient, activation_gradients, scaled, with_statistics)
     if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
         traced: Any = _TracedLoss.apply
         loss, terms, sums, *_ = traced(student, teacher, labels, settings, flags, *activations)
-    else:
-        loss, terms, sums, of_logits, of_activations = ops.kd_l1_loss(inputs, settings, flags, with_terms)
-        if logits_gradient or activation_gradients:
-            gradients = of_activations if of_logits is None else (of_logits, *of_activations)
-            loss = _attach(loss, gradients, settings, flags, student, *activations)
-    if tracked is not None:
-        column = 0
-        for activation, statistics in zip(tracked, tracked.statistics, strict=True):
-            width = activation.shape[1]
-            statistics.update(sums[:, column : column + width], activation.shape[0])
-            column += width
-    return loss, terms
+        return loss, terms, sums
+    loss, terms, sums, of_logits, of_activations = ops.kd_l1_loss(inputs, settings, flags, with_terms)
+    if logits_gradient or activation_gradients:
+        gradients = of_activations if of_logits is None else (of_logits, *of_activations)
+        loss = _attach(loss, gradients, settings, flags, student, *activations)
+    return loss, terms, sums
 
 
 def _reference_loss(inputs: _Inputs, settings: _Settings) -> tuple[Tensor, Tensor]:
-    if isinstance(inputs.activations, TrackedActivations) and torch.is_grad_enabled():
-        inputs.activations.observe()
     named = settings._asdict() | {"divergence": DIVERGENCES[settings.divergence]}
     return reference.kd_l1_loss(*inputs, **named)
 
@@ -351,8 +361,8 @@ def _input_gradients(ctx: Any, grad_loss: Tensor | None, in_place: bool) -> tupl
 def _scaled_gradients(ctx: Any, gradients: Sequence[Tensor], grad_loss: Tensor, in_place: bool) -> Sequence[Tensor]:
     factors = None
     if ctx.flags.scaled:
-        of_row = 1 / max(ctx.rows, 1)
-        factors = [of_row * weight for weight in ctx.settings.l1_weights]
+        of_row, settings = 1 / max(ctx.rows, 1), ctx.settings
+        factors = [weight / samples for weight, samples in zip(settings.l1_weights, settings.samples, strict=True)]
         factors = [of_row, *factors][-len(gradients) :] if ctx.flags.activation_gradients else [of_row]
     return ops.scale_gradients(gradients, grad_loss, factors, in_place=in_place)
 

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from kddp_ext import ops
 from kddp_ext.divergences import DIVERGENCES
+from kddp_ext.statistics import TrackedActivations
 
 _INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 
@@ -39,22 +40,32 @@ def check_logits(
         raise ValueError(f"labels: expected a tensor, since alpha is {alpha} and not 1, got None")
     if isinstance(activations, Tensor) or not isinstance(activations, Sequence):
         raise TypeError(f"activations: expected a sequence of tensors, got {type(activations).__name__}")
-    for number, activation in enumerate(activations):
-        _check_matrix(f"activations[{number}]", activation, student_logits)
-        if activation.shape[0] != rows:
+    axes = activations.axes if isinstance(activations, TrackedActivations) else (1,) * len(activations)
+    for number, (activation, axis) in enumerate(zip(activations, axes, strict=True)):
+        _check_tensor(f"activations[{number}]", activation, student_logits)
+        if activation.dim() < 2:
+            raise ValueError(
+                f"activations[{number}]: expected (rows, neurons) or (rows, channels, *positions), got shape "
+                f"{tuple(activation.shape)}"
+            )
+        if axis == 1 and activation.shape[0] != rows:
             raise ValueError(
                 f"activations[{number}]: expected {rows} rows as in student_logits, got shape {tuple(activation.shape)}"
             )
 
 
 def _check_matrix(name: str, matrix: Tensor, student_logits: Tensor) -> None:
-    if not isinstance(matrix, Tensor):
-        raise TypeError(f"{name}: expected a tensor, got {type(matrix).__name__}")
-    if matrix.dtype not in ops.ELEMENT_TYPES:
-        raise TypeError(f"{name}: expected dtype float32, float64, bfloat16 or float16, got {matrix.dtype}")
+    _check_tensor(name, matrix, student_logits)
     if matrix.dim() != 2:
         raise ValueError(f"{name}: expected 2 dimensions, got shape {tuple(matrix.shape)}")
-    _check_device(name, matrix, student_logits)
+
+
+def _check_tensor(name: str, tensor: Tensor, student_logits: Tensor) -> None:
+    if not isinstance(tensor, Tensor):
+        raise TypeError(f"{name}: expected a tensor, got {type(tensor).__name__}")
+    if tensor.dtype not in ops.ELEMENT_TYPES:
+        raise TypeError(f"{name}: expected dtype float32, float64, bfloat16 or float16, got {tensor.dtype}")
+    _check_device(name, tensor, student_logits)
 
 
 def _check_labels(labels: Tensor, student_logits: Tensor) -> None:

@@ -4,34 +4,35 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
-from typing import Any
+from dataclasses import replace
+from functools import partial
+from typing import TYPE_CHECKING, Any, Literal
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.optim import Optimizer
 
-from kddp_ext.pruning.compaction import Removal, plan_compaction
-from kddp_ext.pruning.criteria import CRITERIA, neurons_to_keep, outgoing_norms
-from kddp_ext.pruning.graph import uncompiled
+from kddp_ext.distributed import require_rewrappable, rewrap, wrappers_of
+from kddp_ext.pruning.budget import ModelSize
+from kddp_ext.pruning.compaction import CompactionPlan, plan_compaction
+from kddp_ext.pruning.copies import checked_copies, unwrapped
+from kddp_ext.pruning.criteria import Criterion
 from kddp_ext.pruning.history import PruningHistory
-from kddp_ext.pruning.neurons import NeuronGroup, find_neurons
-from kddp_ext.pruning.report import LayerReport, PruneReport
+from kddp_ext.pruning.judgement import LayerDecision, decide
+from kddp_ext.pruning.neurons import find_neurons
+from kddp_ext.pruning.observation import LayerObservation
+from kddp_ext.pruning.preview import Preview
+from kddp_ext.pruning.ranks import Confirmation, Ranks, observe_together, plan_together
+from kddp_ext.pruning.report import PruneReport
+from kddp_ext.pruning.schedule import Schedule
+from kddp_ext.pruning.settings import PruningSettings
+from kddp_ext.pruning.state import PrunerState
 from kddp_ext.pruning.taps import Taps
-from kddp_ext.pruning.validation import at_least_one, check_model, check_optimizer, choose_layers, share
+from kddp_ext.pruning.validation import check_model, checked_optimizers, choose_layers
 from kddp_ext.statistics import NeuronStatistics, TrackedActivations
 
-STATE_VERSION = 1
-
-
-@dataclass(frozen=True)
-class _State:
-    """All that a prune changes in the pruner, replaced as one."""
-
-    groups: tuple[NeuronGroup, ...]
-    statistics: tuple[NeuronStatistics, ...]
-    inactive_checks: tuple[Tensor, ...]  # (H,) int64 each: at how many checks in a row the neuron was inactive
-    history: PruningHistory
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+    from torch.nn.parallel import DistributedDataParallel
 
 
 class DynamicPruner:
@@ -42,25 +43,52 @@ class DynamicPruner:
     state; parameters keep their identity, so the training loop goes on unchanged.
 
     Args:
-        model: the student. Its layers are found by tracing; nothing of it is changed but for forward hooks.
-        optimizer: the optimizer whose state is sliced along; None where there is none.
+        model: the student, also inside of torch.compile or DistributedDataParallel, which is brought in line after
+            a prune. Its layers are found by tracing; nothing of it is changed but for forward hooks.
+        optimizer: the optimizer whose state is sliced along, or a list where several train the model; None where
+            there is none.
         example_inputs: positional arguments for the model's forward, as a tuple; two samples are enough.
         criterion: "contribution" (default: what varies in the next layer because of the neuron; blind neither
-            to constant neurons nor to rescaling between layers), "mean_activation", "apoz" or "dead".
+            to constant neurons nor to rescaling between layers), "mean_activation", "apoz" or "dead"; or a
+            function `f(statistics: NeuronStatistics, outgoing: Tensor) -> Tensor` of a layer's H neurons, where
+            `outgoing` is ‖W2[:,j]‖₂ of the weights that read each, (H,) float64, and the result their
+            activities, (H,), finite and not negative. It must depend on nothing else.
         threshold: a neuron is inactive at a check when its activity is below this, in (0, 1]. Relative to the
             layer's most active neuron for "contribution" and "mean_activation", a share of the samples for
-            "apoz", unused by "dead". Default 0.01.
+            "apoz", unused by "dead", any positive number for a function. Default 0.01.
         patience: a neuron is removed when it was inactive at so many checks in a row. Default 2, so that one
             unlucky interval removes nothing.
         minimum_width: no layer gets narrower than this. Default 1.
         round_to: widths are rounded up to a multiple of this by keeping the most active of the neurons to be
             removed. Default 1; 8 or 16 suit matrix units.
+        maximum_share: at most this share of a layer's present neurons goes in one prune, the least active
+            first, in (0, 1]; rounded down, so nothing goes of a layer where it is less than one neuron.
+            Default 1.0: all that are due.
+        target_parameters: once the model has so few parameters, nothing more goes; a prune that gets there
+            removes only the least active neurons of all layers that it takes. Default None: no such bound.
+        target_macs: the same for multiply-accumulates of one sample. With both, pruning stops when both hold.
         compensate: add what removed neurons contributed on average to the next layer's bias (or, where it has
             none and a BatchNorm follows, to that). Default True.
+        reconstruction_samples: how many of the latest values of each layer are kept, from which what varied in the
+            removed neurons is expressed through those that stay and added to their weights in the next layer
+            (ridge regression). Default 256: a few batches' worth. 0 compensates the average alone.
         layers: names of the layers to prune; by default all that can be.
+        copies: modules of the model's structure that are pruned with it, such as a moving average of its
+            weights (torch.optim.swa_utils.AveragedModel, or a plain copy). Default: none.
+        process_group: the processes that prune together, each with its share of the samples: all must call
+            `prune()`. Default None: those of the model's DistributedDataParallel, else all of
+            torch.distributed, where it is initialised. False: this process prunes by itself.
+        interval: `step()` prunes at every so many calls. Default None: only `prune()` does.
+        start: `step()` does not prune before so many calls. What was seen in the intervals before is not
+            judged. Default 0.
+        l1_weight: what the property `l1_weight` rises to, for the loss. Default 0.0.
+        l1_warmup: over how many calls of `step()` it rises. Default 0: it is there at once.
 
     Attributes:
-        refused: the reason by layer name, for each Linear that cannot be pruned.
+        settings: the arguments that its decisions depend on. May be replaced between checks:
+            `pruner.settings = dataclasses.replace(pruner.settings, threshold=0.02)`.
+        schedule: the arguments that count steps; may be replaced likewise.
+        refused: the reason by layer name, for each Linear and convolution that cannot be pruned.
 
     Raises:
         TypeError, ValueError: an argument is wrong; the message names it.
@@ -71,58 +99,70 @@ class DynamicPruner:
     def __init__(
         self,
         model: nn.Module,
-        optimizer: Optimizer | None = None,
+        optimizer: Optimizer | Sequence[Optimizer] | None = None,
         *,
         example_inputs: tuple[Any, ...],
-        criterion: str = "contribution",
+        criterion: str | Criterion = "contribution",
         threshold: float = 0.01,
         patience: int = 2,
         minimum_width: int = 1,
         round_to: int = 1,
+        maximum_share: float = 1.0,
+        target_parameters: int | None = None,
+        target_macs: int | None = None,
         compensate: bool = True,
+        reconstruction_samples: int = 256,
         layers: Sequence[str] | None = None,
+        copies: Sequence[nn.Module] = (),
+        process_group: ProcessGroup | Literal[False] | None = None,
+        interval: int | None = None,
+        start: int = 0,
+        l1_weight: float = 0.0,
+        l1_warmup: int = 0,
     ) -> None:
         check_model(model)
-        model = uncompiled(model)
-        check_optimizer(optimizer, model)
+        model = unwrapped(model)
+        self._optimizers = checked_optimizers(optimizer, model)
         if not isinstance(example_inputs, tuple):
             raise TypeError(
                 "example_inputs: expected a tuple of the forward's positional arguments, such as "
                 f"(images[:2],), got {type(example_inputs).__name__}"
             )
-        if not isinstance(criterion, str) or criterion not in CRITERIA:
-            raise ValueError(f"criterion: expected one of {', '.join(CRITERIA)}, got {criterion!r}")
-        if not isinstance(compensate, bool):
-            raise TypeError(f"compensate: expected True or False, got {compensate!r}")
         self.model = model
         self.optimizer = optimizer
-        self.criterion = criterion
-        self.threshold = share("threshold", threshold)
-        self.patience = at_least_one("patience", patience)
-        self.minimum_width = at_least_one("minimum_width", minimum_width)
-        self.round_to = at_least_one("round_to", round_to)
-        self.compensate = compensate
+        self._copies = checked_copies(model, copies)
+        self._process_group = process_group
+        self._ranks("process_group")  # its errors belong here
+        self.settings = PruningSettings(
+            criterion=criterion,
+            threshold=threshold,
+            patience=patience,
+            minimum_width=minimum_width,
+            round_to=round_to,
+            maximum_share=maximum_share,
+            target_parameters=target_parameters,
+            target_macs=target_macs,
+            compensate=compensate,
+            reconstruction_samples=reconstruction_samples,
+        )
+        self.schedule = Schedule(interval, start, l1_weight, l1_warmup)
 
         found = find_neurons(model, example_inputs)
         self.refused = found.refused
         groups = choose_layers(model, found.groups, found.refused, layers)
-        self._state = _State(
-            groups=groups,
-            statistics=tuple(NeuronStatistics(group.width, _device(model, group)) for group in groups),
-            inactive_checks=tuple(torch.zeros(group.width, dtype=torch.int64) for group in groups),
-            history=PruningHistory({group.name: group.width for group in groups}),
-        )
+        self._positions = found.positions
+        self._state = PrunerState.fresh(model, groups, samples=self.settings.samples)
         self._taps: Taps | None = Taps(model, groups)
         self._finalizer = weakref.finalize(self, self._taps.remove)
 
     def __repr__(self) -> str:
         widths = ", ".join(f"{name} {width}" for name, width in self.widths.items())
-        return f"DynamicPruner({widths}; criterion={self.criterion!r}, threshold={self.threshold})"
+        return f"DynamicPruner({widths}; criterion={self.settings.criterion!r}, threshold={self.settings.threshold})"
 
     @property
     def widths(self) -> dict[str, int]:
         """Number of neurons by layer, now."""
-        return {group.name: group.width for group in self._state.groups}
+        return self._state.widths
 
     @property
     def history(self) -> PruningHistory:
@@ -135,30 +175,36 @@ class DynamicPruner:
         return dict(zip(self.widths, self._state.statistics, strict=True))
 
     @property
-    def activations(self) -> TrackedActivations:
-        """The neurons' values in the latest forward pass, (samples, neurons) for each layer of `widths`.
+    def l1_weight(self) -> float:
+        """The weight to give the L1 penalty in the loss now: it rises linearly with the calls of `step()`."""
+        return self.schedule.l1_weight_after(self._state.steps)
 
-        They are what the next Linear reads, taken before a Dropout in front of it, and part of the autograd
-        graph. A layer applied along a sequence gives one sample a position.
+    @property
+    def activations(self) -> TrackedActivations:
+        """The neurons' values in the latest forward pass, for each layer of `widths`.
+
+        They are what the next layer reads, taken before a Dropout in front of it, and part of the autograd graph:
+        (N, H) of a Linear, (..., H) where it is applied along a sequence, (N, C, *positions) of a convolution; their
+        `axes` say which dimension the neurons are. Positions count as samples.
 
         Raises:
             RuntimeError: no forward pass since the pruner was made or last pruned, or the pruner is closed.
         """
-        if self._taps is None:
-            raise RuntimeError("activations: the pruner is closed")
-        values = []
+        taps = self._open_taps("activations")
+        values, axes = [], []
         for group, statistics in zip(self._state.groups, self._state.statistics, strict=True):
-            value = self._taps.value(group)
-            if value is None:
+            seen = taps.value(group)
+            if seen is None:
                 raise RuntimeError(
                     f"activations: no forward pass has reached {group.name} since the pruner was made or last "
                     "pruned; call the model first (a compiled model must not have been called before the pruner "
                     "was made)"
                 )
-            if statistics.values.device != value.device:
-                statistics.values = statistics.values.to(value.device)  # the model was moved
+            value, axis = seen
+            statistics.to(value.device)  # the model may have been moved
             values.append(value)
-        return TrackedActivations(values, self._state.statistics)
+            axes.append(axis)
+        return TrackedActivations(values, self._state.statistics, axes)
 
     def prune(self) -> PruneReport:
         """Check every layer, and remove the neurons that were inactive at `patience` checks in a row.
@@ -170,33 +216,51 @@ class DynamicPruner:
             What was done; `print` it.
 
         Raises:
-            RuntimeError: there are no statistics since the last check, or the pruner is closed.
+            RuntimeError: there are no statistics since the last check, or the pruner is closed. Where several
+                processes prune together: one of them failed, or differs from the others. Nothing is changed on
+                any of them then, and all raise the same error, which names the rank.
             ValueError: a layer's statistics or weights are not finite, or a tensor of the model or the
                 optimizer does not have the expected shape.
+            TypeError, ValueError: a criterion of your own returned no activities.
         """
-        if self._taps is None:
-            raise RuntimeError("prune: the pruner is closed")
-        state = self._state
-        checks = [
-            self._check(*layer) for layer in zip(state.groups, state.statistics, state.inactive_checks, strict=True)
-        ]
-        removals, reports, inactive_checks = zip(*checks, strict=True)
-        history = state.history.copy()
-        history.add_step({report.name: report.pruned for report in reports})
-        new_state = _State(
-            groups=tuple(replace(removal.group, width=len(removal.keep)) for removal in removals),
-            statistics=tuple(
-                NeuronStatistics(report.width_after, statistics.values.device)
-                for report, statistics in zip(reports, state.statistics, strict=True)
-            ),
-            inactive_checks=inactive_checks,
-            history=history,
-        )
-        plan = plan_compaction(self.model, [r for r in removals if len(r.keep) < r.group.width], self.optimizer)
-        parameters_before = _parameter_count(self.model)
-        plan.apply(also=[(self, "_state", new_state)])
-        self._taps.clear()
-        return PruneReport(reports, parameters_before, _parameter_count(self.model))
+        return self._prune(self._state, self._open_taps("prune"))
+
+    def step(self) -> PruneReport | None:
+        """Count a training step: call it once after each `optimizer.step()`.
+
+        At every `interval`-th call from `start` on it prunes, as `prune()` does. Where that fails, the step is
+        not counted.
+
+        Returns:
+            What a prune did; None where it was no step to prune at.
+        """
+        taps = self._open_taps("step")
+        state = replace(self._state, steps=self._state.steps + 1)
+        if self.schedule.check_due(state.steps):
+            return self._prune(state, taps)
+        if self.schedule.interval_ends(state.steps):  # before start: what is judged later is the last interval
+            self.reset()
+        self._state = state
+        return None
+
+    def preview(self, threshold: float | None = None) -> Preview:
+        """What a prune now would do if every inactive neuron had been so for long enough; nothing is changed.
+
+        Args:
+            threshold: to try instead of the pruner's own.
+
+        Returns:
+            The widths, the model's size and the predicted change of the outputs; `print` it.
+
+        Raises:
+            RuntimeError, ValueError: as of `prune`.
+        """
+        self._open_taps("preview")
+        tried = self.settings.threshold if threshold is None else threshold
+        settings = replace(self.settings, threshold=tried, patience=1)
+        size = ModelSize(self.model, self._state.groups, self._positions)
+        decisions = decide(self._state.observe(self.model, caller="preview"), settings, size)
+        return Preview.of(decisions, size, settings.threshold)
 
     def reset(self) -> None:
         """Forget the statistics since the last check."""
@@ -209,18 +273,12 @@ class DynamicPruner:
         self._finalizer()
 
     def state_dict(self) -> dict[str, Any]:
-        """Statistics, patience counters and history, as plain tensors, numbers and strings.
+        """Statistics, patience counters, steps, first scales and history, as plain tensors, numbers and strings.
 
         To resume, rebuild the model with `PruningHistory.from_json(state["history"]).replay(...)`, make
         optimizer and pruner for it, and load their states.
         """
-        state = self._state
-        return {
-            "version": STATE_VERSION,
-            "history": state.history.to_json(),
-            "statistics": {g.name: s.state_dict() for g, s in zip(state.groups, state.statistics, strict=True)},
-            "inactive_checks": {g.name: c.clone() for g, c in zip(state.groups, state.inactive_checks, strict=True)},
-        }
+        return self._state.to_dict()
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Restore what `state_dict` returned, for a model of the same widths.
@@ -229,74 +287,43 @@ class DynamicPruner:
             ValueError: the state is of another version, of other layers or of other widths. Nothing is
                 changed then.
         """
-        if not isinstance(state, Mapping) or state.get("version") != STATE_VERSION:
-            raise ValueError(f"state: expected the state of a DynamicPruner, version {STATE_VERSION}")
-        missing = {"history", "statistics", "inactive_checks"} - state.keys()
-        if missing:
-            raise ValueError(f"state: {', '.join(sorted(missing))} missing")
-        history = PruningHistory.from_json(state["history"])
-        if history.widths != self.widths:
-            raise ValueError(
-                f"state: it is of a model with widths {history.widths}, and this one has {self.widths}; "
-                "replay the state's history on a fresh model before making the pruner"
-            )
-        statistics, inactive_checks = [], []
-        for group, present in zip(self._state.groups, self._state.statistics, strict=True):
-            loaded = NeuronStatistics(group.width, present.values.device)
-            checks = state["inactive_checks"].get(group.name)
-            if (
-                group.name not in state["statistics"]
-                or not isinstance(checks, Tensor)
-                or checks.shape != (group.width,)
-            ):
-                raise ValueError(
-                    f"state: expected statistics and counters of the {group.width} neurons of {group.name}"
-                )
-            loaded.load_state_dict(state["statistics"][group.name])
-            statistics.append(loaded)
-            inactive_checks.append(checks.to("cpu", torch.int64, copy=True))
-        self._state = replace(
-            self._state, statistics=tuple(statistics), inactive_checks=tuple(inactive_checks), history=history
+        self._state = self._state.restored(state)
+
+    def _prune(self, state: PrunerState, taps: Taps) -> PruneReport:
+        ranks, wrappers = self._ranks("prune")
+        observe = partial(state.observe, self.model, caller="prune")
+        observations = observe_together(  # 1. the statistics are complete
+            ranks, observe, model=self.model, settings=self.settings, steps=state.steps
         )
+        plan = partial(self._plan, observations, state, wrappers)
+        _, (compaction, new_state, report) = plan_together(ranks, plan)  # 2. nothing is changed yet
+        refresh = [partial(rewrap, wrapper) for wrapper in wrappers if report.neurons_pruned]
+        with Confirmation(ranks) as confirmation:  # 3. all of it, or nothing
+            compaction.apply([(self, "_state", new_state)], refresh=refresh, confirm=confirmation.done)
+        taps.clear()
+        return report
 
-    def _check(
-        self, group: NeuronGroup, statistics: NeuronStatistics, inactive_checks: Tensor
-    ) -> tuple[Removal, LayerReport, Tensor]:
-        """What a check removes of one layer, its report, and the counters of the neurons that stay."""
-        activity = self._activity(group, statistics)
-        inactive = activity < (1.0 if self.criterion == "dead" else self.threshold)
-        inactive_checks = torch.where(inactive, inactive_checks + 1, 0)
-        marked = inactive_checks >= self.patience
-        keep = neurons_to_keep(marked, activity, minimum_width=self.minimum_width, round_to=self.round_to)
-        removal = Removal(group, keep, statistics.mean.cpu() if self.compensate else None)
-        original = torch.tensor(self._state.history.kept(group.name))
-        report = LayerReport.of(removal, original, inactive=inactive, marked=marked)
-        return removal, report, inactive_checks[keep]
+    def _plan(
+        self,
+        observations: Sequence[LayerObservation],
+        state: PrunerState,
+        wrappers: Sequence[DistributedDataParallel],
+    ) -> tuple[Sequence[LayerDecision], tuple[CompactionPlan, PrunerState, PruneReport]]:
+        size = ModelSize(self.model, state.groups, self._positions)
+        decisions = decide(observations, self.settings, size)  # a function of its arguments alone
+        removals = [decision.removal for decision in decisions if decision.pruned.numel()]
+        for wrapper in wrappers:
+            require_rewrappable(wrapper)
+        checked_copies(self.model, self._copies)
+        compaction = plan_compaction(self.model, removals, self._optimizers, self._copies)
+        return decisions, (compaction, state.after(decisions), PruneReport.of(decisions, size))
 
-    def _activity(self, group: NeuronGroup, statistics: NeuronStatistics) -> Tensor:
-        """The criterion's activity of each neuron, (width,) float64 on the CPU."""
-        if statistics.rows == 0:
-            raise RuntimeError(
-                f"prune: there are no statistics of {group.name} since the last check; pass "
-                "pruner.activations to fused_kd_l1_loss at each step, or call pruner.activations.observe()"
-            )
-        weights = [self.model.get_submodule(reader.module).weight for reader in group.readers]
-        outgoing = outgoing_norms([weight for weight in weights if isinstance(weight, Tensor)])
-        if not bool(statistics.values.isfinite().all()):
-            raise ValueError(
-                f"prune: the activations of {group.name} were infinite or NaN in some sample since the last "
-                "check; pruner.reset() forgets them"
-            )
-        if not bool(outgoing.isfinite().all()):
-            raise ValueError(f"prune: the weights that read {group.name} are infinite or NaN")
-        return CRITERIA[self.criterion](statistics, outgoing.to(statistics.values.device)).cpu()
+    def _ranks(self, caller: str) -> tuple[Ranks, Sequence[DistributedDataParallel]]:
+        """The processes that prune together now, and the wrappers to be brought in line."""
+        wrappers = wrappers_of([self.model, *self._copies])
+        return Ranks.of(self._process_group, wrappers, caller=caller), wrappers
 
-
-def _device(model: nn.Module, group: NeuronGroup) -> torch.device:
-    weight = model.get_submodule(group.name).weight
-    assert isinstance(weight, Tensor)
-    return weight.device
-
-
-def _parameter_count(model: nn.Module) -> int:
-    return sum(parameter.numel() for parameter in model.parameters())
+    def _open_taps(self, caller: str) -> Taps:
+        if self._taps is None:
+            raise RuntimeError(f"{caller}: the pruner is closed")
+        return self._taps

@@ -21,6 +21,7 @@ def kd_l1_loss(
     temperature: float,
     alpha: float,
     l1_weights: Sequence[float],
+    samples: Sequence[float],
     label_smoothing: float,
     ignore_index: int,
     divergence: str = "forward_kl",
@@ -31,7 +32,8 @@ def kd_l1_loss(
 ) -> tuple[Tensor, Tensor]:
     """`kddp_ext.fused_kd_l1_loss` in plain PyTorch, differentiable by autograd.
 
-    Arguments are those of the fused loss, already validated, with one weight for each activation.
+    Arguments are those of the fused loss, already validated: activations are matrices, with a weight each and a number
+    of samples that its sum is divided by.
 
     Returns:
         The loss (0-dim), and (4,) detached: kd, ce, l1, correct. Both are float32, or float64 where an
@@ -73,8 +75,8 @@ def kd_l1_loss(
         loss = loss + alpha * kd
     if alpha != 1:
         loss = loss + (1 - alpha) * ce
-    for activation, weight in zip(activations, l1_weights, strict=True):
-        penalty = activation.to(dtype).abs().sum() / max(rows, 1)
+    for activation, weight, count_of_neuron in zip(activations, l1_weights, samples, strict=True):
+        penalty = activation.to(dtype).abs().sum() / count_of_neuron
         l1 = l1 + penalty
         if weight != 0:
             loss = loss + weight * penalty

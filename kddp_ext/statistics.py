@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -9,6 +10,8 @@ import torch
 from torch import Tensor
 
 from kddp_ext import ops
+from kddp_ext.neuron_matrix import NeuronMatrix, neuron_matrix
+from kddp_ext.sample_ring import SampleRing
 
 # The rows of a statistics tensor, in the order in which the kernels write them.
 STATISTICS = ("sum_abs", "sum", "sum_squares", "nonzero", "max_abs")
@@ -24,14 +27,29 @@ class NeuronStatistics:
     Args:
         width: number of neurons H.
         device: where the sums live; that of the activations by default.
+        positions: entries that each neuron has in a sample, where their sums are to be kept apart; None where not.
+        samples: how many of the latest values of each neuron are kept beside the sums; 0 for none.
 
     Attributes:
         values: (5, H) float64, the rows named by `STATISTICS`.
-        rows: number of samples summed so far.
+        position_sums: (H, positions) float64, Σa of each entry of a neuron; None without positions.
+        ring: the latest values, None without samples.
+        rows: number of samples summed so far; with several positions, of values of each neuron.
     """
 
-    def __init__(self, width: int, device: torch.device | str | None = None) -> None:
+    def __init__(
+        self,
+        width: int,
+        device: torch.device | str | None = None,
+        *,
+        positions: int | None = None,
+        samples: int = 0,
+    ) -> None:
         self.values = torch.zeros(len(STATISTICS), width, dtype=torch.float64, device=device)
+        self.position_sums: Tensor | None = None
+        if positions is not None:
+            self.position_sums = torch.zeros(width, positions, dtype=torch.float64, device=device)
+        self.ring = SampleRing(samples, width, device) if samples else None
         self.rows = 0
 
     def __repr__(self) -> str:
@@ -73,6 +91,14 @@ class NeuronStatistics:
         return self.sum / self.rows if self.rows else torch.full_like(self.sum, torch.nan)
 
     @property
+    def position_mean(self) -> Tensor:
+        """Mean of each entry of a neuron, (H, positions), or (H, 1) without positions; NaN before any sample."""
+        if self.position_sums is None:
+            return self.mean[:, None]
+        positions = self.position_sums.shape[1]
+        return self.position_sums * positions / self.rows if self.rows else self.position_sums * torch.nan
+
+    @property
     def mean_abs(self) -> Tensor:
         """Mean absolute activation, (H,); NaN before any sample."""
         return self.sum_abs / self.rows if self.rows else torch.full_like(self.sum, torch.nan)
@@ -92,35 +118,87 @@ class NeuronStatistics:
         """Share of the samples in which the neuron was not exactly zero, (H,); NaN before any sample."""
         return self.nonzero / self.rows if self.rows else torch.full_like(self.sum, torch.nan)
 
-    def update(self, values: Tensor, rows: int) -> None:
-        """Add the sums of another `rows` samples, (5, H) float64 as the native loss returns them."""
-        if values.shape != self.values.shape:
+    def update(self, sums: Tensor, matrix: NeuronMatrix) -> None:
+        """Add what the kernels have summed over the rows of `matrix`: (5, columns) float64."""
+        outer, inner = matrix.outer, matrix.inner
+        if sums.shape != (len(STATISTICS), outer * self.width * inner):
             raise ValueError(
-                f"values: expected shape {tuple(self.values.shape)} (statistics, neurons), got {tuple(values.shape)}"
+                f"sums: expected shape {(len(STATISTICS), outer * self.width * inner)} (statistics, entries of "
+                f"neurons), got {tuple(sums.shape)}"
             )
-        self.values[_SUMS] += values[_SUMS]
-        self.values[_MAX_ABS] = torch.maximum(self.values[_MAX_ABS], values[_MAX_ABS])
-        self.rows += rows
+        if outer * inner > 1:
+            entries = sums.view(len(STATISTICS), outer, self.width, inner)
+            if self.position_sums is not None:
+                self.position_sums += entries[1].movedim(1, 0).flatten(1)
+            sums = torch.cat([entries[_SUMS].sum((1, 3)), entries[_MAX_ABS:].amax((1, 3))])
+        elif self.position_sums is not None:
+            self.position_sums += sums[1][:, None]
+        if self.ring is not None:
+            self.ring.add(matrix)
+        self.values[_SUMS] += sums[_SUMS]
+        self.values[_MAX_ABS] = torch.maximum(self.values[_MAX_ABS], sums[_MAX_ABS])
+        self.rows += matrix.samples
 
-    def observe(self, activation: Tensor) -> None:
-        """Add the samples of `activation`, (N, H), without computing a loss."""
-        self.update(ops.neuron_statistics(activation.detach()), activation.shape[0])
+    def matrix(self, activation: Tensor, axis: int = 1) -> NeuronMatrix:
+        """The matrix of `activation`, in which the neurons lie along `axis`, that is to be summed."""
+        return neuron_matrix(activation, axis, keep_positions=self.position_sums is not None)
+
+    def observe(self, activation: Tensor, axis: int = 1) -> None:
+        """Add the samples of `activation`, in which the neurons lie along `axis`, without computing a loss."""
+        matrix = self.matrix(activation.detach(), axis)
+        self.update(ops.neuron_statistics(matrix.values), matrix)
+
+    def to(self, device: torch.device) -> None:
+        """Move the sums to `device`, where they are not there."""
+        if self.values.device != device:
+            self.values = self.values.to(device)
+            if self.position_sums is not None:
+                self.position_sums = self.position_sums.to(device)
+            if self.ring is not None:
+                self.ring.values = self.ring.values.to(device)
 
     def reset(self) -> None:
         """Forget every sample."""
         self.values.zero_()
+        if self.position_sums is not None:
+            self.position_sums.zero_()
+        if self.ring is not None:
+            self.ring.reset()
         self.rows = 0
 
+    @classmethod
+    def joined(cls, parts: Sequence[NeuronStatistics]) -> NeuronStatistics:
+        """The statistics of all samples of `parts`, of the same neurons on one device, added in their order."""
+        joined = copy.deepcopy(parts[0])
+        for part in parts[1:]:
+            joined.values[_SUMS] += part.values[_SUMS]
+            joined.values[_MAX_ABS] = torch.maximum(joined.values[_MAX_ABS], part.values[_MAX_ABS])
+            if joined.position_sums is not None and part.position_sums is not None:
+                joined.position_sums += part.position_sums
+            joined.rows += part.rows
+        rings = [part.ring for part in parts if part.ring is not None]
+        if joined.ring is not None:
+            joined.ring.fill(torch.cat([ring.samples for ring in rings]))
+        return joined
+
     def select(self, keep: Tensor) -> NeuronStatistics:
-        """The statistics of the neurons `keep`, (K,) int64, in that order."""
+        """The sums of the neurons `keep`, (K,) int64, in that order."""
         selected = NeuronStatistics(int(keep.numel()), self.values.device)
-        selected.values = self.values.index_select(1, keep.to(self.values.device))
+        keep = keep.to(self.values.device)
+        selected.values = self.values.index_select(1, keep)
+        if self.position_sums is not None:
+            selected.position_sums = self.position_sums.index_select(0, keep)
         selected.rows = self.rows
         return selected
 
     def state_dict(self) -> dict[str, Any]:
         """A copy of the sums that `load_state_dict` restores exactly."""
-        return {"values": self.values.clone(), "rows": self.rows}
+        state = {"values": self.values.clone(), "rows": self.rows}
+        if self.position_sums is not None:
+            state["position_sums"] = self.position_sums.clone()
+        if self.ring is not None:
+            state["ring"] = self.ring.state_dict()
+        return state
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore what `state_dict` returned.
@@ -133,6 +211,18 @@ class NeuronStatistics:
             raise ValueError(
                 f"state: expected statistics of {self.width} neurons, got a tensor of shape {tuple(values.shape)}"
             )
+        sums = state.get("position_sums")
+        if (sums is None) != (self.position_sums is None) or (
+            sums is not None and self.position_sums is not None and sums.shape != self.position_sums.shape
+        ):
+            wanted = "no sums" if self.position_sums is None else f"sums of shape {tuple(self.position_sums.shape)}"
+            raise ValueError(
+                f"state: expected {wanted} of positions, got {None if sums is None else tuple(sums.shape)}"
+            )
+        if self.ring is not None and "ring" in state:  # without, it fills anew
+            self.ring.load_state_dict(state["ring"])
+        if sums is not None:
+            self.position_sums = sums.to(self.values, copy=True)
         self.values = values.to(self.values, copy=True)
         self.rows = int(state["rows"])
 
@@ -140,20 +230,44 @@ class NeuronStatistics:
 class TrackedActivations(tuple[Tensor, ...]):
     """The penalised activations of one forward pass, with the statistics that they add to.
 
-    It is a tuple of tensors, (N, H) each. `fused_kd_l1_loss` adds the batch to `statistics` in the pass that
+    It is a tuple of tensors. `fused_kd_l1_loss` adds the batch to `statistics` in the pass that
     computes the penalty, where gradients are being computed (so that a validation pass leaves no trace).
+
+    Attributes:
+        statistics: one for each tensor.
+        axes: of each tensor the dimension that its neurons are; 1 by default. All others are samples and positions.
     """
 
     statistics: tuple[NeuronStatistics, ...]
+    axes: tuple[int, ...]
 
-    def __new__(cls, tensors: Iterable[Tensor], statistics: Sequence[NeuronStatistics]) -> TrackedActivations:
+    def __new__(
+        cls, tensors: Iterable[Tensor], statistics: Sequence[NeuronStatistics], axes: Sequence[int] | None = None
+    ) -> TrackedActivations:
         self = super().__new__(cls, tensors)
-        if len(self) != len(statistics):
-            raise ValueError(f"statistics: expected one for each of {len(self)} activations, got {len(statistics)}")
         self.statistics = tuple(statistics)
+        self.axes = (1,) * len(self) if axes is None else tuple(axes)
+        for name, given in (("statistics", self.statistics), ("axes", self.axes)):
+            if len(self) != len(given):
+                raise ValueError(f"{name}: expected one for each of {len(self)} activations, got {len(given)}")
         return self
+
+    def matrices(self) -> list[NeuronMatrix]:
+        """Each activation as a matrix that can be summed for its statistics."""
+        return [
+            statistics.matrix(activation, axis)
+            for activation, statistics, axis in zip(self, self.statistics, self.axes, strict=True)
+        ]
+
+    def update(self, matrices: Sequence[NeuronMatrix], sums: Tensor) -> None:
+        """Add what the kernels have summed of `matrices`: (5, columns of all) float64."""
+        column = 0
+        for matrix, statistics in zip(matrices, self.statistics, strict=True):
+            width = matrix.values.shape[1]
+            statistics.update(sums[:, column : column + width], matrix)
+            column += width
 
     def observe(self) -> None:
         """Add the batch to the statistics without computing a loss."""
-        for activation, statistics in zip(self, self.statistics, strict=True):
-            statistics.observe(activation)
+        for activation, statistics, axis in zip(self, self.statistics, self.axes, strict=True):
+            statistics.observe(activation, axis)

@@ -16,7 +16,7 @@ import safetensors.torch
 from torch import Tensor, nn
 
 from kddp_ext.files import atomic_write
-from kddp_ext.pruning.graph import uncompiled
+from kddp_ext.pruning.copies import unwrapped
 from kddp_ext.pruning.history import PruningHistory
 
 FORMAT, VERSION = "kddp_ext.student", "1"
@@ -45,7 +45,7 @@ def save_student(
         raise TypeError(f"metadata: expected strings by name, got {metadata!r}")
     if not isinstance(history, PruningHistory):
         raise TypeError(f"history: expected a PruningHistory, got {type(history).__name__}")
-    state = uncompiled(model).state_dict()
+    state = unwrapped(model).state_dict()
     for name, value in state.items():
         if not isinstance(value, Tensor):
             raise TypeError(f"model: {name} in its state_dict is a {type(value).__name__}; only tensors can be saved")

@@ -19,14 +19,14 @@ inline kddp::Matrix matrix(const MatrixArguments& arguments) {
     return {pointer<const void>(data), static_cast<kddp::ElementType>(type), row_stride};
 }
 
-// activation, neurons, l1_weight, gradient, statistics
-using LayerArguments = std::tuple<MatrixArguments, int64_t, double, Address, Address>;
+// activation, rows, neurons, samples, l1_weight, gradient, statistics
+using LayerArguments = std::tuple<MatrixArguments, int64_t, int64_t, double, double, Address, Address>;
 
 inline std::vector<kddp::ActivationLayer> activation_layers(const std::vector<LayerArguments>& arguments) {
     std::vector<kddp::ActivationLayer> layers;
-    for (const auto& [activation, neurons, l1_weight, gradient, statistics] : arguments)
-        layers.push_back(
-            {matrix(activation), neurons, l1_weight, pointer<void>(gradient), pointer<double>(statistics)});
+    for (const auto& [activation, rows, neurons, samples, l1_weight, gradient, statistics] : arguments)
+        layers.push_back({matrix(activation), rows, neurons, samples, l1_weight, pointer<void>(gradient),
+                          pointer<double>(statistics)});
     return layers;
 }
 

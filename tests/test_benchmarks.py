@@ -44,7 +44,7 @@ def benchmarks():
 
 @pytest.mark.parametrize(
     "name",
-    ["loss", "class-counts", "threads", "memory", "statistics", "divergences", "compaction", "pruning"],
+    ["loss", "class-counts", "threads", "memory", "statistics", "divergences", "compaction", "pruning", "prune-step"],
 )
 def test_each_comparison_gives_tables_and_json(benchmarks, name):
     comparison = benchmarks.comparisons[name]

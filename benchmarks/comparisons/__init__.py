@@ -12,6 +12,7 @@ from benchmarks.comparisons import (
     loss,
     memory,
     neuron_statistics,
+    prune_step,
     pruning,
     threads,
 )
@@ -42,4 +43,5 @@ COMPARISONS = {
     "divergences": Comparison(divergences.measure, divergences.tables),
     "compaction": Comparison(compaction.measure, compaction.tables, ("default", "warm")),
     "pruning": Comparison(pruning.measure, pruning.tables, ("default", "warm")),
+    "prune-step": Comparison(prune_step.measure, prune_step.tables),
 }

@@ -40,7 +40,10 @@ struct Schedule {
     explicit Schedule(const KdL1Loss& job) : job(job) {
         block_rows = clamp(65536 / (job.classes > 0 ? job.classes : 1), 1, 64);
         logits_blocks = job.student.data ? divide_up(job.rows, block_rows) : 0;
-        statistics_parts = clamp(job.rows / 64, 1, 8);
+        int64_t most_rows = 0;
+        for (int64_t i = 0; i < job.activations.layer_count; ++i)
+            if (job.activations.layers[i].rows > most_rows) most_rows = job.activations.layers[i].rows;
+        statistics_parts = clamp(most_rows / 64, 1, 8);
         for (int64_t i = 0; i < job.activations.layer_count; ++i) tiles += tiles_of(job.activations.layers[i]);
 
         computes_in_double(job) ? size_scratch<double>() : size_scratch<float>();
@@ -60,7 +63,8 @@ struct Schedule {
         return divide_up(layer.neurons, columns_of_tile(layer));
     }
     int64_t row_parts(const ActivationLayer& layer) const {
-        return layer.statistics ? statistics_parts : divide_up(job.rows, clamp(65536 / columns_of_tile(layer), 1, 256));
+        return layer.statistics ? statistics_parts
+                                : divide_up(layer.rows, clamp(65536 / columns_of_tile(layer), 1, 256));
     }
     int64_t tiles_of(const ActivationLayer& layer) const { return row_parts(layer) * column_parts(layer); }
 
@@ -123,12 +127,12 @@ void activation_part(const Schedule& schedule, int64_t index) {
     const int64_t parts = schedule.row_parts(*layer), width = schedule.columns_of_tile(*layer);
     const int64_t part = within / schedule.column_parts(*layer);
     const int64_t column = within % schedule.column_parts(*layer) * width;
-    const Tile tile{job.rows * part / parts, job.rows * (part + 1) / parts, column,
+    const Tile tile{layer->rows * part / parts, layer->rows * (part + 1) / parts, column,
                     column + width < layer->neurons ? column + width : layer->neurons};
     TileSums sums;
     if (layer->statistics) std::memset(&sums, 0, sizeof sums);
-    const int64_t bytes = job.rows * layer->neurons * size_of(layer->activation.type);
-    const double gradient = job.scaled_gradients ? 1 : layer->l1_weight / double(job.rows);
+    const int64_t bytes = layer->rows * layer->neurons * size_of(layer->activation.type);
+    const double gradient = job.scaled_gradients ? 1 : layer->l1_weight / layer->samples;
     schedule.at<double>(schedule.tiles_offset)[index] =
         activation_tile(*layer, tile, gradient, worth_past_caches(bytes), sums);
     if (!layer->statistics) return;
@@ -173,7 +177,7 @@ void write_results(const Schedule& schedule) {
         const ActivationLayer& layer = job.activations.layers[i];
         double of_layer = 0;
         for (int64_t tile = 0; tile < schedule.tiles_of(layer); ++tile) of_layer += *of_tile++;
-        of_layer /= double(job.rows > 0 ? job.rows : 1);
+        of_layer /= layer.samples;
         l1 += of_layer;
         if (layer.l1_weight != 0) loss += layer.l1_weight * of_layer;
     }
@@ -211,7 +215,7 @@ void advise_outputs(const KdL1Loss& job) {
     advise_huge_pages(job.logits_gradient, job.rows * job.classes * size_of(job.student.type));
     for (int64_t i = 0; i < job.activations.layer_count; ++i) {
         const ActivationLayer& layer = job.activations.layers[i];
-        advise_huge_pages(layer.gradient, job.rows * layer.neurons * size_of(layer.activation.type));
+        advise_huge_pages(layer.gradient, layer.rows * layer.neurons * size_of(layer.activation.type));
     }
 }
 

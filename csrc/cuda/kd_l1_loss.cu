@@ -104,9 +104,9 @@ LayerLaunch layer_of(const KdL1Loss& job, const ActivationLayer& layer) {
     cut.data = static_cast<const char*>(layer.activation.data);
     cut.gradient = static_cast<char*>(layer.gradient);
     cut.statistics = layer.statistics;
-    cut.row_stride = layer.activation.row_stride, cut.columns = layer.neurons, cut.rows = job.rows;
-    cut.type = layer.activation.type, cut.l1_weight = layer.l1_weight;
-    cut.scale = job.scaled_gradients ? 1 : layer.l1_weight / double(at_least(job.rows, 1));
+    cut.row_stride = layer.activation.row_stride, cut.columns = layer.neurons, cut.rows = layer.rows;
+    cut.type = layer.activation.type, cut.l1_weight = layer.l1_weight, cut.samples = layer.samples;
+    cut.scale = job.scaled_gradients ? 1 : layer.l1_weight / layer.samples;
     if (!cut.statistics && (cut.row_stride == cut.columns || cut.rows <= 1)) {
         cut.columns *= cut.rows > 0 ? cut.rows : 0;  // one long row
         cut.rows = cut.columns > 0, cut.row_stride = cut.columns;

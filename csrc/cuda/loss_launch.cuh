@@ -23,7 +23,7 @@ struct LayerLaunch {
     int64_t row_stride, columns;
     int64_t rows, unit_rows, unit_columns;
     int64_t first_unit;  // of the launch
-    double l1_weight, scale;
+    double l1_weight, samples, scale;
     ElementType type;
     int row_parts, column_parts;
     int first_counter;
@@ -165,7 +165,7 @@ __device__ __forceinline__ void write_results(const LossLaunch& launch) {
         double sum = 0;
         for (int64_t unit = first + threadIdx.x; unit < end; unit += blockDim.x)
             sum += load_workspace(launch.unit_sums + unit);
-        sum = sum_of_block(sum, scratch) / (launch.row_count > 0 ? launch.row_count : 1);
+        sum = sum_of_block(sum, scratch) / launch.layers[layer].samples;
         l1 += sum;
         if (launch.layers[layer].l1_weight != 0) weighted += launch.layers[layer].l1_weight * sum;
     }

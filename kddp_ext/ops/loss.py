@@ -18,7 +18,7 @@ _PLAIN = (Tensor, torch.nn.Parameter)
 
 library.define(
     "kd_l1_loss(Tensor student_logits, Tensor? teacher_logits, Tensor? labels, Tensor[] activations, "
-    "float temperature, float alpha, float[] l1_weights, float label_smoothing, int ignore_index, "
+    "float temperature, float alpha, float[] l1_weights, float[] samples, float label_smoothing, int ignore_index, "
     "int divergence, float jsd_beta, float dkd_target_weight, float dkd_non_target_weight, bool standardize_logits, "
     "bool logits_gradient, bool activation_gradients, bool scaled_gradients, bool statistics) "
     "-> (Tensor loss, Tensor terms, Tensor statistics, Tensor logits_gradient, Tensor[] activation_gradients)"
@@ -77,6 +77,7 @@ def _kd_l1_loss(
     temperature: float,
     alpha: float,
     l1_weights: Sequence[float],
+    samples: Sequence[float],
     label_smoothing: float,
     ignore_index: int,
     divergence: int,
@@ -93,7 +94,7 @@ def _kd_l1_loss(
     outputs = _loss_outputs(student_logits, teacher_logits, labels, activations, *flags)
     loss, terms, sums, of_logits, of_activations = outputs
     settings = (
-        *(temperature, alpha, l1_weights, label_smoothing, ignore_index, divergence, jsd_beta),
+        *(temperature, alpha, l1_weights, samples, label_smoothing, ignore_index, divergence, jsd_beta),
         *(dkd_target_weight, dkd_non_target_weight, standardize_logits),
     )
     _run(
@@ -114,7 +115,7 @@ def _run(
     """Fill the outputs. What is None, or of the activations' gradients an empty list, is not wanted."""
     student, teacher, labels, activations = inputs
     loss, terms, sums, of_logits, of_activations = outputs
-    temperature, alpha, l1_weights = settings[:3]
+    temperature, alpha, l1_weights, samples = settings[:4]
     # Bound to names, for a copy must outlive the call that is given its address.
     student = _rows_side_by_side(student)
     teacher = None if teacher is None else _rows_side_by_side(teacher)
@@ -128,11 +129,11 @@ def _run(
         _matrix(student),
         _ABSENT if teacher is None else _matrix(teacher),
         0 if labels is None else labels.data_ptr(),
-        _layers(readable, l1_weights, of_activations, sums),
+        _layers(readable, l1_weights, samples, of_activations, sums),
         0 if sums is None else sums.shape[1],
         temperature,
         alpha,
-        *settings[3:],
+        *settings[4:],
         scaled_gradients,
         0 if of_logits is None else of_logits.data_ptr(),
         ELEMENT_TYPES[loss.dtype],
@@ -143,12 +144,13 @@ def _run(
     )
 
 
-_Layer = tuple[tuple[int, int, int], int, float, int, int]
+_Layer = tuple[tuple[int, int, int], int, int, float, float, int, int]
 
 
 def _layers(
     activations: Sequence[Tensor],
     l1_weights: Sequence[float],
+    samples: Sequence[float],
     gradients: Sequence[Tensor],
     statistics: Tensor | None,
 ) -> list[_Layer]:
@@ -156,10 +158,10 @@ def _layers(
     layers = []
     column = 0
     for index, activation in enumerate(activations):
-        neurons = activation.shape[1]
+        rows, neurons = activation.shape
         gradient = gradients[index].data_ptr() if gradients else 0
         block = 0 if statistics is None else statistics.data_ptr() + column * statistics.element_size()
-        layers.append((_matrix(activation), neurons, l1_weights[index], gradient, block))
+        layers.append((_matrix(activation), rows, neurons, samples[index], l1_weights[index], gradient, block))
         column += neurons
     return layers
 
@@ -172,7 +174,7 @@ def _neuron_statistics(activation: Tensor) -> Tensor:
     # fmt: off
     module.kd_l1_loss(
         activation.shape[0], 0, _ABSENT, _ABSENT, 0,
-        _layers([readable], [0.0], [], statistics), activation.shape[1],
+        _layers([readable], [0.0], [1.0], [], statistics), activation.shape[1],
         1.0, 0.0, 0.0, 0, 0, 0.5, 1.0, 8.0, False,
         False, 0, ELEMENT_TYPES[unused.dtype], unused.data_ptr(), 0,
         workspace_on(activation.device), place,

@@ -1,4 +1,4 @@
-"""Removing neurons from a model and its optimizer: planned and checked whole, then applied or not at all.
+"""Removing neurons from a model, its copies and its optimizers: planned and checked whole, then applied or not at all.
 
 The plan allocates every new tensor before anything changes. Applying it only swaps tensors and integers, and
 keeps an undo log: an error on the way puts back what was there.
@@ -7,7 +7,7 @@ keeps an undo log: an error on the way puts back what was there.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -17,7 +17,8 @@ from torch.optim import Optimizer
 
 from kddp_ext import ops
 from kddp_ext.pruning.graph import StoredTensor
-from kddp_ext.pruning.neurons import NeuronGroup
+from kddp_ext.pruning.groups import Layout, NeuronGroup
+from kddp_ext.pruning.reconstruction import Reconstruction
 
 
 @dataclass(frozen=True)
@@ -27,13 +28,17 @@ class Removal:
     Attributes:
         group: the group.
         keep: ascending int64 indices of the neurons that stay, at least one.
-        means: (width,) float64, the average activation of each neuron, where what the pruned ones contributed
-            on average is to be added to the next layer; None for no compensation.
+        means: float64, the average activation of each neuron, (width,), or of each of its entries in what the next
+            layer reads, (width, entries), where what the pruned ones contributed on average is to be added to that
+            layer; None for no compensation.
+        reconstruction: how the pruned neurons follow from those that stay, whose weights in the next layer then take
+            over what varied; None where the means are all. Only together with means.
     """
 
     group: NeuronGroup
     keep: Tensor
     means: Tensor | None = None
+    reconstruction: Reconstruction | None = None
 
     @property
     def pruned(self) -> Tensor:
@@ -43,6 +48,38 @@ class Removal:
         return gone.nonzero().flatten()
 
 
+@dataclass(frozen=True)
+class _Cut:
+    """A removal along one dimension of a tensor."""
+
+    removal: Removal
+    layout: Layout
+
+    @property
+    def size(self) -> int:
+        """Entries that the dimension has before."""
+        return self.removal.group.width * self.layout.entries
+
+    @property
+    def keep(self) -> Tensor:
+        """Ascending int64 indices of the entries that stay."""
+        return self.layout.indices(self.removal.keep, self.removal.group.width)
+
+    @property
+    def pruned(self) -> Tensor:
+        """Ascending int64 indices of the entries that go."""
+        return self.layout.indices(self.removal.pruned, self.removal.group.width)
+
+    def means(self, neurons: Tensor) -> Tensor | None:
+        """The average values of the entries of `neurons`, float64; None for no compensation."""
+        if self.removal.means is None:
+            return None
+        means = self.removal.means[neurons]
+        outer, inner = self.layout.outer, self.layout.inner
+        entries = means.view(len(means), -1).expand(-1, outer * inner)
+        return entries.reshape(len(means), outer, inner).transpose(0, 1).flatten()
+
+
 @dataclass
 class _TensorPlan:
     """What one parameter or buffer becomes, with its gradient and what the optimizer keeps of it."""
@@ -50,7 +87,7 @@ class _TensorPlan:
     tensor: Tensor
     new: Tensor
     new_grad: Tensor | None
-    new_state: dict[Any, Tensor]
+    new_state: list[tuple[dict[Any, Any], Any, Tensor]]  # an optimizer's state of the tensor, its key, the value
 
 
 class CompactionPlan:
@@ -60,38 +97,48 @@ class CompactionPlan:
         self,
         tensors: list[_TensorPlan],
         attributes: list[tuple[object, str, Any]],
-        optimizer: Optimizer | None,
     ) -> None:
         self._tensors = tensors
         self._attributes = attributes
-        self._optimizer = optimizer
 
-    def apply(self, also: Sequence[tuple[object, str, Any]] = ()) -> None:
+    def apply(
+        self,
+        also: Sequence[tuple[object, str, Any]] = (),
+        *,
+        refresh: Sequence[Callable[[], object]] = (),
+        confirm: Callable[[], object] | None = None,
+    ) -> None:
         """Carry the plan out. On any error, an interrupt included, everything is put back.
 
         Args:
             also: further attributes, (object, name, value), to be set last: they change with the model or not
                 at all.
+            refresh: functions that bring what else depends on the tensors in line with them, called after the
+                change, and again where it was put back.
+            confirm: called at the very end; an error of it puts everything back as well.
         """
-        undo: list[Callable[[], None]] = []
+        undo: list[Callable[[], object]] = [*refresh]
         try:
             for plan in self._tensors:
                 self._apply_tensor(plan, undo)
             for holder, attribute, value in [*self._attributes, *also]:
                 undo.append(partial(setattr, holder, attribute, getattr(holder, attribute)))
                 setattr(holder, attribute, value)
+            for function in refresh:
+                function()
+            if confirm is not None:
+                confirm()
         except BaseException:
             for step in reversed(undo):
                 step()
             raise
 
-    def _apply_tensor(self, plan: _TensorPlan, undo: list[Callable[[], None]]) -> None:
+    def _apply_tensor(self, plan: _TensorPlan, undo: list[Callable[[], object]]) -> None:
         undo.append(partial(set_data, plan.tensor, plan.tensor.data, plan.tensor.grad))
         set_data(plan.tensor, plan.new, plan.new_grad)
-        if self._optimizer is not None and plan.new_state:
-            state = self._optimizer.state[plan.tensor]
-            undo.append(partial(state.update, dict(state)))
-            state.update(plan.new_state)
+        for state, key, value in plan.new_state:
+            undo.append(partial(state.__setitem__, key, state[key]))
+            state[key] = value
 
 
 def set_data(tensor: Tensor, data: Tensor, grad: Tensor | None) -> None:
@@ -112,52 +159,84 @@ def require_sliceable_optimizer(optimizer: Optimizer) -> None:
     """Raise a ValueError for an optimizer whose state is not kept parameter by parameter."""
     if isinstance(optimizer, torch.optim.LBFGS):
         raise ValueError("optimizer: LBFGS keeps one flat history of all parameters, which cannot be sliced")
+    if isinstance(optimizer, torch.optim.SparseAdam):
+        raise ValueError(
+            "optimizer: SparseAdam takes sparse gradients alone, and those of the layers that are pruned are dense"
+        )
+    if any(kind.__name__ == "ZeroRedundancyOptimizer" for kind in type(optimizer).__mro__):
+        raise ValueError(
+            "optimizer: ZeroRedundancyOptimizer keeps each parameter's state on one rank alone, where the others "
+            "cannot slice it; use a plain optimizer on every rank"
+        )
 
 
 def plan_compaction(
-    model: nn.Module, removals: Sequence[Removal], optimizer: Optimizer | None = None
+    model: nn.Module,
+    removals: Sequence[Removal],
+    optimizers: Sequence[Optimizer] = (),
+    copies: Sequence[nn.Module] = (),
 ) -> CompactionPlan:
     """Plan the removal of neurons, changing nothing.
 
     Args:
         model: the model that the removals' groups were traced from.
         removals: at most one for each group.
-        optimizer: its state of the changed parameters is sliced alike; parameters that it does not hold are
+        optimizers: their state of the changed parameters is sliced alike; parameters that none of them holds are
             fine.
+        copies: modules of the model's structure with tensors of their own, to be sliced alike. What their own
+            weights make of the pruned neurons' averages is added to their own biases.
 
     Raises:
-        ValueError: a tensor of the model or of the optimizer's state is not of the shape that the groups say.
+        ValueError: a tensor of the model, of a copy or of an optimizer's state is not of the shape that the
+            groups say; the message names it.
     """
-    removal_of: dict[StoredTensor, dict[int, Removal]] = {}
+    tensors, attributes = _plan_module(model, removals, optimizers, role="model")
+    for index, each in enumerate(copies):
+        its_tensors, its_attributes = _plan_module(each, removals, (), role=f"copies[{index}]")
+        tensors += its_tensors
+        attributes += its_attributes
+    return CompactionPlan(tensors, attributes)
+
+
+def _plan_module(
+    model: nn.Module, removals: Sequence[Removal], optimizers: Sequence[Optimizer], *, role: str
+) -> tuple[list[_TensorPlan], list[tuple[object, str, Any]]]:
+    """The tensors and the attributes of one module; `role` is what it is called in messages."""
+    cuts: dict[StoredTensor, dict[int, _Cut]] = {}
     attributes: list[tuple[object, str, Any]] = []
     for removal in removals:
-        for stored, axis in removal.group.slices:
-            removal_of.setdefault(stored, {})[axis] = removal
-        for name, attribute in removal.group.sizes:
-            attributes.append((model.get_submodule(name), attribute, int(removal.keep.numel())))
+        for slices in removal.group.slices:
+            cuts.setdefault(slices.stored, {})[slices.layout.axis] = _Cut(removal, slices.layout)
+        for count in removal.group.counts:
+            size = int(removal.keep.numel()) * count.entries
+            attributes.append((model.get_submodule(count.module), count.attribute, size))
 
     plans: dict[StoredTensor, _TensorPlan] = {}
     shifts: list[tuple[StoredTensor, Tensor]] = []
-    for stored, by_axis in removal_of.items():
-        tensor = _tensor(model, stored, by_axis)
-        plans[stored], shift = _plan_tensor(stored, tensor, by_axis, optimizer)
-        reader = by_axis[1].group.reader(stored) if 1 in by_axis and by_axis[1].means is not None else None
+    for stored, by_axis in cuts.items():
+        tensor = _tensor(model, stored, by_axis, role=role)
+        plans[stored], shift = _plan_tensor(stored, tensor, by_axis, optimizers)
+        columns = by_axis[1].removal if 1 in by_axis else None
+        reader = columns.group.reader(stored) if columns is not None and columns.means is not None else None
+        if reader is not None and columns is not None and columns.reconstruction is not None:
+            shift = shift - _take_over(plans[stored].new, tensor, by_axis)
         if reader is not None and reader.shift is not None:
             shifts.append((reader.shift, shift))
     for target, shift in shifts:
         if target not in plans:
-            tensor = _tensor(model, target, {})
-            plans[target] = _TensorPlan(tensor, tensor.data, tensor.grad, {})
-        plans[target].new = _shifted(target, plans[target].new, shift)
-    return CompactionPlan(list(plans.values()), attributes, optimizer)
+            tensor = _tensor(model, target, {}, role=role)
+            plans[target] = _TensorPlan(tensor, tensor.data, tensor.grad, [])
+        plans[target].new = _shifted(target, plans[target].new, shift, role=role)
+    return list(plans.values()), attributes
 
 
-def _tensor(model: nn.Module, stored: StoredTensor, by_axis: Mapping[int, Removal]) -> Tensor:
+def _tensor(model: nn.Module, stored: StoredTensor, by_axis: Mapping[int, _Cut], *, role: str) -> Tensor:
     tensor = getattr(model.get_submodule(stored.module), stored.attribute)
-    for axis, removal in by_axis.items():
-        if not isinstance(tensor, Tensor) or tensor.dim() <= axis or tensor.shape[axis] != removal.group.width:
+    for axis, cut in by_axis.items():
+        if not isinstance(tensor, Tensor) or tensor.dim() <= axis or tensor.shape[axis] != cut.size:
+            group = cut.removal.group
             raise ValueError(
-                f"model: {stored.name} was traced with {removal.group.width} neurons of {removal.group.name} "
+                f"{role}: {stored.name} was traced with {group.width} neurons of {group.name} "
                 f"along dimension {axis}, and is now {getattr(tensor, 'shape', tensor)}; make a new pruner "
                 "after changing the model"
             )
@@ -166,46 +245,90 @@ def _tensor(model: nn.Module, stored: StoredTensor, by_axis: Mapping[int, Remova
 
 
 def _plan_tensor(
-    stored: StoredTensor, tensor: Tensor, by_axis: Mapping[int, Removal], optimizer: Optimizer | None
+    stored: StoredTensor, tensor: Tensor, by_axis: Mapping[int, _Cut], optimizers: Sequence[Optimizer]
 ) -> tuple[_TensorPlan, Tensor]:
     """The sliced tensor, gradient and optimizer state; and W2[:, p] · E[h_p], (kept rows,) float64."""
-    state = _sliceable_state(stored, tensor, optimizer)
-    same_shape = {key: value for key, value in state.items() if value.shape == tensor.shape}
-    tensors = [tensor.data, *([] if tensor.grad is None else [tensor.grad]), *same_shape.values()]
+    states = [
+        (optimizer.state[tensor], key, value)
+        for optimizer in optimizers
+        for key, value in _sliceable_state(stored, tensor, optimizer).items()
+    ]
+    same_shape = [value for _, _, value in states if value.shape == tensor.shape]
+    tensors = [tensor.data, *([] if tensor.grad is None else [tensor.grad]), *same_shape]
     gathered, shift = _gather(tensors, by_axis)
     new, *rest = gathered
     new_grad = rest.pop(0) if tensor.grad is not None else None
-    new_state = dict(zip(same_shape, rest, strict=True))
-    for key, value in state.items():  # factored moments have length 1 along some dimensions: those stay
-        if key not in same_shape:
-            kept_axes = {axis: removal for axis, removal in by_axis.items() if value.shape[axis] != 1}
-            without_means = {axis: replace(removal, means=None) for axis, removal in kept_axes.items()}
-            new_state[key] = _gather([value], without_means)[0][0]
+    new_state = []
+    for state, key, value in states:
+        if value.shape == tensor.shape:
+            sliced = rest.pop(0)
+        else:  # factored moments have length 1 along some dimensions: those stay
+            sliced_axes = {axis: cut for axis, cut in by_axis.items() if value.shape[axis] != 1}
+            sliced = _gather([value], sliced_axes, compensate=False)[0][0]
+        new_state.append((state, key, sliced))
     return _TensorPlan(tensor, new, new_grad, new_state), shift
 
 
-def _gather(tensors: list[Tensor], by_axis: Mapping[int, Removal]) -> tuple[list[Tensor], Tensor]:
+def _gather(
+    tensors: list[Tensor], by_axis: Mapping[int, _Cut], *, compensate: bool = True
+) -> tuple[list[Tensor], Tensor]:
     first, device = tensors[0], tensors[0].device
-    keep = {axis: removal.keep.to(device) for axis, removal in by_axis.items()}
-    pruned, means = None, None
-    if 1 in by_axis and by_axis[1].means is not None:
-        pruned = by_axis[1].pruned.to(device)
-        means = by_axis[1].means.to(device)[pruned]
-    return ops.gather_slices(
+    keep = {axis: cut.keep.to(device) for axis, cut in by_axis.items()}
+    means = by_axis[1].means(by_axis[1].removal.pruned) if compensate and 1 in by_axis else None
+    gathered, shift = ops.gather_slices(
         tensors,
         keep.get(0),
         keep.get(1),
         rows=first.shape[0],
         columns=first.shape[1] if first.dim() > 1 else 1,
-        pruned_columns=pruned,
-        pruned_means=means,
+        pruned_columns=None if means is None else by_axis[1].pruned.to(device),
+        pruned_means=None if means is None else means.to(device),
     )
+    return [
+        new.contiguous(memory_format=_memory_format(old)) for old, new in zip(tensors, gathered, strict=True)
+    ], shift
 
 
-def _sliceable_state(stored: StoredTensor, tensor: Tensor, optimizer: Optimizer | None) -> dict[Any, Tensor]:
+def _take_over(new: Tensor, weight: Tensor, by_axis: Mapping[int, _Cut]) -> Tensor:
+    """Add to `new`, the sliced `weight`, what makes the neurons that stay do the work of the pruned.
+
+    Returns:
+        (kept rows,) float64, what is thereby added on average to what the layer computes.
+    """
+    cut, device = by_axis[1], weight.device
+    reconstruction, means = cut.removal.reconstruction, cut.means(cut.removal.keep)
+    assert reconstruction is not None
+    assert means is not None
+    dtype = torch.float64 if weight.dtype == torch.float64 else torch.float32
+    left, right = (factor.to(device, dtype) for factor in (reconstruction.left, reconstruction.right))
+    rows = by_axis[0].keep.to(device) if 0 in by_axis else None
+    gone = ops.gather_slices(
+        [weight], rows, cut.pruned.to(device), rows=weight.shape[0], columns=weight.shape[1]
+    )[0][0].to(dtype)  # fmt: skip
+    if new.dim() == 2 and cut.layout.entries == 1 and new.dtype == dtype:
+        projected = gone @ left
+        new.addmm_(projected, right)
+        return projected.double() @ (reconstruction.right.to(device) @ means.to(device))
+    # (rows, outer, neurons, inner · filter): a neuron's entries and the taps of its filter are taken over alike.
+    gone = gone.reshape(len(gone), cut.layout.outer, left.shape[0], -1).transpose(2, 3)
+    change = ((gone @ left) @ right).transpose(2, 3)
+    new.copy_((new.to(dtype) + change.reshape(new.shape)).to(new.dtype))
+    return change.double().reshape(len(gone), means.numel(), -1).sum(2) @ means.to(device)
+
+
+def _memory_format(tensor: Tensor) -> torch.memory_format:
+    """Filters of a channels_last model stay so."""
+    if not tensor.is_contiguous():
+        for dimensions, memory_format in ((4, torch.channels_last), (5, torch.channels_last_3d)):
+            if tensor.dim() == dimensions and tensor.is_contiguous(memory_format=memory_format):
+                return memory_format
+    return torch.contiguous_format
+
+
+def _sliceable_state(stored: StoredTensor, tensor: Tensor, optimizer: Optimizer) -> dict[Any, Tensor]:
     """The tensors in the optimizer's state of `tensor` that have its dimensions; scalars stay as they are."""
     sliceable = {}
-    state = optimizer.state[tensor] if optimizer is not None and tensor in optimizer.state else {}
+    state = optimizer.state.get(tensor, {})
     for key, value in state.items():
         if value is None or isinstance(value, bool | int | float | str):
             continue
@@ -225,12 +348,12 @@ def _fits(shape: torch.Size, parameter: torch.Size) -> bool:
     return len(shape) == len(parameter) and all(a in (1, b) for a, b in zip(shape, parameter, strict=True))
 
 
-def _shifted(target: StoredTensor, values: Tensor, shift: Tensor) -> Tensor:
+def _shifted(target: StoredTensor, values: Tensor, shift: Tensor, *, role: str) -> Tensor:
     """A bias takes the shift up; a running mean, which is subtracted, takes up its opposite."""
     shift = shift.to(values.device)
     shifted = (values.double() - shift if target.attribute == "running_mean" else values.double() + shift).to(
         values.dtype
     )
     if not bool(shifted.isfinite().all()):
-        raise ValueError(f"model: compensating for pruned neurons makes {target.name} infinite or NaN")
+        raise ValueError(f"{role}: compensating for pruned neurons makes {target.name} infinite or NaN")
     return shifted

@@ -13,8 +13,9 @@ from torch import Tensor
 
 from kddp_ext.statistics import NeuronStatistics
 
-# A criterion maps the statistics (H neurons) and the norms of the outgoing weights (H,) to an activity in [0,
-# 1], (H,).
+# A criterion gives each of a layer's H neurons an activity, (H,), finite and not negative: the higher, the more
+# there is to lose. It gets the sums over the samples since the last check, and ‖W2[:,j]‖₂ of the weights that
+# read each neuron, (H,) float64; both are on the CPU. The built-in ones give activities in [0, 1].
 Criterion = Callable[[NeuronStatistics, Tensor], Tensor]
 
 
@@ -50,34 +51,36 @@ CRITERIA: dict[str, Criterion] = {
 }
 
 
+def activities(criterion: str | Criterion, statistics: NeuronStatistics, outgoing: Tensor, *, layer: str) -> Tensor:
+    """The activities of a layer's neurons by a criterion of `CRITERIA` or by the user's own, (H,) float64.
+
+    Raises:
+        TypeError, ValueError: the user's criterion returned something else; the message names `layer`.
+    """
+    if isinstance(criterion, str):
+        return CRITERIA[criterion](statistics, outgoing)
+    width = statistics.width
+    with torch.no_grad():  # copies, for what it does to them must not reach the decision by another way
+        activity = criterion(statistics.select(torch.arange(width)), outgoing.clone())
+    if not isinstance(activity, Tensor):
+        raise TypeError(f"criterion: expected a tensor of activities for {layer}, got {type(activity).__name__}")
+    if activity.shape != (width,) or activity.is_complex():
+        raise ValueError(
+            f"criterion: expected one real activity for each of the {width} neurons of {layer}, got "
+            f"{activity.dtype} of shape {tuple(activity.shape)}"
+        )
+    activity = activity.detach().to("cpu", torch.float64, copy=True)
+    if not bool(activity.isfinite().all()) or bool((activity < 0).any()):
+        worst = activity[~activity.isfinite() | (activity < 0)][0]
+        raise ValueError(f"criterion: expected finite activities of at least 0 for {layer}, got {float(worst)}")
+    return activity
+
+
 def outgoing_norms(weights: Sequence[Tensor]) -> Tensor:
     """‖W2[:,j]‖₂ over all layers that read neuron j, float64 (H,); `weights` are (outputs, H)."""
     # By a few rows at a time: torch converts and sums along the rows of a large matrix an order of magnitude slower.
     blocks = [rows.double().square().sum(0) for weight in weights for rows in weight.detach().split(64)]
     return torch.stack(blocks).sum(0).sqrt()
-
-
-def neurons_to_keep(marked: Tensor, activity: Tensor, *, minimum_width: int, round_to: int) -> Tensor:
-    """Indices that stay once the marked neurons go, as far as the guards allow.
-
-    The width left is at least `minimum_width` and a multiple of `round_to` (or the present width). Where that
-    keeps some of the marked, it keeps the most active of them, the first among equals.
-
-    Args:
-        marked: (H,) bool.
-        activity: (H,) float64.
-
-    Returns:
-        Ascending int64 indices.
-    """
-    width = marked.numel()
-    wanted = max(minimum_width, width - int(marked.sum()))
-    target = min(width, -(-wanted // round_to) * round_to)
-    candidates = marked.nonzero().flatten()
-    by_activity = candidates[activity[candidates].argsort(descending=True, stable=True)]
-    keep = ~marked
-    keep[by_activity[: target - int(keep.sum())]] = True
-    return keep.nonzero().flatten()
 
 
 def _relative(activity: Tensor) -> Tensor:

@@ -14,34 +14,36 @@ import torch
 from torch import Tensor, nn
 from torch.fx import Node
 
-from kddp_ext.pruning.graph import OperationGraph, StoredTensor, unchanged_modules
-from kddp_ext.pruning.operations import operation_name
+from kddp_ext.pruning.graph import OperationGraph, unchanged_modules
+from kddp_ext.pruning.groups import NeuronGroup, NeuronSlices
+from kddp_ext.pruning.operations import CONVOLUTIONS, groups_of, operation_name, shape_of
 
 # Their sizes are checked where the neurons pass them.
 _RESHAPES = ("view", "reshape")
 
 
 @contextmanager
-def one_neuron_fewer(
-    model: nn.Module, slices: Sequence[tuple[StoredTensor, int]], sizes: Sequence[tuple[str, str]]
-) -> Iterator[None]:
-    """Within it, each of `slices` (a tensor and a dimension) and of `sizes` (a module's attribute) is one shorter.
-
-    The tensors are views: nothing is copied, and all are put back at the end.
-    """
+def one_neuron_fewer(model: nn.Module, groups: Sequence[NeuronGroup]) -> Iterator[None]:
+    """Within it, every tensor and every size of `groups` is smaller by one neuron; all are put back at the end."""
     with unchanged_modules(model):
-        for stored, axis in slices:
-            module = model.get_submodule(stored.module)
-            tensor = getattr(module, stored.attribute)
-            shorter = tensor.detach().narrow(axis, 0, tensor.shape[axis] - 1)
-            if stored.attribute in module._parameters:
-                module._parameters[stored.attribute] = nn.Parameter(shorter, tensor.requires_grad)
-            else:
-                module._buffers[stored.attribute] = shorter
-        for name, attribute in sizes:
-            module = model.get_submodule(name)
-            setattr(module, attribute, getattr(module, attribute) - 1)
+        for group in groups:
+            for slices in group.slices:
+                _shorten(model, slices)
+            for count in group.counts:
+                module = model.get_submodule(count.module)
+                setattr(module, count.attribute, getattr(module, count.attribute) - count.entries)
         yield
+
+
+def _shorten(model: nn.Module, slices: NeuronSlices) -> None:
+    module, attribute, axis = model.get_submodule(slices.stored.module), slices.stored.attribute, slices.layout.axis
+    tensor = getattr(module, attribute)
+    # A view, for only the shape matters: nothing is copied.
+    shorter = tensor.detach().narrow(axis, 0, tensor.shape[axis] - slices.layout.entries)
+    if attribute in module._parameters:
+        module._parameters[attribute] = nn.Parameter(shorter, tensor.requires_grad)
+    else:
+        module._buffers[attribute] = shorter
 
 
 def difference(wide: OperationGraph, narrow: OperationGraph) -> str | None:
@@ -60,7 +62,12 @@ def difference(wide: OperationGraph, narrow: OperationGraph) -> str | None:
 
 
 def _numbers(node: Node) -> str:
-    return "" if operation_name(node) in _RESHAPES else repr((node.args, node.kwargs))
+    name, arguments = operation_name(node), node.args
+    if name in _RESHAPES:
+        return ""
+    if name in CONVOLUTIONS and groups_of(node) == shape_of(node)[-1 - CONVOLUTIONS[name]]:
+        arguments = arguments[:6]  # without the groups, of which a depthwise convolution has one a channel
+    return repr((arguments, node.kwargs))
 
 
 def _equal(a: object, b: object) -> bool:

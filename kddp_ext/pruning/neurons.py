@@ -1,69 +1,28 @@
 """Finding neurons: which slices of which tensors belong to each output unit of a layer.
 
 A neuron is a row of its layer's weight, an entry of the bias and of every BatchNorm on the way, and a column
-of the weight of every layer that reads it. `find_neurons` proves that from the graph of the forward pass, or
-says why it cannot.
+of the weight of every layer that reads it; a channel of a convolution likewise. `find_neurons` proves that from the
+graph of the forward pass, or says why it cannot.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from typing import Any
 
-from torch import nn
-from torch.fx import Node
+from torch import Tensor, nn
 
-from kddp_ext.pruning.graph import OperationGraph, Refusal, StoredTensor
+from kddp_ext.pruning.following import follow, is_layer, layer_name
+from kddp_ext.pruning.graph import OperationGraph, Refusal
+from kddp_ext.pruning.groups import NeuronGroup
 from kddp_ext.pruning.narrowing import difference, one_neuron_fewer
-from kddp_ext.pruning.operations import NeuronPath, operation_name, shape_of
+from kddp_ext.pruning.operations import shape_of
 
 
 class UnsupportedModelError(ValueError):
     """A model, or a layer asked for by name, whose neurons cannot be proven prunable."""
-
-
-@dataclass(frozen=True)
-class Reader:
-    """A Linear that reads the neurons.
-
-    Attributes:
-        module: its name.
-        shift: what takes up the average contribution of pruned neurons: the Linear's own bias, or the running
-            mean of the BatchNorm behind a Linear without bias. None where there is neither.
-    """
-
-    module: str
-    shift: StoredTensor | None
-
-    @property
-    def weight(self) -> StoredTensor:
-        """The (outputs, neurons) weight."""
-        return StoredTensor(self.module, "weight")
-
-
-@dataclass(frozen=True)
-class NeuronGroup:
-    """The neurons of one layer, with everything that belongs to them.
-
-    Attributes:
-        name: the layer whose outputs they are.
-        width: how many there are now.
-        slices: stored tensors with one slice a neuron, and the dimension along which the slices lie.
-        sizes: (module, attribute) pairs that hold the width.
-        readers: the Linear layers that read them, all the same value.
-        dropouts: nn.Dropout modules directly before the first reader: the value is observed before these.
-    """
-
-    name: str
-    width: int
-    slices: tuple[tuple[StoredTensor, int], ...]
-    sizes: tuple[tuple[str, str], ...]
-    readers: tuple[Reader, ...]
-    dropouts: tuple[str, ...] = field(compare=False)
-
-    def reader(self, stored: StoredTensor) -> Reader | None:
-        """The reader whose weight `stored` is."""
-        return next((reader for reader in self.readers if reader.weight == stored), None)
 
 
 @dataclass(frozen=True)
@@ -72,11 +31,14 @@ class TracedNeurons:
 
     Attributes:
         groups: by layer name, in the order of the forward pass.
-        refused: reason by layer name, for every other Linear.
+        refused: reason by layer name, for every other Linear and convolution.
+        positions: of each weight of a Linear or convolution, by its name in the state_dict, at how many positions of
+            a sample it is applied: the layer's multiplications a sample are its elements times this.
     """
 
     groups: dict[str, NeuronGroup]
     refused: dict[str, str]
+    positions: Mapping[str, float]
 
 
 def find_neurons(model: nn.Module, example_inputs: tuple[Any, ...]) -> TracedNeurons:
@@ -96,27 +58,48 @@ def find_neurons(model: nn.Module, example_inputs: tuple[Any, ...]) -> TracedNeu
     except Refusal as refusal:
         raise UnsupportedModelError(str(refusal)) from refusal
     groups, refused = _agreed(*[_trace(graph) for graph in graphs])
-    for name, module in model.named_modules():
-        if isinstance(module, nn.Linear) and name not in groups:
-            refused.setdefault(name, "the forward pass does not reach it as a Linear")
-
     refuted = _refuted(graphs, example_inputs, [group for group in groups.values() if group.width > 1])
-    refused.update(refuted)
-    return TracedNeurons({name: group for name, group in groups.items() if name not in refuted}, refused)
+    for name, why in refuted.items():
+        refused.update(dict.fromkeys(groups[name].producers, why))
+    groups = {name: group for name, group in groups.items() if name not in refuted}
+    pruned = {module for group in groups.values() for module in group.modules}
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Linear | nn.modules.conv._ConvNd) and name not in pruned:
+            refused.setdefault(name, f"the forward pass does not reach it as a {_kind(module)}")
+    refused = {name: why for name, why in refused.items() if name not in pruned}
+    return TracedNeurons(groups, refused, _positions(graphs[1], example_inputs))
 
 
-def _agreed(training: TracedNeurons, evaluation: TracedNeurons) -> tuple[dict[str, NeuronGroup], dict[str, str]]:
+def _kind(module: nn.Module) -> str:
+    return "Linear" if isinstance(module, nn.Linear) else "convolution"
+
+
+def _positions(graph: OperationGraph, example_inputs: tuple[Any, ...]) -> dict[str, float]:
+    samples = next((value.shape[0] for value in example_inputs if isinstance(value, Tensor) and value.dim()), 1)
+    applied: Counter[str] = Counter()
+    for node in graph.nodes:
+        stored = graph.stored(node.args[1]) if is_layer(node) else None
+        if stored is not None:
+            applied[stored.name] += shape_of(node).numel() // graph.tensor(stored).shape[0]
+    return {name: count / max(samples, 1) for name, count in applied.items()}
+
+
+_Agreed = tuple[dict[str, NeuronGroup], dict[str, str]]
+
+
+def _agreed(training: _Agreed, evaluation: _Agreed) -> _Agreed:
     """The groups that are the same in both modes, and why the others are refused."""
     groups: dict[str, NeuronGroup] = {}
-    refused = {**training.refused}
-    for name, reason in evaluation.refused.items():
+    refused = {**training[1]}
+    for name, reason in evaluation[1].items():
         refused.setdefault(name, f"{reason} (in evaluation mode)")
-    for name, group in training.groups.items():
-        if evaluation.groups.get(name) == group:
+    for name, group in training[0].items():
+        if evaluation[0].get(name) == group:
             groups[name] = group
         else:
-            refused.setdefault(name, "the model uses it differently in training and in evaluation")
-    for name in evaluation.groups.keys() - training.groups.keys():
+            for producer in group.producers:
+                refused.setdefault(producer, "the model uses it differently in training and in evaluation")
+    for name in evaluation[0].keys() - training[0].keys():
         refused.setdefault(name, "the model uses it in evaluation only")
     return groups, refused
 
@@ -136,13 +119,11 @@ def _refuted(
 def _dependence(graphs: list[OperationGraph], example_inputs: tuple[Any, ...], groups: list[NeuronGroup]) -> str | None:
     if not groups:
         return None
-    slices = [each for group in groups for each in group.slices]
-    sizes = [each for group in groups for each in group.sizes]
     for graph in graphs:
         try:
-            with one_neuron_fewer(graph.model, slices, sizes):
+            with one_neuron_fewer(graph.model, groups):
                 narrow = OperationGraph(graph.model, example_inputs, training=graph.training)
-                found = _trace(narrow).groups
+                found = _trace(narrow)[0]
         except Refusal as refusal:
             return f"with one neuron fewer, {refusal}"
         changed = difference(graph, narrow)
@@ -153,87 +134,16 @@ def _dependence(graphs: list[OperationGraph], example_inputs: tuple[Any, ...], g
     return None
 
 
-def _trace(graph: OperationGraph) -> TracedNeurons:
-    """Every Linear of one graph."""
+def _trace(graph: OperationGraph) -> _Agreed:
+    """Every Linear and convolution of one graph."""
     groups: dict[str, NeuronGroup] = {}
     refused: dict[str, str] = {}
     for node in graph.nodes:
-        if operation_name(node) != "linear":
+        name = layer_name(graph, node) if is_layer(node) else ""
+        if not is_layer(node) or any(name in group.producers[1:] for group in groups.values()):
             continue
-        name = _layer_name(graph, node)
         try:
-            groups[name] = _follow(graph, node)
+            groups[name] = follow(graph, node)
         except Refusal as refusal:
             refused.setdefault(name, str(refusal))
-    return TracedNeurons({name: group for name, group in groups.items() if name not in refused}, refused)
-
-
-def _layer_name(graph: OperationGraph, node: Node) -> str:
-    stored, caller = graph.stored(node.args[1]), graph.module(node)
-    if stored is None or isinstance(graph.model.get_submodule(caller), nn.Linear):
-        return caller
-    return stored.module if isinstance(graph.model.get_submodule(stored.module), nn.Linear) else stored.name
-
-
-def _follow(graph: OperationGraph, linear: Node) -> NeuronGroup:
-    """The group of the neurons that `linear` computes."""
-    path = NeuronPath(graph)
-    weight = path.add_slice(linear.args[1], "weight", 0)
-    assert weight is not None
-    if not isinstance(graph.model.get_submodule(weight.module), nn.Linear) or weight.attribute != "weight":
-        raise Refusal(f"the weight {weight.name} belongs to no nn.Linear; make it one")
-    path.add_slice(linear.args[2] if len(linear.args) > 2 else None, "bias", 0)
-    path.sizes.append((weight.module, "out_features"))
-    if len(shape_of(linear)) < 2:
-        raise Refusal("it is called on a single sample without a batch dimension")
-    path.axis[linear] = len(shape_of(linear)) - 1
-    for node in graph.nodes:
-        if any(source in path.axis for source in node.all_input_nodes):
-            path.step(node)
-    if not path.readers:
-        raise Refusal("nothing reads its neurons")
-
-    # Statistics are of one value, so all readers must read the same (each through a dropout of its own, if
-    # any).
-    sources = [_before_dropout(graph, reader) for reader in path.readers]
-    if len({source for source, _ in sources}) > 1:
-        names = " and ".join(graph.module(reader) for reader in path.readers)
-        raise Refusal(f"{names} read different functions of its neurons; only one common value can be observed")
-    return NeuronGroup(
-        name=weight.module,
-        width=graph.tensor(weight).shape[0],
-        slices=tuple(path.slices),
-        sizes=tuple(path.sizes),
-        readers=tuple(Reader(graph.module(reader), _shift(graph, reader)) for reader in path.readers),
-        dropouts=tuple(sources[0][1]),
-    )
-
-
-def _before_dropout(graph: OperationGraph, reader: Node) -> tuple[Node, list[str]]:
-    """The value that `reader` reads, before nn.Dropout modules directly in front of it, and their names."""
-    source, names = reader.args[0], []
-    assert isinstance(source, Node)
-    while operation_name(source) == "dropout":
-        name = graph.module(source)
-        module = graph.model.get_submodule(name)
-        # An in-place dropout overwrites the value; a functional one offers nothing to hook.
-        if not isinstance(module, nn.Dropout) or module.inplace:
-            break
-        names.append(name)
-        source = source.args[0]
-        assert isinstance(source, Node)
-    return source, names
-
-
-def _shift(graph: OperationGraph, reader: Node) -> StoredTensor | None:
-    """What a constant added to the output of `reader` can be folded into."""
-    candidate = reader.args[2] if len(reader.args) > 2 else None
-    users = list(reader.users)
-    if candidate is None and len(users) == 1 and operation_name(users[0]) == "batch_norm":
-        candidate = users[0].args[3] if users[0].args[0] is reader else None
-    if candidate is None:
-        return None
-    try:
-        return graph.own(candidate, "shift")
-    except Refusal:
-        return None
+    return {name: group for name, group in groups.items() if name not in refused}, refused

@@ -1,11 +1,12 @@
 """What each operation does with the neurons of a value it reads: one handler an operation, in one table.
 
 A handler either follows the neurons into the operation's result, or ends there because the operation reads
-them (the next Linear), or refuses. An operation that is not in the table is refused, never guessed.
+them (the next Linear or convolution), or refuses. An operation that is not in the table is refused, never guessed.
 """
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -15,32 +16,41 @@ from torch import Tensor, nn
 from torch.fx import Node
 
 from kddp_ext.pruning.graph import OperationGraph, Refusal, StoredTensor
+from kddp_ext.pruning.groups import Layout, NeuronCount, NeuronSlices
+
+# Of each, how many dimensions it convolves or pools.
+CONVOLUTIONS = {"conv1d": 1, "conv2d": 2, "conv3d": 3}
+POOLINGS = {
+    f"{kind}{n}d": n for n in (1, 2, 3) for kind in ("max_pool", "avg_pool", "adaptive_avg_pool", "adaptive_max_pool")
+}
 
 
 @dataclass
 class NeuronPath:
-    """The way of one layer's neurons through the graph, as far as it has been followed.
+    """The way of some layers' neurons through the graph, as far as it has been followed.
 
     Attributes:
         graph: the graph.
-        axis: for each value that holds one entry a neuron, the dimension along which they lie.
-        slices: stored tensors that hold one slice a neuron, and along which dimension.
-        sizes: module attributes that hold the number of neurons.
-        readers: the Linear operations that sum over the neurons.
+        at: for each value that holds entries of each neuron, how they lie in it.
+        slices: stored tensors that have slices of each neuron.
+        counts: module attributes that hold the number of neurons.
+        readers: the operations that sum over the neurons: Linear layers and convolutions.
+        factors: values that the neurons are multiplied with, entry by entry, and that are not on their way yet.
     """
 
     graph: OperationGraph
-    axis: dict[Node, int] = field(default_factory=dict)
-    slices: list[tuple[StoredTensor, int]] = field(default_factory=list)
-    sizes: list[tuple[str, str]] = field(default_factory=list)
+    at: dict[Node, Layout] = field(default_factory=dict)
+    slices: list[NeuronSlices] = field(default_factory=list)
+    counts: list[NeuronCount] = field(default_factory=list)
     readers: list[Node] = field(default_factory=list)
+    factors: list[Node] = field(default_factory=list)
 
-    def add_slice(self, argument: Any, role: str, axis: int) -> StoredTensor | None:
-        """Record that the stored tensor behind `argument`, if there is one, has a slice a neuron."""
+    def add_slices(self, argument: Any, role: str, layout: Layout) -> StoredTensor | None:
+        """Record that the stored tensor behind `argument`, if there is one, has slices of each neuron."""
         if argument is None:
             return None
         stored = self.graph.own(argument, role)
-        self.slices.append((stored, axis))
+        self.slices.append(NeuronSlices(stored, layout))
         return stored
 
     def step(self, node: Node) -> None:
@@ -55,9 +65,16 @@ class NeuronPath:
             place = self.graph.place(node)
             raise Refusal(
                 f"the operation {name} in {place} is not known to keep neurons apart; leave this layer "
-                "unpruned or move the operation behind the next Linear"
+                "unpruned or move the operation behind the next Linear or convolution"
             )
         handler(self, node)
+
+    def source(self, node: Node) -> Node:
+        """The first argument of `node`, proven to be the value that holds the neurons."""
+        source = node.args[0]
+        if not isinstance(source, Node) or source not in self.at:
+            raise Refusal(f"{operation_name(node)} in {self.graph.place(node)} takes a setting from the neurons")
+        return source
 
 
 Handler = Callable[[NeuronPath, Node], None]
@@ -67,139 +84,217 @@ def operation_name(node: Node) -> str:
     """'relu' for aten.relu.default and for its in-place form aten.relu_.default."""
     if isinstance(node.target, torch._ops.OpOverload):
         return node.target._schema.name.removeprefix("aten::").rstrip("_")
-    return str(node.target)
+    return "getitem" if node.target is operator.getitem else str(node.target)
 
 
 def shape_of(node: Node) -> torch.Size:
-    """Shape of a tensor-valued node."""
+    """Shape of a tensor-valued node; of several tensors, that of the first."""
     value = node.meta["val"]
+    value = value[0] if isinstance(value, tuple | list) else value
     assert isinstance(value, Tensor)
     return value.shape
 
 
+def groups_of(convolution: Node) -> int:
+    """The argument `groups` of a convolution."""
+    groups = argument_of(convolution, 6, "groups", 1)
+    assert isinstance(groups, int)
+    return groups
+
+
+def argument_of(node: Node, position: int, name: str, default: Any) -> Any:
+    """An argument by position or name."""
+    return node.args[position] if len(node.args) > position else node.kwargs.get(name, default)
+
+
 def _pointwise(path: NeuronPath, node: Node) -> None:
     """Entry by entry, over one value or several of the same neurons: each neuron stays where it is."""
-    carried = [source for source in node.all_input_nodes if source in path.axis]
+    carried = [source for source in node.all_input_nodes if source in path.at]
     for other in node.all_input_nodes:
-        if other not in path.axis and shape_of(other).numel() != 1:
-            raise Refusal(_foreign_operand(path, node))
+        if other in path.at or shape_of(other).numel() == 1:
+            continue
+        if operation_name(node) != "mul" or shape_of(other) != shape_of(node) or path.graph.stored(other):
+            raise Refusal(foreign_operand(path.graph, node))
+        path.factors.append(other)
     if any(shape_of(source) != shape_of(node) for source in carried):
         raise Refusal(f"{operation_name(node)} in {path.graph.place(node)} broadcasts the neurons; keep the shape")
-    axes = {path.axis[source] for source in carried}
-    if len(axes) > 1:
+    layouts = {path.at[source] for source in carried}
+    if len(layouts) > 1:
         raise Refusal(f"{operation_name(node)} in {path.graph.place(node)} mixes different neurons")
-    path.axis[node] = axes.pop()
+    path.at[node] = layouts.pop()
 
 
-def _foreign_operand(path: NeuronPath, node: Node) -> str:
-    name, place = operation_name(node), path.graph.place(node)
+def foreign_operand(graph: OperationGraph, node: Node) -> str:
+    """Why the neurons cannot be followed through `node`, which pairs them with another tensor's entries."""
+    name, place = operation_name(node), graph.place(node)
     if name == "mul":
-        return f"mul in {place} multiplies them by another tensor (a gated MLP?), which is not supported"
+        return (
+            f"mul in {place} multiplies them by another tensor (a gate that no Linear or convolution of their own "
+            "computes, a scale?), which is not supported"
+        )
     if name in ("add", "sub", "rsub"):
-        return f"{name} in {place} adds another tensor to them (a residual sum?), which is not supported"
+        return f"{name} in {place} adds another tensor to them (a residual sum?): they belong to a shared stream"
     return f"{name} in {place} combines them with another tensor, which is not supported"
 
 
 def _type_as(path: NeuronPath, node: Node) -> None:
     """Only the first argument's values go on; of the other, the dtype is read."""
     source = node.args[0]
-    if isinstance(source, Node) and source in path.axis:
-        path.axis[node] = path.axis[source]
+    if isinstance(source, Node) and source in path.at:
+        path.at[node] = path.at[source]
 
 
 def _assertion(path: NeuronPath, node: Node) -> None:
     """torch.export's check of dtype and device before a cast: it computes nothing."""
 
 
-def _view(path: NeuronPath, node: Node) -> None:
-    """A reshape that changes nothing. One that spells out the number of neurons fails with one neuron fewer."""
-    source, sizes = node.args[0], node.args[1]
-    assert isinstance(source, Node)
-    assert isinstance(sizes, list | tuple)
-    place = path.graph.place(node)
-    if shape_of(source) != shape_of(node):
-        raise Refusal(f"{operation_name(node)} in {place} rearranges the neurons, which is not supported")
-    path.axis[node] = path.axis[source]
+def _reshape(path: NeuronPath, node: Node) -> None:
+    """view, flatten and their like. One that spells out the number of neurons fails with one neuron fewer."""
+    source = path.source(node)
+    layout = path.at[source].reshaped(shape_of(source), shape_of(node))
+    if layout is None:
+        raise Refusal(f"{operation_name(node)} in {path.graph.place(node)} rearranges the neurons")
+    path.at[node] = layout
 
 
-def _flatten(path: NeuronPath, node: Node) -> None:
-    """A flatten of dimensions before the neurons, or of none."""
-    source = node.args[0]
-    assert isinstance(source, Node)
-    dimensions, axis = len(shape_of(source)), path.axis[source]
-    start, end = (_argument(node, i, name, default) for i, name, default in ((1, "start_dim", 0), (2, "end_dim", -1)))
-    start, end = start % dimensions, end % dimensions
-    if start == end:
-        path.axis[node] = axis
-    elif end < axis:
-        path.axis[node] = axis - (end - start)
-    else:
-        raise Refusal(f"flatten in {path.graph.place(node)} merges the neurons with another dimension")
+def _permute(path: NeuronPath, node: Node) -> None:
+    """Dimensions change places; each neuron's entries stay together."""
+    source = path.source(node)
+    count = len(shape_of(source))
+    order = list(range(count))
+    if operation_name(node) == "permute":
+        order = [axis % count for axis in argument_of(node, 1, "dims", order)]
+    elif operation_name(node) == "transpose":
+        a, b = argument_of(node, 1, "dim0", 0) % count, argument_of(node, 2, "dim1", 1) % count
+        order[a], order[b] = b, a
+    else:  # t, of at most two dimensions
+        order.reverse()
+    layout = path.at[source]
+    path.at[node] = Layout(order.index(layout.axis), layout.outer, layout.inner)
 
 
 def _batch_norm(path: NeuronPath, node: Node) -> None:
-    """One scale, shift and pair of running statistics a neuron."""
+    """One scale, shift and pair of running statistics an entry of dimension 1."""
     source, *tensors = node.args[:5]
     place = path.graph.place(node)
-    if not isinstance(source, Node) or path.axis.get(source) != 1:
+    if not isinstance(source, Node) or source not in path.at or path.at[source].axis != 1:
         raise Refusal(f"batch_norm in {place} normalises over dimension 1, but the neurons lie along another")
     name = path.graph.module(node)
     module = path.graph.model.get_submodule(name)
     if not isinstance(module, nn.modules.batchnorm._BatchNorm):
-        raise Refusal(f"batch_norm in {place} is applied by hand; use nn.BatchNorm1d")
+        raise Refusal(f"batch_norm in {place} is applied by hand; use nn.BatchNorm1d or nn.BatchNorm2d")
+    layout = path.at[source]
     for argument in tensors:
-        stored = path.add_slice(argument, f"batch norm of {name}", 0)
+        stored = path.add_slices(argument, f"batch norm of {name}", Layout(0, layout.outer, layout.inner))
         if stored is not None and stored.module != name:
             raise Refusal(f"batch_norm in {place} reads {stored.name}, which another module holds")
-    path.sizes.append((name, "num_features"))
-    path.axis[node] = 1
+    path.counts.append(NeuronCount(name, "num_features", layout.entries))
+    path.at[node] = layout
 
 
 def _prelu(path: NeuronPath, node: Node) -> None:
-    """One slope for all neurons, or one each."""
-    source, slope = node.args[0], node.args[1]
-    if not isinstance(source, Node) or source not in path.axis or not isinstance(slope, Node):
+    """One slope for all neurons, or one an entry of dimension 1."""
+    source, slope = path.source(node), node.args[1]
+    layout = path.at[source]
+    if not isinstance(slope, Node):
         raise Refusal(f"prelu in {path.graph.place(node)} takes its slopes from the neurons")
     if shape_of(slope).numel() > 1:
         name = path.graph.module(node)
         module = path.graph.model.get_submodule(name)
-        if path.axis[source] != 1 or not isinstance(module, nn.PReLU):
+        if layout.axis != 1 or not isinstance(module, nn.PReLU):
             raise Refusal(f"prelu in {path.graph.place(node)} has a slope for each entry of another dimension")
-        path.add_slice(slope, f"slope of {name}", 0)
-        path.sizes.append((name, "num_parameters"))
-    path.axis[node] = path.axis[source]
+        path.add_slices(slope, f"slope of {name}", Layout(0, layout.outer, layout.inner))
+        path.counts.append(NeuronCount(name, "num_parameters", layout.entries))
+    path.at[node] = layout
 
 
 def _linear(path: NeuronPath, node: Node) -> None:
     """The next layer: it sums over the neurons, and their way ends."""
-    source, weight = node.args[0], node.args[1]
     place = path.graph.place(node)
-    if any(argument in path.axis for argument in node.args[1:] if isinstance(argument, Node)):
+    if any(argument in path.at for argument in node.args[1:] if isinstance(argument, Node)):
         raise Refusal(f"linear in {place} uses them as its weight or bias")
-    assert isinstance(source, Node)
-    if path.axis[source] != len(shape_of(source)) - 1:
+    source = path.source(node)
+    if path.at[source].axis != len(shape_of(source)) - 1:
         raise Refusal(f"linear in {place} sums over another dimension than theirs")
-    name = path.graph.module(node)
-    module = path.graph.model.get_submodule(name)
-    stored = path.graph.own(weight, f"weight of {name or 'the next layer'}")
-    if not isinstance(module, nn.Linear) or stored != StoredTensor(name, "weight"):
-        raise Refusal(f"linear in {place} reads {stored.name} by hand; call an nn.Linear module instead")
-    path.slices.append((stored, 1))
-    path.sizes.append((name, "in_features"))
+    _read(path, node, "in_features", path.at[source])
+
+
+def _convolution(path: NeuronPath, node: Node) -> None:
+    """The next layer; or, where it is depthwise, a filter for each channel, which passes it on."""
+    name, place = operation_name(node), path.graph.place(node)
+    if any(argument in path.at for argument in node.args[1:] if isinstance(argument, Node)):
+        raise Refusal(f"{name} in {place} uses them as its weight or bias")
+    source = path.source(node)
+    channel = len(shape_of(source)) - CONVOLUTIONS[name] - 1
+    if path.at[source] != Layout(channel):
+        raise Refusal(f"{name} in {place} reads channels, but the neurons lie along another dimension")
+    groups, outputs = groups_of(node), shape_of(node)[channel]
+    if groups == 1:
+        _read(path, node, "in_channels", path.at[source])
+        return
+    if not groups == shape_of(source)[channel] == outputs:
+        raise Refusal(
+            f"{name} in {place} has {groups} groups of channels, which all must stay of one size; only depthwise "
+            "convolutions with one filter a channel can lose single channels"
+        )
+    module = path.graph.module(node)
+    if not isinstance(path.graph.model.get_submodule(module), nn.modules.conv._ConvNd):
+        raise Refusal(f"{name} in {place} is applied by hand; call an nn.Conv module instead")
+    for argument, role in ((node.args[1], "weight"), (argument_of(node, 2, "bias", None), "bias")):
+        stored = path.add_slices(argument, f"{role} of {module}", Layout(0))
+        if stored is not None and stored.module != module:
+            raise Refusal(f"{name} in {place} reads {stored.name} by hand; call an nn.Conv module instead")
+    path.counts += [NeuronCount(module, attribute) for attribute in ("in_channels", "out_channels", "groups")]
+    path.at[node] = Layout(channel)
+
+
+def _read(path: NeuronPath, node: Node, attribute: str, layout: Layout) -> None:
+    graph, place = path.graph, path.graph.place(node)
+    name = graph.module(node)
+    stored = graph.own(node.args[1], f"weight of {name or 'the next layer'}")
+    wanted = nn.Linear if attribute == "in_features" else nn.modules.conv._ConvNd
+    if not isinstance(graph.model.get_submodule(name), wanted) or stored != StoredTensor(name, "weight"):
+        raise Refusal(f"{operation_name(node)} in {place} reads {stored.name} by hand; call an nn module instead")
+    path.slices.append(NeuronSlices(stored, Layout(1, layout.outer, layout.inner)))
+    path.counts.append(NeuronCount(name, attribute, layout.entries))
     path.readers.append(node)
+
+
+def _pooling(path: NeuronPath, node: Node) -> None:
+    """Over positions, channel by channel."""
+    source = path.source(node)
+    pooled = POOLINGS[operation_name(node).removesuffix("_with_indices")]
+    if path.at[source].axis >= len(shape_of(source)) - pooled:
+        raise Refusal(f"{operation_name(node)} in {path.graph.place(node)} pools over the neurons")
+    path.at[node] = path.at[source]
+
+
+def _getitem(path: NeuronPath, node: Node) -> None:
+    """The values of a pooling that also returns where they were."""
+    if node.args[1] == 0:
+        path.at[node] = path.at[path.source(node)]
+    elif node.users:
+        raise Refusal(f"the indices of the pooling in {path.graph.place(node)} are read")
+
+
+def _reduction(path: NeuronPath, node: Node) -> None:
+    """A mean, sum or maximum over other dimensions than the neurons'."""
+    source = path.source(node)
+    count, layout = len(shape_of(source)), path.at[source]
+    dims = argument_of(node, 1, "dim", None)
+    over = {axis % count for axis in ([dims] if isinstance(dims, int) else dims or range(count))}
+    if layout.axis in over or (isinstance(dims, list) and not dims):
+        raise Refusal(f"{operation_name(node)} in {path.graph.place(node)} sums over the neurons")
+    kept = argument_of(node, 2, "keepdim", False)
+    shift = 0 if kept else sum(axis < layout.axis for axis in over)
+    path.at[node] = Layout(layout.axis - shift, layout.outer, layout.inner)
 
 
 def _mixes_neurons(path: NeuronPath, node: Node) -> None:
     raise Refusal(
         f"{operation_name(node)} in {path.graph.place(node)} computes each neuron from all of them, so "
-        "removing one would change the others; use BatchNorm1d there or leave this layer unpruned"
+        "removing one would change the others; use BatchNorm there or leave this layer unpruned"
     )
-
-
-def _argument(node: Node, position: int, name: str, default: int) -> int:
-    value = node.args[position] if len(node.args) > position else node.kwargs.get(name, default)
-    assert isinstance(value, int)
-    return value
 
 
 # Each entry of the result depends on the same entry of the inputs alone.
@@ -207,17 +302,21 @@ POINTWISE = """
     relu relu6 gelu silu mish tanh sigmoid hardtanh hardswish hardsigmoid leaky_relu elu selu celu softplus
     log_sigmoid threshold hardshrink softshrink abs neg exp expm1 log log1p sqrt rsqrt square reciprocal
     sin cos erf sign pow clamp clamp_min clamp_max add sub rsub mul div maximum minimum
-    dropout alpha_dropout to _to_copy contiguous clone detach alias
+    dropout alpha_dropout feature_dropout to _to_copy contiguous clone detach alias
 """.split()  # noqa: SIM905 - a list would be a page long
 
 HANDLERS: dict[str, Handler] = {
     **dict.fromkeys(POINTWISE, _pointwise),
     **dict.fromkeys(["layer_norm", "rms_norm", "group_norm", "softmax", "log_softmax"], _mixes_neurons),
+    **dict.fromkeys(POOLINGS, _pooling),
+    **dict.fromkeys([f"max_pool{n}d_with_indices" for n in (1, 2, 3)], _pooling),
+    **dict.fromkeys(["mean", "sum", "amax", "amin"], _reduction),
+    **dict.fromkeys(["view", "reshape", "flatten", "unflatten", "squeeze", "unsqueeze"], _reshape),
+    **dict.fromkeys(["permute", "transpose", "t"], _permute),
+    **dict.fromkeys(CONVOLUTIONS, _convolution),
+    "getitem": _getitem,
     "type_as": _type_as,
     "_assert_tensor_metadata": _assertion,
-    "view": _view,
-    "reshape": _view,
-    "flatten": _flatten,
     "batch_norm": _batch_norm,
     "prelu": _prelu,
     "linear": _linear,

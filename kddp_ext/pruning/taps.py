@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from kddp_ext.pruning.neurons import NeuronGroup
+from kddp_ext.pruning.groups import NeuronGroup
 
 # Where a dropout leaves its input on its output, for the reader behind it; both are gone with the graph.
 _BEFORE_DROPOUT = "_kddp_before_dropout"
@@ -32,10 +32,23 @@ class Taps:
             reader = model.get_submodule(group.readers[0].module)
             self._handles.append(reader.register_forward_pre_hook(hook, with_kwargs=True))
 
-    def value(self, group: NeuronGroup) -> Tensor | None:
-        """The value of the latest forward pass as (samples, neurons); None before any."""
-        value = self._hooks[group.name].value
-        return None if value is None else value.flatten(0, -2)
+    def value(self, group: NeuronGroup) -> tuple[Tensor, int] | None:
+        """The value of the latest forward pass, and the dimension that the neurons are; None before any.
+
+        Neurons with several entries along a dimension get one of their own, entries before and behind it.
+        """
+        value, layout = self._hooks[group.name].value, group.value
+        if value is None:
+            return None
+        if value.dim() != group.dimensions or value.shape[layout.axis] != group.width * layout.entries:
+            raise RuntimeError(
+                f"activations: what {group.readers[0].module} reads was traced with {group.dimensions} dimensions and "
+                f"{group.width * layout.entries} entries along dimension {layout.axis}, and is now of shape "
+                f"{tuple(value.shape)}"
+            )
+        if layout.entries == 1:
+            return value, layout.axis
+        return value.unflatten(layout.axis, (layout.outer, group.width, layout.inner)), layout.axis + 1
 
     def clear(self) -> None:
         """Forget the values."""

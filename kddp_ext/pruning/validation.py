@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from math import inf
 from numbers import Integral, Real
 
 import torch
@@ -10,32 +11,39 @@ from torch import nn
 from torch.optim import Optimizer
 
 from kddp_ext.pruning.compaction import require_sliceable_optimizer
-from kddp_ext.pruning.neurons import NeuronGroup, UnsupportedModelError
+from kddp_ext.pruning.groups import NeuronGroup
+from kddp_ext.pruning.neurons import UnsupportedModelError
 
 
 def check_model(model: nn.Module) -> None:
     """Refuse what is no module, or one whose parameters something else keeps in its own layout."""
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
-    if isinstance(model, nn.parallel.DistributedDataParallel | nn.DataParallel):
+    if isinstance(model, nn.DataParallel):
         raise UnsupportedModelError(
-            f"model: {type(model).__name__} keeps buckets of the parameters' present sizes; pass the module "
-            "inside, model.module"
+            "model: DataParallel computes in replicas, where nothing can be observed; use DistributedDataParallel"
         )
     if isinstance(model, torch.jit.ScriptModule):
         raise UnsupportedModelError("model: a scripted module cannot be changed; pass the module it was made from")
 
 
-def check_optimizer(optimizer: Optimizer | None, model: nn.Module) -> None:
-    """Refuse what is no optimizer, or one whose state cannot follow this model."""
-    if optimizer is None:
-        return
-    if not isinstance(optimizer, Optimizer):
-        raise TypeError(f"optimizer: expected a torch.optim.Optimizer or None, got {type(optimizer).__name__}")
-    require_sliceable_optimizer(optimizer)
-    held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
-    if not any(id(parameter) in held for parameter in model.parameters()):
-        raise ValueError("optimizer: it holds none of the model's parameters; was it made for another model?")
+def checked_optimizers(optimizer: Optimizer | Sequence[Optimizer] | None, model: nn.Module) -> tuple[Optimizer, ...]:
+    """The optimizers, each able to follow this model; refused is what is none, or one whose state cannot follow."""
+    if optimizer is None or isinstance(optimizer, Optimizer):
+        optimizers: Sequence[Optimizer] = () if optimizer is None else (optimizer,)
+    elif isinstance(optimizer, Sequence) and all(isinstance(each, Optimizer) for each in optimizer):
+        optimizers = optimizer
+    else:
+        got = f"{optimizer!r}" if isinstance(optimizer, list | tuple) else type(optimizer).__name__
+        raise TypeError(f"optimizer: expected a torch.optim.Optimizer, a list of them or None, got {got}")
+    for each in optimizers:
+        require_sliceable_optimizer(each)
+        held = {id(parameter) for group in each.param_groups for parameter in group["params"]}
+        if not any(id(parameter) in held for parameter in model.parameters()):
+            raise ValueError(
+                f"optimizer: {type(each).__name__} holds none of the model's parameters; was it made for another model?"
+            )
+    return tuple(optimizers)
 
 
 def choose_layers(
@@ -49,15 +57,18 @@ def choose_layers(
         if groups:
             return tuple(groups.values())
         reasons = "".join(f"\n  {name}: {reason}" for name, reason in refused.items())
-        raise UnsupportedModelError(f"model: it has no layer that can be pruned{reasons or ', for it has no Linear'}")
+        raise UnsupportedModelError(
+            f"model: it has no layer that can be pruned{reasons or ', for it has no Linear or convolution'}"
+        )
     if isinstance(layers, str) or not isinstance(layers, Sequence) or not all(isinstance(n, str) for n in layers):
         raise TypeError(f"layers: expected a list of layer names or None, got {layers!r}")
     if not layers or len(set(layers)) < len(layers):
         raise ValueError(f"layers: expected at least one name, each once, got {layers!r}")
+    producers = {name: group for group in groups.values() for name in group.producers}
     for name in layers:
-        if name not in groups:
+        if name not in producers:
             raise UnsupportedModelError(f"layers: {name} cannot be pruned: {_reason(model, name, groups, refused)}")
-    return tuple(group for name, group in groups.items() if name in layers)
+    return tuple(group for group in groups.values() if not set(layers).isdisjoint(group.producers))
 
 
 def _reason(model: nn.Module, name: str, groups: Mapping[str, NeuronGroup], refused: Mapping[str, str]) -> str:
@@ -66,23 +77,48 @@ def _reason(model: nn.Module, name: str, groups: Mapping[str, NeuronGroup], refu
     modules = dict(model.named_modules(remove_duplicate=False))
     if name not in modules:
         return f"the model has no such module; its layers that can be pruned are {', '.join(groups) or 'none'}"
-    return f"it is a {type(modules[name]).__name__}; only the neurons of Linear layers can be"
+    return f"it is a {type(modules[name]).__name__}; only Linear layers and convolutions have neurons of their own"
 
 
 def share(name: str, value: object) -> float:
     """A number in (0, 1]."""
-    if isinstance(value, bool) or not isinstance(value, Real):
-        raise TypeError(f"{name}: expected a number, got {value!r}")
-    number = float(value)
+    number = _number(name, value)
     if not 0 < number <= 1:  # nor NaN
         raise ValueError(f"{name}: expected more than 0 and at most 1, got {value!r}")
     return number
 
 
+def positive(name: str, value: object) -> float:
+    """A finite number above 0."""
+    number = _number(name, value)
+    if not 0 < number < inf:
+        raise ValueError(f"{name}: expected a finite number above 0, got {value!r}")
+    return number
+
+
+def not_negative(name: str, value: object) -> float:
+    """A finite number of at least 0."""
+    number = _number(name, value)
+    if not 0 <= number < inf:
+        raise ValueError(f"{name}: expected a finite number of at least 0, got {value!r}")
+    return number
+
+
 def at_least_one(name: str, value: object) -> int:
     """A whole number of at least 1."""
+    return whole_number(name, value, at_least=1)
+
+
+def whole_number(name: str, value: object, *, at_least: int) -> int:
+    """A whole number of at least `at_least`."""
     if isinstance(value, bool) or not isinstance(value, Integral):
         raise TypeError(f"{name}: expected a whole number, got {value!r}")
-    if value < 1:
-        raise ValueError(f"{name}: expected at least 1, got {value}")
+    if value < at_least:
+        raise ValueError(f"{name}: expected at least {at_least}, got {value}")
     return int(value)
+
+
+def _number(name: str, value: object) -> float:
+    if isinstance(value, bool) or not isinstance(value, Real):
+        raise TypeError(f"{name}: expected a number, got {value!r}")
+    return float(value)

@@ -117,6 +117,7 @@ def _pruner(run: Run, model: nn.Module, optimizer: torch.optim.Optimizer) -> kdd
         model,
         optimizer,
         example_inputs=(run.data.example(2),),
+        layers=["hidden"],  # the paper's penalty is on the fully-connected layer
         criterion=pruning.criterion,
         threshold=pruning.threshold,
         patience=pruning.patience,

@@ -8,6 +8,7 @@ from loss_cases import DTYPES, LAYOUTS, laid_out
 
 import kddp_ext
 from kddp_ext import NeuronStatistics, TrackedActivations, ops, reference
+from kddp_ext.neuron_matrix import NeuronMatrix
 
 
 @settings(max_examples=80, deadline=None)
@@ -127,8 +128,8 @@ def test_state_selection_and_reset():
 
 def test_sums_of_another_layer_are_refused():
     statistics = NeuronStatistics(4)
-    with pytest.raises(ValueError, match="values: expected shape"):
-        statistics.update(torch.zeros(5, 3, dtype=torch.float64), 1)
+    with pytest.raises(ValueError, match=r"sums: expected shape \(5, 4\)"):
+        statistics.update(torch.zeros(5, 3, dtype=torch.float64), NeuronMatrix(torch.zeros(1, 3), 1))
     with pytest.raises(ValueError, match="state: expected statistics of 4 neurons"):
         statistics.load_state_dict(NeuronStatistics(5).state_dict())
     with pytest.raises(ValueError, match="statistics: expected one for each of 2 activations, got 1"):

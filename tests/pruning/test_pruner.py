@@ -1,6 +1,7 @@
 """The pruner in a training loop: what it observes, when it prunes, what it refuses, how it resumes."""
 
 import copy
+import dataclasses
 import gc
 import pickle
 import weakref
@@ -13,6 +14,7 @@ from torch import nn
 
 import kddp_ext
 from kddp_ext.pruner import DynamicPruner
+from kddp_ext.pruning.guards import KeptBy
 from kddp_ext.student_file import load_student, save_student
 
 # --- what is observed
@@ -66,7 +68,9 @@ def test_positions_of_a_sequence_are_samples():
     model = make_model()
     pruner = make_pruner(model, example_inputs=(torch.randn(2, 3, INPUTS),))
     model(torch.randn(4, 3, INPUTS))
-    assert pruner.activations[0].shape == (12, 8)
+    assert pruner.activations[0].shape == (4, 3, 8)
+    pruner.activations.observe()
+    assert pruner.statistics["0"].rows == 12
 
 
 def test_the_loss_fills_the_statistics_and_a_validation_pass_does_not():
@@ -155,7 +159,7 @@ def test_reports_original_indices():
 
 def test_pruning_again_at_once_prunes_nothing():
     model = make_model(width=40)
-    pruner = make_pruner(model, threshold=0.4)
+    pruner = make_pruner(model, threshold=0.4, reconstruction_samples=0)  # which moves the outgoing weights
     observe(pruner, 50)
     assert pruner.prune().neurons_pruned > 0
     observe(pruner, 50)
@@ -171,12 +175,39 @@ def test_guards_are_reported():
     observe(pruner)
     report = pruner.prune()
     assert report.neurons_pruned == 0
-    assert report.layers[0].kept_by_guards == 3
-    assert "3 kept by minimum_width or round_to" in str(report)
+    assert report.layers[0].kept_by == KeptBy(round_to=3)
+    assert str(report) == "pruned 0 neurons (0: 8); parameters 75; 3 kept by round_to"
     kill(model, [0, 1, 2, 3, 4, 5, 6, 7])
     observe(pruner)
-    assert pruner.prune().layers[0].pruned == (4, 5, 6, 7)
+    report = pruner.prune()
+    assert report.layers[0].pruned == (4, 5, 6, 7)
+    assert report.layers[0].kept_by == KeptBy(minimum_width=2, round_to=2)
+    assert str(report).endswith("2 kept by minimum_width; 2 kept by round_to")
     assert pruner.widths == {"0": 4}
+
+
+def test_no_more_than_a_share_goes_at_once():
+    model = make_model()
+    pruner = make_pruner(model, criterion="dead", maximum_share=0.4)
+    for width, gone in ((8, 3), (5, 2), (3, 1), (2, 0)):
+        kill(model, list(range(width)))
+        observe(pruner)
+        report = pruner.prune()
+        assert report.neurons_pruned == gone
+        assert report.layers[0].kept_by.total == width - gone
+    assert pruner.history.steps == [{"0": [5, 6, 7]}, {"0": [3, 4]}, {"0": [2]}]
+
+
+def test_settings_can_be_replaced_between_checks():
+    model = make_model(width=40)
+    pruner = make_pruner(model, threshold=1e-9)
+    observe(pruner, 50)
+    assert pruner.prune().neurons_pruned == 0
+    with pytest.raises(ValueError, match="threshold: expected more than 0"):
+        dataclasses.replace(pruner.settings, threshold=0)
+    pruner.settings = dataclasses.replace(pruner.settings, threshold=0.4)
+    observe(pruner, 50)
+    assert pruner.prune().neurons_pruned > 0
 
 
 def test_report_counts_parameters():
@@ -186,6 +217,7 @@ def test_report_counts_parameters():
     observe(pruner)
     report = pruner.prune()
     assert report.parameters_before == 8 * INPUTS + 8 + 3 * 8 + 3
+    assert (report.macs_before, report.macs_after) == (8 * INPUTS + 3 * 8, 7 * INPUTS + 3 * 7)
     assert report.parameters_after == 7 * INPUTS + 7 + 3 * 7 + 3 == sum(p.numel() for p in model.parameters())
     assert str(report) == "pruned 1 neuron (0: 8 → 7); parameters 75 → 66 (-12.0%)"
 
@@ -256,6 +288,10 @@ def test_close():
         pruner.prune()
     with pytest.raises(RuntimeError, match="activations: the pruner is closed"):
         _ = pruner.activations
+    with pytest.raises(RuntimeError, match="step: the pruner is closed"):
+        pruner.step()
+    with pytest.raises(RuntimeError, match="preview: the pruner is closed"):
+        pruner.preview()
     assert pruner.history.widths == {"0": 8}
 
 

@@ -70,28 +70,32 @@ REFUSED = {
         "the operation cumsum in the forward of Model is not known",
     ),
     "permuted": (lambda: Model(lambda m, x: m.last(m.first(x).flip(1))), "first", "operation flip"),
-    "transposed": (lambda: Model(lambda m, x: m.last(m.first(x).t().t())), "first", "operation t in"),
     "sorted": (lambda: Model(lambda m, x: m.last(m.first(x).sort(1).values)), "first", "operation sort"),
     "softmax": (lambda: Model(lambda m, x: m.last(m.first(x).softmax(1))), "first", "softmax in .* from all of them"),
     "layer norm": (
         lambda: Model(lambda m, x: m.last(m.norm(m.first(x))), norm=nn.LayerNorm(8)),
         "first",
-        r"layer_norm in norm \(LayerNorm\) .* BatchNorm1d",
+        r"layer_norm in norm \(LayerNorm\) .* use BatchNorm",
     ),
     "residual sum": (
         lambda: Model(lambda m, x: m.last((h := m.first(x)) + m.second(h.relu()))),
         "first",
         r"add in .* adds another tensor to them \(a residual sum\?\)",
     ),
-    "gated": (
-        lambda: Model(lambda m, x: m.last(m.first(x).sigmoid() * m.up(x)), up=nn.Linear(INPUTS, 8)),
+    "gated by inputs": (
+        lambda: Model(lambda m, x: m.last(m.first(x).sigmoid() * x.repeat(1, 2)[:, :8])),
         "first",
-        r"mul in .* \(a gated MLP\?\)",
+        "multiplied by what slice .* no Linear or convolution",
     ),
-    "gated, the other": (
-        lambda: Model(lambda m, x: m.last(m.first(x).sigmoid() * m.up(x)), up=nn.Linear(INPUTS, 8)),
-        "up",
-        r"mul in .* \(a gated MLP\?\)",
+    "gated by a sum": (
+        lambda: Model(lambda m, x: m.last(m.first(x) * m.up(x).softmax(1)), up=nn.Linear(INPUTS, 8)),
+        "first",
+        "multiplied by what softmax",
+    ),
+    "gated by what is an output": (
+        lambda: Model(lambda m, x: ((g := m.up(x)), m.last(m.first(x) * g)), up=nn.Linear(INPUTS, 8)),
+        "first",
+        "also leaves the model as an output|are the model's outputs",
     ),
     "scaled by a vector": (
         lambda: Model(lambda m, x: m.last(m.first(x) * m.scale), scale=nn.Parameter(torch.ones(8))),
@@ -174,7 +178,7 @@ REFUSED = {
     "flattened with positions": (
         lambda: Model(lambda m, x: m.last(m.first(x.view(-1, 2, INPUTS)).flatten(1)[:, :8])),
         "first",
-        "flatten in .* merges the neurons",
+        "the operation slice",
     ),
     "broadcast": (
         lambda: Model(lambda m, x: m.last(m.first(x) + torch.zeros(1, 1, 1))),
@@ -246,16 +250,44 @@ def test_lists_every_reason_when_nothing_can_be_pruned():
 
 
 def test_a_model_without_linear_layers():
-    with pytest.raises(UnsupportedModelError, match="it has no Linear"):
+    with pytest.raises(UnsupportedModelError, match="its neurons are the model's outputs"):
         DynamicPruner(nn.Sequential(nn.Conv2d(1, 2, 3)), example_inputs=(torch.randn(2, 1, 5, 5),))
 
 
-def test_convolutions_are_passed_over_and_refused_by_name():
-    model = nn.Sequential(nn.Conv2d(1, 2, 3), nn.ReLU(), nn.Flatten(), nn.Linear(18, 5), nn.ReLU(), nn.Linear(5, 2))
-    x = torch.randn(2, 1, 5, 5)
-    assert list(DynamicPruner(model, example_inputs=(x,)).widths) == ["3"]
-    with pytest.raises(UnsupportedModelError, match="layers: 0 cannot be pruned: it is a Conv2d"):
-        DynamicPruner(model, example_inputs=(x,), layers=["0"])
+def test_what_is_no_layer_is_refused_by_name():
+    model = nn.Sequential(nn.Linear(3, 5), nn.ReLU(), nn.Linear(5, 2))
+    with pytest.raises(UnsupportedModelError, match="layers: 1 cannot be pruned: it is a ReLU; only Linear layers and"):
+        DynamicPruner(model, example_inputs=(torch.randn(2, 3),), layers=["1"])
+
+
+CONVOLUTIONS = {
+    "grouped": (lambda: (nn.Conv2d(4, 8, 1), nn.Conv2d(8, 8, 1, groups=2)), "0", "has 2 groups of channels"),
+    "grouped itself": (lambda: (nn.Conv2d(4, 8, 1, groups=2), nn.Conv2d(8, 8, 1)), "0", "its 2 groups of channels"),
+    "several filters a channel": (lambda: (nn.Conv2d(4, 8, 1), nn.Conv2d(8, 16, 1, groups=8)), "0", "has 8 groups"),
+    "depthwise": (lambda: (nn.Conv2d(4, 4, 1, groups=4), nn.Conv2d(4, 8, 1)), "0", "pruned with the layer in front"),
+    "group norm": (
+        lambda: (nn.Conv2d(4, 8, 1), nn.GroupNorm(2, 8), nn.Conv2d(8, 8, 1)),
+        "0",
+        "group_norm in .* from all of them",
+    ),
+    "pixel shuffle": (lambda: (nn.Conv2d(4, 16, 1), nn.PixelShuffle(2), nn.Conv2d(4, 8, 1)), "0", "pixel_shuffle"),
+    "spectral norm": (
+        lambda: (nn.utils.parametrizations.spectral_norm(nn.Conv2d(4, 8, 1)), nn.Conv2d(8, 8, 1)),
+        "0",
+        "could not be traced|computed in the forward pass",
+    ),
+    "a Linear over positions": (
+        lambda: (nn.Conv2d(4, 8, 1), nn.Flatten(2), nn.Flatten(0, 1), nn.Linear(9, 9), nn.Linear(9, 2)),
+        "0",
+        "sums over another dimension",
+    ),
+}
+
+
+@pytest.mark.parametrize(("make", "layer", "reason"), CONVOLUTIONS.values(), ids=list(CONVOLUTIONS))
+def test_refuses_convolutions(make, layer, reason):
+    with pytest.raises(UnsupportedModelError, match=rf"(?s)({reason})"):
+        DynamicPruner(nn.Sequential(*make()), example_inputs=(torch.randn(2, 4, 3, 3),), layers=[layer])
 
 
 def test_names_the_layers_there_are():

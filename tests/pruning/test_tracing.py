@@ -182,7 +182,8 @@ def test_finds_the_layers(name):
 def test_nan_in_a_slice_reaches_its_neuron_alone(name, layer):
     model, group = make(ZOO[name][0]), traced(name).groups[layer]
     readers = {reader.weight for reader in group.readers}
-    for stored, axis in group.slices:
+    for slices in group.slices:
+        stored, axis = slices.stored, slices.layout.axis
         if stored in readers:
             continue
         for neuron in range(group.width):

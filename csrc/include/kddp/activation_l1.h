@@ -12,7 +12,8 @@ constexpr int64_t statistics_rows = 5;
 // Activations (rows, neurons) of one layer and where the results go. Outputs are optional.
 struct ActivationLayer {
     Matrix activation;
-    int64_t neurons;
+    int64_t rows, neurons;
+    double samples;  // what the sum of |a| is divided by: the rows, or with several columns a neuron more than these
     double l1_weight;
     void* gradient;      // (rows, neurons) contiguous, the activation's type: d loss / d a
     double* statistics;  // row k of the block starts at statistics + k * statistics_stride

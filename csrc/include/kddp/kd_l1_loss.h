@@ -4,7 +4,7 @@
 //   loss = alpha * kd + (1 - alpha) * ce + sum over layers of l1_weight * l1
 //
 // with kd = T^2 * divergence(softmax(teacher/T), softmax(student/T)) and ce averaged over the rows whose label is
-// not ignore_index, and l1 = sum |a| averaged over all rows. A term of weight 0 is left out.
+// not ignore_index, and l1 = sum |a| averaged over the layer's samples. A term of weight 0 is left out.
 #pragma once
 
 #include "kddp/activation_l1.h"

@@ -1,0 +1,139 @@
+"""Dynamic pruning as a callback of Lightning."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import nn
+from torch.optim import Optimizer
+
+from kddp_ext.integrations.student_pruning import StudentPruning
+from kddp_ext.pruning.graph import uncompiled
+
+try:
+    from lightning.pytorch import Callback, LightningModule, Trainer
+    from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher
+except ImportError as error:
+    raise ModuleNotFoundError(
+        "kddp_ext.integrations.lightning: lightning missing; install with: pip install 'kddp_ext[lightning]'",
+        name="lightning",
+    ) from error
+
+
+class DynamicPruning(StudentPruning, Callback):
+    """Prunes the student at the end of every n-th epoch, or every so many steps.
+
+    While `trainer.fit` runs, the LightningModule's attribute `pruner` is the `DynamicPruner`, so that its
+    `training_step` can pass `self.pruner.activations` to `kddp_ext.fused_kd_l1_loss`. Width of each layer and
+    number of parameters are logged after every epoch, as `width/<layer>` and `parameters`.
+
+    Its state goes into the checkpoints. To resume, pass a fresh module, as its constructor makes it, to
+    `trainer.fit(module, ckpt_path=...)` (or validate, test, predict): the student is pruned as it was before
+    its weights are loaded.
+
+    Args:
+        example_inputs: positional arguments for the student's forward, as a tuple; moved to its device.
+        every_n_epochs: how often to prune. Default 1. None, and an `interval` among the settings: by steps.
+        student: the attribute of the LightningModule that is the student; by default the module itself.
+        settings: `criterion`, `threshold`, `patience` and the like, as of `DynamicPruner`.
+
+    Attributes:
+        pruner: the `DynamicPruner`; None before training starts.
+        report: what the latest prune did, a `PruneReport`; None before.
+
+    Raises:
+        ValueError: (when training starts) the strategy spawns or forks processes, or no optimizer holds the
+            student's parameters; or an error of `DynamicPruner`.
+    """
+
+    def __init__(
+        self,
+        *,
+        example_inputs: tuple[Any, ...],
+        every_n_epochs: int | None = 1,
+        student: str | None = None,
+        **settings: Any,
+    ) -> None:
+        super().__init__(example_inputs=example_inputs, every_n_epochs=every_n_epochs, **settings)
+        self.student = student
+        self._global_step = 0
+
+    @property
+    def state_key(self) -> str:
+        """Where a checkpoint keeps its state: one place for each student of a module."""
+        return f"{type(self).__qualname__}{{student={self.student!r}}}"
+
+    def rebuild(self, pl_module: LightningModule, checkpoint: Mapping[str, Any]) -> None:
+        """Prune a fresh module as the one of `checkpoint` was, so that the weights of the checkpoint fit.
+
+        `trainer.fit(module, ckpt_path=...)` does it by itself. Without a Trainer: call this, then
+        `module.load_state_dict(checkpoint["state_dict"])`.
+        """
+        state = checkpoint.get("callbacks", {}).get(self.state_key)
+        if state is not None:
+            self.restore_pruning(self._student(pl_module), state["pruner"])
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Get ready for a checkpoint: callbacks hear of it after the weights are loaded, the module before."""
+        original = pl_module.on_load_checkpoint
+
+        def rebuild_first(checkpoint: dict[str, Any]) -> None:
+            self.rebuild(pl_module, checkpoint)
+            original(checkpoint)
+
+        pl_module.on_load_checkpoint = rebuild_first
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Make the pruner: the optimizers exist, their state is not loaded yet."""
+        if isinstance(trainer.strategy.launcher, _MultiProcessingLauncher):
+            raise ValueError(
+                "trainer: strategies that spawn or fork load the weights back into the main process, where the student "
+                "is still wide; use strategy='ddp'"
+            )
+        student = self._student(pl_module)
+        pl_module.pruner = self.start_pruning(student, _optimizers_of(student, trainer.optimizers))
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Learn at which step training starts, or goes on."""
+        self._global_step = trainer.global_step
+
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *batch: Any) -> None:
+        """Count the step, where gradients are not just accumulated."""
+        if trainer.global_step > self._global_step:
+            self._global_step = trainer.global_step
+            self.step_ended()
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Prune if it is due, and log."""
+        self.epoch_ended(trainer.current_epoch + 1)
+        pl_module.log_dict(self.pruning_figures())
+
+    def state_dict(self) -> dict[str, Any]:
+        """For a checkpoint."""
+        state = self.pruning_state()
+        return {} if state is None else {"pruner": state}
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Leave the module as it was, but for its width."""
+        self.stop_pruning()
+        for name in ("on_load_checkpoint", "pruner"):
+            pl_module.__dict__.pop(name, None)
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Lightning calls no teardown then."""
+        self.teardown(trainer, pl_module, "fit")
+
+    def _student(self, pl_module: LightningModule) -> nn.Module:
+        student = pl_module if self.student is None else getattr(pl_module, self.student, None)
+        if not isinstance(student, nn.Module):
+            raise ValueError(f"student: {type(pl_module).__name__} has no module of the name {self.student!r}")
+        return uncompiled(student)
+
+
+def _optimizers_of(student: nn.Module, optimizers: list[Optimizer]) -> list[Optimizer]:
+    parameters = set(student.parameters())
+    holding = [o for o in optimizers if any(not parameters.isdisjoint(group["params"]) for group in o.param_groups)]
+    if not holding:
+        raise ValueError("trainer: none of its optimizers holds a parameter of the student")
+    return holding

@@ -1,0 +1,271 @@
+"""The Lightning callback in a real Trainer: training goes on, smaller, and resumes as if it had not stopped."""
+
+import pytest
+import torch
+from torch import nn
+
+import kddp_ext
+
+lightning = pytest.importorskip("lightning.pytorch", reason="Lightning is not installed")
+from kddp_ext.integrations.lightning import DynamicPruning  # noqa: E402
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:The .*dataloader.* does not have many workers"),
+    pytest.mark.filterwarnings("ignore:`isinstance.treespec, LeafSpec.` is deprecated"),
+    pytest.mark.filterwarnings("ignore:You defined a `validation_step` but have no `val_dataloader`"),
+    pytest.mark.filterwarnings("ignore:Checkpoint directory .* exists and is not empty"),
+]
+
+CLASSES, PIXELS = 10, 64
+
+
+def make_student(width=24):
+    return nn.Sequential(
+        nn.Linear(PIXELS, width),
+        nn.BatchNorm1d(width),
+        nn.ReLU(),
+        nn.Linear(width, 16),
+        nn.ReLU(),
+        nn.Linear(16, CLASSES),
+    )
+
+
+class Distillation(lightning.LightningModule):
+    """A student inside of the module, and a teacher that no optimizer holds."""
+
+    def __init__(self, student=None):
+        super().__init__()
+        torch.manual_seed(0)
+        self.student = make_student() if student is None else student
+        self.teacher = nn.Linear(PIXELS, CLASSES).requires_grad_(False)
+        self.widths_seen = []
+        self.loaded = 0
+
+    def forward(self, images):
+        return self.student(images)
+
+    def training_step(self, batch, index):
+        images, labels = batch
+        logits = self.student(images)
+        self.widths_seen.append(self.student[0].out_features)
+        return kddp_ext.fused_kd_l1_loss(logits, self.teacher(images), labels, self.pruner.activations, l1_weight=1e-3)
+
+    def validation_step(self, batch, index):
+        self.student(batch[0])
+
+    def on_load_checkpoint(self, checkpoint):
+        self.loaded += 1
+
+    def configure_optimizers(self):
+        return torch.optim.Adam(self.student.parameters(), lr=1e-2)
+
+
+def batches(count=4):
+    generator = torch.Generator().manual_seed(1)
+    images = torch.randn(16 * count, PIXELS, generator=generator)
+    labels = torch.randint(CLASSES, (16 * count,), generator=generator)
+    return torch.utils.data.DataLoader(torch.utils.data.TensorDataset(images, labels), batch_size=16)
+
+
+def make_pruning(**settings):
+    defaults = {"student": "student", "threshold": 0.75, "patience": 2}
+    return DynamicPruning(example_inputs=(torch.zeros(2, PIXELS),), **{**defaults, **settings})
+
+
+def make_trainer(epochs, *callbacks, **settings):
+    return lightning.Trainer(
+        max_epochs=epochs,
+        accelerator="cpu",
+        devices=1,
+        logger=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        callbacks=list(callbacks),
+        **{"enable_checkpointing": False, **settings},
+    )
+
+
+def saving(folder):
+    return lightning.callbacks.ModelCheckpoint(folder, save_top_k=-1, filename="{epoch}")
+
+
+def same(one, other):
+    """Nested state, compared exactly."""
+    if isinstance(one, dict):
+        assert one.keys() == other.keys()
+        for key in one:
+            same(one[key], other[key])
+    elif isinstance(one, list | tuple):
+        assert len(one) == len(other)
+        for a, b in zip(one, other, strict=True):
+            same(a, b)
+    elif isinstance(one, torch.Tensor):
+        assert torch.equal(one, other)
+    else:
+        assert one == other
+
+
+def test_training_goes_on_smaller():
+    module, pruning = Distillation(), make_pruning()
+    trainer = make_trainer(4, pruning)
+    trainer.fit(module, batches(), batches(1))
+    assert module.widths_seen[0] == 24  # the first check only waits
+    assert module.widths_seen[-1] < 24
+    assert pruning.pruner.widths == {"0": module.student[0].out_features, "3": module.student[3].out_features}
+    assert trainer.callback_metrics["width/0"] == module.student[0].out_features
+    assert trainer.callback_metrics["parameters"] == sum(p.numel() for p in module.student.parameters())
+    assert pruning.report.parameters_after == trainer.callback_metrics["parameters"]
+    for parameter in module.student.parameters():
+        assert trainer.optimizers[0].state[parameter]["exp_avg"].shape == parameter.shape
+
+
+def test_the_module_is_left_as_it_was():
+    module = Distillation()
+    before = {name for name in vars(module) if not name.startswith("_")}
+    make_trainer(1, make_pruning()).fit(module, batches())
+    assert {name for name in vars(module) if not name.startswith("_")} == before
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in module.modules())
+
+
+def test_every_other_epoch():
+    module, pruning = Distillation(), make_pruning(patience=1, every_n_epochs=2)
+    make_trainer(5, pruning).fit(module, batches())
+    widths = module.widths_seen[::4]
+    assert widths[0] == widths[1] > widths[2] == widths[3]
+    assert len(pruning.pruner.history.steps) == 2
+
+
+@pytest.mark.parametrize("accumulated", [1, 2])
+def test_by_steps_of_the_optimizer(accumulated):
+    module = Distillation()
+    pruning = make_pruning(patience=1, every_n_epochs=None, interval=3, l1_weight=0.1, l1_warmup=12)
+    make_trainer(3, pruning, accumulate_grad_batches=accumulated).fit(module, batches())
+    assert pruning.pruner.l1_weight == pytest.approx(0.1 / accumulated)
+    widths = module.widths_seen
+    narrowed = [i for i in range(1, len(widths)) if widths[i] < widths[i - 1]]
+    assert narrowed[0] == 3 * accumulated
+    assert all(i % (3 * accumulated) == 0 for i in narrowed)
+
+
+def test_the_module_itself_may_be_the_student():
+    class Student(Distillation):
+        def forward(self, images):
+            return self.student(images)
+
+        def training_step(self, batch, index):
+            logits = self(batch[0])
+            return kddp_ext.fused_kd_l1_loss(logits, None, batch[1], self.pruner.activations, alpha=0.0)
+
+    module, pruning = Student(), make_pruning(student=None, patience=1)
+    make_trainer(2, pruning).fit(module, batches())
+    assert pruning.pruner.widths == {
+        "student.0": module.student[0].out_features,
+        "student.3": module.student[3].out_features,
+    }
+    assert module.student[0].out_features < 24
+
+
+@pytest.mark.parametrize(("stopped_after", "validated"), [(1, False), (2, False), (3, False), (2, True)])
+def test_resumed_training_equals_the_uninterrupted(tmp_path, stopped_after, validated):
+    validation = batches(1) if validated else None
+    whole, pruning = Distillation(), make_pruning()
+    uninterrupted = make_trainer(4, pruning, saving(tmp_path), enable_checkpointing=True)
+    uninterrupted.fit(whole, batches(), validation)
+
+    resumed, pruning_again = Distillation(), make_pruning()
+    trainer = make_trainer(4, pruning_again, saving(tmp_path), enable_checkpointing=True)
+    trainer.fit(resumed, batches(), validation, ckpt_path=tmp_path / f"epoch={stopped_after - 1}.ckpt")
+    assert resumed.loaded == 1  # the module's own hook is called as well
+    assert len(resumed.widths_seen) == 4 * (4 - stopped_after)
+    assert pruning_again.pruner.history == pruning.pruner.history
+    assert len(pruning.pruner.history.steps) > 1
+    same(whole.state_dict(), resumed.state_dict())
+    same(uninterrupted.optimizers[0].state_dict(), trainer.optimizers[0].state_dict())
+    same(pruning.state_dict(), pruning_again.state_dict())
+
+
+def test_a_checkpoint_for_validation_and_by_hand(tmp_path):
+    module, pruning = Distillation(), make_pruning()
+    make_trainer(3, pruning, saving(tmp_path), enable_checkpointing=True).fit(module, batches())
+    path = tmp_path / "epoch=2.ckpt"
+
+    fresh = Distillation()
+    validating = make_trainer(1, make_pruning(), saving(tmp_path), enable_checkpointing=True)
+    validating.validate(fresh, batches(1), ckpt_path=path, verbose=False)
+    same(module.state_dict(), fresh.state_dict())
+    assert "on_load_checkpoint" not in vars(fresh)
+
+    fresh, checkpoint = Distillation(), torch.load(path, weights_only=True)
+    make_pruning().rebuild(fresh, checkpoint)
+    fresh.load_state_dict(checkpoint["state_dict"])
+    same(module.state_dict(), fresh.state_dict())
+
+
+def test_without_the_callback_the_checkpoint_does_not_fit(tmp_path):
+    """The test above would notice if nothing were rebuilt."""
+    make_trainer(3, make_pruning(), saving(tmp_path), enable_checkpointing=True).fit(Distillation(), batches())
+    with pytest.raises(RuntimeError, match="size mismatch"):
+        make_trainer(1).validate(Distillation(), batches(1), ckpt_path=tmp_path / "epoch=2.ckpt", verbose=False)
+
+
+def test_a_second_training_goes_on_from_the_first():
+    module, pruning = Distillation(), make_pruning(patience=1)
+    make_trainer(2, pruning).fit(module, batches())
+    first = pruning.pruner.history.copy()
+    make_trainer(2, pruning).fit(module, batches())
+    assert pruning.pruner.history.original_widths == {"0": 24, "3": 16}
+    assert pruning.pruner.history.steps[: len(first.steps)] == first.steps
+
+
+def test_an_error_leaves_no_trace_in_the_module():
+    module = Distillation()
+    with pytest.raises(ValueError, match="threshold: expected more than 0"):
+        make_trainer(1, make_pruning(threshold=0)).fit(module, batches())
+    assert not {"pruner", "on_load_checkpoint"} & vars(module).keys()
+
+
+def test_a_strategy_that_spawns_is_refused():
+    trainer = make_trainer(1, strategy="ddp_spawn")
+    trainer.strategy._configure_launcher()
+    with pytest.raises(ValueError, match=r"trainer: strategies that spawn or fork .* use strategy='ddp'"):
+        make_pruning().on_fit_start(trainer, Distillation())
+
+
+def test_arguments():
+    with pytest.raises(ValueError, match="every_n_epochs: expected at least 1, got 0"):
+        make_pruning(every_n_epochs=0)
+    with pytest.raises(ValueError, match="interval: it counts steps; pass every_n_epochs=None with it"):
+        make_pruning(interval=5)
+    with pytest.raises(ValueError, match="student: Distillation has no module of the name 'pupil'"):
+        make_trainer(1, make_pruning(student="pupil")).fit(Distillation(), batches())
+
+    class ForTheTeacher(Distillation):
+        def configure_optimizers(self):
+            return torch.optim.SGD(self.teacher.parameters(), lr=0.1)
+
+    with pytest.raises(ValueError, match="trainer: none of its optimizers holds a parameter of the student"):
+        make_trainer(1, make_pruning()).fit(ForTheTeacher(), batches())
+
+
+class TwoOptimizers(Distillation):
+    automatic_optimization = False
+
+    def training_step(self, batch, index):
+        self.manual_backward(super().training_step(batch, index))
+        for optimizer in self.optimizers():
+            optimizer.step()
+            optimizer.zero_grad()
+
+    def configure_optimizers(self):
+        return [torch.optim.Adam(part.parameters(), lr=1e-2) for part in (self.student[:3], self.student[3:])]
+
+
+def test_several_optimizers():
+    module, pruning = TwoOptimizers(), make_pruning(patience=1, interval=4, every_n_epochs=None)
+    trainer = make_trainer(2, pruning)
+    trainer.fit(module, batches())
+    assert module.widths_seen == [24] * 4 + [module.widths_seen[-1]] * 4
+    assert module.widths_seen[-1] < 24
+    for optimizer in trainer.optimizers:
+        for parameter, state in optimizer.state.items():
+            assert state["exp_avg"].shape == parameter.shape

@@ -1,0 +1,281 @@
+"""The Transformers callback in a real Trainer: training goes on, smaller, and resumes as if it had not stopped."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch import nn
+
+import kddp_ext
+
+transformers = pytest.importorskip("transformers", reason="Transformers is not installed")
+pytest.importorskip("accelerate", reason="Accelerate is not installed, which the Trainer of Transformers needs")
+from kddp_ext.integrations.transformers import DynamicPruning  # noqa: E402
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:`isinstance.treespec, LeafSpec.` is deprecated"),
+    pytest.mark.filterwarnings("ignore:'pin_memory' argument is set as true but no accelerator is found"),
+]
+
+CLASSES, PIXELS = 10, 64
+
+
+class Student(nn.Module):
+    """What a Trainer takes beside its own models: keywords in, a dictionary out."""
+
+    def __init__(self, width=24):
+        super().__init__()
+        torch.manual_seed(0)
+        self.body = nn.Sequential(
+            nn.Linear(PIXELS, width), nn.BatchNorm1d(width), nn.ReLU(), nn.Dropout(0.2), nn.Linear(width, 16), nn.ReLU()
+        )
+        self.head = nn.Linear(16, CLASSES)
+
+    def forward(self, pixels, labels=None):
+        return {"logits": self.head(self.body(pixels))}
+
+
+class DistillationTrainer(transformers.Trainer):
+    """What docs/integrations.md shows."""
+
+    def __init__(self, *args, teacher, pruning, **kwargs):
+        super().__init__(*args, callbacks=[pruning], **kwargs)
+        self.teacher, self.pruning = teacher.eval(), pruning
+        self.model_accepts_loss_kwargs = False  # the loss is a mean: gradient accumulation divides it
+        self.widths_seen = []
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        labels = inputs.pop("labels")
+        outputs = model(**inputs)
+        with torch.no_grad():
+            teacher_logits = self.teacher(inputs["pixels"])
+        activations = self.pruning.pruner.activations if model.training else ()
+        loss = kddp_ext.fused_kd_l1_loss(outputs["logits"], teacher_logits, labels, activations, l1_weight=1e-3)
+        if model.training:
+            self.widths_seen.append(activations[0].shape[1])
+        return (loss, outputs) if return_outputs else loss
+
+
+def samples(count=64):
+    generator = torch.Generator().manual_seed(1)
+    pixels = torch.randn(count, PIXELS, generator=generator)
+    labels = torch.randint(CLASSES, (count,), generator=generator)
+    return [{"pixels": pixel, "labels": label} for pixel, label in zip(pixels, labels, strict=True)]
+
+
+def make_pruning(**settings):
+    return DynamicPruning(example_inputs=(torch.zeros(2, PIXELS),), **{"threshold": 0.75, **settings})
+
+
+def make_trainer(folder, pruning, student=None, **arguments):
+    defaults = {
+        "num_train_epochs": 4,
+        "per_device_train_batch_size": 16,
+        "learning_rate": 1e-2,
+        "save_strategy": "epoch",
+        "use_cpu": True,
+        "report_to": [],
+        "disable_tqdm": True,
+        "logging_strategy": "no",
+        "dataloader_pin_memory": False,
+    }
+    return DistillationTrainer(
+        Student() if student is None else student,
+        transformers.TrainingArguments(str(folder), **{**defaults, **arguments}),
+        train_dataset=samples(),
+        eval_dataset=samples(16),
+        teacher=nn.Linear(PIXELS, CLASSES),
+        pruning=pruning,
+    )
+
+
+def same(one, other):
+    assert one.keys() == other.keys()
+    assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+def test_training_goes_on_smaller(tmp_path):
+    pruning = make_pruning()
+    trainer = make_trainer(tmp_path, pruning, save_strategy="no")
+    trainer.evaluate()  # before there is a pruner
+    trainer.train()
+    student = trainer.model
+    assert trainer.widths_seen[0] == 24
+    assert trainer.widths_seen[-1] < 24
+    assert pruning.pruner.widths == {"body.0": student.body[0].out_features, "body.4": student.body[4].out_features}
+    logged = [entry for entry in trainer.state.log_history if "parameters" in entry]
+    assert [entry["epoch"] for entry in logged] == [1, 2, 3, 4]
+    assert logged[-1]["width/body.0"] == student.body[0].out_features
+    assert logged[-1]["parameters"] == sum(p.numel() for p in student.parameters()) < logged[0]["parameters"]
+    for parameter in student.parameters():
+        assert trainer.optimizer.state[parameter]["exp_avg"].shape == parameter.shape
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in student.modules())
+    assert trainer.evaluate()["eval_loss"] > 0
+
+
+def test_every_other_epoch(tmp_path):
+    pruning = make_pruning(patience=1, every_n_epochs=2)
+    trainer = make_trainer(tmp_path, pruning, save_strategy="no", num_train_epochs=5)
+    trainer.train()
+    widths = trainer.widths_seen[::4]
+    assert widths[0] == widths[1] > widths[2] == widths[3]
+    assert len(pruning.pruner.history.steps) == 2
+
+
+@pytest.mark.parametrize("accumulated", [1, 2])
+def test_by_steps_of_the_optimizer(tmp_path, accumulated):
+    pruning = make_pruning(patience=1, every_n_epochs=None, interval=3, l1_weight=0.1, l1_warmup=12)
+    trainer = make_trainer(
+        tmp_path, pruning, save_strategy="no", num_train_epochs=3, gradient_accumulation_steps=accumulated
+    )
+    trainer.train()
+    assert pruning.pruner.l1_weight == pytest.approx(0.1 / accumulated)
+    widths = trainer.widths_seen
+    narrowed = [i for i in range(1, len(widths)) if widths[i] < widths[i - 1]]
+    assert narrowed[0] == 3 * accumulated
+    assert all(i % (3 * accumulated) == 0 for i in narrowed)
+
+
+def test_an_epoch_cut_short_is_no_epoch(tmp_path):
+    pruning = make_pruning(patience=1)
+    make_trainer(tmp_path, pruning, save_strategy="no", max_steps=3).train()
+    assert pruning.report is None
+    make_trainer(tmp_path, pruning := make_pruning(patience=1), save_strategy="no", max_steps=4).train()
+    assert pruning.report.neurons_pruned > 0
+
+
+@pytest.mark.parametrize("stopped_after", [1, 2, 3])
+def test_resumed_training_equals_the_uninterrupted(tmp_path, stopped_after):
+    pruning = make_pruning()
+    uninterrupted = make_trainer(tmp_path, pruning)
+    uninterrupted.train()
+
+    folder = str(tmp_path / f"checkpoint-{4 * stopped_after}")
+    again = make_pruning()
+    resumed = make_trainer(tmp_path / "again", again, resume_from_checkpoint=folder)
+    resumed.train(resume_from_checkpoint=resumed.args.resume_from_checkpoint)
+    assert len(resumed.widths_seen) == 16 - 4 * stopped_after
+    assert again.pruner.history == pruning.pruner.history
+    assert len(pruning.pruner.history.steps) > 1
+    same(uninterrupted.model.state_dict(), resumed.model.state_dict())
+    for one, other in zip(uninterrupted.model.parameters(), resumed.model.parameters(), strict=True):
+        same(uninterrupted.optimizer.state[one], resumed.optimizer.state[other])
+
+
+def test_without_the_history_the_weights_do_not_fit(tmp_path):
+    """The test above would notice if nothing were rebuilt."""
+    make_trainer(tmp_path, make_pruning()).train()
+    folder = str(tmp_path / "checkpoint-16")
+    with pytest.raises(RuntimeError, match="size mismatch"):
+        make_trainer(tmp_path, make_pruning()).train(resume_from_checkpoint=folder)
+    (tmp_path / "checkpoint-16" / "pruning.pt").unlink()
+    with pytest.raises(FileNotFoundError, match=r"pruning\.pt"):
+        make_trainer(tmp_path, make_pruning(), resume_from_checkpoint=folder)
+
+
+def test_a_second_training_goes_on_from_the_first(tmp_path):
+    pruning = make_pruning(patience=1)
+    trainer = make_trainer(tmp_path, pruning, save_strategy="no", num_train_epochs=2)
+    trainer.train()
+    first = pruning.pruner.history.copy()
+    trainer.train()
+    assert pruning.pruner.history.original_widths == {"body.0": 24, "body.4": 16}
+    assert pruning.pruner.history.steps[: len(first.steps)] == first.steps
+
+
+def test_several_gpus_in_one_process_are_refused():
+    with pytest.raises(ValueError, match="args: expected one GPU a process, got 2; launch one process for each"):
+        make_pruning().on_train_begin(SimpleNamespace(n_gpu=2), None, None, model=Student(), optimizer=None)
+
+
+def test_the_best_model_at_the_end_is_refused(tmp_path):
+    trainer = make_trainer(tmp_path, make_pruning(), load_best_model_at_end=True, eval_strategy="epoch")
+    with pytest.raises(ValueError, match="args: load_best_model_at_end would load a wider model's weights"):
+        trainer.train()
+
+
+def test_the_mlps_of_bert(tmp_path):
+    """Intermediate layers and pooler are pruned; attention and what the residual stream carries are refused."""
+    config = transformers.BertConfig(
+        vocab_size=50, hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32,
+        max_position_embeddings=20, num_labels=3,
+    )  # fmt: skip
+    generator = torch.Generator().manual_seed(1)
+    tokens = torch.randint(50, (32, 7), generator=generator)
+    data = [{"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids[0] % 3} for ids in tokens]
+
+    class Distillation(DistillationTrainer):
+        def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+            outputs = model(**inputs)
+            with torch.no_grad():
+                teacher_logits = self.teacher(**inputs).logits
+            return kddp_ext.fused_kd_l1_loss(
+                outputs.logits, teacher_logits, inputs["labels"], self.pruning.pruner.activations
+            )
+
+    torch.manual_seed(0)
+    student, teacher = (
+        transformers.BertForSequenceClassification(config),
+        transformers.BertForSequenceClassification(config),
+    )
+    pruning = DynamicPruning(example_inputs=(tokens[:2], torch.ones_like(tokens[:2])), threshold=0.6, patience=1)
+    arguments = transformers.TrainingArguments(
+        str(tmp_path), num_train_epochs=2, save_strategy="no", use_cpu=True, report_to=[], disable_tqdm=True
+    )
+    trainer = Distillation(student, arguments, train_dataset=data, teacher=teacher, pruning=pruning)
+    trainer.train()
+    layers = student.bert.encoder.layer
+    assert pruning.pruner.widths == {
+        "bert.encoder.layer.0.intermediate.dense": layers[0].output.dense.in_features,
+        "bert.encoder.layer.1.intermediate.dense": layers[1].output.dense.in_features,
+        "bert.pooler.dense": student.classifier.in_features,
+    }
+    assert all(layer.output.dense.in_features < 32 for layer in layers)
+    refused = pruning.pruner.refused
+    assert "view" in refused["bert.encoder.layer.0.attention.self.query"]
+    assert "residual sum" in refused["bert.encoder.layer.0.output.dense"]
+
+
+TOKENS = torch.arange(14).reshape(2, 7)
+
+
+def small(name, **settings):
+    return lambda: getattr(transformers, name)(getattr(transformers, name.split("For")[0] + "Config")(**settings))
+
+
+MODELS = {
+    "DistilBERT": (
+        small("DistilBertForSequenceClassification", vocab_size=50, dim=16, n_layers=1, n_heads=2, hidden_dim=32),
+        TOKENS,
+        ["distilbert.transformer.layer.0.ffn.lin1", "pre_classifier"],
+    ),
+    "ViT": (
+        small(
+            "ViTForImageClassification", hidden_size=16, num_hidden_layers=1, num_attention_heads=2,
+            intermediate_size=32, image_size=8, patch_size=4, num_channels=1,
+        ),
+        torch.zeros(2, 1, 8, 8),
+        ["vit.layers.0.mlp.fc1"],
+    ),
+    "Llama": (
+        small(
+            "LlamaForCausalLM", vocab_size=50, hidden_size=16, num_hidden_layers=1, num_attention_heads=2,
+            intermediate_size=32, use_cache=False,
+        ),
+        TOKENS,
+        ["model.layers.0.mlp.gate_proj"],
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_what_is_pruned_of_other_models(name):
+    make, inputs, layers = MODELS[name]
+    pruner = kddp_ext.DynamicPruner(make(), example_inputs=(inputs,), criterion="dead", patience=1)
+    assert list(pruner.widths) == layers
+
+
+def test_a_decoder_with_a_cache_is_refused():
+    model = small("LlamaForCausalLM", vocab_size=50, hidden_size=16, num_hidden_layers=1, num_attention_heads=2)()
+    with pytest.raises(kddp_ext.UnsupportedModelError, match=r"could not be traced.*DynamicCache"):
+        kddp_ext.DynamicPruner(model, example_inputs=(TOKENS,))

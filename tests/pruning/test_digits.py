@@ -1,0 +1,72 @@
+"""Real trainings on digits: a transformer's MLPs and a VGG's convolutions shrink, and it goes on classifying."""
+
+import pytest
+import torch
+from sklearn.datasets import load_digits
+from torch import nn
+from zoo import ViT
+
+import kddp_ext
+
+TRAINING_IMAGES, BATCH = 1400, 64
+
+
+def digits():
+    data = load_digits()
+    images = torch.tensor(data.images, dtype=torch.float32)[:, None] / 16
+    return images, torch.tensor(data.target)
+
+
+def vit():
+    return ViT(width=32, hidden=128, image=8, patch=2, channels=1, depth=2, classes=10)
+
+
+def vgg():
+    layers, channels = [], 1
+    for outputs, pool in ((32, False), (32, True), (64, False), (64, True)):
+        layers += [nn.Conv2d(channels, outputs, 3, padding=1, bias=False), nn.BatchNorm2d(outputs), nn.ReLU()]
+        layers += [nn.MaxPool2d(2)] * pool
+        channels = outputs
+    return nn.Sequential(*layers, nn.Flatten(), nn.Linear(64 * 4, 64), nn.ReLU(), nn.Linear(64, 10))
+
+
+def train(constructor, epochs, l1_weight, **pruning):
+    """A model trained with its pruner, or without where no penalty is wanted; its share of right test images."""
+    torch.manual_seed(0)
+    model, (images, labels) = constructor(), digits()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3, weight_decay=0.01)
+    pruner = kddp_ext.DynamicPruner(model, optimizer, example_inputs=(images[:2],), patience=1, **pruning)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(
+        optimizer, 4e-3, epochs=epochs, steps_per_epoch=TRAINING_IMAGES // BATCH
+    )
+    for epoch in range(epochs):
+        for batch in torch.randperm(TRAINING_IMAGES)[: TRAINING_IMAGES // BATCH * BATCH].split(BATCH):
+            logits = model.train()(images[batch])
+            loss = kddp_ext.fused_kd_l1_loss(
+                logits, None, labels[batch], pruner.activations, alpha=0.0, l1_weight=l1_weight
+            )
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            schedule.step()
+        if l1_weight and epoch in (epochs // 3, epochs // 2, 2 * epochs // 3):
+            pruner.prune()
+    with torch.no_grad():
+        right = model.eval()(images[TRAINING_IMAGES:]).argmax(1) == labels[TRAINING_IMAGES:]
+    return pruner, float(right.float().mean())
+
+
+@pytest.mark.parametrize(
+    ("constructor", "epochs", "l1_weight", "threshold", "layers", "share"),
+    [
+        (vit, 20, 0.01, 0.3, ["blocks.0.mlp.0", "blocks.1.mlp.0"], 0.5),
+        (vgg, 14, 0.03, 0.1, ["0", "3", "7", "10"], 0.85),
+    ],
+    ids=["transformer", "vgg"],
+)
+def test_a_pruned_training_is_as_good(constructor, epochs, l1_weight, threshold, layers, share):
+    whole, accuracy = train(constructor, epochs, 0.0, layers=layers)
+    pruned, after = train(constructor, epochs, l1_weight, layers=layers, threshold=threshold)
+    print(f"\n{accuracy:.2%} whole {whole.widths}, {after:.2%} pruned {pruned.widths}")
+    assert sum(pruned.widths.values()) < share * sum(whole.widths.values())
+    assert after > accuracy - 0.01

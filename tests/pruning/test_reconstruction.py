@@ -1,0 +1,147 @@
+"""What varied in pruned neurons is taken over by those that stay."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+from kddp_ext.neuron_matrix import neuron_matrix
+from kddp_ext.pruner import DynamicPruner
+from kddp_ext.pruning.reconstruction import reconstruct
+from kddp_ext.sample_ring import SampleRing
+from kddp_ext.statistics import NeuronStatistics
+
+
+def samples(count=200, rank=6, width=12, noise=0.0):
+    generator = torch.Generator().manual_seed(0)
+    hidden = torch.randn(count, rank, generator=generator) @ torch.randn(rank, width, generator=generator)
+    return hidden + 3 + noise * torch.randn(count, width, generator=generator)
+
+
+def test_what_follows_from_the_others_is_reconstructed():
+    values, keep, pruned = samples(), torch.arange(8), torch.arange(8, 12)
+    found = reconstruct(values, keep, pruned, torch.ones(12, dtype=torch.float64))
+    centred = values.double() - values.double().mean(0)
+    torch.testing.assert_close(centred[:, keep] @ (found.left @ found.right).T, centred[:, pruned], rtol=0, atol=1e-3)
+    assert found.error < 1e-6
+    assert float(found.right.norm(dim=1).max()) <= 1 + 1e-9
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_noise_is_not_fitted(seed):
+    generator = torch.Generator().manual_seed(seed)
+    noise = torch.randn(64, 400, generator=generator)  # more neurons than samples
+    assert reconstruct(noise, torch.arange(390), torch.arange(390, 400), torch.ones(400, dtype=torch.float64)) is None
+
+
+def test_too_few_constant_or_infinite_samples_say_nothing():
+    keep, pruned, ones = torch.arange(8), torch.arange(8, 12), torch.ones(12, dtype=torch.float64)
+    assert reconstruct(samples(15), keep, pruned, ones) is None
+    assert reconstruct(torch.ones(64, 12), keep, pruned, ones) is None
+    broken = samples()
+    broken[3, 2] = torch.inf
+    assert reconstruct(broken, keep, pruned, ones) is None
+    assert reconstruct(samples(), torch.arange(12), torch.arange(0), ones) is None
+
+
+def test_dead_neurons_take_nothing():
+    values = samples()
+    values[:, 8:] = 0
+    assert reconstruct(values, torch.arange(8), torch.arange(8, 12), torch.ones(12, dtype=torch.float64)) is None
+
+
+MODELS = {
+    "linear": lambda: (nn.Sequential(nn.Linear(6, 24), nn.Tanh(), nn.Linear(24, 5)), (300, 6), "0"),
+    "no bias, a norm behind": lambda: (
+        nn.Sequential(nn.Linear(6, 24), nn.Tanh(), nn.Linear(24, 5, bias=False), nn.BatchNorm1d(5)), (300, 6), "0"
+    ),
+    "convolution": lambda: (
+        nn.Sequential(nn.Conv2d(3, 20, 1), nn.Tanh(), nn.Conv2d(20, 4, 3)), (40, 3, 6, 6), "0"
+    ),
+    "flattened": lambda: (
+        nn.Sequential(nn.Conv2d(3, 20, 1), nn.Tanh(), nn.Flatten(), nn.Linear(20 * 16, 5)), (60, 3, 4, 4), "0"
+    ),
+    "no bias": lambda: (nn.Sequential(nn.Linear(6, 24), nn.Tanh(), nn.Linear(24, 5, bias=False)), (300, 6), "0"),
+    "tokens": lambda: (nn.Sequential(nn.Linear(6, 24), nn.Tanh(), nn.Linear(24, 5)), (30, 10, 6), "0"),
+}  # fmt: skip
+
+
+def pruned_copy(name, **options):
+    """The model before and after its neurons were pruned to a third, in evaluation mode, and inputs."""
+    torch.manual_seed(0)
+    model, shape, layer = MODELS[name]()
+    model.double()
+    x = torch.randn(shape, dtype=torch.float64)
+    with torch.no_grad():
+        model.train()(x)
+    whole = copy.deepcopy(model)
+    pruner = DynamicPruner(
+        model, example_inputs=(x[:2],), layers=[layer], patience=1, threshold=1.0, minimum_width=8, **options
+    )
+    with torch.no_grad():
+        model.eval()(x)
+    pruner.activations.observe()
+    report = pruner.prune()
+    assert report.layers[0].width_after == 8
+    return whole.eval(), model.eval(), x, report
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_outputs_are_nearer_than_with_the_mean_alone(name):
+    errors = []
+    for settings in ({"reconstruction_samples": 1024}, {"reconstruction_samples": 0}, {"compensate": False}):
+        whole, pruned, x, report = pruned_copy(name, **settings)
+        errors.append(float((pruned(x) - whole(x)).detach().norm()))
+        assert (report.layers[0].reconstruction_error is not None) == (
+            "reconstruction_samples" in settings and settings["reconstruction_samples"] > 0
+        )
+    assert errors[0] < 0.5 * errors[1] < 0.5 * errors[2] * 1.001
+
+
+@pytest.mark.parametrize("name", ["linear", "flattened", "tokens"])
+def test_the_mean_of_the_outputs_stays(name):
+    whole, pruned, x, _ = pruned_copy(name)
+    means = [model(x).flatten(0, -2).mean(0) for model in (pruned, whole)]
+    torch.testing.assert_close(*means, rtol=1e-6, atol=1e-6)
+
+
+def test_a_ring_keeps_the_latest():
+    ring = SampleRing(16, 3)
+    for batch in range(20):
+        ring.add(neuron_matrix(torch.full((10, 3), float(batch))))
+    assert ring.filled == 16
+    assert sorted(set(ring.samples[:, 0].tolist())) == [float(batch) for batch in range(12, 20)]
+    other = SampleRing(16, 3)
+    other.load_state_dict(ring.state_dict())
+    ring.add(neuron_matrix(torch.ones(10, 3)))
+    other.add(neuron_matrix(torch.ones(10, 3)))
+    assert torch.equal(ring.values, other.values)
+    with pytest.raises(ValueError, match="at most 16 samples of 4 neurons, got a tensor of shape"):
+        SampleRing(16, 4).load_state_dict(ring.state_dict())
+
+
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+def test_a_ring_takes_whole_samples(memory_format):
+    """Every row is the channels of one position of one image."""
+    images = torch.arange(5 * 4 * 3 * 3.0).view(5, 4, 3, 3).contiguous(memory_format=memory_format)
+    ring = SampleRing(64, 4)
+    for _ in range(30):
+        ring.add(neuron_matrix(images))
+    positions = {tuple(row) for row in images.movedim(1, -1).flatten(0, -2).tolist()}
+    assert {tuple(row) for row in ring.samples.tolist()} <= positions
+    assert len({tuple(row) for row in ring.samples.tolist()}) > 20  # and not always the same ones
+
+
+def test_statistics_of_several_ranks_join():
+    parts = []
+    for rank in range(3):
+        part = NeuronStatistics(4, positions=2, samples=6)
+        part.observe(torch.randn(7 + rank, 4, 2, generator=torch.Generator().manual_seed(rank)))
+        parts.append(part)
+    joined = NeuronStatistics.joined(parts)
+    assert joined.rows == 2 * (7 + 8 + 9)
+    torch.testing.assert_close(joined.values[0], sum(part.values[0] for part in parts))
+    torch.testing.assert_close(joined.position_sums, sum(part.position_sums for part in parts))
+    assert torch.equal(joined.max_abs, torch.stack([part.max_abs for part in parts]).amax(0))
+    assert joined.ring.filled == min(6, sum(part.ring.filled for part in parts))

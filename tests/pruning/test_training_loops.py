@@ -1,0 +1,243 @@
+"""A prune in the middle of training: compiled, in mixed precision, with accumulated gradients, between checkpoints."""
+
+import copy
+import io
+
+import pytest
+import torch
+from dead_neurons import ALIVE, CLASSES, DEAD, INPUTS
+from torch import nn
+from torch._dynamo.testing import CompileCounterWithBackend
+
+import kddp_ext
+from kddp_ext.pruner import DynamicPruner
+
+pytestmark = pytest.mark.usefixtures("one_trace_each")
+
+WIDTH = 9
+
+
+def make_student():
+    torch.manual_seed(1)
+    return nn.Sequential(nn.Linear(INPUTS, WIDTH), nn.BatchNorm1d(WIDTH), nn.ReLU(), nn.Linear(WIDTH, CLASSES))
+
+
+def make_pruner(model, optimizer, **options):
+    return DynamicPruner(
+        model, optimizer, example_inputs=(torch.randn(4, INPUTS),), criterion="dead", patience=1, **options
+    )
+
+
+def kill(student, neurons):
+    with torch.no_grad():
+        student[1].weight[neurons] = 0
+        student[1].bias[neurons] = -1
+
+
+def batch(seed):
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(16, INPUTS, generator=generator), torch.randint(CLASSES, (16,), generator=generator)
+
+
+def loss_of(model, pruner, seed):
+    x, labels = batch(seed)
+    logits = model(x)
+    return kddp_ext.fused_kd_l1_loss(logits, None, labels, pruner.activations, alpha=0.0, l1_weight=1e-4)
+
+
+@pytest.fixture
+def _forgets_what_was_compiled():
+    """The limit of recompilations is of the code of nn.Sequential, which other tests compile too."""
+    torch.compiler.reset()
+    yield
+    torch.compiler.reset()
+
+
+@pytest.mark.usefixtures("_forgets_what_was_compiled")
+@pytest.mark.parametrize("compiled_first", [False, True], ids=["pruner of the student", "pruner of the compiled"])
+def test_a_compiled_student_is_compiled_once_more_after_a_prune(compiled_first):
+    """Forward and backward; what comes out is what the same training gives without a compiler."""
+
+    def run(backend):
+        torch.compiler.reset()
+        student = make_student()
+        model = student if backend is None else torch.compile(student, backend=backend, fullgraph=True)
+        optimizer = torch.optim.AdamW(student.parameters(), lr=0.01)
+        pruner = make_pruner(model if compiled_first else student, optimizer)
+        compiled = []
+        for prune, dead in enumerate(([2], [], [0, 1])):
+            kill(student, dead)
+            for step in range(2):
+                optimizer.zero_grad()
+                loss_of(model, pruner, seed=10 * prune + step).backward()
+                optimizer.step()
+                kill(student, dead)  # an optimizer with momentum would revive them
+            assert pruner.prune().neurons_pruned == len(dead)
+            compiled.append(0 if backend is None else backend.frame_count)
+        loss_of(model, pruner, seed=99)
+        compiled.append(0 if backend is None else backend.frame_count)
+        return compiled, student, model
+
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled, student, model = run(counter)
+    assert compiled == [1, 2, 2, 3]  # the second prune removed nothing
+    _, expected, _ = run(None)
+    for (name, tensor), other in zip(student.state_dict().items(), expected.state_dict().values(), strict=True):
+        torch.testing.assert_close(tensor, other, msg=lambda m, n=name: f"{n}: {m}")
+    x, _ = batch(5)
+    torch.testing.assert_close(model(x), copy.deepcopy(student)(x))
+    torch.testing.assert_close(model.eval()(x), student.eval()(x))
+
+
+def test_autocast_to_bfloat16():
+    """Parameters and moments stay float32; activations are observed as they are computed."""
+    student = make_student()
+    optimizer = torch.optim.AdamW(student.parameters())
+    pruner = make_pruner(student, optimizer)
+    kill(student, DEAD)
+    for prune in range(2):
+        for step in range(2):
+            optimizer.zero_grad()
+            with torch.autocast("cpu", torch.bfloat16):
+                loss = loss_of(student, pruner, seed=step)
+                assert pruner.activations[0].dtype == torch.bfloat16
+            loss.backward()
+            optimizer.step()
+            kill(student, [] if prune else DEAD)
+        with torch.autocast("cpu", torch.bfloat16):  # a loop may be in one as a whole
+            report = pruner.prune()
+        assert report.neurons_pruned == (0 if prune else len(DEAD))
+        for parameter in student.parameters():
+            assert parameter.dtype == optimizer.state[parameter]["exp_avg"].dtype == torch.float32
+            assert parameter.shape == optimizer.state[parameter]["exp_avg"].shape
+            assert parameter.isfinite().all()
+
+
+def kept(name, tensor):
+    """What stays of a tensor of the student when DEAD goes."""
+    if name == "3.weight":
+        return tensor[:, ALIVE]
+    return tensor[ALIVE] if tensor.dim() and tensor.shape[0] == WIDTH else tensor
+
+
+@pytest.mark.parametrize("moment", ["before unscale_", "before step", "before update", "after update"])
+@pytest.mark.parametrize("overflow", [False, True])
+def test_a_gradient_scaler_goes_on(moment, overflow):
+    """Wherever the prune comes: the same step, or the same step left out, and the same scale, as without one."""
+
+    def run(prune_at):
+        student = make_student()
+        kill(student, DEAD)
+        optimizer = torch.optim.SGD(student.parameters(), lr=0.1, momentum=0.9)
+        scaler = torch.amp.GradScaler("cpu", init_scale=2.0**8, growth_interval=2)
+        pruner = make_pruner(student, optimizer)
+
+        def prune(now):
+            if now == prune_at:
+                assert pruner.prune().neurons_pruned == len(DEAD)
+
+        for step in range(3):
+            optimizer.zero_grad()
+            scaler.scale(loss_of(student, pruner, seed=step)).backward()
+            if step != 1:
+                scaler.step(optimizer)
+                scaler.update()
+                kill(student, DEAD if student[0].out_features == WIDTH else [])
+                continue
+            if overflow:
+                student[3].bias.grad[0] = torch.inf
+            prune("before unscale_")
+            scaler.unscale_(optimizer)
+            nn.utils.clip_grad_norm_(student.parameters(), 1e3)
+            prune("before step")
+            scaler.step(optimizer)
+            prune("before update")
+            scaler.update()
+            prune("after update")
+            kill(student, DEAD if student[0].out_features == WIDTH else [])
+        return student, scaler
+
+    student, scaler = run(moment)
+    expected, expected_scaler = run(None)
+    assert student[0].out_features == len(ALIVE)
+    assert scaler.state_dict() == expected_scaler.state_dict()
+    assert scaler.get_scale() == (2.0**7 if overflow else 2.0**9)
+    for (name, tensor), whole in zip(student.state_dict().items(), expected.state_dict().values(), strict=True):
+        torch.testing.assert_close(tensor, kept(name, whole), msg=lambda m, n=name: f"{n}: {m}")
+
+
+def test_gradients_accumulated_across_a_prune():
+    """What the first batch left is sliced, and the second adds to it."""
+    student = make_student()
+    kill(student, DEAD)
+    optimizer = torch.optim.SGD(student.parameters(), lr=0.1)
+    pruner = make_pruner(student, optimizer)
+    loss_of(student, pruner, seed=0).backward()
+    first = {name: parameter.grad.clone() for name, parameter in student.named_parameters()}
+    pruner.prune()
+    alone = copy.deepcopy(student)
+    alone.zero_grad()
+    x, labels = batch(1)
+    its_pruner = make_pruner(alone, None)
+    kddp_ext.fused_kd_l1_loss(alone(x), None, labels, its_pruner.activations, alpha=0.0, l1_weight=1e-4).backward()
+    loss_of(student, pruner, seed=1).backward()
+    for (name, parameter), other in zip(student.named_parameters(), alone.parameters(), strict=True):
+        assert torch.equal(parameter.grad, kept(name, first[name]) + other.grad), name
+    optimizer.step()
+
+
+def test_a_checkpoint_of_plain_state_dicts_after_a_prune():
+    """Rebuilt from the history, training goes on bit for bit: model, optimizer, schedule, scaler, average, pruner."""
+
+    def make(history):
+        student = make_student()
+        if history is not None:
+            kddp_ext.PruningHistory.from_json(history).replay(student, (torch.randn(4, INPUTS),))
+        optimizer = torch.optim.AdamW(student.parameters(), lr=0.01, amsgrad=True)
+        average = torch.optim.swa_utils.AveragedModel(student, use_buffers=True)
+        return {
+            "student": student,
+            "optimizer": optimizer,
+            "schedule": torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=0.1, total_steps=20),
+            "scaler": torch.amp.GradScaler("cpu", init_scale=2.0**8, growth_interval=3),
+            "average": average,
+            "pruner": make_pruner(student, optimizer, copies=[average]),
+        }
+
+    def train(run, steps):
+        for step in steps:
+            run["optimizer"].zero_grad()
+            run["scaler"].scale(loss_of(run["student"], run["pruner"], seed=step)).backward()
+            run["scaler"].step(run["optimizer"])
+            run["scaler"].update()
+            run["schedule"].step()
+            run["average"].update_parameters(run["student"])
+
+    whole = make(None)
+    kill(whole["student"], DEAD)
+    train(whole, [0])
+    kill(whole["student"], DEAD)
+    whole["pruner"].reset()
+    with torch.no_grad():
+        whole["student"](batch(1)[0])
+    whole["pruner"].activations.observe()
+    assert whole["pruner"].prune().neurons_pruned == len(DEAD)
+    train(whole, [1, 2])
+    file = io.BytesIO()
+    torch.save({name: each.state_dict() for name, each in whole.items()}, file)
+    train(whole, [3, 4])
+
+    file.seek(0)
+    checkpoint = torch.load(file, weights_only=True)
+    resumed = make(checkpoint["pruner"]["history"])
+    for name, each in resumed.items():
+        each.load_state_dict(checkpoint[name])
+    train(resumed, [3, 4])
+    for name in ("student", "average"):
+        for key, tensor in whole[name].state_dict().items():
+            assert torch.equal(tensor, resumed[name].state_dict()[key]), (name, key)
+    for first, second in zip(whole["student"].parameters(), resumed["student"].parameters(), strict=True):
+        for key, value in whole["optimizer"].state[first].items():
+            assert torch.equal(value, resumed["optimizer"].state[second][key]), key
+    assert whole["pruner"].statistics["0"].rows == resumed["pruner"].statistics["0"].rows
+    assert torch.equal(whole["pruner"].statistics["0"].values, resumed["pruner"].statistics["0"].values)

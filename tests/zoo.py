@@ -1,0 +1,260 @@
+"""Networks of the families that users prune, small enough to be probed neuron by neuron."""
+
+import itertools
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+CLASSES = 3
+
+
+class BasicBlock(nn.Module):
+    """Of ResNet-18: two convolutions and a shortcut, which is a convolution where the shape changes."""
+
+    def __init__(self, inputs, outputs, stride):
+        super().__init__()
+        self.conv1 = nn.Conv2d(inputs, outputs, 3, stride, 1, bias=False)
+        self.bn1 = nn.BatchNorm2d(outputs)
+        self.relu = nn.ReLU(inplace=True)
+        self.conv2 = nn.Conv2d(outputs, outputs, 3, 1, 1, bias=False)
+        self.bn2 = nn.BatchNorm2d(outputs)
+        self.downsample = None
+        if stride != 1 or inputs != outputs:
+            self.downsample = nn.Sequential(nn.Conv2d(inputs, outputs, 1, stride, bias=False), nn.BatchNorm2d(outputs))
+
+    def forward(self, x):
+        shortcut = x if self.downsample is None else self.downsample(x)
+        out = self.bn2(self.conv2(self.relu(self.bn1(self.conv1(x)))))
+        out += shortcut
+        return self.relu(out)
+
+
+class ResNet18(nn.Module):
+    """He et al. 2015 (arXiv:1512.03385), with `width` channels in the first stage."""
+
+    def __init__(self, width=4):
+        super().__init__()
+        self.conv1 = nn.Conv2d(3, width, 7, 2, 3, bias=False)
+        self.bn1 = nn.BatchNorm2d(width)
+        self.maxpool = nn.MaxPool2d(3, 2, 1)
+        widths = (width, width, 2 * width, 4 * width, 8 * width)
+        for number, (inputs, outputs) in enumerate(itertools.pairwise(widths), 1):
+            first = BasicBlock(inputs, outputs, 1 if number == 1 else 2)
+            self.add_module(f"layer{number}", nn.Sequential(first, BasicBlock(outputs, outputs, 1)))
+        self.avgpool = nn.AdaptiveAvgPool2d(1)
+        self.fc = nn.Linear(8 * width, CLASSES)
+
+    def forward(self, x):
+        x = self.maxpool(F.relu(self.bn1(self.conv1(x))))
+        for number in range(1, 5):
+            x = self.get_submodule(f"layer{number}")(x)
+        return self.fc(torch.flatten(self.avgpool(x), 1))
+
+
+class PreActivationBlock(nn.Module):
+    """He et al. 2016 (arXiv:1603.05027): the norms come before the convolutions."""
+
+    def __init__(self, width):
+        super().__init__()
+        self.bn1, self.conv1 = nn.BatchNorm2d(width), nn.Conv2d(width, width, 3, 1, 1, bias=False)
+        self.bn2, self.conv2 = nn.BatchNorm2d(width), nn.Conv2d(width, width, 3, 1, 1, bias=False)
+
+    def forward(self, x):
+        return x + self.conv2(F.relu(self.bn2(self.conv1(F.relu(self.bn1(x))))))
+
+
+def preactivation_resnet(width=4):
+    blocks = [PreActivationBlock(width) for _ in range(2)]
+    head = [nn.BatchNorm2d(width), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(width, CLASSES)]
+    return nn.Sequential(nn.Conv2d(3, width, 3, 1, 1, bias=False), *blocks, *head)
+
+
+def vgg11(width=3, size=32, batch_norm=False):
+    """Simonyan and Zisserman 2014 (arXiv:1409.1556), configuration A, with `width` channels in the first layer."""
+    layers, channels = [], 3
+    for stage in (1, "pool", 2, "pool", 4, 4, "pool", 8, 8, "pool", 8, 8, "pool"):
+        if stage == "pool":
+            layers.append(nn.MaxPool2d(2, 2))
+            continue
+        layers.append(nn.Conv2d(channels, stage * width, 3, padding=1))
+        layers += [nn.BatchNorm2d(stage * width)] * batch_norm + [nn.ReLU(inplace=True)]
+        channels = stage * width
+    side = size // 32
+    classifier = [
+        *(nn.Linear(channels * 4, 6), nn.ReLU(True), nn.Dropout()),
+        *(nn.Linear(6, 5), nn.ReLU(True), nn.Dropout(), nn.Linear(5, CLASSES)),
+    ]
+    return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(2 if side else 1), nn.Flatten(), *classifier)
+
+
+class InvertedResidual(nn.Module):
+    """Of MobileNetV2: expand, filter each channel, project."""
+
+    def __init__(self, inputs, outputs, stride, expansion):
+        super().__init__()
+        hidden = inputs * expansion
+        self.shortcut = stride == 1 and inputs == outputs
+        layers = []
+        if expansion != 1:
+            layers += [nn.Conv2d(inputs, hidden, 1, bias=False), nn.BatchNorm2d(hidden), nn.ReLU6(inplace=True)]
+        layers += [nn.Conv2d(hidden, hidden, 3, stride, 1, groups=hidden, bias=False), nn.BatchNorm2d(hidden)]
+        layers += [nn.ReLU6(inplace=True), nn.Conv2d(hidden, outputs, 1, bias=False), nn.BatchNorm2d(outputs)]
+        self.conv = nn.Sequential(*layers)
+
+    def forward(self, x):
+        return x + self.conv(x) if self.shortcut else self.conv(x)
+
+
+class MobileNetV2(nn.Module):
+    """Sandler et al. 2018 (arXiv:1801.04381), with fewer blocks."""
+
+    def __init__(self, width=6):
+        super().__init__()
+        stem = nn.Sequential(nn.Conv2d(3, width, 3, 2, 1, bias=False), nn.BatchNorm2d(width), nn.ReLU6(inplace=True))
+        blocks = [InvertedResidual(width, 4, 1, 1), InvertedResidual(4, 5, 2, 2), InvertedResidual(5, 5, 1, 2)]
+        last = nn.Sequential(nn.Conv2d(5, 8, 1, bias=False), nn.BatchNorm2d(8), nn.ReLU6(inplace=True))
+        self.features = nn.Sequential(stem, *blocks, last)
+        self.classifier = nn.Sequential(nn.Dropout(0.2), nn.Linear(8, CLASSES))
+
+    def forward(self, x):
+        return self.classifier(F.adaptive_avg_pool2d(self.features(x), 1).reshape(x.shape[0], -1))
+
+
+class Attention(nn.Module):
+    def __init__(self, width, heads):
+        super().__init__()
+        self.heads = heads
+        self.qkv, self.proj = nn.Linear(width, 3 * width), nn.Linear(width, width)
+
+    def forward(self, x):
+        samples, tokens, width = x.shape
+        qkv = self.qkv(x).reshape(samples, tokens, 3, self.heads, width // self.heads).permute(2, 0, 3, 1, 4)
+        mixed = F.scaled_dot_product_attention(*qkv.unbind(0))
+        return self.proj(mixed.transpose(1, 2).reshape(samples, tokens, width))
+
+
+class Block(nn.Module):
+    def __init__(self, width, hidden):
+        super().__init__()
+        self.norm1, self.attn, self.norm2 = nn.LayerNorm(width), Attention(width, 2), nn.LayerNorm(width)
+        self.mlp = nn.Sequential(nn.Linear(width, hidden), nn.GELU(), nn.Dropout(0.1), nn.Linear(hidden, width))
+
+    def forward(self, x):
+        x = x + self.attn(self.norm1(x))
+        return x + self.mlp(self.norm2(x))
+
+
+class ViT(nn.Module):
+    """Dosovitskiy et al. 2020 (arXiv:2010.11929)."""
+
+    def __init__(self, width=8, hidden=12, image=16, patch=8, channels=3, depth=2, classes=CLASSES):
+        super().__init__()
+        self.patches = nn.Conv2d(channels, width, patch, patch)
+        self.cls = nn.Parameter(torch.zeros(1, 1, width))
+        self.positions = nn.Parameter(torch.randn(1, (image // patch) ** 2 + 1, width) * 0.02)
+        self.blocks = nn.Sequential(*(Block(width, hidden) for _ in range(depth)))
+        self.norm, self.head = nn.LayerNorm(width), nn.Linear(width, classes)
+
+    def forward(self, x):
+        x = self.patches(x).flatten(2).transpose(1, 2)
+        x = torch.cat([self.cls.expand(len(x), -1, -1), x], 1) + self.positions
+        return self.head(self.norm(self.blocks(x))[:, 0])
+
+
+class SwiGLU(nn.Module):
+    """Shazeer 2020 (arXiv:2002.05202): the way up twice, one gates the other; the way down once."""
+
+    def __init__(self, width=6, hidden=7):
+        super().__init__()
+        self.gate, self.up = nn.Linear(width, hidden, bias=False), nn.Linear(width, hidden, bias=False)
+        self.down = nn.Linear(hidden, CLASSES, bias=False)
+
+    def forward(self, x):
+        return self.down(F.silu(self.gate(x)) * self.up(x))
+
+
+class Encoder(nn.Module):
+    """torch.nn's own transformer block."""
+
+    def __init__(self, batch_first=True, width=8):
+        super().__init__()
+        self.layer = nn.TransformerEncoderLayer(width, 2, 10, dropout=0.1, batch_first=batch_first)
+        self.head = nn.Linear(width, CLASSES)
+        self.batch_first = batch_first
+
+    def forward(self, x):
+        return self.head(self.layer(x if self.batch_first else x.transpose(0, 1)).mean(int(self.batch_first)))
+
+
+class ChannelsLastFlatten(nn.Module):
+    """Its Linear reads the channels of a position side by side."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.last = nn.Conv2d(3, 5, 3), nn.Linear(5 * 4 * 4, CLASSES)
+
+    def forward(self, x):
+        return self.last(F.relu(self.conv(x)).permute(0, 2, 3, 1).flatten(1))
+
+
+def conv_classifier(*between, channels=5, size=6):
+    """A convolution whose channels a Linear reads, each with its positions."""
+    side = size - 2
+    return nn.Sequential(nn.Conv2d(3, channels, 3), *between, nn.Flatten(), nn.Linear(channels * side * side, CLASSES))
+
+
+def conv_chain():
+    return nn.Sequential(
+        *(nn.Conv2d(3, 5, 3, padding=1, bias=False), nn.MaxPool2d(2), nn.BatchNorm2d(5), nn.ReLU()),
+        *(nn.Conv2d(5, 4, 3, padding=1), nn.PReLU(4), nn.AvgPool2d(2), nn.Dropout2d(0.1)),
+        *(nn.Conv2d(4, 6, 1), nn.SiLU(), nn.AdaptiveMaxPool2d(1), nn.Flatten(), nn.Linear(6, CLASSES)),
+    )
+
+
+def conv1d():
+    return nn.Sequential(
+        nn.Conv1d(3, 5, 3), nn.BatchNorm1d(5), nn.ReLU(), nn.Conv1d(5, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(8, 2)
+    )
+
+
+def images(size, rows=3, channels=3):
+    return torch.randn(rows, channels, size, size, generator=torch.Generator().manual_seed(3))
+
+
+def features(*shape):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(4))
+
+
+BLOCKS = [f"layer{number}.{block}.conv1" for number in range(1, 5) for block in (0, 1)]
+
+# A constructor, example inputs, and the layers that are to be found.
+ZOO = {
+    "resnet18": (ResNet18, lambda: images(32), BLOCKS),
+    "pre-activation resnet": (preactivation_resnet, lambda: images(6), ["1.conv1", "2.conv1"]),
+    "vgg11": (vgg11, lambda: images(32), ["0", "3", "6", "8", "11", "13", "16", "18", "23", "26"]),
+    "mobilenet v2": (
+        MobileNetV2,
+        lambda: images(16),
+        ["features.0.0", "features.1.conv.3", "features.2.conv.0", "features.3.conv.0", "features.4.0"],
+    ),
+    "vit": (ViT, lambda: images(16), ["blocks.0.mlp.0", "blocks.1.mlp.0"]),
+    "swiglu": (SwiGLU, lambda: features(4, 6), ["gate"]),
+    "swiglu of tokens": (SwiGLU, lambda: features(3, 5, 6), ["gate"]),
+    "encoder layer": (Encoder, lambda: features(3, 5, 8), ["layer.linear1"]),
+    "encoder layer, sequence first": (lambda: Encoder(False), lambda: features(3, 5, 8), ["layer.linear1"]),
+    "permuted flatten": (ChannelsLastFlatten, lambda: images(6), ["conv"]),
+    "flatten": (lambda: conv_classifier(nn.ReLU()), lambda: images(6), ["0"]),
+    "flatten, norm": (
+        lambda: conv_classifier(nn.ReLU(), nn.Flatten(), nn.BatchNorm1d(80), nn.Dropout()),
+        lambda: images(6),
+        ["0"],
+    ),
+    "channels last": (
+        lambda: conv_classifier(nn.ReLU()).to(memory_format=torch.channels_last),
+        lambda: images(6).to(memory_format=torch.channels_last),
+        ["0"],
+    ),
+    "convolutions": (conv_chain, lambda: images(8), ["0", "4", "8"]),
+    "convolutions of one dimension": (conv1d, lambda: features(3, 3, 6), ["0", "3"]),
+}
