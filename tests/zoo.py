@@ -6,6 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from kddp_ext.workflow.models import Student, Teacher
+
 CLASSES = 3
 
 
@@ -230,6 +232,16 @@ BLOCKS = [f"layer{number}.{block}.conv1" for number in range(1, 5) for block in 
 
 # A constructor, example inputs, and the layers that are to be found.
 ZOO = {
+    "the workflow's teacher": (
+        lambda: Teacher(1, CLASSES, (5, 4)),
+        lambda: images(9, channels=1),
+        ["whitening", *(f"blocks.{block}.layers.{layer}" for block in (0, 1) for layer in (0, 4))],
+    ),
+    "the workflow's student": (
+        lambda: Student(3, 8, CLASSES, (5, 4), 6),
+        lambda: images(8),
+        ["features.0", "features.4", "hidden"],
+    ),
     "resnet18": (ResNet18, lambda: images(32), BLOCKS),
     "pre-activation resnet": (preactivation_resnet, lambda: images(6), ["1.conv1", "2.conv1"]),
     "vgg11": (vgg11, lambda: images(32), ["0", "3", "6", "8", "11", "13", "16", "18", "23", "26"]),

@@ -71,6 +71,7 @@ REFUSED = {
     ),
     "permuted": (lambda: Model(lambda m, x: m.last(m.first(x).flip(1))), "first", "operation flip"),
     "sorted": (lambda: Model(lambda m, x: m.last(m.first(x).sort(1).values)), "first", "operation sort"),
+    "overwritten in part": (lambda: Model(overwrites), "first", "operation (slice|select|index_put|copy)"),
     "softmax": (lambda: Model(lambda m, x: m.last(m.first(x).softmax(1))), "first", "softmax in .* from all of them"),
     "layer norm": (
         lambda: Model(lambda m, x: m.last(m.norm(m.first(x))), norm=nn.LayerNorm(8)),
@@ -219,6 +220,12 @@ REFUSED = {
 def asserts(m, x):
     h = m.first(x)
     assert h.shape[1] == 8, "eight"
+    return m.last(h)
+
+
+def overwrites(m, x):
+    h = m.first(x)
+    h[:, 0] = 0
     return m.last(h)
 
 
