@@ -38,6 +38,23 @@ struct RowRule {
     double gradient_scale;  // the same, or what of it the forward applies
 };
 
+// The rule of a call, for the host: what its rows are scaled by is known later.
+static inline RowRule row_rule(const KdL1Loss& job) {
+    return {job.divergence,
+            job.teacher.data != nullptr,
+            job.labels != nullptr,
+            job.standardize_logits && job.teacher.data,
+            double(job.classes),
+            job.temperature,
+            job.alpha,
+            job.label_smoothing,
+            job.jsd_beta,
+            job.dkd_target_weight,
+            job.dkd_non_target_weight,
+            0,
+            0};
+}
+
 // Mean and standard deviation of a row (divided by classes - 1, as torch.std has it).
 struct Moments {
     double mean = 0, deviation = 0;

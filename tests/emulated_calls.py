@@ -140,7 +140,8 @@ def loss_launch(
             outputs[name].data_ptr() if name in outputs else 0
             for name in (f"activation gradient {i}", f"statistics {i}")
         ]
-        layers.append((_matrix(activation), activation.shape[1], l1_weight, *of))
+        samples, neurons = activation.shape
+        layers.append((_matrix(activation), samples, neurons, float(max(samples, 1)), l1_weight, *of))
     rows = (student if student is not None else activations[0]).shape[0]
     arguments = (
         rows, 0 if student is None else student.shape[1], _matrix(student), _matrix(teacher),

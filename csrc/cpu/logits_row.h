@@ -88,20 +88,10 @@ class LogitsRows {
 
   private:
     static RowRule rule_of(const KdL1Loss& job, int64_t valid_rows) {
-        const double inverse_rows = 1.0 / double(valid_rows > 0 ? valid_rows : 1);
-        return {job.divergence,
-                job.teacher.data != nullptr,
-                job.labels != nullptr,
-                job.standardize_logits && job.teacher.data,
-                double(job.classes),
-                job.temperature,
-                job.alpha,
-                job.label_smoothing,
-                job.jsd_beta,
-                job.dkd_target_weight,
-                job.dkd_non_target_weight,
-                inverse_rows,
-                inverse_rows * (job.scaled_gradients ? double(job.rows) : 1.0)};
+        RowRule rule = row_rule(job);
+        rule.value_scale = 1.0 / double(valid_rows > 0 ? valid_rows : 1);
+        rule.gradient_scale = rule.value_scale * (job.scaled_gradients ? double(job.rows) : 1.0);
+        return rule;
     }
 
     bool ignored(int64_t row) const { return job_.labels && job_.labels[row] == job_.ignore_index; }

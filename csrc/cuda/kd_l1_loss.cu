@@ -76,22 +76,6 @@ Untempered untempered_of(const KdL1Loss& job) {
     return Untempered::separate;
 }
 
-RowRule rule_of(const KdL1Loss& job) {
-    return {job.divergence,
-            job.teacher.data != nullptr,
-            job.labels != nullptr,
-            job.standardize_logits && job.teacher.data,
-            double(job.classes),
-            job.temperature,
-            job.alpha,
-            job.label_smoothing,
-            job.jsd_beta,
-            job.dkd_target_weight,
-            job.dkd_non_target_weight,
-            0,
-            0};
-}
-
 // Elements from the first of a matrix to behind its last.
 int64_t extent(const Matrix& matrix, int64_t rows, int64_t columns) {
     return matrix.data && rows > 0 ? (rows - 1) * matrix.row_stride + columns : 0;
@@ -227,7 +211,7 @@ class Launches {
         launch_.teacher_elements = extent(job_.teacher, job_.rows, job_.classes);
         launch_.labels = job_.labels, launch_.ignore_index = job_.ignore_index;
         launch_.count_labels = with_rows && job_.labels && job_.student.data;
-        launch_.rule = rule_of(job_);
+        launch_.rule = row_rule(job_);
         launch_.scaled_gradients = job_.scaled_gradients;
         launch_.untempered = untempered_of(job_);
         launch_.gradient = static_cast<char*>(job_.logits_gradient);

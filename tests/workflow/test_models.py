@@ -23,7 +23,8 @@ def test_every_preset_builds_networks_that_fit_its_images(dataset: Dataset, name
     student = build_student(config, info)
     assert student(images).shape == (2, info.classes)
     pruner = kddp_ext.DynamicPruner(student, example_inputs=(images,))
-    assert pruner.widths == {"hidden": config.student.width}
+    assert pruner.widths["hidden"] == config.student.width
+    assert list(pruner.refused) == ["classifier"]
 
 
 def test_the_seed_decides_the_initial_weights_and_leaves_the_callers_alone() -> None:

@@ -20,7 +20,7 @@ extern "C" const char* run_loss(int64_t rows, int64_t classes, const float* stud
                                 unsigned* counters) {
     using kddp::ElementType;
     const kddp::ActivationLayer layer{
-        {activation, ElementType::float32, neurons}, neurons, 0.1, activation_gradient, statistics};
+        {activation, ElementType::float32, neurons}, rows, neurons, double(rows), 0.1, activation_gradient, statistics};
     kddp::KdL1Loss job{};
     job.rows = rows, job.classes = classes;
     job.student = {student, ElementType::float32, classes}, job.teacher = {teacher, ElementType::float32, classes};
