@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import shlex
 import sys
 from collections.abc import Sequence
@@ -13,14 +14,18 @@ from typing import Annotated, Any, get_args
 import tyro
 from rich.console import Console
 
-from kddp_ext.workflow.config import Dataset, Preset, RunConfig, preset
-from kddp_ext.workflow.errors import WorkflowError
+from kddp_ext.workflow.config import Dataset, Preset, RunConfig
+from kddp_ext.workflow.errors import SharedError, WorkflowError, message_of
+from kddp_ext.workflow.presets import preset
 from kddp_ext.workflow.runtime import Device
+from kddp_ext.workflow.sweep_config import SweepConfig
 
 _HELP = """\
 kddp: make a neural network small while it learns from a larger one.
 
   kddp run         train a teacher, then a student on its own, with KD, and with KDDP; write a report
+  kddp sweep       the same over seeds, widths and penalty weights, with one report
+  kddp report      write the report of a run or a sweep anew, from what is on disk
   kddp evaluate    measure the accuracy of a run, or of one saved student, on the test images
   kddp info        show what a run or a saved student is: architecture, size, what was pruned
 
@@ -41,12 +46,45 @@ class RunCommand:
     """Where the folders of runs are kept."""
     data_dir: Annotated[Path | None, tyro.conf.arg(metavar="DIR", help_behavior_hint="")] = None
     """Folder of the data set, or the one above it. Without it, the data set is downloaded once."""
+    teacher_from: Annotated[Path | None, tyro.conf.arg(metavar="DIR", help_behavior_hint="")] = None
+    """A run or sweep whose finished teacher is used, where its settings are the same."""
     resume: Annotated[bool, tyro.conf.arg(help_behavior_hint="")] = False
     """Continue a run that was interrupted, with the settings it was started with."""
     device: Device = "auto"
     """auto takes a GPU where there is one."""
     threads: Annotated[int, tyro.conf.arg(metavar="N")] = 0
     """Processor threads. 0 takes one for digits, too small for more to help, and PyTorch's choice otherwise."""
+    tensorboard: Annotated[bool, tyro.conf.arg(help_behavior_hint="")] = False
+    """Write the metrics as TensorBoard's event files too, into runs/NAME/STAGE/tensorboard."""
+
+
+@dataclass(frozen=True)
+class SweepCommand:
+    """What `kddp sweep` is given besides the config."""
+
+    config: Annotated[SweepConfig, tyro.conf.arg(name="")] = field(default_factory=SweepConfig)
+    name: Annotated[str, tyro.conf.arg(metavar="NAME", help_behavior_hint="")] = ""
+    """Name of the sweep and of its folder. Without it: the data set's, and -sweep."""
+    runs_dir: Annotated[Path, tyro.conf.arg(metavar="DIR")] = Path("runs")
+    """Where the folders of runs are kept."""
+    data_dir: Annotated[Path | None, tyro.conf.arg(metavar="DIR", help_behavior_hint="")] = None
+    """Folder of the data set, or the one above it. Without it, the data set is downloaded once."""
+    teacher_from: Annotated[Path | None, tyro.conf.arg(metavar="DIR", help_behavior_hint="")] = None
+    """A run or sweep whose finished teacher is used, where its settings are the same."""
+    resume: Annotated[bool, tyro.conf.arg(help_behavior_hint="")] = False
+    """Continue a sweep, enlarge it, or help another process with it."""
+    device: Device = "auto"
+    """auto takes a GPU where there is one."""
+    threads: Annotated[int, tyro.conf.arg(metavar="N")] = 0
+    """Processor threads. 0 takes one for digits, too small for more to help, and PyTorch's choice otherwise."""
+
+
+@dataclass(frozen=True)
+class ReportCommand:
+    """What `kddp report` is given."""
+
+    path: tyro.conf.Positional[Path]
+    """Folder of a run or of a sweep, finished or not."""
 
 
 @dataclass(frozen=True)
@@ -72,7 +110,7 @@ class InfoCommand:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit code: 0, 2 for what the user can mend, 130 after Ctrl-C."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
-    commands = {"run": _run, "evaluate": _evaluate, "info": _info}
+    commands = {"run": _run, "sweep": _sweep, "report": _report, "evaluate": _evaluate, "info": _info}
     if not arguments or arguments[0] in ("-h", "--help", "help"):
         print(_HELP, end="")
         return 0 if arguments else _USAGE_ERROR
@@ -82,15 +120,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"kddp {__version__}")
         return 0
     if arguments[0] not in commands:
-        print(f"kddp: there is no command {arguments[0]!r}; use run, evaluate or info", file=sys.stderr)
+        print(f"kddp: there is no command {arguments[0]!r}; use {', '.join(commands)}", file=sys.stderr)
         return _USAGE_ERROR
     try:
         commands[arguments[0]](arguments[1:])
+    except SharedError:  # the first of several processes has told it
+        return _USAGE_ERROR
     except (WorkflowError, OSError) as error:
-        print(f"kddp {arguments[0]}: {_message(error)}", file=sys.stderr)
+        _tell(arguments[0], message_of(error))
         return _USAGE_ERROR
     except KeyboardInterrupt:
-        print(_after_interrupt(arguments), file=sys.stderr)
+        if os.environ.get("RANK", "0") == "0":  # of the processes that torchrun started, one says it
+            print(_after_interrupt(arguments), file=sys.stderr)
         return _INTERRUPTED
     return 0
 
@@ -109,25 +150,66 @@ def _run(arguments: list[str]) -> None:
     name = command.name or config.dataset + ("" if config.preset == "default" else f"-{config.preset}")
 
     # Matplotlib and the rest load here, so that --help and a mistyped option need not wait for them.
-    import torch
-
+    from kddp_ext.workflow.processes import joined
     from kddp_ext.workflow.run import run_workflow
-    from kddp_ext.workflow.runtime import keep_freed_memory
 
-    if command.threads < 0:
-        raise WorkflowError(f"--threads: expected a number of at least 0, got {command.threads}")
-    threads = command.threads or (1 if config.dataset == "digits" else 0)
-    if threads:
-        torch.set_num_threads(threads)
-    keep_freed_memory()
-    run_workflow(
-        command.runs_dir / name,
-        config,
+    _set_up(command.threads, config.dataset)
+    with joined(use_gpus=command.device != "cpu", tell=lambda message: _tell("run", message)) as processes:
+        run_workflow(
+            command.runs_dir / name,
+            config,
+            Console(),
+            data_dir=command.data_dir,
+            resume=command.resume,
+            device=command.device,
+            teacher_from=command.teacher_from,
+            processes=processes,
+            tensorboard=command.tensorboard,
+        )
+
+
+def _sweep(arguments: list[str]) -> None:
+    command = _parse(
+        SweepCommand,
+        arguments,
+        "sweep",
+        "Train one teacher, and under it students of many seeds, widths and penalty weights: alone (scratch), with KD, "
+        "with KDDP, and with KD at the widths that KDDP found. Interrupted, it goes on with --resume; started again "
+        "with --resume while it runs, both share the work. report.md in its folder has the tables and a picture.",
+        default=SweepCommand(config=SweepConfig(run=_chosen_preset(arguments))),
+    )
+    from kddp_ext.workflow.sweep import run_sweep
+
+    _set_up(command.threads, command.config.run.dataset)
+    run_sweep(
+        command.runs_dir / (command.name or f"{command.config.run.dataset}-sweep"),
+        command.config,
         Console(),
         data_dir=command.data_dir,
         resume=command.resume,
         device=command.device,
+        teacher_from=command.teacher_from,
     )
+
+
+def _report(arguments: list[str]) -> None:
+    command = _parse(ReportCommand, arguments, "report", "Write the report of a run or a sweep from what is on disk.")
+    from kddp_ext.workflow.rebuild import rebuild_report
+
+    rebuild_report(command.path, Console())
+
+
+def _set_up(threads: int, dataset: Dataset) -> None:
+    import torch
+
+    from kddp_ext.workflow.runtime import keep_freed_memory
+
+    if threads < 0:
+        raise WorkflowError(f"--threads: expected a number of at least 0, got {threads}")
+    threads = threads or (1 if dataset == "digits" else 0)
+    if threads:
+        torch.set_num_threads(threads)
+    keep_freed_memory()
 
 
 def _evaluate(arguments: list[str]) -> None:
@@ -175,17 +257,15 @@ def _chosen_preset(arguments: list[str]) -> RunConfig:
     return preset(chosen.dataset, chosen.preset)
 
 
-def _message(error: Exception) -> str:
-    # atomic_write's errors say all; the system's own need their file's name in front.
-    if isinstance(error, OSError) and error.filename is not None:
-        return f"{error.filename}: {error.strerror}"
-    if isinstance(error, OSError) and error.strerror:
-        return error.strerror
-    return str(error)
+def _tell(command: str, message: str) -> None:
+    print(f"kddp {command}: {message}", file=sys.stderr, flush=True)
 
 
 def _after_interrupt(arguments: list[str]) -> str:
-    if arguments[0] != "run":
+    if arguments[0] not in ("run", "sweep"):
         return "Interrupted."
-    command = ["kddp", *arguments] + ([] if "--resume" in arguments else ["--resume"])
+    started = ["kddp"]
+    if arguments[0] == "run" and "LOCAL_WORLD_SIZE" in os.environ:
+        started = ["torchrun", "--nproc-per-node", os.environ["LOCAL_WORLD_SIZE"], "-m", "kddp_ext"]
+    command = [*started, *arguments] + ([] if "--resume" in arguments else ["--resume"])
     return f"Interrupted. What is done is kept; continue with: {shlex.join(command)}"

@@ -17,15 +17,16 @@ class RankProcesses:
     Args:
         folder: an empty folder, for the files by which the processes find each other.
         size: how many.
+        timeout: seconds after which waiting for another rank is a hang, and fails.
     """
 
-    def __init__(self, folder, size=2):
-        self._folder, self._runs = folder, 0
+    def __init__(self, folder, size=2, timeout=TIMEOUT):
+        self._folder, self._runs, self._timeout = folder, 0, timeout
         context = multiprocessing.get_context("spawn")
         self._ends, self._processes = [], []
         for rank in range(size):
             end, other_end = context.Pipe()
-            process = context.Process(target=_serve, args=(rank, size, other_end), daemon=True)
+            process = context.Process(target=_serve, args=(rank, size, other_end, timeout), daemon=True)
             process.start()
             self._ends.append(end)
             self._processes.append(process)
@@ -37,7 +38,7 @@ class RankProcesses:
             end.send((function, arguments, str(self._folder / f"run {self._runs}")))
         answers = []
         for rank, end in enumerate(self._ends):
-            assert end.poll(2 * TIMEOUT), f"rank {rank} does not answer"
+            assert end.poll(2 * self._timeout), f"rank {rank} does not answer"
             result, failure = torch.load(io.BytesIO(end.recv_bytes()), weights_only=False)
             answers.append((result, failure))
         failures = [f"rank {rank}:\n{failure}" for rank, (_, failure) in enumerate(answers) if failure is not None]
@@ -49,11 +50,11 @@ class RankProcesses:
         for end, process in zip(self._ends, self._processes, strict=True):
             if process.is_alive():
                 end.send(None)
-            process.join(TIMEOUT)
+            process.join(self._timeout)
             process.kill()
 
 
-def _serve(rank, size, end):
+def _serve(rank, size, end, timeout):
     torch.set_num_threads(1)
     while (job := end.recv()) is not None:
         function, arguments, meeting_point = job
@@ -64,7 +65,7 @@ def _serve(rank, size, end):
                 init_method=f"file://{meeting_point}",
                 rank=rank,
                 world_size=size,
-                timeout=timedelta(seconds=TIMEOUT),
+                timeout=timedelta(seconds=timeout),
             )
             result = function(rank, *arguments)
         except Exception:

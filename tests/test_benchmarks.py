@@ -360,3 +360,34 @@ def test_contenders_that_are_missing_say_why(benchmarks, stand_in, liger, monkey
     assert table.rows == [
         ["8×10", "1,000,000", "2,000,000", "not installed", "2.0x (2.0–2.0)", "not installed", "100%"]
     ]
+
+
+def test_the_students_command_writes_tables_and_json(benchmarks, tmp_path):
+    import kddp_ext
+    from kddp_ext.workflow.config import RunConfig, StudentConfig
+    from kddp_ext.workflow.datasets import INFO
+    from kddp_ext.workflow.models import build_student
+
+    config = RunConfig(student=StudentConfig(channels=(4, 8), width=16))
+    metadata = {"stage": "kd", "config": json.dumps(config.to_json())}
+    paths = [tmp_path / run / "kd" / "student.safetensors" for run in ("one", "other")]
+    for path in paths:
+        path.parent.mkdir(parents=True)
+        model = build_student(config, INFO["digits"])
+        kddp_ext.save_student(path, model, kddp_ext.PruningHistory({}), metadata)
+    files = [tmp_path / name for name in ("figures.json", "tables.md")]
+    command = [sys.executable, "-m", "benchmarks.students", *map(str, paths), "--smoke", "--batches", "1,3"]
+    subprocess.run([*command, "--json", str(files[0]), "--markdown", str(files[1])], cwd=ROOT, check=True)
+    content = json.loads(files[0].read_text())
+    assert [student["path"] for student in content["students"]] == list(map(str, paths))
+    engines = content["students"][0]["latency"]
+    assert all(batches.keys() == {"1", "3"} for batches in engines.values())
+    text = files[1].read_text()
+    table = text.partition("students-latency -->")[2]
+    rows = [line.split(" | ")[0] for line in table.splitlines() if line.startswith("| o")]
+    titles = {"pytorch": "PyTorch", "onnxruntime": "ONNX Runtime"}
+    assert rows == [f"| {run}/kd, {titles[engine]}" for engine in engines for run in ("one", "other")]
+    assert ("ONNX Runtime is left out" in text) == ("onnxruntime" not in engines)
+    ended = subprocess.run([*command[:3], "nowhere"], cwd=ROOT, capture_output=True, text=True)
+    assert ended.returncode == 2
+    assert ended.stderr.strip() == "nowhere: no such file or folder"

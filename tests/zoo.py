@@ -6,7 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from kddp_ext.workflow.models import Student, Teacher
+from kddp_ext.workflow.models.cnn import PlainStudent
+from kddp_ext.workflow.models.teacher import FastTeacher
 
 CLASSES = 3
 
@@ -233,12 +234,12 @@ BLOCKS = [f"layer{number}.{block}.conv1" for number in range(1, 5) for block in 
 # A constructor, example inputs, and the layers that are to be found.
 ZOO = {
     "the workflow's teacher": (
-        lambda: Teacher(1, CLASSES, (5, 4)),
+        lambda: FastTeacher(1, CLASSES, (5, 4)),
         lambda: images(9, channels=1),
         ["whitening", *(f"blocks.{block}.layers.{layer}" for block in (0, 1) for layer in (0, 4))],
     ),
     "the workflow's student": (
-        lambda: Student(3, 8, CLASSES, (5, 4), 6),
+        lambda: PlainStudent(3, 8, CLASSES, (5, 4), 6),
         lambda: images(8),
         ["features.0", "features.4", "hidden"],
     ),

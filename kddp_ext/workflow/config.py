@@ -6,33 +6,56 @@ import dataclasses
 import json
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 from tyro.conf import FlagConversionOff
 
+from kddp_ext.workflow.config_checks import (
+    BELOW_ONE,
+    INSIDE_SHARE,
+    NOT_NEGATIVE,
+    POSITIVE,
+    POSITIVE_SHARE,
+    SHARE,
+    check_bounds,
+    check_choices,
+)
 from kddp_ext.workflow.errors import WorkflowError
 
 Dataset = Literal["digits", "fashion-mnist", "cifar10"]
 Preset = Literal["quick", "default"]
 Precision = Literal["auto", "float32", "bfloat16"]
 Criterion = Literal["contribution", "mean_activation", "apoz", "dead"]
+TeacherArchitecture = Literal["fast", "resnet20", "resnet56", "resnet110"]
+StudentArchitecture = Literal["cnn", "vgg11", "resnet20"]
+PrunedLayers = Literal["hidden", "all"]
+PruningTime = Literal["every-epoch", "at-the-end"]
 
-# Written into config.json; a reader refuses what a later version wrote.
-CONFIG_VERSION = 1
+# Written into config.json; a reader refuses what another version wrote.
+CONFIG_VERSION = 2
 
 
 @dataclass(frozen=True)
 class TeacherConfig:
     """The large network. Trained once, with SGD, Nesterov momentum and a triangular learning rate."""
 
+    architecture: TeacherArchitecture = "fast"
+    """fast trains in few passes; the others are the pre-activation networks of He et al. (2016)."""
     channels: tuple[int, ...] = (32, 64)
-    """Output channels of each block; a block halves the image's sides."""
+    """Output channels of each block of fast, which halves the image's sides, or of each of a ResNet's 3 stages.
+    None: those that the architecture is known with."""
+    seed: int = 0
+    """Decides its initial weights and the order of its images: runs with other seeds share a teacher."""
+    shift: int = 2
+    """Augmented images move by up to so many pixels; few passes bear less than the students' many."""
     epochs: int = 12
     """Passes over the training images."""
     batch_size: int = 128
     """Images per step."""
     learning_rate: float = 0.4
-    """Peak learning rate, reached after a fifth of the steps."""
+    """Peak learning rate, reached after a quarter of the steps."""
+    bias_learning_rate: float = 1.0
+    """How many times faster biases learn than weights. 64 suits fast on CIFAR-10 (Page 2018)."""
     momentum: float = 0.9
     """Nesterov momentum."""
     weight_decay: float = 5e-4
@@ -45,12 +68,20 @@ class TeacherConfig:
 class StudentConfig:
     """The network to be made small. Three stages train the same one, with Adam and a cosine schedule."""
 
+    architecture: StudentArchitecture = "cnn"
+    """cnn is plain, with one hidden layer; with three convolutions it is known as cnn5."""
     channels: tuple[int, ...] = (16, 32)
-    """Output channels of each convolution; each is followed by 2x2 pooling."""
+    """Output channels: of cnn's convolutions, each before a pooling; of vgg11's 8; of resnet20's 3 stages.
+    None: those that the architecture is known with."""
     width: int = 512
-    """Neurons of the hidden layer at the start. KDDP finds the final number."""
+    """Neurons of the hidden layer of cnn and vgg11 at the start. KDDP finds the final number."""
     epochs: int = 20
     """Passes over the training images, in each of the three stages."""
+    shift: int = 4
+    """Augmented images move by up to so many pixels."""
+    views: int = 0
+    """Different augmented views of each image, which the epochs take in turn: the teacher answers each once.
+    0 gives every epoch its own."""
     batch_size: int = 64
     """Images per step."""
     learning_rate: float = 3e-3
@@ -81,10 +112,16 @@ class DistillationConfig:
 
 @dataclass(frozen=True)
 class PruningConfig:
-    """When a neuron goes. Decided after every epoch but the last, from that epoch's activations."""
+    """When a neuron goes. Decided after an epoch, from that epoch's activations."""
 
     l1_weight: float = 0.015
-    """Weight of the L1 penalty on the hidden layer's activations."""
+    """Weight of the L1 penalty on the activations of the layers that are pruned."""
+    l1_warmup: int = 0
+    """Epochs over which the penalty's weight rises linearly from 0."""
+    layers: PrunedLayers = "hidden"
+    """hidden: the fully-connected layer alone, as in the paper. all: the convolutions' channels too."""
+    when: PruningTime = "every-epoch"
+    """every-epoch but the last, after which nothing could be made up for; or once, at-the-end of all."""
     criterion: Criterion = "contribution"
     """What a neuron is judged by."""
     threshold: float = 0.01
@@ -97,6 +134,43 @@ class PruningConfig:
     """Keep the width a multiple of this (8 or 16 suits a GPU)."""
     compensate: FlagConversionOff[bool] = True
     """Add a removed neuron's mean output to the next layer's bias."""
+    reconstruction_samples: int = 256
+    """From so many recent samples, neurons that stay take over what varied in those that go. 0: they don't."""
+
+
+_BOUNDS = {
+    "seed": NOT_NEGATIVE,
+    "data_seed": NOT_NEGATIVE,
+    "validation": NOT_NEGATIVE,
+    "teacher.seed": NOT_NEGATIVE,
+    "teacher.shift": NOT_NEGATIVE,
+    "teacher.epochs": POSITIVE,
+    "teacher.batch_size": POSITIVE,
+    "teacher.learning_rate": POSITIVE,
+    "teacher.bias_learning_rate": POSITIVE,
+    "teacher.momentum": BELOW_ONE,
+    "teacher.weight_decay": NOT_NEGATIVE,
+    "teacher.label_smoothing": BELOW_ONE,
+    "student.width": POSITIVE,
+    "student.epochs": POSITIVE,
+    "student.views": NOT_NEGATIVE,
+    "student.shift": NOT_NEGATIVE,
+    "student.batch_size": POSITIVE,
+    "student.learning_rate": POSITIVE,
+    "student.weight_decay": NOT_NEGATIVE,
+    "distillation.temperature": POSITIVE,
+    "distillation.alpha": SHARE,
+    "distillation.jsd_beta": INSIDE_SHARE,
+    "distillation.dkd_target_weight": NOT_NEGATIVE,
+    "distillation.dkd_non_target_weight": NOT_NEGATIVE,
+    "pruning.l1_weight": NOT_NEGATIVE,
+    "pruning.l1_warmup": NOT_NEGATIVE,
+    "pruning.threshold": POSITIVE_SHARE,
+    "pruning.patience": POSITIVE,
+    "pruning.minimum_width": POSITIVE,
+    "pruning.round_to": POSITIVE,
+    "pruning.reconstruction_samples": NOT_NEGATIVE,
+}
 
 
 @dataclass(frozen=True)
@@ -108,20 +182,29 @@ class RunConfig:
     preset: Preset = "default"
     """quick trades accuracy for minutes. Every option below overrides its preset's value."""
     seed: int = 0
-    """Decides the validation split, the initial weights, the order of the images and their augmentation."""
+    """Decides the students' initial weights and the order of their images."""
+    data_seed: int = 0
+    """Decides the validation split and the augmentation. Runs that share it share a teacher's logits."""
     validation: int = 200
-    """Training images held out to watch progress. The test images are used once, when a stage ends."""
+    """Training images held out to choose settings by. 0 trains on all. The test images are used once, at the end."""
     augment: FlagConversionOff[bool] = False
-    """Random crops and horizontal flips."""
+    """Random shifts and horizontal flips."""
     precision: Precision = "auto"
     """auto takes bfloat16 where the processor computes in it natively, else float32."""
+    compile: FlagConversionOff[bool] = False
+    """Whether the networks are trained through torch.compile."""
     teacher: TeacherConfig = field(default_factory=TeacherConfig)
     student: StudentConfig = field(default_factory=StudentConfig)
     distillation: DistillationConfig = field(default_factory=DistillationConfig)
     pruning: PruningConfig = field(default_factory=PruningConfig)
 
     def __post_init__(self) -> None:
-        _check(self)
+        check_choices(self)
+        check_bounds(self.options(), _BOUNDS)
+        for option in ("teacher.channels", "student.channels"):
+            channels = self.options()[option]
+            if any(each < 1 for each in channels):
+                raise WorkflowError(f"--{option}: expected positive numbers, got {channels}")
 
     def to_json(self) -> dict[str, Any]:
         """The config as plain values, as config.json holds it."""
@@ -151,48 +234,6 @@ class RunConfig:
             raise WorkflowError(f"the config does not fit this version of kddp_ext: {error}") from error
 
 
-def preset(dataset: Dataset, name: Preset) -> RunConfig:
-    """The settings that a data set starts from. docs/workflow.md says how they were chosen."""
-    quick = name == "quick"
-    if dataset == "digits":
-        return RunConfig(
-            dataset=dataset,
-            preset=name,
-            precision="float32",  # a network this small gains nothing from bfloat16
-            teacher=TeacherConfig(epochs=6 if quick else 12),
-            student=StudentConfig(epochs=8 if quick else 20),
-            pruning=PruningConfig(l1_weight=5e-3 if quick else 0.015),
-        )
-    if dataset == "fashion-mnist":
-        return RunConfig(
-            dataset=dataset,
-            preset=name,
-            validation=5000,
-            teacher=TeacherConfig(channels=(32, 64, 128), epochs=3 if quick else 10, batch_size=256, learning_rate=0.3),
-            student=StudentConfig(channels=(16, 32), epochs=4 if quick else 15, batch_size=256),
-            pruning=PruningConfig(l1_weight=1e-3),
-        )
-    return RunConfig(
-        dataset=dataset,
-        preset=name,
-        validation=5000,
-        augment=True,
-        teacher=TeacherConfig(
-            channels=(32, 64, 256) if quick else (64, 256, 256),
-            epochs=7 if quick else 10,
-            batch_size=256,
-            learning_rate=0.3,
-        ),
-        student=StudentConfig(
-            channels=(32, 64, 128),
-            width=1024,
-            epochs=5 if quick else 25,
-            batch_size=256,
-        ),
-        pruning=PruningConfig(l1_weight=5e-4),
-    )
-
-
 def differences(saved: RunConfig, wanted: RunConfig) -> list[str]:
     """The fields in which two configs differ, each as "student.width: 256 was saved, 512 is wanted"."""
     old, new = saved.options(), wanted.options()
@@ -219,70 +260,3 @@ def _flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 def _tuples(values: dict[str, Any]) -> dict[str, Any]:
     return {key: tuple(value) if isinstance(value, list) else value for key, value in values.items()}
-
-
-def _check(config: RunConfig) -> None:
-    """Refuse what no run can use, by the name of its option."""
-    choices: dict[str, tuple[Any, tuple[str, ...]]] = {
-        "dataset": (config.dataset, get_args(Dataset)),
-        "preset": (config.preset, get_args(Preset)),
-        "precision": (config.precision, get_args(Precision)),
-        "pruning.criterion": (config.pruning.criterion, get_args(Criterion)),
-    }
-    for option, (value, allowed) in choices.items():
-        if value not in allowed:
-            raise WorkflowError(f"--{option}: expected one of {', '.join(allowed)}, got {value!r}")
-
-    positive = {
-        "validation": config.validation,
-        "teacher.epochs": config.teacher.epochs,
-        "teacher.batch-size": config.teacher.batch_size,
-        "teacher.learning-rate": config.teacher.learning_rate,
-        "student.width": config.student.width,
-        "student.epochs": config.student.epochs,
-        "student.batch-size": config.student.batch_size,
-        "student.learning-rate": config.student.learning_rate,
-        "distillation.temperature": config.distillation.temperature,
-        "pruning.patience": config.pruning.patience,
-        "pruning.minimum-width": config.pruning.minimum_width,
-        "pruning.round-to": config.pruning.round_to,
-    }
-    for option, number in positive.items():
-        if not 0 < number < float("inf"):
-            raise WorkflowError(f"--{option}: expected a positive number, got {number}")
-
-    not_negative = {
-        "seed": config.seed,
-        "teacher.weight-decay": config.teacher.weight_decay,
-        "student.weight-decay": config.student.weight_decay,
-        "pruning.l1-weight": config.pruning.l1_weight,
-        "distillation.dkd-target-weight": config.distillation.dkd_target_weight,
-        "distillation.dkd-non-target-weight": config.distillation.dkd_non_target_weight,
-    }
-    for option, number in not_negative.items():
-        if not 0 <= number < float("inf"):
-            raise WorkflowError(f"--{option}: expected a number of at least 0, got {number}")
-
-    below_one = {
-        "teacher.momentum": config.teacher.momentum,
-        "teacher.label-smoothing": config.teacher.label_smoothing,
-    }
-    for option, number in below_one.items():
-        if not 0 <= number < 1:
-            raise WorkflowError(f"--{option}: expected a number from 0 to below 1, got {number}")
-    if not 0 < config.pruning.threshold <= 1:
-        raise WorkflowError(
-            f"--pruning.threshold: expected a number above 0, at most 1, got {config.pruning.threshold}"
-        )
-    if not 0 <= config.distillation.alpha <= 1:
-        raise WorkflowError(f"--distillation.alpha: expected a number from 0 to 1, got {config.distillation.alpha}")
-    if not 0 < config.distillation.jsd_beta < 1:
-        raise WorkflowError(
-            f"--distillation.jsd-beta: expected a number between 0 and 1, got {config.distillation.jsd_beta}"
-        )
-    for option, channels in {
-        "teacher.channels": config.teacher.channels,
-        "student.channels": config.student.channels,
-    }.items():
-        if not channels or min(channels) < 1:
-            raise WorkflowError(f"--{option}: expected one or more positive numbers, got {channels}")

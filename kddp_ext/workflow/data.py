@@ -1,4 +1,4 @@
-"""Images that stay in memory as bytes, and batches of them that depend on (seed, epoch, index) alone."""
+"""Images that stay in memory as bytes, and batches of them that depend on seed, epoch and index alone."""
 
 from __future__ import annotations
 
@@ -27,14 +27,14 @@ class Split:
 class ImageData:
     """A data set, split and resident on a device.
 
-    Every random choice is a function of the seed, the epoch and an image's index, never of what was drawn
-    before: a run that was killed and resumed sees the same batches, and every stage sees the same views, so
-    that a teacher's logits for one stage serve the next.
+    Every random choice is a function of a seed, the epoch or view, and an image's index, never of what was
+    drawn before: a run that was killed and resumed sees the same batches, and every stage sees the same views,
+    so that a teacher's logits for one stage serve the next.
 
     Args:
         raw: the images as they were read.
         info: the data set's shape and statistics.
-        config: `seed`, `validation` and `augment` count here.
+        config: `data_seed`, `validation` and `augment` count here.
         device: where the images stay.
 
     Raises:
@@ -45,10 +45,10 @@ class ImageData:
         images, labels = torch.from_numpy(raw.train_images), torch.from_numpy(raw.train_labels)
         if config.validation >= len(labels):
             raise WorkflowError(f"--validation: expected fewer than the {len(labels)} images, got {config.validation}")
-        shuffled = torch.randperm(len(labels), generator=torch.Generator().manual_seed(config.seed))
+        shuffled = torch.randperm(len(labels), generator=torch.Generator().manual_seed(config.data_seed))
         held_out, kept = shuffled[: config.validation], shuffled[config.validation :]
         self.info = info
-        self.seed = config.seed
+        self.seed = config.data_seed
         self.augment = config.augment
         self.device = device
         self.train = Split(images[kept].to(device), labels[kept].to(device))
@@ -59,19 +59,23 @@ class ImageData:
         self._scale = 1 / std
         self._shift = -torch.tensor(info.mean, device=device) / std
 
-    def batches(self, epoch: int, batch_size: int) -> Iterator[Tensor]:
-        """Indices into the training split, shuffled for `epoch`; the incomplete last batch is left out."""
+    def batches(self, epoch: int, batch_size: int, seed: int) -> Iterator[Tensor]:
+        """Indices into the training split, in an order of (seed, epoch); the incomplete last batch is left out."""
         batch_size = min(batch_size, len(self.train))
-        keys = random_bits(self.seed, _ORDER, epoch, torch.arange(len(self.train), device=self.device))
+        keys = random_bits(seed, _ORDER, epoch, torch.arange(len(self.train), device=self.device))
         for batch in keys.argsort(stable=True).split(batch_size):
             if len(batch) == batch_size:
                 yield batch
 
-    def training_images(self, indices: Tensor, epoch: int) -> Tensor:
-        """Views of the training images `indices` in `epoch`, as `normalise` returns them."""
+    def training_images(self, indices: Tensor, view: int, shift: int) -> Tensor:
+        """The view numbered `view` of the training images `indices`, as `normalise` returns them.
+
+        Args:
+            shift: the most pixels that an augmented image moves by in each direction, less than its side.
+        """
         if not self.augment:
             return self.normalise(self.train.images[indices])
-        return self.normalise(crop_and_flip(self.train.images, indices, self.seed, epoch))
+        return self.normalise(shift_and_flip(self.train.images, indices, self.seed, view, shift))
 
     def normalise(self, images: Tensor) -> Tensor:
         """Images of bytes, (N, S, S, C), as a network reads them: float32 (N, C, S, S), channels last."""
@@ -82,18 +86,17 @@ class ImageData:
         return self.normalise(self.train.images[:count])
 
 
-def crop_and_flip(images: Tensor, indices: Tensor, seed: int, epoch: int) -> Tensor:
-    """Views of `images[indices]`, uint8 (N, S, S, C): moved by up to S/8 pixels and flipped.
+def shift_and_flip(images: Tensor, indices: Tensor, seed: int, view: int, shift: int) -> Tensor:
+    """Views of `images[indices]`, uint8 (N, S, S, C): moved by up to `shift` pixels and flipped.
 
-    What moves in at a border is its mirror image. Each image is flipped in every other epoch, starting with
-    either (Jordan's alternating flip), so that two epochs show both sides of it.
+    What moves in at a border is its mirror image. Each image is flipped in every other view, starting with
+    either (Jordan's alternating flip), so that two views show both sides of it.
     """
     size = images.shape[1]
-    most = size // 8
-    bits = random_bits(seed, _CROP, epoch, indices)
-    down = bits % (2 * most + 1) - most
-    right = (bits >> 20) % (2 * most + 1) - most
-    flip = (random_bits(seed, _FLIP, 0, indices) + epoch) % 2 == 1
+    bits = random_bits(seed, _SHIFT, view, indices)
+    down = bits % (2 * shift + 1) - shift
+    right = (bits >> 20) % (2 * shift + 1) - shift
+    flip = (random_bits(seed, _FLIP, 0, indices) + view) % 2 == 1
 
     steps = torch.arange(size, device=images.device)
     rows = _mirror(steps + down[:, None], size)
@@ -110,7 +113,7 @@ def random_bits(seed: int, purpose: int, epoch: int, indices: Tensor) -> Tensor:
 
 
 # What the bits are for: different purposes get independent bits.
-_ORDER, _CROP, _FLIP = 1, 2, 3
+_ORDER, _SHIFT, _FLIP = 1, 2, 3
 
 
 def _mix(x: Tensor) -> Tensor:

@@ -15,17 +15,30 @@ _EVALUATION_BATCH = 1000
 
 
 @torch.inference_mode()
-def accuracy(model: nn.Module, data: ImageData, split: Split, runtime: Runtime) -> float:
-    """Share of the images of `split` that `model` classifies right, 0 to 1."""
+def accuracy(model: nn.Module, data: ImageData, split: Split, runtime: Runtime, *, views: bool = False) -> float:
+    """Share of the images of `split` that `model` classifies right, 0 to 1; each process of the run takes its part.
+
+    Args:
+        views: judge the mean of the logits of six views instead of the image's own: as it is and moved by one
+            pixel along each diagonal's direction, each also mirrored (Jordan 2024, whose weights these are).
+    """
     model.eval()
     correct = torch.zeros((), dtype=torch.int64, device=runtime.device)
-    for images, labels in zip(
-        split.images.split(_EVALUATION_BATCH), split.labels.split(_EVALUATION_BATCH), strict=True
-    ):
+    parts = (runtime.processes.share(part).split(_EVALUATION_BATCH) for part in (split.images, split.labels))
+    for images, labels in zip(*parts, strict=True):
         with runtime.autocast():
-            logits = model(data.normalise(images))
+            normalised = data.normalise(images)
+            logits = _logits_of_views(model, normalised) if views else model(normalised)
         correct += (logits.argmax(1) == labels).sum()
-    return int(correct) / len(split.labels)
+    return int(runtime.processes.sum(correct)) / len(split.labels)
+
+
+def _logits_of_views(model: nn.Module, images: Tensor) -> Tensor:
+    padded = nn.functional.pad(images, (1, 1, 1, 1), mode="reflect")
+    size = images.shape[-1]
+    moved = (padded[..., :size, :size], padded[..., 2:, 2:])
+    views = ((0.5, images), *((0.25, view) for view in moved))
+    return torch.stack([w * (model(view).float() + model(view.flip(3)).float()) for w, view in views]).sum(0)
 
 
 def count_parameters(model: nn.Module) -> int:

@@ -28,10 +28,8 @@ _COLUMNS = (
     "hidden\nwidth",
     "MACs",
     "against\nKD",
-    "1 image\n(ms)",
-    "128\n(ms)",
-    "time\n(s)",
 )
+_TIMING_COLUMNS = ("1 image\n(ms)", "128\n(ms)", "time\n(s)")
 
 
 @dataclass(frozen=True)
@@ -54,31 +52,24 @@ def read_results(folder: RunFolder) -> Results:
 
 
 def write_report(folder: RunFolder, config: RunConfig, title: str) -> None:
-    """Write report.md and its picture."""
+    """Write report.md and its picture. Both are functions of the weights: they hold no time."""
     results = read_results(folder)
     draw(folder.path / PICTURE, results.stages, results.epochs, title)
-    rows = _rows(results)
     columns = [column.replace("\n", " ") for column in _COLUMNS]
     lines = [
         f"# {title}",
         "",
         f"| {' | '.join(columns)} |",
         f"|{'|'.join('---' if column == 'stage' else '---:' for column in columns)}|",
-        *(f"| {' | '.join(row)} |" for row in rows),
+        *(f"| {' | '.join(row)} |" for row in _rows(results)),
         "",
-        *(f"- **{stage}**: {_MEANING[stage]}." for stage in results.stages),
+        *(f"- **{stage}**: {_meaning(stage, result)}." for stage, result in results.stages.items()),
         "",
         f"![Accuracy against parameters, width and loss over the epochs]({PICTURE})",
         "",
         "Accuracy is that of the last epoch's weights on the test images, which nothing else used. MACs are",
-        "the multiply-adds of the convolutions and linear layers for one image. The milliseconds are the median",
-        "of a float32 forward pass of 1 and of 128 images, on one thread of the machine that trained. The time",
-        "is that of the training; kd's holds the teacher's forward passes, which kddp then reads from disk.",
-        "Against KD: how many times fewer parameters.",
-        "",
-        "## Where the time went",
-        "",
-        *_time_table(results),
+        "the multiply-adds of the convolutions and linear layers for one image. Against KD: how many times",
+        "fewer parameters. What was measured with a clock is in timing.md.",
         "",
         "## Settings",
         "",
@@ -89,8 +80,8 @@ def write_report(folder: RunFolder, config: RunConfig, title: str) -> None:
     write_text(folder.report, "\n".join(lines) + "\n")
 
 
-def print_table(console: Console, folder: RunFolder, title: str) -> None:
-    """Print the table of a run."""
+def print_table(console: Console, folder: RunFolder, title: str, timing: dict[str, Any]) -> None:
+    """Print the table of a run, with what `timing` (see timing.py) holds of it."""
     table = Table(
         title=title,
         title_style="bold",
@@ -99,11 +90,18 @@ def print_table(console: Console, folder: RunFolder, title: str) -> None:
         pad_edge=False,
         collapse_padding=True,
     )
-    for column in _COLUMNS:
+    for column in (*_COLUMNS, *(_TIMING_COLUMNS if timing else ())):
         table.add_column(column, justify="left" if column == "stage" else "right", no_wrap=True)
     for row in _rows(read_results(folder)):
-        table.add_row(*row, style="bold" if row[0] == "kddp" else None)
+        times = _times(row[0], timing) if timing else []
+        table.add_row(*row, *times, style="bold" if row[0] == "kddp" else None)
     console.print(table)
+
+
+def _meaning(stage: str, result: dict[str, Any]) -> str:
+    if "test_accuracy_with_views" not in result:
+        return _MEANING[stage]
+    return f"{_MEANING[stage]}; {result['test_accuracy_with_views']:.2%} with six views of each test image"
 
 
 def _rows(results: Results) -> list[list[str]]:
@@ -120,23 +118,16 @@ def _row(stage: str, result: dict[str, Any], kd: dict[str, Any] | None) -> list[
         "" if result["width"] is None else f"{result['width']:,}",
         _millions(result["macs"]),
         f"{kd['parameters'] / result['parameters']:.2f}x" if student and kd is not None else "",
-        f"{result['latency_ms']['1']:.3f}",
-        f"{result['latency_ms']['128']:.2f}",
-        f"{result['seconds']['epoch']:.0f}",
     ]
+
+
+def _times(stage: str, timing: dict[str, Any]) -> list[str]:
+    latency, seconds = timing["latency_ms"][stage], timing["seconds"][stage]
+    return [f"{latency['1']:.3f}", f"{latency['128']:.2f}", f"{seconds['epoch']:.0f}"]
 
 
 def _millions(number: int) -> str:
     return f"{number / 1e6:.3f}M" if number < 1e6 else f"{number / 1e6:.2f}M"
-
-
-def _time_table(results: Results) -> list[str]:
-    phases = ("data", "teacher", "student", "loss", "prune", "validation")
-    lines = [f"| seconds | {' | '.join(phases)} | whole |", f"|---|{'---:|' * (len(phases) + 1)}"]
-    for stage, result in results.stages.items():
-        cells = [f"{result['seconds'][phase]:.2f}" if phase in result["seconds"] else "" for phase in phases]
-        lines.append(f"| {stage} | {' | '.join(cells)} | {result['seconds']['epoch']:.2f} |")
-    return lines
 
 
 def _settings(config: RunConfig) -> list[str]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import json
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -27,37 +28,45 @@ class RunFolder:
     def __init__(self, path: Path) -> None:
         self.path = path
         self.config = path / "config.json"
+        self.sweep = path / "sweep.json"
         self.report = path / "report.md"
-        self.teacher_logits = path / "teacher_logits"
+        self.timing = path / "timing.json"
+        self.timing_report = path / "timing.md"
+        # Beside the runs: whatever runs lie there share them.
+        self.teacher_logits = path.parent / "teacher_logits"
 
-    def stage(self, stage: Stage) -> Path:
-        """The folder of one stage."""
-        return self.path / stage
+    def job(self, job: str) -> Path:
+        """The folder of one training; in a run its name is that of its stage."""
+        return self.path / job
 
-    def checkpoint(self, stage: Stage) -> Path:
-        """Model, optimizer and pruner after the stage's latest epoch."""
-        return self.stage(stage) / "checkpoint.pt"
+    def checkpoint(self, job: str) -> Path:
+        """Model, optimizer and pruner after the training's latest epoch."""
+        return self.job(job) / "checkpoint.pt"
 
-    def student(self, stage: Stage) -> Path:
+    def student(self, job: str) -> Path:
         """The finished student, a safetensors file."""
-        return self.stage(stage) / "student.safetensors"
+        return self.job(job) / "student.safetensors"
 
-    def write_epochs(self, stage: Stage, epochs: list[dict[str, Any]]) -> None:
+    def tensorboard(self, job: str) -> Path:
+        """The folder of the training's event files, where they were asked for."""
+        return self.job(job) / "tensorboard"
+
+    def write_epochs(self, job: str, epochs: list[dict[str, Any]]) -> None:
         """Write the metrics of each epoch, a line of JSON each."""
-        write_text(self.stage(stage) / "metrics.jsonl", "".join(json.dumps(epoch) + "\n" for epoch in epochs))
+        write_text(self.job(job) / "metrics.jsonl", "".join(json.dumps(epoch) + "\n" for epoch in epochs))
 
-    def read_epochs(self, stage: Stage) -> list[dict[str, Any]]:
+    def read_epochs(self, job: str) -> list[dict[str, Any]]:
         """What `write_epochs` wrote."""
-        path = self.stage(stage) / "metrics.jsonl"
+        path = self.job(job) / "metrics.jsonl"
         return [_parse(path, line) for line in _read(path).splitlines()]
 
-    def write_result(self, stage: Stage, result: dict[str, Any]) -> None:
-        """Write a stage's figures; this is what marks it as finished."""
-        write_json(self.stage(stage) / "result.json", result)
+    def write_result(self, job: str, result: dict[str, Any]) -> None:
+        """Write a training's figures; this is what marks it as finished."""
+        write_json(self.job(job) / "result.json", result)
 
-    def read_result(self, stage: Stage) -> dict[str, Any] | None:
-        """A finished stage's figures, None for one that is not finished."""
-        path = self.stage(stage) / "result.json"
+    def read_result(self, job: str) -> dict[str, Any] | None:
+        """A finished training's figures, None for one that is not finished."""
+        path = self.job(job) / "result.json"
         return _parse(path, _read(path)) if path.is_file() else None
 
 
@@ -71,7 +80,7 @@ def open_run(path: Path, config: RunConfig, *, resume: bool) -> RunFolder:
     """
     folder = RunFolder(path)
     # A run that stopped before its first stage, for want of its data say, has nothing to lose.
-    begun = folder.config.is_file() and any(folder.stage(stage).exists() for stage in STAGES)
+    begun = folder.config.is_file() and any(folder.job(stage).exists() for stage in STAGES)
     if begun:
         if not resume:
             raise WorkflowError(f"{path} holds a run already. Continue it with --resume, or start another with --name.")
@@ -89,19 +98,29 @@ def open_run(path: Path, config: RunConfig, *, resume: bool) -> RunFolder:
     return folder
 
 
+class InUseError(WorkflowError):
+    """Another process works in a folder."""
+
+
 @contextmanager
-def locked(folder: RunFolder) -> Iterator[None]:
-    """Keep a second process out of the run for as long as the context lasts.
+def locked(path: Path, *, wait: bool = False) -> Iterator[None]:
+    """Keep other processes out of the folder `path` for as long as the context lasts, or this one.
+
+    Args:
+        wait: until another process has left it.
 
     Raises:
-        WorkflowError: another process is in it.
+        InUseError: another process is in it.
     """
-    with open(folder.config, "rb") as file:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
         except BlockingIOError as error:
-            raise WorkflowError(f"{folder.path} is in use by another kddp process") from error
+            raise InUseError(f"{path} is in use by another kddp process") from error
         yield
+    finally:
+        os.close(descriptor)
 
 
 def require_run(path: Path) -> RunFolder:

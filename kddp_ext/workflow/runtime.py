@@ -15,30 +15,42 @@ from torch import nn
 
 from kddp_ext.workflow.config import Precision
 from kddp_ext.workflow.errors import WorkflowError
+from kddp_ext.workflow.processes import Processes
 
 Device = Literal["auto", "cpu", "cuda"]
 Model = TypeVar("Model", bound=nn.Module)
 
 
 class Runtime:
-    """The device of a run and its autocast.
+    """The device of a run, its autocast, and the processes that share its work.
 
     Args:
-        device: "auto" takes a CUDA device where there is one.
+        device: "auto" takes a CUDA device where there is one; of several processes on a machine each its own.
         precision: "auto" takes bfloat16 where the device computes in it natively: elsewhere it is emulated,
             and slower than float32.
+        processes: those of the run; by default this one alone.
+
+    Raises:
+        WorkflowError: there is no such device.
     """
 
-    def __init__(self, device: Device = "cpu", precision: Precision = "auto") -> None:
+    def __init__(
+        self, device: Device = "cpu", precision: Precision = "auto", processes: Processes | None = None
+    ) -> None:
         if device == "cuda" and not torch.cuda.is_available():
             raise WorkflowError("--device cuda: this PyTorch sees no CUDA device")
         kind = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
+        self.processes = Processes() if processes is None else processes
         self.device = torch.device(kind)
+        if kind == "cuda" and self.processes.count > 1:
+            self.device = _gpu_of(self.processes)
         native = precision == "auto" and _computes_bfloat16(self.device)
         self.dtype = torch.bfloat16 if native or precision == "bfloat16" else torch.float32
 
     def __str__(self) -> str:
-        where = f"{str(self.dtype).removeprefix('torch.')} on {self.device}"
+        where = f"{str(self.dtype).removeprefix('torch.')} on {self.device.type}"
+        if self.processes.count > 1:
+            where += f", {self.processes.count} processes"
         threads = torch.get_num_threads()
         if self.device.type == "cuda":
             return where
@@ -55,6 +67,16 @@ class Runtime:
         if self.dtype == torch.float32:
             return nullcontext()
         return torch.autocast(self.device.type, self.dtype)
+
+
+def _gpu_of(processes: Processes) -> torch.device:
+    if processes.local_rank >= torch.cuda.device_count():
+        raise WorkflowError(
+            f"--device: expected a GPU for each process of this machine, but there are {torch.cuda.device_count()} and "
+            f"this is process {processes.local_rank + 1}; start fewer (--nproc-per-node), or use --device cpu"
+        )
+    torch.cuda.set_device(processes.local_rank)  # what is allocated without a name goes there too
+    return torch.device("cuda", processes.local_rank)
 
 
 def keep_freed_memory() -> None:

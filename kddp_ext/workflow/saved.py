@@ -84,7 +84,7 @@ def describe(path: Path, console: Console) -> None:
     info = INFO[config.dataset]
     example = torch.zeros(2, info.channels, info.size, info.size)
     if path.is_dir():
-        print_table(console, RunFolder(path), f"KDDP on {info.name}")
+        print_table(console, RunFolder(path), f"KDDP on {info.name}", {})
     for saved in models:
         model = saved.load(example)
         console.print(

@@ -1,91 +1,140 @@
-"""The four stages of a run: the teacher, and the student trained alone, with KD, and with KDDP."""
+"""One training from its initial weights to its figures: of the teacher, or of a student."""
 
 from __future__ import annotations
 
 import json
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 
 import kddp_ext
+from kddp_ext.workflow.batch_norm import join_batches
 from kddp_ext.workflow.checkpoint import architecture, check_architecture, load_checkpoint, save_checkpoint
 from kddp_ext.workflow.config import RunConfig
 from kddp_ext.workflow.data import ImageData
 from kddp_ext.workflow.errors import WorkflowError
-from kddp_ext.workflow.measure import accuracy, count_macs, count_parameters, latency
-from kddp_ext.workflow.models import build_student, build_teacher
+from kddp_ext.workflow.measure import accuracy, count_macs, count_parameters
+from kddp_ext.workflow.models import build_student, build_teacher, prepare_teacher
 from kddp_ext.workflow.progress import Bar, Progress
 from kddp_ext.workflow.run_folder import RunFolder, Stage
 from kddp_ext.workflow.runtime import Runtime
 from kddp_ext.workflow.teacher_cache import TeacherLogits
-from kddp_ext.workflow.trainer import Recipe, Training, student_recipe, teacher_recipe, train
+from kddp_ext.workflow.tensorboard import Write, event_files
+from kddp_ext.workflow.trainer import Recipe, Training, compiled, student_recipe, teacher_recipe, train
 
 # Enough patches to know their principal components.
 _WHITENING_IMAGES = 2000
-LATENCY_BATCHES = (1, 128)
 
 
 @dataclass(frozen=True)
 class Run:
-    """What all stages share."""
+    """What all trainings share.
+
+    Attributes:
+        folder: where they are kept.
+        data: what they train on.
+        runtime: where they compute, and by which processes.
+        progress: shows it.
+        tensorboard: whether event files are written too.
+    """
 
     folder: RunFolder
-    config: RunConfig
     data: ImageData
     runtime: Runtime
     progress: Progress
+    tensorboard: bool = False
 
 
-def run_teacher(run: Run) -> nn.Module:
+@dataclass(frozen=True)
+class Job:
+    """One training.
+
+    Attributes:
+        name: of its folder; that of the stage in a run that has each stage once.
+        stage: teacher, scratch, kd or kddp.
+        config: its settings.
+    """
+
+    name: str
+    stage: Stage
+    config: RunConfig
+
+
+def train_teacher(run: Run, job: Job) -> nn.Module:
     """Train the teacher, or go on where a killed run stopped; returns it ready for use."""
-    model = build_teacher(run.config, run.data.info, run.config.seed)
+    model = build_teacher(job.config, run.data.info)
     first = torch.arange(min(_WHITENING_IMAGES, len(run.data.train)), device=run.runtime.device)
-    model.whiten(run.data.normalise(run.data.train.images[first]).cpu())
-    recipe = teacher_recipe(run.config)
-    return _run_stage(run, model, recipe, teacher=None).model.eval()
+    prepare_teacher(model, run.data.normalise(run.data.train.images[first]).cpu())
+    return _train_job(run, job, model, teacher_recipe(job.config), teacher=None).model.eval()
 
 
-def run_student(run: Run, stage: Stage, teacher: TeacherLogits) -> None:
-    """Train the student of one stage, or go on where a killed run stopped."""
-    if run.folder.read_result(stage) is not None:
+def train_student(run: Run, job: Job, teacher: TeacherLogits) -> None:
+    """Train a student, or go on where a killed run stopped."""
+    if _finished(run, job):
         return
-    model = build_student(run.config, run.data.info, run.config.seed)
-    recipe = student_recipe(run.config, stage)
-    _run_stage(run, model, recipe, None if stage == "scratch" else teacher)
+    model = build_student(job.config, run.data.info)
+    recipe = student_recipe(job.config, job.stage)
+    _train_job(run, job, model, recipe, teacher if recipe.alpha > 0 else None)
 
 
-def _run_stage(run: Run, model: nn.Module, recipe: Recipe, teacher: TeacherLogits | None) -> Training:
-    stage = recipe.stage
-    run.folder.stage(stage).mkdir(exist_ok=True)
-    model = run.runtime.place(model)
-    training = _restore_or_start(run, model, recipe)
-    if run.folder.read_result(stage) is not None:
+def _train_job(run: Run, job: Job, model: nn.Module, recipe: Recipe, teacher: TeacherLogits | None) -> Training:
+    processes = run.runtime.processes
+    processes.first(lambda: run.folder.job(job.name).mkdir(parents=True, exist_ok=True))
+    training = processes.together(lambda: _restore_or_start(run, job, run.runtime.place(model), recipe))
+    if _finished(run, job):
         return training
+    _distribute(run, training)
 
     images = len(run.data.train) // recipe.batch_size * recipe.batch_size or len(run.data.train)
-    with run.progress.bar(stage, images * recipe.epochs, images * len(training.epochs)) as bar:
+    with (
+        _event_files(run, job, training, images) as write_events,
+        run.progress.bar(job.name, images * recipe.epochs, images * len(training.epochs)) as bar,
+    ):
 
         def epoch_done(metrics: dict[str, Any]) -> None:
-            _save(run, stage, training)
+            processes.first(lambda: _save(run, job, training))
+            write_events(metrics)
             _show(bar, metrics, recipe.epochs)
 
         train(training, recipe, run.data, teacher, run.runtime, advance=bar.advance, epoch_done=epoch_done)
-    result = _measure(run, stage, training)
-    if stage != "teacher":
-        _save_student(run, stage, training)
-    run.folder.write_result(stage, result)
-    run.progress.line(_summary(result))
+    if job.stage != "teacher":
+        processes.first(lambda: _save_student(run, job, training))
+    result = _measure(run, job, training)
+    processes.first(lambda: run.folder.write_result(job.name, result))
+    run.progress.line(_summary(job, result, training))
     return training
 
 
-def _restore_or_start(run: Run, model: nn.Module, recipe: Recipe) -> Training:
-    stage = recipe.stage
-    path = run.folder.checkpoint(stage)
-    saved = load_checkpoint(path, stage) if path.is_file() else None
+def _finished(run: Run, job: Job) -> bool:
+    return run.runtime.processes.first(lambda: run.folder.read_result(job.name) is not None)
+
+
+def _distribute(run: Run, training: Training) -> None:
+    """Train on the batches of all processes, where there are several. Not before the pruner has traced the model."""
+    processes = run.runtime.processes
+    if processes.count == 1:
+        return
+    processes.require_same("the finished epochs", len(training.epochs))
+    join_batches(training.model, processes)
+    # The buffers need no broadcast: the statistics of batch normalisation are computed alike.
+    training.network = DistributedDataParallel(training.model, forward_sync_buffers=False)
+
+
+def _event_files(run: Run, job: Job, training: Training, images: int) -> AbstractContextManager[Write]:
+    if not run.tensorboard or not run.runtime.processes.is_first:
+        return nullcontext(lambda _metrics: None)
+    return event_files(run.folder.tensorboard(job.name), training.epochs, images)
+
+
+def _restore_or_start(run: Run, job: Job, model: nn.Module, recipe: Recipe) -> Training:
+    path = run.folder.checkpoint(job.name)
+    saved = load_checkpoint(path, job.stage) if path.is_file() else None
     if saved is None:
-        return _start(run, model, recipe)
+        return start_training(run, job, model, recipe)
     try:
         # A pruned student is the fresh one, shrunk by its history.
         if saved["history"] is not None:
@@ -93,7 +142,7 @@ def _restore_or_start(run: Run, model: nn.Module, recipe: Recipe) -> Training:
             history.replay(model, (run.data.example(2),))
         check_architecture(path, saved["architecture"], model)
         model.load_state_dict(saved["model"])
-        training = _start(run, model, recipe)
+        training = start_training(run, job, model, recipe)
         training.optimizer.load_state_dict(saved["optimizer"])
         if training.pruner is not None:
             training.pruner.load_state_dict(saved["pruner"])
@@ -105,34 +154,37 @@ def _restore_or_start(run: Run, model: nn.Module, recipe: Recipe) -> Training:
     return training
 
 
-def _start(run: Run, model: nn.Module, recipe: Recipe) -> Training:
+def start_training(run: Run, job: Job, model: nn.Module, recipe: Recipe) -> Training:
+    """What a training of `model` begins with."""
     optimizer = recipe.optimizer(model)
-    pruner = _pruner(run, model, optimizer) if recipe.stage == "kddp" else None
-    return Training(model, optimizer, pruner, epochs=[])
+    pruner = _pruner(run, job, model, optimizer) if job.stage == "kddp" else None
+    network = compiled(model) if job.config.compile else model  # not before the pruner has traced the model
+    return Training(model, network, optimizer, pruner, epochs=[], compiled=job.config.compile)
 
 
-def _pruner(run: Run, model: nn.Module, optimizer: torch.optim.Optimizer) -> kddp_ext.DynamicPruner:
-    pruning = run.config.pruning
+def _pruner(run: Run, job: Job, model: nn.Module, optimizer: torch.optim.Optimizer) -> kddp_ext.DynamicPruner:
+    pruning = job.config.pruning
     return kddp_ext.DynamicPruner(
         model,
         optimizer,
         example_inputs=(run.data.example(2),),
-        layers=["hidden"],  # the paper's penalty is on the fully-connected layer
+        layers=["hidden"] if pruning.layers == "hidden" else None,
         criterion=pruning.criterion,
         threshold=pruning.threshold,
-        patience=pruning.patience,
+        patience=1 if pruning.when == "at-the-end" else pruning.patience,  # there is one check only
         minimum_width=pruning.minimum_width,
         round_to=pruning.round_to,
         compensate=pruning.compensate,
+        reconstruction_samples=pruning.reconstruction_samples if pruning.compensate else 0,
     )
 
 
-def _save(run: Run, stage: Stage, training: Training) -> None:
+def _save(run: Run, job: Job, training: Training) -> None:
     pruner = training.pruner
     save_checkpoint(
-        run.folder.checkpoint(stage),
+        run.folder.checkpoint(job.name),
         {
-            "stage": stage,
+            "stage": job.stage,
             "architecture": architecture(training.model),
             "model": training.model.state_dict(),
             "optimizer": training.optimizer.state_dict(),
@@ -141,43 +193,51 @@ def _save(run: Run, stage: Stage, training: Training) -> None:
             "epochs": training.epochs,
         },
     )
-    run.folder.write_epochs(stage, training.epochs)
+    run.folder.write_epochs(job.name, training.epochs)
 
 
-def _save_student(run: Run, stage: Stage, training: Training) -> None:
+def _save_student(run: Run, job: Job, training: Training) -> None:
     pruner = training.pruner
     history = kddp_ext.PruningHistory({}) if pruner is None else pruner.history
-    metadata = {"stage": stage, "config": json.dumps(run.config.to_json())}
-    kddp_ext.save_student(run.folder.student(stage), training.model, history, metadata)
+    metadata = {"stage": job.stage, "config": json.dumps(job.config.to_json())}
+    kddp_ext.save_student(run.folder.student(job.name), training.model, history, metadata)
 
 
-def _measure(run: Run, stage: Stage, training: Training) -> dict[str, Any]:
-    """The figures of the report. This is the one time that a stage sees the test images."""
-    model, image = training.model, run.data.example()
-    seconds: dict[str, float] = {}
-    for epoch in training.epochs:
-        for phase, value in epoch["seconds"].items():
-            seconds[phase] = round(seconds.get(phase, 0.0) + value, 3)
-    return {
-        "stage": stage,
+def _measure(run: Run, job: Job, training: Training) -> dict[str, Any]:
+    """The figures of the report, but for times. This is the one time that a training sees the test images."""
+    model = training.model
+    result: dict[str, Any] = {
+        "stage": job.stage,
         "test_accuracy": accuracy(model, run.data, run.data.test, run.runtime),
         "validation_accuracy": training.epochs[-1]["validation_accuracy"],
         "parameters": count_parameters(model),
-        "width": None if stage == "teacher" else model.get_submodule("hidden").out_features,
-        "macs": count_macs(model, image),
-        "latency_ms": {str(batch): round(1000 * latency(model, image, batch), 4) for batch in LATENCY_BATCHES},
-        "seconds": seconds,
+        "macs": count_macs(model, run.data.example()),
+    }
+    if job.stage == "teacher":
+        if run.data.augment:
+            result["test_accuracy_with_views"] = accuracy(model, run.data, run.data.test, run.runtime, views=True)
+        return {**result, "width": None}
+    hidden = dict(model.named_modules()).get("hidden")
+    return {
+        **result,
+        "width": hidden.out_features if isinstance(hidden, nn.Linear) else None,
+        "widths": {} if training.pruner is None else training.pruner.widths,
+        "linear_parameters": sum(count_parameters(layer) for layer in model.modules() if isinstance(layer, nn.Linear)),
+        "bytes": run.folder.student(job.name).stat().st_size,
     }
 
 
 def _show(bar: Bar, metrics: dict[str, Any], epochs: int) -> None:
     width = f", width {metrics['width']}" if "width" in metrics else ""
-    bar.note(f"epoch {metrics['epoch']}/{epochs}, val {metrics['validation_accuracy']:.1%}{width}")
+    validation = metrics["validation_accuracy"]
+    seen = f"train {metrics['train_accuracy']:.1%}" if validation is None else f"val {validation:.1%}"
+    bar.note(f"epoch {metrics['epoch']}/{epochs}, {seen}{width}")
 
 
-def _summary(result: dict[str, Any]) -> str:
+def _summary(job: Job, result: dict[str, Any], training: Training) -> str:
     width = f", width {result['width']}" if result["width"] is not None else ""
+    seconds = sum(epoch["seconds"]["epoch"] for epoch in training.epochs)
     return (
-        f"{result['stage']:<8} {result['test_accuracy']:.2%} of the test images, "
-        f"{result['parameters']:,} parameters{width}, {result['seconds']['epoch']:.0f} s"
+        f"{job.name:<8} {result['test_accuracy']:.2%} of the test images, "
+        f"{result['parameters']:,} parameters{width}, {seconds:.0f} s"
     )

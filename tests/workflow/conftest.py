@@ -13,7 +13,7 @@ import pytest
 import torch
 from rich.console import Console
 
-from kddp_ext.workflow import stages
+from kddp_ext.workflow import timing
 from kddp_ext.workflow.config import RunConfig, StudentConfig, TeacherConfig
 from kddp_ext.workflow.data import ImageData
 from kddp_ext.workflow.datasets import DatasetInfo, RawDataset
@@ -32,9 +32,9 @@ def one_thread() -> Iterator[None]:
 @pytest.fixture(autouse=True, scope="session")
 def quick_latency() -> Iterator[None]:
     """Measure each latency for a moment only."""
-    measure = stages.latency
+    measure = timing.latency
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(stages, "latency", lambda model, image, batch: measure(model, image, batch, budget=0.001))
+        patch.setattr(timing, "latency", lambda model, image, batch: measure(model, image, batch, budget=0.001))
         yield
 
 
@@ -69,7 +69,8 @@ def _finished_once(small: RunConfig, tmp_path_factory: pytest.TempPathFactory) -
 @pytest.fixture
 def finished_run(_finished_once: Path, tmp_path: Path) -> Path:
     """Folder of a run of `small`, finished; a test may do with it what it likes."""
-    return Path(shutil.copytree(_finished_once, tmp_path / "finished"))
+    # With the teacher's logits, which lie beside it.
+    return Path(shutil.copytree(_finished_once.parent, tmp_path / "runs")) / _finished_once.name
 
 
 @pytest.fixture
@@ -81,7 +82,7 @@ def image_data() -> Callable[..., ImageData]:
         images = random.integers(0, 256, (count, 16, 16, 3), dtype=np.uint8)
         raw = RawDataset(images, np.arange(count) % 10, images[:7], np.arange(7))
         info = DatasetInfo("noise", 16, 3, 10, (120.0, 110.0, 100.0), (60.0, 50.0, 40.0))
-        config = dataclasses.replace(RunConfig(), seed=seed, validation=validation, augment=augment)
+        config = dataclasses.replace(RunConfig(), data_seed=seed, validation=validation, augment=augment)
         return ImageData(raw, info, config, torch.device("cpu"))
 
     return make

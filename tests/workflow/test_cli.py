@@ -12,8 +12,9 @@ import pytest
 from kddp_ext import files
 from kddp_ext.cli import main
 from kddp_ext.workflow import checkpoint, run
-from kddp_ext.workflow.config import RunConfig, differences, preset
+from kddp_ext.workflow.config import RunConfig, differences
 from kddp_ext.workflow.errors import WorkflowError
+from kddp_ext.workflow.presets import preset
 
 
 @pytest.fixture
@@ -29,11 +30,11 @@ def started(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Path, RunConfig, dict
 def test_help_names_the_commands(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["--help"]) == 0
     text = capsys.readouterr().out
-    assert all(command in text for command in ("kddp run", "kddp evaluate", "kddp info"))
+    assert all(f"kddp {command}" in text for command in ("run", "sweep", "report", "evaluate", "info"))
     assert main([]) == 2
 
 
-@pytest.mark.parametrize("command", ["run", "evaluate", "info"])
+@pytest.mark.parametrize("command", ["run", "sweep", "report", "evaluate", "info"])
 def test_every_command_explains_itself(command: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as end:
         main([command, "--help"])
@@ -50,7 +51,7 @@ def test_version(capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_an_unknown_command_and_option_end_with_code_2(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["train"]) == 2
-    assert "no command 'train'; use run, evaluate or info" in capsys.readouterr().err
+    assert "no command 'train'; use run, sweep, report, evaluate, info" in capsys.readouterr().err
     with pytest.raises(SystemExit) as end:
         main(["run", "--epochz", "3"])
     assert end.value.code == 2

@@ -9,7 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kddp_ext.workflow.data import ImageData, crop_and_flip, random_bits
+from kddp_ext.workflow.data import ImageData, random_bits, shift_and_flip
 from kddp_ext.workflow.errors import WorkflowError
 
 MakeData = Callable[..., ImageData]
@@ -29,33 +29,33 @@ def test_a_validation_split_that_leaves_nothing_is_refused(image_data: MakeData)
 
 def test_batches_are_a_new_shuffle_each_epoch_and_repeat_exactly(image_data: MakeData) -> None:
     data = image_data()
-    epochs = [torch.cat(list(data.batches(epoch, 25))) for epoch in (0, 1, 0)]
+    epochs = [torch.cat(list(data.batches(epoch, 25, seed=0))) for epoch in (0, 1, 0)]
     assert [sorted(epoch.tolist()) == list(range(50)) for epoch in epochs] == [True] * 3
     assert epochs[0].tolist() == epochs[2].tolist() != epochs[1].tolist()
-    assert epochs[0].tolist() != torch.cat(list(image_data(seed=1).batches(0, 25))).tolist()
+    assert epochs[0].tolist() != torch.cat(list(data.batches(0, 25, seed=1))).tolist()
 
 
 @pytest.mark.parametrize(("batch_size", "sizes"), [(25, [25, 25]), (20, [20, 20]), (50, [50]), (999, [50])])
 def test_batches_are_full(image_data: MakeData, batch_size: int, sizes: list[int]) -> None:
-    assert [len(batch) for batch in image_data().batches(0, batch_size)] == sizes
+    assert [len(batch) for batch in image_data().batches(0, batch_size, seed=0)] == sizes
 
 
 def test_a_view_does_not_depend_on_the_batch_it_is_in(image_data: MakeData) -> None:
     data = image_data()
-    together = data.training_images(torch.arange(50), epoch=3)
+    together = data.training_images(torch.arange(50), view=3, shift=2)
     for index in (0, 17, 49):
-        alone = data.training_images(torch.tensor([index]), epoch=3)
+        alone = data.training_images(torch.tensor([index]), view=3, shift=2)
         assert torch.equal(alone[0], together[index])
 
 
-def test_views_move_by_an_eighth_and_flip_in_every_other_epoch() -> None:
+def test_views_move_by_an_eighth_and_flip_in_every_other_view() -> None:
     # An image whose pixels are their own positions shows where each pixel of a view comes from.
     size, count = 16, 400
     positions = torch.stack(torch.meshgrid(torch.arange(size), torch.arange(size), indexing="ij"), dim=-1)
     images = positions.to(torch.uint8).expand(count, size, size, 2)
     moves, flips = set(), []
-    for epoch in (0, 1):
-        views = crop_and_flip(images, torch.arange(count), seed=5, epoch=epoch).int()
+    for view in (0, 1):
+        views = shift_and_flip(images, torch.arange(count), seed=5, view=view, shift=2).int()
         middle = views[:, 8, 4:12]
         flips.append(middle[:, 1, 1] < middle[:, 0, 1])
         rows = middle[:, 0, 0] - 8
@@ -70,7 +70,7 @@ def test_views_move_by_an_eighth_and_flip_in_every_other_epoch() -> None:
 
 def test_without_augmentation_a_view_is_the_normalised_image(image_data: MakeData) -> None:
     data = image_data(augment=False)
-    view = data.training_images(torch.tensor([4]), epoch=9)
+    view = data.training_images(torch.tensor([4]), view=9, shift=2)
     expected = (data.train.images[4].float() - torch.tensor(data.info.mean)) / torch.tensor(data.info.std)
     torch.testing.assert_close(view[0], expected.permute(2, 0, 1))
     assert view.is_contiguous(memory_format=torch.channels_last)

@@ -2,16 +2,34 @@
 
 from __future__ import annotations
 
-from typing import get_args
+import dataclasses
+from typing import Any, get_args
 
 import pytest
 import torch
 
 import kddp_ext
-from kddp_ext.workflow.config import Dataset, Preset, preset
+from kddp_ext.workflow.config import (
+    Dataset,
+    Preset,
+    PruningConfig,
+    RunConfig,
+    StudentArchitecture,
+    StudentConfig,
+    TeacherConfig,
+)
 from kddp_ext.workflow.datasets import INFO
+from kddp_ext.workflow.errors import WorkflowError
 from kddp_ext.workflow.measure import count_macs, count_parameters, latency
-from kddp_ext.workflow.models import Student, Teacher, build_student, build_teacher
+from kddp_ext.workflow.models import build_student, build_teacher, check_networks
+from kddp_ext.workflow.models.cnn import PlainStudent
+from kddp_ext.workflow.models.resnet import PreActivationResNet
+from kddp_ext.workflow.models.teacher import FastTeacher
+from kddp_ext.workflow.models.vgg import VGG11
+from kddp_ext.workflow.presets import preset
+
+# Their places in VGG11.features on images of 16x16: 8 convolutions, 4 poolings.
+VGG_CONVOLUTIONS = (0, 4, 8, 11, 15, 18, 22, 25)
 
 
 @pytest.mark.parametrize("dataset", get_args(Dataset))
@@ -30,7 +48,7 @@ def test_every_preset_builds_networks_that_fit_its_images(dataset: Dataset, name
 def test_the_seed_decides_the_initial_weights_and_leaves_the_callers_alone() -> None:
     config, info = preset("digits", "quick"), INFO["digits"]
     state = torch.random.get_rng_state()
-    one, same, other = (build_student(config, info, seed).hidden.weight for seed in (1, 1, 2))
+    one, same, other = (build_student(dataclasses.replace(config, seed=seed), info).hidden.weight for seed in (1, 1, 2))
     assert torch.equal(one, same)
     assert not torch.equal(one, other)
     assert torch.equal(torch.random.get_rng_state(), state)
@@ -38,7 +56,7 @@ def test_the_seed_decides_the_initial_weights_and_leaves_the_callers_alone() -> 
 
 def test_whitening_decorrelates_the_patches() -> None:
     images = torch.randn(64, 3, 16, 16, generator=torch.Generator().manual_seed(0)) + 1
-    teacher = Teacher(3, 10, (8,))
+    teacher = FastTeacher(3, 10, (8,))
     teacher.whiten(images)
     features = teacher.whitening(images)[:, :12].permute(0, 2, 3, 1).flatten(0, 2).double()
     torch.testing.assert_close(features.T.cov(), torch.eye(12, dtype=torch.float64), atol=0.05, rtol=0)
@@ -46,7 +64,7 @@ def test_whitening_decorrelates_the_patches() -> None:
 
 
 def test_parameters_and_macs_are_counted_exactly() -> None:
-    student = Student(image_channels=1, image_size=8, classes=10, channels=(4, 6), width=20)
+    student = PlainStudent(image_channels=1, image_size=8, classes=10, channels=(4, 6), width=20)
     weights = 9 * 4 + 9 * 4 * 6 + 2 * (4 + 6) + (6 * 2 * 2 * 20 + 20) + (20 * 10 + 10)
     assert count_parameters(student) == weights
     macs = 9 * 4 * 64 + 9 * 4 * 6 * 16 + 6 * 2 * 2 * 20 + 20 * 10
@@ -55,6 +73,96 @@ def test_parameters_and_macs_are_counted_exactly() -> None:
 
 
 def test_latency_grows_with_the_batch() -> None:
-    student = Student(1, 8, 10, (4,), 20)
+    student = PlainStudent(1, 8, 10, (4,), 20)
     image = torch.zeros(1, 1, 8, 8)
     assert 0 < latency(student, image, 1, budget=0.02) < latency(student, image, 2000, budget=0.02)
+
+
+@pytest.mark.parametrize(("depth", "millions"), [(20, 0.27), (56, 0.85), (110, 1.7)])
+def test_resnets_have_the_published_numbers_of_parameters(depth: int, millions: float) -> None:
+    # He et al. 2015, table 6, in millions and to two digits.
+    network = PreActivationResNet(3, 10, depth, (16, 32, 64))
+    assert count_parameters(network) / 1e6 == pytest.approx(millions, rel=0.03)
+    with_weights = [each for each in network.modules() if isinstance(each, (torch.nn.Conv2d, torch.nn.Linear))]
+    assert len(with_weights) == depth + 2  # the two shortcuts that change the channels are besides
+
+
+@pytest.mark.parametrize("dataset", get_args(Dataset))
+@pytest.mark.parametrize("architecture", ["vgg11", "resnet20"])
+def test_every_student_learns_from_the_images_of_every_data_set(
+    dataset: Dataset, architecture: StudentArchitecture
+) -> None:
+    info = INFO[dataset]
+    channels = (4, 5, 6, 7, 8, 9, 10, 11) if architecture == "vgg11" else (4, 6, 8)
+    student = build_student(tiny(architecture, channels), info)
+    logits = student(torch.randn(4, info.channels, info.size, info.size))
+    assert logits.shape == (4, 10)
+    logits.square().sum().backward()
+    assert all(parameter.grad is not None and parameter.grad.abs().sum() > 0 for parameter in student.parameters())
+
+
+def tiny(architecture: StudentArchitecture, channels: tuple[int, ...] = ()) -> RunConfig:
+    student = StudentConfig(architecture=architecture, channels=channels, width=12)
+    return RunConfig(student=student, pruning=PruningConfig(layers="all"))
+
+
+def test_no_channels_stand_for_the_papers_own() -> None:
+    info = INFO["cifar10"]
+    vgg, resnet = (build_student(tiny(architecture), info) for architecture in ("vgg11", "resnet20"))
+    assert isinstance(vgg, VGG11)
+    widths = [each.out_channels for each in vgg.features if isinstance(each, torch.nn.Conv2d)]
+    assert widths == [64, 128, 256, 256, 512, 512, 512, 512]
+    assert count_parameters(resnet) == count_parameters(PreActivationResNet(3, 10, 20, (16, 32, 64)))
+
+
+@pytest.mark.parametrize(
+    ("network", "prunable"),
+    [
+        (PreActivationResNet(3, 10, 20, (4, 6, 8)), [f"blocks.{number}.conv1" for number in range(9)]),
+        (VGG11(3, 16, 10, (4, 5, 6, 7, 8, 9, 10, 11), 12), [*(f"features.{n}" for n in VGG_CONVOLUTIONS), "hidden"]),
+    ],
+    ids=["resnet20", "vgg11"],
+)
+def test_what_is_pruned_of_it_was_dead(network: torch.nn.Module, prunable: list[str]) -> None:
+    images = torch.randn(8, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+    pruner = kddp_ext.DynamicPruner(network, example_inputs=(images,), criterion="dead", patience=1)
+    assert list(pruner.widths) == prunable
+    silence(network, prunable[1::2])
+    network.eval()
+    expected = network(images)
+    kddp_ext.fused_kd_l1_loss(expected, None, torch.zeros(8, dtype=torch.long), pruner.activations, alpha=0.0)
+    before = dict(pruner.widths)
+    pruner.prune()
+    assert all(pruner.widths[name] <= before[name] - 2 for name in prunable[1::2])
+    torch.testing.assert_close(network(images), expected, rtol=1e-4, atol=1e-5)
+
+
+def silence(network: torch.nn.Module, layers: list[str]) -> None:
+    """Make the first two neurons of each layer give zero behind its activation."""
+    names = dict(network.named_modules())
+    norms = {"conv1": "norm2"}
+    with torch.no_grad():
+        for name in layers:
+            if name == "hidden":
+                names[name].weight[:2] = 0
+                names[name].bias[:2] = -1
+                continue
+            parent, _, own = name.rpartition(".")
+            norm = names[f"{parent}.{norms[own]}" if own in norms else f"{parent}.{int(own) + 1}"]
+            norm.weight[:2] = 0
+            norm.bias[:2] = -1
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"student": StudentConfig(architecture="vgg11", channels=(8, 8))}, "--student.channels: expected 8 numbers"),
+        ({"student": StudentConfig(architecture="resnet20", channels=(8,))}, "--student.channels: expected 3 numbers"),
+        ({"teacher": TeacherConfig(architecture="resnet56")}, "--teacher.channels: expected 3 numbers for resnet56"),
+        ({"student": StudentConfig(architecture="resnet20", channels=())}, "--pruning.layers: expected all"),
+        ({"teacher": TeacherConfig(channels=(8, 8, 8))}, "--teacher.channels: 3 poolings leave nothing of the 8x8"),
+    ],
+)
+def test_networks_that_cannot_be_are_refused(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(WorkflowError, match=message):
+        check_networks(RunConfig(**changes), INFO["digits"])

@@ -28,7 +28,7 @@ from kddp_ext.workflow.run_folder import STAGES, RunFolder, locked
 
 
 def assert_same_end(run: Path, other: Path) -> None:
-    """Weights, optimizer, pruning, history and metrics equal bit for bit; only the clock may differ."""
+    """Weights, optimizer, pruning, history, metrics and report equal bit for bit; only the clock may differ."""
     for stage in STAGES:
         ends = [torch.load(RunFolder(path).checkpoint(stage), weights_only=True) for path in (run, other)]
         for end in ends:
@@ -37,8 +37,9 @@ def assert_same_end(run: Path, other: Path) -> None:
         assert_equal(*ends)
         results = [RunFolder(path).read_result(stage) for path in (run, other)]
         assert all(result is not None for result in results)
-        for key in ("test_accuracy", "parameters", "width", "macs"):
-            assert results[0][key] == results[1][key]  # type: ignore[index]
+        assert results[0] == results[1]
+    assert (run / "report.md").read_bytes() == (other / "report.md").read_bytes()
+    assert (run / "report.png").read_bytes() == (other / "report.png").read_bytes()
     for stage in STAGES[1:]:
         files = [RunFolder(path).student(stage) for path in (run, other)]
         assert_equal(*(safetensors.torch.load_file(file) for file in files))
@@ -170,7 +171,7 @@ def test_resuming_with_other_settings_names_them(finished_run: Path, small: RunC
 
 
 def test_two_processes_do_not_share_a_run(finished_run: Path, small: RunConfig, quiet: Console) -> None:
-    with locked(RunFolder(finished_run)), pytest.raises(WorkflowError, match="in use by another"):
+    with locked(finished_run), pytest.raises(WorkflowError, match="in use by another"):
         run_workflow(finished_run, small, quiet, resume=True)
 
 
@@ -236,7 +237,7 @@ def test_a_checkpoint_of_another_stage_is_named(finished_run: Path, small: RunCo
 
 def test_a_damaged_config_is_named(finished_run: Path, small: RunConfig, quiet: Console) -> None:
     config = finished_run / "config.json"
-    for text in ("{", "[]", json.dumps({"version": 99}), json.dumps({"version": 1, "dataset": "digits"})):
+    for text in ("{", "[]", json.dumps({"version": 99}), json.dumps({"version": 2, "dataset": "digits"})):
         config.write_text(text)
         with pytest.raises(WorkflowError, match=r"config\.json is not the config of a run"):
             run_workflow(finished_run, small, quiet, resume=True)

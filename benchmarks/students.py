@@ -1,0 +1,128 @@
+"""How fast finished students answer on one thread, in PyTorch and in ONNX Runtime, and how large they are.
+
+python -m benchmarks.students FILE.safetensors... [--batches 1,128] [--rounds N] [--seconds S] [--json FILE]
+                              [--markdown FILE] [--smoke]
+
+The students are timed in turns within one process; the first one is what the others are compared with.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from benchmarks import machine
+from benchmarks.settings import Settings
+from benchmarks.table import Table, kibibytes, times, write_markdown
+from benchmarks.timing import Quartiles
+from kddp_ext.files import write_json
+from kddp_ext.workflow.errors import WorkflowError
+from kddp_ext.workflow.latency import measure, missing_packages
+
+JSON_VERSION = 1
+ENGINES = {"pytorch": "PyTorch", "onnxruntime": "ONNX Runtime"}
+RUN_FILES = ("student.safetensors", "checkpoint.pt")  # what every stage of a run calls them
+
+
+def main() -> int:
+    """0 where all was measured, 2 where a file is no student's."""
+    arguments = _parse()
+    described = machine.describe(Settings(1, arguments.seconds, arguments.rounds, False, arguments.smoke))
+    described["onnxruntime"] = machine.version_of("onnxruntime")
+    head = f"{machine.summary(described)}, ONNX Runtime {described['onnxruntime']}"
+    console = Console()
+    console.print(head)
+    try:
+        with console.status("measuring"):
+            results = measure(arguments.files, arguments.batches, rounds=arguments.rounds, seconds=arguments.seconds)
+    except WorkflowError as error:
+        print(error, file=sys.stderr)
+        return 2
+    tables = [sizes(results), latencies(results)]
+    for table in tables:
+        console.print(table.for_terminal())
+    if arguments.json:
+        content = {"version": JSON_VERSION, "machine": described, "batches": arguments.batches, "students": results}
+        write_json(arguments.json, content)
+    if arguments.markdown:
+        write_markdown(arguments.markdown, head, tables, head_name="students-machine")
+    return 0
+
+
+def sizes(results: list[dict[str, Any]]) -> Table:
+    """Weights, arithmetic and files."""
+    columns = ["student", "parameters", "MACs (million)", "student file (KiB)", "ONNX file (KiB)"]
+    rows = [
+        [
+            name,
+            f"{result['parameters']:,}",
+            f"{result['macs'] / 1e6:.3f}",
+            *("" if size is None else kibibytes(size) for size in (result["file_bytes"], result["onnx_bytes"])),
+        ]
+        for name, result in zip(names([result["path"] for result in results]), results, strict=True)
+    ]
+    return Table("students-size", "Finished students", columns, rows, "MACs are of one image.")
+
+
+def latencies(results: list[dict[str, Any]]) -> Table:
+    """Milliseconds of a call, and how many times the first student's that is."""
+    batches = list(results[0]["latency"]["pytorch"])
+    columns = ["student"]
+    for batch in batches:
+        columns += [f"batch {batch} (ms)", "times the first's"]
+    rows = []
+    for engine, title in ENGINES.items():
+        for name, result in zip(names([result["path"] for result in results]), results, strict=True):
+            if engine in result["latency"]:
+                found = [result["latency"][engine][batch] for batch in batches]
+                cells = [(_short(one["ms"]), times(Quartiles(**one["ratio"]))) for one in found]
+                rows.append([f"{name}, {title}", *(cell for pair in cells for cell in pair)])
+    return Table("students-latency", "Time of a call on one thread, float32", columns, rows, _note(results))
+
+
+def _note(results: list[dict[str, Any]]) -> str:
+    note = "Median over the rounds; in brackets the range of the rounds' ratios."
+    missing = missing_packages()
+    if missing:
+        return f"{note} ONNX Runtime is left out: {', '.join(missing)} missing (pip install 'kddp_ext[onnx]')."
+    largest = max(result["largest_difference"] for result in results)
+    return f"{note} ONNX Runtime's logits differ from PyTorch's by {largest:.1e} at most."
+
+
+def names(paths: list[str]) -> list[str]:
+    """What tells the files apart: without the folder that all are in, and without a file name that every stage has."""
+    shortened = [Path(path).parent if Path(path).name in RUN_FILES else Path(path).with_suffix("") for path in paths]
+    common = os.path.commonpath([path.absolute().parent for path in shortened])
+    return [Path(os.path.relpath(path.absolute(), common)).as_posix() for path in shortened]
+
+
+def _short(value: float) -> str:
+    return f"{value:.3f}" if value < 10 else f"{value:.1f}"
+
+
+def _parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.students", description=__doc__.splitlines()[0])
+    parser.add_argument("files", nargs="+", type=Path, metavar="FILE", help="of a student, or the folder of a run")
+    parser.add_argument("--batches", type=_numbers, default=[1, 128], help="images in a call (default 1,128)")
+    parser.add_argument("--rounds", type=int, default=9, help="turns that each student gets (default 9)")
+    parser.add_argument("--seconds", type=float, default=0.05, help="of each turn (default 0.05)")
+    parser.add_argument("--json", metavar="FILE", help="write the figures to this file")
+    parser.add_argument("--markdown", metavar="FILE", help="write the tables to this file, or into its marked places")
+    parser.add_argument("--smoke", action="store_true", help="one short turn: does everything run?")
+    arguments = parser.parse_args()
+    if arguments.smoke:
+        arguments.rounds, arguments.seconds = 1, 0.001
+    return arguments
+
+
+def _numbers(text: str) -> list[int]:
+    return [int(number) for number in text.split(",")]
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,100 @@
+"""Fills the tables and pictures of docs/cifar10-study.md from what its trainings left on disk.
+
+python -m benchmarks.study FILE --sweep DIR [--beyond DIR] [--search FILE.json] [--latency]
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import shutil
+import sys
+from pathlib import Path
+from typing import Any
+
+from benchmarks.table import Table, write_markdown
+from kddp_ext.workflow import sweep_report
+from kddp_ext.workflow.latency import measure
+from kddp_ext.workflow.run_folder import RunFolder
+from kddp_ext.workflow.sweep import sweep_points
+from kddp_ext.workflow.sweep_config import load_sweep
+from kddp_ext.workflow.sweep_results import Measured, measure_points
+
+
+def main() -> int:
+    arguments = _parse()
+    tables = []
+    for name, path in (("", arguments.sweep), ("beyond-", arguments.beyond)):
+        if path is not None:
+            measured = _measured(path)
+            tables += [_with_title(name, table) for table in sweep_report.sweep_tables(measured)]
+            shutil.copyfile(
+                path / "report.png", arguments.file.parent / "images" / f"cifar10-study-{name or 'cnn5'}.png"
+            )
+    if arguments.latency:
+        tables.append(_latencies(arguments.sweep))
+    if arguments.search is not None:
+        tables.append(_searched(json.loads(arguments.search.read_text())))
+    write_markdown(str(arguments.file), None, tables)
+    return 0
+
+
+def _measured(path: Path) -> list[Measured]:
+    folder = RunFolder(path)
+    return measure_points(folder, sweep_points(folder, load_sweep(folder.sweep)))
+
+
+_TITLES = {
+    "students": "Students: mean ± standard deviation over the seeds",
+    "same-width": "KDDP beside KD that was trained from scratch at the width that KDDP found, with the same seed",
+    "ablations": "KDDP with one thing changed",
+}
+
+
+def _with_title(prefix: str, table: sweep_report.Table) -> Table:
+    return Table(prefix + table.name, _TITLES[table.name], list(table.columns), [list(row) for row in table.rows])
+
+
+def _latencies(sweep: Path) -> Table:
+    """Of the first seed's student of every point with a width of its own."""
+    folder = RunFolder(sweep)
+    points = [each for each in _measured(sweep) if each.point.kind in ("kd", "kddp")]
+    measured = measure([folder.student(each.jobs[0].name) for each in points])
+    rows = []
+    for point, figures in zip(points, measured, strict=True):
+        rows.append([point.point.label, str(point.results[0]["width"]), *_cells(figures)])
+    columns = ["student", "hidden width", "PyTorch, 1 image (ms)", "128", "ONNX Runtime, 1 image (ms)", "128"]
+    columns += ["safetensors (KiB)", "ONNX (KiB)"]
+    return Table("latency", "Latency on one thread, median, and size on disk (first seed)", columns, rows)
+
+
+def _cells(figures: dict[str, Any]) -> list[str]:
+    latency = figures["latency"]
+    times = [latency[engine][batch]["ms"] for engine in ("pytorch", "onnxruntime") for batch in ("1", "128")]
+    sizes = [figures["file_bytes"], figures["onnx_bytes"]]
+    return [*(f"{time:.3f}" for time in times), *(f"{size / 1024:,.0f}" for size in sizes)]
+
+
+def _searched(search: dict[str, dict[str, Any]]) -> Table:
+    rows = []
+    for name, metrics in search.items():
+        stage, _, change = name.partition(" ")
+        settings = re.sub(r"(student|pruning|distillation)\.", "", change).replace(",", ", ")
+        width = str(metrics.get("width", ""))
+        rows.append([stage, settings, f"{100 * metrics['validation_accuracy']:.2f}", width])
+    return Table("search", "Validation accuracy, one seed", ["training", "settings", "accuracy", "width"], rows)
+
+
+def _parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.study", description=__doc__.splitlines()[0])
+    parser.add_argument("file", type=Path, help="the page, with a marked place for each table")
+    parser.add_argument("--sweep", type=Path, required=True, help="folder of the sweep of cnn5")
+    parser.add_argument("--beyond", type=Path, help="folder of the sweep of another student")
+    parser.add_argument("--search", type=Path, help="what python -m benchmarks.recipe_search wrote")
+    parser.add_argument("--latency", action="store_true", help="measure latencies; wants a quiet machine")
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

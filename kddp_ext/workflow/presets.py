@@ -1,0 +1,51 @@
+"""The settings that a data set starts from. docs/workflow.md says how they were chosen."""
+
+from __future__ import annotations
+
+from kddp_ext.workflow.config import Dataset, Preset, PruningConfig, RunConfig, StudentConfig, TeacherConfig
+
+
+def preset(dataset: Dataset, name: Preset) -> RunConfig:
+    """The settings that a data set starts from. docs/workflow.md says how they were chosen."""
+    quick = name == "quick"
+    if dataset == "digits":
+        return RunConfig(
+            dataset=dataset,
+            preset=name,
+            precision="float32",  # a network this small gains nothing from bfloat16
+            teacher=TeacherConfig(epochs=6 if quick else 12),
+            student=StudentConfig(epochs=8 if quick else 20),
+            pruning=PruningConfig(l1_weight=5e-3 if quick else 0.015),
+        )
+    if dataset == "fashion-mnist":
+        return RunConfig(
+            dataset=dataset,
+            preset=name,
+            validation=5000,
+            teacher=TeacherConfig(channels=(32, 64, 128), epochs=3 if quick else 10, batch_size=256, learning_rate=0.3),
+            student=StudentConfig(channels=(16, 32), epochs=4 if quick else 15, batch_size=256),
+            pruning=PruningConfig(l1_weight=1e-3),
+        )
+    return RunConfig(
+        dataset=dataset,
+        preset=name,
+        validation=5000 if quick else 0,  # default's settings were chosen; it trains on all images
+        augment=True,
+        teacher=TeacherConfig(
+            channels=(32, 64, 256) if quick else (64, 256, 256),
+            epochs=7 if quick else 11,
+            batch_size=256,
+            learning_rate=0.375,
+            bias_learning_rate=64.0,
+            momentum=0.85,
+            weight_decay=1.33e-3,
+        ),
+        student=StudentConfig(
+            channels=(32, 64, 128),
+            width=1024,
+            epochs=5 if quick else 16,
+            batch_size=256,
+            views=0 if quick else 8,
+        ),
+        pruning=PruningConfig(l1_weight=5e-4),
+    )

@@ -1,0 +1,113 @@
+"""The picture of a sweep: accuracy against size, the widths over the epochs, and the ablations."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Sequence
+from pathlib import Path
+
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import EngFormatter, LogLocator, MaxNLocator, NullFormatter
+
+from kddp_ext.files import atomic_write
+from kddp_ext.workflow.sweep_results import Measured
+
+PICTURE = "report.png"
+
+_COLOURS = {"scratch": "#3b78b5", "kd": "#e08a1e", "kddp": "#c0354a", "ablation": "#7c8794"}
+_NAMES = {"scratch": "Student alone", "kd": "KD, widths given", "kddp": "KDDP, widths found"}
+_MARKERS = {"scratch": "o", "kd": "D", "kddp": "*"}
+
+
+def draw_sweep(path: Path, measured: Sequence[Measured], title: str) -> None:
+    """Draw what is finished of a sweep into a PNG file. Bars and whiskers are standard deviations over seeds."""
+    ablations = [each for each in measured if each.point.kind == "ablation"]
+    figure = Figure(figsize=(17 if ablations else 12, 5), dpi=150, layout="constrained")
+    figure.suptitle(title, x=0.01, ha="left", fontsize=13, fontweight="bold")
+    panels = figure.subplots(1, 3 if ablations else 2)
+    _accuracy_against_parameters(panels[0], measured)
+    _widths(panels[1], [each for each in measured if each.point.kind == "kddp"])
+    if ablations:
+        _ablations(panels[2], measured, ablations)
+    for axes in panels:
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.grid(color="#e6e8eb", linewidth=0.8)
+        axes.set_axisbelow(True)
+    picture = io.BytesIO()
+    figure.savefig(picture, format="png")
+    atomic_write(path, lambda file: file.write(picture.getbuffer()))
+
+
+def _accuracy_against_parameters(axes: Axes, measured: Sequence[Measured]) -> None:
+    for kind, name in _NAMES.items():
+        found = sorted(
+            (each for each in measured if each.point.kind == kind), key=lambda each: each.mean("linear_parameters")
+        )
+        if found:
+            axes.errorbar(
+                [each.mean("linear_parameters") for each in found],
+                [100 * each.mean("test_accuracy") for each in found],
+                yerr=[100 * (each.deviation("test_accuracy") or 0.0) for each in found],
+                color=_COLOURS[kind],
+                marker=_MARKERS[kind],
+                markersize=14 if _MARKERS[kind] == "*" else 7,
+                linestyle="-" if kind == "kd" else "none",
+                linewidth=1.4,
+                capsize=3,
+                label=name,
+                zorder=3,
+            )
+    axes.set_xscale("log")
+    axes.xaxis.set_major_locator(LogLocator(subs=(1, 3)))
+    axes.xaxis.set_major_formatter(EngFormatter(sep=""))
+    axes.xaxis.set_minor_formatter(NullFormatter())
+    axes.set_title("Accuracy against size")
+    axes.set_xlabel("parameters of the fully-connected layers (log scale)")
+    axes.set_ylabel("test accuracy (%)")
+    if axes.get_legend_handles_labels()[0]:
+        axes.legend(frameon=False, loc="best")
+
+
+def _widths(axes: Axes, measured: Sequence[Measured]) -> None:
+    axes.set_title("KDDP finds the width")
+    axes.set_xlabel("epoch")
+    axes.set_ylabel("neurons (log scale)")
+    axes.set_yscale("log")
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    for number, each in enumerate(measured):
+        shade = 0.35 + 0.65 * number / max(len(measured) - 1, 1)
+        for index, epochs in enumerate(each.epochs):
+            axes.plot(
+                [epoch["epoch"] for epoch in epochs],
+                [epoch["width"] for epoch in epochs],
+                color=_COLOURS["kddp"],
+                alpha=shade,
+                linewidth=1.8,
+                label=each.point.label.removeprefix("KDDP, ") if index == 0 else None,
+            )
+    if measured:
+        axes.legend(frameon=False)
+
+
+def _ablations(axes: Axes, measured: Sequence[Measured], ablations: Sequence[Measured]) -> None:
+    weight = ablations[0].jobs[0].config.pruning.l1_weight
+    base = [each for each in measured if each.point.kind == "kddp" and _weight(each) == weight]
+    shown = [*reversed(ablations), *base]
+    axes.set_title(f"One thing changed (l1_weight {weight:g})")
+    axes.errorbar(
+        [100 * each.mean("test_accuracy") for each in shown],
+        range(len(shown)),
+        xerr=[100 * (each.deviation("test_accuracy") or 0.0) for each in shown],
+        color=_COLOURS["ablation"],
+        marker="o",
+        linestyle="none",
+        capsize=3,
+    )
+    labels = [f"{each.point.label} ({each.mean('width'):.0f})" for each in shown]
+    axes.set_yticks(range(len(shown)), labels)
+    axes.set_xlabel("test accuracy (%); neurons found in brackets")
+
+
+def _weight(measured: Measured) -> float:
+    return measured.jobs[0].config.pruning.l1_weight

@@ -1,0 +1,138 @@
+"""The tables of a sweep: every point's accuracy, mean and standard deviation over the seeds, beside its size."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from kddp_ext.files import write_text
+from kddp_ext.workflow.datasets import INFO
+from kddp_ext.workflow.run_folder import RunFolder
+from kddp_ext.workflow.sweep_config import TEACHER, Point, SweepConfig
+from kddp_ext.workflow.sweep_plots import PICTURE, draw_sweep
+from kddp_ext.workflow.sweep_results import Measured, measure_points
+
+
+@dataclass(frozen=True)
+class Table:
+    """Rows of finished text; the first column is left-aligned, the others right."""
+
+    name: str
+    columns: Sequence[str]
+    rows: Sequence[Sequence[str]]
+
+    def to_markdown(self) -> str:
+        """The table in Markdown, without a line break at its end."""
+        rule = ["---", *["---:"] * (len(self.columns) - 1)]
+        return "\n".join(f"| {' | '.join(cells)} |" for cells in (self.columns, rule, *self.rows))
+
+
+_COLUMNS = (
+    "student",
+    "seeds",
+    "test accuracy",
+    "hidden width",
+    "parameters",
+    "in linear layers",
+    "MACs",
+    "file (KiB)",
+)
+
+
+def sweep_tables(measured: Sequence[Measured]) -> list[Table]:
+    """The tables of a report: the students; KDDP beside KD of the same width; the ablations."""
+    main = [each for each in measured if each.point.kind in ("scratch", "kd", "kddp")]
+    ablations = [each for each in measured if each.point.kind == "ablation"]
+    tables = [Table("students", _COLUMNS, [_row(each) for each in main])]
+    if pairs := _pairs(measured):
+        columns = ("KDDP", "hidden width", "KDDP's accuracy", "KD's at that width", "difference, seed by seed")
+        tables.append(Table("same-width", columns, pairs))
+    if ablations:
+        base = [each for each in measured if each.point.kind == "kddp" and _is_base(each, ablations[0])]
+        tables.append(Table("ablations", _COLUMNS, [_row(each) for each in (*base, *ablations)]))
+    return tables
+
+
+def write_sweep_report(folder: RunFolder, sweep: SweepConfig, points: Sequence[Point]) -> None:
+    """Write report.md and its picture, from whatever is finished."""
+    measured = measure_points(folder, points)
+    title = f"KDDP on {INFO[sweep.run.dataset].name}: a sweep"
+    draw_sweep(folder.path / PICTURE, measured, title)
+    lines = [f"# {title}", ""]
+    if (teacher := folder.read_result(TEACHER)) is not None:
+        with_views = teacher.get("test_accuracy_with_views")
+        also = "" if with_views is None else f" ({with_views:.2%} with six views of each)"
+        accuracy = f"{teacher['test_accuracy']:.2%} of the test images{also}"
+        lines += [f"The teacher: {accuracy}, {teacher['parameters']:,} parameters.", ""]
+    for table in sweep_tables(measured):
+        lines += [f"## {table.name}", "", table.to_markdown(), ""]
+    lines += [
+        f"![Accuracy against parameters, widths over the epochs, ablations]({PICTURE})",
+        "",
+        "Accuracy is that of the last epoch's weights on the test images, mean ± standard deviation over the seeds.",
+        "",
+        "## Settings",
+        "",
+        "```",
+        *(f"{option} = {value}" for option, value in sweep.run.options().items()),
+        "```",
+    ]
+    write_text(folder.report, "\n".join(lines) + "\n")
+
+
+def percent(values: Sequence[float]) -> str:
+    """Mean ± standard deviation, as "81.23 ± 0.14"."""
+    mean = f"{100 * statistics.fmean(values):.2f}"
+    return f"{mean} ± {100 * statistics.stdev(values):.2f}" if len(values) > 1 else mean
+
+
+def _row(measured: Measured) -> list[str]:
+    return [
+        measured.point.label,
+        str(len(measured.results)),
+        percent(measured.values("test_accuracy")),
+        _width(measured),
+        f"{measured.mean('parameters'):,.0f}",
+        f"{measured.mean('linear_parameters'):,.0f}",
+        f"{measured.mean('macs') / 1e6:.2f}M",
+        f"{measured.mean('bytes') / 1024:,.0f}",
+    ]
+
+
+def _width(measured: Measured) -> str:
+    if any(result["width"] is None for result in measured.results):
+        return ""
+    widths = [int(width) for width in measured.values("width")]
+    if len(set(widths)) == 1:
+        return f"{widths[0]:,}"
+    return f"{statistics.fmean(widths):,.0f} ({min(widths):,}–{max(widths):,})"
+
+
+def _pairs(measured: Sequence[Measured]) -> list[list[str]]:
+    """KDDP and KD at the width it found, seed by seed."""
+    kd = {
+        (result["width"], job.config.seed): result["test_accuracy"]
+        for each in measured
+        if each.point.kind in ("kd", "kd-at-found-width")
+        for job, result in zip(each.jobs, each.results, strict=True)
+    }
+    rows = []
+    for each in measured:
+        if each.point.kind != "kddp":
+            continue
+        pairs = [
+            (result["test_accuracy"], kd[(result["width"], job.config.seed)])
+            for job, result in zip(each.jobs, each.results, strict=True)
+            if (result["width"], job.config.seed) in kd
+        ]
+        if pairs:
+            ours, theirs = ([pair[side] for pair in pairs] for side in (0, 1))
+            differences = [one - other for one, other in pairs]
+            rows.append([each.point.label, _width(each), percent(ours), percent(theirs), percent(differences)])
+    return rows
+
+
+def _is_base(measured: Measured, ablation: Measured) -> bool:
+    job, changed = measured.point.jobs[0], ablation.point.jobs[0]
+    return job.config.pruning.l1_weight == changed.config.pruning.l1_weight

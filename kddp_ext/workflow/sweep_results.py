@@ -1,0 +1,52 @@
+"""What the finished trainings of a sweep left on disk, point by point."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from kddp_ext.workflow.run_folder import RunFolder
+from kddp_ext.workflow.stages import Job
+from kddp_ext.workflow.sweep_config import Point
+
+
+@dataclass(frozen=True)
+class Measured:
+    """A point with the results of its finished trainings.
+
+    Attributes:
+        point: what was trained.
+        jobs: its finished trainings; never empty.
+        results: the figures of each.
+        epochs: the metrics of each.
+    """
+
+    point: Point
+    jobs: tuple[Job, ...]
+    results: tuple[dict[str, Any], ...]
+    epochs: tuple[list[dict[str, Any]], ...]
+
+    def values(self, key: str) -> list[float]:
+        """The figure `key` of each seed."""
+        return [float(result[key]) for result in self.results]
+
+    def mean(self, key: str) -> float:
+        """The mean of the figure `key` over the seeds."""
+        return statistics.fmean(self.values(key))
+
+    def deviation(self, key: str) -> float | None:
+        """Its standard deviation over the seeds (of a sample: n - 1); None for a single one."""
+        return statistics.stdev(self.values(key)) if len(self.results) > 1 else None
+
+
+def measure_points(folder: RunFolder, points: Sequence[Point]) -> list[Measured]:
+    """The points of which at least one training is finished."""
+    measured = []
+    for point in points:
+        results = {job: result for job in point.jobs if (result := folder.read_result(job.name)) is not None}
+        if results:
+            epochs = tuple(folder.read_epochs(job.name) for job in results)
+            measured.append(Measured(point, tuple(results), tuple(results.values()), epochs))
+    return measured

@@ -1,0 +1,86 @@
+"""Where the time of a run went, and how fast its networks answer: what no two runs have in common.
+
+It has files of its own, so that report.md is the same, byte for byte, however often a run was interrupted.
+"""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+from torch import Tensor
+
+from kddp_ext.files import write_json, write_text
+from kddp_ext.workflow.errors import WorkflowError
+from kddp_ext.workflow.measure import latency
+from kddp_ext.workflow.run_folder import STAGES, RunFolder
+from kddp_ext.workflow.runtime import Runtime
+from kddp_ext.workflow.saved import find_models
+
+BATCHES = (1, 128)
+_PHASES = ("data", "teacher", "student", "loss", "prune", "validation")
+
+
+def write_timing(folder: RunFolder, image: Tensor, runtime: Runtime, notes: list[str]) -> None:
+    """Measure the latency of every finished network of a run, and write timing.json and timing.md.
+
+    Args:
+        image: an example, (1, C, S, S), on the device.
+        notes: sentences for the report.
+    """
+    milliseconds = {}
+    for saved in find_models(folder.path):
+        model = runtime.place(saved.load(image.cpu()))
+        milliseconds[saved.stage] = {str(batch): round(1000 * latency(model, image, batch), 4) for batch in BATCHES}
+    timing = {
+        "latency_ms": milliseconds,
+        "seconds": {stage: _seconds(folder.read_epochs(stage)) for stage in milliseconds},
+        "notes": notes,
+    }
+    write_json(folder.timing, timing)
+    write_text(folder.timing_report, "\n".join(_lines(timing)) + "\n")
+
+
+def read_timing(folder: RunFolder) -> dict[str, Any]:
+    """What `write_timing` measured; empty before that.
+
+    Raises:
+        WorkflowError: the file is damaged.
+    """
+    if not folder.timing.is_file():
+        return {}
+    try:
+        timing = json.loads(folder.timing.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise WorkflowError(f"{folder.timing} is damaged: {error}. Delete it to measure anew.") from error
+    if not isinstance(timing, dict):
+        raise WorkflowError(f"{folder.timing} is damaged: expected a JSON object. Delete it to measure anew.")
+    return timing
+
+
+def _seconds(epochs: list[dict[str, Any]]) -> dict[str, float]:
+    seconds: dict[str, float] = {}
+    for epoch in epochs:
+        for phase, value in epoch["seconds"].items():
+            seconds[phase] = round(seconds.get(phase, 0.0) + value, 3)
+    return seconds
+
+
+def _lines(timing: dict[str, Any]) -> list[str]:
+    stages = [stage for stage in STAGES if stage in timing["latency_ms"]]
+    lines = ["# Where the time went", "", f"| seconds | {' | '.join(_PHASES)} | whole |"]
+    lines.append(f"|---|{'---:|' * (len(_PHASES) + 1)}")
+    for stage in stages:
+        seconds = timing["seconds"][stage]
+        cells = [f"{seconds[phase]:.2f}" if phase in seconds else "" for phase in _PHASES]
+        lines.append(f"| {stage} | {' | '.join(cells)} | {seconds['epoch']:.2f} |")
+    lines += ["", *(f"{note}." for note in timing["notes"]), "", "# Latency", ""]
+    lines += [f"| stage | {' | '.join(f'{batch} images (ms)' for batch in BATCHES)} |", "|---|---:|---:|"]
+    for stage in stages:
+        cells = [f"{timing['latency_ms'][stage][str(batch)]:.3f}" for batch in BATCHES]
+        lines.append(f"| {stage} | {' | '.join(cells)} |")
+    return [
+        *lines,
+        "",
+        "The median of a float32 forward pass, on one thread where it is a processor's, on the machine that trained.",
+    ]
