@@ -54,12 +54,16 @@ class TeacherConfig:
     """Images per step."""
     learning_rate: float = 0.4
     """Peak learning rate, reached after a quarter of the steps."""
+    last_learning_rate: float = 0.0
+    """The last step's learning rate, as a share of the peak."""
     bias_learning_rate: float = 1.0
     """How many times faster biases learn than weights. 64 suits fast on CIFAR-10 (Page 2018)."""
     momentum: float = 0.9
     """Nesterov momentum."""
     weight_decay: float = 5e-4
     """L2 penalty on the weights."""
+    lookahead: FlagConversionOff[bool] = False
+    """Whether slow weights lead the optimizer's (Zhang et al. 2019)."""
     label_smoothing: float = 0.0
     """Share of each label spread over all classes. Smoothing is known to spoil teachers, hence 0."""
 
@@ -147,6 +151,7 @@ _BOUNDS = {
     "teacher.epochs": POSITIVE,
     "teacher.batch_size": POSITIVE,
     "teacher.learning_rate": POSITIVE,
+    "teacher.last_learning_rate": SHARE,
     "teacher.bias_learning_rate": POSITIVE,
     "teacher.momentum": BELOW_ONE,
     "teacher.weight_decay": NOT_NEGATIVE,

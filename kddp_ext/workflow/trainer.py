@@ -15,6 +15,7 @@ import kddp_ext
 from kddp_ext.workflow.config import PruningTime, RunConfig, TeacherConfig
 from kddp_ext.workflow.data import ImageData
 from kddp_ext.workflow.errors import WorkflowError
+from kddp_ext.workflow.lookahead import STEPS, Lookahead
 from kddp_ext.workflow.measure import accuracy, count_parameters
 from kddp_ext.workflow.run_folder import Stage
 from kddp_ext.workflow.runtime import PhaseClock, Runtime
@@ -38,6 +39,7 @@ class Recipe:
         l1_weight: of the penalty on the activations of the layers that are pruned, at its full height.
         l1_warmup: epochs over which it rises to that, linearly.
         label_smoothing: of the labels.
+        lookahead: whether slow weights lead (see lookahead.py).
         shift: the most pixels that augmented images move by.
         views: how many views of the images the epochs take in turn; 0 for a new one in each.
         prune_when: after every epoch but the last, or once, after that.
@@ -55,6 +57,7 @@ class Recipe:
     l1_weight: float = 0.0
     l1_warmup: int = 0
     label_smoothing: float = 0.0
+    lookahead: bool = False
     shift: int = 0
     views: int = 0
     prune_when: PruningTime = "every-epoch"
@@ -97,9 +100,10 @@ def teacher_recipe(config: RunConfig) -> Recipe:
         seed=teacher.seed,
         epochs=teacher.epochs,
         batch_size=teacher.batch_size,
-        learning_rate=lambda position: teacher.learning_rate * triangle(position),
+        learning_rate=lambda position: teacher.learning_rate * triangle(position, teacher.last_learning_rate),
         optimizer=lambda model: _teacher_optimizer(model, teacher),
         label_smoothing=teacher.label_smoothing,
+        lookahead=teacher.lookahead,
         shift=teacher.shift,
     )
 
@@ -151,9 +155,11 @@ def student_recipe(config: RunConfig, stage: Stage) -> Recipe:
     )
 
 
-def triangle(position: float, peak: float = 0.23, start: float = 0.2) -> float:
-    """Rises from `start` to 1 at `peak`, then falls to 0 at 1."""
-    return start + (1 - start) * position / peak if position < peak else (1 - position) / (1 - peak)
+def triangle(position: float, end: float, peak: float = 0.23, start: float = 0.2) -> float:
+    """Rises from `start` to 1 at `peak`, then falls to `end` at 1."""
+    if position < peak:
+        return start + (1 - start) * position / peak
+    return 1 - (1 - end) * (position - peak) / (1 - peak)
 
 
 def train(
@@ -202,6 +208,7 @@ def train_epoch(
     training.model.train()
     processes = runtime.processes
     batches = [processes.share(batch) for batch in data.batches(epoch, recipe.batch_size, recipe.seed)]
+    lookahead = Lookahead(training.model) if recipe.lookahead else None
     totals = torch.zeros(len(_TERMS), dtype=torch.float64, device=runtime.device)
     for step, indices in enumerate(batches):
         position = (epoch + step / len(batches)) / recipe.epochs
@@ -209,6 +216,9 @@ def train_epoch(
             images, labels = data.training_images(indices, view, recipe.shift), data.train.labels[indices]
             guidance = None if teacher_logits is None else teacher_logits[indices]
         totals += _train_step(training, recipe, runtime, clock, position, images, labels, guidance)
+        # At an epoch's end too: what is saved then needs no slow weights beside it.
+        if lookahead is not None and ((step + 1) % STEPS == 0 or step + 1 == len(batches)):
+            lookahead.step(position)
         advance(len(indices) * processes.count)
 
     # The epoch's one transfer to the host: each step's sums stayed on the device.
