@@ -1,4 +1,4 @@
-"""Fills the tables and pictures of docs/cifar10-study.md from what its trainings left on disk.
+"""Fills the tables and pictures of a study's page from what its trainings left on disk.
 
 python -m benchmarks.study FILE --sweep DIR [--beyond DIR] [--search FILE.json] [--latency]
 """
