@@ -122,6 +122,8 @@ class PruningConfig:
     """Weight of the L1 penalty on the activations of the layers that are pruned."""
     l1_warmup: int = 0
     """Epochs over which the penalty's weight rises linearly from 0."""
+    l1_until: float = 1.0
+    """Share of the training after which there is no penalty: what stays is then trained free of its pull to 0."""
     layers: PrunedLayers = "hidden"
     """hidden: the fully-connected layer alone, as in the paper. all: the convolutions' channels too."""
     when: PruningTime = "every-epoch"
@@ -170,6 +172,7 @@ _BOUNDS = {
     "distillation.dkd_non_target_weight": NOT_NEGATIVE,
     "pruning.l1_weight": NOT_NEGATIVE,
     "pruning.l1_warmup": NOT_NEGATIVE,
+    "pruning.l1_until": POSITIVE_SHARE,
     "pruning.threshold": POSITIVE_SHARE,
     "pruning.patience": POSITIVE,
     "pruning.minimum_width": POSITIVE,

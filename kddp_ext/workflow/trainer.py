@@ -38,6 +38,7 @@ class Recipe:
         divergence: the loss's arguments that name and shape the divergence.
         l1_weight: of the penalty on the activations of the layers that are pruned, at its full height.
         l1_warmup: epochs over which it rises to that, linearly.
+        l1_until: position from which on there is none.
         label_smoothing: of the labels.
         lookahead: whether slow weights lead (see lookahead.py).
         shift: the most pixels that augmented images move by.
@@ -56,6 +57,7 @@ class Recipe:
     divergence: Mapping[str, Any] = field(default_factory=dict)
     l1_weight: float = 0.0
     l1_warmup: int = 0
+    l1_until: float = 1.0
     label_smoothing: float = 0.0
     lookahead: bool = False
     shift: int = 0
@@ -64,6 +66,8 @@ class Recipe:
 
     def l1_weight_at(self, position: float) -> float:
         """The penalty's weight at a position in the training, 0 at its start to 1 at its end."""
+        if position >= self.l1_until:
+            return 0.0
         return self.l1_weight * min(1.0, position * self.epochs / self.l1_warmup if self.l1_warmup else 1.0)
 
     def view(self, epoch: int) -> int:
@@ -149,6 +153,7 @@ def student_recipe(config: RunConfig, stage: Stage) -> Recipe:
         },
         l1_weight=config.pruning.l1_weight if stage == "kddp" else 0.0,
         l1_warmup=config.pruning.l1_warmup,
+        l1_until=config.pruning.l1_until,
         shift=student.shift,
         views=student.views,
         prune_when=config.pruning.when,
