@@ -23,7 +23,10 @@ from kddp_ext.workflow.runtime import Runtime
 
 
 def run_share(rank, path, config, count=2, *, resume=False, fails=None, steps=None):
-    """A run of `config` in `path` by `count` processes.
+    """A run of `config` in `path` by `count` processes, in float64.
+
+    Adam divides by what it has seen of a gradient: where that is rounding alone, another order of summation turns
+    the step around. In float32 such steps differ by more than an error would, on some processors.
 
     Args:
         fails: (rank, name) of a process and a function of `failures` that it cannot call.
@@ -40,6 +43,8 @@ def run_share(rank, path, config, count=2, *, resume=False, fails=None, steps=No
         return measure(run, job, training)
 
     with ExitStack() as patches:
+        patches.callback(torch.set_default_dtype, torch.get_default_dtype())
+        torch.set_default_dtype(torch.float64)
         patches.enter_context(mock.patch.object(stages, "_measure", keep_weights))
         if count > 1:  # in the process of the tests a fixture does it
             patches.enter_context(

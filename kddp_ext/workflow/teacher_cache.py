@@ -128,7 +128,7 @@ class TeacherLogits:
     @torch.inference_mode()
     def _ask_teacher(self, view: int) -> Tensor:
         processes, count = self._runtime.processes, len(self._data.train)
-        logits = torch.zeros(count, self._data.info.classes, device=self._runtime.device)
+        logits = torch.zeros(count, self._data.info.classes, dtype=torch.float32, device=self._runtime.device)
         with self._progress.bar("teacher's logits", count) as bar:
             for number, indices in enumerate(torch.arange(count, device=self._runtime.device).split(_BATCH)):
                 if number % processes.count == processes.rank:
