@@ -27,6 +27,7 @@ Preset = Literal["quick", "default"]
 Precision = Literal["auto", "float32", "bfloat16"]
 Criterion = Literal["contribution", "mean_activation", "apoz", "dead"]
 TeacherArchitecture = Literal["fast", "resnet20", "resnet56", "resnet110"]
+TeacherOptimizer = Literal["sgd", "muon"]
 StudentArchitecture = Literal["cnn", "vgg11", "resnet20"]
 PrunedLayers = Literal["hidden", "all"]
 PruningTime = Literal["every-epoch", "at-the-end"]
@@ -37,7 +38,7 @@ CONFIG_VERSION = 2
 
 @dataclass(frozen=True)
 class TeacherConfig:
-    """The large network. Trained once, with SGD, Nesterov momentum and a triangular learning rate."""
+    """The large network, trained once."""
 
     architecture: TeacherArchitecture = "fast"
     """fast trains in few passes; the others are the pre-activation networks of He et al. (2016)."""
@@ -52,18 +53,18 @@ class TeacherConfig:
     """Passes over the training images."""
     batch_size: int = 128
     """Images per step."""
+    optimizer: TeacherOptimizer = "sgd"
+    """sgd has Nesterov momentum; muon, for fast, makes the steps of its filters orthogonal (Jordan 2024)."""
     learning_rate: float = 0.4
-    """Peak learning rate, reached after a quarter of the steps."""
-    last_learning_rate: float = 0.0
-    """The last step's learning rate, as a share of the peak."""
+    """Its highest value: sgd's rises to it over a quarter of the steps, muon's starts there; both fall to 0."""
     bias_learning_rate: float = 1.0
-    """How many times faster biases learn than weights. 64 suits fast on CIFAR-10 (Page 2018)."""
+    """How many times faster biases learn. fast bears many times (Page 2018)."""
+    classifier_learning_rate: float = 1.0
+    """How many times faster the last layer learns."""
     momentum: float = 0.9
-    """Nesterov momentum."""
+    """Nesterov momentum, of all that has no orthogonal steps."""
     weight_decay: float = 5e-4
-    """L2 penalty on the weights."""
-    lookahead: FlagConversionOff[bool] = False
-    """Whether slow weights lead the optimizer's (Zhang et al. 2019)."""
+    """L2 penalty on the weights without orthogonal steps."""
     label_smoothing: float = 0.0
     """Share of each label spread over all classes. Smoothing is known to spoil teachers, hence 0."""
 
@@ -153,8 +154,8 @@ _BOUNDS = {
     "teacher.epochs": POSITIVE,
     "teacher.batch_size": POSITIVE,
     "teacher.learning_rate": POSITIVE,
-    "teacher.last_learning_rate": SHARE,
     "teacher.bias_learning_rate": POSITIVE,
+    "teacher.classifier_learning_rate": POSITIVE,
     "teacher.momentum": BELOW_ONE,
     "teacher.weight_decay": NOT_NEGATIVE,
     "teacher.label_smoothing": BELOW_ONE,
@@ -213,6 +214,8 @@ class RunConfig:
             channels = self.options()[option]
             if any(each < 1 for each in channels):
                 raise WorkflowError(f"--{option}: expected positive numbers, got {channels}")
+        if self.teacher.optimizer == "muon" and self.teacher.architecture != "fast":
+            raise WorkflowError(f"--teacher.optimizer: muon is for fast alone, got {self.teacher.architecture}")
 
     def to_json(self) -> dict[str, Any]:
         """The config as plain values, as config.json holds it."""

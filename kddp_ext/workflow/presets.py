@@ -33,14 +33,14 @@ def preset(dataset: Dataset, name: Preset) -> RunConfig:
         augment=True,
         teacher=TeacherConfig(
             channels=(32, 64, 256) if quick else (64, 256, 256),
-            epochs=7 if quick else 11,
-            batch_size=256,
-            learning_rate=0.375,
-            last_learning_rate=0.07,
-            bias_learning_rate=64.0,
-            lookahead=True,
+            epochs=6 if quick else 10,
+            batch_size=2000,
+            optimizer="muon",  # with Jordan's rates, for steps of 2000 images
+            learning_rate=0.24,
+            bias_learning_rate=440.0,
+            classifier_learning_rate=7.0,
             momentum=0.85,
-            weight_decay=1.33e-3,
+            weight_decay=1 / 60,
         ),
         student=StudentConfig(
             channels=(32, 64, 128),

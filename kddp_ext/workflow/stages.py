@@ -87,7 +87,7 @@ def _train_job(run: Run, job: Job, model: nn.Module, recipe: Recipe, teacher: Te
     training = processes.together(lambda: _restore_or_start(run, job, run.runtime.place(model), recipe))
     if _finished(run, job):
         return training
-    _distribute(run, training)
+    _distribute(run, training, recipe)
 
     images = len(run.data.train) // recipe.batch_size * recipe.batch_size or len(run.data.train)
     with (
@@ -113,7 +113,7 @@ def _finished(run: Run, job: Job) -> bool:
     return run.runtime.processes.first(lambda: run.folder.read_result(job.name) is not None)
 
 
-def _distribute(run: Run, training: Training) -> None:
+def _distribute(run: Run, training: Training, recipe: Recipe) -> None:
     """Train on the batches of all processes, where there are several. Not before the pruner has traced the model."""
     processes = run.runtime.processes
     if processes.count == 1:
@@ -121,7 +121,9 @@ def _distribute(run: Run, training: Training) -> None:
     processes.require_same("the finished epochs", len(training.epochs))
     join_batches(training.model, processes)
     # The buffers need no broadcast: the statistics of batch normalisation are computed alike.
-    training.network = DistributedDataParallel(training.model, forward_sync_buffers=False)
+    training.network = DistributedDataParallel(
+        training.model, forward_sync_buffers=False, find_unused_parameters=bool(recipe.frozen_from)
+    )
 
 
 def _event_files(run: Run, job: Job, training: Training, images: int) -> AbstractContextManager[Write]:

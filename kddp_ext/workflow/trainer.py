@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import time
+from collections import defaultdict
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -15,8 +16,9 @@ import kddp_ext
 from kddp_ext.workflow.config import PruningTime, RunConfig, TeacherConfig
 from kddp_ext.workflow.data import ImageData
 from kddp_ext.workflow.errors import WorkflowError
-from kddp_ext.workflow.lookahead import STEPS, Lookahead
 from kddp_ext.workflow.measure import accuracy, count_parameters
+from kddp_ext.workflow.models.teacher import FastTeacher
+from kddp_ext.workflow.muon import FILTER_MOMENTUM, Muon
 from kddp_ext.workflow.run_folder import Stage
 from kddp_ext.workflow.runtime import PhaseClock, Runtime
 from kddp_ext.workflow.teacher_cache import TeacherLogits
@@ -40,8 +42,8 @@ class Recipe:
         l1_warmup: epochs over which it rises to that, linearly.
         l1_until: position from which on there is none.
         label_smoothing: of the labels.
-        lookahead: whether slow weights lead (see lookahead.py).
         shift: the most pixels that augmented images move by.
+        frozen_from: parameters by name, and the epoch, counted from 0, from which on they learn no more.
         views: how many views of the images the epochs take in turn; 0 for a new one in each.
         prune_when: after every epoch but the last, or once, after that.
     """
@@ -59,7 +61,7 @@ class Recipe:
     l1_warmup: int = 0
     l1_until: float = 1.0
     label_smoothing: float = 0.0
-    lookahead: bool = False
+    frozen_from: Mapping[str, int] = field(default_factory=dict)
     shift: int = 0
     views: int = 0
     prune_when: PruningTime = "every-epoch"
@@ -97,36 +99,45 @@ class Training:
 
 
 def teacher_recipe(config: RunConfig) -> Recipe:
-    """SGD with Nesterov momentum and a triangular learning rate."""
+    """SGD with a triangular learning rate, or Muon with one that falls all along."""
     teacher = config.teacher
+    schedule = triangle if teacher.optimizer == "sgd" else lambda position: 1 - position
     return Recipe(
         stage="teacher",
         seed=teacher.seed,
         epochs=teacher.epochs,
         batch_size=teacher.batch_size,
-        learning_rate=lambda position: teacher.learning_rate * triangle(position, teacher.last_learning_rate),
+        learning_rate=lambda position: teacher.learning_rate * schedule(position),
         optimizer=lambda model: _teacher_optimizer(model, teacher),
         label_smoothing=teacher.label_smoothing,
-        lookahead=teacher.lookahead,
+        frozen_from=FastTeacher.frozen_from if teacher.architecture == "fast" else {},
         shift=teacher.shift,
     )
 
 
 def _teacher_optimizer(model: nn.Module, teacher: TeacherConfig) -> torch.optim.Optimizer:
-    trained = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
-    biases = [parameter for name, parameter in trained if name.endswith("bias")]
-    others = [parameter for name, parameter in trained if not name.endswith("bias")]
-    scale = teacher.bias_learning_rate
-    groups = [
-        {"params": others, "scale": 1.0, "weight_decay": teacher.weight_decay},
-        {"params": biases, "scale": scale, "weight_decay": teacher.weight_decay / scale},  # decay follows the rate
+    orthogonal = teacher.optimizer == "muon"
+    groups: dict[float, list[nn.Parameter]] = defaultdict(list)
+    filters = []
+    for name, parameter in model.named_parameters():
+        if not parameter.requires_grad:
+            continue
+        if orthogonal and parameter.ndim == 4:
+            filters.append(parameter)
+        elif name.endswith("bias"):
+            groups[teacher.bias_learning_rate].append(parameter)
+        else:
+            last = name.startswith("classifier")
+            groups[teacher.classifier_learning_rate if last else 1.0].append(parameter)
+    others = [
+        {"params": parameters, "scale": scale, "weight_decay": teacher.weight_decay / scale}  # decay follows the rate
+        for scale, parameters in groups.items()
     ]
+    if orthogonal:
+        others.append({"params": filters, "orthogonalize": True, "momentum": FILTER_MOMENTUM})
+        return Muon(others, lr=teacher.learning_rate, momentum=teacher.momentum)
     return torch.optim.SGD(
-        [group for group in groups if group["params"]],
-        lr=teacher.learning_rate,
-        momentum=teacher.momentum,
-        nesterov=teacher.momentum > 0,
-        fused=True,
+        others, lr=teacher.learning_rate, momentum=teacher.momentum, nesterov=teacher.momentum > 0, fused=True
     )
 
 
@@ -160,11 +171,11 @@ def student_recipe(config: RunConfig, stage: Stage) -> Recipe:
     )
 
 
-def triangle(position: float, end: float, peak: float = 0.23, start: float = 0.2) -> float:
-    """Rises from `start` to 1 at `peak`, then falls to `end` at 1."""
+def triangle(position: float, peak: float = 0.23, start: float = 0.2) -> float:
+    """Rises from `start` to 1 at `peak`, then falls to 0 at 1."""
     if position < peak:
         return start + (1 - start) * position / peak
-    return 1 - (1 - end) * (position - peak) / (1 - peak)
+    return (1 - position) / (1 - peak)
 
 
 def train(
@@ -189,6 +200,8 @@ def train(
         WorkflowError: the loss is no longer finite.
     """
     for epoch in range(len(training.epochs), recipe.epochs):
+        for name, start in recipe.frozen_from.items():
+            training.model.get_parameter(name).requires_grad_(epoch < start)
         metrics = train_epoch(training, recipe, data, teacher, runtime, epoch, advance)
         training.epochs.append(metrics)
         epoch_done(metrics)
@@ -213,7 +226,6 @@ def train_epoch(
     training.model.train()
     processes = runtime.processes
     batches = [processes.share(batch) for batch in data.batches(epoch, recipe.batch_size, recipe.seed)]
-    lookahead = Lookahead(training.model) if recipe.lookahead else None
     totals = torch.zeros(len(_TERMS), dtype=torch.float64, device=runtime.device)
     for step, indices in enumerate(batches):
         position = (epoch + step / len(batches)) / recipe.epochs
@@ -221,9 +233,6 @@ def train_epoch(
             images, labels = data.training_images(indices, view, recipe.shift), data.train.labels[indices]
             guidance = None if teacher_logits is None else teacher_logits[indices]
         totals += _train_step(training, recipe, runtime, clock, position, images, labels, guidance)
-        # At an epoch's end too: what is saved then needs no slow weights beside it.
-        if lookahead is not None and ((step + 1) % STEPS == 0 or step + 1 == len(batches)):
-            lookahead.step(position)
         advance(len(indices) * processes.count)
 
     # The epoch's one transfer to the host: each step's sums stayed on the device.

@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 
 from kddp_ext.workflow.config import PruningConfig, RunConfig, StudentConfig, TeacherConfig
-from kddp_ext.workflow.trainer import student_recipe, teacher_recipe
+from kddp_ext.workflow.data import ImageData
+from kddp_ext.workflow.models import build_teacher
+from kddp_ext.workflow.runtime import Runtime
+from kddp_ext.workflow.trainer import Training, student_recipe, teacher_recipe, train
 
 
 def test_the_penalty_rises_stays_and_ends() -> None:
@@ -32,8 +37,26 @@ def test_epochs_take_the_views_in_turn() -> None:
     assert [own.view(epoch) for epoch in range(5)] == [0, 1, 2, 3, 4]
 
 
-def test_the_teachers_learning_rate_is_a_triangle_without_its_corners() -> None:
-    teacher = TeacherConfig(learning_rate=2.0, last_learning_rate=0.1)
-    recipe = teacher_recipe(RunConfig(teacher=teacher))
-    rates = [recipe.learning_rate(position) for position in (0.0, 0.23, 0.615, 1.0)]
-    assert rates == pytest.approx([0.4, 2.0, 1.1, 0.2])
+def test_the_teachers_learning_rate_is_a_triangle_or_falls_all_along() -> None:
+    sgd = teacher_recipe(RunConfig(teacher=TeacherConfig(learning_rate=2.0)))
+    assert [sgd.learning_rate(position) for position in (0.0, 0.23, 0.615, 1.0)] == pytest.approx([0.4, 2.0, 1.0, 0.0])
+    muon = teacher_recipe(RunConfig(teacher=TeacherConfig(learning_rate=2.0, optimizer="muon")))
+    assert [muon.learning_rate(position) for position in (0.0, 0.25, 1.0)] == pytest.approx([2.0, 1.5, 0.0])
+
+
+def test_the_whitenings_bias_learns_in_three_epochs_and_the_filters_in_all(
+    image_data: Callable[..., ImageData],
+) -> None:
+    data, config = image_data(), RunConfig(teacher=TeacherConfig(channels=(4, 8), epochs=5, batch_size=25))
+    model, recipe = build_teacher(config, data.info), teacher_recipe(config)
+    seen: list[tuple[Any, ...]] = []
+
+    def epoch_done(_metrics: dict[str, Any]) -> None:
+        seen.append(tuple(model.get_parameter(name).detach().clone() for name in ("whitening.bias", filters)))
+
+    filters = "blocks.0.layers.0.weight"
+    training = Training(model, model, recipe.optimizer(model), None, [])
+    train(training, recipe, data, None, Runtime(), advance=lambda _: None, epoch_done=epoch_done)
+    moved = [(before[0] - after[0]).any() for before, after in zip(seen, seen[1:], strict=False)]
+    assert moved == [True, True, False, False]
+    assert all((before[1] - after[1]).any() for before, after in zip(seen, seen[1:], strict=False))
