@@ -58,11 +58,11 @@ class Muon(torch.optim.Optimizer):
         for group in self.param_groups:
             for parameter in group["params"]:
                 if parameter.grad is not None:
-                    self._step(parameter, group)
+                    self._step(parameter, parameter.grad, group)
         return loss
 
-    def _step(self, parameter: nn.Parameter, group: dict[str, Any]) -> None:
-        gradient = parameter.grad.add(parameter, alpha=group["weight_decay"])
+    def _step(self, parameter: nn.Parameter, gradient: Tensor, group: dict[str, Any]) -> None:
+        gradient = gradient.add(parameter, alpha=group["weight_decay"])
         momentum = self.state[parameter].setdefault("momentum_buffer", torch.zeros_like(gradient))
         momentum.mul_(group["momentum"]).add_(gradient)
         update = gradient.add(momentum, alpha=group["momentum"])
@@ -79,7 +79,7 @@ def orthogonalized(matrix: Tensor) -> Tensor:
     at 0 rather than exact at 1.
     """
     wide = matrix if matrix.shape[0] <= matrix.shape[1] else matrix.T
-    x = wide / (wide.norm() + 1e-7)
+    x: Tensor = wide / (wide.norm() + 1e-7)
     for _ in range(_STEPS):
         gram = x @ x.T
         x = 3.4445 * x + (-4.7750 * gram + 2.0315 * gram @ gram) @ x
