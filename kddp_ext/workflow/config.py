@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 from tyro.conf import FlagConversionOff
 
@@ -22,6 +23,7 @@ from kddp_ext.workflow.config_checks import (
 )
 from kddp_ext.workflow.errors import WorkflowError
 
+Settings = TypeVar("Settings")
 Dataset = Literal["digits", "fashion-mnist", "cifar10"]
 Preset = Literal["quick", "default"]
 Precision = Literal["auto", "float32", "bfloat16"]
@@ -253,13 +255,18 @@ def differences(saved: RunConfig, wanted: RunConfig) -> list[str]:
 
 def load_config(path: Path) -> RunConfig:
     """Read a run's config.json; raises WorkflowError naming the file when it can't be used."""
+    return read_settings(path, RunConfig.from_json, "a run")
+
+
+def read_settings(path: Path, from_json: Callable[[dict[str, Any]], Settings], owner: str) -> Settings:
+    """What `from_json` makes of a JSON object; raises WorkflowError naming the file and its owner when it can't."""
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
         if not isinstance(values, dict):
             raise WorkflowError("expected a JSON object")
-        return RunConfig.from_json(values)
+        return from_json(values)
     except (json.JSONDecodeError, UnicodeDecodeError, WorkflowError) as error:
-        raise WorkflowError(f"{path} is not the config of a run: {error}") from error
+        raise WorkflowError(f"{path} is not the config of {owner}: {error}") from error
 
 
 def _flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -27,7 +27,12 @@ def draw(path: Path, stages: dict[str, dict[str, Any]], epochs: dict[str, list[d
     _accuracy_against_parameters(left, stages)
     _width(middle, stages, epochs.get("kddp", []))
     _loss_terms(right, epochs.get("kddp", []))
-    for axes in (left, middle, right):
+    save_figure(figure, path)
+
+
+def save_figure(figure: Figure, path: Path) -> None:
+    """Give all panels of `figure` the reports' frame and grid, and write it into a PNG file."""
+    for axes in figure.axes:
         axes.spines[["top", "right"]].set_visible(False)
         axes.grid(color="#e6e8eb", linewidth=0.8)
         axes.set_axisbelow(True)

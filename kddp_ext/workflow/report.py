@@ -71,11 +71,7 @@ def write_report(folder: RunFolder, config: RunConfig, title: str) -> None:
         "the multiply-adds of the convolutions and linear layers for one image. Against KD: how many times",
         "fewer parameters. What was measured with a clock is in timing.md.",
         "",
-        "## Settings",
-        "",
-        "```",
-        *_settings(config),
-        "```",
+        *settings_section(config),
     ]
     write_text(folder.report, "\n".join(lines) + "\n")
 
@@ -130,5 +126,7 @@ def _millions(number: int) -> str:
     return f"{number / 1e6:.3f}M" if number < 1e6 else f"{number / 1e6:.2f}M"
 
 
-def _settings(config: RunConfig) -> list[str]:
-    return [f"{option} = {value}" for option, value in config.options().items()]
+def settings_section(config: RunConfig) -> list[str]:
+    """The lines of a report that list every setting."""
+    settings = (f"{option} = {value}" for option, value in config.options().items())
+    return ["## Settings", "", "```", *settings, "```"]

@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal, get_args
 
 import tyro
 
-from kddp_ext.workflow.config import RunConfig
+from kddp_ext.workflow.config import RunConfig, differences, read_settings
 from kddp_ext.workflow.config_checks import POSITIVE, check_bounds
 from kddp_ext.workflow.errors import WorkflowError
 from kddp_ext.workflow.stages import Job
@@ -81,8 +81,7 @@ class SweepConfig:
 
     def differences(self, wanted: SweepConfig) -> list[str]:
         """What a sweep of `wanted` would train otherwise. More of anything is no difference: it is trained besides."""
-        old, new = self.run.options(), wanted.run.options()
-        return [f"{key}: {old[key]} was saved, {new[key]} is wanted" for key in old if old[key] != new[key]]
+        return differences(self.run, wanted.run)
 
 
 @dataclass(frozen=True)
@@ -102,13 +101,7 @@ class Point:
 
 def load_sweep(path: Path) -> SweepConfig:
     """Read a sweep's sweep.json; raises WorkflowError naming the file when it can't be used."""
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-        if not isinstance(values, dict):
-            raise WorkflowError("expected a JSON object")
-        return SweepConfig.from_json(values)
-    except (json.JSONDecodeError, UnicodeDecodeError, WorkflowError) as error:
-        raise WorkflowError(f"{path} is not the config of a sweep: {error}") from error
+    return read_settings(path, SweepConfig.from_json, "a sweep")
 
 
 def points(sweep: SweepConfig, found: Mapping[str, int]) -> list[Point]:

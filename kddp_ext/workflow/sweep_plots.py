@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -10,7 +9,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter, LogLocator, MaxNLocator, NullFormatter
 
-from kddp_ext.files import atomic_write
+from kddp_ext.workflow.plots import save_figure
 from kddp_ext.workflow.sweep_results import Measured
 
 PICTURE = "report.png"
@@ -30,13 +29,7 @@ def draw_sweep(path: Path, measured: Sequence[Measured], title: str) -> None:
     _widths(panels[1], [each for each in measured if each.point.kind == "kddp"])
     if ablations:
         _ablations(panels[2], measured, ablations)
-    for axes in panels:
-        axes.spines[["top", "right"]].set_visible(False)
-        axes.grid(color="#e6e8eb", linewidth=0.8)
-        axes.set_axisbelow(True)
-    picture = io.BytesIO()
-    figure.savefig(picture, format="png")
-    atomic_write(path, lambda file: file.write(picture.getbuffer()))
+    save_figure(figure, path)
 
 
 def _accuracy_against_parameters(axes: Axes, measured: Sequence[Measured]) -> None:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from kddp_ext.files import write_text
 from kddp_ext.workflow.datasets import INFO
+from kddp_ext.workflow.report import settings_section
 from kddp_ext.workflow.run_folder import RunFolder
 from kddp_ext.workflow.sweep_config import TEACHER, Point, SweepConfig
 from kddp_ext.workflow.sweep_plots import PICTURE, draw_sweep
@@ -72,11 +73,7 @@ def write_sweep_report(folder: RunFolder, sweep: SweepConfig, points: Sequence[P
         "",
         "Accuracy is that of the last epoch's weights on the test images, mean ± standard deviation over the seeds.",
         "",
-        "## Settings",
-        "",
-        "```",
-        *(f"{option} = {value}" for option, value in sweep.run.options().items()),
-        "```",
+        *settings_section(sweep.run),
     ]
     write_text(folder.report, "\n".join(lines) + "\n")
 
