@@ -1,6 +1,6 @@
 """Fills the tables and pictures of a study's page from what its trainings left on disk.
 
-python -m benchmarks.study FILE --sweep DIR [--beyond DIR] [--search FILE.json] [--latency]
+python -m benchmarks.study FILE --sweep DIR [--beyond DIR] [--search FILE.json] [--latency] [--json FILE]
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.table import Table, write_markdown
+from kddp_ext.files import write_json
 from kddp_ext.workflow import sweep_report
 from kddp_ext.workflow.latency import measure
 from kddp_ext.workflow.run_folder import RunFolder
@@ -24,25 +25,38 @@ from kddp_ext.workflow.sweep_results import Measured, measure_points
 
 def main() -> int:
     arguments = _parse()
-    tables = []
-    for name, path in (("", arguments.sweep), ("beyond-", arguments.beyond)):
+    tables, trainings = [], {}
+    for section, path in (("cnn5", arguments.sweep), ("beyond", arguments.beyond)):
         if path is not None:
             measured = _measured(path)
-            tables += [_with_title(name, table) for table in sweep_report.sweep_tables(measured)]
-            shutil.copyfile(
-                path / "report.png", arguments.file.parent / "images" / f"cifar10-study-{name or 'cnn5'}.png"
-            )
+            trainings[section] = {each.point.label: _trainings(each) for each in measured}
+            prefix = "" if section == "cnn5" else f"{section}-"
+            tables += [_with_title(prefix, table) for table in sweep_report.sweep_tables(measured)]
+            picture = arguments.file.parent / "images" / f"cifar10-study-{section}.png"
+            shutil.copyfile(path / "report.png", picture)
     if arguments.latency:
         tables.append(_latencies(arguments.sweep))
     if arguments.search is not None:
         tables.append(_searched(json.loads(arguments.search.read_text())))
     write_markdown(str(arguments.file), None, tables)
+    if arguments.json is not None:
+        write_json(arguments.json, trainings)
     return 0
 
 
 def _measured(path: Path) -> list[Measured]:
     folder = RunFolder(path)
     return measure_points(folder, sweep_points(folder, load_sweep(folder.sweep)))
+
+
+def _trainings(measured: Measured) -> list[dict[str, Any]]:
+    """The figures of each seed, and its width after each epoch where that changes."""
+    trainings = []
+    for job, result, epochs in zip(measured.jobs, measured.results, measured.epochs, strict=True):
+        widths = [epoch["width"] for epoch in epochs if "width" in epoch]
+        kept = {key: result[key] for key in ("test_accuracy", "width", "parameters", "linear_parameters", "macs")}
+        trainings.append({"seed": job.config.seed, **kept, **({"widths": widths} if widths else {})})
+    return trainings
 
 
 _TITLES = {
@@ -92,6 +106,7 @@ def _parse() -> argparse.Namespace:
     parser.add_argument("--sweep", type=Path, required=True, help="folder of the sweep of cnn5")
     parser.add_argument("--beyond", type=Path, help="folder of the sweep of another student")
     parser.add_argument("--search", type=Path, help="what python -m benchmarks.recipe_search wrote")
+    parser.add_argument("--json", type=Path, help="write the figures of every training to this file")
     parser.add_argument("--latency", action="store_true", help="measure latencies; wants a quiet machine")
     return parser.parse_args()
 

@@ -38,6 +38,8 @@ _COLUMNS = (
     "in linear layers",
     "MACs",
     "file (KiB)",
+    "accuracy against KD's",
+    "fewer in linear layers",
 )
 
 
@@ -45,13 +47,14 @@ def sweep_tables(measured: Sequence[Measured]) -> list[Table]:
     """The tables of a report: the students; KDDP beside KD of the same width; the ablations."""
     main = [each for each in measured if each.point.kind in ("scratch", "kd", "kddp")]
     ablations = [each for each in measured if each.point.kind == "ablation"]
-    tables = [Table("students", _COLUMNS, [_row(each) for each in main])]
+    kd = _full_kd(measured)
+    tables = [Table("students", _COLUMNS, [_row(each, kd) for each in main])]
     if pairs := _pairs(measured):
         columns = ("KDDP", "hidden width", "KDDP's accuracy", "KD's at that width", "difference, seed by seed")
         tables.append(Table("same-width", columns, pairs))
     if ablations:
         base = [each for each in measured if each.point.kind == "kddp" and _is_base(each, ablations[0])]
-        tables.append(Table("ablations", _COLUMNS, [_row(each) for each in (*base, *ablations)]))
+        tables.append(Table("ablations", _COLUMNS, [_row(each, kd) for each in (*base, *ablations)]))
     return tables
 
 
@@ -72,6 +75,7 @@ def write_sweep_report(folder: RunFolder, sweep: SweepConfig, points: Sequence[P
         f"![Accuracy against parameters, widths over the epochs, ablations]({PICTURE})",
         "",
         "Accuracy is that of the last epoch's weights on the test images, mean ± standard deviation over the seeds.",
+        "Against KD's: points above that of KD at the full width, seed by seed; how many times fewer parameters.",
         "",
         *settings_section(sweep.run),
     ]
@@ -84,7 +88,7 @@ def percent(values: Sequence[float]) -> str:
     return f"{mean} ± {100 * statistics.stdev(values):.2f}" if len(values) > 1 else mean
 
 
-def _row(measured: Measured) -> list[str]:
+def _row(measured: Measured, kd: Measured | None) -> list[str]:
     return [
         measured.point.label,
         str(len(measured.results)),
@@ -94,7 +98,27 @@ def _row(measured: Measured) -> list[str]:
         f"{measured.mean('linear_parameters'):,.0f}",
         f"{measured.mean('macs') / 1e6:.2f}M",
         f"{measured.mean('bytes') / 1024:,.0f}",
+        *(("", "") if kd is None else _against(measured, kd)),
     ]
+
+
+def _full_kd(measured: Sequence[Measured]) -> Measured | None:
+    """KD of the student that KDDP starts from: what the others are compared with."""
+    students = [each.jobs[0].config.student for each in measured if each.point.kind in ("scratch", "kddp")]
+    found = (each for each in measured if each.point.kind == "kd" and each.jobs[0].config.student in students)
+    return next(found, None)
+
+
+def _against(measured: Measured, kd: Measured) -> tuple[str, str]:
+    """How many points more accurate, over the seeds that both have, and how many times smaller."""
+    if measured is kd:
+        return "", ""
+    of_kd = dict(zip((job.config.seed for job in kd.jobs), kd.values("test_accuracy"), strict=True))
+    seeds = (job.config.seed for job in measured.jobs)
+    accuracies = zip(seeds, measured.values("test_accuracy"), strict=True)
+    differences = [accuracy - of_kd[seed] for seed, accuracy in accuracies if seed in of_kd]
+    fewer = kd.mean("linear_parameters") / measured.mean("linear_parameters")
+    return percent(differences) if differences else "", f"{fewer:.1f}x"
 
 
 def _width(measured: Measured) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import signal
+import statistics
 import subprocess
 import sys
 from pathlib import Path
@@ -24,6 +25,7 @@ from kddp_ext.workflow.sweep import run_sweep, sweep_points
 from kddp_ext.workflow.sweep_config import SweepConfig, load_sweep, points
 from kddp_ext.workflow.sweep_results import measure_points
 
+ROOT = Path(__file__).parents[2]
 OPTIONS = ["--teacher.channels", "8", "--teacher.epochs", "2", "--student.channels", "4", "--student.epochs", "3"]
 OPTIONS += ["--student.width", "32", "--student.batch-size", "128", "--pruning.l1-weight", "0.05"]
 OPTIONS += ["--pruning.threshold", "0.2", "--pruning.patience", "1", "--threads", "1", "--device", "cpu"]
@@ -123,6 +125,48 @@ def test_the_report_has_every_point_with_its_spread(finished_sweep: Path) -> Non
     kddp = next(each for each in measured if each.point.kind == "kddp")
     assert kddp.mean("width") < 32
     assert (finished_sweep / "report.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_students_are_compared_with_kd_at_the_full_width(finished_sweep: Path) -> None:
+    def results(name: str) -> list[dict[str, Any]]:
+        return [json.loads((finished_sweep / f"{name}-seed_{seed}" / "result.json").read_text()) for seed in (0, 1)]
+
+    kddp, kd = results("kddp-l1_0.05"), results("kd-width_32")
+    gains = [100 * (ours["test_accuracy"] - theirs["test_accuracy"]) for ours, theirs in zip(kddp, kd, strict=True)]
+    sizes = [sum(result["linear_parameters"] for result in each) for each in (kd, kddp)]
+    rows = [line.strip("| ").split(" | ") for line in RunFolder(finished_sweep).report.read_text().splitlines()]
+    gain, fewer = next(row for row in rows if row[0] == "KDDP, l1_weight 0.05")[-2:]
+    assert float(gain.split(" ± ")[0]) == pytest.approx(statistics.fmean(gains), abs=0.0051)
+    assert float(gain.split(" ± ")[1]) == pytest.approx(statistics.stdev(gains), abs=0.0051)
+    assert fewer == f"{sizes[0] / sizes[1]:.1f}x"
+
+
+def test_a_page_takes_the_tables_and_pictures_of_sweeps(
+    finished_sweep: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.syspath_prepend(str(ROOT))
+    from benchmarks import study
+
+    page, figures = tmp_path / "page.md", tmp_path / "figures.json"
+    (tmp_path / "images").mkdir()
+    marks = ("students", "same-width", "ablations", "beyond-students", "search")
+    page.write_text("Above.\n" + "".join(f"<!-- table {name} -->\n<!-- end -->\n" for name in marks) + "Below.\n")
+    search = tmp_path / "search.json"
+    search.write_text(json.dumps({"kddp pruning.l1_weight=0.02": {"validation_accuracy": 0.5, "width": 7}}))
+    sweep = str(finished_sweep)
+    arguments = ["study", str(page), "--sweep", sweep, "--beyond", sweep, "--search", str(search)]
+    monkeypatch.setattr(sys, "argv", [*arguments, "--json", str(figures)])
+    assert study.main() == 0
+
+    text = page.read_text()
+    assert (text[:7], text[-7:]) == ("Above.\n", "Below.\n")
+    assert text.count("| KDDP, l1_weight 0.05 | 2 |") == 3  # among the students, the ablations' base, and beyond
+    assert "| kddp | l1_weight=0.02 | 50.00 | 7 |" in text
+    pictures = [(tmp_path / "images" / f"cifar10-study-{name}.png").read_bytes() for name in ("cnn5", "beyond")]
+    assert pictures == [(finished_sweep / "report.png").read_bytes()] * 2
+    trainings = json.loads(figures.read_text())["cnn5"]["KDDP, l1_weight 0.02"]
+    assert [training["seed"] for training in trainings] == [0, 1]
+    assert all(training["widths"][-1] == training["width"] for training in trainings)
 
 
 def test_kd_was_trained_at_each_width_that_kddp_found(finished_sweep: Path) -> None:
