@@ -49,12 +49,15 @@ def _measured(path: Path) -> list[Measured]:
     return measure_points(folder, sweep_points(folder, load_sweep(folder.sweep)))
 
 
+_FIGURES = ("test_accuracy", "width", "active", "parameters", "linear_parameters", "macs")
+
+
 def _trainings(measured: Measured) -> list[dict[str, Any]]:
     """The figures of each seed, and its width after each epoch where that changes."""
     trainings = []
     for job, result, epochs in zip(measured.jobs, measured.results, measured.epochs, strict=True):
         widths = [epoch["width"] for epoch in epochs if "width" in epoch]
-        kept = {key: result[key] for key in ("test_accuracy", "width", "parameters", "linear_parameters", "macs")}
+        kept = {key: result[key] for key in _FIGURES}
         trainings.append({"seed": job.config.seed, **kept, **({"widths": widths} if widths else {})})
     return trainings
 

@@ -202,7 +202,7 @@ def _report(arguments: list[str]) -> None:
 def _set_up(threads: int, dataset: Dataset) -> None:
     import torch
 
-    from kddp_ext.workflow.runtime import keep_freed_memory
+    from kddp_ext.workflow.runtime import flush_denormals, keep_freed_memory
 
     if threads < 0:
         raise WorkflowError(f"--threads: expected a number of at least 0, got {threads}")
@@ -210,6 +210,7 @@ def _set_up(threads: int, dataset: Dataset) -> None:
     if threads:
         torch.set_num_threads(threads)
     keep_freed_memory()
+    flush_denormals()
 
 
 def _evaluate(arguments: list[str]) -> None:

@@ -1,4 +1,4 @@
-"""One loop in a process of its own: the allocator that the workflow sets must not help the classic one.
+"""One loop in a process of its own: what the workflow sets of the process must not help the classic one.
 
 It builds its networks and images and says so; then it runs its steps once for each line that it is sent, and answers
 with a line.
@@ -18,7 +18,7 @@ import torch
 from benchmarks.classic_loop.classic import ClassicLoop
 from benchmarks.classic_loop.ours import OurLoop
 from benchmarks.classic_loop.pairs import PAIRS, build_networks, load_images
-from kddp_ext.workflow.runtime import Runtime, keep_freed_memory
+from kddp_ext.workflow.runtime import Runtime, flush_denormals, keep_freed_memory
 
 
 class Task(NamedTuple):
@@ -65,6 +65,7 @@ def main() -> None:
     torch.set_num_threads(task.threads)
     if task.loop != "classic":
         keep_freed_memory()
+        flush_denormals()
     with tempfile.TemporaryDirectory() as folder:
         loop = build(task, Path(folder))
         print("ready", flush=True)

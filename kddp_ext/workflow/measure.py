@@ -12,6 +12,7 @@ from kddp_ext.workflow.data import ImageData, Split
 from kddp_ext.workflow.runtime import Runtime
 
 _EVALUATION_BATCH = 1000
+_ACTIVE_IMAGES = 5000
 
 
 @torch.inference_mode()
@@ -39,6 +40,25 @@ def _logits_of_views(model: nn.Module, images: Tensor) -> Tensor:
     moved = (padded[..., :size, :size], padded[..., 2:, 2:])
     views = ((0.5, images), *((0.25, view) for view in moved))
     return torch.stack([w * (model(view).float() + model(view.flip(3)).float()) for w, view in views]).sum(0)
+
+
+@torch.inference_mode()
+def count_active(model: nn.Module, layer: nn.Linear, data: ImageData, runtime: Runtime) -> int:
+    """Neurons of a layer before a ReLU that fire for at least one of the first 5000 training images."""
+    active = torch.zeros(layer.out_features, dtype=torch.bool, device=runtime.device)
+
+    def note(_module: nn.Module, _inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        active.logical_or_((output > 0).any(0))
+
+    handle = layer.register_forward_hook(note)
+    try:
+        model.eval()
+        for images in data.train.images[:_ACTIVE_IMAGES].split(_EVALUATION_BATCH):
+            with runtime.autocast():
+                model(data.normalise(images))
+    finally:
+        handle.remove()
+    return int(active.sum())
 
 
 def count_parameters(model: nn.Module) -> int:

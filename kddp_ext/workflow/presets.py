@@ -45,9 +45,9 @@ def preset(dataset: Dataset, name: Preset) -> RunConfig:
         student=StudentConfig(
             channels=(32, 64, 128),
             width=1024,
-            epochs=5 if quick else 16,
+            epochs=5 if quick else 12,
             batch_size=256,
             views=0 if quick else 8,
         ),
-        pruning=PruningConfig(l1_weight=5e-4),
+        pruning=PruningConfig(l1_weight=5e-4 if quick else 1e-3, l1_until=1.0 if quick else 0.5),
     )

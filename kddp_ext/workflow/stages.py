@@ -17,7 +17,7 @@ from kddp_ext.workflow.checkpoint import architecture, check_architecture, load_
 from kddp_ext.workflow.config import RunConfig
 from kddp_ext.workflow.data import ImageData
 from kddp_ext.workflow.errors import WorkflowError
-from kddp_ext.workflow.measure import accuracy, count_macs, count_parameters
+from kddp_ext.workflow.measure import accuracy, count_active, count_macs, count_parameters
 from kddp_ext.workflow.models import build_student, build_teacher, prepare_teacher
 from kddp_ext.workflow.progress import Bar, Progress
 from kddp_ext.workflow.run_folder import RunFolder, Stage
@@ -219,10 +219,12 @@ def _measure(run: Run, job: Job, training: Training) -> dict[str, Any]:
         if run.data.augment:
             result["test_accuracy_with_views"] = accuracy(model, run.data, run.data.test, run.runtime, views=True)
         return {**result, "width": None}
-    hidden = dict(model.named_modules()).get("hidden")
+    module = dict(model.named_modules()).get("hidden")
+    hidden = module if isinstance(module, nn.Linear) else None
     return {
         **result,
-        "width": hidden.out_features if isinstance(hidden, nn.Linear) else None,
+        "width": None if hidden is None else hidden.out_features,
+        "active": None if hidden is None else count_active(model, hidden, run.data, run.runtime),
         "widths": {} if training.pruner is None else training.pruner.widths,
         "linear_parameters": sum(count_parameters(layer) for layer in model.modules() if isinstance(layer, nn.Linear)),
         "bytes": run.folder.student(job.name).stat().st_size,

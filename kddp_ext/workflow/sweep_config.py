@@ -19,6 +19,7 @@ from kddp_ext.workflow.stages import Job
 
 Ablation = Literal[
     "no-teacher",
+    "no-penalty",
     "no-compensation",
     "average-compensation",
     "mean-activation",
@@ -92,11 +93,13 @@ class Point:
         label: names it in tables.
         kind: scratch, kd, kddp, kd-at-found-width or ablation.
         jobs: one for each seed.
+        is_base: whether it is KDDP as the run's settings have it, of which ablations change one thing.
     """
 
     label: str
     kind: str
     jobs: tuple[Job, ...]
+    is_base: bool = False
 
 
 def load_sweep(path: Path) -> SweepConfig:
@@ -125,7 +128,7 @@ def points(sweep: SweepConfig, found: Mapping[str, int]) -> list[Point]:
 
 def _kddp(sweep: SweepConfig, weight: float) -> Point:
     jobs = _jobs(sweep, f"kddp-l1_{weight:g}", "kddp", _with_pruning(l1_weight=weight))
-    return Point(f"KDDP, l1_weight {weight:g}", "kddp", jobs)
+    return Point(f"KDDP, l1_weight {weight:g}", "kddp", jobs, is_base=weight == sweep.run.pruning.l1_weight)
 
 
 def _ablation(sweep: SweepConfig, ablation: Ablation) -> Point:
@@ -176,6 +179,7 @@ def _without_teacher(config: RunConfig) -> RunConfig:
 
 _ABLATIONS: dict[Ablation, Change] = {
     "no-teacher": _without_teacher,
+    "no-penalty": _with_pruning(l1_weight=0.0),
     "no-compensation": _with_pruning(compensate=False),
     "average-compensation": _with_pruning(reconstruction_samples=0),
     "mean-activation": _with_pruning(criterion="mean_activation"),

@@ -84,10 +84,9 @@ def _widths(axes: Axes, measured: Sequence[Measured]) -> None:
 
 
 def _ablations(axes: Axes, measured: Sequence[Measured], ablations: Sequence[Measured]) -> None:
-    weight = ablations[0].jobs[0].config.pruning.l1_weight
-    base = [each for each in measured if each.point.kind == "kddp" and _weight(each) == weight]
+    base = [each for each in measured if each.point.is_base]
     shown = [*reversed(ablations), *base]
-    axes.set_title(f"One thing changed (l1_weight {weight:g})")
+    axes.set_title("KDDP with one thing changed")
     axes.errorbar(
         [100 * each.mean("test_accuracy") for each in shown],
         range(len(shown)),
@@ -100,7 +99,3 @@ def _ablations(axes: Axes, measured: Sequence[Measured], ablations: Sequence[Mea
     labels = [f"{each.point.label} ({each.mean('width'):.0f})" for each in shown]
     axes.set_yticks(range(len(shown)), labels)
     axes.set_xlabel("test accuracy (%); neurons found in brackets")
-
-
-def _weight(measured: Measured) -> float:
-    return measured.jobs[0].config.pruning.l1_weight

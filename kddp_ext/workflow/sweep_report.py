@@ -34,6 +34,7 @@ _COLUMNS = (
     "seeds",
     "test accuracy",
     "hidden width",
+    "of it active",
     "parameters",
     "in linear layers",
     "MACs",
@@ -53,7 +54,7 @@ def sweep_tables(measured: Sequence[Measured]) -> list[Table]:
         columns = ("KDDP", "hidden width", "KDDP's accuracy", "KD's at that width", "difference, seed by seed")
         tables.append(Table("same-width", columns, pairs))
     if ablations:
-        base = [each for each in measured if each.point.kind == "kddp" and _is_base(each, ablations[0])]
+        base = [each for each in measured if each.point.is_base]
         tables.append(Table("ablations", _COLUMNS, [_row(each, kd) for each in (*base, *ablations)]))
     return tables
 
@@ -75,6 +76,7 @@ def write_sweep_report(folder: RunFolder, sweep: SweepConfig, points: Sequence[P
         f"![Accuracy against parameters, widths over the epochs, ablations]({PICTURE})",
         "",
         "Accuracy is that of the last epoch's weights on the test images, mean ± standard deviation over the seeds.",
+        "A hidden neuron is active that fires for at least one of 5000 training images.",
         "Against KD's: points above that of KD at the full width, seed by seed; how many times fewer parameters.",
         "",
         *settings_section(sweep.run),
@@ -94,6 +96,7 @@ def _row(measured: Measured, kd: Measured | None) -> list[str]:
         str(len(measured.results)),
         percent(measured.values("test_accuracy")),
         _width(measured),
+        _width(measured, "active"),
         f"{measured.mean('parameters'):,.0f}",
         f"{measured.mean('linear_parameters'):,.0f}",
         f"{measured.mean('macs') / 1e6:.2f}M",
@@ -121,10 +124,10 @@ def _against(measured: Measured, kd: Measured) -> tuple[str, str]:
     return percent(differences) if differences else "", f"{fewer:.1f}x"
 
 
-def _width(measured: Measured) -> str:
-    if any(result["width"] is None for result in measured.results):
+def _width(measured: Measured, key: str = "width") -> str:
+    if any(result[key] is None for result in measured.results):
         return ""
-    widths = [int(width) for width in measured.values("width")]
+    widths = [int(width) for width in measured.values(key)]
     if len(set(widths)) == 1:
         return f"{widths[0]:,}"
     return f"{statistics.fmean(widths):,.0f} ({min(widths):,}–{max(widths):,})"
@@ -152,8 +155,3 @@ def _pairs(measured: Sequence[Measured]) -> list[list[str]]:
             differences = [one - other for one, other in pairs]
             rows.append([each.point.label, _width(each), percent(ours), percent(theirs), percent(differences)])
     return rows
-
-
-def _is_base(measured: Measured, ablation: Measured) -> bool:
-    job, changed = measured.point.jobs[0], ablation.point.jobs[0]
-    return job.config.pruning.l1_weight == changed.config.pruning.l1_weight

@@ -22,11 +22,12 @@ from kddp_ext.workflow.run import run_workflow
 
 @pytest.fixture(autouse=True)
 def one_thread() -> Iterator[None]:
-    """Runs this small are slower on several threads."""
+    """Runs this small are slower on several threads. What the command line sets of the process ends with the test."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
+    torch.set_flush_denormal(False)
 
 
 @pytest.fixture(autouse=True, scope="session")
