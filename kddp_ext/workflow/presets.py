@@ -49,5 +49,5 @@ def preset(dataset: Dataset, name: Preset) -> RunConfig:
             batch_size=256,
             views=0 if quick else 8,
         ),
-        pruning=PruningConfig(l1_weight=5e-4 if quick else 1e-3, l1_until=1.0 if quick else 0.5),
+        pruning=PruningConfig(l1_weight=5e-4 if quick else 1e-3, l1_until=1.0 if quick else 0.25),
     )

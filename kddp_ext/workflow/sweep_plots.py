@@ -14,9 +14,15 @@ from kddp_ext.workflow.sweep_results import Measured
 
 PICTURE = "report.png"
 
-_COLOURS = {"scratch": "#3b78b5", "kd": "#e08a1e", "kddp": "#c0354a", "ablation": "#7c8794"}
-_NAMES = {"scratch": "Student alone", "kd": "KD, widths given", "kddp": "KDDP, widths found"}
-_MARKERS = {"scratch": "o", "kd": "D", "kddp": "*"}
+_KD = "#e08a1e"
+_COLOURS = {"scratch": "#3b78b5", "kd": _KD, "kd-at-found-width": _KD, "kddp": "#c0354a", "ablation": "#7c8794"}
+_NAMES = {
+    "scratch": "Student alone",
+    "kd": "KD, widths given",
+    "kd-at-found-width": "KD, widths that KDDP found",
+    "kddp": "KDDP",
+}
+_MARKERS = {"scratch": "o", "kd": "D", "kd-at-found-width": "D", "kddp": "*"}
 
 
 def draw_sweep(path: Path, measured: Sequence[Measured], title: str) -> None:
@@ -44,7 +50,8 @@ def _accuracy_against_parameters(axes: Axes, measured: Sequence[Measured]) -> No
                 yerr=[100 * (each.deviation("test_accuracy") or 0.0) for each in found],
                 color=_COLOURS[kind],
                 marker=_MARKERS[kind],
-                markersize=14 if _MARKERS[kind] == "*" else 7,
+                markersize=14 if kind == "kddp" else 7,
+                markerfacecolor="white" if kind == "kd-at-found-width" else None,
                 linestyle="-" if kind == "kd" else "none",
                 linewidth=1.4,
                 capsize=3,
