@@ -26,7 +26,7 @@ from kddp_ext.workflow.datasets import INFO, read_dataset
 from kddp_ext.workflow.models import build_student
 from kddp_ext.workflow.progress import Progress
 from kddp_ext.workflow.run_folder import RunFolder
-from kddp_ext.workflow.runtime import Runtime, flush_denormals, keep_freed_memory
+from kddp_ext.workflow.runtime import Runtime, prepare_process
 from kddp_ext.workflow.stages import Job, Run, start_training, train_teacher
 from kddp_ext.workflow.teacher_cache import TeacherLogits
 from kddp_ext.workflow.trainer import student_recipe, train
@@ -36,8 +36,7 @@ def main() -> int:
     arguments = _parse()
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
-    keep_freed_memory()
-    flush_denormals()
+    prepare_process()
     folder = RunFolder(arguments.run)
     config = load_config(folder.config)
     if not config.validation:

@@ -202,15 +202,14 @@ def _report(arguments: list[str]) -> None:
 def _set_up(threads: int, dataset: Dataset) -> None:
     import torch
 
-    from kddp_ext.workflow.runtime import flush_denormals, keep_freed_memory
+    from kddp_ext.workflow.runtime import prepare_process
 
     if threads < 0:
         raise WorkflowError(f"--threads: expected a number of at least 0, got {threads}")
     threads = threads or (1 if dataset == "digits" else 0)
     if threads:
         torch.set_num_threads(threads)
-    keep_freed_memory()
-    flush_denormals()
+    prepare_process()
 
 
 def _evaluate(arguments: list[str]) -> None:

@@ -18,7 +18,7 @@ import torch
 from benchmarks.classic_loop.classic import ClassicLoop
 from benchmarks.classic_loop.ours import OurLoop
 from benchmarks.classic_loop.pairs import PAIRS, build_networks, load_images
-from kddp_ext.workflow.runtime import Runtime, flush_denormals, keep_freed_memory
+from kddp_ext.workflow.runtime import Runtime, prepare_process
 
 
 class Task(NamedTuple):
@@ -64,8 +64,7 @@ def main() -> None:
     task = Task(**json.loads(sys.argv[1]))
     torch.set_num_threads(task.threads)
     if task.loop != "classic":
-        keep_freed_memory()
-        flush_denormals()
+        prepare_process()
     with tempfile.TemporaryDirectory() as folder:
         loop = build(task, Path(folder))
         print("ready", flush=True)

@@ -12,7 +12,8 @@ from kddp_ext.workflow.data import ImageData, Split
 from kddp_ext.workflow.runtime import Runtime
 
 _EVALUATION_BATCH = 1000
-_ACTIVE_IMAGES = 5000
+# Enough for a neuron to show that it fires.
+ACTIVE_IMAGES = 5000
 
 
 @torch.inference_mode()
@@ -44,7 +45,10 @@ def _logits_of_views(model: nn.Module, images: Tensor) -> Tensor:
 
 @torch.inference_mode()
 def count_active(model: nn.Module, layer: nn.Linear, data: ImageData, runtime: Runtime) -> int:
-    """Neurons of a layer before a ReLU that fire for at least one of the first 5000 training images."""
+    """Neurons of a layer before a ReLU that fire for one of the first ACTIVE_IMAGES training images, or more.
+
+    Each process of the run looks at its part of them.
+    """
     active = torch.zeros(layer.out_features, dtype=torch.bool, device=runtime.device)
 
     def note(_module: nn.Module, _inputs: tuple[Tensor, ...], output: Tensor) -> None:
@@ -53,12 +57,12 @@ def count_active(model: nn.Module, layer: nn.Linear, data: ImageData, runtime: R
     handle = layer.register_forward_hook(note)
     try:
         model.eval()
-        for images in data.train.images[:_ACTIVE_IMAGES].split(_EVALUATION_BATCH):
+        for images in runtime.processes.share(data.train.images[:ACTIVE_IMAGES]).split(_EVALUATION_BATCH):
             with runtime.autocast():
                 model(data.normalise(images))
     finally:
         handle.remove()
-    return int(active.sum())
+    return int((runtime.processes.sum(active.int()) > 0).sum())
 
 
 def count_parameters(model: nn.Module) -> int:

@@ -79,6 +79,12 @@ def _gpu_of(processes: Processes) -> torch.device:
     return torch.device("cuda", processes.local_rank)
 
 
+def prepare_process() -> None:
+    """What every process that trains asks of its machine. Comes before anything is computed."""
+    keep_freed_memory()
+    flush_denormals()
+
+
 def keep_freed_memory() -> None:
     """Have the C library keep freed memory instead of handing it back to the system.
 

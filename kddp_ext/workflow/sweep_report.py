@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from kddp_ext.files import write_text
 from kddp_ext.workflow.datasets import INFO
+from kddp_ext.workflow.measure import ACTIVE_IMAGES
 from kddp_ext.workflow.report import settings_section
 from kddp_ext.workflow.run_folder import RunFolder
 from kddp_ext.workflow.sweep_config import TEACHER, Point, SweepConfig
@@ -76,7 +77,7 @@ def write_sweep_report(folder: RunFolder, sweep: SweepConfig, points: Sequence[P
         f"![Accuracy against parameters, widths over the epochs, ablations]({PICTURE})",
         "",
         "Accuracy is that of the last epoch's weights on the test images, mean ± standard deviation over the seeds.",
-        "A hidden neuron is active that fires for at least one of 5000 training images.",
+        f"A hidden neuron is active that fires for at least one of {ACTIVE_IMAGES} training images.",
         "Against KD's: points above that of KD at the full width, seed by seed; how many times fewer parameters.",
         "",
         *settings_section(sweep.run),
