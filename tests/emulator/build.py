@@ -11,6 +11,8 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Literal
 
+from filelock import FileLock
+
 HERE = Path(__file__).parent
 INCLUDE = HERE / "include"
 RUNTIME = HERE / "runtime"
@@ -112,7 +114,9 @@ def build(
     hashed = _headers([*include, INCLUDE])
     jobs = [(RUNTIME / "all.cpp", folder, of_runtime, _headers([INCLUDE, RUNTIME]))]
     jobs += [(Path(path), folder, of_sources, hashed) for path in sources]
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
+    folder.mkdir(parents=True, exist_ok=True)
+    # Of several processes one compiles; the others find what it made.
+    with FileLock(folder / "lock"), ThreadPoolExecutor(os.cpu_count()) as pool:
         objects = list(pool.map(lambda job: _object(*job), jobs))
     key = hashlib.sha256(chr(0).join([kind, name, *map(str, objects)]).encode()).hexdigest()[:20]
     suffix = {"library": ".so", "executable": "", "module": sysconfig.get_config_var("EXT_SUFFIX")}[kind]

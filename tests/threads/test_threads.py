@@ -4,37 +4,15 @@ The kernels are linked with an OpenMP of our own (openmp.cpp), for ThreadSanitiz
 """
 
 import os
-import platform
 import shutil
 import subprocess
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+from native_build import CSRC, CXX, KERNELS, compile_all, kernel_flags, supported
 
 HERE = Path(__file__).parent
-CSRC = HERE.parent.parent / "csrc"
-CXX = os.environ.get("CXX", "g++")
-FLAGS = ["-std=c++17", "-g1", "-O1", "-fsanitize=thread", f"-I{CSRC}", f"-I{CSRC / 'include'}"]
-# Threads are the same in all instruction sets but for the stores that pass the caches, which AVX2 has and every
-# processor that it runs on.
-AVX2 = ["-mavx2", "-mfma", "-mf16c"] if platform.machine() == "x86_64" else []
-# The definitions that CMakeLists.txt gives to one instruction set, under the name of the one that is always there.
-KERNELS = ["-fopenmp", '-DKDDP_ISA_NAME="baseline"', "-DKDDP_ISA_KERNELS=baseline_kernels"]
-KERNELS += ["-DKDDP_ISA_COMPACTION=baseline_compaction", *AVX2]
-
-
-def compile_all(folder, jobs):
-    """Compiles (source, flags) pairs, two at a time; gives the objects."""
-    objects = [folder / f"{index}-{source.stem}.o" for index, (source, _) in enumerate(jobs)]
-
-    def compile_one(job):
-        (source, flags), target = job
-        subprocess.run([CXX, *FLAGS, *flags, "-c", str(source), "-o", str(target)], check=True)
-
-    with ThreadPoolExecutor(2) as pool:
-        list(pool.map(compile_one, zip(jobs, objects, strict=True)))
-    return objects
+FLAGS = ["-g1", "-O1", "-fsanitize=thread"]
 
 
 def has_thread_sanitizer():
@@ -50,14 +28,16 @@ def programs(tmp_path_factory):
     if not has_thread_sanitizer():
         pytest.skip(f"{CXX} has no ThreadSanitizer")
     folder = tmp_path_factory.mktemp("threads")
-    sources = [(CSRC / "cpu" / f"{name}.cpp", KERNELS) for name in ("kd_l1_loss", "compaction")]
-    sources += [(CSRC / "cpu" / "dispatch.cpp", []), (HERE / "jobs.cpp", [])]
-    sources += [(HERE / "openmp.cpp", []), (HERE / "openmp.cpp", ["-DKDDP_WITHOUT_BARRIERS"])]
-    *kernels, right, wrong = compile_all(folder, sources)
+    # Threads are the same in all instruction sets, but that from AVX2 on stores may pass the caches.
+    kernels = [*FLAGS, *kernel_flags("avx2" if "avx2" in supported() else "baseline")]
+    sources = [(CSRC / "cpu" / f"{name}.cpp", kernels) for name in KERNELS]
+    sources += [(CSRC / "cpu" / "dispatch.cpp", FLAGS), (HERE / "jobs.cpp", FLAGS)]
+    sources += [(HERE / "openmp.cpp", FLAGS), (HERE / "openmp.cpp", [*FLAGS, "-DKDDP_WITHOUT_BARRIERS"])]
+    *objects, right, wrong = compile_all(folder, sources)
     made = {}
     for name, openmp in (("right", right), ("wrong", wrong)):
         made[name] = folder / name
-        subprocess.run([CXX, "-fsanitize=thread", *map(str, [*kernels, openmp]), "-o", str(made[name])], check=True)
+        subprocess.run([CXX, "-fsanitize=thread", *map(str, [*objects, openmp]), "-o", str(made[name])], check=True)
     return made
 
 
