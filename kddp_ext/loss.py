@@ -140,9 +140,9 @@ def fused_kd_l1_loss(
 class FusedKDL1Loss(nn.Module):
     """`fused_kd_l1_loss` as a module; it takes the same settings and has no parameters.
 
-    Args:
-        temperature, alpha, l1_weight, label_smoothing, ignore_index, divergence, jsd_beta, dkd_target_weight,
-        dkd_non_target_weight, standardize_logits, return_terms, backend: as of the function.
+    The settings are attributes too, and mean what they mean to the function: `temperature`, `alpha`, `l1_weight`,
+    `label_smoothing`, `ignore_index`, `divergence`, `jsd_beta`, `dkd_target_weight`, `dkd_non_target_weight`,
+    `standardize_logits`, `return_terms`, `backend`.
     """
 
     def __init__(

@@ -100,8 +100,8 @@ def read_student_header(path: Path) -> dict[str, Any]:
     """What a student's file says of itself, without reading its tensors.
 
     Returns:
-        "version": of the format. "history": JSON text for `PruningHistory.from_json`. "metadata": the user's
-        strings. "tensors": (dtype, shape) by name, such as ("F32", (128, 784)).
+        The format's "version"; the "history", JSON text for `PruningHistory.from_json`; the "metadata", the user's
+        strings; the "tensors", (dtype, shape) by name, such as ("F32", (128, 784)).
 
     Raises:
         FileNotFoundError: there is no such file.

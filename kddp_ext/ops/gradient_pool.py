@@ -93,3 +93,4 @@ class GradientPool:
 
 
 pool = GradientPool(limit=1 << 30)
+"""The pool that the loss takes its gradients on the CPU from: up to 1 GiB. `kddp_ext.gradient_pool` is this one."""

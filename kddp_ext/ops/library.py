@@ -60,8 +60,8 @@ def build_info() -> dict[str, object]:
     """What was built and what serves this process.
 
     Returns:
-        cpu: the instruction set in use (set the environment variable KDDP_CPU_ISA before the first call to choose
-        another), cuda: whether the CUDA kernels were built, cuda_architectures: for which (as CMake names them; empty
-        without), cuda_compiler: by what ("" without), compiler: what built the native module of the CPU.
+        As "cpu" the instruction set in use (set the environment variable KDDP_CPU_ISA before the first call to choose
+        another), as "cuda" whether the CUDA kernels were built, as "cuda_architectures" for which (as CMake names them;
+        empty without), as "cuda_compiler" by what ("" without), as "compiler" what built the native module of the CPU.
     """
     return {"cpu": core.instruction_set(), **cuda.build_info(), "compiler": core.compiler}

@@ -13,10 +13,12 @@ from torch import Tensor
 
 from kddp_ext.statistics import NeuronStatistics
 
-# A criterion gives each of a layer's H neurons an activity, (H,), finite and not negative: the higher, the more
-# there is to lose. It gets the sums over the samples since the last check, and ‖W2[:,j]‖₂ of the weights that
-# read each neuron, (H,) float64; both are on the CPU. The built-in ones give activities in [0, 1].
 Criterion = Callable[[NeuronStatistics, Tensor], Tensor]
+"""What gives each of a layer's H neurons an activity, (H,), finite and not negative.
+
+The higher, the more there is to lose. It gets the sums over the samples since the last check, and ‖W2[:,j]‖₂ of the
+weights that read each neuron, (H,) float64; both are on the CPU. The built-in ones give activities in [0, 1].
+"""
 
 
 def contribution(statistics: NeuronStatistics, outgoing: Tensor) -> Tensor:
