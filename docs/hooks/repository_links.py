@@ -1,0 +1,93 @@
+"""Links out of docs/ in the site: to files of the root that have a page there, and to source files.
+
+In the Markdown files links are relative, so that a code host follows them. The site holds docs/ alone. A file of the
+root that `ROOT_PAGES` names becomes a page of the site; every other file is linked on the code host where mkdocs.yml
+has a `repo_url`, and else named. A link to what is not there is a warning, which fails the build.
+"""
+
+from __future__ import annotations
+
+import logging
+import posixpath
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+# Files of the repository's root, and the pages that they become.
+ROOT_PAGES = {"CONTRIBUTING.md": "contributing.md", "CHANGELOG.md": "changelog.md"}
+
+_FENCE = re.compile(r"^ {0,3}(```+|~~~+)")
+# What stands between backticks is passed over; a link may be broken over lines.
+_LINK = re.compile(r"`[^`\n]+`|(?<!!)\[([^\]]*)\]\(([^()\s]+)\)")
+_OF_ANOTHER_PLACE = re.compile(r"^(?:[a-z][a-z0-9+.-]*:|/|#)", re.IGNORECASE)
+logger = logging.getLogger("mkdocs.hooks.repository_links")
+
+
+def rewrite(
+    text: str, source: str, page: str, root: Path, repo_url: str | None, warn: Callable[[str], None] = logger.warning
+) -> str:
+    """The Markdown `text` with its links out of docs/ made links of the site.
+
+    Args:
+        text: the Markdown of a page.
+        source: the file it is from, relative to the repository's root, such as "docs/pruning.md".
+        page: the page that it becomes, relative to docs/.
+        root: the repository's root.
+        repo_url: address of the repository on a code host, None where there is none.
+        warn: is told of links to what does not exist.
+    """
+
+    def rewritten(link: re.Match[str]) -> str:
+        return _rewritten(link, source, page, root, repo_url, warn)
+
+    parts: list[list[str]] = [[]]  # prose and fenced blocks in turn
+    fence = ""
+    for line in text.split("\n"):
+        mark = _FENCE.match(line)
+        if mark and (not fence or mark[1].startswith(fence)):
+            fence = "" if fence else mark[1]
+            parts.append([])
+        parts[-1].append(line)
+    texts = ["\n".join(part) for part in parts]
+    return "\n".join(text if number % 2 else _LINK.sub(rewritten, text) for number, text in enumerate(texts))
+
+
+def _rewritten(
+    link: re.Match[str], source: str, page: str, root: Path, repo_url: str | None, warn: Callable[[str], None]
+) -> str:
+    words, address = link.groups()
+    if address is None or _OF_ANOTHER_PLACE.match(address):
+        return link[0]
+    target, anchor, section = address.partition("#")
+    path = posixpath.normpath(posixpath.join(posixpath.dirname(source), target))
+    if not (root / path).exists():
+        warn(f"{source}: {address} leads to {path}, which does not exist")
+        return link[0]
+    in_docs = path.removeprefix("docs/") if path.startswith("docs/") else ROOT_PAGES.get(path)
+    if path == "README.md":
+        in_docs = "index.md"
+    if in_docs is not None:
+        return f"[{words}]({posixpath.relpath(in_docs, posixpath.dirname(page) or '.')}{anchor}{section})"
+    if repo_url:
+        return f"[{words}]({repo_url.rstrip('/')}/blob/HEAD/{path}{anchor}{section})"
+    return f"`{path}`" if path.endswith(words.strip("`")) else f"{words} (`{path}`)"
+
+
+def on_files(files: Any, config: Any) -> Any:
+    """Add the root's pages."""
+    from mkdocs.structure.files import File
+
+    root = Path(config.config_file_path).parent
+    for name, page in ROOT_PAGES.items():
+        if (root / name).exists():
+            files.append(File.generated(config, page, content=(root / name).read_text(encoding="utf-8")))
+    return files
+
+
+def on_page_markdown(markdown: str, page: Any, config: Any, **_: Any) -> str:
+    """Rewrite a page's links."""
+    root = Path(config.config_file_path).parent
+    at = page.file.src_uri
+    source = {each: name for name, each in ROOT_PAGES.items()}.get(at, f"docs/{at}")
+    return rewrite(markdown, source, at, root, config.repo_url)

@@ -1,0 +1,129 @@
+"""What the Python blocks of a page take for granted: a student, a teacher, data."""
+
+import ctypes
+import os
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
+
+import kddp_ext
+
+PIXELS, CLASSES = 64, 10
+Names = dict[str, Any]
+
+
+def make_student() -> nn.Module:
+    """A perceptron with two layers to prune."""
+    torch.manual_seed(0)
+    return nn.Sequential(
+        nn.Linear(PIXELS, 24), nn.BatchNorm1d(24), nn.ReLU(), nn.Linear(24, 16), nn.ReLU(), nn.Linear(16, CLASSES)
+    )
+
+
+def loop(given: Names) -> Names:
+    """A student, a teacher, an optimizer and four batches."""
+    student = make_student()
+    images, labels = torch.randn(64, PIXELS), torch.randint(CLASSES, (64,))
+    return {
+        "torch": torch,
+        "kddp_ext": kddp_ext,
+        "make_student": make_student,
+        "student": student,
+        "model": student,
+        "teacher": nn.Linear(PIXELS, CLASSES).requires_grad_(False),
+        "optimizer": torch.optim.Adam(student.parameters()),
+        "images": images,
+        "example": (images[:2],),
+        "example_inputs": (images[:2],),
+        "loader": DataLoader(TensorDataset(images, labels), batch_size=16),
+        "epochs": 2,
+    }
+
+
+def with_processes(given: Names) -> Names:
+    """With torch.distributed, of this process alone."""
+    if not torch.distributed.is_initialized():
+        torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    return loop(given)
+
+
+def pruning(given: Names) -> Names:
+    """With the checkpoint of a training in which neurons went."""
+    names = with_processes(given)
+    student = make_student()
+    pruner = kddp_ext.DynamicPruner(student, example_inputs=names["example"], threshold=0.5, patience=1)
+    student(names["images"])
+    pruner.activations.observe()
+    assert pruner.prune().neurons_pruned
+    optimizer = torch.optim.Adam(student.parameters())
+    states = {"pruner": pruner.state_dict(), "student": student.state_dict(), "optimizer": optimizer.state_dict()}
+    return {**names, "checkpoint": states}
+
+
+class Newest(os.PathLike[str]):
+    """The newest file of a pattern, when it is asked for."""
+
+    def __init__(self, pattern: str) -> None:
+        self.pattern = pattern
+
+    def __fspath__(self) -> str:
+        return str(max(Path().glob(self.pattern), key=lambda path: path.stat().st_mtime))
+
+
+def lightning(given: Names) -> Names:
+    """With the checkpoint that the page's training leaves."""
+    return {**loop(given), "path": Newest("**/*.ckpt")}
+
+
+def transformers(given: Names) -> Names:
+    """A small BERT, and sentences of four words."""
+    from transformers import BertConfig, BertForSequenceClassification
+
+    def make_bert() -> nn.Module:
+        torch.manual_seed(0)
+        sizes = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1, "intermediate_size": 16}
+        return BertForSequenceClassification(BertConfig(vocab_size=32, max_position_embeddings=8, **sizes))
+
+    words, mask = torch.randint(32, (32, 4)), torch.ones(32, 4, dtype=torch.int64)
+    data = [
+        {"input_ids": row, "attention_mask": ones, "labels": int(row[0] % 2)}
+        for row, ones in zip(words, mask, strict=True)
+    ]
+    names = {"make_student": make_bert, "student": make_bert(), "teacher": make_bert(), "data": data}
+    return {**names, "input_ids": words, "attention_mask": mask}
+
+
+def own_kernel(given: Names) -> Names:
+    """What the page says in a comment where it is from. The emulator's runtime is compiled once for all tests."""
+    from emulator.build import build
+    from emulator.control import Emulator
+
+    return {
+        "Emulator": Emulator,
+        "build": lambda sources, folder: build(sources, given["kept"]),
+        "Path": Path,
+        "ctypes": ctypes,
+        "P": ctypes.c_void_p,
+        "x": np.ones(1000, np.float32),
+        "y": np.zeros(1000, np.float32),
+    }
+
+
+# By page, or by page and heading: what a block finds, beside what the blocks before it made.
+SETUPS: dict[str, Callable[[Names], Names]] = {
+    "README.md": loop,
+    "docs/your-loop.md": with_processes,
+    "docs/pruning.md": pruning,
+    "docs/integrations.md#Lightning": lightning,
+    "docs/integrations.md#Hugging Face Transformers": transformers,
+    "docs/integrations.md#ONNX": loop,
+    "docs/cuda-without-a-gpu.md": own_kernel,
+}
+# It traces and runs what it traced, in the place of a C++ compiler's minute.
+compiled_without_code = partial(torch.compile, backend="eager")
