@@ -99,6 +99,9 @@ def load_student(path: Path, constructor: Callable[[], nn.Module], example_input
 def read_student_header(path: Path) -> dict[str, Any]:
     """What a student's file says of itself, without reading its tensors.
 
+    Args:
+        path: a file that `save_student` wrote.
+
     Returns:
         The format's "version"; the "history", JSON text for `PruningHistory.from_json`; the "metadata", the user's
         strings; the "tensors", (dtype, shape) by name, such as ("F32", (128, 784)).
