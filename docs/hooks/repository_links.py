@@ -17,9 +17,13 @@ from typing import Any
 # Files of the repository's root, and the pages that they become.
 ROOT_PAGES = {"CONTRIBUTING.md": "contributing.md", "CHANGELOG.md": "changelog.md"}
 
-_FENCE = re.compile(r"^ {0,3}(```+|~~~+)")
-# What stands between backticks is passed over; a link may be broken over lines.
-_LINK = re.compile(r"`[^`\n]+`|(?<!!)\[([^\]]*)\]\(([^()\s]+)\)")
+# Fenced blocks and what stands between backticks are passed over; a link may be broken over lines.
+_LINK = re.compile(
+    r"^ {0,3}(?P<fence>```+|~~~+).*?^ {0,3}(?P=fence)[^\n]*$"
+    r"|`[^`\n]+`"
+    r"|(?<!!)\[(?P<words>[^\]]*)\]\((?P<address>[^()\s]+)\)",
+    re.MULTILINE | re.DOTALL,
+)
 _OF_ANOTHER_PLACE = re.compile(r"^(?:[a-z][a-z0-9+.-]*:|/|#)", re.IGNORECASE)
 logger = logging.getLogger("mkdocs.hooks.repository_links")
 
@@ -37,33 +41,20 @@ def rewrite(
         repo_url: address of the repository on a code host, None where there is none.
         warn: is told of links to what does not exist.
     """
-
-    def rewritten(link: re.Match[str]) -> str:
-        return _rewritten(link, source, page, root, repo_url, warn)
-
-    parts: list[list[str]] = [[]]  # prose and fenced blocks in turn
-    fence = ""
-    for line in text.split("\n"):
-        mark = _FENCE.match(line)
-        if mark and (not fence or mark[1].startswith(fence)):
-            fence = "" if fence else mark[1]
-            parts.append([])
-        parts[-1].append(line)
-    texts = ["\n".join(part) for part in parts]
-    return "\n".join(text if number % 2 else _LINK.sub(rewritten, text) for number, text in enumerate(texts))
+    return _LINK.sub(lambda found: _rewritten(found, source, page, root, repo_url, warn), text)
 
 
 def _rewritten(
-    link: re.Match[str], source: str, page: str, root: Path, repo_url: str | None, warn: Callable[[str], None]
+    found: re.Match[str], source: str, page: str, root: Path, repo_url: str | None, warn: Callable[[str], None]
 ) -> str:
-    words, address = link.groups()
+    words, address = found["words"], found["address"]
     if address is None or _OF_ANOTHER_PLACE.match(address):
-        return link[0]
+        return found[0]
     target, anchor, section = address.partition("#")
     path = posixpath.normpath(posixpath.join(posixpath.dirname(source), target))
     if not (root / path).exists():
         warn(f"{source}: {address} leads to {path}, which does not exist")
-        return link[0]
+        return found[0]
     in_docs = path.removeprefix("docs/") if path.startswith("docs/") else ROOT_PAGES.get(path)
     if path == "README.md":
         in_docs = "index.md"

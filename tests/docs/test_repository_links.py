@@ -21,15 +21,15 @@ def hook() -> ModuleType:
     ("text", "expected"),
     [
         ("[losses](losses.md#limits)", "[losses](losses.md#limits)"),
-        ("![picture](images/x.png) [a](https://a.org/b) [b](#here)", "![picture](images/x.png) [a](https://a.org/b) [b](#here)"),
+        ("![a](images/x.png) [b](https://a.org/b) [c](#here)", "![a](images/x.png) [b](https://a.org/b) [c](#here)"),
         ("[the loop](../kddp_ext/loss.py)", "the loop (`kddp_ext/loss.py`)"),
         ("[loss.py](../kddp_ext/loss.py)", "`kddp_ext/loss.py`"),
         ("[`tests/docs`](../tests/docs)", "`tests/docs`"),
         ("[read\nme](../README.md)", "[read\nme](index.md)"),
         ("`x[0](../kddp_ext/loss.py)`", "`x[0](../kddp_ext/loss.py)`"),
-        ("```text\n[a](../b.py)\n```\n[loss.py](../kddp_ext/loss.py)", "```text\n[a](../b.py)\n```\n`kddp_ext/loss.py`"),
+        ("```text\n[a](b.py)\n```\n[loss.py](../kddp_ext/loss.py)", "```text\n[a](b.py)\n```\n`kddp_ext/loss.py`"),
     ],
-)  # fmt: skip
+)
 def test_links_of_a_page(hook: ModuleType, text: str, expected: str) -> None:
     assert hook.rewrite(text, "docs/pruning.md", "pruning.md", ROOT, None, warn=pytest.fail) == expected
 
@@ -42,7 +42,7 @@ def test_links_to_a_code_host(hook: ModuleType) -> None:
 
 def test_links_of_a_page_of_the_root(hook: ModuleType) -> None:
     made = hook.rewrite(
-        "[a](docs/losses.md) [b](LICENSE)", "CHANGELOG.md", "changelog.md", ROOT, None, warn=pytest.fail
+        "[a](docs/losses.md) [LICENSE](LICENSE)", "CHANGELOG.md", "changelog.md", ROOT, None, warn=pytest.fail
     )
     assert made == "[a](losses.md) `LICENSE`"
 
