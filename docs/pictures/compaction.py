@@ -93,8 +93,8 @@ def _compensation(axes: Axes, numbers: float) -> None:
     for line, words in enumerate(
         (
             "The average, W₂[:, p] · E[h_p], goes to b₂;",
-            "what varied goes to the columns of the neurons",
-            "that stay, as far as they vary with it.",
+            "what varied, to the columns that stay,",
+            "as far as their neurons vary with it.",
         )
     ):
         text(axes, W2, low - 0.32 - 0.34 * line, words, fontsize=9, color=ORANGE, ha="left")

@@ -13,11 +13,9 @@ from matplotlib.figure import Figure
 from matplotlib.patches import FancyArrowPatch, FancyBboxPatch, Rectangle
 from matplotlib.path import Path as Outline
 
-from kddp_ext.files import atomic_write
-
 INK, GREY, PALE = "#1f2937", "#6b7280", "#eef1f5"
 BLUE, ORANGE, RED, GREEN = "#3b78b5", "#c9740f", "#c0354a", "#3d8a4e"
-_INCHES = 0.7  # of one unit
+_INCHES = 0.63  # of one unit
 
 
 def canvas(width: float, height: float) -> tuple[Figure, Axes]:
@@ -37,7 +35,7 @@ def save(figure: Figure, path: Path) -> None:
     with matplotlib.rc_context(settings):  # type: ignore[arg-type]
         metadata = {"Date": None} if path.suffix == ".svg" else {}
         figure.savefig(content, format=path.suffix[1:], dpi=150, metadata=metadata)
-    atomic_write(path, lambda file: file.write(content.getbuffer()))
+    path.write_bytes(content.getbuffer())
 
 
 def text(axes: Axes, x: float, y: float, words: str, **style: Any) -> None:

@@ -80,8 +80,8 @@ def _pruning(axes: Axes) -> None:
 def _legend(axes: Axes) -> None:
     for x, words, colour, style in (
         (0.3, "forward", INK, "-"),
-        (2.6, "gradients, made in the same pass as the loss", BLUE, (0, (4, 2))),
-        (8.05, "pruning", RED, "-"),
+        (2.6, "gradients, from the same pass", BLUE, (0, (4, 2))),
+        (7.1, "pruning", RED, "-"),
     ):
         axes.plot([x, x + 0.6], [0.28, 0.28], color=colour, linestyle=style, linewidth=1.8)
         text(axes, x + 0.75, 0.28, words, fontsize=9, ha="left", color=GREY)

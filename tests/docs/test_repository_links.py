@@ -1,6 +1,8 @@
 """The site's links out of docs/, as docs/hooks/repository_links.py makes them."""
 
 import importlib.util
+import re
+from pathlib import Path
 from types import ModuleType
 
 import pytest
@@ -60,3 +62,23 @@ def test_every_link_leads_somewhere(hook: ModuleType) -> None:
         name = page.relative_to(ROOT).as_posix()
         hook.rewrite(page.read_text(encoding="utf-8"), name, "page.md", ROOT, None, warn=told.append)
     assert told == []
+
+
+def anchors(page: Path) -> set[str]:
+    """The names that a code host gives the headings of a page."""
+    text = re.sub(r"^(```+).*?^\1$", "", page.read_text(encoding="utf-8"), flags=re.MULTILINE | re.DOTALL)
+    headings = re.findall(r"^#+ (.+)$", text, re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+def test_every_anchor_is_a_heading_on_a_code_host_too() -> None:
+    missing, seen = [], 0
+    for page in pages():
+        for target, anchor in re.findall(r"\]\(([^()\s#:]*)#([^()\s]+)\)", page.read_text(encoding="utf-8")):
+            to = (page.parent / target).resolve() if target else page
+            # The reference's names are in the site alone; there the build checks them.
+            if to.suffix == ".md" and not anchor.startswith("kddp_ext."):
+                seen += 1
+                missing += [f"{page.name}: {target}#{anchor}"] if anchor not in anchors(to) else []
+    assert missing == []
+    assert seen > 10
