@@ -32,7 +32,7 @@ def save(figure: Figure, path: Path) -> None:
     """Write a picture, the same bytes for the same drawing: as SVG with letters as outlines, or as PNG."""
     content = io.BytesIO()
     settings = {"svg.hashsalt": path.stem, "svg.fonttype": "path"}
-    with matplotlib.rc_context(settings):  # type: ignore[arg-type]
+    with matplotlib.rc_context(settings):
         metadata = {"Date": None} if path.suffix == ".svg" else {}
         figure.savefig(content, format=path.suffix[1:], dpi=150, metadata=metadata)
     path.write_bytes(content.getbuffer())

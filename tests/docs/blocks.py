@@ -35,9 +35,14 @@ class Block:
         return self.directive.split(",")[0] == "skip"
 
     @property
-    def reason(self) -> str:
-        """Why it is skipped."""
-        return self.directive.partition(",")[2].strip()
+    def fault(self) -> str:
+        """What is wrong with the comment before it, or nothing."""
+        reason = self.directive.partition(",")[2].split()
+        if self.skipped and len(reason) < 2:
+            return f"{self.place}: skipped without a reason of some words"
+        if self.directive and not (self.skipped or self.needs or self.file):
+            return f"{self.place}: {self.directive!r} is none of: skip, REASON; needs MODULE; file NAME"
+        return ""
 
     @property
     def needs(self) -> str:
