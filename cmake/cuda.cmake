@@ -20,7 +20,7 @@ endif()
 # `native` where a GPU is visible; else machine code of each generation, and PTX that newer ones can translate. Three
 # compilations serve the seven of them, for nothing in the kernels asks for the features of one.
 if(NOT DEFINED CMAKE_CUDA_ARCHITECTURES)
-  if(DEFINED ENV{CUDAARCHS})
+  if(NOT "$ENV{CUDAARCHS}" STREQUAL "")
     set(CMAKE_CUDA_ARCHITECTURES "$ENV{CUDAARCHS}")
   elseif(EXISTS /dev/nvidia0)
     set(CMAKE_CUDA_ARCHITECTURES native)

@@ -37,7 +37,7 @@ def pytest_addoption(parser):
     parser.addoption(
         "--sanitized",
         action="store_true",
-        help="the emulated kernels with AddressSanitizer and UBSan; python tests/emulated_suite.py prepares that",
+        help="kernels compiled with AddressSanitizer and UBSan: tests/emulated_suite.py, tests/sanitized_suite.py",
     )
 
 
@@ -74,9 +74,9 @@ def kernels(request):
 
 @pytest.fixture
 def examples(kernels, request):
-    """How many examples to draw: all, or a fifth where the emulator is to take seconds, or runs with sanitizers."""
-    fewer = request.config.getoption("emulated") == "some" or request.config.getoption("sanitized")
-    share = 5 if kernels == "emulated" and fewer else 1
+    """How many examples to draw: all, or a fifth where the emulator is to take seconds, or with sanitizers."""
+    fewer = kernels == "emulated" and request.config.getoption("emulated") == "some"
+    share = 5 if fewer or request.config.getoption("sanitized") else 1
     return lambda count: count // share
 
 

@@ -72,9 +72,15 @@ def build_package(folder: Path, instruction_set: str, flags: Sequence[str]) -> P
     return site
 
 
-def run_tests(site: Path, tests: Iterable[Path], arguments: Sequence[str], environment: dict[str, str]) -> int:
-    """Runs tests on the package in `site`; the exit code is pytest's."""
-    command = [sys.executable, "-m", "pytest", "-q", "-c", str(ROOT / "pyproject.toml"), "--rootdir", str(ROOT)]
-    command += ["-p", "no:cacheprovider", *arguments, *map(str, tests)]
+def run_tests(
+    site: Path,
+    tests: Iterable[Path],
+    arguments: Sequence[str],
+    environment: dict[str, str],
+    runner: Sequence[str] = ("-m", "pytest"),
+) -> int:
+    """Runs tests on the package in `site`, keeping nothing for the next run; the exit code is pytest's."""
+    command = [sys.executable, *runner, "-q", "-c", str(ROOT / "pyproject.toml"), "--rootdir", str(ROOT)]
+    command += ["-o", f"cache_dir={site.parent / 'cache'}", *arguments, *map(str, tests)]
     # Started elsewhere, for the source folder has no native module and would come first.
     return subprocess.run(command, cwd=site, env=environment | {"PYTHONPATH": str(site)}, check=False).returncode
