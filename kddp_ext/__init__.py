@@ -2,7 +2,8 @@
 
 from kddp_ext.distributed import rewrap
 from kddp_ext.export import export_onnx
-from kddp_ext.loss import FusedKDL1Loss, LossTerms, fused_kd_l1_loss
+from kddp_ext.loss import LossTerms, fused_kd_l1_loss
+from kddp_ext.loss_module import FusedKDL1Loss
 from kddp_ext.ops import build_info
 from kddp_ext.ops import pool as gradient_pool
 from kddp_ext.pruner import DynamicPruner

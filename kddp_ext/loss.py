@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, overload
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from kddp_ext import loss_arguments as arguments
@@ -37,6 +37,34 @@ class LossTerms(NamedTuple):
     correct: Tensor
 
 
+# fmt: off
+@overload
+def fused_kd_l1_loss(
+    student_logits: Tensor, teacher_logits: Tensor | None, labels: Tensor | None, activations: Sequence[Tensor] = ...,
+    *, temperature: float = ..., alpha: float = ..., l1_weight: float | Sequence[float] = ...,
+    label_smoothing: float = ..., ignore_index: int = ..., divergence: Divergence = ..., jsd_beta: float = ...,
+    dkd_target_weight: float = ..., dkd_non_target_weight: float = ..., standardize_logits: bool = ...,
+    return_terms: Literal[False] = ..., backend: Backend = ...,
+) -> Tensor: ...
+@overload
+def fused_kd_l1_loss(
+    student_logits: Tensor, teacher_logits: Tensor | None, labels: Tensor | None, activations: Sequence[Tensor] = ...,
+    *, temperature: float = ..., alpha: float = ..., l1_weight: float | Sequence[float] = ...,
+    label_smoothing: float = ..., ignore_index: int = ..., divergence: Divergence = ..., jsd_beta: float = ...,
+    dkd_target_weight: float = ..., dkd_non_target_weight: float = ..., standardize_logits: bool = ...,
+    return_terms: Literal[True], backend: Backend = ...,
+) -> tuple[Tensor, LossTerms]: ...
+@overload
+def fused_kd_l1_loss(
+    student_logits: Tensor, teacher_logits: Tensor | None, labels: Tensor | None, activations: Sequence[Tensor] = ...,
+    *, temperature: float = ..., alpha: float = ..., l1_weight: float | Sequence[float] = ...,
+    label_smoothing: float = ..., ignore_index: int = ..., divergence: Divergence = ..., jsd_beta: float = ...,
+    dkd_target_weight: float = ..., dkd_non_target_weight: float = ..., standardize_logits: bool = ...,
+    return_terms: bool = ..., backend: Backend = ...,
+) -> Tensor | tuple[Tensor, LossTerms]: ...
+# fmt: on
+
+
 def fused_kd_l1_loss(
     student_logits: Tensor,
     teacher_logits: Tensor | None,
@@ -55,7 +83,7 @@ def fused_kd_l1_loss(
     standardize_logits: bool = False,
     return_terms: bool = False,
     backend: Backend = "auto",
-) -> Any:
+) -> Tensor | tuple[Tensor, LossTerms]:
     """Distillation, classification and activation penalty: one value, one pass over each input.
 
         loss = alpha · T² · D(softmax(t/T), softmax(s/T)) + (1 - alpha) · CE(s, labels) + Σ l1_weight · Σ|a| / N
@@ -135,79 +163,6 @@ def fused_kd_l1_loss(
         if tracked is not None:
             tracked.observe()
     return (loss, LossTerms(*terms.unbind())) if return_terms else loss
-
-
-class FusedKDL1Loss(nn.Module):
-    """`fused_kd_l1_loss` as a module; it takes the same settings and has no parameters.
-
-    The settings are attributes too, and mean what they mean to the function: `temperature`, `alpha`, `l1_weight`,
-    `label_smoothing`, `ignore_index`, `divergence`, `jsd_beta`, `dkd_target_weight`, `dkd_non_target_weight`,
-    `standardize_logits`, `return_terms`, `backend`.
-    """
-
-    def __init__(
-        self,
-        temperature: float = 4.0,
-        alpha: float = 0.9,
-        l1_weight: float | Sequence[float] = 0.0,
-        label_smoothing: float = 0.0,
-        ignore_index: int = -100,
-        divergence: Divergence = "forward_kl",
-        jsd_beta: float = 0.5,
-        dkd_target_weight: float = 1.0,
-        dkd_non_target_weight: float = 8.0,
-        standardize_logits: bool = False,
-        return_terms: bool = False,
-        backend: Backend = "auto",
-    ) -> None:
-        super().__init__()
-        arguments.check_settings(temperature, alpha, label_smoothing, ignore_index)
-        arguments.check_divergence(divergence, jsd_beta, standardize_logits, dkd_target_weight, dkd_non_target_weight)
-        self.divergence: Divergence = divergence
-        self.jsd_beta = jsd_beta
-        self.dkd_target_weight = dkd_target_weight
-        self.dkd_non_target_weight = dkd_non_target_weight
-        self.standardize_logits = standardize_logits
-        self.temperature = temperature
-        self.alpha = alpha
-        self.l1_weight = l1_weight
-        self.label_smoothing = label_smoothing
-        self.ignore_index = ignore_index
-        self.return_terms = return_terms
-        self.backend: Backend = backend
-
-    def extra_repr(self) -> str:
-        return (
-            f"temperature={self.temperature}, alpha={self.alpha}, l1_weight={self.l1_weight}, "
-            f"divergence={self.divergence!r}, standardize_logits={self.standardize_logits}"
-        )
-
-    def forward(
-        self,
-        student_logits: Tensor,
-        teacher_logits: Tensor | None,
-        labels: Tensor | None,
-        activations: Sequence[Tensor] = (),
-    ) -> Any:
-        """The loss, or (loss, LossTerms) with `return_terms`."""
-        return fused_kd_l1_loss(
-            student_logits,
-            teacher_logits,
-            labels,
-            activations,
-            temperature=self.temperature,
-            alpha=self.alpha,
-            l1_weight=self.l1_weight,
-            label_smoothing=self.label_smoothing,
-            ignore_index=self.ignore_index,
-            divergence=self.divergence,
-            jsd_beta=self.jsd_beta,
-            dkd_target_weight=self.dkd_target_weight,
-            dkd_non_target_weight=self.dkd_non_target_weight,
-            standardize_logits=self.standardize_logits,
-            return_terms=self.return_terms,
-            backend=self.backend,
-        )
 
 
 def _matrices(activations: Sequence[Tensor]) -> list[NeuronMatrix]:

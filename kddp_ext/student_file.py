@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, TypedDict, TypeVar
 
 import safetensors
 import safetensors.torch
@@ -22,6 +22,16 @@ from kddp_ext.pruning.history import PruningHistory
 FORMAT, VERSION = "kddp_ext.student", "1"
 
 Path = str | os.PathLike[str]
+Student = TypeVar("Student", bound=nn.Module)
+
+
+class StudentHeader(TypedDict):
+    """What `read_student_header` returns, which says more of it."""
+
+    version: str
+    history: str
+    metadata: dict[str, str]
+    tensors: dict[str, tuple[str, tuple[int, ...]]]
 
 
 def save_student(
@@ -65,7 +75,7 @@ def save_student(
     atomic_write(path, lambda file: file.write(content))
 
 
-def load_student(path: Path, constructor: Callable[[], nn.Module], example_inputs: tuple[Any, ...]) -> nn.Module:
+def load_student(path: Path, constructor: Callable[[], Student], example_inputs: tuple[Any, ...]) -> Student:
     """Rebuild a student: construct it at its original widths, prune it as it was pruned, load its tensors.
 
     Args:
@@ -96,7 +106,7 @@ def load_student(path: Path, constructor: Callable[[], nn.Module], example_input
     return model
 
 
-def read_student_header(path: Path) -> dict[str, Any]:
+def read_student_header(path: Path) -> StudentHeader:
     """What a student's file says of itself, without reading its tensors.
 
     Args:

@@ -10,13 +10,21 @@ import functools
 import importlib
 import importlib.util
 import threading
-from typing import Any
+from typing import Any, TypedDict
 
 import torch
 from torch import Tensor
 
 _counters: dict[tuple[int, int], Tensor] = {}
 _lock = threading.Lock()
+
+
+class CudaBuild(TypedDict):
+    """The part of `kddp_ext.build_info` that is about CUDA."""
+
+    cuda: bool
+    cuda_architectures: list[str]
+    cuda_compiler: str
 
 
 @functools.cache
@@ -30,8 +38,8 @@ def _loaded() -> Any:
     return importlib.import_module("kddp_ext._cuda")
 
 
-def build_info() -> dict[str, object]:
-    """The part of `kddp_ext.build_info` that is about CUDA."""
+def build_info() -> CudaBuild:
+    """What was built for GPUs."""
     if not is_built():
         return {"cuda": False, "cuda_architectures": [], "cuda_compiler": ""}
     native = _loaded()

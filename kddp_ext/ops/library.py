@@ -56,7 +56,14 @@ def is_native(device: torch.device) -> bool:
     return device.type == "cpu" or (device.type == "cuda" and cuda.is_built())
 
 
-def build_info() -> dict[str, object]:
+class BuildInfo(cuda.CudaBuild):
+    """What `build_info` returns, which says more of it."""
+
+    cpu: str
+    compiler: str
+
+
+def build_info() -> BuildInfo:
     """What was built and what serves this process.
 
     Returns:
