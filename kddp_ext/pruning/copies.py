@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel
 
+from kddp_ext import ops
 from kddp_ext.pruning.graph import uncompiled
 
 
@@ -36,7 +38,9 @@ def checked_copies(model: nn.Module, copies: Sequence[nn.Module]) -> tuple[nn.Mo
     """
     if isinstance(copies, nn.Module | str) or not isinstance(copies, Sequence):
         raise TypeError(f"copies: expected a list of modules, such as [ema_model], got {type(copies).__name__}")
-    owners: dict[int, str] = {_memory(tensor): "the model" for tensor in _tensors(model).values()}
+    owners: dict[tuple[torch.device, int], str] = {
+        ops.memory_of(tensor): "the model" for tensor in _tensors(model).values()
+    }
     found = []
     for index, copy in enumerate(copies):
         if not isinstance(copy, nn.Module):
@@ -56,7 +60,7 @@ def _check_modules(model: nn.Module, copy: nn.Module, role: str) -> None:
             raise ValueError(f"{role}: {name or 'it'} is {kinds[1]}, and {kinds[0]} in the model")
 
 
-def _check_tensors(model: nn.Module, copy: nn.Module, role: str, owners: dict[int, str]) -> None:
+def _check_tensors(model: nn.Module, copy: nn.Module, role: str, owners: dict[tuple[torch.device, int], str]) -> None:
     expected, got = _tensors(model), _tensors(copy)
     for name in [*expected, *got]:
         shapes = [tuple(tensors[name].shape) if name in tensors else None for tensors in (expected, got)]
@@ -65,7 +69,7 @@ def _check_tensors(model: nn.Module, copy: nn.Module, role: str, owners: dict[in
         if shapes[0] != shapes[1]:
             raise ValueError(f"{role}: {name} has shape {shapes[1]}, and {shapes[0]} in the model")
     for name, tensor in got.items():
-        owner = owners.setdefault(_memory(tensor), role)
+        owner = owners.setdefault(ops.memory_of(tensor), role)
         if owner != role:
             raise ValueError(f"{role}: it shares {name} with {owner}; a copy needs tensors of its own")
 
@@ -79,8 +83,3 @@ def _tensors(module: nn.Module) -> dict[str, Tensor]:
         **dict(module.named_parameters(remove_duplicate=False)),
         **dict(module.named_buffers(remove_duplicate=False)),
     }
-
-
-def _memory(tensor: Tensor) -> int:
-    """Equal for tensors that lie in the same memory; those of no memory at all are alike to themselves alone."""
-    return tensor.untyped_storage().data_ptr() or id(tensor)

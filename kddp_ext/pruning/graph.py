@@ -17,6 +17,8 @@ import torch
 from torch import Tensor, nn
 from torch.fx import Node
 
+from kddp_ext import ops
+
 
 class Refusal(Exception):  # noqa: N818 - it never reaches a user
     """Why the neurons of a layer cannot be proven prunable; `UnsupportedModelError` is made of it."""
@@ -106,7 +108,7 @@ class OperationGraph:
         tensor = self.tensor(stored)
         if type(tensor) not in (Tensor, nn.Parameter) or tensor.layout != torch.strided:
             raise Refusal(f"the {role} is a {type(tensor).__name__}; only plain dense tensors can be sliced")
-        holders = self._holders[_storage(tensor)]
+        holders = self._holders[ops.memory_of(tensor)]
         if len(holders) > 1:
             raise Refusal(f"the {role} is shared (tied) between {' and '.join(sorted(holders))}; untie it first")
         readers = [user for other in self._stored for user in other.users if self._reads(other, tensor)]
@@ -168,16 +170,12 @@ def _set_mode(model: nn.Module, training: bool) -> None:
             module.momentum = 0.1  # a cumulative average reads its counter as a number, which fake tensors lack
 
 
-def _storage(tensor: Tensor) -> tuple[Any, int]:
-    return tensor.device, tensor.untyped_storage().data_ptr() or id(tensor)
-
-
-def _holders(model: nn.Module) -> dict[tuple[Any, int], set[str]]:
+def _holders(model: nn.Module) -> dict[tuple[torch.device, int], set[str]]:
     """Names of all stored tensors by the memory they lie in; a module registered twice counts once."""
-    holders: dict[tuple[Any, int], set[str]] = defaultdict(set)
+    holders: dict[tuple[torch.device, int], set[str]] = defaultdict(set)
     for prefix, module in model.named_modules():
         own = [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]
         for name, tensor in own:
             if type(tensor) in (Tensor, nn.Parameter) and tensor.layout == torch.strided:
-                holders[_storage(tensor)].add(f"{prefix}.{name}" if prefix else name)
+                holders[ops.memory_of(tensor)].add(f"{prefix}.{name}" if prefix else name)
     return holders
