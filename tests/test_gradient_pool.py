@@ -71,6 +71,33 @@ def test_a_limit_of_zero_keeps_nothing():
     assert pool.bytes == 0
 
 
+def test_a_lowered_limit_holds_at_once(pool):
+    held, free = pool.empty(SHAPE, torch.float32), pool.empty(SHAPE, torch.float32)
+    del free
+    pool.limit = 0
+    assert pool.bytes == LARGE  # nobody takes what is in use away
+    del held
+    pool.limit = 0
+    assert pool.bytes == 0
+
+
+@pytest.mark.parametrize(
+    ("limit", "error", "message"),
+    [("1 GiB", TypeError, "limit: expected a number of bytes, got '1 GiB'"), (-1, ValueError, "limit: .* got -1")],
+)
+def test_a_limit_that_is_none(pool, limit, error, message):
+    with pytest.raises(error, match=message):
+        pool.limit = limit
+    assert pool.limit == 4 * LARGE
+
+
+def test_it_lies_on_the_cpu_whatever_the_default_device(pool):
+    with torch.device("meta"):
+        kept, small = pool.empty(SHAPE, torch.float32), pool.empty(torch.Size((3,)), torch.float32)
+    assert kept.is_cpu
+    assert small.is_cpu
+
+
 def test_threads_never_share(pool):
     mistakes = []
 

@@ -24,7 +24,7 @@ class _Kept:
     __slots__ = ("_holders", "_storage", "tensor")
 
     def __init__(self, shape: torch.Size, dtype: torch.dtype) -> None:
-        self.tensor = torch.empty(shape, dtype=dtype)
+        self.tensor = torch.empty(shape, dtype=dtype, device="cpu")
         self._storage = self.tensor.untyped_storage()
         self._holders = self._count_holders()
 
@@ -41,14 +41,28 @@ class GradientPool:
     Memory is free once no tensor, view, array or graph refers to it but the pool.
 
     Args:
-        limit: bytes that the pool may keep, in use or not. A larger request is served by PyTorch alone.
+        limit: bytes that the pool may keep, in use or not, at least 0. A larger request is served by PyTorch alone.
+
+    Raises:
+        TypeError, ValueError: the limit is no such number, when it is set later as well.
     """
 
-    def __init__(self, limit: int) -> None:
-        self.limit = limit
+    def __init__(self, limit: float) -> None:
+        self._limit = _checked(limit)
         self._kept: defaultdict[tuple[torch.Size, torch.dtype], list[_Kept]] = defaultdict(list)
         self._bytes = 0
         self._lock = threading.Lock()
+
+    @property
+    def limit(self) -> float:
+        """Bytes that it may keep. Lowered, it gives up what is more and not in use at once."""
+        return self._limit
+
+    @limit.setter
+    def limit(self, limit: float) -> None:
+        with self._lock:
+            self._limit = _checked(limit)
+            self._drop_unused(until=limit)
 
     @property
     def bytes(self) -> int:
@@ -58,14 +72,14 @@ class GradientPool:
     def empty(self, shape: torch.Size, dtype: torch.dtype) -> Tensor:
         """A contiguous CPU tensor, not filled."""
         size = shape.numel() * dtype.itemsize
-        if not _SMALLEST <= size <= self.limit:
-            return torch.empty(shape, dtype=dtype)
+        if not _SMALLEST <= size <= self._limit:
+            return torch.empty(shape, dtype=dtype, device="cpu")
         with self._lock:
             for kept in self._kept[shape, dtype]:
                 if kept.is_free():
                     return kept.tensor.detach()
             if not self._make_room(size):
-                return torch.empty(shape, dtype=dtype)
+                return torch.empty(shape, dtype=dtype, device="cpu")
             self._kept[shape, dtype].append(_Kept(shape, dtype))
             self._bytes += size
             return self._kept[shape, dtype][-1].tensor.detach()
@@ -76,11 +90,11 @@ class GradientPool:
             self._drop_unused(until=0)
 
     def _make_room(self, size: int) -> bool:
-        if self._bytes + size > self.limit:
-            self._drop_unused(until=self.limit - size)
-        return self._bytes + size <= self.limit
+        if self._bytes + size > self._limit:
+            self._drop_unused(until=self._limit - size)
+        return self._bytes + size <= self._limit
 
-    def _drop_unused(self, until: int) -> None:
+    def _drop_unused(self, until: float) -> None:
         for key, kept in list(self._kept.items()):
             for entry in list(kept):
                 if self._bytes <= until:
@@ -90,6 +104,14 @@ class GradientPool:
                     self._bytes -= entry.tensor.nbytes
             if not kept:
                 del self._kept[key]
+
+
+def _checked(limit: float) -> float:
+    if not isinstance(limit, int | float):
+        raise TypeError(f"limit: expected a number of bytes, got {limit!r}")
+    if not limit >= 0:
+        raise ValueError(f"limit: expected at least 0 bytes, got {limit}")
+    return limit
 
 
 pool = GradientPool(limit=1 << 30)
