@@ -323,10 +323,11 @@ def _scaled_gradients(ctx: Any, gradients: Sequence[Tensor], grad_loss: Tensor, 
 
 
 def _choose_native(device: torch.device, backend: Backend) -> bool:
-    if backend not in ("auto", "native", "reference"):
-        raise ValueError(f"backend: expected 'auto', 'native' or 'reference', got {backend!r}")
-    if backend == "reference" or ops.is_native(device):
-        return backend != "reference"
+    arguments.check_backend(backend)
+    if backend == "reference":
+        return False
+    if ops.is_native(device):
+        return True
     if backend == "native":
         raise ValueError(f"backend: this build of kddp_ext has no native kernels for {device.type!r} tensors")
     if device.type not in _devices_warned_of:

@@ -93,6 +93,12 @@ def check_settings(temperature: float, alpha: float, label_smoothing: float, ign
         raise TypeError(f"ignore_index: expected an integer, got {type(ignore_index).__name__}")
 
 
+def check_backend(backend: str) -> None:
+    """Raise ValueError unless `backend` names one."""
+    if backend not in ("auto", "native", "reference"):
+        raise ValueError(f"backend: expected 'auto', 'native' or 'reference', got {backend!r}")
+
+
 def check_divergence(divergence: str, jsd_beta: float, standardize_logits: bool, *dkd_weights: float) -> None:
     if divergence not in DIVERGENCES:
         raise ValueError(f"divergence: expected one of {', '.join(DIVERGENCES)}, got {divergence!r}")

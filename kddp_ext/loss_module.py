@@ -20,6 +20,9 @@ class FusedKDL1Loss(nn.Module, Generic[Result]):
     The settings are attributes too, and mean what they mean to the function: `temperature`, `alpha`, `l1_weight`,
     `label_smoothing`, `ignore_index`, `divergence`, `jsd_beta`, `dkd_target_weight`, `dkd_non_target_weight`,
     `standardize_logits`, `return_terms`, `backend`.
+
+    Raises:
+        TypeError, ValueError: a setting is not as described there, apart from what depends on the tensors.
     """
 
     # fmt: off
@@ -67,6 +70,8 @@ class FusedKDL1Loss(nn.Module, Generic[Result]):
         super().__init__()
         arguments.check_settings(temperature, alpha, label_smoothing, ignore_index)
         arguments.check_divergence(divergence, jsd_beta, standardize_logits, dkd_target_weight, dkd_non_target_weight)
+        arguments.check_weights(l1_weight, len(l1_weight) if isinstance(l1_weight, Sequence) else 0)
+        arguments.check_backend(backend)
         self.divergence: Divergence = divergence
         self.jsd_beta = jsd_beta
         self.dkd_target_weight = dkd_target_weight

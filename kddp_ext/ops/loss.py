@@ -48,11 +48,7 @@ def _loss_outputs(
 ) -> LossOutputs:
     """Outputs of `kd_l1_loss` for its arguments, not yet filled. What is not wanted is empty."""
     logits_gradient, activation_gradients, _, statistics = settings[-4:]
-    dtype = torch.float32
-    for tensor in (student_logits, teacher_logits, *activations):
-        if tensor is not None and tensor.dtype == torch.float64:
-            dtype = torch.float64
-    device = student_logits.device
+    dtype, device = _result_type(student_logits, teacher_logits, activations), student_logits.device
     sums = (_STATISTICS_ROWS, sum([a.shape[1] for a in activations])) if statistics else (0,)
     return (
         torch.empty((), dtype=dtype, device=device),
@@ -61,6 +57,14 @@ def _loss_outputs(
         _gradient_of(student_logits) if logits_gradient else student_logits.new_empty(0),
         [_gradient_of(a) for a in activations] if activation_gradients else [],
     )
+
+
+def _result_type(student: Tensor, teacher: Tensor | None, activations: Sequence[Tensor]) -> torch.dtype:
+    """That of the loss and its terms: float64 where an input is, else float32."""
+    for tensor in (student, teacher, *activations):
+        if tensor is not None and tensor.dtype == torch.float64:
+            return torch.float64
+    return torch.float32
 
 
 def _gradient_of(tensor: Tensor) -> Tensor:
@@ -269,10 +273,7 @@ def kd_l1_loss(
         outputs: LossOutputs = kd_l1_loss_operator(student.detach(), teacher, labels, detached, *settings, *flags)
         return outputs
     logits_gradient, activation_gradients, scaled, statistics = flags
-    dtype = torch.float32
-    for tensor in (student, teacher, *activations):
-        if tensor is not None and tensor.dtype == torch.float64:
-            dtype = torch.float64
+    dtype = _result_type(student, teacher, activations)
     wanted = (
         torch.empty((), dtype=dtype),
         torch.empty(4, dtype=dtype) if with_terms else None,
@@ -327,6 +328,9 @@ def scale_gradients(
         grad_loss: a 0-dim tensor on their device, which stays there.
         factors: one for each gradient; None, 1 for all.
         in_place: whether the gradients are overwritten and returned; a GPU then leaves alone what is scaled by 1.
+
+    Returns:
+        One for each gradient, of its shape and dtype.
     """
     if torch.compiler.is_compiling() or (not in_place and not scales_natively(grad_loss.device)):
         scales = [grad_loss] * len(gradients) if factors is None else [grad_loss * factor for factor in factors]

@@ -83,7 +83,14 @@ def test_bad_arguments(changes, error, message):
 
 @pytest.mark.parametrize(
     ("settings", "name"),
-    [({"temperature": -1.0}, "temperature"), ({"divergence": "kl"}, "divergence"), ({"jsd_beta": 2.0}, "jsd_beta")],
+    [
+        ({"temperature": -1.0}, "temperature"),
+        ({"divergence": "kl"}, "divergence"),
+        ({"jsd_beta": 2.0}, "jsd_beta"),
+        ({"l1_weight": -1.0}, "l1_weight"),
+        ({"l1_weight": [0.1, float("nan")]}, "l1_weight"),
+        ({"backend": "fast"}, "backend"),
+    ],
 )
 def test_a_module_refuses_bad_settings_when_it_is_made(settings, name):
     with pytest.raises(ValueError, match=name):
