@@ -40,7 +40,8 @@ class DynamicPruner:
 
     Pass `activations` to `kddp_ext.fused_kd_l1_loss` at every step, and call `prune()` every so often (once
     an epoch, say). `prune()` makes the layers physically smaller, with their gradients and the optimizer's
-    state; parameters keep their identity, so the training loop goes on unchanged.
+    state; parameters keep their identity, so the training loop goes on unchanged. A copy of a pruner (copy.deepcopy,
+    pickle) is closed: make a new one for a copied model.
 
     Args:
         model: the student, also inside of torch.compile or DistributedDataParallel, which is brought in line after
@@ -153,7 +154,11 @@ class DynamicPruner:
         self._positions = found.positions
         self._state = PrunerState.fresh(model, groups, samples=self.settings.samples)
         self._taps: Taps | None = Taps(model, groups)
-        self._finalizer = weakref.finalize(self, self._taps.remove)
+        weakref.finalize(self, self._taps.remove)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """A copy, or one from a pickle, is closed: the hooks on its model are those of no pruner."""
+        return {**self.__dict__, "_taps": None}
 
     def __repr__(self) -> str:
         widths = ", ".join(f"{name} {width}" for name, width in self.widths.items())
@@ -269,8 +274,9 @@ class DynamicPruner:
 
     def close(self) -> None:
         """Take the hooks off the model. The history stays readable."""
+        if self._taps is not None:
+            self._taps.remove()
         self._taps = None
-        self._finalizer()
 
     def state_dict(self) -> dict[str, Any]:
         """Statistics, patience counters, steps, first scales and history, as plain tensors, numbers and strings.
@@ -325,5 +331,5 @@ class DynamicPruner:
 
     def _open_taps(self, caller: str) -> Taps:
         if self._taps is None:
-            raise RuntimeError(f"{caller}: the pruner is closed")
+            raise RuntimeError(f"{caller}: the pruner is closed, as every copy of one is")
         return self._taps

@@ -1,6 +1,8 @@
 """The pruner's state: saved, restored, and refused where it is of another student."""
 
+import copy
 import io
+import pickle
 
 import pytest
 import torch
@@ -96,3 +98,20 @@ def test_a_state_of_version_1_is_loaded():
         assert layer.pruned == pruned
         assert (layer.activation_scale is not None) == known
         kill(model, [3])  # the former 4
+
+
+@pytest.mark.parametrize("copied", [copy.copy, copy.deepcopy, lambda pruner: pickle.loads(pickle.dumps(pruner))])
+def test_a_copy_is_closed_and_says_so(copied):
+    model = make_model()
+    pruner = make_pruner(model)
+    observe(pruner)
+    other = copied(pruner)
+    assert other.widths == pruner.widths
+    assert other.history == pruner.history
+    with pytest.raises(RuntimeError, match="activations: the pruner is closed, as every copy of one is"):
+        _ = other.activations
+    with pytest.raises(RuntimeError, match="prune: the pruner is closed"):
+        other.prune()
+    other.close()
+    observe(pruner)  # the original's hooks are where they were
+    assert pruner.statistics["0"].rows == 12
