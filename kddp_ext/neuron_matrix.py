@@ -29,9 +29,12 @@ def neuron_matrix(activation: Tensor, axis: int = 1, *, keep_positions: bool = F
 
     Args:
         activation: of at least 2 dimensions.
-        axis: the dimension that the neurons are; all others are samples and positions.
+        axis: the dimension that the neurons are, counted from the last where it is negative; all others are samples
+            and positions.
         keep_positions: whether the entries of dimensions behind the first must stay apart, in their order.
     """
+    if axis < 0:
+        axis += activation.dim()
     if activation.dim() == 2 and axis == 1:
         return NeuronMatrix(activation, activation.shape[0])
     shape = activation.shape

@@ -29,7 +29,8 @@ class SampleRing:
     """
 
     def __init__(self, capacity: int, width: int, device: torch.device | str | None = None) -> None:
-        self.values = torch.zeros(capacity, width, dtype=torch.float32, device=device)
+        with torch.inference_mode(False):  # it is written to outside of that mode as well
+            self.values = torch.zeros(capacity, width, dtype=torch.float32, device=device)
         self.taken = 0
 
     @property

@@ -45,10 +45,11 @@ class NeuronStatistics:
         positions: int | None = None,
         samples: int = 0,
     ) -> None:
-        self.values = torch.zeros(len(STATISTICS), width, dtype=torch.float64, device=device)
         self.position_sums: Tensor | None = None
-        if positions is not None:
-            self.position_sums = torch.zeros(width, positions, dtype=torch.float64, device=device)
+        with torch.inference_mode(False):  # they are added to outside of that mode as well
+            self.values = torch.zeros(len(STATISTICS), width, dtype=torch.float64, device=device)
+            if positions is not None:
+                self.position_sums = torch.zeros(width, positions, dtype=torch.float64, device=device)
         self.ring = SampleRing(samples, width, device) if samples else None
         self.rows = 0
 
@@ -144,10 +145,28 @@ class NeuronStatistics:
         return neuron_matrix(activation, axis, keep_positions=self.position_sums is not None)
 
     def observe(self, activation: Tensor, axis: int = 1) -> None:
-        """Add the samples of `activation`, in which the neurons lie along `axis`, without computing a loss."""
+        """Add the samples of `activation`, without computing a loss.
+
+        Args:
+            activation: of at least 2 dimensions; float32, float64, bfloat16 or float16.
+            axis: the dimension that the H neurons are, from the last where it is negative; all others are samples and
+                positions.
+
+        Raises:
+            TypeError, ValueError: it is not of such a dtype or shape; nothing is added then.
+        """
+        if activation.dtype not in ops.ELEMENT_TYPES:
+            raise TypeError(f"activation: expected dtype float32, float64, bfloat16 or float16, got {activation.dtype}")
+        dimensions = activation.dim()
+        if dimensions < 2 or not -dimensions <= axis < dimensions or activation.shape[axis] != self.width:
+            raise ValueError(
+                f"activation: expected at least 2 dimensions, and {self.width} neurons along dimension {axis}, got "
+                f"shape {tuple(activation.shape)}"
+            )
         matrix = self.matrix(activation.detach(), axis)
         self.update(ops.neuron_statistics(matrix.values), matrix)
 
+    @torch.inference_mode(False)
     def to(self, device: torch.device) -> None:
         """Move the sums to `device`, where they are not there."""
         if self.values.device != device:
@@ -182,7 +201,7 @@ class NeuronStatistics:
         return joined
 
     def select(self, keep: Tensor) -> NeuronStatistics:
-        """The sums of the neurons `keep`, (K,) int64, in that order."""
+        """The sums of the neurons `keep`, (K,) int64, in that order, without their latest values."""
         selected = NeuronStatistics(int(keep.numel()), self.values.device)
         keep = keep.to(self.values.device)
         selected.values = self.values.index_select(1, keep)
@@ -204,9 +223,9 @@ class NeuronStatistics:
         """Restore what `state_dict` returned.
 
         Raises:
-            ValueError: the state is of a layer of another width; nothing is changed then.
+            ValueError: the state is of a layer of another width or of other positions; nothing is changed then.
         """
-        values = state["values"]
+        values, rows = state["values"], int(state["rows"])
         if values.shape != self.values.shape:
             raise ValueError(
                 f"state: expected statistics of {self.width} neurons, got a tensor of shape {tuple(values.shape)}"
@@ -219,12 +238,14 @@ class NeuronStatistics:
             raise ValueError(
                 f"state: expected {wanted} of positions, got {None if sums is None else tuple(sums.shape)}"
             )
-        if self.ring is not None and "ring" in state:  # without, it fills anew
+        if self.ring is not None and "ring" in state:
             self.ring.load_state_dict(state["ring"])
-        if sums is not None:
-            self.position_sums = sums.to(self.values, copy=True)
-        self.values = values.to(self.values, copy=True)
-        self.rows = int(state["rows"])
+        elif self.ring is not None:  # it fills anew
+            self.ring.reset()
+        if sums is not None and self.position_sums is not None:
+            self.position_sums.copy_(sums)
+        self.values.copy_(values)
+        self.rows = rows
 
 
 class TrackedActivations(tuple[Tensor, ...]):
@@ -251,6 +272,10 @@ class TrackedActivations(tuple[Tensor, ...]):
             if len(self) != len(given):
                 raise ValueError(f"{name}: expected one for each of {len(self)} activations, got {len(given)}")
         return self
+
+    def __getnewargs__(self) -> tuple[Any, ...]:
+        """For copies and pickles, which make a tuple of its contents alone."""
+        return tuple(self), self.statistics, self.axes
 
     def matrices(self) -> list[NeuronMatrix]:
         """Each activation as a matrix that can be summed for its statistics."""
