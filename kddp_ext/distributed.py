@@ -6,6 +6,7 @@ import gc
 import warnings
 from collections.abc import Iterable
 
+import torch
 import torch.distributed
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
@@ -17,6 +18,7 @@ from kddp_ext.pruning.neurons import UnsupportedModelError
 _NEEDED = ("_build_params_for_reducer", "_build_debug_param_to_name_mapping", "_ddp_init_helper", "_set_static_graph")
 
 
+@torch.inference_mode(False)  # the buckets must outlive it
 def rewrap(ddp: DistributedDataParallel) -> DistributedDataParallel:
     """Bring a DistributedDataParallel in line with its module's parameters, as if it had been made now.
 

@@ -108,7 +108,8 @@ def gather_slices(
         part = block if keep_rows is None else block.index_select(0, keep_rows)
         part = part if keep_columns is None else part.index_select(1, keep_columns)
         gathered.append(part.clone().reshape(sliced_shape(tensor, rows, columns, part.shape[0], part.shape[1])))
-    shift = torch.zeros(rows if keep_rows is None else keep_rows.numel(), dtype=torch.float64)
+    device = tensors[0].device if tensors else "cpu"
+    shift = torch.zeros(rows if keep_rows is None else keep_rows.numel(), dtype=torch.float64, device=device)
     if pruned_columns is not None and pruned_means is not None:
         block = blocks[0] if keep_rows is None else blocks[0].index_select(0, keep_rows)
         shift = block.index_select(1, pruned_columns).to(torch.float64).sum(2) @ pruned_means

@@ -198,6 +198,22 @@ ONE = torch.tensor([1])
             {"pruned_columns": ONE, "pruned_means": ONE.double(), "tensors": [torch.zeros(4, 5, dtype=torch.int64)]},
             r"tensors\[0\]: expected one of torch.float32, .*torch.float16 with pruned_means, got torch.int64",
         ),
+        (
+            {"tensors": [torch.zeros(4, 5), torch.zeros(4, 5, device="meta")]},
+            r"tensors\[1\]: expected device cpu .*meta",
+        ),
+        (
+            {"tensors": [torch.zeros(4, 5, device="meta")], "keep_columns": ONE},
+            r"keep_columns: expected device meta as tensors\[0\], got cpu",
+        ),
+        (
+            {
+                "tensors": [torch.zeros(4, 5, device="meta")],
+                "pruned_columns": ONE.to("meta"),
+                "pruned_means": ONE.double(),
+            },
+            r"pruned_means: expected device meta as tensors\[0\], got cpu",
+        ),
         ({"rows": 3}, r"tensors\[0\]: expected a multiple of 3 x 5 elements, got shape \(4, 5\)"),
         ({"rows": 0}, r"tensors\[0\]: expected a multiple of 0 x 5 elements, got shape \(4, 5\)"),
     ],

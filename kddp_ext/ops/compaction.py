@@ -105,7 +105,8 @@ def gather_slices(
     What the pruned columns of the first contributed on average is summed in the same reading of it.
 
     Args:
-        tensors: each is seen as a (rows, columns, inner) block with inner = numel / (rows · columns); any dtype.
+        tensors: each is seen as a (rows, columns, inner) block with inner = numel / (rows · columns); any dtype. All
+            arguments are on one device.
         keep_rows: int64 indices of the rows to keep, in their new order; None keeps all.
         keep_columns: the same of the columns.
         rows: rows of each block; for a vector its length.
@@ -121,7 +122,8 @@ def gather_slices(
         of mean 0 gives NaN; those among the kept columns are not looked at.
 
     Raises:
-        ValueError: an index is outside its range, a tensor is no such block, or the means are not as said above.
+        ValueError: an index is outside its range, a tensor is no such block or on another device, or the means are
+            not as said above.
     """
     if not tensors or not all(is_native(t.device) for t in tensors):
         _check(tensors, keep_rows, keep_columns, rows, columns, pruned_columns, pruned_means)
@@ -145,34 +147,47 @@ def _check(
     pruned_means: Tensor | None,
 ) -> None:
     for number, tensor in enumerate(tensors):
+        _check_device(f"tensors[{number}]", tensor, tensors)
         if rows * columns == 0 or tensor.numel() % (rows * columns):
             raise ValueError(
                 f"tensors[{number}]: expected a multiple of {rows} x {columns} elements, got shape "
                 f"{tuple(tensor.shape)}"
             )
-    _check_index("keep_rows", keep_rows, rows)
-    _check_index("keep_columns", keep_columns, columns)
-    _check_index("pruned_columns", pruned_columns, columns)
+    for name, index, size in (
+        ("keep_rows", keep_rows, rows),
+        ("keep_columns", keep_columns, columns),
+        ("pruned_columns", pruned_columns, columns),
+    ):
+        if index is not None:
+            _check_index(name, index, size)
+            _check_device(name, index, tensors)
     if pruned_columns is not None or pruned_means is not None:
-        _check_means(pruned_columns, pruned_means)
+        means = _checked_means(pruned_columns, pruned_means)
+        _check_device("pruned_means", means, tensors)
         if tensors and tensors[0].dtype not in ELEMENT_TYPES:
             names = ", ".join(str(dtype) for dtype in ELEMENT_TYPES)
             raise ValueError(f"tensors[0]: expected one of {names} with pruned_means, got {tensors[0].dtype}")
 
 
-def _check_index(name: str, index: Tensor | None, size: int) -> None:
-    if index is None:
-        return
+def _check_device(name: str, tensor: Tensor, tensors: Sequence[Tensor]) -> None:
+    """The kernels are given addresses: one of another device would be read as if it were theirs."""
+    if tensors and tensor.device != tensors[0].device:
+        raise ValueError(f"{name}: expected device {tensors[0].device} as tensors[0], got {tensor.device}")
+
+
+def _check_index(name: str, index: Tensor, size: int) -> None:
     if index.dtype != torch.int64 or index.dim() != 1 or not index.is_contiguous():
         raise ValueError(
             f"{name}: expected a contiguous vector of int64, got {index.dtype} of shape {tuple(index.shape)}"
         )
+    if index.is_meta:  # it has no numbers
+        return
     lowest, highest = map(int, index.aminmax()) if index.numel() else (0, 0)
     if lowest < 0 or highest >= size:
         raise ValueError(f"{name}: expected indices from 0 to {size - 1}, got {lowest} to {highest}")
 
 
-def _check_means(columns: Tensor | None, means: Tensor | None) -> None:
+def _checked_means(columns: Tensor | None, means: Tensor | None) -> Tensor:
     if columns is None or means is None:
         raise ValueError("pruned_columns, pruned_means: expected both or neither")
     if means.dtype != torch.float64 or means.shape != columns.shape or not means.is_contiguous():
@@ -180,3 +195,4 @@ def _check_means(columns: Tensor | None, means: Tensor | None) -> None:
             f"pruned_means: expected a contiguous vector of {columns.shape[0]} float64, got {means.dtype} of shape "
             f"{tuple(means.shape)}"
         )
+    return means

@@ -17,7 +17,7 @@ from torch.optim import Optimizer
 
 from kddp_ext import ops
 from kddp_ext.pruning.graph import StoredTensor
-from kddp_ext.pruning.groups import Layout, NeuronGroup
+from kddp_ext.pruning.groups import Layout, NeuronGroup, all_but
 from kddp_ext.pruning.reconstruction import Reconstruction
 
 
@@ -43,9 +43,7 @@ class Removal:
     @property
     def pruned(self) -> Tensor:
         """Ascending int64 indices of the neurons that go."""
-        gone = torch.ones(self.group.width, dtype=torch.bool)
-        gone[self.keep] = False
-        return gone.nonzero().flatten()
+        return all_but(self.keep, self.group.width)
 
 
 @dataclass(frozen=True)
@@ -101,6 +99,7 @@ class CompactionPlan:
         self._tensors = tensors
         self._attributes = attributes
 
+    @torch.inference_mode(False)  # what is made in that mode no later step could be trained with
     def apply(
         self,
         also: Sequence[tuple[object, str, Any]] = (),
@@ -170,6 +169,7 @@ def require_sliceable_optimizer(optimizer: Optimizer) -> None:
         )
 
 
+@torch.inference_mode(False)
 def plan_compaction(
     model: nn.Module,
     removals: Sequence[Removal],
@@ -253,20 +253,24 @@ def _plan_tensor(
         for optimizer in optimizers
         for key, value in _sliceable_state(stored, tensor, optimizer).items()
     ]
-    same_shape = [value for _, _, value in states if value.shape == tensor.shape]
-    tensors = [tensor.data, *([] if tensor.grad is None else [tensor.grad]), *same_shape]
+    together = [value for _, _, value in states if _lies_beside(value, tensor)]
+    tensors = [tensor.data, *([] if tensor.grad is None else [tensor.grad]), *together]
     gathered, shift = _gather(tensors, by_axis)
     new, *rest = gathered
     new_grad = rest.pop(0) if tensor.grad is not None else None
     new_state = []
     for state, key, value in states:
-        if value.shape == tensor.shape:
+        if _lies_beside(value, tensor):
             sliced = rest.pop(0)
-        else:  # factored moments have length 1 along some dimensions: those stay
+        else:  # factored moments have length 1 along some dimensions: those stay; others were moved to another device
             sliced_axes = {axis: cut for axis, cut in by_axis.items() if value.shape[axis] != 1}
             sliced = _gather([value], sliced_axes, compensate=False)[0][0]
         new_state.append((state, key, sliced))
     return _TensorPlan(tensor, new, new_grad, new_state), shift
+
+
+def _lies_beside(value: Tensor, tensor: Tensor) -> bool:
+    return value.shape == tensor.shape and value.device == tensor.device
 
 
 def _gather(

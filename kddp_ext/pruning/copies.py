@@ -12,6 +12,9 @@ from torch.optim.swa_utils import AveragedModel
 from kddp_ext import ops
 from kddp_ext.pruning.graph import uncompiled
 
+# By the memory that a tensor lies in, whose it is.
+_Owners = dict[tuple[torch.device, int], str]
+
 
 def unwrapped(module: nn.Module) -> nn.Module:
     """The module whose names are the constructor's: without torch.compile, DistributedDataParallel, AveragedModel."""
@@ -38,9 +41,7 @@ def checked_copies(model: nn.Module, copies: Sequence[nn.Module]) -> tuple[nn.Mo
     """
     if isinstance(copies, nn.Module | str) or not isinstance(copies, Sequence):
         raise TypeError(f"copies: expected a list of modules, such as [ema_model], got {type(copies).__name__}")
-    owners: dict[tuple[torch.device, int], str] = {
-        ops.memory_of(tensor): "the model" for tensor in _tensors(model).values()
-    }
+    owners: _Owners = {ops.memory_of(tensor): "the model" for tensor in _tensors(model).values()}
     found = []
     for index, copy in enumerate(copies):
         if not isinstance(copy, nn.Module):
@@ -60,7 +61,7 @@ def _check_modules(model: nn.Module, copy: nn.Module, role: str) -> None:
             raise ValueError(f"{role}: {name or 'it'} is {kinds[1]}, and {kinds[0]} in the model")
 
 
-def _check_tensors(model: nn.Module, copy: nn.Module, role: str, owners: dict[tuple[torch.device, int], str]) -> None:
+def _check_tensors(model: nn.Module, copy: nn.Module, role: str, owners: _Owners) -> None:
     expected, got = _tensors(model), _tensors(copy)
     for name in [*expected, *got]:
         shapes = [tuple(tensors[name].shape) if name in tensors else None for tensors in (expected, got)]

@@ -63,7 +63,7 @@ def activities(criterion: str | Criterion, statistics: NeuronStatistics, outgoin
         return CRITERIA[criterion](statistics, outgoing)
     width = statistics.width
     with torch.no_grad():  # copies, for what it does to them must not reach the decision by another way
-        activity = criterion(statistics.select(torch.arange(width)), outgoing.clone())
+        activity = criterion(statistics.select(torch.arange(width, device="cpu")), outgoing.clone())
     if not isinstance(activity, Tensor):
         raise TypeError(f"criterion: expected a tensor of activities for {layer}, got {type(activity).__name__}")
     if activity.shape != (width,) or activity.is_complex():

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-import torch
+from collections.abc import Sequence
+
 from torch import nn
 from torch.fx import Node
 
@@ -179,7 +180,9 @@ def _is_padded(reader: Node) -> bool:
     if operation_name(reader) not in CONVOLUTIONS:
         return False
     padding = argument_of(reader, 4, "padding", 0)  # sizes, or "valid" or "same"
-    return padding == "same" if isinstance(padding, str) else bool(torch.tensor(padding).any())
+    if isinstance(padding, str):
+        return padding == "same"
+    return any(padding) if isinstance(padding, Sequence) else bool(padding)
 
 
 def _norm_behind(reader: Node) -> Node | None:

@@ -58,6 +58,13 @@ class Layout:
         return min(found, key=lambda layout: (layout.outer != self.outer, layout.axis)) if found else None
 
 
+def all_but(neurons: Tensor, width: int) -> Tensor:
+    """The other neurons of `width`, ascending int64 on the CPU, without regard to the order of `neurons`."""
+    others = torch.ones(width, dtype=torch.bool, device="cpu")
+    others[neurons] = False
+    return others.nonzero().flatten()
+
+
 @dataclass(frozen=True)
 class NeuronSlices:
     """A stored tensor that has slices of each neuron."""

@@ -16,7 +16,7 @@ from torch import Tensor
 from kddp_ext.pruning.budget import ModelSize, affordable
 from kddp_ext.pruning.compaction import Removal
 from kddp_ext.pruning.criteria import activities
-from kddp_ext.pruning.groups import NeuronGroup
+from kddp_ext.pruning.groups import NeuronGroup, all_but
 from kddp_ext.pruning.guards import KeptBy, removable
 from kddp_ext.pruning.observation import LayerObservation
 from kddp_ext.pruning.reconstruction import reconstruct
@@ -55,9 +55,7 @@ class LayerDecision:
     @property
     def keep(self) -> Tensor:
         """Ascending int64 indices of the neurons that stay."""
-        stays = torch.ones(self.group.width, dtype=torch.bool)
-        stays[self.pruned] = False
-        return stays.nonzero().flatten()
+        return all_but(self.pruned, self.group.width)
 
     @property
     def width_after(self) -> int:

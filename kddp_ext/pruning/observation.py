@@ -107,5 +107,5 @@ def _columns(model: nn.Module, group: NeuronGroup, reader: Reader) -> Tensor:
 def _together(norms: list[Tensor], width: int) -> Tensor:
     """The norms of stacked columns, from those of each part."""
     if not norms:
-        return torch.zeros(width, dtype=torch.float64)
+        return torch.zeros(width, dtype=torch.float64, device="cpu")
     return norms[0] if len(norms) == 1 else torch.stack(norms).square().sum(0).sqrt()

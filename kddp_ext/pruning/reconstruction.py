@@ -64,8 +64,8 @@ def reconstruct(
     highest = float(eigenvalues[-1])
     if highest == 0:
         return None
-    generator = torch.Generator().manual_seed(0)
-    mixtures = torch.randn(len(pruned), _MIXTURES, generator=generator, dtype=torch.float64)
+    generator = torch.Generator("cpu").manual_seed(0)
+    mixtures = torch.randn(len(pruned), _MIXTURES, generator=generator, dtype=torch.float64, device="cpu")
     weighted = outgoing[pruned, None] * mixtures
     without = (centred[:, pruned] * (len(samples) / (len(samples) - 1)) if constant else gone) @ weighted
     of_mean = float(without.square().sum())

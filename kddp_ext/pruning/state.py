@@ -88,7 +88,7 @@ class PrunerState:
             LayerState(
                 group,
                 _no_statistics(group, _device(model, group), samples),
-                torch.zeros(group.width, dtype=torch.int64),
+                torch.zeros(group.width, dtype=torch.int64, device="cpu"),
             )
             for group in groups
         )
@@ -117,7 +117,7 @@ class PrunerState:
                 layer.group,
                 layer.statistics,
                 inactive_checks=layer.inactive_checks,
-                original=torch.tensor(self.history.kept(layer.group.name)),
+                original=torch.tensor(self.history.kept(layer.group.name), device="cpu"),
                 first_scales=layer.first_scales,
                 caller=caller,
             )

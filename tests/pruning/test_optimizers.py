@@ -226,3 +226,21 @@ def test_learning_rate_schedules_go_on(schedule):
     seen = run(prune_after=3)
     assert seen == run(prune_after=None)
     assert len({rates[0] for rates in seen}) > 1
+
+
+def test_state_that_was_moved_to_another_device_follows_there():
+    """Some keep moments on the CPU while the model is on a GPU; here they are on "meta"."""
+    model = make_model()
+    optimizer = torch.optim.Adam(model.parameters())
+    pruner = make_pruner(model, optimizer, threshold=0.5)
+    x, labels = torch.randn(16, INPUTS - 1), torch.zeros(16, dtype=torch.int64)
+    nn.functional.cross_entropy(model(x), labels).backward()
+    optimizer.step()
+    for state in optimizer.state.values():
+        state["exp_avg_sq"] = state["exp_avg_sq"].to("meta")
+    pruner.activations.observe()
+    assert pruner.prune().neurons_pruned > 0
+    for parameter, state in optimizer.state.items():
+        assert state["exp_avg"].shape == state["exp_avg_sq"].shape == parameter.shape
+        assert state["exp_avg"].is_cpu
+        assert state["exp_avg_sq"].is_meta
