@@ -87,7 +87,8 @@ class DynamicPruner:
 
     Attributes:
         settings: the arguments that its decisions depend on. May be replaced between checks:
-            `pruner.settings = dataclasses.replace(pruner.settings, threshold=0.02)`.
+            `pruner.settings = dataclasses.replace(pruner.settings, threshold=0.02)`. More `reconstruction_samples` are
+            kept from the next check on.
         schedule: the arguments that count steps; may be replaced likewise.
         refused: the reason by layer name, for each Linear and convolution that cannot be pruned.
 
@@ -322,7 +323,7 @@ class DynamicPruner:
             require_rewrappable(wrapper)
         checked_copies(self.model, self._copies)
         compaction = plan_compaction(self.model, removals, self._optimizers, self._copies)
-        return decisions, (compaction, state.after(decisions), PruneReport.of(decisions, size))
+        return decisions, (compaction, state.after(decisions, self.settings.samples), PruneReport.of(decisions, size))
 
     def _ranks(self, caller: str) -> tuple[Ranks, Sequence[DistributedDataParallel]]:
         """The processes that prune together now, and the wrappers to be brought in line."""

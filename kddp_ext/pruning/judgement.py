@@ -36,6 +36,7 @@ class LayerDecision:
         pruned: ascending int64 indices of the neurons that go.
         kept_by: how many of the marked stay, and why.
         compensate: whether what they contributed on average is added to the next layer.
+        reconstruct: whether what varied in them is taken over by those that stay, where there are samples.
     """
 
     observation: LayerObservation
@@ -46,6 +47,7 @@ class LayerDecision:
     pruned: Tensor
     kept_by: KeptBy
     compensate: bool
+    reconstruct: bool
 
     @property
     def group(self) -> NeuronGroup:
@@ -75,13 +77,12 @@ class LayerDecision:
         statistics = self.observation.statistics
         means = statistics.mean if self.group.positions is None else statistics.position_mean
         reconstruction = None
-        if statistics.ring is not None:
-            samples, outgoing = statistics.ring.samples, self.observation.outgoing
+        if self.reconstruct and statistics.ring is not None:
             reconstruction = reconstruct(
-                samples,
+                statistics.ring.samples,
                 self.keep,
                 self.pruned,
-                outgoing,
+                self.observation.outgoing,
                 constant=all(reader.shift is not None for reader in self.group.readers),
                 padded=any(reader.padded for reader in self.group.readers),
             )
@@ -133,7 +134,15 @@ def _decide_alone(observation: LayerObservation, settings: PruningSettings) -> t
         round_to=settings.round_to,
     )
     decision = LayerDecision(
-        observation, activity, inactive, marked, inactive_checks, weakest_first, kept_by, settings.compensate
+        observation=observation,
+        activity=activity,
+        inactive=inactive,
+        marked=marked,
+        inactive_checks=inactive_checks,
+        pruned=weakest_first,
+        kept_by=kept_by,
+        compensate=settings.compensate,
+        reconstruct=settings.samples > 0,
     )
     return decision, weakest_first
 

@@ -40,13 +40,13 @@ class LayerState:
         """How many values of each neuron are kept beside the sums."""
         return 0 if self.statistics.ring is None else self.statistics.ring.values.shape[0]
 
-    def after(self, decision: LayerDecision) -> LayerState:
-        """What is known once `decision` is carried out; the statistics start afresh."""
+    def after(self, decision: LayerDecision, samples: int) -> LayerState:
+        """What is known once `decision` is carried out; the statistics start afresh, with room for so many samples."""
         keep, seen = decision.keep, decision.observation
         group = replace(self.group, width=decision.width_after)
         return LayerState(
             group=group,
-            statistics=_no_statistics(group, self.statistics.values.device, self.samples),
+            statistics=_no_statistics(group, self.statistics.values.device, samples),
             inactive_checks=decision.inactive_checks[keep],
             first_scales=(seen.scales if seen.first_scales is None else seen.first_scales)[:, keep],
         )
@@ -124,11 +124,11 @@ class PrunerState:
             for layer in self.layers
         )
 
-    def after(self, decisions: Sequence[LayerDecision]) -> PrunerState:
-        """The state once `decisions` are carried out."""
+    def after(self, decisions: Sequence[LayerDecision], samples: int) -> PrunerState:
+        """The state once `decisions` are carried out, with room for so many samples of each layer."""
         history = self.history.copy()
         history.add_step({decision.group.name: decision.pruned_originals for decision in decisions})
-        layers = tuple(layer.after(decision) for layer, decision in zip(self.layers, decisions, strict=True))
+        layers = tuple(layer.after(decision, samples) for layer, decision in zip(self.layers, decisions, strict=True))
         return PrunerState(layers, history, self.steps)
 
     def to_dict(self) -> dict[str, Any]:

@@ -1,6 +1,7 @@
 """What varied in pruned neurons is taken over by those that stay."""
 
 import copy
+import dataclasses
 
 import pytest
 import torch
@@ -145,3 +146,23 @@ def test_statistics_of_several_ranks_join():
     torch.testing.assert_close(joined.position_sums, sum(part.position_sums for part in parts))
     assert torch.equal(joined.max_abs, torch.stack([part.max_abs for part in parts]).amax(0))
     assert joined.ring.filled == min(6, sum(part.ring.filled for part in parts))
+
+
+def test_settings_that_are_replaced_between_checks_count():
+    """Without samples the average alone is compensated from then on; with more of them, more are kept for the next."""
+    reports, capacities = {}, {}
+    for samples in (256, 0, 512):
+        torch.manual_seed(0)
+        model, shape, _ = MODELS["linear"]()
+        inputs = torch.randn(shape)
+        pruner = DynamicPruner(model, example_inputs=(inputs[:2],), patience=1, threshold=1.0, minimum_width=8)
+        pruner.settings = dataclasses.replace(pruner.settings, reconstruction_samples=samples)
+        model(inputs)
+        pruner.activations.observe()
+        reports[samples] = pruner.prune().layers[0]
+        ring = pruner.statistics["0"].ring
+        capacities[samples] = 0 if ring is None else len(ring.values)
+    assert reports[256].reconstruction_error is not None
+    assert reports[0].reconstruction_error is None
+    assert reports[0].pruned == reports[256].pruned
+    assert capacities == {256: 256, 0: 0, 512: 512}
