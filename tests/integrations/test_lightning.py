@@ -127,6 +127,16 @@ def test_the_module_is_left_as_it_was():
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in module.modules())
 
 
+def test_attributes_of_the_modules_own_come_back():
+    """A module may declare `pruner` for its type checker, and be given a hook from outside."""
+    module, heard = Distillation(), []
+    module.pruner, module.on_load_checkpoint = None, heard.append
+    make_trainer(1, make_pruning()).fit(module, batches())
+    assert module.pruner is None
+    module.on_load_checkpoint({})
+    assert heard == [{}]
+
+
 def test_every_other_epoch():
     module, pruning = Distillation(), make_pruning(patience=1, every_n_epochs=2)
     make_trainer(5, pruning).fit(module, batches())
