@@ -33,7 +33,7 @@ class SavedModel:
         stage: that trained it.
         config: of the run that trained it.
         history: what was pruned; None for the teacher.
-        load: builds it and loads its weights, given example images (2, C, S, S).
+        load: builds it on the CPU and loads its weights, given example images (2, C, S, S) there.
     """
 
     path: Path
@@ -68,7 +68,7 @@ def evaluate(path: Path, data_dir: Path | None, device: Device, console: Console
     raw, info = read_dataset(config.dataset, data_dir), INFO[config.dataset]
     data = ImageData(raw, info, config, runtime.device)
     for saved in models:
-        model = runtime.place(saved.load(data.example(2)))
+        model = runtime.place(saved.load(data.example(2).cpu()))
         correct = accuracy(model, data, data.test, runtime)
         console.print(
             f"{saved.stage:<8} {correct:.2%} of {len(data.test):,} test images  ({saved.path})",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from rich.console import Console
 
 import kddp_ext
 from kddp_ext.workflow.config import RunConfig, load_config
+from kddp_ext.workflow.data import ImageData
 from kddp_ext.workflow.datasets import INFO
 from kddp_ext.workflow.errors import WorkflowError
 from kddp_ext.workflow.models import build_student
@@ -71,6 +73,20 @@ def test_evaluate_agrees_with_the_report(finished_run: Path, quiet: Console) -> 
         assert result is not None
         assert line.startswith(stage)
         assert f"{result['test_accuracy']:.2%}" in line
+
+
+def test_students_are_rebuilt_from_examples_on_the_cpu(
+    finished_run: Path, quiet: Console, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a GPU the images lie there, and a student that is traced with them does not yet."""
+    example = ImageData.example
+
+    def on_a_gpu(data: ImageData, count: int = 1) -> SimpleNamespace:
+        return SimpleNamespace(cpu=lambda: example(data, count))
+
+    monkeypatch.setattr(ImageData, "example", on_a_gpu)
+    evaluate(finished_run, None, "cpu", quiet)
+    assert len(output(quiet).splitlines()) == len(STAGES)
 
 
 def test_info_of_a_student_file_tells_what_was_pruned(finished_run: Path, quiet: Console) -> None:
