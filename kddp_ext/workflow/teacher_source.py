@@ -31,13 +31,6 @@ def take_teacher(folder: RunFolder, source: Path, config: RunConfig) -> None:
     changed = [each for each in differences(saved, config) if each.startswith(("teacher.", *_OF_THE_TEACHER))]
     if changed:
         raise WorkflowError(f"--teacher-from: the teacher of {source} was trained otherwise: {'; '.join(changed)}")
-    beside = tempfile.mkdtemp(prefix=".teacher.", dir=folder.path)
-    shutil.copytree(other.job(TEACHER), beside, dirs_exist_ok=True)
-    os.chmod(beside, 0o777 & ~_umask())
-    os.replace(beside, folder.job(TEACHER))
-
-
-def _umask() -> int:
-    current = os.umask(0)
-    os.umask(current)
-    return current
+    # Renamed into place once it is whole; what an error leaves is removed.
+    with tempfile.TemporaryDirectory(prefix=".teacher.", dir=folder.path) as beside:
+        os.replace(shutil.copytree(other.job(TEACHER), Path(beside) / TEACHER), folder.job(TEACHER))

@@ -16,6 +16,7 @@ import torch
 from rich.console import Console
 
 from kddp_ext.cli import main
+from kddp_ext.workflow import teacher_source
 from kddp_ext.workflow.config import RunConfig
 from kddp_ext.workflow.errors import WorkflowError
 from kddp_ext.workflow.rebuild import rebuild_report
@@ -237,3 +238,19 @@ def test_a_teacher_serves_another_run(finished_run: Path, small: RunConfig, tmp_
     other = dataclasses.replace(small, teacher=dataclasses.replace(small.teacher, epochs=9))
     with pytest.raises(WorkflowError, match=r"was trained otherwise: teacher\.epochs: 2 was saved, 9 is wanted"):
         run_workflow(tmp_path / "other", other, quiet, device="cpu", teacher_from=finished_run)
+
+
+def test_a_teacher_that_cannot_be_copied_leaves_nothing(
+    finished_run: Path, small: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fill_the_disk(_source: Path, target: Path, **_options: object) -> None:
+        Path(target).mkdir(exist_ok=True)
+        (Path(target) / "checkpoint.pt").write_bytes(b"half")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(teacher_source.shutil, "copytree", fill_the_disk)
+    folder = tmp_path / "new"
+    folder.mkdir()
+    with pytest.raises(OSError, match="No space left"):
+        teacher_source.take_teacher(RunFolder(folder), finished_run, small)
+    assert list(folder.iterdir()) == []
