@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import statistics
 import tempfile
-import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from importlib.util import find_spec
@@ -19,13 +17,12 @@ from torch import Tensor, nn
 import kddp_ext
 from kddp_ext.workflow.datasets import INFO
 from kddp_ext.workflow.errors import WorkflowError
-from kddp_ext.workflow.measure import count_macs, count_parameters
+from kddp_ext.workflow.measure import count_macs, count_parameters, median_seconds, one_thread
 from kddp_ext.workflow.runtime import Runtime
 from kddp_ext.workflow.saved import SavedModel, find_models
 
 # Of the largest logit, or of 1 where all are smaller: float32 sums in another order differ by some 1e-6.
 TOLERANCE = 1e-3
-_LEAST_CALLS = 3
 
 Answer = Callable[[], object]
 
@@ -72,7 +69,7 @@ def measure(
             the others are compared with.
         batches: images in a call.
         rounds: turns that each gets (odd, so that the median is one of them).
-        seconds: of a turn, in which it is called again and again, at least three times.
+        seconds: of a turn, in which it is called again and again, at least five times.
 
     Returns:
         For each student, as plain values: "path", "stage", "parameters", "macs" (of one image), "file_bytes"
@@ -88,7 +85,7 @@ def measure(
     """
     _check(paths, batches, rounds, seconds)
     runtime = Runtime("cpu", "float32")
-    with tempfile.TemporaryDirectory() as folder, _one_thread(), torch.inference_mode():
+    with tempfile.TemporaryDirectory() as folder, one_thread(), torch.inference_mode():
         students = [_prepare(saved, batches) for path in paths for saved in find_models(path)]
         for student in students:
             if not missing_packages():
@@ -109,16 +106,6 @@ def _check(paths: Sequence[Path], batches: Sequence[int], rounds: int, seconds: 
         raise WorkflowError(f"rounds: expected at least 1, got {rounds}")
     if not seconds > 0:
         raise WorkflowError(f"seconds: expected more than 0, got {seconds}")
-
-
-@contextmanager
-def _one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)
 
 
 def _prepare(saved: SavedModel, batches: Sequence[int]) -> _Student:
@@ -178,21 +165,11 @@ def _contenders(students: list[_Student], batch: int) -> list[tuple[list[float],
 
 def _take_turns(contenders: list[tuple[list[float], Answer]], rounds: int, seconds: float) -> None:
     for _, answer in contenders:
-        _median_seconds(answer, seconds / 2)  # to warm up
+        median_seconds(answer, seconds / 2)  # to warm up
     for number in range(rounds):
         first = number % len(contenders)
         for times, answer in contenders[first:] + contenders[:first]:
-            times.append(_median_seconds(answer, seconds))
-
-
-def _median_seconds(answer: Answer, budget: float) -> float:
-    times: list[float] = []
-    end = time.perf_counter() + budget
-    while time.perf_counter() < end or len(times) < _LEAST_CALLS:
-        start = time.perf_counter()
-        answer()
-        times.append(time.perf_counter() - start)
-    return statistics.median(times)
+            times.append(median_seconds(answer, seconds))
 
 
 def _summary(student: _Student, first: _Student) -> dict[str, Any]:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import statistics
 import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
@@ -12,6 +14,7 @@ from kddp_ext.workflow.data import ImageData, Split
 from kddp_ext.workflow.runtime import Runtime
 
 _EVALUATION_BATCH = 1000
+_LEAST_CALLS = 5
 # Enough for a neuron to show that it fires.
 ACTIVE_IMAGES = 5000
 
@@ -104,19 +107,34 @@ def latency(model: nn.Module, image: Tensor, batch_size: int, budget: float = 0.
     """
     model.eval()
     images = image.expand(batch_size, -1, -1, -1).contiguous(memory_format=torch.channels_last)
-    times: list[float] = []
+
+    def answer() -> None:
+        model(images)
+        if image.is_cuda:
+            torch.cuda.synchronize(image.device)
+
+    with one_thread():
+        median_seconds(answer, budget / 10)
+        return median_seconds(answer, budget)
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """Have PyTorch compute on one thread for as long as the context lasts."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        for seconds in (budget / 10, budget):
-            times.clear()
-            end = time.perf_counter() + seconds
-            while time.perf_counter() < end or len(times) < 5:
-                start = time.perf_counter()
-                model(images)
-                if image.is_cuda:
-                    torch.cuda.synchronize(image.device)
-                times.append(time.perf_counter() - start)
+        yield
     finally:
         torch.set_num_threads(threads)
+
+
+def median_seconds(call: Callable[[], object], budget: float) -> float:
+    """Median seconds of one `call`, made again and again for `budget` seconds, and at least five times."""
+    times: list[float] = []
+    end = time.perf_counter() + budget
+    while time.perf_counter() < end or len(times) < _LEAST_CALLS:
+        start = time.perf_counter()
+        call()
+        times.append(time.perf_counter() - start)
     return statistics.median(times)
