@@ -54,16 +54,17 @@ def kd_l1_loss(
         teacher = torch.where(valid[:, None], teacher_logits.detach().to(dtype), 0)
         sides = [standardized(x) if standardize_logits else x for x in (teacher, student)]
         p, q = (x / temperature for x in sides)
-        if divergence == "dkd":
-            assert labels is not None
-            target = torch.where(valid, labels, 0)
-            of_rows = divergences.decoupled_kl(p, q, target, dkd_target_weight, dkd_non_target_weight)
+        if divergence == "forward_kl":
+            of_rows = divergences.forward_kl(p, q)
+        elif divergence == "reverse_kl":
+            of_rows = divergences.reverse_kl(p, q)
         elif divergence == "jsd":
             of_rows = divergences.jensen_shannon(p, q, jsd_beta)
         else:
-            of_rows = getattr(divergences, divergence)(p, q)
-        of_rows = torch.where(valid, of_rows, 0)
-        kd = temperature**2 * of_rows.sum() / count
+            assert labels is not None
+            target = torch.where(valid, labels, 0)
+            of_rows = divergences.decoupled_kl(p, q, target, dkd_target_weight, dkd_non_target_weight)
+        kd = temperature**2 * torch.where(valid, of_rows, 0).sum() / count
     if labels is not None:
         ce = F.cross_entropy(
             student, labels, ignore_index=ignore_index, label_smoothing=label_smoothing, reduction="sum"

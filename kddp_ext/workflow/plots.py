@@ -14,9 +14,10 @@ from kddp_ext.files import atomic_write
 
 PICTURE = "report.png"
 
-_COLOURS = {"teacher": "#8a8f98", "scratch": "#3b78b5", "kd": "#e08a1e", "kddp": "#c0354a"}
+# Of a run's stages, and of a sweep's points that are trained alike.
+COLOURS = {"teacher": "#8a8f98", "scratch": "#3b78b5", "kd": "#e08a1e", "kddp": "#c0354a"}
+MARKERS = {"teacher": "s", "scratch": "o", "kd": "D", "kddp": "*"}
 _NAMES = {"teacher": "Teacher", "scratch": "Student alone", "kd": "KD", "kddp": "KDDP"}
-_MARKERS = {"teacher": "s", "scratch": "o", "kd": "D", "kddp": "*"}
 
 
 def draw(path: Path, stages: dict[str, dict[str, Any]], epochs: dict[str, list[dict[str, Any]]], title: str) -> None:
@@ -43,27 +44,32 @@ def save_figure(figure: Figure, path: Path) -> None:
 
 def _accuracy_against_parameters(axes: Axes, stages: dict[str, dict[str, Any]]) -> None:
     for stage, result in stages.items():
-        size = 260 if _MARKERS[stage] == "*" else 80
+        size = 260 if MARKERS[stage] == "*" else 80
         x, y = result["parameters"], 100 * result["test_accuracy"]
-        axes.scatter(x, y, s=size, color=_COLOURS[stage], marker=_MARKERS[stage], label=_NAMES[stage], zorder=3)
+        axes.scatter(x, y, s=size, color=COLOURS[stage], marker=MARKERS[stage], label=_NAMES[stage], zorder=3)
     if {"kd", "kddp"} <= stages.keys():
         _reduction(axes, stages["kd"], stages["kddp"])
+    describe_accuracy_against(axes, "parameters", ticks=(1, 2, 5))
+    axes.margins(0.25)
+
+
+def describe_accuracy_against(axes: Axes, size: str, ticks: tuple[int, ...]) -> None:
+    """Scales, titles and legend of a panel of accuracies against what `size` says, with so many ticks a decade."""
     axes.set_xscale("log")
-    axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axes.xaxis.set_major_locator(LogLocator(subs=ticks))
     axes.xaxis.set_major_formatter(EngFormatter(sep=""))
     axes.xaxis.set_minor_formatter(NullFormatter())
-    axes.margins(0.25)
     axes.set_title("Accuracy against size")
-    axes.set_xlabel("parameters (log scale)")
+    axes.set_xlabel(f"{size} (log scale)")
     axes.set_ylabel("test accuracy (%)")
-    if stages:
+    if axes.get_legend_handles_labels()[0]:
         axes.legend(frameon=False, loc="best")
 
 
 def _reduction(axes: Axes, kd: dict[str, Any], kddp: dict[str, Any]) -> None:
     """An arrow from KD to KDDP that says how much smaller it is."""
     start, end = ((result["parameters"], 100 * result["test_accuracy"]) for result in (kd, kddp))
-    arrow = {"arrowstyle": "->", "color": _COLOURS["kddp"], "shrinkA": 8, "shrinkB": 12}
+    arrow = {"arrowstyle": "->", "color": COLOURS["kddp"], "shrinkA": 8, "shrinkB": 12}
     axes.annotate("", xy=end, xytext=start, arrowprops=arrow)
     middle = ((start[0] * end[0]) ** 0.5, (start[1] + end[1]) / 2)
     axes.annotate(
@@ -72,7 +78,7 @@ def _reduction(axes: Axes, kd: dict[str, Any], kddp: dict[str, Any]) -> None:
         xytext=(0, 7),
         textcoords="offset points",
         ha="center",
-        color=_COLOURS["kddp"],
+        color=COLOURS["kddp"],
     )
 
 
@@ -89,15 +95,15 @@ def _width(axes: Axes, stages: dict[str, dict[str, Any]], epochs: list[dict[str,
         # An epoch trains with the width that the check before it left.
         start = stages["kd"]["width"]
         steps, widths = [0, *steps], [start, *widths]
-        axes.axhline(start, color=_COLOURS["kd"], linewidth=1.5, linestyle="--", label="KD")
-    axes.plot(steps, widths, color=_COLOURS["kddp"], linewidth=2.2, marker="o", markersize=4, label="KDDP")
+        axes.axhline(start, color=COLOURS["kd"], linewidth=1.5, linestyle="--", label="KD")
+    axes.plot(steps, widths, color=COLOURS["kddp"], linewidth=2.2, marker="o", markersize=4, label="KDDP")
     axes.annotate(
         str(widths[-1]),
         (steps[-1], widths[-1]),
         xytext=(0, 8),
         textcoords="offset points",
         ha="right",
-        color=_COLOURS["kddp"],
+        color=COLOURS["kddp"],
         fontweight="bold",
     )
     axes.set_ylim(bottom=0)
@@ -113,8 +119,8 @@ def _loss_terms(axes: Axes, epochs: list[dict[str, Any]]) -> None:
         return
     steps = [epoch["epoch"] for epoch in epochs]
     for term, name, colour in (
-        ("kd", "KD", "#e08a1e"),
-        ("cross_entropy", "cross-entropy", "#3b78b5"),
+        ("kd", "KD", COLOURS["kd"]),
+        ("cross_entropy", "cross-entropy", COLOURS["scratch"]),
         ("l1", "L1 of the activations", "#4c9a5b"),
     ):
         axes.plot(

@@ -7,22 +7,21 @@ from pathlib import Path
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import EngFormatter, LogLocator, MaxNLocator, NullFormatter
+from matplotlib.ticker import MaxNLocator
 
-from kddp_ext.workflow.plots import save_figure
+from kddp_ext.workflow.plots import COLOURS, MARKERS, describe_accuracy_against, save_figure
 from kddp_ext.workflow.sweep_results import Measured
 
 PICTURE = "report.png"
 
-_KD = "#e08a1e"
-_COLOURS = {"scratch": "#3b78b5", "kd": _KD, "kd-at-found-width": _KD, "kddp": "#c0354a", "ablation": "#7c8794"}
+_COLOURS = {**COLOURS, "kd-at-found-width": COLOURS["kd"], "ablation": "#7c8794"}
+_MARKERS = {**MARKERS, "kd-at-found-width": MARKERS["kd"]}
 _NAMES = {
     "scratch": "Student alone",
     "kd": "KD, widths given",
     "kd-at-found-width": "KD, widths that KDDP found",
     "kddp": "KDDP",
 }
-_MARKERS = {"scratch": "o", "kd": "D", "kd-at-found-width": "D", "kddp": "*"}
 
 
 def draw_sweep(path: Path, measured: Sequence[Measured], title: str) -> None:
@@ -58,15 +57,7 @@ def _accuracy_against_parameters(axes: Axes, measured: Sequence[Measured]) -> No
                 label=name,
                 zorder=3,
             )
-    axes.set_xscale("log")
-    axes.xaxis.set_major_locator(LogLocator(subs=(1, 3)))
-    axes.xaxis.set_major_formatter(EngFormatter(sep=""))
-    axes.xaxis.set_minor_formatter(NullFormatter())
-    axes.set_title("Accuracy against size")
-    axes.set_xlabel("parameters of the fully-connected layers (log scale)")
-    axes.set_ylabel("test accuracy (%)")
-    if axes.get_legend_handles_labels()[0]:
-        axes.legend(frameon=False, loc="best")
+    describe_accuracy_against(axes, "parameters of the fully-connected layers", ticks=(1, 3))
 
 
 def _widths(axes: Axes, measured: Sequence[Measured]) -> None:
