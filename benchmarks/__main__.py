@@ -14,6 +14,7 @@ from typing import Any
 from rich.console import Console
 
 from benchmarks import child, disturbance, machine
+from benchmarks.arguments import at_least, names_of
 from benchmarks.comparisons import COMPARISONS
 from benchmarks.gpu import command, device
 from benchmarks.plot import draw
@@ -94,11 +95,14 @@ def _parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__.splitlines()[0])
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="what to measure on (default cpu)")
     parser.add_argument(
-        "--only", type=_names, metavar="NAMES", help=f"of {', '.join(COMPARISONS)}; all, on a GPU {on_a_gpu}"
+        "--only",
+        type=names_of(COMPARISONS),
+        metavar="NAMES",
+        help=f"of {', '.join(COMPARISONS)}; all, on a GPU {on_a_gpu}",
     )
-    parser.add_argument("--threads", type=_at_least_one, default=2, help="threads of every implementation (default 2)")
+    parser.add_argument("--threads", type=at_least(1), default=2, help="threads of every implementation (default 2)")
     parser.add_argument("--seconds", type=float, default=3.0, help="how long each is timed at each shape (default 3)")
-    parser.add_argument("--rounds", type=_at_least_one, default=15, help="in how many turns (default 15)")
+    parser.add_argument("--rounds", type=at_least(1), default=15, help="in how many turns (default 15)")
     parser.add_argument("--no-compile", dest="compile", action="store_false", help="leave torch.compile out")
     parser.add_argument(
         "--smoke", action="store_true", help="tiny shapes: does everything run? No figure means a thing"
@@ -116,21 +120,6 @@ def _parse() -> argparse.Namespace:
     if arguments.plot and "loss" not in arguments.only:
         parser.error("--plot draws the loss comparison, which --only leaves out")
     return arguments
-
-
-def _names(text: str) -> list[str]:
-    names = text.split(",")
-    unknown = [name for name in names if name not in COMPARISONS]
-    if unknown:
-        raise argparse.ArgumentTypeError(f"expected some of {', '.join(COMPARISONS)}, got {', '.join(unknown)}")
-    return names
-
-
-def _at_least_one(text: str) -> int:
-    number = int(text)
-    if number < 1:
-        raise argparse.ArgumentTypeError(f"expected at least 1, got {number}")
-    return number
 
 
 if __name__ == "__main__":

@@ -50,6 +50,7 @@ class Inputs(NamedTuple):
 
     @property
     def leaves(self) -> list[Tensor]:
+        """What the gradients are of: the student's logits, then the activations."""
         return [self.student, *self.activations]
 
 

@@ -42,11 +42,13 @@ class Change(NamedTuple):
 
 
 def perceptron(activation: type[nn.Module]) -> nn.Module:
+    """Two hidden layers."""
     hidden = [nn.Linear(64, 256), activation(), nn.Linear(256, 128), activation()]
     return nn.Sequential(nn.Flatten(), *hidden, nn.Linear(128, 10))
 
 
 def convolutional() -> nn.Module:
+    """Three convolutions, of which the norms take up the average, and a hidden layer behind a flatten."""
     layers: list[nn.Module] = []
     for inputs, outputs, pooled in ((1, 32, False), (32, 64, True), (64, 64, True)):
         layers += [nn.Conv2d(inputs, outputs, 3, padding=1, bias=False), nn.BatchNorm2d(outputs), nn.ReLU()]
@@ -79,11 +81,13 @@ NETWORKS: dict[str, Callable[[], nn.Module]] = {
 
 
 def digits() -> tuple[Tensor, Tensor]:
+    """Images, float32 (1797, 1, 8, 8) from 0 to 1, and labels, int64 (1797,)."""
     data = load_digits()
     return torch.tensor(data.images, dtype=torch.float32)[:, None] / 16, torch.tensor(data.target)
 
 
 def trained(build: Callable[[], nn.Module], epochs: int) -> nn.Module:
+    """A network after `epochs` passes over the first TRAINING_IMAGES, in evaluation mode."""
     torch.manual_seed(0)
     model, (images, labels) = build(), digits()
     optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3)
@@ -150,6 +154,7 @@ def _distance(pruned: Tensor, whole: Tensor) -> float:
 
 
 def table(results: dict[str, list[Change]], share: float) -> Table:
+    """A row a layer, by the name of its network; the last is the median of all."""
     rows, ratios = [], []
     for network, layers in results.items():
         for change in layers:

@@ -30,6 +30,7 @@ class Watch:
 
     @contextmanager
     def interruptions(self) -> Iterator[None]:
+        """Count what interrupts this process inside of `with`."""
         start, before = time.perf_counter(), _involuntary_switches()
         yield
         seconds = time.perf_counter() - start

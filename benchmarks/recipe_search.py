@@ -51,22 +51,21 @@ def main() -> int:
         name = f"{arguments.stage} {change}"
         if name not in known:
             metrics = _train(run, changed(config, change), arguments.stage, logits)
-            _write(arguments.json, {**_read(arguments.json), name: metrics})
+            write_json(arguments.json, {**_read(arguments.json), name: metrics})
         metrics = _read(arguments.json)[name]
         print(f"{100 * metrics['validation_accuracy']:.2f} width {metrics.get('width', '')} {name}", flush=True)
     return 0
 
 
 def changed(config: RunConfig, change: str) -> RunConfig:
-    """`config` with settings replaced: "" changes none."""
+    """`config` with settings replaced: "" changes none. Values that are no number or text are JSON: true, [8, 16]."""
     for setting in filter(None, change.split(",")):
         option, value = setting.split("=")
         section, _, field = option.rpartition(".")
         part = getattr(config, section) if section else config
         old = getattr(part, field)
-        new = (
-            type(old)(value) if isinstance(old, (int, float, str)) and not isinstance(old, bool) else json.loads(value)
-        )
+        plain = isinstance(old, int | float | str) and not isinstance(old, bool)
+        new = type(old)(value) if plain else json.loads(value)
         part = dataclasses.replace(part, **{field: new})
         config = dataclasses.replace(config, **{section: part}) if section else part
     return config
@@ -83,11 +82,7 @@ def _train(run: Run, config: RunConfig, stage: str, logits: TeacherLogits) -> di
 
 
 def _read(path: Path) -> dict[str, Any]:
-    return dict(json.loads(path.read_text())) if path.is_file() else {}
-
-
-def _write(path: Path, values: dict[str, Any]) -> None:
-    write_json(path, values)
+    return dict(json.loads(path.read_text(encoding="utf-8"))) if path.is_file() else {}
 
 
 def _parse() -> argparse.Namespace:

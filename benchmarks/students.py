@@ -17,6 +17,7 @@ from typing import Any
 from rich.console import Console
 
 from benchmarks import machine
+from benchmarks.arguments import at_least
 from benchmarks.settings import Settings
 from benchmarks.table import Table, kibibytes, times, write_markdown
 from benchmarks.timing import Quartiles
@@ -109,7 +110,7 @@ def _parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.students", description=__doc__.splitlines()[0])
     parser.add_argument("files", nargs="+", type=Path, metavar="FILE", help="of a student, or the folder of a run")
     parser.add_argument("--batches", type=_numbers, default=[1, 128], help="images in a call (default 1,128)")
-    parser.add_argument("--rounds", type=int, default=9, help="turns that each student gets (default 9)")
+    parser.add_argument("--rounds", type=at_least(1), default=9, help="turns that each student gets (default 9)")
     parser.add_argument("--seconds", type=float, default=0.05, help="of each turn (default 0.05)")
     parser.add_argument("--json", metavar="FILE", help="write the figures to this file")
     parser.add_argument("--markdown", metavar="FILE", help="write the tables to this file, or into its marked places")

@@ -23,6 +23,7 @@ class Table(NamedTuple):
     note: str = ""
 
     def for_terminal(self) -> rich.table.Table:
+        """What rich prints."""
         table = rich.table.Table(title=self.title, title_justify="left", caption=self.note, caption_justify="left")
         for number, column in enumerate(self.columns):
             table.add_column(column, justify="right" if number else "left")
@@ -31,6 +32,7 @@ class Table(NamedTuple):
         return table
 
     def to_markdown(self) -> str:
+        """Title, rows and note, without a line break at the end."""
         rule = ["---", *["---:"] * (len(self.columns) - 1)]
         lines = [f"| {' | '.join(cells)} |" for cells in (self.columns, rule, *self.rows)]
         note = [f"\n{self.note}"] if self.note else []
@@ -60,14 +62,17 @@ def times(ratio: Quartiles) -> str:
 
 
 def microseconds(seconds: float) -> str:
+    """A time in µs."""
     return f"{seconds * 1e6:,.0f}"
 
 
 def milliseconds(seconds: float) -> str:
+    """A time in ms."""
     return f"{seconds * 1e3:,.1f}" if seconds < 0.1 else f"{seconds * 1e3:,.0f}"
 
 
 def kibibytes(size: float) -> str:
+    """So many bytes in KiB."""
     return f"{size / 2**10:,.1f}" if size < 10 * 2**10 else f"{size / 2**10:,.0f}"
 
 

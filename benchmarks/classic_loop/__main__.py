@@ -9,7 +9,6 @@ from __future__ import annotations
 import argparse
 import math
 import sys
-from collections.abc import Callable
 from importlib.util import find_spec
 from typing import Any
 
@@ -18,6 +17,7 @@ from rich.console import Console
 
 import kddp_ext
 from benchmarks import disturbance, machine
+from benchmarks.arguments import at_least, names_of
 from benchmarks.classic_loop.pairs import PAIRS
 from benchmarks.classic_loop.processes import LOOPS, measure
 from benchmarks.settings import Settings
@@ -87,36 +87,23 @@ def _parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.classic_loop", description=__doc__.splitlines()[0])
     parser.add_argument("--data-dir", metavar="DIR", help="of CIFAR-10; without it, random images of its shape")
     parser.add_argument(
-        "--pairs", type=_pairs, default=list(PAIRS), metavar="NAMES", help=f"of {', '.join(PAIRS)} (default: all)"
+        "--pairs",
+        type=names_of(PAIRS),
+        default=list(PAIRS),
+        metavar="NAMES",
+        help=f"of {', '.join(PAIRS)} (default: all)",
     )
-    parser.add_argument("--steps", type=_at_least(1), default=20, help="timed in each round (default 20)")
-    parser.add_argument("--warm-up", type=_at_least(0), default=5, help="uncounted steps before them (default 5)")
-    parser.add_argument("--rounds", type=_at_least(1), default=7, help="turns that each loop gets (default 7)")
-    parser.add_argument("--threads", type=_at_least(1), default=2, help="of PyTorch, in each loop (default 2)")
-    parser.add_argument("--workers", type=_at_least(0), default=2, help="of the classic loop's DataLoader (default 2)")
+    parser.add_argument("--steps", type=at_least(1), default=20, help="timed in each round (default 20)")
+    parser.add_argument("--warm-up", type=at_least(0), default=5, help="uncounted steps before them (default 5)")
+    parser.add_argument("--rounds", type=at_least(1), default=7, help="turns that each loop gets (default 7)")
+    parser.add_argument("--threads", type=at_least(1), default=2, help="of PyTorch, in each loop (default 2)")
+    parser.add_argument("--workers", type=at_least(0), default=2, help="of the classic loop's DataLoader (default 2)")
     parser.add_argument(
         "--smoke", action="store_true", help="tiny networks: does everything run? No figure means a thing"
     )
     parser.add_argument("--json", metavar="FILE", help="write the figures to this file")
     parser.add_argument("--markdown", metavar="FILE", help="write the table to this file, or into its marked place")
     return parser.parse_args()
-
-
-def _pairs(text: str) -> list[str]:
-    names = text.split(",")
-    if not set(names) <= set(PAIRS):
-        raise argparse.ArgumentTypeError(f"expected some of {', '.join(PAIRS)}, got {text}")
-    return names
-
-
-def _at_least(least: int) -> Callable[[str], int]:
-    def number(text: str) -> int:
-        value = int(text)
-        if value < least:
-            raise argparse.ArgumentTypeError(f"expected at least {least}, got {value}")
-        return value
-
-    return number
 
 
 if __name__ == "__main__":

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from benchmarks.settings import Settings
 from benchmarks.table import Table, milliseconds, times
@@ -20,6 +21,14 @@ COPIES = 4  # of each weight: itself, its gradient, its two moments
 def sizes(settings: Settings) -> tuple[int, ...]:
     """Widths of the perceptron's layers, from the input to the output."""
     return (24, 32, 32, 10) if settings.smoke else SIZES
+
+
+def perceptron(widths: Sequence[int]) -> nn.Sequential:
+    """Linear layers of these widths, with a ReLU between any two."""
+    layers: list[nn.Module] = []
+    for into, out in itertools.pairwise(widths):
+        layers += [nn.Linear(into, out), nn.ReLU()]
+    return nn.Sequential(*layers[:-1])
 
 
 def measure(settings: Settings) -> dict[str, Any]:

@@ -30,6 +30,7 @@ DIVERGENCES: dict[str, tuple[formulas.Divergence, dict[str, Any]]] = {
 
 
 def measure(settings: Settings) -> dict[str, Any]:
+    """Forward and backward of the loss with each of them."""
     shape = SHAPE.at(settings)
     results = {}
     for name, (formula, keywords) in DIVERGENCES.items():

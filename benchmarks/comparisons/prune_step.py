@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import nn
 
 import kddp_ext
-from benchmarks.comparisons.compaction import sizes
+from benchmarks.comparisons.compaction import perceptron, sizes
 from benchmarks.settings import Settings
 from benchmarks.table import Table, milliseconds, times
 from benchmarks.timing import Quartiles, Stopwatch, stages_in_turns
@@ -28,7 +26,7 @@ def measure(settings: Settings) -> dict[str, Any]:
             pruner = training.start(samples)
             with stopwatch("time"):
                 report = pruner.prune()
-            if samples and settings.smoke is False and any(x.reconstruction_error is None for x in report.layers):
+            if samples and not settings.smoke and any(x.reconstruction_error is None for x in report.layers):
                 raise RuntimeError(f"expected every layer to be reconstructed, got {report.layers}")
 
         return run
@@ -55,10 +53,7 @@ class _Training:
     def start(self, samples: int) -> kddp_ext.DynamicPruner:
         """A pruner of a fresh network after a few steps."""
         torch.manual_seed(0)
-        layers: list[nn.Module] = []
-        for into, out in itertools.pairwise(self.widths):
-            layers += [nn.Linear(into, out), nn.ReLU()]
-        model = nn.Sequential(*layers[:-1])
+        model = perceptron(self.widths)
         pruner = kddp_ext.DynamicPruner(
             model, torch.optim.Adam(model.parameters()), example_inputs=(self.inputs[:2],), patience=1, threshold=1.0,
             maximum_share=0.5, reconstruction_samples=samples,

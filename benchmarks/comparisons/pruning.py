@@ -8,7 +8,6 @@ from __future__ import annotations
 import copy
 import importlib
 import importlib.util
-import itertools
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -18,7 +17,7 @@ from torch import Tensor, nn
 from torch.optim import Adam, Optimizer
 
 import kddp_ext
-from benchmarks.comparisons.compaction import sizes
+from benchmarks.comparisons.compaction import perceptron, sizes
 from benchmarks.settings import Settings
 from benchmarks.table import Table, milliseconds, times
 from benchmarks.timing import Quartiles, Stopwatch, stages_in_turns
@@ -82,10 +81,7 @@ def _half_dead(widths: tuple[int, ...]) -> tuple[nn.Sequential, list[list[int]]]
     Removing them changes no output, and either tool can be told to remove exactly them.
     """
     generator = torch.Generator().manual_seed(0)
-    layers: list[nn.Module] = []
-    for into, out in itertools.pairwise(widths):
-        layers += [nn.Linear(into, out), nn.ReLU()]
-    model = nn.Sequential(*layers[:-1])
+    model = perceptron(widths)
     dead = []
     for layer in _hidden(model):
         neurons = torch.randperm(layer.out_features, generator=generator)[: layer.out_features // 2].sort().values

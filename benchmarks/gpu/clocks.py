@@ -17,7 +17,8 @@ Step = Callable[[], object]
 class Clock(Protocol):
     """Gives the seconds that one call of a step takes, from `count` calls."""
 
-    def seconds(self, step: Step, count: int) -> float: ...
+    def seconds(self, step: Step, count: int) -> float:
+        """Of one call."""
 
 
 class EventClock:
@@ -35,6 +36,7 @@ class EventClock:
         self._flushed = torch.empty(max(FLUSHED_BYTES, 2 * cache), dtype=torch.uint8, device=device)
 
     def seconds(self, step: Step, count: int) -> float:
+        """Median of `count` calls."""
         events = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(count)]
         for start, end in events:
             self._flushed.zero_()
@@ -59,6 +61,7 @@ class WallClock:
         self._wait = wait
 
     def seconds(self, step: Step, count: int) -> float:
+        """Mean of `count` calls."""
         self._wait()
         start = time.perf_counter()
         for _ in range(count):

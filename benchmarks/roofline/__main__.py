@@ -13,6 +13,7 @@ from typing import Any
 
 from rich.console import Console
 
+from benchmarks.arguments import names_of
 from benchmarks.cases import Shape, make_inputs
 from benchmarks.comparisons.loss import SHAPES
 from benchmarks.moved_bytes import needed_bytes
@@ -114,7 +115,9 @@ def _json(by_gpu: list[tuple[Gpu, list[Case]]], counter: emulated.Counter, launc
 
 def _parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.roofline", description=__doc__.splitlines()[0])
-    parser.add_argument("--gpus", type=_names, default=list(GPUS), metavar="NAMES", help=f"of {', '.join(GPUS)}; all")
+    parser.add_argument(
+        "--gpus", type=names_of(GPUS), default=list(GPUS), metavar="NAMES", help=f"of {', '.join(GPUS)}; all"
+    )
     parser.add_argument(
         "--launch-microseconds",
         dest="launch_seconds",
@@ -135,14 +138,6 @@ def _parse() -> argparse.Namespace:
     parser.add_argument("--json", metavar="FILE", help="write the figures to this file")
     parser.add_argument("--markdown", metavar="FILE", help="write the tables to this file, or into its marked places")
     return parser.parse_args()
-
-
-def _names(text: str) -> list[str]:
-    names = text.split(",")
-    unknown = [name for name in names if name not in GPUS]
-    if unknown:
-        raise argparse.ArgumentTypeError(f"expected some of {', '.join(GPUS)}, got {', '.join(unknown)}")
-    return names
 
 
 if __name__ == "__main__":
