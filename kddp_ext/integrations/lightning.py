@@ -21,8 +21,8 @@ except ImportError as error:
     ) from error
 
 
-# What the module has of ours while the Trainer runs.
-_OURS = ("on_load_checkpoint", "pruner")
+# What the module has of ours while the Trainer runs, and where it keeps what was there before.
+_OURS, _BEFORE = ("on_load_checkpoint", "pruner"), "_kddp_before"
 
 
 class DynamicPruning(StudentPruning, Callback):
@@ -62,7 +62,6 @@ class DynamicPruning(StudentPruning, Callback):
         super().__init__(example_inputs=example_inputs, every_n_epochs=every_n_epochs, **settings)
         self.student = student
         self._global_step = 0
-        self._attributes_before: dict[str, Any] = {}  # of the module, in the place of ours
 
     @property
     def state_key(self) -> str:
@@ -81,7 +80,10 @@ class DynamicPruning(StudentPruning, Callback):
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Get ready for a checkpoint: callbacks hear of it after the weights are loaded, the module before."""
-        self._attributes_before = {name: pl_module.__dict__[name] for name in _OURS if name in pl_module.__dict__}
+        own = pl_module.__dict__
+        own.setdefault(
+            _BEFORE, {name: own[name] for name in _OURS if name in own}
+        )  # of several callbacks, by the first
         original = pl_module.on_load_checkpoint
 
         def rebuild_first(checkpoint: dict[str, Any]) -> None:
@@ -123,10 +125,11 @@ class DynamicPruning(StudentPruning, Callback):
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Leave the module as it was, but for its width."""
         self.stop_pruning()
-        for name in _OURS:
-            pl_module.__dict__.pop(name, None)
-        pl_module.__dict__.update(self._attributes_before)
-        self._attributes_before = {}
+        before = pl_module.__dict__.pop(_BEFORE, None)
+        if before is not None:
+            for name in _OURS:
+                pl_module.__dict__.pop(name, None)
+            pl_module.__dict__.update(before)
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Lightning calls no teardown then."""

@@ -25,6 +25,8 @@ def check_model(model: nn.Module) -> None:
         )
     if isinstance(model, torch.jit.ScriptModule):
         raise UnsupportedModelError("model: a scripted module cannot be changed; pass the module it was made from")
+    if any(nn.parameter.is_lazy(each) for each in (*model.parameters(), *model.buffers())):
+        raise UnsupportedModelError("model: its lazy modules have no parameters yet; call it on a batch first")
 
 
 def checked_optimizers(optimizer: Optimizer | Sequence[Optimizer] | None, model: nn.Module) -> tuple[Optimizer, ...]:

@@ -131,8 +131,12 @@ def test_attributes_of_the_modules_own_come_back():
     """A module may declare `pruner` for its type checker, and be given a hook from outside."""
     module, heard = Distillation(), []
     module.pruner, module.on_load_checkpoint = None, heard.append
-    make_trainer(1, make_pruning()).fit(module, batches())
+    module.other = make_student()
+    module.configure_optimizers = lambda: torch.optim.Adam(module.parameters())
+    two = make_pruning(student="other", every_n_epochs=2), make_pruning()
+    make_trainer(1, *two).fit(module, batches())
     assert module.pruner is None
+    assert module.on_load_checkpoint == heard.append
     module.on_load_checkpoint({})
     assert heard == [{}]
 

@@ -71,6 +71,8 @@ def test_wrong_models_and_optimizers_are_named():
         make_pruner(lambda x: x)
     with pytest.raises(UnsupportedModelError, match=r"model: DataParallel .* use DistributedDataParallel"):
         make_pruner(nn.DataParallel(model))
+    with pytest.raises(UnsupportedModelError, match="model: its lazy modules have no parameters yet; call it"):
+        make_pruner(nn.Sequential(nn.LazyLinear(8), nn.ReLU(), nn.Linear(8, 3)))
     with pytest.raises(ValueError, match="optimizer: SGD holds none of the model's parameters"):
         make_pruner(model, torch.optim.SGD(make_model().parameters(), lr=0.1))
     with pytest.raises(ValueError, match="optimizer: LBFGS keeps one flat history"):
