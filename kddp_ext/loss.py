@@ -8,11 +8,11 @@ from typing import Any, Literal, NamedTuple, overload
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from kddp_ext import loss_arguments as arguments
 from kddp_ext import ops, reference
 from kddp_ext.divergences import DIVERGENCES
+from kddp_ext.loss_autograd import Inputs, Settings, native_loss
 from kddp_ext.neuron_matrix import NeuronMatrix, neuron_matrix
 from kddp_ext.statistics import TrackedActivations
 
@@ -139,8 +139,8 @@ def fused_kd_l1_loss(
     if labels is not None and labels.dtype != torch.int64:
         labels = labels.to(torch.int64)
     matrices = _matrices(activations)
-    inputs = _Inputs(student_logits, _constant(teacher_logits), labels, [matrix.values for matrix in matrices])
-    settings = _Settings(
+    inputs = Inputs(student_logits, _constant(teacher_logits), labels, [matrix.values for matrix in matrices])
+    settings = Settings(
         float(temperature),
         float(alpha),
         weights,
@@ -155,7 +155,7 @@ def fused_kd_l1_loss(
     )
     tracked = activations if isinstance(activations, TrackedActivations) and torch.is_grad_enabled() else None
     if _choose_native(student_logits.device, backend):
-        loss, terms, sums = _native_loss(inputs, settings, return_terms, tracked is not None)
+        loss, terms, sums = native_loss(inputs, settings, return_terms, tracked is not None)
         if tracked is not None:
             tracked.update(matrices, sums)
     else:
@@ -175,151 +175,9 @@ def _constant(teacher_logits: Tensor | None) -> Tensor | None:
     return teacher_logits.detach() if teacher_logits is not None and teacher_logits.requires_grad else teacher_logits
 
 
-class _Inputs(NamedTuple):
-    student_logits: Tensor
-    teacher_logits: Tensor | None
-    labels: Tensor | None
-    activations: Sequence[Tensor]
-
-
-class _Settings(NamedTuple):
-    """In the operator's order and types."""
-
-    temperature: float
-    alpha: float
-    l1_weights: list[float]
-    samples: list[float]
-    label_smoothing: float
-    ignore_index: int
-    divergence: int
-    jsd_beta: float
-    dkd_target_weight: float
-    dkd_non_target_weight: float
-    standardize_logits: bool
-
-
-class _Flags(NamedTuple):
-    """What the operator is to compute besides the loss, in the operator's order."""
-
-    logits_gradient: bool
-    activation_gradients: bool
-    scaled: bool
-    statistics: bool
-
-
-def _native_loss(
-    inputs: _Inputs, settings: _Settings, with_terms: bool, with_statistics: bool
-) -> tuple[Tensor, Any, Any]:
-    """The loss, its terms, and the sums over each column of the activations."""
-    student, teacher, labels, activations = inputs
-    training = torch.is_grad_enabled()
-    logits_gradient = training and student.requires_grad
-    activation_gradients = training and any(settings.l1_weights) and any(a.requires_grad for a in activations)
-    # float16 cannot hold a gradient that the batch size has divided.
-    scaled = student.dtype == torch.float16 or torch.float16 in [a.dtype for a in activations]
-    flags = _Flags(logits_gradient, activation_gradients, scaled, with_statistics)
-    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
-        traced: Any = _TracedLoss.apply
-        loss, terms, sums, *_ = traced(student, teacher, labels, settings, flags, *activations)
-        return loss, terms, sums
-    loss, terms, sums, of_logits, of_activations = ops.kd_l1_loss(inputs, settings, flags, with_terms)
-    if logits_gradient or activation_gradients:
-        gradients = of_activations if of_logits is None else (of_logits, *of_activations)
-        loss = _attach(loss, gradients, settings, flags, student, *activations)
-    return loss, terms, sums
-
-
-def _reference_loss(inputs: _Inputs, settings: _Settings) -> tuple[Tensor, Tensor]:
+def _reference_loss(inputs: Inputs, settings: Settings) -> tuple[Tensor, Tensor]:
     named = settings._asdict() | {"divergence": DIVERGENCES[settings.divergence]}
     return reference.kd_l1_loss(*inputs, **named)
-
-
-class _TracedLoss(torch.autograd.Function):
-    """The loss under torch.compile and torch.func, where only inputs and outputs of the forward may be saved."""
-
-    @staticmethod
-    def forward(
-        student: Tensor,
-        teacher: Tensor | None,
-        labels: Tensor | None,
-        settings: _Settings,
-        flags: _Flags,
-        *activations: Tensor,
-    ) -> tuple[Tensor, ...]:
-        loss, terms, sums, of_logits, of_activations = ops.kd_l1_loss_operator(
-            student, teacher, labels, list(activations), *settings, *flags
-        )
-        return loss, terms, sums, of_logits, *of_activations
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        ctx.rows = inputs[0].shape[0]
-        _, _, _, ctx.settings, ctx.flags, *_ = inputs
-        ctx.mark_non_differentiable(*output[1:])
-        ctx.save_for_backward(*output[3:])
-        ctx.set_materialize_grads(False)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad_loss: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
-        of_logits, *of_activations = _input_gradients(ctx, grad_loss, in_place=False)
-        return (of_logits, None, None, None, None, *of_activations)
-
-
-class _KnownGradients(torch.autograd.Function):
-    """The eager case: the gradients are known before the node is made, which then costs half as much."""
-
-    @staticmethod
-    def forward(
-        ctx: Any, loss: Tensor, gradients: tuple[Tensor, ...], settings: _Settings, flags: _Flags, *inputs: Tensor
-    ) -> Tensor:
-        ctx.rows, ctx.settings, ctx.flags = inputs[0].shape[0], settings, flags
-        ctx.save_for_backward(*gradients)
-        return loss
-
-    @staticmethod
-    def backward(ctx: Any, grad_loss: Tensor | None) -> tuple[Tensor | None, ...]:
-        if torch.is_grad_enabled():  # the decorator costs what is saved elsewhere
-            return _KnownGradients.backward_once(ctx, grad_loss)
-        in_place = not torch._C._autograd._get_current_graph_task_keep_graph()
-        return (None, None, None, None, *_input_gradients(ctx, grad_loss, in_place))
-
-    @staticmethod
-    @once_differentiable
-    def backward_once(ctx: Any, grad_loss: Tensor | None) -> tuple[Tensor | None, ...]:
-        return (None, None, None, None, *_input_gradients(ctx, grad_loss, in_place=False))
-
-
-# Function.apply would inspect forward's signature for transforms, of which there are none here.
-_attach: Any = super(torch.autograd.Function, _KnownGradients).apply
-
-
-def _input_gradients(ctx: Any, grad_loss: Tensor | None, in_place: bool) -> tuple[Tensor | None, ...]:
-    """Gradients with respect to the student's logits and each activation.
-
-    They may overwrite what is saved `in_place`, where no other backward will need that.
-    """
-    settings, flags = ctx.settings, ctx.flags
-    absent = [None] * len(settings.l1_weights)
-    if grad_loss is None:
-        return (None, *absent)
-    gradients: Sequence[Tensor] = ctx.saved_tensors
-    # The usual `loss.backward()` scales by 1: on the CPU one can look, and spare the memory a round.
-    may_look = grad_loss.is_cpu and not ops.scales_natively(grad_loss.device)
-    if flags.scaled or torch.compiler.is_compiling() or not may_look or grad_loss.item() != 1:
-        gradients = _scaled_gradients(ctx, gradients, grad_loss, in_place)
-    if not flags.logits_gradient:
-        return (None, *(gradients[-len(absent) :] if flags.activation_gradients else absent))
-    return tuple(gradients) if flags.activation_gradients else (gradients[0], *absent)
-
-
-def _scaled_gradients(ctx: Any, gradients: Sequence[Tensor], grad_loss: Tensor, in_place: bool) -> Sequence[Tensor]:
-    factors = None
-    if ctx.flags.scaled:
-        of_row, settings = 1 / max(ctx.rows, 1), ctx.settings
-        factors = [weight / samples for weight, samples in zip(settings.l1_weights, settings.samples, strict=True)]
-        factors = [of_row, *factors][-len(gradients) :] if ctx.flags.activation_gradients else [of_row]
-    return ops.scale_gradients(gradients, grad_loss, factors, in_place=in_place)
 
 
 def _choose_native(device: torch.device, backend: Backend) -> bool:
