@@ -18,6 +18,7 @@ from torch.optim import Optimizer
 from kddp_ext import ops
 from kddp_ext.pruning.graph import StoredTensor
 from kddp_ext.pruning.groups import Layout, NeuronGroup, all_but
+from kddp_ext.pruning.optimizer_state import sliceable_state
 from kddp_ext.pruning.reconstruction import Reconstruction
 
 
@@ -154,21 +155,6 @@ def set_data(tensor: Tensor, data: Tensor, grad: Tensor | None) -> None:
     tensor.grad = grad
 
 
-def require_sliceable_optimizer(optimizer: Optimizer) -> None:
-    """Raise a ValueError for an optimizer whose state is not kept parameter by parameter."""
-    if isinstance(optimizer, torch.optim.LBFGS):
-        raise ValueError("optimizer: LBFGS keeps one flat history of all parameters, which cannot be sliced")
-    if isinstance(optimizer, torch.optim.SparseAdam):
-        raise ValueError(
-            "optimizer: SparseAdam takes sparse gradients alone, and those of the layers that are pruned are dense"
-        )
-    if any(kind.__name__ == "ZeroRedundancyOptimizer" for kind in type(optimizer).__mro__):
-        raise ValueError(
-            "optimizer: ZeroRedundancyOptimizer keeps each parameter's state on one rank alone, where the others "
-            "cannot slice it; use a plain optimizer on every rank"
-        )
-
-
 @torch.inference_mode(False)
 def plan_compaction(
     model: nn.Module,
@@ -251,7 +237,7 @@ def _plan_tensor(
     states = [
         (optimizer.state[tensor], key, value)
         for optimizer in optimizers
-        for key, value in _sliceable_state(stored, tensor, optimizer).items()
+        for key, value in sliceable_state(stored, tensor, optimizer).items()
     ]
     together = [value for _, _, value in states if _lies_beside(value, tensor)]
     tensors = [tensor.data, *([] if tensor.grad is None else [tensor.grad]), *together]
@@ -327,29 +313,6 @@ def _memory_format(tensor: Tensor) -> torch.memory_format:
             if tensor.dim() == dimensions and tensor.is_contiguous(memory_format=memory_format):
                 return memory_format
     return torch.contiguous_format
-
-
-def _sliceable_state(stored: StoredTensor, tensor: Tensor, optimizer: Optimizer) -> dict[Any, Tensor]:
-    """The tensors in the optimizer's state of `tensor` that have its dimensions; scalars stay as they are."""
-    sliceable = {}
-    state = optimizer.state.get(tensor, {})
-    for key, value in state.items():
-        if value is None or isinstance(value, bool | int | float | str):
-            continue
-        if isinstance(value, Tensor) and value.dim() == 0:
-            continue
-        if not isinstance(value, Tensor) or value.layout != torch.strided or not _fits(value.shape, tensor.shape):
-            kind = f"a tensor of shape {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
-            raise ValueError(
-                f"optimizer: {type(optimizer).__name__} keeps {key!r} of {stored.name}, {kind}, and it is "
-                f"not known how that follows the parameter's shape {tuple(tensor.shape)}; nothing was pruned"
-            )
-        sliceable[key] = value
-    return sliceable
-
-
-def _fits(shape: torch.Size, parameter: torch.Size) -> bool:
-    return len(shape) == len(parameter) and all(a in (1, b) for a, b in zip(shape, parameter, strict=True))
 
 
 def _shifted(target: StoredTensor, values: Tensor, shift: Tensor, *, role: str) -> Tensor:

@@ -100,7 +100,7 @@ def count(monkeypatch, owner, name):
 PLACES = {
     "gather": (compaction.ops, "gather_slices"),
     "set data": (compaction, "set_data"),
-    "state": (compaction, "_sliceable_state"),
+    "state": (compaction, "sliceable_state"),
     "allocation": (torch, "empty"),
 }
 
