@@ -157,9 +157,14 @@ def unchanged_modules(model: nn.Module) -> Iterator[None]:
 
 
 def uncompiled(model: nn.Module) -> nn.Module:
-    """The module that torch.compile wrapped, whose names are the constructor's; any other module itself."""
+    """The module that torch.compile wrapped, whose names are the constructor's; any other module itself.
+
+    Raises:
+        TypeError: it is no module.
+    """
     inner = getattr(model, "_orig_mod", model)
-    assert isinstance(inner, nn.Module)
+    if not isinstance(inner, nn.Module):
+        raise TypeError(f"model: expected a torch.nn.Module, got {type(inner).__name__}")
     return inner
 
 

@@ -188,3 +188,8 @@ def test_the_file_is_plain_safetensors(student, path):
     assert torch.equal(tensors["0.weight"], student[0][0].weight)
     with safetensors.safe_open(path, "pt") as file:
         assert json.loads(file.metadata()["history"])["format"] == "kddp_ext.pruning_history"
+
+
+def test_what_is_no_model_is_named(tmp_path):
+    with pytest.raises(TypeError, match=r"model: expected a torch\.nn\.Module, got OrderedDict"):
+        save_student(tmp_path / "student.safetensors", make_model().state_dict(), PruningHistory({}))
