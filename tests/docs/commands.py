@@ -13,7 +13,7 @@ import pytest
 from docs.blocks import ROOT
 
 # Programs of others, whose options are theirs to change.
-FOREIGN = {"cd", "export", "git", "mkdir", "mkdocs", "ruff", "mypy", "clang-format", "cmake", "tensorboard", "source"}
+FOREIGN = {"cd", "export", "git", "mkdir", "mkdocs", "ruff", "mypy", "clang-format", "cmake", "tensorboard", "source", "xargs"}
 _PYTHON = re.compile(r"python(3(\.\d+)?)?$")
 _ENDS = {"&&", "||", ";", "|"}
 
@@ -89,6 +89,9 @@ class Commands:
         self._python([*(["-m"] if parsed.module else []), parsed.training_script, *parsed.training_script_args])
 
     def _python(self, arguments: list[str]) -> None:
+        if arguments[0] == "-c":
+            compile(arguments[1], "<command>", "exec")
+            return
         if arguments[0] != "-m":
             script = arguments[0]
             assert (ROOT / script).exists() or (ROOT / "examples" / script).exists(), f"{script} does not exist"
