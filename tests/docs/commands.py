@@ -13,7 +13,9 @@ import pytest
 from docs.blocks import ROOT
 
 # Programs of others, whose options are theirs to change.
-FOREIGN = {"cd", "export", "git", "mkdir", "mkdocs", "ruff", "mypy", "clang-format", "cmake", "tensorboard", "source", "xargs"}
+FOREIGN = {
+    "cd", "clang-format", "cmake", "export", "git", "mkdir", "mkdocs", "mypy", "ruff", "source", "tensorboard", "xargs",
+}  # fmt: skip
 _PYTHON = re.compile(r"python(3(\.\d+)?)?$")
 _ENDS = {"&&", "||", ";", "|"}
 
