@@ -18,8 +18,10 @@ from torch import Tensor, nn
 from kddp_ext.files import atomic_write
 from kddp_ext.pruning.copies import unwrapped
 from kddp_ext.pruning.history import PruningHistory
+from kddp_ext.strict_json import parse_json
 
 FORMAT, VERSION = "kddp_ext.student", "1"
+_MOST_METADATA = 2**22  # characters of JSON
 
 Path = str | os.PathLike[str]
 Student = TypeVar("Student", bound=nn.Module)
@@ -95,7 +97,7 @@ def load_student(path: Path, constructor: Callable[[], Student], example_inputs:
         PruningHistory.from_json(header["history"]).replay(model, example_inputs)
     except ValueError as error:
         raise ValueError(f"{path}: the student does not fit the constructor's model: {error}") from error
-    made, saved = model.state_dict(), safetensors.torch.load_file(path)
+    made, saved = model.state_dict(), _tensors(path)
     for name in {**made, **saved}:
         if _description(made.get(name)) != _description(saved.get(name)):
             raise ValueError(
@@ -120,6 +122,8 @@ def read_student_header(path: Path) -> StudentHeader:
         FileNotFoundError: there is no such file.
         ValueError: the file is damaged or no student.
     """
+    if os.path.exists(path) and not os.path.isfile(path):  # a pipe would be waited for
+        raise ValueError(f"{path}: expected a student's safetensors file, and it is no regular file")
     try:
         with safetensors.safe_open(path, framework="pt") as file:
             header = file.metadata() or {}
@@ -135,15 +139,25 @@ def read_student_header(path: Path) -> StudentHeader:
         raise ValueError(f"{path}: expected version {VERSION} of the format, got {header.get('version')!r}")
     try:
         PruningHistory.from_json(header["history"])
-        metadata = json.loads(header["metadata"])
+        metadata = parse_json(header["metadata"], most=_MOST_METADATA)
     except (KeyError, ValueError) as error:
         raise ValueError(f"{path}: its header is damaged: {error}") from error
+    if not isinstance(metadata, dict) or not all(isinstance(text, str) for text in metadata.values()):
+        raise ValueError(f"{path}: its header is damaged: expected metadata as strings by name")
     return {
         "version": header["version"],
         "history": header["history"],
         "metadata": metadata,
         "tensors": tensors,
     }
+
+
+def _tensors(path: Path) -> dict[str, Tensor]:
+    try:
+        tensors: dict[str, Tensor] = safetensors.torch.load_file(path)
+    except safetensors.SafetensorError as error:
+        raise ValueError(f"{path}: its tensors cannot be read: {error}") from error
+    return tensors
 
 
 def _description(value: Tensor | None) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import reprlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -11,8 +12,10 @@ from torch import nn
 
 from kddp_ext.pruning.compaction import Removal, plan_compaction
 from kddp_ext.pruning.neurons import find_neurons
+from kddp_ext.strict_json import parse_json
 
 FORMAT, VERSION = "kddp_ext.pruning_history", 1
+_MOST_CHARACTERS = 2**24  # of JSON: room for two million pruned neurons
 
 
 class PruningHistory:
@@ -30,9 +33,8 @@ class PruningHistory:
         self.original_widths: dict[str, int] = {}
         for layer, width in original_widths.items():
             if not isinstance(layer, str) or not _is_int(width) or width < 1:
-                raise ValueError(
-                    f"original_widths: expected widths of at least 1 by layer name, got {layer!r}: {width!r}"
-                )
+                found = f"{_brief(layer)}: {_brief(width)}"
+                raise ValueError(f"original_widths: expected widths of at least 1 by layer name, got {found}")
             self.original_widths[layer] = width
         self.steps: list[dict[str, list[int]]] = []
 
@@ -50,7 +52,11 @@ class PruningHistory:
     @property
     def widths(self) -> dict[str, int]:
         """Number of neurons by layer, after all steps."""
-        return {layer: len(self.kept(layer)) for layer in self.original_widths}
+        widths = dict(self.original_widths)  # counted, for a file may claim any width
+        for step in self.steps:
+            for layer, indices in step.items():
+                widths[layer] -= len(indices)
+        return widths
 
     def pruned(self, layer: str) -> list[int]:
         """Original indices of the neurons that `layer` lost, ascending."""
@@ -71,18 +77,22 @@ class PruningHistory:
             ValueError: a layer or an index is unknown, pruned before, or repeated, or a layer would be
                 emptied. Nothing is recorded then.
         """
+        self._add_step(pruned, {layer: set(self.pruned(layer)) for layer in pruned})
+
+    def _add_step(self, pruned: Mapping[str, Sequence[int]], gone: dict[str, set[int]]) -> None:
+        """Record one step, given what each layer has lost, to which it is added."""
         step = {}
         for layer, indices in pruned.items():
             if layer not in self.original_widths:
-                raise ValueError(f"pruned: no layer {layer!r}; the history is of {list(self.original_widths)}")
-            width, gone = self.original_widths[layer], set(self.pruned(layer))
+                raise ValueError(f"pruned: no layer {layer!r}; the history is of {_brief(list(self.original_widths))}")
+            width, lost = self.original_widths[layer], gone.setdefault(layer, set())
             for index in indices:
                 if not _is_int(index) or not 0 <= index < width:
-                    raise ValueError(f"pruned: {layer} has neurons 0 to {width - 1}, got {index!r}")
-                if index in gone:
+                    raise ValueError(f"pruned: {layer} has neurons 0 to {width - 1}, got {_brief(index)}")
+                if index in lost:
                     raise ValueError(f"pruned: neuron {index} of {layer} is pruned twice")
-                gone.add(index)
-            if len(gone) == width:
+                lost.add(index)
+            if len(lost) == width:
                 raise ValueError(f"pruned: {layer} would lose all of its {width} neurons")
             if len(indices):
                 step[layer] = sorted(indices)
@@ -114,23 +124,24 @@ class PruningHistory:
             ValueError: the text is no history, is of another version, or contradicts itself.
         """
         try:
-            content = json.loads(text)
-        except (TypeError, json.JSONDecodeError) as error:
+            content = parse_json(text, most=_MOST_CHARACTERS)
+        except ValueError as error:
             raise ValueError(f"text: expected the JSON of a pruning history: {error}") from error
         if not isinstance(content, dict) or content.get("format") != FORMAT:
             raise ValueError(f"text: expected JSON with format {FORMAT!r}, got {_brief(content)}")
         if content.get("version") != VERSION:
-            raise ValueError(f"text: expected a history of version {VERSION}, got {content.get('version')!r}")
+            raise ValueError(f"text: expected a history of version {VERSION}, got {_brief(content.get('version'))}")
         widths, steps = content.get("original_widths"), content.get("steps")
         if not isinstance(widths, dict):
             raise ValueError(f"text: expected original_widths by layer, got {_brief(widths)}")
         if not isinstance(steps, list):
             raise ValueError(f"text: expected a list of steps, got {_brief(steps)}")
         history = cls(widths)
+        gone: dict[str, set[int]] = {}  # kept from step to step, or many steps take the square of their time
         for step in steps:
             if not isinstance(step, dict) or not all(isinstance(indices, list) for indices in step.values()):
                 raise ValueError(f"text: expected each step to hold lists of neurons by layer, got {_brief(step)}")
-            history.add_step(step)
+            history._add_step(step, gone)
         return history
 
     def replay(self, model: nn.Module, example_inputs: tuple[Any, ...]) -> None:
@@ -170,5 +181,4 @@ def _is_int(value: object) -> bool:
 
 
 def _brief(value: object) -> str:
-    text = repr(value)
-    return text if len(text) <= 80 else text[:77] + "..."
+    return reprlib.repr(value)  # which looks at the first few of what may be millions

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import reprlib
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,9 +20,10 @@ from kddp_ext.workflow.config_checks import (
     POSITIVE_SHARE,
     SHARE,
     check_bounds,
-    check_choices,
+    check_types,
 )
 from kddp_ext.workflow.errors import WorkflowError
+from kddp_ext.workflow.read_files import read_json
 
 Settings = TypeVar("Settings")
 Dataset = Literal["digits", "fashion-mnist", "cifar10"]
@@ -210,7 +212,7 @@ class RunConfig:
     pruning: PruningConfig = field(default_factory=PruningConfig)
 
     def __post_init__(self) -> None:
-        check_choices(self)
+        check_types(self)
         check_bounds(self.options(), _BOUNDS)
         for option in ("teacher.channels", "student.channels"):
             channels = self.options()[option]
@@ -231,16 +233,18 @@ class RunConfig:
     @classmethod
     def from_json(cls, values: dict[str, Any]) -> RunConfig:
         """Rebuild what `to_json` returned; raises WorkflowError on fields this version doesn't know."""
-        values = dict(values)
+        values = dict(_object("the config", values))
         version = values.pop("version", None)
         if version != CONFIG_VERSION:
-            raise WorkflowError(f"config version {version!r} is not one that this version of kddp_ext reads")
+            raise WorkflowError(
+                f"config version {reprlib.repr(version)} is not one that this version of kddp_ext reads"
+            )
         try:
             return cls(
-                teacher=TeacherConfig(**_tuples(values.pop("teacher"))),
-                student=StudentConfig(**_tuples(values.pop("student"))),
-                distillation=DistillationConfig(**values.pop("distillation")),
-                pruning=PruningConfig(**values.pop("pruning")),
+                teacher=TeacherConfig(**_tuples(_object("teacher", values.pop("teacher")))),
+                student=StudentConfig(**_tuples(_object("student", values.pop("student")))),
+                distillation=DistillationConfig(**_object("distillation", values.pop("distillation"))),
+                pruning=PruningConfig(**_object("pruning", values.pop("pruning"))),
                 **values,
             )
         except (TypeError, KeyError) as error:
@@ -261,11 +265,8 @@ def load_config(path: Path) -> RunConfig:
 def read_settings(path: Path, from_json: Callable[[dict[str, Any]], Settings], owner: str) -> Settings:
     """What `from_json` makes of a JSON object; raises WorkflowError naming the file and its owner when it can't."""
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-        if not isinstance(values, dict):
-            raise WorkflowError("expected a JSON object")
-        return from_json(values)
-    except (json.JSONDecodeError, UnicodeDecodeError, WorkflowError) as error:
+        return from_json(read_json(path, "JSON"))
+    except WorkflowError as error:
         raise WorkflowError(f"{path} is not the config of {owner}: {error}") from error
 
 
@@ -274,6 +275,12 @@ def _flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     for key, value in values.items():
         flat.update(_flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value})
     return flat
+
+
+def _object(name: str, values: Any) -> dict[str, Any]:
+    if not isinstance(values, dict):
+        raise WorkflowError(f"{name}: expected a JSON object, got {reprlib.repr(values)}")
+    return values
 
 
 def _tuples(values: dict[str, Any]) -> dict[str, Any]:

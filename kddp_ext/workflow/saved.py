@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +11,7 @@ from rich.console import Console
 from torch import Tensor, nn
 
 import kddp_ext
+from kddp_ext.strict_json import parse_json
 from kddp_ext.workflow.checkpoint import check_architecture, load_checkpoint
 from kddp_ext.workflow.config import RunConfig, load_config
 from kddp_ext.workflow.data import ImageData
@@ -130,7 +130,7 @@ def _student(path: Path) -> SavedModel:
         metadata = header["metadata"]
         if not {"config", "stage"} <= metadata.keys():
             raise WorkflowError(f"{path} was not written by kddp run: its header names no config and stage")
-        config = RunConfig.from_json(json.loads(metadata["config"]))
+        config = RunConfig.from_json(parse_json(metadata["config"], most=2**22))
         history = kddp_ext.PruningHistory.from_json(header["history"])
     except WorkflowError:
         raise

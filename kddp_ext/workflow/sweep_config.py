@@ -5,15 +5,16 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import reprlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Any, Literal
 
 import tyro
 
 from kddp_ext.workflow.config import RunConfig, differences, read_settings
-from kddp_ext.workflow.config_checks import POSITIVE, check_bounds
+from kddp_ext.workflow.config_checks import POSITIVE, check_bounds, check_types
 from kddp_ext.workflow.errors import WorkflowError
 from kddp_ext.workflow.stages import Job
 
@@ -50,6 +51,7 @@ class SweepConfig:
     """KDDP at the run's own penalty weight, with one thing changed."""
 
     def __post_init__(self) -> None:
+        check_types(self)
         for option in ("seeds", "widths", "l1_weights", "ablations"):
             values = getattr(self, option)
             if len(set(values)) != len(values):
@@ -59,8 +61,9 @@ class SweepConfig:
         for option in ("widths", "l1_weights"):
             for value in getattr(self, option):
                 check_bounds({option: value}, {option: POSITIVE})
-        if not set(self.ablations) <= set(get_args(Ablation)):
-            raise WorkflowError(f"--ablations: expected some of {', '.join(get_args(Ablation))}, got {self.ablations}")
+        names = [f"{weight:g}" for weight in {*self.l1_weights, self.run.pruning.l1_weight}]
+        if len(set(names)) < len(names):  # their trainings would share a folder
+            raise WorkflowError(f"--l1-weights: expected six digits to tell them apart, got {self.l1_weights}")
         if self.run.student.architecture == "resnet20" and self.widths:
             raise WorkflowError("--widths: resnet20 has no hidden layer, expected none")
 
@@ -73,6 +76,8 @@ class SweepConfig:
     @classmethod
     def from_json(cls, values: dict[str, Any]) -> SweepConfig:
         """Rebuild what `to_json` returned; raises WorkflowError on fields this version doesn't know."""
+        if not isinstance(values, dict):
+            raise WorkflowError(f"expected a JSON object, got {reprlib.repr(values)}")
         try:
             own: dict[str, Any] = {key: tuple(each) if isinstance(each, list) else each for key, each in values.items()}
             own["run"] = RunConfig.from_json(own["run"])

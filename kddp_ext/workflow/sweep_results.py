@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import reprlib
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from kddp_ext.workflow.config_checks import LIMIT
+from kddp_ext.workflow.errors import WorkflowError
 from kddp_ext.workflow.run_folder import RunFolder
 from kddp_ext.workflow.stages import Job
 from kddp_ext.workflow.sweep_config import Point
@@ -29,8 +32,16 @@ class Measured:
     epochs: tuple[list[dict[str, Any]], ...]
 
     def values(self, key: str) -> list[float]:
-        """The figure `key` of each seed."""
-        return [float(result[key]) for result in self.results]
+        """The figure `key` of each seed.
+
+        Raises:
+            WorkflowError: a result has no such number, because it was damaged or written by another version.
+        """
+        figures: list[Any] = [result.get(key) for result in self.results]
+        for job, figure in zip(self.jobs, figures, strict=True):
+            if not isinstance(figure, int | float) or (isinstance(figure, int) and abs(figure) >= LIMIT):
+                raise WorkflowError(f"the result of {job.name}: expected a number {key}, found {reprlib.repr(figure)}")
+        return [float(figure) for figure in figures]
 
     def mean(self, key: str) -> float:
         """The mean of the figure `key` over the seeds."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -122,7 +123,7 @@ class TeacherLogits:
 
     def _found(self, path: Path) -> tuple[Tensor, float] | None:
         """What is in the file; nothing unless every process of the run can read it."""
-        found = _read(path, len(self._data.train))
+        found = _read(path, (len(self._data.train), self._data.info.classes))
         return found if self._runtime.processes.all(found is not None) else None
 
     @torch.inference_mode()
@@ -145,7 +146,7 @@ def _write(path: Path, logits: Tensor, seconds: float) -> None:
     atomic_write(path, lambda file: file.write(content))
 
 
-def _read(path: Path, count: int) -> tuple[Tensor, float] | None:
+def _read(path: Path, shape: tuple[int, int]) -> tuple[Tensor, float] | None:
     """The logits of a whole and undamaged file, mapped into memory, and the seconds that they had taken."""
     if not path.is_file():
         return None
@@ -155,7 +156,7 @@ def _read(path: Path, count: int) -> tuple[Tensor, float] | None:
         seconds = float(header.get("seconds", "nan"))
     except (safetensors.SafetensorError, ValueError):
         return None
-    fits = logits.dim() == 2 and len(logits) == count and logits.dtype == torch.float32
+    fits = logits.shape == shape and logits.dtype == torch.float32 and math.isfinite(seconds)
     return (logits, seconds) if fits and header.get("sha256") == hash_tensors({"logits": logits}) else None
 
 

@@ -11,8 +11,9 @@ from numpy.typing import NDArray
 from kddp_ext.workflow.datasets import RawDataset
 from kddp_ext.workflow.datasets.cifar10_pickle import read_pickled_batch
 from kddp_ext.workflow.datasets.download import cifar10_folder
-from kddp_ext.workflow.datasets.files import check_labels, find_folder, read_bytes
+from kddp_ext.workflow.datasets.files import check_labels, find_folder
 from kddp_ext.workflow.errors import DataFileError
+from kddp_ext.workflow.read_files import read_bytes
 
 BATCH_IMAGES = 10_000
 IMAGE_BYTES = 3 * 32 * 32

@@ -12,8 +12,9 @@ from numpy.typing import NDArray
 
 from kddp_ext.workflow.datasets import RawDataset
 from kddp_ext.workflow.datasets.download import fashion_mnist_folder
-from kddp_ext.workflow.datasets.files import check_labels, find_folder, read_bytes
+from kddp_ext.workflow.datasets.files import check_labels, find_folder
 from kddp_ext.workflow.errors import DataFileError
+from kddp_ext.workflow.read_files import read_bytes
 
 SIZE = 28
 CLASSES = 10

@@ -1,4 +1,4 @@
-"""Finding and reading the files of a data set, with errors that say what was looked for."""
+"""Finding the files of a data set and checking its labels, with errors that say what was looked for."""
 
 from __future__ import annotations
 
@@ -20,17 +20,6 @@ def find_folder(data_dir: Path, subfolders: Sequence[str], marks: Iterable[str])
             return folder
     found = "no such folder" if not data_dir.is_dir() else "neither there nor in " + ", ".join(subfolders)
     raise DataFileError(data_dir, f"a file {' or '.join(marks)}", found)
-
-
-def read_bytes(path: Path, expected: str, most: int) -> bytes:
-    """The content of `path`, which must exist and be no longer than `most` bytes."""
-    try:
-        size = path.stat().st_size
-        if size > most:
-            raise DataFileError(path, f"{expected} of at most {most} bytes", f"{size} bytes")
-        return path.read_bytes()
-    except FileNotFoundError as error:
-        raise DataFileError(path, expected, "no such file") from error
 
 
 def check_labels(path: Path, labels: NDArray[np.int64], classes: int) -> NDArray[np.int64]:
