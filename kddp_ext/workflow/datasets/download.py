@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+import gzip
 import os
-import shutil
 import tarfile
 import zlib
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import pooch
 from rich.progress import Progress
@@ -29,6 +29,11 @@ _FASHION_HASHES = {
     "t10k-images-idx3-ubyte.gz": "md5:bef4ecab320f06d8554ea6380940ec79",
     "t10k-labels-idx1-ubyte.gz": "md5:bb300cfdad3c16e7a12a480ee83cd310",
 }
+
+
+_MOST_DOWNLOADED = 200_000_000  # bytes: the archive of CIFAR-10 has 170 million, the others less
+_MOST_MEMBER = 40_000_000  # a batch has 31 million
+_PART = 2**20
 
 
 def cache_folder() -> Path:
@@ -70,9 +75,27 @@ def fetch(url: str, known_hash: str, name: str, folder: Path) -> Path:
 
 
 def downloader(url: str, output_file: Any, caller: Any, **options: Any) -> None:
-    """Fetch `url` into `output_file`, with a progress bar; pooch calls this."""
-    with Progress() as display:
-        pooch.HTTPDownloader(progressbar=_Bar(display, f"downloading {url}"))(url, output_file, caller, **options)
+    """Fetch `url` into the file `output_file`, with a progress bar; pooch calls this."""
+    with Progress() as display, open(output_file, "wb") as file:
+        fetcher = pooch.HTTPDownloader(progressbar=_Bar(display, f"downloading {url}"))
+        fetcher(url, _Limited(file), caller, **options)
+
+
+class _Limited:
+    """A file that takes no more than the longest download, for a server may send without end."""
+
+    def __init__(self, file: IO[bytes]) -> None:
+        self._file = file
+        self._left = _MOST_DOWNLOADED
+
+    def write(self, part: bytes) -> None:
+        self._left -= len(part)
+        if self._left < 0:
+            raise OSError(f"the server sent more than {_MOST_DOWNLOADED} bytes")
+        self._file.write(part)
+
+    def flush(self) -> None:
+        self._file.flush()
 
 
 class _Bar:
@@ -94,22 +117,59 @@ class _Bar:
 
 
 def unpack(archive: Path, members: list[str], folder: Path) -> None:
-    """Copy the named `members` of a .tar.gz into `folder`.
+    """Copy the named `members` of a .tar.gz into `folder`, each whole or not at all.
 
-    Nothing else in the archive is touched, and only regular files are taken, so that no name or link in it
-    can lead outside.
+    Only a header's plain fields are read, and only regular files are taken, so that no name, link, sparse file or
+    extended header in it can lead outside, or make more of it than it has. It is unpacked no further than needed.
+
+    Raises:
+        DataFileError: a member is missing, too long or no regular file, or the archive is damaged.
     """
     try:
-        with tarfile.open(archive, "r:gz") as tar:
-            for name in members:
-                member = tar.getmember(name)
-                source = tar.extractfile(member) if member.isreg() else None
-                if source is None:
-                    raise DataFileError(archive, f"a regular file {name}", "something else by that name")
-                target = folder / name
+        with gzip.open(archive) as stream:
+            wanted = set(members)
+            while wanted:
+                info = _next_member(stream)
+                if info is None:
+                    raise DataFileError(archive, "an archive of CIFAR-10", f"none with {sorted(wanted)[0]}")
+                if info.name not in wanted:
+                    _copy(stream, None, _padded(info.size))
+                    continue
+                if info.type not in (tarfile.REGTYPE, tarfile.AREGTYPE):
+                    raise DataFileError(archive, f"a regular file {info.name}", "something else by that name")
+                if info.size > _MOST_MEMBER:
+                    raise DataFileError(archive, f"{info.name} of at most {_MOST_MEMBER} bytes", f"{info.size}")
+                wanted.remove(info.name)
+                target = folder / info.name
                 target.parent.mkdir(parents=True, exist_ok=True)
-                atomic_write(target, partial(shutil.copyfileobj, source))
-    except KeyError as error:
-        raise DataFileError(archive, "an archive of CIFAR-10", str(error)) from error
-    except (tarfile.TarError, EOFError, zlib.error) as error:
+                atomic_write(target, partial(_copy, stream, count=info.size))
+                _copy(stream, None, _padded(info.size) - info.size)
+    except (tarfile.TarError, gzip.BadGzipFile, EOFError, zlib.error) as error:
         raise DataFileError(archive, "a complete .tar.gz", f"damaged content ({error})") from error
+
+
+def _next_member(stream: IO[bytes]) -> tarfile.TarInfo | None:
+    """The header that the stream stands before; None at the archive's end."""
+    header = stream.read(tarfile.BLOCKSIZE)
+    try:
+        info = tarfile.TarInfo.frombuf(header, "utf-8", "surrogateescape")
+    except tarfile.EOFHeaderError:  # type: ignore[attr-defined]
+        return None
+    if info.size < 0:
+        raise tarfile.ReadError("a member of negative size")
+    return info
+
+
+def _padded(size: int) -> int:
+    return -(-size // tarfile.BLOCKSIZE) * tarfile.BLOCKSIZE
+
+
+def _copy(stream: IO[bytes], target: IO[bytes] | None, count: int) -> None:
+    """Copy so many bytes to `target`, or pass over them."""
+    while count:
+        part = stream.read(min(count, _PART))
+        if not part:
+            raise EOFError("it ends within a member")
+        if target is not None:
+            target.write(part)
+        count -= len(part)
