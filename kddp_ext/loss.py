@@ -130,9 +130,10 @@ def fused_kd_l1_loss(
     (arXiv:2306.08543), Agarwal et al. 2024 (arXiv:2306.13649), Zhao et al. 2022 (arXiv:2203.08679), standardised
     logits Sun et al. 2024 (arXiv:2403.01427). docs/losses.md has them all, and other libraries' conventions.
     """
-    arguments.check_logits(student_logits, teacher_logits, labels, activations, alpha)
     arguments.check_settings(temperature, alpha, label_smoothing, ignore_index)
     arguments.check_divergence(divergence, jsd_beta, standardize_logits, dkd_target_weight, dkd_non_target_weight)
+    arguments.check_output(return_terms, backend)
+    arguments.check_logits(student_logits, teacher_logits, labels, activations, alpha)
     if divergence == "dkd" and labels is None:
         raise ValueError("labels: expected a tensor, since divergence is 'dkd', got None")
     weights = arguments.check_weights(l1_weight, len(activations))
@@ -181,7 +182,6 @@ def _reference_loss(inputs: Inputs, settings: Settings) -> tuple[Tensor, Tensor]
 
 
 def _choose_native(device: torch.device, backend: Backend) -> bool:
-    arguments.check_backend(backend)
     if backend == "reference":
         return False
     if ops.is_native(device):

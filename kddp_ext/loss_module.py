@@ -71,7 +71,7 @@ class FusedKDL1Loss(nn.Module, Generic[Result]):
         arguments.check_settings(temperature, alpha, label_smoothing, ignore_index)
         arguments.check_divergence(divergence, jsd_beta, standardize_logits, dkd_target_weight, dkd_non_target_weight)
         arguments.check_weights(l1_weight, len(l1_weight) if isinstance(l1_weight, Sequence) else 0)
-        arguments.check_backend(backend)
+        arguments.check_output(return_terms, backend)
         self.divergence: Divergence = divergence
         self.jsd_beta = jsd_beta
         self.dkd_target_weight = dkd_target_weight

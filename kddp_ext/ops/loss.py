@@ -290,7 +290,8 @@ def _empty_statistics(activations: Sequence[Tensor]) -> Tensor:
 
 
 def _is_plain(tensor: Tensor | None) -> bool:
-    return tensor is None or (type(tensor) in _PLAIN and tensor.is_cpu)
+    # One whose memory holds the negative of its values, such as conj().imag, is resolved by the dispatcher.
+    return tensor is None or (type(tensor) in _PLAIN and tensor.is_cpu and not tensor.is_neg())
 
 
 def _nothing_intercepts() -> bool:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from math import inf
 from numbers import Integral, Real
+from sys import float_info
 
 import torch
 from torch import nn
@@ -13,6 +14,8 @@ from torch.optim import Optimizer
 from kddp_ext.pruning.groups import NeuronGroup
 from kddp_ext.pruning.neurons import UnsupportedModelError
 from kddp_ext.pruning.optimizer_state import require_sliceable_optimizer
+
+LIMIT = 2**63  # of counts: what tensors hold
 
 
 def check_model(model: nn.Module) -> None:
@@ -117,10 +120,14 @@ def whole_number(name: str, value: object, *, at_least: int) -> int:
         raise TypeError(f"{name}: expected a whole number, got {value!r}")
     if value < at_least:
         raise ValueError(f"{name}: expected at least {at_least}, got {value}")
+    if int(value) >= LIMIT:
+        raise ValueError(f"{name}: expected less than 2**63, got more")
     return int(value)
 
 
 def _number(name: str, value: object) -> float:
     if isinstance(value, bool) or not isinstance(value, Real):
         raise TypeError(f"{name}: expected a number, got {value!r}")
+    if inf != abs(value) > float_info.max:  # type: ignore[operator]  # mypy knows no order of Reals
+        raise ValueError(f"{name}: expected a finite number, got one that no float can hold")
     return float(value)
