@@ -12,7 +12,7 @@ from torch import Tensor
 from kddp_ext import loss_arguments as arguments
 from kddp_ext import ops, reference
 from kddp_ext.divergences import DIVERGENCES
-from kddp_ext.loss_autograd import Inputs, Settings, native_loss
+from kddp_ext.loss_autograd import Inputs, Settings, is_traced, native_loss
 from kddp_ext.neuron_matrix import NeuronMatrix, neuron_matrix
 from kddp_ext.statistics import TrackedActivations
 
@@ -177,6 +177,9 @@ def _constant(teacher_logits: Tensor | None) -> Tensor | None:
 
 
 def _reference_loss(inputs: Inputs, settings: Settings) -> tuple[Tensor, Tensor]:
+    labels = inputs.labels
+    if type(labels) is Tensor and labels.is_cpu and not is_traced():
+        arguments.check_label_values(labels, inputs.student_logits.shape[1], settings.ignore_index)
     named = settings._asdict() | {"divergence": DIVERGENCES[settings.divergence]}
     return reference.kd_l1_loss(*inputs, **named)
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from math import inf
 from numbers import Integral, Real
-from sys import float_info
 
 import torch
 from torch import nn
@@ -128,6 +127,7 @@ def whole_number(name: str, value: object, *, at_least: int) -> int:
 def _number(name: str, value: object) -> float:
     if isinstance(value, bool) or not isinstance(value, Real):
         raise TypeError(f"{name}: expected a number, got {value!r}")
-    if inf != abs(value) > float_info.max:  # type: ignore[operator]  # mypy knows no order of Reals
-        raise ValueError(f"{name}: expected a finite number, got one that no float can hold")
-    return float(value)
+    try:
+        return float(value)
+    except OverflowError as error:
+        raise ValueError(f"{name}: expected a finite number, got one that no float can hold") from error

@@ -33,6 +33,7 @@ _FASHION_HASHES = {
 
 _MOST_DOWNLOADED = 200_000_000  # bytes: the archive of CIFAR-10 has 170 million, the others less
 _MOST_MEMBER = 40_000_000  # a batch has 31 million
+_MOST_UNPACKED = 400_000_000  # the archive of CIFAR-10 unpacks to 186 million
 _PART = 2**20
 
 
@@ -129,11 +130,13 @@ def unpack(archive: Path, members: list[str], folder: Path) -> None:
         with gzip.open(archive) as stream:
             wanted = set(members)
             while wanted:
+                if stream.tell() > _MOST_UNPACKED:
+                    raise DataFileError(archive, f"{sorted(wanted)[0]} within {_MOST_UNPACKED} bytes", "it goes on")
                 info = _next_member(stream)
                 if info is None:
                     raise DataFileError(archive, "an archive of CIFAR-10", f"none with {sorted(wanted)[0]}")
                 if info.name not in wanted:
-                    _copy(stream, None, _padded(info.size))
+                    _copy(stream, None, min(_padded(info.size), _MOST_UNPACKED + 1))
                     continue
                 if info.type not in (tarfile.REGTYPE, tarfile.AREGTYPE):
                     raise DataFileError(archive, f"a regular file {info.name}", "something else by that name")
@@ -148,7 +151,7 @@ def unpack(archive: Path, members: list[str], folder: Path) -> None:
         raise DataFileError(archive, "a complete .tar.gz", f"damaged content ({error})") from error
 
 
-def _next_member(stream: IO[bytes]) -> tarfile.TarInfo | None:
+def _next_member(stream: gzip.GzipFile) -> tarfile.TarInfo | None:
     """The header that the stream stands before; None at the archive's end."""
     header = stream.read(tarfile.BLOCKSIZE)
     try:
@@ -164,7 +167,7 @@ def _padded(size: int) -> int:
     return -(-size // tarfile.BLOCKSIZE) * tarfile.BLOCKSIZE
 
 
-def _copy(stream: IO[bytes], target: IO[bytes] | None, count: int) -> None:
+def _copy(stream: gzip.GzipFile, target: IO[bytes] | None, count: int) -> None:
     """Copy so many bytes to `target`, or pass over them."""
     while count:
         part = stream.read(min(count, _PART))
