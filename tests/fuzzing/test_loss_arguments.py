@@ -122,7 +122,7 @@ def calls(draw: st.DrawFn) -> tuple[list[Any], dict[str, Any]]:
     return positional, keywords
 
 
-@examples(400)
+@examples(250)
 @given(call=calls())
 def test_the_loss_gives_a_result_or_names_the_argument_on_both_backends_alike(
     call: tuple[list[Any], dict[str, Any]],

@@ -209,7 +209,7 @@ def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., str]]:
 
     monkeypatch.setenv("NO_PROXY", "*")
     with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as running:
-        thread = threading.Thread(target=running.serve_forever, daemon=True)
+        thread = threading.Thread(target=running.serve_forever, args=(0.01,), daemon=True)
         thread.start()
 
         def serve(*next_answers: Callable[[BaseHTTPRequestHandler], object]) -> str:
@@ -299,10 +299,12 @@ def test_an_interrupted_download_leaves_no_file_of_that_name(
     def interrupt(_self: object, _part: bytes) -> None:
         raise KeyboardInterrupt
 
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(download._Limited, "write", interrupt)
+    monkeypatch.setattr(download._Limited, "write", interrupt)
+    with pytest.raises(KeyboardInterrupt):
         download.fetch(url, sha256(CONTENT), "file", tmp_path)
     assert not (tmp_path / "file").exists()
+    monkeypatch.undo()
+    monkeypatch.setenv("NO_PROXY", "*")
     assert download.fetch(url, sha256(CONTENT), "file", tmp_path).read_bytes() == CONTENT
 
 
