@@ -27,6 +27,7 @@ void gather_slices(const std::vector<BlockArguments>& block_arguments, int64_t c
                    const CompensationArguments& compensation_arguments, const py::function& allocate,
                    const typename Backend::Place& place) {
     std::vector<kddp::Block> blocks;
+    blocks.reserve(block_arguments.size());
     for (const auto& [source, row_stride, column_bytes, target] : block_arguments)
         blocks.push_back({pointer<const void>(source), row_stride, column_bytes, pointer<void>(target)});
     kddp::Compaction job{blocks.data(), static_cast<int64_t>(blocks.size()),
@@ -37,7 +38,7 @@ void gather_slices(const std::vector<BlockArguments>& block_arguments, int64_t c
     Backend backend(place);
     const py::object workspace = allocate(backend.workspace(job));
     job.workspace = pointer<void>(workspace.attr("data_ptr")().cast<Address>());
-    py::gil_scoped_release unlocked;
+    const py::gil_scoped_release unlocked;
     backend.run(job);
 }
 

@@ -1,6 +1,7 @@
 // The native operations for Python: addresses and sizes in, exceptions out, the interpreter's lock released
 // meanwhile. Only kddp_ext/ops calls these.
 #include <string>
+#include <type_traits>
 
 #include "compaction_arguments.h"
 #include "cpu/kernels.h"
@@ -22,8 +23,8 @@ class Cpu {
         else
             return kddp::gather_slices_workspace(job);
     }
-    kddp::Status run(const kddp::KdL1Loss& job) const { return kddp::kd_l1_loss(job); }
-    void run(const kddp::Compaction& job) const { kddp::gather_slices(job); }
+    static kddp::Status run(const kddp::KdL1Loss& job) { return kddp::kd_l1_loss(job); }
+    static void run(const kddp::Compaction& job) { kddp::gather_slices(job); }
 
   private:
     int threads_;

@@ -65,8 +65,8 @@ class Cuda {
         check(guard_.error(), "choosing the device");
     }
 
-    int64_t workspace(const kddp::KdL1Loss& job) const { return kddp::cuda_kd_l1_loss_workspace(job); }
-    int64_t workspace(const kddp::Compaction&) const { return 0; }
+    static int64_t workspace(const kddp::KdL1Loss& job) { return kddp::cuda_kd_l1_loss_workspace(job); }
+    static int64_t workspace(const kddp::Compaction&) { return 0; }
 
     kddp::Status run(const kddp::KdL1Loss& job) const {
         kddp::cuda_kd_l1_loss(job, place_);
@@ -95,11 +95,12 @@ using ScaledArguments = std::tuple<Address, Address, int64_t, int, double>;
 void scale(const std::vector<ScaledArguments>& arguments, Address scalar, int scalar_type,
            const PlaceArguments& place) {
     std::vector<kddp::ScaledTensor> tensors;
+    tensors.reserve(arguments.size());
     for (const auto& [source, target, count, type, factor] : arguments)
         tensors.push_back(
             {pointer<const void>(source), pointer<void>(target), count, static_cast<kddp::ElementType>(type), factor});
     const Cuda backend(place);
-    py::gil_scoped_release unlocked;
+    const py::gil_scoped_release unlocked;
     backend.run(tensors, scalar, static_cast<kddp::ElementType>(scalar_type));
 }
 

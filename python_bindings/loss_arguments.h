@@ -24,6 +24,7 @@ using LayerArguments = std::tuple<MatrixArguments, int64_t, int64_t, double, dou
 
 inline std::vector<kddp::ActivationLayer> activation_layers(const std::vector<LayerArguments>& arguments) {
     std::vector<kddp::ActivationLayer> layers;
+    layers.reserve(arguments.size());
     for (const auto& [activation, rows, neurons, samples, l1_weight, gradient, statistics] : arguments)
         layers.push_back({matrix(activation), rows, neurons, samples, l1_weight, pointer<void>(gradient),
                           pointer<double>(statistics)});
@@ -66,7 +67,7 @@ void kd_l1_loss(int64_t rows, int64_t classes, const MatrixArguments& student, c
     job.workspace = pointer<void>(workspace.attr("data_ptr")().cast<Address>());
     kddp::Status status;
     {
-        py::gil_scoped_release unlocked;
+        const py::gil_scoped_release unlocked;
         status = backend.run(job);
     }
     if (status.code == kddp::Status::label_out_of_range)

@@ -209,8 +209,8 @@ void undo_origin(const ActivationRows<T, Element>& rows, Tile tile, TileSums& su
         double& sum = sums.of[1][column - tile.first_column];
         double& squares = sums.of[2][column - tile.first_column];
         if (std::isfinite(squares)) {
-            squares += origin * (2 * sum + count * origin);
-            sum += count * origin;
+            squares += origin * (2 * sum + double(count) * origin);
+            sum += double(count) * origin;
             continue;
         }
         sum = squares = 0;  // float does not hold the square of 1e20

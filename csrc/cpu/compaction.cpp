@@ -123,7 +123,8 @@ void gather(const Compaction& job) {
     const bool past_caches = written >= bytes_worth_passing_caches;
     Preparation prepared(job);
     prepared.prepare();
-#pragma omp parallel num_threads(job.threads) if (job.threads > 1 && read > bytes_worth_threads)
+    [[maybe_unused]] const bool worth_threads = job.threads > 1 && read > bytes_worth_threads;  // unused without OpenMP
+#pragma omp parallel num_threads(job.threads) if (worth_threads)
     {
         for (int64_t i = 0; i < job.block_count; ++i) {
             // A thread's rows lie side by side, so that two threads rarely first touch the same huge page.

@@ -114,7 +114,7 @@ inline Vector<float> load_elements<float, BFloat16>(const BFloat16* from) {
     return (Vector<float>)_mm512_maskz_slli_epi32(0xffff, words, 16);
 }
 #else
-typedef VectorOf<uint16_t, KDDP_VECTOR_BYTES / 2>::Type HalfWords;
+using HalfWords = VectorOf<uint16_t, KDDP_VECTOR_BYTES / 2>::Type;
 
 template <>
 inline Vector<float> load_elements<float, BFloat16>(const BFloat16* from) {

@@ -24,7 +24,7 @@ inline int64_t take_group(const char* from, uint16_t bits, uint16_t present, cha
         const __m512i first = _mm512_maskz_loadu_epi64(__mmask8(present), from);
         const __m512i second = _mm512_maskz_loadu_epi64(__mmask8(present >> 8), from + 64);
         _mm512_storeu_si512(to, _mm512_maskz_compress_epi64(low, first));
-        to += 8 * __builtin_popcount(low);
+        to += int64_t(unit) * __builtin_popcount(low);
         _mm512_storeu_si512(to, _mm512_maskz_compress_epi64(high, second));
     } else if constexpr (unit == 4) {
         _mm512_storeu_si512(to, _mm512_maskz_compress_epi32(bits, _mm512_maskz_loadu_epi32(present, from)));
@@ -35,7 +35,7 @@ inline int64_t take_group(const char* from, uint16_t bits, uint16_t present, cha
         const __m512i wide = _mm512_maskz_cvtepu8_epi32(0xffff, _mm_maskz_loadu_epi8(present, from));
         _mm_storeu_si128((__m128i*)to, _mm512_maskz_cvtepi32_epi8(0xffff, _mm512_maskz_compress_epi32(bits, wide)));
     }
-    return unit * __builtin_popcount(bits);
+    return int64_t(unit) * __builtin_popcount(bits);
 }
 
 template <int unit, class Sink>

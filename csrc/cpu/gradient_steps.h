@@ -113,9 +113,9 @@ void write_gradient_again(const void* student_logits, const void* teacher_logits
         return gradient_of(whole ? load_elements<T>(student + i) : load_logits<T>(student + i, first, last), t);
     };
     const auto gradient_pair = [&](int64_t i) KDDP_ALWAYS_INLINE {
-        VectorPair<T> t{};
-        const VectorPair<T> s = load_pair<T>(student + i);
-        if constexpr (with_teacher) t = load_pair<T>(teacher + i);
+        VectorPair<T> s{}, t{};
+        if constexpr (has_pairs<T, Element>) s = load_pair<T>(student + i);
+        if constexpr (has_pairs<T, Element> && with_teacher) t = load_pair<T>(teacher + i);
         return VectorPair<T>{gradient_of(s.first, t.first), gradient_of(s.second, t.second)};
     };
     write_vectors<T, Element, has_pairs<T, Element>>(piece, scale, target, gradient, gradient_pair);

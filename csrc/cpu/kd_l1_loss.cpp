@@ -56,10 +56,10 @@ struct Schedule {
     }
 
     // Whole rows where nothing is summed by column, for memory is read fastest from end to end.
-    int64_t columns_of_tile(const ActivationLayer& layer) const {
+    static int64_t columns_of_tile(const ActivationLayer& layer) {
         return layer.statistics ? tile_columns : (layer.neurons > 0 ? layer.neurons : 1);
     }
-    int64_t column_parts(const ActivationLayer& layer) const {
+    static int64_t column_parts(const ActivationLayer& layer) {
         return divide_up(layer.neurons, columns_of_tile(layer));
     }
     int64_t row_parts(const ActivationLayer& layer) const {
@@ -124,9 +124,9 @@ void activation_part(const Schedule& schedule, int64_t index) {
     const ActivationLayer* layer = job.activations.layers;
     int64_t within = index;
     for (; within >= schedule.tiles_of(*layer); ++layer) within -= schedule.tiles_of(*layer);
-    const int64_t parts = schedule.row_parts(*layer), width = schedule.columns_of_tile(*layer);
-    const int64_t part = within / schedule.column_parts(*layer);
-    const int64_t column = within % schedule.column_parts(*layer) * width;
+    const int64_t parts = schedule.row_parts(*layer), width = Schedule::columns_of_tile(*layer);
+    const int64_t part = within / Schedule::column_parts(*layer);
+    const int64_t column = within % Schedule::column_parts(*layer) * width;
     const Tile tile{layer->rows * part / parts, layer->rows * (part + 1) / parts, column,
                     column + width < layer->neurons ? column + width : layer->neurons};
     TileSums sums;

@@ -231,7 +231,7 @@ class LogitsRows {
         const int64_t next_row = ends && row + 1 < job_.rows ? row + 1 : row;
         const int64_t start = ends ? 0 : piece_of(row, k + 1).start;
         return {element(job_.student, next_row, start), element(job_.teacher, next_row, start),
-                int(lanes<T> * size_of(job_.student.type)), int(lanes<T> * size_of(job_.teacher.type))};
+                lanes<T> * size_of(job_.student.type), lanes<T> * size_of(job_.teacher.type)};
     }
 
     KDDP_ONE_COPY void merge_sums(const PieceSums* sums, int64_t pieces, RowState& state) const {

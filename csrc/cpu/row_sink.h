@@ -47,7 +47,7 @@ class TargetRow {
 
   private:
     int64_t write_lines(const char* from, const char* next, int64_t bytes) {
-        int64_t i = smaller(bytes, -reinterpret_cast<uintptr_t>(to_) % line_bytes);
+        int64_t i = smaller(bytes, int64_t(-reinterpret_cast<uintptr_t>(to_) % line_bytes));
         std::memcpy(to_, from, i);
         if (past_caches_ && next) {
             for (; i + line_bytes <= bytes; i += line_bytes) {

@@ -184,7 +184,7 @@ KDDP_ALWAYS_INLINE inline Exponentials<T> exponentiate(Vector<T> s, Vector<T> t,
 struct NextLogits {
     const char* student;
     const char* teacher;
-    int student_bytes, teacher_bytes;  // of a vector
+    int64_t student_bytes, teacher_bytes;  // of a vector
 };
 
 template <class T>
@@ -225,11 +225,13 @@ Highest<T> exponentiate_piece(const void* student_logits, const void* teacher_lo
         piece,
         [&](int64_t i) {
             ask_for_next(2);
-            VectorPair<T> t{};
-            const VectorPair<T> s = load_pair<T>(student + i);
-            if constexpr (with_teacher) t = load_pair<T>(teacher + i);
-            add(i, s.first, t.first);
-            add(i, s.second, t.second);
+            if constexpr (pairs) {
+                VectorPair<T> t{};
+                const VectorPair<T> s = load_pair<T>(student + i);
+                if constexpr (with_teacher) t = load_pair<T>(teacher + i);
+                add(i, s.first, t.first);
+                add(i, s.second, t.second);
+            }
         },
         [&](int64_t i) {
             ask_for_next(1);

@@ -72,7 +72,7 @@ struct VectorTraits<double> {
 
 template <class T, int bytes = KDDP_VECTOR_BYTES>
 struct VectorOf {
-    typedef T Type __attribute__((vector_size(bytes)));
+    typedef T Type __attribute__((vector_size(bytes)));  // NOLINT(modernize-use-using): takes no such attribute
 };
 
 template <class T>
@@ -291,8 +291,7 @@ inline void widen(Vector<double> v, Vector<double>& low, Vector<double>& high) {
 
 // GCC makes four instructions of a conversion to 64 bytes, and takes a vector apart through memory.
 inline void widen(Vector<float> v, Vector<double>& low, Vector<double>& high) {
-    typedef VectorOf<float, KDDP_VECTOR_BYTES / 2>::Type Half;
-    Half half[2];
+    VectorOf<float, KDDP_VECTOR_BYTES / 2>::Type half[2];
 #if defined(__AVX512F__) && KDDP_HAS_SHUFFLEVECTOR
     half[0] = __builtin_shufflevector(v, v, 0, 1, 2, 3, 4, 5, 6, 7);
     half[1] = __builtin_shufflevector(v, v, 8, 9, 10, 11, 12, 13, 14, 15);

@@ -219,7 +219,7 @@ __device__ __forceinline__ double statistics_of_unit(const LossLaunch& launch, i
         store_statistic(first + 3 * stride, step, left, [&](int i) { return double(sums[i].nonzero); });
         store_statistic(first + 4 * stride, step, left, [&](int i) { return double(sums[i].highest); });
 #pragma unroll
-        for (int i = 0; i < statistics_columns; ++i) total += sums[i].absolute;  // 0 of what is behind the row
+        for (const ColumnSums<T>& of_column : sums) total += of_column.absolute;  // 0 of what is behind the row
     }
     if (parts) combine_parts(launch, layer, unit);
     return total;

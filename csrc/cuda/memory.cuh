@@ -19,7 +19,7 @@ struct Words {
     unsigned words[count];
 };
 
-// An input, which no kernel of the launch changes: 2, 4, 8 or 16 bytes.
+// An input, which no kernel of the launch changes: 1, 2, 4, 8 or 16 bytes.
 template <int bytes>
 __device__ __forceinline__ Words<(bytes + 3) / 4> load_input(const void* from KDDP_SITE) {
     KDDP_REPORT_GLOBAL(from, bytes, false);

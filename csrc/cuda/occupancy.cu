@@ -1,3 +1,4 @@
+// What the runtime knows of a device and of a kernel on it, kept for the calls that follow.
 #include <map>
 #include <mutex>
 #include <tuple>
@@ -37,7 +38,7 @@ int most_dynamic_shared_bytes() {
     static std::mutex mutex;
     static std::map<int, int> known;
     const int device = current_device();
-    const std::lock_guard<std::mutex> lock(mutex);
+    const std::scoped_lock lock(mutex);
     const auto found = known.find(device);
     if (found != known.end()) return found->second;
     return known[device] = attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin, device) - static_shared_bytes;
@@ -47,7 +48,7 @@ int resident_blocks(const void* kernel, int threads, int shared_bytes) {
     static std::mutex mutex;
     static std::map<std::tuple<int, const void*, int, int>, int> known;
     const int device = current_device();
-    const std::lock_guard<std::mutex> lock(mutex);
+    const std::scoped_lock lock(mutex);
     const auto key = std::make_tuple(device, kernel, threads, shared_bytes);
     const auto found = known.find(key);
     if (found != known.end()) return found->second;

@@ -257,7 +257,7 @@ class TeamRows {
     // An ignored row has a gradient of 0; one whose label is none of its classes is not a number.
     __device__ __forceinline__ void write_constant(int64_t row, RowKind kind) {
         if (kind == RowKind::absent || slice() != 0) return;
-        const T value = kind == RowKind::ignored ? T(0) : T(HUGE_VAL - HUGE_VAL);
+        const T value = kind == RowKind::ignored ? T(0) : T(NAN);
         if (Together::serves(launch_))
             Together(launch_, own_memory(launch_), row).fill(value);
         else if (launch_.gradient)

@@ -35,7 +35,7 @@ __device__ __forceinline__ void scale_run(const ScaledTensor& tensor, double sca
         if (aligned && first + n <= tensor.count) {
             load_run<T, type, n>(from + first * bytes, values);
 #pragma unroll
-            for (int i = 0; i < n; ++i) values[i] *= scale;
+            for (int i = 0; i < n; ++i) values[i] *= scale;  // NOLINT(*-core.uninitialized.Assign): load_run set it
             store_run<T, type, n>(to + first * bytes, values);
             continue;
         }

@@ -118,7 +118,7 @@ const char* guarded(const std::function<void()>& run);
 
 // Devices that the fake runtime has (2), and multiprocessors of each (4: few, so that grids that fill a device are
 // small).
-void set_devices(int count, int multiprocessors);
+void set_devices(int count, int multiprocessors_of_each);
 
 // --- what the headers of this folder need of the runtime ---
 

@@ -93,7 +93,8 @@ __global__ void one_too_far(float* out, int count) {
 }
 
 __global__ void writes_input(const float* in) {
-    checked::store(const_cast<float*>(in) + threadIdx.x, 1);  // writes_input
+    auto* const input = const_cast<float*>(in);  // NOLINT(cppcoreguidelines-pro-type-const-cast): the fault
+    checked::store(input + threadIdx.x, 1);      // writes_input
 }
 
 __global__ void unwritten(float* out) {
@@ -283,6 +284,8 @@ extern "C" const char* run_fault(int which, float* out, const float* in, int cou
                 return CHECKED_LAUNCH(message_of_a_warp, 1, 64, 0, nullptr, out, flag);
             case 37:
                 return CHECKED_LAUNCH(vote_for_syncwarp, 2, 32, 0, nullptr, out);
+            default:
+                throw emulator::Error("there is no such fault");
         }
     };
     return emulator::guarded(run);

@@ -22,7 +22,7 @@ int raise_shared_limit(int bytes) {
     return cudaFuncSetAttribute(nothing, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
 }
 int launch_packed(int* out, int value, int together) {
-    void* arguments[] = {&out, &value};
+    void* arguments[] = {static_cast<void*>(&out), &value};
     return together ? cudaLaunchCooperativeKernel(fill, 1, 32, arguments, 0, nullptr)
                     : cudaLaunchKernel(fill, 1, 32, arguments, 0, nullptr);
 }

@@ -74,6 +74,8 @@ __global__ void operate(int operation, unsigned mask, const int* values, const i
         case match_any:
             result = int(__match_any_sync(mask, value & 3));
             break;
+        default:
+            __trap();
     }
     checked::store(results + lane, result);
 }

@@ -50,7 +50,7 @@ int block_barrier(BarrierResult result, bool predicate, Site site) {
     return block.barrier_value;
 }
 
-void leave_barriers(Thread& thread) {
+void leave_barriers(const Thread& thread) {
     const Block& block = *thread.warp->block;
     if (!block.first_waiting) return;
     const Thread& first = *block.first_waiting;

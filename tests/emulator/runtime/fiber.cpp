@@ -1,3 +1,4 @@
+// Stacks, and going from one to another: by a few instructions, or where they are not written by ucontext.
 #include "fiber.h"
 
 #include <sys/mman.h>
@@ -119,7 +120,7 @@ void prepare(Fiber& fiber, void (*entry)()) {
     auto** top = reinterpret_cast<void**>(fiber.stack + fiber.stack_bytes);
     for (int i = 1; i <= 8; ++i) top[-i] = nullptr;
     top[-2] = reinterpret_cast<void*>(entry);
-    fiber.stack_pointer = top - 8;
+    fiber.stack_pointer = static_cast<void*>(top - 8);
 }
 
 static void exchange_stacks(Fiber& from, Fiber& to) {

@@ -25,7 +25,10 @@ struct Fiber {
 // Stacks, kept for the next launch. Below each of the first few thousand is a page that may not be touched.
 class Stacks {
   public:
+    Stacks() = default;
     ~Stacks();
+    Stacks(const Stacks&) = delete;
+    Stacks& operator=(const Stacks&) = delete;
     char* take();
     void give(char* stack) { free_.push_back(stack); }
     static size_t bytes();

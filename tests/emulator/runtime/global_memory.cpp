@@ -111,7 +111,7 @@ void check_global(const void* address, size_t bytes, bool is_store, Site site) {
 }
 
 void global_access(const void* address, size_t bytes, bool is_store, Site site) {
-    Thread& thread = current_thread("global memory", site);
+    const Thread& thread = current_thread("global memory", site);
     if (in_arena(address)) fail("shared memory used as global memory", site);
     check_global(address, bytes, is_store, site);
     const int access = site_number(site, bytes, is_store, false);

@@ -57,7 +57,7 @@ bool is_released(const Written& written) {
     return found != launch.released.end() && written.time < found->second[thread];
 }
 
-void check_written(Thread& thread, const Written& written, bool is_store, Site site) {
+void check_written(const Thread& thread, const Written& written, bool is_store, Site site) {
     const char* what = is_store ? "race in global memory: writes what " : "race in global memory: reads what ";
     const uint32_t block = written.writer / threads_of_block, number = written.writer % threads_of_block;
     const bool same_block = block == thread.warp->block->number;
@@ -77,7 +77,7 @@ void forget_written() {
     last.number = ~0ull, last.page = nullptr;
 }
 
-void check_order(Thread& thread, uint64_t address, size_t bytes, bool is_store, int access, Site site) {
+void check_order(const Thread& thread, uint64_t address, size_t bytes, bool is_store, int access, Site site) {
     const uint32_t self = number_of(thread), start = launching->start_time;
     Page* const page = page_of(address / page_bytes, is_store);
     if (!page) return;

@@ -31,7 +31,7 @@ thread_local cudaError_t last_error = cudaSuccess;
 cudaError_t record(Call call, cudaError_t error) {
     if (error != cudaSuccess) last_error = error;
     call.device = current_device, call.error = error;
-    const std::lock_guard<std::mutex> lock(guard);
+    const std::scoped_lock lock(guard);
     if (recorded.size() == most_calls) recorded.pop_front();
     recorded.push_back(std::move(call));
     return error;
@@ -41,13 +41,13 @@ uint64_t number_of(cudaStream_t stream) { return reinterpret_cast<uintptr_t>(str
 
 // A stream that was not made here is taken for one of any device.
 bool is_of_another_device(cudaStream_t stream) {
-    const std::lock_guard<std::mutex> lock(guard);
+    const std::scoped_lock lock(guard);
     const auto found = streams.find(stream);
     return found != streams.end() && found->second != current_device;
 }
 
 int dynamic_limit(const void* function) {
-    const std::lock_guard<std::mutex> lock(guard);
+    const std::scoped_lock lock(guard);
     int limit = 0;
     for (const auto& [raised, bytes] : dynamic_limits)
         if (!function || raised == function) limit = std::max(limit, bytes);
@@ -112,14 +112,16 @@ cudaError_t check_launch(const Kernel& kernel, Launch& launch, dim3 grid, dim3 b
 }
 
 std::vector<Call> calls() {
-    const std::lock_guard<std::mutex> lock(guard);
+    const std::scoped_lock lock(guard);
     return {recorded.begin(), recorded.end()};
 }
 void clear_calls() {
-    const std::lock_guard<std::mutex> lock(guard);
+    const std::scoped_lock lock(guard);
     recorded.clear();
 }
-void set_devices(int count, int of_each) { device_count = count, multiprocessors = of_each; }
+void set_devices(int count, int multiprocessors_of_each) {
+    device_count = count, multiprocessors = multiprocessors_of_each;
+}
 
 namespace {
 
@@ -141,7 +143,7 @@ cudaError_t make_handle(const char* name, Handle* handle, std::map<cudaStream_t,
     static uintptr_t next = 0x1000;
     *handle = reinterpret_cast<Handle>(next += 0x10);
     if (kept) {
-        const std::lock_guard<std::mutex> lock(guard);
+        const std::scoped_lock lock(guard);
         (*kept)[reinterpret_cast<cudaStream_t>(*handle)] = current_device;
     }
     return record(name, cudaSuccess, reinterpret_cast<cudaStream_t>(*handle));
@@ -255,7 +257,7 @@ cudaError_t cudaStreamCreateWithFlags(cudaStream_t* stream, unsigned) {
 cudaError_t cudaStreamDestroy(cudaStream_t stream) {
     size_t known;
     {
-        const std::lock_guard<std::mutex> lock(guard);
+        const std::scoped_lock lock(guard);
         known = streams.erase(stream);
     }
     return record("cudaStreamDestroy", known ? cudaSuccess : cudaErrorInvalidResourceHandle, stream);
@@ -309,7 +311,7 @@ cudaError_t cudaFuncSetAttribute(const void* function, cudaFuncAttribute attribu
     if (!function) return record("cudaFuncSetAttribute", cudaErrorInvalidDeviceFunction);
     if (is_limit && (value < 0 || value > shared_at_most)) return record("cudaFuncSetAttribute", cudaErrorInvalidValue);
     if (is_limit) {
-        const std::lock_guard<std::mutex> lock(guard);
+        const std::scoped_lock lock(guard);
         dynamic_limits[function] = value;
     }
     return record("cudaFuncSetAttribute");

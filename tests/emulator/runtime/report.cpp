@@ -126,17 +126,17 @@ void keep_report(Launch& launch) {
         (site.is_store ? report.bytes_written : report.bytes_read) += site.bytes;
         (site.is_store ? report.accesses_written : report.accesses_read) += site.accesses;
     }
-    const std::lock_guard<std::mutex> lock(guard_of_reports);
+    const std::scoped_lock lock(guard_of_reports);
     if (kept.size() == most_reports) kept.pop_front();
     kept.push_back(std::move(report));
 }
 
 std::vector<Report> reports() {
-    const std::lock_guard<std::mutex> lock(guard_of_reports);
+    const std::scoped_lock lock(guard_of_reports);
     return {kept.begin(), kept.end()};
 }
 void clear_reports() {
-    const std::lock_guard<std::mutex> lock(guard_of_reports);
+    const std::scoped_lock lock(guard_of_reports);
     kept.clear();
 }
 

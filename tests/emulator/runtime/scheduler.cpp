@@ -92,7 +92,7 @@ void thread_entry() {
     try {
         (*launching->body)();
         finish_thread();
-    } catch (const Failed&) {
+    } catch (const Failed&) {  // NOLINT(bugprone-empty-catch): the launch has its error
     } catch (const std::exception& error) {
         launching->error = "kernel " + launching->report.kernel + ": an exception left it: " + error.what();
     }
@@ -165,7 +165,7 @@ std::string who_waits() {
         const Thread* first;
     };
     std::vector<Place> places;
-    for (Block* block : launching->blocks)
+    for (const Block* block : launching->blocks)
         for (const Thread& thread : block->threads) {
             if (thread.waits == Waits::finished) continue;
             Place* place = nullptr;
@@ -222,7 +222,7 @@ void forget_times() {
 
 void launch_checked(const Kernel& kernel, dim3 grid, dim3 block, size_t bytes, cudaStream_t stream,
                     const std::function<void()>& body, bool cooperative) {
-    const std::lock_guard<std::mutex> lock(one_launch);
+    const std::scoped_lock lock(one_launch);
     forget_times();
     Launch launch;
     launch.grid = grid, launch.block = block, launch.body = &body;
@@ -330,10 +330,10 @@ unsigned lane() { return unsigned(current_thread("a lane", {"", 0}).lane); }
 void fail(const std::string& what, Site site) {
     if (!in_kernel()) throw Error(what + (site.line ? " at " + describe(site) : ""));
     Launch& launch = *launching;
-    Thread& thread = *launch.current;
+    const Thread& thread = *launch.current;
     launch.error = "kernel " + launch.report.kernel + ", block " + describe(thread.warp->block->index) + ", " +
                    describe(thread) + (site.line ? ", " + describe(site) : "") + ": " + what;
-    throw Failed();
+    throw Failed();  // NOLINT(bugprone-std-exception-baseclass): no kernel is to catch it
 }
 
 }  // namespace emulator

@@ -43,7 +43,7 @@ std::string by_whom(const Thread& thread, const Touch& touch) {
          site);
 }
 
-void touch_byte(Thread& thread, SharedByte& byte, bool is_store, bool is_atomic, int number, Site site) {
+void touch_byte(const Thread& thread, SharedByte& byte, bool is_store, bool is_atomic, int number, Site site) {
     const bool is_written = byte.write.warp != -1 && byte.write.time >= thread.warp->block->start_time;
     if (!is_written && (!is_store || is_atomic))
         fail("reads shared memory that no thread of the block has written", site);
@@ -130,7 +130,7 @@ bool in_arena(const void* address) {
     return std::less_equal<>()(arena.data, at) && std::less<>()(at, arena.data + arena.capacity);
 }
 
-void shared_touch(Thread& thread, const void* address, size_t bytes, bool is_store, bool is_atomic, Site site) {
+void shared_touch(const Thread& thread, const void* address, size_t bytes, bool is_store, bool is_atomic, Site site) {
     Arena& arena = thread.warp->block->arena;
     const int number = site_number(site, bytes, is_store, true);
     if (!in_arena(address)) fail("an address outside of the block's shared memory", site);

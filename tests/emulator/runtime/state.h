@@ -79,10 +79,12 @@ struct Touch {
     uint16_t site = 0;
 };
 
+// None of its bytes is padding: all are compared at once.
 struct SharedByte {
     Touch write, read;
-    bool atomic = false;  // the write
+    uint32_t atomic = 0;  // whether the write was
 };
+static_assert(sizeof(SharedByte) == 2 * sizeof(Touch) + sizeof(uint32_t));
 
 // A variable in shared memory.
 struct Variable {
@@ -155,8 +157,12 @@ inline uint64_t draw(uint64_t& state) {  // splitmix64
 }
 
 inline unsigned bit(int lane) { return 1u << lane; }
-inline bool same_site(Site a, Site b) { return a.line == b.line && (a.file == b.file || !std::strcmp(a.file, b.file)); }
-inline Thread& thread_of(Warp& warp, int lane) { return warp.block->threads[size_t(warp.first_thread + lane)]; }
+inline bool same_site(Site a, Site b) {
+    return a.line == b.line && (a.file == b.file || std::strcmp(a.file, b.file) == 0);
+}
+inline Thread& thread_of(const Warp& warp, int lane) {
+    return warp.block->threads[size_t(warp.first_thread) + size_t(lane)];
+}
 
 // scheduler.cpp
 void make_ready(Thread& thread);
@@ -171,7 +177,7 @@ std::string lanes_text(unsigned mask);
 Thread& current_thread(const char* what, Site site);
 
 // barrier.cpp
-void leave_barriers(Thread& thread);  // when it exits
+void leave_barriers(const Thread& thread);  // when it exits
 
 // warp.cpp
 void complete_operations(Warp& warp);  // that waited only for a lane that has exited
@@ -186,7 +192,7 @@ std::vector<SiteReport> counted_sites(const Launch& launch);
 // shared_memory.cpp
 void begin_arena(Block& block);
 bool in_arena(const void* address);
-void shared_touch(Thread& thread, const void* address, size_t bytes, bool is_store, bool is_atomic, Site site);
+void shared_touch(const Thread& thread, const void* address, size_t bytes, bool is_store, bool is_atomic, Site site);
 
 // order.cpp
 // Whether what these lanes did at that time happens before what `thread` does now; all of one block.
@@ -198,7 +204,7 @@ uint32_t released_time(const Thread& thread);  // what it wrote before then, oth
 
 // global_order.cpp
 void forget_written();
-void check_order(Thread& thread, uint64_t address, size_t bytes, bool is_store, int access, Site site);
+void check_order(const Thread& thread, uint64_t address, size_t bytes, bool is_store, int access, Site site);
 void keep_released(const Block& block);
 
 // global_memory.cpp

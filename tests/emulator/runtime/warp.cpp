@@ -69,7 +69,7 @@ uint64_t combine(WarpOperation operation, uint64_t a, uint64_t b) {
 }
 
 template <class Do>
-void for_lanes(unsigned mask, Do&& run) {
+void for_lanes(unsigned mask, const Do& run) {
     for (; mask; mask &= mask - 1) run(__builtin_ctz(mask));
 }
 

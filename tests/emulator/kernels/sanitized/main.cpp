@@ -17,7 +17,7 @@ __global__ void read_beyond(const float* values, float* out, int count) {
 }
 
 __global__ void use_local_array(float* out, int index) {
-    float local[8] = {};
+    const float local[8] = {};
     __syncthreads();
     checked::store(out + threadIdx.x, local[index]);
 }
@@ -39,7 +39,7 @@ int main(int count, char** arguments) {
     std::fflush(stdout);
     std::vector<float> out(64);
     std::vector<int> integers(32);
-    int size = 16;
+    const int size = 16;
     const char* fault = count > 1 ? arguments[1] : "";
     if (!std::strcmp(fault, "heap")) {
         const std::vector<float> few(16);
