@@ -15,8 +15,27 @@ namespace kddp {
 #if defined(__CUDACC__)
 #define KDDP_INLINE __host__ __device__ inline
 #else
-#define KDDP_INLINE inline
+#define KDDP_INLINE static inline  // each instruction set has its own, which the linker cannot mix (cpu/vector.h)
 #endif
+
+constexpr double log2_e = 1.44269504088896340736, ln_2 = 0.693147180559945309417;
+
+static inline bool computes_in_double(const KdL1Loss& job) {
+    return job.student.type == ElementType::float64 || (job.teacher.data && job.teacher.type == ElementType::float64);
+}
+
+// How e^s comes from e^(s/T): where T is 2 or 4 by squaring, else by an exponential of its own.
+enum class Untempered : int { absent, same, square, fourth, separate };
+
+static inline Untempered choose_untempered(const KdL1Loss& job) {
+    if (!job.labels) return Untempered::absent;
+    if (job.standardize_logits && job.teacher.data) return Untempered::separate;
+    if (job.temperature == 1) return Untempered::same;
+    // Doubles lose too much in squares; and without a teacher nothing else wants e^(s/T).
+    if (!job.teacher.data || computes_in_double(job)) return Untempered::separate;
+    if (job.temperature == 2) return Untempered::square;
+    return job.temperature == 4 ? Untempered::fourth : Untempered::separate;
+}
 
 // The two shapes that the gradient of a divergence takes away from the label, with e_s = e^u and e_t = e^v:
 //   difference: first e_s - second e_t        forward_kl, dkd
@@ -58,8 +77,10 @@ static inline RowRule row_rule(const KdL1Loss& job) {
 // Mean and standard deviation of a row (divided by classes - 1, as torch.std has it).
 struct Moments {
     double mean = 0, deviation = 0;
-    KDDP_INLINE double divisor() const { return deviation + 1e-7; }  // the epsilon of Sun et al. 2024
 };
+
+// What standardised logits are divided by: the epsilon is that of Sun et al. 2024.
+KDDP_INLINE double divisor_of(Moments moments) { return moments.deviation + 1e-7; }
 
 struct PieceSums {
     double student_reference, teacher_reference;
@@ -225,7 +246,7 @@ KDDP_INLINE void through_standardization(const RowRule& rule, const PieceSums& r
     if (rule.divergence == Divergence::jsd)
         along = row.student * gradient.first * (mixture.weighted_moment + gradient.second * mixture.student_moment);
     if (rule.divergence == Divergence::dkd) along -= gradient.label * (target_logit - row.student_reference);
-    const double divisor = student.divisor();
+    const double divisor = divisor_of(student);
     gradient.first /= divisor, gradient.label /= divisor;
     if (gradient_form(rule.divergence) == GradientForm::difference) gradient.second /= divisor;
     if (student.deviation > 0)

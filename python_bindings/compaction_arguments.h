@@ -20,7 +20,6 @@ inline kddp::Compensation compensation(const CompensationArguments& arguments) {
             pointer<const double>(means), pointer<double>(shift)};
 }
 
-// Calls `allocate(bytes)` for the workspace between sizing and running, so that Python owns that memory too.
 template <class Backend>
 void gather_slices(const std::vector<BlockArguments>& block_arguments, int64_t columns, Address keep_rows,
                    int64_t kept_rows, Address keep_columns, int64_t kept_columns,
@@ -35,9 +34,8 @@ void gather_slices(const std::vector<BlockArguments>& block_arguments, int64_t c
                          kept_rows,     pointer<const int64_t>(keep_columns),
                          kept_columns,  compensation(compensation_arguments),
                          nullptr,       1};
-    Backend backend(place);
-    const py::object workspace = allocate(backend.workspace(job));
-    job.workspace = pointer<void>(workspace.attr("data_ptr")().cast<Address>());
+    const Backend backend(place);
+    const py::object workspace = take_workspace(backend, job, allocate);
     const py::gil_scoped_release unlocked;
     backend.run(job);
 }

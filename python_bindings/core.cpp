@@ -1,7 +1,6 @@
 // The native operations for Python: addresses and sizes in, exceptions out, the interpreter's lock released
 // meanwhile. Only kddp_ext/ops calls these.
 #include <string>
-#include <type_traits>
 
 #include "compaction_arguments.h"
 #include "cpu/kernels.h"
@@ -15,13 +14,13 @@ class Cpu {
     using Place = int;  // threads
     explicit Cpu(int threads) : threads_(threads) {}
 
-    template <class Job>
-    int64_t workspace(Job& job) const {
+    int64_t workspace(kddp::KdL1Loss& job) const {
         job.threads = threads_;
-        if constexpr (std::is_same_v<Job, kddp::KdL1Loss>)
-            return kddp::kd_l1_loss_workspace(job);
-        else
-            return kddp::gather_slices_workspace(job);
+        return kddp::kd_l1_loss_workspace(job);
+    }
+    int64_t workspace(kddp::Compaction& job) const {
+        job.threads = threads_;
+        return kddp::gather_slices_workspace(job);
     }
     static kddp::Status run(const kddp::KdL1Loss& job) { return kddp::kd_l1_loss(job); }
     static void run(const kddp::Compaction& job) { kddp::gather_slices(job); }

@@ -31,7 +31,6 @@ inline std::vector<kddp::ActivationLayer> activation_layers(const std::vector<La
     return layers;
 }
 
-// Calls `allocate(bytes)` for the workspace between sizing and running, so that Python owns that memory too.
 template <class Backend>
 void kd_l1_loss(int64_t rows, int64_t classes, const MatrixArguments& student, const MatrixArguments& teacher,
                 Address labels, const std::vector<LayerArguments>& layer_arguments, int64_t statistics_stride,
@@ -62,9 +61,8 @@ void kd_l1_loss(int64_t rows, int64_t classes, const MatrixArguments& student, c
                        pointer<void>(terms),
                        nullptr,
                        1};
-    Backend backend(place);
-    const py::object workspace = allocate(backend.workspace(job));
-    job.workspace = pointer<void>(workspace.attr("data_ptr")().cast<Address>());
+    const Backend backend(place);
+    const py::object workspace = take_workspace(backend, job, allocate);
     kddp::Status status;
     {
         const py::gil_scoped_release unlocked;

@@ -74,16 +74,6 @@ inline Distillation choose_distillation(const KdL1Loss& job) {
     return job.divergence == Divergence::jsd ? Distillation::mixture : Distillation::forward;
 }
 
-template <class T>
-inline Untempered choose_untempered(const KdL1Loss& job) {
-    if (!job.labels) return Untempered::absent;
-    if (job.standardize_logits && job.teacher.data) return Untempered::separate;
-    if (job.temperature == 1) return Untempered::same;
-    if (job.teacher.data && sizeof(T) == 4 && job.temperature == 2) return Untempered::square;
-    if (job.teacher.data && sizeof(T) == 4 && job.temperature == 4) return Untempered::fourth;
-    return Untempered::separate;
-}
-
 // The loops that read elements of one type where they are.
 template <class T, class Element, Distillation distillation, Untempered untempered, bool moments, bool keep>
 void choose_loops(RowSteps<T>& steps) {
@@ -151,7 +141,7 @@ RowSteps<T> steps_of(const KdL1Loss& job) {
 
 template <class T, Distillation distillation>
 RowSteps<T> choose_steps(const KdL1Loss& job) {
-    const Untempered untempered = choose_untempered<T>(job);
+    const Untempered untempered = choose_untempered(job);
     if constexpr (distillation != Distillation::none) {
         if (job.standardize_logits)
             return untempered == Untempered::absent ? steps_of<T, distillation, Untempered::absent, true>(job)

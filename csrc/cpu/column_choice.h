@@ -1,7 +1,9 @@
 // Which columns of a row are taken, as the loops of gather_row.h want to know it.
 #pragma once
 
-#include "cpu/vector.h"
+#include <cstring>
+
+#include "cpu/sizes.h"
 
 namespace kddp {
 namespace {
@@ -31,13 +33,13 @@ inline int64_t unit_of(int64_t column_bytes) {
 // Wider columns are copied one by one, by functions made for that.
 constexpr int64_t widest_column_by_bits = 128;
 
-inline int64_t bits_bytes(int64_t columns, int64_t column_bytes) {
+inline int64_t bits_bytes([[maybe_unused]] int64_t columns, [[maybe_unused]] int64_t column_bytes) {
 #if defined(__AVX512F__)
     if (column_bytes > widest_column_by_bits) return 0;
-    const int64_t words = (columns * (column_bytes / unit_of(column_bytes)) + group - 1) / group;
-    return (words * int64_t(sizeof(uint16_t)) + 63) / 64 * 64;
+    return round_up_to_line(divide_up(columns * (column_bytes / unit_of(column_bytes)), group) *
+                            int64_t(sizeof(uint16_t)));
 #else
-    return columns * column_bytes * 0;
+    return 0;
 #endif
 }
 

@@ -8,6 +8,7 @@
 #include "cpu/gather_row.h"
 #include "cpu/huge_pages.h"
 #include "cpu/kernels.h"
+#include "cpu/sizes.h"
 
 namespace kddp {
 namespace {
@@ -16,8 +17,6 @@ namespace {
 constexpr int64_t bytes_worth_threads = 1 << 18;
 // Above it the caches hold no output until it is read.
 constexpr int64_t bytes_worth_passing_caches = 8 << 20;
-
-int64_t round_up_to_line(int64_t bytes) { return (bytes + line_bytes - 1) / line_bytes * line_bytes; }
 
 int64_t elements_of_column(const Compaction& job) {
     return job.blocks[0].column_bytes / size_of(job.compensation.type);
@@ -103,8 +102,10 @@ const char* source_row(const Compaction& job, const Block& block, int64_t row) {
 void compact_row(const Compaction& job, const Preparation& prepared, int64_t number, int64_t row, bool past_caches) {
     const Block& block = job.blocks[number];
     const char* from = source_row(job, block, row);
-    TargetRow target(static_cast<char*>(block.target) + row * job.kept_columns * block.column_bytes, past_caches);
-    gather_row(from, source_row(job, block, row + 1), prepared.kept(number), target);
+    if (job.kept_columns > 0) {  // else there is no target
+        TargetRow target(static_cast<char*>(block.target) + row * job.kept_columns * block.column_bytes, past_caches);
+        gather_row(from, source_row(job, block, row + 1), prepared.kept(number), target);
+    }
     if (number == 0 && job.compensation.pruned_columns)
         job.compensation.shift[row] = contribution(from, job.compensation.type, prepared);
 }

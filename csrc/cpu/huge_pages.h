@@ -8,6 +8,7 @@
 #endif
 
 namespace kddp {
+namespace {
 
 // Whole huge pages inside the buffer; a small buffer comes from a heap that has been touched before, and is left alone.
 inline void advise_huge_pages([[maybe_unused]] void* buffer, [[maybe_unused]] int64_t bytes) {
@@ -20,4 +21,5 @@ inline void advise_huge_pages([[maybe_unused]] void* buffer, [[maybe_unused]] in
 #endif
 }
 
+}  // namespace
 }  // namespace kddp

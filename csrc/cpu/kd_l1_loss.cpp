@@ -8,6 +8,7 @@
 #include "cpu/huge_pages.h"
 #include "cpu/kernels.h"
 #include "cpu/logits_row.h"
+#include "cpu/sizes.h"
 
 #if defined(_OPENMP)
 #include <omp.h>
@@ -15,10 +16,6 @@
 
 namespace kddp {
 namespace {
-
-inline int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
-inline int64_t clamp(int64_t x, int64_t low, int64_t high) { return x < low ? low : x > high ? high : x; }
-inline int64_t round_up_to_line(int64_t bytes) { return divide_up(bytes, 64) * 64; }
 
 // A gradient that the caches cannot hold until it is read is written past them.
 inline bool worth_past_caches(int64_t bytes) { return bytes >= 4 << 20; }
@@ -31,14 +28,13 @@ inline int thread_number() {
 #endif
 }
 
-inline bool computes_in_double(const KdL1Loss& job) {
-    return job.student.type == ElementType::float64 || (job.teacher.data && job.teacher.type == ElementType::float64);
-}
-
 // How the work is cut, and where in the workspace its parts leave their sums.
 struct Schedule {
     explicit Schedule(const KdL1Loss& job) : job(job) {
         block_rows = clamp(65536 / (job.classes > 0 ? job.classes : 1), 1, 64);
+        shares_rows = job.threads > 1 && job.student.data && job.rows < job.threads &&
+                      job.classes >= 2 * piece_classes(job.classes);
+        if (shares_rows) block_rows = 1;
         logits_blocks = job.student.data ? divide_up(job.rows, block_rows) : 0;
         int64_t most_rows = 0;
         for (int64_t i = 0; i < job.activations.layer_count; ++i)
@@ -71,7 +67,7 @@ struct Schedule {
     template <class T>
     void size_scratch() {
         kept_bytes = round_up_to_line(buffer_places<T>(job.classes) * int64_t(sizeof(T)));
-        kept_streams = choose_untempered<T>(job) == Untempered::separate ? 3 : 2;
+        kept_streams = choose_untempered(job) == Untempered::separate ? 3 : 2;
         const bool mixes = job.divergence == Divergence::jsd, reads_again = job.standardize_logits || mixes;
         const int64_t of_piece = piece_classes(job.classes);
         logits_bytes = reads_again ? of_piece * int64_t(sizeof(T)) : 0;
@@ -79,8 +75,6 @@ struct Schedule {
         sums_bytes = round_up_to_line(pieces * int64_t(sizeof(PieceSums)));
         mixture_bytes = mixes ? round_up_to_line(pieces * int64_t(sizeof(MixtureSums))) : 0;
         scratch_bytes = kept_streams * kept_bytes + 2 * logits_bytes + sums_bytes + mixture_bytes;
-        shares_rows = job.threads > 1 && job.student.data && job.rows < job.threads && job.classes >= 2 * of_piece;
-        if (shares_rows) logits_blocks = job.rows, block_rows = 1;
     }
 
     // What a thread works its rows in.
@@ -208,7 +202,7 @@ Status count_valid_rows(const KdL1Loss& job, int64_t& valid) {
 
 bool writes_past_caches(const KdL1Loss& job) {
     return worth_past_caches(job.rows * job.classes * size_of(job.student.type)) &&
-           reinterpret_cast<uintptr_t>(job.logits_gradient) % 64 == 0 && job.classes >= shortest_aligned_row;
+           reinterpret_cast<uintptr_t>(job.logits_gradient) % line_bytes == 0 && job.classes >= shortest_aligned_row;
 }
 
 void advise_outputs(const KdL1Loss& job) {

@@ -155,8 +155,8 @@ class LogitsRows {
         if (rule_.standardize) {
             const Moments teacher = moments_of(job_.teacher, steps_.convert_teacher, row, scratch.logits.teacher);
             state.student = moments_of(job_.student, steps_.convert_student, row, scratch.logits.student);
-            state.student_to_nats /= state.student.divisor();
-            state.teacher_to_nats /= teacher.divisor();
+            state.student_to_nats /= divisor_of(state.student);
+            state.teacher_to_nats /= divisor_of(teacher);
         }
     }
 
@@ -174,6 +174,7 @@ class LogitsRows {
                                     PieceSums& sums) const {
         const Piece piece = piece_of(row, k);
         const Tempering<T> by = tempering(state);
+        sums.logits = 0;
         Logits logits = read(row, piece, buffers, rule_.label_smoothing != 0 ? &sums.logits : nullptr);
         // The first few vectors tell where the highest logits are about; where they mislead, the piece is done again.
         // The weighted form takes differences of what a reference away from the highest logit would round.

@@ -4,13 +4,10 @@
 #pragma once
 
 #include "cpu/elements.h"
+#include "cpu/sizes.h"
 
 namespace kddp {
 namespace {
-
-constexpr int64_t line_bytes = 64;
-
-inline int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 
 inline void stream_line(char* to, const char* from) {
     for (int64_t i = 0; i < line_bytes; i += KDDP_VECTOR_BYTES) stream<KDDP_VECTOR_BYTES>(to + i, from + i);

@@ -8,17 +8,12 @@
 namespace kddp {
 namespace {
 
-constexpr double log2_e = 1.44269504088896340736, ln_2 = 0.693147180559945309417;
-
 // What a side's exponentials take of its logits.
 template <class T>
 struct Tempering {
     T student_to_exponent, teacher_to_exponent;  // log2(e) / T
     T student_to_nats, teacher_to_nats;          // 1 / T
 };
-
-// How e^s comes from e^(s/T): where T is 2 or 4 by squaring, else by an exponential of its own.
-enum class Untempered { absent, same, square, fourth, separate };
 
 // What is computed with the teacher.
 enum class Distillation { none, forward, reverse, mixture };

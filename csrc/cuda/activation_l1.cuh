@@ -116,6 +116,8 @@ struct ColumnSums {
     __device__ __forceinline__ void end_run() { absolute += double(run), run = 0; }
 };
 
+constexpr int rows_of_statistics = static_cast<int>(statistics_rows);
+
 __device__ __forceinline__ double* statistic(double* block, int64_t stride, int row, int64_t column) {
     return block + row * stride + column;
 }
@@ -134,7 +136,8 @@ __device__ __forceinline__ void combine_parts(const LossLaunch& launch, const La
         for (int k = 0; k < statistics_rows; ++k) {
             double value = 0;
             for (int part = 0; part < layer.row_parts; ++part) {
-                const double other = load_workspace(statistic(layer.partial, layer.columns, part * 5 + k, column));
+                const double other =
+                    load_workspace(statistic(layer.partial, layer.columns, part * rows_of_statistics + k, column));
                 value = k == statistics_rows - 1 ? (other > value ? other : value) : value + other;
             }
             store_global(statistic(layer.statistics, launch.statistics_stride, k, column), value);
@@ -206,7 +209,8 @@ __device__ __forceinline__ double statistics_of_unit(const LossLaunch& launch, i
     const LayerLaunch& layer = again(launch).layers[index];
     const Unit unit = unit_of(layer, number);
     const bool parts = layer.row_parts > 1;
-    double* block = parts ? statistic(layer.partial, layer.columns, unit.part * 5, 0) : layer.statistics;
+    double* block =
+        parts ? statistic(layer.partial, layer.columns, unit.part * rows_of_statistics, 0) : layer.statistics;
     const int64_t stride = parts ? layer.columns : launch.statistics_stride;
     const int column = layer.aligned ? lane * statistics_columns : lane, step = step_of(layer);
     const int left = static_cast<int>(unit.last_column - unit.first_column) - column;

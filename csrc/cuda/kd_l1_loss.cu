@@ -10,10 +10,6 @@ constexpr int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 constexpr int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 constexpr int64_t at_least(int64_t a, int64_t b) { return a > b ? a : b; }
 
-bool computes_in_double(const KdL1Loss& job) {
-    return job.student.type == ElementType::float64 || (job.teacher.data && job.teacher.type == ElementType::float64);
-}
-
 LossKernels kernels_for(const KdL1Loss& job) {
     const GradientForm form = job.teacher.data ? gradient_form(job.divergence) : GradientForm::difference;
     if (computes_in_double(job)) return float64_kernels(form);
@@ -65,15 +61,6 @@ Plan plan_of(const KdL1Loss& job) {
     }
     plan.resident = resident_blocks(reinterpret_cast<const void*>(plan.kernel), plan.threads, plan.shared_bytes);
     return plan;
-}
-
-Untempered untempered_of(const KdL1Loss& job) {
-    if (!job.labels) return Untempered::absent;
-    if (job.standardize_logits && job.teacher.data) return Untempered::separate;
-    if (job.temperature == 1) return Untempered::same;
-    if (job.teacher.data && !computes_in_double(job) && job.temperature == 2) return Untempered::square;
-    if (job.teacher.data && !computes_in_double(job) && job.temperature == 4) return Untempered::fourth;
-    return Untempered::separate;
 }
 
 // Elements from the first of a matrix to behind its last.
@@ -213,7 +200,7 @@ class Launches {
         launch_.count_labels = with_rows && job_.labels && job_.student.data;
         launch_.rule = row_rule(job_);
         launch_.scaled_gradients = job_.scaled_gradients;
-        launch_.untempered = untempered_of(job_);
+        launch_.untempered = choose_untempered(job_);
         launch_.gradient = static_cast<char*>(job_.logits_gradient);
         launch_.alpha = job_.alpha, launch_.inverse_temperature = 1 / job_.temperature;
         launch_.result_type = job_.result_type, launch_.loss = job_.loss, launch_.terms = job_.terms;

@@ -11,9 +11,6 @@
 
 namespace kddp {
 
-// How e^s comes from e^(s/T): where T is 2 or 4 by squaring, else by an exponential of its own.
-enum class Untempered : int { absent, same, square, fourth, separate };
-
 // A layer of activations as its units of work see it: rectangles of rows and columns, a warp each.
 struct LayerLaunch {
     const char* data;

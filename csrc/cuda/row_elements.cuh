@@ -8,8 +8,6 @@
 
 namespace kddp {
 
-constexpr double log2_e = 1.44269504088896340736, ln_2 = 0.693147180559945309417;
-
 // What a row's exponentials take of its logits.
 template <class T>
 struct Tempering {

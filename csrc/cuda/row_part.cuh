@@ -122,21 +122,20 @@ class RowPart {
         set_references(student, teacher, by);
     }
 
-    // The sums of a part around the references: for the team's first warp, and where `everywhere`, for every thread.
-    // The last of them counts the threads that hold a class which stands before the label among the highest.
-    __device__ __forceinline__ void sum_up(Tempering<T>& by, T label_logit, bool everywhere, double (&sums)[7],
-                                           T& highest) {
+    // The sums of a part around the references, for the team's first warp. The last of them counts the threads that
+    // hold a class which stands before the label among the highest.
+    __device__ __forceinline__ void sum_up(Tempering<T>& by, T label_logit, double (&sums)[7], T& highest) {
         T student = by.student_reference, teacher = by.teacher_reference;
 #pragma unroll 1
-        while (add_up(by, label_logit, everywhere, sums, student, teacher)) {
+        while (add_up(by, label_logit, sums, student, teacher)) {
             Team<lanes>::wait();
             set_references(student, teacher, by);
         }
         highest = student;
     }
 
-    // jsd's second round. The scale is that of the whole row.
-    __device__ __forceinline__ MixtureSums mix(const Tempering<T>& by, const MixtureScale<T>& scale, bool everywhere) {
+    // jsd's second round, for the team's first warp. The scale is that of the whole row.
+    __device__ __forceinline__ MixtureSums mix(const Tempering<T>& by, const MixtureScale<T>& scale) {
         MixtureElementSums<T> of;
         each([&](int p, int v, int, T(&s)[m], T(&t)[m]) {
 #pragma unroll
@@ -151,7 +150,7 @@ class RowPart {
         const T values[] = {of.kl_teacher, of.kl_student, of.student_moment, of.weighted_moment};
         double sums[4];
         Team<lanes>::wait();
-        sums_of_team<lanes>(values, sums, everywhere, scratch_);
+        sums_of_team<lanes>(values, sums, false, scratch_);
         return {sums[0] * ln_2, sums[1], sums[2], sums[3]};
     }
 
@@ -306,8 +305,8 @@ class RowPart {
     }
 
     // Returns whether the references mislead: those that do not are within reach of the highest logits.
-    __device__ __forceinline__ bool add_up(const Tempering<T>& by, T label_logit, bool everywhere, double (&sums)[7],
-                                           T& student, T& teacher) {
+    __device__ __forceinline__ bool add_up(const Tempering<T>& by, T label_logit, double (&sums)[7], T& student,
+                                           T& teacher) {
         ElementSums<T> of;
         bool beaten = false;
         const bool mixture = mixes();
@@ -338,7 +337,7 @@ class RowPart {
                 (launch_.rule.with_teacher && misled(teacher, by.teacher_reference, by.teacher_to_nats)))
                 return true;
         }
-        sums_of_team<lanes>(values, sums, everywhere, scratch_);
+        sums_of_team<lanes>(values, sums, false, scratch_);
         return false;
     }
 

@@ -155,7 +155,7 @@ class TeamRows {
         TeamRecord& record = own_record();
         double sums[7];
         T highest;
-        part.sum_up(by, student_logit, false, sums, highest);
+        part.sum_up(by, student_logit, sums, highest);
         if (Part::rank() == 0) {
             record.sums = {double(by.student_reference),
                            double(by.teacher_reference),
@@ -221,11 +221,11 @@ class TeamRows {
                 if (is_sliced()) slices_.merge_moments(of_row, mean_of_row, squares);
             const double classes = launch_.rule.classes;
             const Moments moments{mean_of_row, classes > 1 ? sqrt(squares / (classes - 1)) : 0};
-            if (pass == 3) student_divisor = moments.divisor();
+            if (pass == 3) student_divisor = divisor_of(moments);
             if (pass == 3 && Part::rank() == 0) own_record().student = moments;
             if (pass != 6) continue;
             const double inverse = launch_.inverse_temperature;
-            set_nats(by, inverse / student_divisor, inverse / moments.divisor());
+            set_nats(by, inverse / student_divisor, inverse / divisor_of(moments));
         }
         return logits;
     }
@@ -237,7 +237,7 @@ class TeamRows {
         by.student_reference = T(record.sums.student_reference),
         by.teacher_reference = T(record.sums.teacher_reference);
         const MixtureScale<T> scale = mixture_scale<T>(launch_, record.sums.student, record.sums.teacher);
-        const MixtureSums of_part = part.mix(by, scale, false);
+        const MixtureSums of_part = part.mix(by, scale);
         if (Part::rank() == 0) record.mixture = of_part;
         if constexpr (!keeps)
             if (is_sliced()) slices_.merge_mixture(record.mixture);

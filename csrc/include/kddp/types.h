@@ -7,7 +7,8 @@ namespace kddp {
 
 enum class ElementType : int { float32 = 0, float64 = 1, bfloat16 = 2, float16 = 3 };
 
-constexpr int64_t size_of(ElementType type) {
+// Static, for each instruction set is to have its own (cpu/vector.h).
+static constexpr int64_t size_of(ElementType type) {
     return type == ElementType::float64 ? 8 : type == ElementType::float32 ? 4 : 2;
 }
 

@@ -1,5 +1,6 @@
 // Accesses to global memory: inside of what is allowed, aligned, and all that was needed.
 #include <algorithm>
+#include <cstdio>
 
 #include "state.h"
 

@@ -1,5 +1,5 @@
 // Reports of launches, and a C interface to all settings, for ctypes.
-#include <algorithm>
+#include <cstdio>
 #include <deque>
 #include <mutex>
 

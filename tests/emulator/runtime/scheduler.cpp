@@ -1,4 +1,6 @@
 // Who runs next: threads go on in an order drawn from the seed until they wait, yield or finish.
+#include <algorithm>
+#include <cstdio>
 #include <cstdlib>
 #include <mutex>
 #include <numeric>

@@ -5,7 +5,8 @@
 #include <cstddef>
 #include <cstdint>
 #include <cstring>
-#include <memory>  // before the words below: the standard library has attributes of the same names
+#include <memory>  // these before the words below: the standard library has attributes of the same names
+#include <string>
 
 #define __global__
 #define __device__
