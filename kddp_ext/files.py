@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
+import shutil
 import tempfile
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -33,6 +36,7 @@ def atomic_write(path: str | os.PathLike[str], write: Callable[[BinaryIO], objec
             os.fsync(file.fileno())
         os.chmod(beside, 0o666 & ~_umask())  # mkstemp makes files that only their owner can read
         os.replace(beside, path)
+        _sync_folder(path.parent)
     except BaseException as error:
         _remove_quietly(beside)
         if isinstance(error, OSError):
@@ -50,13 +54,44 @@ def write_json(path: str | os.PathLike[str], value: Any) -> None:
     write_text(path, json.dumps(value, indent=2) + "\n")
 
 
+def remove_leftovers(folder: str | os.PathLike[str]) -> None:
+    """Remove what `atomic_write` left beside its places in `folder` when its process was killed.
+
+    The caller sees to it that nobody writes there now.
+    """
+    for beside in leftovers(folder):
+        if beside.is_dir():
+            shutil.rmtree(beside)
+        else:
+            beside.unlink()
+
+
+def leftovers(folder: str | os.PathLike[str]) -> list[Path]:
+    """What lies in `folder` and did not get into its place: files of `atomic_write`, folders named likewise."""
+    return sorted(Path(folder).glob(".*.partial"))
+
+
+def _sync_folder(folder: Path) -> None:
+    """Have the renaming outlast a loss of power too."""
+    try:
+        descriptor = os.open(folder, os.O_RDONLY)
+    except PermissionError:  # one may be allowed to write there and not to read
+        return
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # what file systems say that cannot
+            raise
+    finally:
+        os.close(descriptor)
+
+
 def _cannot_write(path: Path, error: OSError) -> OSError:
     return OSError(error.errno, f"cannot write {path}: {error.strerror or error}")
 
 
 def _remove_quietly(path: str) -> None:
-    # The failure that brought us here is the one to report.
-    if os.path.exists(path):
+    with suppress(OSError):  # the failure that brought us here is the one to report
         os.unlink(path)
 
 
