@@ -14,7 +14,8 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
-from kddp_ext.files import atomic_write
+from kddp_ext.digest import hash_tensors
+from kddp_ext.files import atomic_write, remove_leftovers
 from kddp_ext.workflow.data import ImageData
 from kddp_ext.workflow.progress import Progress
 from kddp_ext.workflow.run_folder import locked
@@ -113,6 +114,7 @@ class TeacherLogits:
             found = self._found(path)
             if found is not None:
                 return found
+            processes.first(lambda: remove_leftovers(self._folder))
             started = time.perf_counter()
             logits = self._ask_teacher(view)
             seconds = time.perf_counter() - started
@@ -158,13 +160,3 @@ def _read(path: Path, shape: tuple[int, int]) -> tuple[Tensor, float] | None:
         return None
     fits = logits.shape == shape and logits.dtype == torch.float32 and math.isfinite(seconds)
     return (logits, seconds) if fits and header.get("sha256") == hash_tensors({"logits": logits}) else None
-
-
-def hash_tensors(tensors: dict[str, Tensor]) -> str:
-    """SHA-256 over names, types, shapes and bytes."""
-    digest = hashlib.sha256()
-    for name in sorted(tensors):
-        tensor = tensors[name].detach().cpu().contiguous()
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)};".encode())
-        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
-    return digest.hexdigest()
