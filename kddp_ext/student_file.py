@@ -15,6 +15,7 @@ import safetensors
 import safetensors.torch
 from torch import Tensor, nn
 
+from kddp_ext.digest import hash_tensors, with_digest
 from kddp_ext.files import atomic_write
 from kddp_ext.pruning.copies import unwrapped
 from kddp_ext.pruning.history import PruningHistory
@@ -34,6 +35,7 @@ class StudentHeader(TypedDict):
     history: str
     metadata: dict[str, str]
     tensors: dict[str, tuple[str, tuple[int, ...]]]
+    sha256: str | None
 
 
 def save_student(
@@ -73,6 +75,7 @@ def save_student(
         "history": history.to_json(),
         "metadata": json.dumps(metadata),
     }
+    header["sha256"] = _digest(header["history"], metadata, tensors)
     content = safetensors.torch.save(tensors, header)
     atomic_write(path, lambda file: file.write(content))
 
@@ -90,6 +93,9 @@ def load_student(path: Path, constructor: Callable[[], Student], example_inputs:
         ValueError: the file is damaged or no student, or the constructor makes another architecture.
     """
     header = read_student_header(path)
+    saved = _tensors(path)
+    if header["sha256"] not in (None, _digest(header["history"], header["metadata"], saved)):
+        raise ValueError(f"{path}: the file is damaged: its content does not match its sha256")
     model = constructor()
     if not isinstance(model, nn.Module):
         raise TypeError(f"constructor: expected it to return a torch.nn.Module, got {type(model).__name__}")
@@ -97,7 +103,7 @@ def load_student(path: Path, constructor: Callable[[], Student], example_inputs:
         PruningHistory.from_json(header["history"]).replay(model, example_inputs)
     except ValueError as error:
         raise ValueError(f"{path}: the student does not fit the constructor's model: {error}") from error
-    made, saved = model.state_dict(), _tensors(path)
+    made = model.state_dict()
     for name in {**made, **saved}:
         if _description(made.get(name)) != _description(saved.get(name)):
             raise ValueError(
@@ -116,7 +122,8 @@ def read_student_header(path: Path) -> StudentHeader:
 
     Returns:
         The format's "version"; the "history", JSON text for `PruningHistory.from_json`; the "metadata", the user's
-        strings; the "tensors", (dtype, shape) by name, such as ("F32", (128, 784)).
+        strings; the "tensors", (dtype, shape) by name, such as ("F32", (128, 784)); the "sha256" of all these with the
+        tensors' values, which `load_student` compares, None in a file of an earlier version.
 
     Raises:
         FileNotFoundError: there is no such file.
@@ -149,6 +156,7 @@ def read_student_header(path: Path) -> StudentHeader:
         "history": header["history"],
         "metadata": metadata,
         "tensors": tensors,
+        "sha256": header.get("sha256"),
     }
 
 
@@ -158,6 +166,12 @@ def _tensors(path: Path) -> dict[str, Tensor]:
     except safetensors.SafetensorError as error:
         raise ValueError(f"{path}: its tensors cannot be read: {error}") from error
     return tensors
+
+
+def _digest(history: str, metadata: Mapping[str, str], tensors: Mapping[str, Tensor]) -> str:
+    content = {"history": history, "metadata": dict(metadata), "tensors": hash_tensors(tensors)}
+    digest: str = with_digest(content)["sha256"]
+    return digest
 
 
 def _description(value: Tensor | None) -> str:
