@@ -12,6 +12,7 @@ from typing import Any, Literal, TypeVar
 
 from tyro.conf import FlagConversionOff
 
+from kddp_ext.digest import without_digest
 from kddp_ext.workflow.config_checks import (
     BELOW_ONE,
     INSIDE_SHARE,
@@ -265,8 +266,9 @@ def load_config(path: Path) -> RunConfig:
 def read_settings(path: Path, from_json: Callable[[dict[str, Any]], Settings], owner: str) -> Settings:
     """What `from_json` makes of a JSON object; raises WorkflowError naming the file and its owner when it can't."""
     try:
-        return from_json(read_json(path, "JSON"))
-    except WorkflowError as error:
+        values = read_json(path, "JSON")
+        return from_json(without_digest(values) if isinstance(values, dict) else values)
+    except ValueError as error:
         raise WorkflowError(f"{path} is not the config of {owner}: {error}") from error
 
 
