@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -33,10 +34,14 @@ def load_checkpoint(path: Path, stage: str) -> dict[str, Any]:
 
     Raises:
         WorkflowError: the file is damaged, not a checkpoint, or one of another stage or version.
+        OSError: it can't be read.
     """
-    advice = f"Delete it to train the stage {stage} again."
+    advice = f"Delete it to train the stage {stage} again; other stages keep what they have."
+    if not path.is_file():
+        raise WorkflowError(f"{path} is damaged or not a checkpoint (it is no file). {advice}")
     content = path.read_bytes()
     try:
+        _require_intact(content)
         state = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
     except Exception as error:  # a damaged archive may fail in any way, as any kind of exception
         reason = str(error).strip().split("\n", 1)[0]
@@ -48,6 +53,14 @@ def load_checkpoint(path: Path, stage: str) -> dict[str, Any]:
     if state["stage"] != stage:
         raise WorkflowError(f"{path} belongs to the stage {state['stage']}. {advice}")
     return state
+
+
+def _require_intact(content: bytes) -> None:
+    """Raise unless every record of the archive has the checksum it was written with: torch.load looks at none."""
+    with zipfile.ZipFile(io.BytesIO(content)) as archive:
+        damaged = archive.testzip()
+    if damaged is not None:
+        raise zipfile.BadZipFile(f"the checksum of {damaged} is wrong")
 
 
 def architecture(model: nn.Module) -> dict[str, list[int]]:

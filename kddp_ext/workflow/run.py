@@ -7,6 +7,7 @@ from pathlib import Path
 
 from rich.console import Console
 
+from kddp_ext.files import remove_leftovers
 from kddp_ext.workflow.config import RunConfig
 from kddp_ext.workflow.data import ImageData
 from kddp_ext.workflow.datasets import INFO, read_dataset
@@ -15,7 +16,7 @@ from kddp_ext.workflow.models import check_networks
 from kddp_ext.workflow.processes import Processes
 from kddp_ext.workflow.progress import Progress
 from kddp_ext.workflow.report import print_table, write_report
-from kddp_ext.workflow.run_folder import STAGES, RunFolder, locked, open_run, require_run
+from kddp_ext.workflow.run_folder import STAGES, RunFolder, locked, make_folder, open_run, require_run
 from kddp_ext.workflow.runtime import Device, Runtime
 from kddp_ext.workflow.stages import Job, Run, train_student, train_teacher
 from kddp_ext.workflow.teacher_cache import TeacherLogits
@@ -62,9 +63,11 @@ def run_workflow(
     runtime = _runtime(device, config, processes)
     if tensorboard:
         processes.first(require_tensorboard)
-    folder = processes.first(lambda: open_run(path, config, resume=resume))
-    processes.together(lambda: require_run(path))  # the folder is one that all of them see
-    with processes.first_holds(locked(folder.path)):
+    processes.first(lambda: make_folder(path, "run"))
+    with processes.first_holds(locked(path)):
+        folder = processes.first(lambda: open_run(path, config, resume=resume))
+        processes.together(lambda: require_run(path))  # the folder is one that all of them see
+        processes.first(lambda: remove_leftovers(path))
         if teacher_from is not None:
             processes.first(lambda: take_teacher(folder, teacher_from, config))
         if not processes.first(lambda: _finished(folder) and folder.timing.is_file()):

@@ -10,7 +10,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from kddp_ext.files import write_json, write_text
+from kddp_ext.digest import with_digest, without_digest
+from kddp_ext.files import leftovers, write_json, write_text
 from kddp_ext.workflow.config import RunConfig, differences, load_config
 from kddp_ext.workflow.errors import WorkflowError
 
@@ -51,32 +52,86 @@ class RunFolder:
         """The folder of the training's event files, where they were asked for."""
         return self.job(job) / "tensorboard"
 
+    def result(self, job: str) -> Path:
+        """The figures of the finished training."""
+        return self.job(job) / "result.json"
+
     def write_epochs(self, job: str, epochs: list[dict[str, Any]]) -> None:
         """Write the metrics of each epoch, a line of JSON each."""
         write_text(self.job(job) / "metrics.jsonl", "".join(json.dumps(epoch) + "\n" for epoch in epochs))
 
     def read_epochs(self, job: str) -> list[dict[str, Any]]:
-        """What `write_epochs` wrote."""
-        path = self.job(job) / "metrics.jsonl"
-        return [_parse(path, line) for line in _read(path).splitlines()]
+        """What `write_epochs` wrote.
 
-    def write_result(self, job: str, result: dict[str, Any]) -> None:
-        """Write a training's figures; this is what marks it as finished."""
-        write_json(self.job(job) / "result.json", result)
+        Raises:
+            WorkflowError: the file is damaged, or not of the training that has finished here.
+        """
+        path = self.job(job) / "metrics.jsonl"
+        advice = f"Delete {self.result(job)} and resume, and both are written anew from the checkpoint."
+        epochs = [_parse(path, line, advice) for line in _read(path, advice).splitlines()]
+        result = self._read_result(job) or {}
+        if result.get("metrics_sha256", digest_of_epochs(epochs)) != digest_of_epochs(epochs):
+            raise WorkflowError(f"{path} is damaged: its content does not match {self.result(job)}. {advice}")
+        return epochs
+
+    def write_result(self, job: str, result: dict[str, Any], epochs: list[dict[str, Any]]) -> None:
+        """Write a training's figures, and a digest of its metrics; this is what marks it as finished."""
+        content = {"job": job, **result, "metrics_sha256": digest_of_epochs(epochs)}
+        write_json(self.result(job), with_digest(content))
 
     def read_result(self, job: str) -> dict[str, Any] | None:
-        """A finished training's figures, None for one that is not finished."""
-        path = self.job(job) / "result.json"
-        return _parse(path, _read(path)) if path.is_file() else None
+        """A finished training's figures, None for one that is not finished.
+
+        Raises:
+            WorkflowError: the file is damaged, or of another training.
+        """
+        content = self._read_result(job)
+        return None if content is None else {key: each for key, each in content.items() if key != "metrics_sha256"}
+
+    def _read_result(self, job: str) -> dict[str, Any] | None:
+        path = self.result(job)
+        advice = "Delete it and resume, and it is measured anew from the checkpoint."
+        if not path.exists():
+            return None
+        if not path.is_file():
+            raise WorkflowError(f"{path} is damaged: it is no file. {advice}")
+        try:
+            result = without_digest(_parse(path, _read(path, advice), advice))
+        except WorkflowError:
+            raise
+        except ValueError as error:
+            raise WorkflowError(f"{path} is damaged: {error}. {advice}") from error
+        if result.get("job", job) != job:
+            raise WorkflowError(f"{path} belongs to the training {result['job']}. {advice}")
+        return result
+
+
+def digest_of_epochs(epochs: list[dict[str, Any]]) -> str:
+    """Of the metrics but for the seconds, which differ each time."""
+    timeless = [{key: value for key, value in epoch.items() if key != "seconds"} for epoch in epochs]
+    digest: str = with_digest({"epochs": timeless})["sha256"]
+    return digest
+
+
+def make_folder(path: Path, what: str) -> None:
+    """Make the folder of a run or a sweep, unless it is there.
+
+    Raises:
+        WorkflowError: something that is no folder is there.
+        OSError: it can't be made.
+    """
+    if path.exists() and not path.is_dir():
+        raise WorkflowError(f"{path} exists and is not a {what} of kddp. Give another --name or --runs-dir.")
+    path.mkdir(parents=True, exist_ok=True)
 
 
 def open_run(path: Path, config: RunConfig, *, resume: bool) -> RunFolder:
-    """Start the run in `path`, or continue it.
+    """Start the run in the folder `path`, or continue it. No other process may be doing so.
 
     Raises:
         WorkflowError: a run is there and `resume` is not set, or it was started with another config (the
             message names the fields), or the folder is something else.
-        OSError: the folder can't be made or written to.
+        OSError: the folder can't be written to.
     """
     folder = RunFolder(path)
     # A run that stopped before its first stage, for want of its data say, has nothing to lose.
@@ -91,11 +146,15 @@ def open_run(path: Path, config: RunConfig, *, resume: bool) -> RunFolder:
                 "Resume with the settings it was started with, or give another --name."
             )
         return folder
-    if path.exists() and not folder.config.is_file() and (not path.is_dir() or any(path.iterdir())):
+    if not folder.config.is_file() and not is_empty(path):
         raise WorkflowError(f"{path} exists and is not a run of kddp. Give another --name or --runs-dir.")
-    path.mkdir(parents=True, exist_ok=True)
-    write_json(folder.config, config.to_json())
+    write_json(folder.config, with_digest(config.to_json()))
     return folder
+
+
+def is_empty(path: Path) -> bool:
+    """Whether a folder holds nothing, or only what a process left there that was killed at its first write."""
+    return set(path.iterdir()) <= set(leftovers(path))
 
 
 class InUseError(WorkflowError):
@@ -118,6 +177,8 @@ def locked(path: Path, *, wait: bool = False) -> Iterator[None]:
             fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
         except BlockingIOError as error:
             raise InUseError(f"{path} is in use by another kddp process") from error
+        except OSError as error:
+            raise OSError(error.errno, f"cannot lock {path}: {error.strerror}") from error
         yield
     finally:
         os.close(descriptor)
@@ -131,18 +192,20 @@ def require_run(path: Path) -> RunFolder:
     return folder
 
 
-def _read(path: Path) -> str:
+def _read(path: Path, advice: str) -> str:
     try:
         return path.read_text(encoding="utf-8")
+    except FileNotFoundError as error:
+        raise WorkflowError(f"{path} is missing. {advice}") from error
     except UnicodeDecodeError as error:
-        raise WorkflowError(f"{path} is damaged: {error}") from error
+        raise WorkflowError(f"{path} is damaged: {error}. {advice}") from error
 
 
-def _parse(path: Path, text: str) -> dict[str, Any]:
+def _parse(path: Path, text: str, advice: str) -> dict[str, Any]:
     try:
         value = json.loads(text)
-    except json.JSONDecodeError as error:
-        raise WorkflowError(f"{path} is damaged: {error}") from error
+    except (ValueError, RecursionError) as error:
+        raise WorkflowError(f"{path} is damaged: {error}. {advice}") from error
     if not isinstance(value, dict):
-        raise WorkflowError(f"{path} is damaged: expected a JSON object, found {text[:40]!r}")
+        raise WorkflowError(f"{path} is damaged: expected a JSON object, found {text[:40]!r}. {advice}")
     return value

@@ -57,7 +57,7 @@ def find_models(path: Path) -> list[SavedModel]:
     finished = [stage for stage in STAGES if folder.read_result(stage) is not None]
     if not finished:
         raise WorkflowError(f"{path}: no stage of this run is finished yet. Continue it with kddp run --resume.")
-    return [_teacher(folder) if stage == "teacher" else _student(folder.student(stage)) for stage in finished]
+    return [_teacher(folder) if stage == "teacher" else _student_of(folder, stage) for stage in finished]
 
 
 def evaluate(path: Path, data_dir: Path | None, device: Device, console: Console) -> None:
@@ -122,6 +122,14 @@ def _teacher(folder: RunFolder) -> SavedModel:
         return model
 
     return SavedModel(path, "teacher", config, None, load)
+
+
+def _student_of(folder: RunFolder, stage: str) -> SavedModel:
+    saved = _student(folder.student(stage))
+    if saved.stage != stage:
+        advice = f"Delete {folder.result(stage)} and resume, and it is written anew from the checkpoint."
+        raise WorkflowError(f"{saved.path} is a student of the stage {saved.stage}. {advice}")
+    return saved
 
 
 def _student(path: Path) -> SavedModel:

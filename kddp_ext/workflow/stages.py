@@ -12,6 +12,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 import kddp_ext
+from kddp_ext.files import remove_leftovers
 from kddp_ext.workflow.batch_norm import join_batches
 from kddp_ext.workflow.checkpoint import architecture, check_architecture, load_checkpoint, save_checkpoint
 from kddp_ext.workflow.config import RunConfig
@@ -85,8 +86,9 @@ def _train_job(run: Run, job: Job, model: nn.Module, recipe: Recipe, teacher: Te
     processes = run.runtime.processes
     processes.first(lambda: run.folder.job(job.name).mkdir(parents=True, exist_ok=True))
     training = processes.together(lambda: _restore_or_start(run, job, run.runtime.place(model), recipe))
-    if _finished(run, job):
+    if _finished(run, job) and len(training.epochs) == recipe.epochs:
         return training
+    processes.first(lambda: _tidy(run, job, training))
     _distribute(run, training, recipe)
 
     images = len(run.data.train) // recipe.batch_size * recipe.batch_size or len(run.data.train)
@@ -104,9 +106,16 @@ def _train_job(run: Run, job: Job, model: nn.Module, recipe: Recipe, teacher: Te
     if job.stage != "teacher":
         processes.first(lambda: _save_student(run, job, training))
     result = _measure(run, job, training)
-    processes.first(lambda: run.folder.write_result(job.name, result))
+    processes.first(lambda: run.folder.write_result(job.name, result, training.epochs))
     run.progress.line(_summary(job, result, training))
     return training
+
+
+def _tidy(run: Run, job: Job, training: Training) -> None:
+    """Make up for what a process that was killed had no time for: after a checkpoint come its metrics."""
+    remove_leftovers(run.folder.job(job.name))
+    if training.epochs:
+        run.folder.write_epochs(job.name, training.epochs)
 
 
 def _finished(run: Run, job: Job) -> bool:
@@ -134,7 +143,7 @@ def _event_files(run: Run, job: Job, training: Training, images: int) -> Abstrac
 
 def _restore_or_start(run: Run, job: Job, model: nn.Module, recipe: Recipe) -> Training:
     path = run.folder.checkpoint(job.name)
-    saved = load_checkpoint(path, job.stage) if path.is_file() else None
+    saved = load_checkpoint(path, job.stage) if path.exists() else None
     if saved is None:
         return start_training(run, job, model, recipe)
     try:

@@ -7,13 +7,14 @@ from pathlib import Path
 
 from rich.console import Console
 
+from kddp_ext.digest import with_digest
 from kddp_ext.files import write_json
 from kddp_ext.workflow.data import ImageData
 from kddp_ext.workflow.datasets import INFO, read_dataset
 from kddp_ext.workflow.errors import WorkflowError
 from kddp_ext.workflow.models import check_networks
 from kddp_ext.workflow.progress import Progress
-from kddp_ext.workflow.run_folder import InUseError, RunFolder, locked
+from kddp_ext.workflow.run_folder import InUseError, RunFolder, is_empty, locked, make_folder
 from kddp_ext.workflow.runtime import Device, Runtime
 from kddp_ext.workflow.stages import Job, Run, train_student, train_teacher
 from kddp_ext.workflow.sweep_config import TEACHER, Point, SweepConfig, load_sweep, points
@@ -60,7 +61,8 @@ def run_sweep(
             check_networks(job.config, info)
     folder = _open(path, sweep, resume=resume)
     if teacher_from is not None:
-        take_teacher(folder, teacher_from, sweep.run)
+        with locked(path, wait=True):  # another process may be taking the same
+            take_teacher(folder, teacher_from, sweep.run)
     data = ImageData(read_dataset(sweep.run.dataset, data_dir), info, sweep.run, runtime.device)
     run = Run(folder, data, runtime, Progress(console))
     folder.job(TEACHER).mkdir(exist_ok=True)
@@ -74,9 +76,7 @@ def run_sweep(
 
 
 def _open(path: Path, sweep: SweepConfig, *, resume: bool) -> RunFolder:
-    if path.exists() and not path.is_dir():
-        raise WorkflowError(f"{path} exists and is not a sweep of kddp. Give another --name or --runs-dir.")
-    path.mkdir(parents=True, exist_ok=True)
+    make_folder(path, "sweep")
     with locked(path, wait=True):  # another process may be starting the same
         return _begin_or_join(path, sweep, resume=resume)
 
@@ -91,9 +91,9 @@ def _begin_or_join(path: Path, sweep: SweepConfig, *, resume: bool) -> RunFolder
         changed = load_sweep(folder.sweep).differences(sweep)
         if changed:
             raise WorkflowError(f"{path} was started with other settings: {'; '.join(changed)}. Give another --name.")
-    elif any(path.iterdir()):
+    elif not is_empty(path):
         raise WorkflowError(f"{path} exists and is not a sweep of kddp. Give another --name or --runs-dir.")
-    write_json(folder.sweep, sweep.to_json())
+    write_json(folder.sweep, with_digest(sweep.to_json()))
     return folder
 
 

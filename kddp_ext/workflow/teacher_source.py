@@ -31,6 +31,10 @@ def take_teacher(folder: RunFolder, source: Path, config: RunConfig) -> None:
     changed = [each for each in differences(saved, config) if each.startswith(("teacher.", *_OF_THE_TEACHER))]
     if changed:
         raise WorkflowError(f"--teacher-from: the teacher of {source} was trained otherwise: {'; '.join(changed)}")
-    # Renamed into place once it is whole; what an error leaves is removed.
-    with tempfile.TemporaryDirectory(prefix=".teacher.", dir=folder.path) as beside:
-        os.replace(shutil.copytree(other.job(TEACHER), Path(beside) / TEACHER), folder.job(TEACHER))
+    # Renamed into place once it is whole; what an error leaves is removed, and what a kill leaves by the next process.
+    try:
+        with tempfile.TemporaryDirectory(prefix=".teacher.", suffix=".partial", dir=folder.path) as beside:
+            os.replace(shutil.copytree(other.job(TEACHER), Path(beside) / TEACHER), folder.job(TEACHER))
+    except OSError as error:
+        reason = error.args[0][0][2] if isinstance(error, shutil.Error) else error.strerror
+        raise OSError(error.errno, f"cannot copy {other.job(TEACHER)} to {folder.path}: {reason}") from error

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -27,23 +28,43 @@ def event_files(folder: Path, epochs: list[dict[str, Any]], images: int) -> Iter
 
     Raises:
         WorkflowError: tensorboard is not installed.
+        OSError: the files cannot be written.
     """
     require_tensorboard()
     from torch.utils.tensorboard import SummaryWriter
 
-    writer = SummaryWriter(str(folder), purge_step=0)
+    with _naming(folder):
+        writer = SummaryWriter(str(folder), purge_step=0)
 
     def write(metrics: dict[str, Any]) -> None:
-        for tag, value in scalars(metrics, images).items():
-            writer.add_scalar(tag, value, metrics["epoch"])
-        writer.flush()
+        with _naming(folder):
+            for tag, value in scalars(metrics, images).items():
+                writer.add_scalar(tag, value, metrics["epoch"])
+            writer.flush()
 
     try:
         for metrics in epochs:
             write(metrics)
         yield write
     finally:
-        writer.close()
+        with _naming(folder):
+            writer.close()
+
+
+@contextmanager
+def _naming(folder: Path) -> Iterator[None]:
+    """Have the writer's errors name the folder. It raises here what its thread met, which would print it besides."""
+    hook, threading.excepthook = threading.excepthook, _say_nothing
+    try:
+        yield
+    except OSError as error:
+        raise OSError(error.errno, f"cannot write {folder}: {error.strerror}") from error
+    finally:
+        threading.excepthook = hook
+
+
+def _say_nothing(_arguments: threading.ExceptHookArgs) -> None:
+    pass
 
 
 def require_tensorboard() -> None:

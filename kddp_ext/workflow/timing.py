@@ -10,6 +10,7 @@ from typing import Any
 
 from torch import Tensor
 
+from kddp_ext.digest import with_digest, without_digest
 from kddp_ext.files import write_json, write_text
 from kddp_ext.workflow.errors import WorkflowError
 from kddp_ext.workflow.measure import latency
@@ -37,8 +38,8 @@ def write_timing(folder: RunFolder, image: Tensor, runtime: Runtime, notes: list
         "seconds": {stage: _seconds(folder.read_epochs(stage)) for stage in milliseconds},
         "notes": notes,
     }
-    write_json(folder.timing, timing)
     write_text(folder.timing_report, "\n".join(_lines(timing)) + "\n")
+    write_json(folder.timing, with_digest(timing))  # last: it marks the measurement as done
 
 
 def read_timing(folder: RunFolder) -> dict[str, Any]:
@@ -51,11 +52,11 @@ def read_timing(folder: RunFolder) -> dict[str, Any]:
         return {}
     try:
         timing = json.loads(folder.timing.read_text(encoding="utf-8"))
-    except ValueError as error:
+        if not isinstance(timing, dict):
+            raise ValueError("expected a JSON object")
+        return without_digest(timing)
+    except (ValueError, RecursionError) as error:
         raise WorkflowError(f"{folder.timing} is damaged: {error}. Delete it to measure anew.") from error
-    if not isinstance(timing, dict):
-        raise WorkflowError(f"{folder.timing} is damaged: expected a JSON object. Delete it to measure anew.")
-    return timing
 
 
 def _seconds(epochs: list[dict[str, Any]]) -> dict[str, float]:
