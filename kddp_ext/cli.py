@@ -5,17 +5,27 @@ from __future__ import annotations
 import argparse
 import os
 import shlex
+import signal
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, get_args
 
 import tyro
-from rich.console import Console
 
 from kddp_ext.workflow.config import Dataset, Preset, RunConfig
-from kddp_ext.workflow.errors import SharedError, WorkflowError, message_of
+from kddp_ext.workflow.ending import (
+    Interrupted,
+    Output,
+    OutputError,
+    fill_standard_files,
+    flush_stdout,
+    give_up_stdout,
+    interruptible,
+)
+from kddp_ext.workflow.errors import LostProcessError, SharedError, WorkflowError, message_of
 from kddp_ext.workflow.presets import preset
 from kddp_ext.workflow.runtime import Device
 from kddp_ext.workflow.sweep_config import SweepConfig
@@ -32,7 +42,7 @@ kddp: make a neural network small while it learns from a larger one.
 Start with `kddp run`. It uses small scanned digits that need no download, and takes half a minute.
 `kddp COMMAND --help` explains a command's options.
 """
-_USAGE_ERROR, _INTERRUPTED = 2, 130
+_SYSTEM_ERROR, _USAGE_ERROR = 1, 2
 
 
 @dataclass(frozen=True)
@@ -108,8 +118,13 @@ class InfoCommand:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command line; returns the exit code: 0, 2 for what the user can mend, 130 after Ctrl-C."""
+    """Run the command line; returns the exit code.
+
+    That is 0, 2 for a setting or file that does not serve, 1 for what the system refuses (a full disk, no permission, a
+    process that is gone), 130 after Ctrl-C and 143 after SIGTERM.
+    """
     arguments = list(sys.argv[1:] if arguments is None else arguments)
+    fill_standard_files()
     commands = {"run": _run, "sweep": _sweep, "report": _report, "evaluate": _evaluate, "info": _info}
     if not arguments or arguments[0] in ("-h", "--help", "help"):
         print(_HELP, end="")
@@ -123,16 +138,28 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"kddp: there is no command {arguments[0]!r}; use {', '.join(commands)}", file=sys.stderr)
         return _USAGE_ERROR
     try:
-        commands[arguments[0]](arguments[1:])
+        with interruptible():
+            commands[arguments[0]](arguments[1:])
+            flush_stdout()
     except SharedError:  # the first of several processes has told it
         return _USAGE_ERROR
-    except (WorkflowError, OSError) as error:
+    except LostProcessError as error:
+        _tell(arguments[0], message_of(error))
+        return _SYSTEM_ERROR
+    except WorkflowError as error:
         _tell(arguments[0], message_of(error))
         return _USAGE_ERROR
-    except KeyboardInterrupt:
+    except OutputError as error:
+        give_up_stdout()
+        _tell(arguments[0], f"cannot write to stdout: {error.strerror}.{_how_to_resume(arguments)}")
+        return _SYSTEM_ERROR
+    except OSError as error:
+        _tell(arguments[0], message_of(error))
+        return _SYSTEM_ERROR
+    except KeyboardInterrupt as interrupt:
         if os.environ.get("RANK", "0") == "0":  # of the processes that torchrun started, one says it
-            print(_after_interrupt(arguments), file=sys.stderr)
-        return _INTERRUPTED
+            _say(f"Interrupted.{_how_to_resume(arguments)}")
+        return 128 + (interrupt.signal if isinstance(interrupt, Interrupted) else signal.SIGINT)
     return 0
 
 
@@ -158,7 +185,7 @@ def _run(arguments: list[str]) -> None:
         run_workflow(
             command.runs_dir / name,
             config,
-            Console(),
+            Output(),
             data_dir=command.data_dir,
             resume=command.resume,
             device=command.device,
@@ -184,7 +211,7 @@ def _sweep(arguments: list[str]) -> None:
     run_sweep(
         command.runs_dir / (command.name or f"{command.config.run.dataset}-sweep"),
         command.config,
-        Console(),
+        Output(),
         data_dir=command.data_dir,
         resume=command.resume,
         device=command.device,
@@ -196,7 +223,7 @@ def _report(arguments: list[str]) -> None:
     command = _parse(ReportCommand, arguments, "report", "Write the report of a run or a sweep from what is on disk.")
     from kddp_ext.workflow.rebuild import rebuild_report
 
-    rebuild_report(command.path, Console())
+    rebuild_report(command.path, Output())
 
 
 def _set_up(threads: int, dataset: Dataset) -> None:
@@ -221,14 +248,14 @@ def _evaluate(arguments: list[str]) -> None:
     )
     from kddp_ext.workflow.saved import evaluate
 
-    evaluate(command.path, command.data_dir, command.device, Console())
+    evaluate(command.path, command.data_dir, command.device, Output())
 
 
 def _info(arguments: list[str]) -> None:
     command = _parse(InfoCommand, arguments, "info", "Show what a run or a saved student is. Needs no data set.")
     from kddp_ext.workflow.saved import describe
 
-    describe(command.path, Console())
+    describe(command.path, Output())
 
 
 def _parse(kind: Any, arguments: list[str], name: str, description: str, default: Any = None) -> Any:
@@ -258,14 +285,19 @@ def _chosen_preset(arguments: list[str]) -> RunConfig:
 
 
 def _tell(command: str, message: str) -> None:
-    print(f"kddp {command}: {message}", file=sys.stderr, flush=True)
+    _say(f"kddp {command}: {message}")
 
 
-def _after_interrupt(arguments: list[str]) -> str:
+def _say(line: str) -> None:
+    with suppress(OSError):  # where stderr is gone too, the exit code has to do
+        print(line, file=sys.stderr, flush=True)
+
+
+def _how_to_resume(arguments: list[str]) -> str:
     if arguments[0] not in ("run", "sweep"):
-        return "Interrupted."
+        return ""
     started = ["kddp"]
     if arguments[0] == "run" and "LOCAL_WORLD_SIZE" in os.environ:
         started = ["torchrun", "--nproc-per-node", os.environ["LOCAL_WORLD_SIZE"], "-m", "kddp_ext"]
     command = [*started, *arguments] + ([] if "--resume" in arguments else ["--resume"])
-    return f"Interrupted. What is done is kept; continue with: {shlex.join(command)}"
+    return f" What is done is kept; continue with: {shlex.join(command)}"

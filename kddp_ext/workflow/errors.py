@@ -11,6 +11,10 @@ class SharedError(WorkflowError):
     """What all processes of a run raise alike when one of them fails."""
 
 
+class LostProcessError(WorkflowError):
+    """Another process of the run has ended, or cannot be reached."""
+
+
 class DataFileError(WorkflowError):
     """A data file that is missing, truncated or something else than expected."""
 

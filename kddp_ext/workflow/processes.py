@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
+from datetime import timedelta
 from typing import Any, TypeVar
 
 import torch
 import torch.distributed
 from torch import Tensor
 
-from kddp_ext.workflow.errors import SharedError, WorkflowError, message_of
+from kddp_ext.workflow.errors import LostProcessError, SharedError, WorkflowError, message_of
 
 T = TypeVar("T")
 
@@ -137,17 +139,31 @@ class Processes:
         raise (SharedError if all(mendable for *_, mendable in failed) else RuntimeError)(message) from failure
 
 
+def _is_lost(error: RuntimeError) -> bool:
+    # The errors of nccl have a class; those of gloo have none, and name its source files.
+    return isinstance(error, torch.distributed.DistError) or "gloo/" in str(error)
+
+
+def _reason(error: Exception) -> str:
+    """What an error says after its place in the source, without the advice."""
+    return re.sub(r"^\[[^]]*\] ", "", str(error).strip().split("\n", 1)[0]).split(". ", 1)[0]
+
+
 @contextmanager
-def joined(*, use_gpus: bool, tell: Callable[[str], None]) -> Iterator[Processes]:
+def joined(
+    *, use_gpus: bool, tell: Callable[[str], None], timeout: timedelta = timedelta(minutes=30)
+) -> Iterator[Processes]:
     """Join the processes that torchrun started, for as long as the context lasts; without torchrun, this one alone.
 
     Args:
         use_gpus: whether nccl is wanted beside gloo, where there are GPUs.
         tell: shows the message of an error that all have agreed upon; called on the first process alone, and before
             any ends, since torchrun ends the others as soon as one has.
+        timeout: how long a process waits for the others before it takes them for lost. The default is torch's own: one
+            that downloads a data set, for all of its machine, may keep the others waiting.
 
     Raises:
-        WorkflowError: the other processes cannot be reached.
+        WorkflowError: the other processes cannot be reached, or no longer (LostProcessError).
     """
     if not all(name in os.environ for name in _ENVIRONMENT) or os.environ["WORLD_SIZE"] == "1":
         yield Processes()
@@ -155,16 +171,23 @@ def joined(*, use_gpus: bool, tell: Callable[[str], None]) -> Iterator[Processes
     rank, count, local_rank = (int(os.environ[name]) for name in _ENVIRONMENT)
     nccl = use_gpus and torch.cuda.is_available() and torch.distributed.is_nccl_available()
     try:
-        torch.distributed.init_process_group("cpu:gloo,cuda:nccl" if nccl else "gloo")
+        torch.distributed.init_process_group("cpu:gloo,cuda:nccl" if nccl else "gloo", timeout=timeout)
     except (ValueError, RuntimeError) as error:
-        raise WorkflowError(f"rank {rank} of {count}: the others cannot be reached: {error}") from error
+        raise WorkflowError(f"rank {rank} of {count}: the others cannot be reached: {_reason(error)}") from error
     processes = Processes(rank, count, local_rank)
     try:
         yield processes
+        processes.barrier()
     except SharedError as error:
         if processes.is_first:
             tell(str(error))
         processes.barrier()
         raise
-    processes.barrier()
+    except RuntimeError as error:
+        if not _is_lost(error):
+            raise
+        raise LostProcessError(
+            f"rank {rank}: another process has ended or cannot be reached ({_reason(error)}). "
+            "What is done is kept; start all of them again with --resume"
+        ) from error
     torch.distributed.destroy_process_group()

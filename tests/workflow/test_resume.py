@@ -175,6 +175,26 @@ def test_two_processes_do_not_share_a_run(finished_run: Path, small: RunConfig, 
         run_workflow(finished_run, small, quiet, resume=True)
 
 
+def test_a_run_that_another_process_begins_keeps_its_config(tmp_path: Path, small: RunConfig, quiet: Console) -> None:
+    path = tmp_path / "run"
+    path.mkdir()
+    with locked(path), pytest.raises(WorkflowError, match="in use by another"):
+        run_workflow(path, small, quiet)
+    assert not list(path.iterdir())
+
+
+def test_metrics_that_a_killed_run_did_not_come_to_are_written(
+    finished_run: Path, small: RunConfig, quiet: Console
+) -> None:
+    metrics = finished_run / "kddp" / "metrics.jsonl"
+    whole = metrics.read_text()
+    os.unlink(finished_run / "kddp" / "result.json")
+    os.unlink(finished_run / "report.md")
+    metrics.write_text("".join(whole.splitlines(keepends=True)[:-1]))
+    run_workflow(finished_run, small, quiet, device="cpu", resume=True)
+    assert metrics.read_text() == whole
+
+
 def unfinished(run: Path, stage: str) -> Path:
     """The run as it was when `stage` had saved its last epoch and nothing after."""
     for later in STAGES[STAGES.index(stage) :]:
