@@ -1,0 +1,62 @@
+"""One of two processes is killed in the middle: the other ends and says so, and the run can be resumed."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import time
+from functools import partial
+from pathlib import Path
+
+from fault_calls import die_at
+from fault_runs import OPTIONS, Process, Run, differences, ending, phase_of, shorten
+
+
+def as_rank(rank: int, port: int, killed_at: int | None) -> None:
+    shorten()
+    place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    os.environ.update({"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", **place})
+    if killed_at is not None and rank == 0:
+        die_at(killed_at)
+
+
+def start_two(runs: Path, *more: str, killed_at: int | None = None) -> list[Process]:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    processes = []
+    for rank in range(2):
+        output = runs / f"rank {rank}"
+        output.mkdir(parents=True, exist_ok=True)
+        action = Run(("--runs-dir", str(runs), *OPTIONS, *more), partial(as_rank, rank, port, killed_at))
+        processes.append(Process(action, output))
+    return processes
+
+
+def assert_lost(process: Process, rank: int) -> None:
+    ended = process.wait()
+    assert ended.code == 1, ended
+    line = ended.err.splitlines()[-1]  # torch warns of its own accord
+    assert line.startswith(f"kddp run: rank {rank}: another process has ended or cannot be reached (")
+    assert line.endswith("). What is done is kept; start all of them again with --resume")
+    assert "Traceback" not in ended.err
+
+
+def test_a_process_that_is_killed_ends_the_other_and_the_run_can_be_resumed(tmp_path: Path) -> None:
+    alone, runs = tmp_path / "alone", tmp_path / "runs"
+    assert [process.wait().code for process in start_two(alone)] == [0, 0]
+
+    # The first, which writes, in the middle of a checkpoint; then the second, while a student learns.
+    first, second = start_two(runs, killed_at=33)
+    assert_lost(second, 1)
+    assert first.wait().code == -signal.SIGKILL
+
+    first, second = start_two(runs, "--resume")
+    while phase_of(runs) != "kddp" and first.running():
+        time.sleep(0.002)
+    second.signal(signal.SIGKILL)
+    assert_lost(first, 0)
+
+    assert [process.wait().code for process in start_two(runs, "--resume")] == [0, 0]
+    assert not differences(ending(runs), ending(alone))
