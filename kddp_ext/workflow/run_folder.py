@@ -12,11 +12,14 @@ from typing import Any
 
 from kddp_ext.digest import with_digest, without_digest
 from kddp_ext.files import leftovers, write_json, write_text
+from kddp_ext.strict_json import parse_json
 from kddp_ext.workflow.config import RunConfig, differences, load_config
 from kddp_ext.workflow.errors import WorkflowError
+from kddp_ext.workflow.read_files import read_bytes
 
 Stage = str
 STAGES: tuple[Stage, ...] = ("teacher", "scratch", "kd", "kddp")
+_MOST_BYTES = 2**26  # of a file of results
 
 
 class RunFolder:
@@ -193,18 +196,18 @@ def require_run(path: Path) -> RunFolder:
 
 
 def _read(path: Path, advice: str) -> str:
+    if not path.exists():
+        raise WorkflowError(f"{path} is missing. {advice}")
     try:
-        return path.read_text(encoding="utf-8")
-    except FileNotFoundError as error:
-        raise WorkflowError(f"{path} is missing. {advice}") from error
-    except UnicodeDecodeError as error:
+        return read_bytes(path, "UTF-8 text", _MOST_BYTES).decode("utf-8")
+    except ValueError as error:
         raise WorkflowError(f"{path} is damaged: {error}. {advice}") from error
 
 
 def _parse(path: Path, text: str, advice: str) -> dict[str, Any]:
     try:
-        value = json.loads(text)
-    except (ValueError, RecursionError) as error:
+        value = parse_json(text, most=_MOST_BYTES, finite=False)  # a loss may be anything
+    except ValueError as error:
         raise WorkflowError(f"{path} is damaged: {error}. {advice}") from error
     if not isinstance(value, dict):
         raise WorkflowError(f"{path} is damaged: expected a JSON object, found {text[:40]!r}. {advice}")

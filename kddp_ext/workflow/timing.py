@@ -5,7 +5,6 @@ It has files of its own, so that report.md is the same, byte for byte, however o
 
 from __future__ import annotations
 
-import json
 from typing import Any
 
 from torch import Tensor
@@ -14,6 +13,7 @@ from kddp_ext.digest import with_digest, without_digest
 from kddp_ext.files import write_json, write_text
 from kddp_ext.workflow.errors import WorkflowError
 from kddp_ext.workflow.measure import latency
+from kddp_ext.workflow.read_files import read_json
 from kddp_ext.workflow.run_folder import STAGES, RunFolder
 from kddp_ext.workflow.runtime import Runtime
 from kddp_ext.workflow.saved import find_models
@@ -51,11 +51,11 @@ def read_timing(folder: RunFolder) -> dict[str, Any]:
     if not folder.timing.is_file():
         return {}
     try:
-        timing = json.loads(folder.timing.read_text(encoding="utf-8"))
+        timing = read_json(folder.timing, "JSON")
         if not isinstance(timing, dict):
             raise ValueError("expected a JSON object")
         return without_digest(timing)
-    except (ValueError, RecursionError) as error:
+    except ValueError as error:
         raise WorkflowError(f"{folder.timing} is damaged: {error}. Delete it to measure anew.") from error
 
 

@@ -51,7 +51,6 @@ class Target:
         read: reads the file; whatever it does with what it read is part of the target.
         errors: the only exceptions that it may raise.
         names: what the message must name; the file, unless the reader is given text.
-        strict: whether inputs made to break JSON readers are refused with these errors, too.
         slow: whether an input takes tenths of a second.
         factor, constant: it may allocate factor bytes for each of the file, and constant.
     """
@@ -62,7 +61,6 @@ class Target:
     read: Callable[[Path], object]
     errors: tuple[type[Exception], ...]
     names: tuple[str, ...] = ()
-    strict: bool = True
     slow: bool = False
     factor: int = 64
     constant: int = 2**19
@@ -277,7 +275,6 @@ TARGETS = {
             lambda: [as_json({"accuracy": 0.5, "epochs": 3})],
             lambda path: RunFolder(path.parent.parent).read_result("kd"),
             FILE_ERRORS,
-            strict=False,
         ),
         Target(
             "metrics",
@@ -285,7 +282,6 @@ TARGETS = {
             lambda: [as_json({"epoch": 1, "loss": 0.5}) + b"\n" + as_json({"epoch": 2, "loss": float("nan")}) + b"\n"],
             lambda path: RunFolder(path.parent.parent).read_epochs("kd"),
             FILE_ERRORS,
-            strict=False,
         ),
     )
 }  # fmt: skip

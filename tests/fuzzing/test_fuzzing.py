@@ -20,7 +20,10 @@ from hypothesis import strategies as st
 
 from kddp_ext.pruning.history import PruningHistory
 
-STRICT = [name for name in ("history", "run-config", "sweep-config") if TARGETS[name].strict]
+STRICT = ("history", "run-config", "sweep-config")
+# What a training measured: its loss may be infinite, or no number.
+MEASURED = ("result", "metrics")
+NO_NUMBERS = ("not a number", "infinity", "beyond a float")
 
 
 every_target = pytest.mark.parametrize("target", TARGETS.values(), ids=TARGETS)
@@ -71,6 +74,12 @@ def test_changed_inputs(target: Target, tmp_path: Path) -> None:
 @pytest.mark.parametrize("content", HOSTILE_JSON.values(), ids=HOSTILE_JSON)
 def test_hostile_json_is_refused(name: str, content: bytes, tmp_path: Path) -> None:
     assert check(TARGETS[name], content, tmp_path) == "refused"
+
+
+@pytest.mark.parametrize("name", MEASURED)
+@pytest.mark.parametrize("case", [case for case in HOSTILE_JSON if case not in (*NO_NUMBERS, "nothing", "zeros")])
+def test_what_was_measured_is_read_as_strictly_but_for_its_numbers(name: str, case: str, tmp_path: Path) -> None:
+    assert check(TARGETS[name], HOSTILE_JSON[case], tmp_path) == "refused"
 
 
 ODD_VALUES = st.one_of(
