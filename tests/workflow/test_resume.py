@@ -145,6 +145,8 @@ def test_ctrl_c_says_how_to_go_on(tmp_path: Path) -> None:
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
+        # Or it would ignore Ctrl-C where these tests were started in the background.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     wait_for(tmp_path / "mine" / "teacher" / "checkpoint.pt", process)
     process.send_signal(signal.SIGINT)
