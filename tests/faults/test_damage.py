@@ -148,7 +148,7 @@ def test_damage_anywhere_in_the_teachers_logits(tmp_path: Path) -> None:
     teacher_cache._write(path, logits, 1.0)
 
     def read(path: Path) -> torch.Tensor:
-        answer = teacher_cache._read(path, 5)
+        answer = teacher_cache._read(path, (5, 3))
         if answer is None:
             raise ValueError(f"{path} is damaged")
         return answer[0]
