@@ -69,12 +69,18 @@ class Process:
 
     def __init__(self, action: Callable[[], int], folder: Path) -> None:
         self._out, self._err = folder / "stdout", folder / "stderr"
+        for path in (self._out, self._err):
+            path.unlink(missing_ok=True)  # of a process before
         self._process = _server().Process(target=_act, args=(action, self._out, self._err), daemon=True)
         self._process.start()
 
     def running(self) -> bool:
         """Whether it has not ended."""
         return self._process.is_alive()
+
+    def speaks(self) -> bool:
+        """Whether it has printed something: what it does has begun."""
+        return self._out.exists() and self._out.stat().st_size > 0
 
     def wait(self) -> Ended:
         """How it ended, as soon as it has."""

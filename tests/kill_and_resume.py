@@ -54,6 +54,8 @@ def kill_in(process: Process, runs: Path, phase: str, after: float, number: sign
     end = time.monotonic() + after
     while process.running() and time.monotonic() < end:
         time.sleep(0.0005)
+    while number != signal.SIGKILL and process.running() and not process.speaks():
+        time.sleep(0.0005)  # what has not begun has nothing to say
     process.signal(number)
     return process.wait().code != 0
 
