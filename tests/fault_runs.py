@@ -17,6 +17,7 @@ import sys
 import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from multiprocessing import forkserver
 from pathlib import Path
 from typing import Any
 
@@ -101,9 +102,15 @@ class Process:
 def _server() -> multiprocessing.context.ForkServerContext:
     """A process that has everything imported, and of which each run is a fork."""
     if _HERE not in os.environ.get("PYTHONPATH", ""):  # the server has it of the environment, or finds no module
-        os.environ["PYTHONPATH"] = os.pathsep.join([_HERE, *sys.path])
+        os.environ["PYTHONPATH"] = os.pathsep.join([_HERE, *filter(None, sys.path)])
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["fault_runs_prepared"])
+    before = os.getcwd()
+    os.chdir(_HERE)  # where it starts comes first: not the source folder, whose package has no native module
+    try:
+        forkserver.ensure_running()
+    finally:
+        os.chdir(before)
     return context
 
 

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from fault_preparations import stop_after_an_epoch
 from fault_runs import comparable, differences, ending, shorten, start
 from torch import nn
 
@@ -199,20 +200,6 @@ def test_a_finished_teacher_without_its_last_checkpoint_is_not_taken_for_one(
     ended = resume(run)
     assert ended.code == 0, ended.err
     assert not differences(ending(run.path.parent), expected)
-
-
-def stop_after_an_epoch(copy: Path) -> None:
-    """Have a run end after its first epoch, and leave its checkpoint in `copy`."""
-    from kddp_ext.workflow import stages
-
-    save = stages.save_checkpoint
-
-    def once(path: Path, state: dict[str, Any]) -> None:
-        save(path, state)
-        shutil.copy(path, copy)
-        raise SystemExit(3)
-
-    stages.save_checkpoint = once
 
 
 @pytest.fixture(autouse=True)

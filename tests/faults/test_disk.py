@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import errno
 import os
-import resource
 import subprocess
 import tempfile
 from collections.abc import Callable, Iterator
@@ -14,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from fault_calls import fail_from
+from fault_preparations import as_nobody, full_shortened, limit_files
 from fault_runs import Ended, differences, ending, shorten, start, unfinished_files
 
 from kddp_ext.workflow.tensorboard import event_files
@@ -35,11 +34,6 @@ def assert_one_line(ended: Ended, *parts: str) -> None:
     assert all(part in ended.err for part in parts), ended.err
 
 
-def full_shortened(number: int, error: int) -> None:
-    shorten()
-    fail_from(number, error)
-
-
 # Of about 300: in the first file, in a checkpoint, and where a student learns.
 @pytest.mark.parametrize("call", [4, 33, 150])
 def test_a_disk_that_is_full_from_some_call_on(tmp_path: Path, expected: dict[str, Any], call: int) -> None:
@@ -47,11 +41,6 @@ def test_a_disk_that_is_full_from_some_call_on(tmp_path: Path, expected: dict[st
     assert_one_line(ended, f"{tmp_path}/", "No space left on device")
     assert not unfinished_files(tmp_path)
     assert not differences(resumed(tmp_path), expected)
-
-
-def limit_files() -> None:
-    shorten()
-    resource.setrlimit(resource.RLIMIT_FSIZE, (6000, 6000))
 
 
 def test_a_file_that_grows_larger_than_the_system_allows(tmp_path: Path, expected: dict[str, Any]) -> None:
@@ -111,15 +100,6 @@ def test_a_disk_that_is_read_only(tmp_path: Path) -> None:
         ended = start(runs, output=tmp_path).wait()
         assert_one_line(ended, f"{runs}/run: Read-only file system")
         assert os.listdir(runs) == ["kept"]
-
-
-def as_nobody() -> None:
-    """Root may do everything; another user may not, and may not find what is imported later."""
-    import pooch  # noqa: F401
-
-    shorten()
-    if os.geteuid() == 0:
-        os.setuid(65534)
 
 
 @pytest.fixture

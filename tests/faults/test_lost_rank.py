@@ -2,23 +2,14 @@
 
 from __future__ import annotations
 
-import os
 import signal
 import socket
 import time
 from functools import partial
 from pathlib import Path
 
-from fault_calls import die_at
-from fault_runs import OPTIONS, Process, Run, differences, ending, phase_of, shorten
-
-
-def as_rank(rank: int, port: int, killed_at: int | None) -> None:
-    shorten()
-    place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    os.environ.update({"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", **place})
-    if killed_at is not None and rank == 0:
-        die_at(killed_at)
+from fault_preparations import as_rank
+from fault_runs import OPTIONS, Process, Run, differences, ending, phase_of
 
 
 def start_two(runs: Path, *more: str, killed_at: int | None = None) -> list[Process]:

@@ -12,15 +12,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from fault_calls import die_at
+from fault_preparations import broken_pipe, close_all, full_stderr, full_stdout, ignore_interrupts, killed_shortened
 from fault_runs import Process, differences, ending, phase_of, shorten, start, unfinished_files
 
 from kddp_ext.cli import main
-
-
-def killed_shortened(number: int) -> None:
-    shorten()
-    die_at(number)
 
 
 def test_killed_again_and_again_in_the_middle_of_its_writes(tmp_path: Path, expected: dict[str, Any]) -> None:
@@ -59,11 +54,6 @@ def test_ctrl_c_and_sigterm_say_how_to_resume(tmp_path: Path, expected: dict[str
     assert not differences(ending(tmp_path), expected)
 
 
-def ignore_interrupts() -> None:
-    shorten()
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-
-
 def test_what_was_told_to_ignore_ctrl_c_does(tmp_path: Path) -> None:
     process = start(tmp_path, prepare=ignore_interrupts)
     wait_for(process, tmp_path, "teacher")
@@ -71,21 +61,6 @@ def test_what_was_told_to_ignore_ctrl_c_does(tmp_path: Path) -> None:
     wait_for(process, tmp_path, "kd")
     process.signal(signal.SIGKILL)
     assert process.wait().code == -signal.SIGKILL
-
-
-def stdout_on(number: int) -> None:
-    shorten()
-    os.dup2(number, 1)
-
-
-def full_stdout() -> None:
-    stdout_on(os.open("/dev/full", os.O_WRONLY))
-
-
-def broken_pipe() -> None:
-    reading, writing = os.pipe()
-    os.close(reading)
-    stdout_on(writing)
 
 
 @pytest.mark.parametrize(
@@ -99,19 +74,9 @@ def test_a_stdout_that_takes_nothing(tmp_path: Path, prepare: Any, reason: str) 
     assert ended.err.count("\n") == 1
 
 
-def close_all() -> None:
-    shorten()
-    for number in range(3):
-        os.close(number)
-
-
 def test_closed_standard_files_are_not_mixed_up_with_those_of_the_run(tmp_path: Path, expected: dict[str, Any]) -> None:
     assert start(tmp_path, prepare=close_all).wait().code == 0
     assert not differences(ending(tmp_path), expected)
-
-
-def full_stderr() -> None:
-    os.dup2(os.open("/dev/full", os.O_WRONLY), 2)
 
 
 def test_a_stderr_that_takes_nothing(tmp_path: Path) -> None:

@@ -273,7 +273,12 @@ def test_what_is_refused_took_no_memory_of_the_process(tmp_path: Path) -> None:
     for name, content in {**HOSTILE, **large}.items():
         (tmp_path / name.replace("/", "")).write_bytes(content)
     result = subprocess.run(
-        [sys.executable, "-c", MEMORY, str(tmp_path)], capture_output=True, text=True, check=False, timeout=200
+        [sys.executable, "-c", MEMORY, str(tmp_path)],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=200,
     )
     assert result.returncode == 0, result.stderr
     assert int(result.stdout) < 80_000  # KiB

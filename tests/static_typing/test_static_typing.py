@@ -18,6 +18,12 @@ PROGRAMS = ("user_program.py", "user_integrations.py", "user_mistakes.py")
 needs_mypy = pytest.mark.skipif(importlib.util.find_spec("mypy") is None, reason="mypy is not installed")
 
 
+def environment():
+    """Where mypy finds the package: by itself where it is installed, and there it wants no path."""
+    folder = Path(kddp_ext.__file__).parent.parent
+    return {**os.environ} if folder.name == "site-packages" else os.environ | {"MYPYPATH": str(folder)}
+
+
 @pytest.fixture(scope="module")
 def errors(request):
     """What mypy finds in all programs, as (program, line, code). PyTorch is read once for all; that takes seconds."""
@@ -25,7 +31,7 @@ def errors(request):
     ended = subprocess.run(
         [sys.executable, "-m", "mypy", "--config-file", HERE / "mypy.ini", "--cache-dir", cache, *PROGRAMS],
         cwd=HERE,
-        env=os.environ | {"MYPYPATH": str(Path(kddp_ext.__file__).parent.parent)},
+        env=environment(),
         capture_output=True,
         text=True,
     )

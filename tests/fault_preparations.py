@@ -1,0 +1,89 @@
+"""What a run's process does before the run, by name, so that the process can import it: the faults that it will meet."""
+
+from __future__ import annotations
+
+import os
+import resource
+import shutil
+import signal
+from pathlib import Path
+from typing import Any
+
+from fault_calls import die_at, fail_from
+from fault_runs import shorten
+
+
+def killed_shortened(number: int) -> None:
+    shorten()
+    die_at(number)
+
+
+def ignore_interrupts() -> None:
+    shorten()
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
+def stdout_on(number: int) -> None:
+    shorten()
+    os.dup2(number, 1)
+
+
+def full_stdout() -> None:
+    stdout_on(os.open("/dev/full", os.O_WRONLY))
+
+
+def broken_pipe() -> None:
+    reading, writing = os.pipe()
+    os.close(reading)
+    stdout_on(writing)
+
+
+def close_all() -> None:
+    shorten()
+    for number in range(3):
+        os.close(number)
+
+
+def full_stderr() -> None:
+    os.dup2(os.open("/dev/full", os.O_WRONLY), 2)
+
+
+def full_shortened(number: int, error: int) -> None:
+    shorten()
+    fail_from(number, error)
+
+
+def limit_files() -> None:
+    shorten()
+    resource.setrlimit(resource.RLIMIT_FSIZE, (6000, 6000))
+
+
+def as_nobody() -> None:
+    """Root may do everything; another user may not, and may not find what is imported later."""
+    import pooch  # noqa: F401
+
+    shorten()
+    if os.geteuid() == 0:
+        os.setuid(65534)
+
+
+def as_rank(rank: int, port: int, killed_at: int | None) -> None:
+    shorten()
+    place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    os.environ.update({"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", **place})
+    if killed_at is not None and rank == 0:
+        die_at(killed_at)
+
+
+def stop_after_an_epoch(copy: Path) -> None:
+    """Have a run end after its first epoch, and leave its checkpoint in `copy`."""
+    from kddp_ext.workflow import stages
+
+    save = stages.save_checkpoint
+
+    def once(path: Path, state: dict[str, Any]) -> None:
+        save(path, state)
+        shutil.copy(path, copy)
+        raise SystemExit(3)
+
+    stages.save_checkpoint = once
