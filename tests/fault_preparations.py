@@ -1,4 +1,4 @@
-"""What a run's process does before the run, by name, so that the process can import it: the faults that it will meet."""
+"""What a run's process does first, the faults that it will meet: here, where that process can import it."""
 
 from __future__ import annotations
 
