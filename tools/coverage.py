@@ -56,14 +56,21 @@ def compiler_that_counts(folder: Path) -> Path:
 
 
 def report_native(folder: Path) -> None:
-    """Prints the share of lines run of each file, a line of a template counting once."""
+    """Prints the share of lines run of each file. A line of a template counts once, and as run if any instance ran it."""
     filters = ["--filter", f"{ROOT}/csrc/", "--filter", f"{ROOT}/python_bindings/"]
-    options = ["--gcov-ignore-errors", "all", "--merge-mode-functions", "merge-use-line-0", "--json-summary", "-"]
+    options = ["--gcov-ignore-errors", "all", "--merge-mode-functions", "separate", "--json", "-"]
     command = [sys.executable, "-m", "gcovr", "--root", str(ROOT), *filters, *options, str(folder)]
-    summary = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
-    for file in sorted(summary["files"], key=lambda file: file["line_percent"] or 0):
-        print(f"{file['filename']:<45}{file['line_covered']:>6} of {file['line_total']:>5}")
-    print(f"C++ and CUDA: {summary['line_covered']} of {summary['line_total']} lines, {summary['line_percent']}%")
+    counted = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+    files: dict[str, dict[int, bool]] = {}
+    for file in counted["files"]:
+        lines = files.setdefault(file["file"], {})
+        for line in file["lines"]:
+            lines[line["line_number"]] = lines.get(line["line_number"], False) or line["count"] > 0
+    for name, lines in sorted(files.items(), key=lambda item: sum(item[1].values()) / max(len(item[1]), 1)):
+        missing = [number for number, ran in sorted(lines.items()) if not ran]
+        print(f"{name:<45}{len(lines) - len(missing):>6} of {len(lines):>5}  {missing[:20] or ''}")
+    total, ran = sum(map(len, files.values())), sum(sum(lines.values()) for lines in files.values())
+    print(f"C++ and CUDA: {ran} of {total} lines, {100 * ran / max(total, 1):.1f}%")
 
 
 def main(arguments: Sequence[str]) -> int:
