@@ -56,7 +56,7 @@ def compiler_that_counts(folder: Path) -> Path:
 
 
 def report_native(folder: Path) -> None:
-    """Prints the share of lines run of each file. A line of a template counts once, and as run if any instance ran it."""
+    """Prints the share of lines run of each file; a line of a template counts once, as run if any instance ran it."""
     filters = ["--filter", f"{ROOT}/csrc/", "--filter", f"{ROOT}/python_bindings/"]
     options = ["--gcov-ignore-errors", "all", "--merge-mode-functions", "separate", "--json", "-"]
     command = [sys.executable, "-m", "gcovr", "--root", str(ROOT), *filters, *options, str(folder)]
