@@ -23,7 +23,7 @@ def hash_tensors(tensors: Mapping[str, Tensor]) -> str:
 
 def with_digest(value: dict[str, Any]) -> dict[str, Any]:
     """`value`, made of what JSON knows, and under "sha256" the SHA-256 of it: of its JSON with sorted keys."""
-    return {**value, "sha256": _digest(value)}
+    return {**value, "sha256": hash_json(value)}
 
 
 def without_digest(value: dict[str, Any]) -> dict[str, Any]:
@@ -33,10 +33,11 @@ def without_digest(value: dict[str, Any]) -> dict[str, Any]:
         ValueError: the value has changed since.
     """
     rest = {key: each for key, each in value.items() if key != "sha256"}
-    if "sha256" in value and value["sha256"] != _digest(rest):
+    if "sha256" in value and value["sha256"] != hash_json(rest):
         raise ValueError("its content does not match its sha256")
     return rest
 
 
-def _digest(value: dict[str, Any]) -> str:
+def hash_json(value: dict[str, Any]) -> str:
+    """SHA-256 of the JSON of `value` with sorted keys."""
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode("utf-8")).hexdigest()

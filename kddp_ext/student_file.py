@@ -15,7 +15,7 @@ import safetensors
 import safetensors.torch
 from torch import Tensor, nn
 
-from kddp_ext.digest import hash_tensors, with_digest
+from kddp_ext.digest import hash_json, hash_tensors
 from kddp_ext.files import atomic_write
 from kddp_ext.pruning.copies import unwrapped
 from kddp_ext.pruning.history import PruningHistory
@@ -169,9 +169,7 @@ def _tensors(path: Path) -> dict[str, Tensor]:
 
 
 def _digest(history: str, metadata: Mapping[str, str], tensors: Mapping[str, Tensor]) -> str:
-    content = {"history": history, "metadata": dict(metadata), "tensors": hash_tensors(tensors)}
-    digest: str = with_digest(content)["sha256"]
-    return digest
+    return hash_json({"history": history, "metadata": dict(metadata), "tensors": hash_tensors(tensors)})
 
 
 def _description(value: Tensor | None) -> str:

@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from kddp_ext.digest import with_digest, without_digest
+from kddp_ext.digest import hash_json, with_digest, without_digest
 from kddp_ext.files import leftovers, write_json, write_text
 from kddp_ext.strict_json import parse_json
 from kddp_ext.workflow.config import RunConfig, differences, load_config
@@ -73,7 +73,8 @@ class RunFolder:
         advice = f"Delete {self.result(job)} and resume, and both are written anew from the checkpoint."
         epochs = [_parse(path, line, advice) for line in _read(path, advice).splitlines()]
         result = self._read_result(job) or {}
-        if result.get("metrics_sha256", digest_of_epochs(epochs)) != digest_of_epochs(epochs):
+        digest = digest_of_epochs(epochs)
+        if result.get("metrics_sha256", digest) != digest:
             raise WorkflowError(f"{path} is damaged: its content does not match {self.result(job)}. {advice}")
         return epochs
 
@@ -112,8 +113,7 @@ class RunFolder:
 def digest_of_epochs(epochs: list[dict[str, Any]]) -> str:
     """Of the metrics but for the seconds, which differ each time."""
     timeless = [{key: value for key, value in epoch.items() if key != "seconds"} for epoch in epochs]
-    digest: str = with_digest({"epochs": timeless})["sha256"]
-    return digest
+    return hash_json({"epochs": timeless})
 
 
 def make_folder(path: Path, what: str) -> None:
