@@ -1,6 +1,7 @@
 """Settings of the whole suite, and what its tests of kernels run on."""
 
 import os
+import sys
 
 import backends
 import pytest
@@ -78,6 +79,14 @@ def examples(kernels, request):
     fewer = kernels == "emulated" and request.config.getoption("emulated") == "some"
     share = 5 if fewer or request.config.getoption("sanitized") else 1
     return lambda count: count // share
+
+
+@pytest.fixture(autouse=True)
+def _nothing_compiled_stays():
+    """torch limits how often a function is compiled: nn.Sequential's forward, say, by all tests together."""
+    yield
+    if "torch._dynamo" in sys.modules:
+        torch.compiler.reset()
 
 
 @pytest.fixture(autouse=True)

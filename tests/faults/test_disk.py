@@ -5,7 +5,6 @@ from __future__ import annotations
 import errno
 import os
 import subprocess
-import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -13,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from fault_preparations import as_nobody, full_shortened, limit_files
+from fault_preparations import full_shortened, limit_files, without_privileges
 from fault_runs import Ended, differences, ending, shorten, start, unfinished_files
 
 from kddp_ext.workflow.tensorboard import event_files
@@ -102,27 +101,19 @@ def test_a_disk_that_is_read_only(tmp_path: Path) -> None:
         assert os.listdir(runs) == ["kept"]
 
 
-@pytest.fixture
-def public() -> Iterator[Path]:
-    """A folder that every user can read, and only this one write to."""
-    with tempfile.TemporaryDirectory() as folder:
-        os.chmod(folder, 0o755)
-        yield Path(folder)
-
-
-def test_folders_without_permission(public: Path, tmp_path: Path) -> None:
-    runs, closed = public / "runs", public / "closed"
+def test_folders_without_permission(tmp_path: Path) -> None:
+    runs, closed = tmp_path / "runs", tmp_path / "closed"
     for folder in (runs, closed):
         folder.mkdir(mode=0o555)
         folder.chmod(0o555)
-    ended = start(runs, prepare=as_nobody, output=tmp_path).wait()
+    ended = start(runs, prepare=without_privileges, output=tmp_path).wait()
     assert_one_line(ended, f"{runs}/run: Permission denied")
     assert not list(runs.iterdir())
 
     runs.chmod(0o777)
     closed.chmod(0o000)
     data = ["--dataset", "fashion-mnist", "--data-dir", str(closed)]
-    ended = start(runs, *data, prepare=as_nobody, output=tmp_path).wait()
+    ended = start(runs, *data, prepare=without_privileges, output=tmp_path).wait()
     assert ended.code in (1, 2)
     assert str(closed) in ended.err
     assert ended.err.count("\n") == 1

@@ -124,7 +124,6 @@ def test_compiles_without_a_graph_break(batch):
         return loss * 3 + 0 * terms.kd, terms
 
     results = []
-    torch._dynamo.reset()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the compiler's own
         for function in (step, torch.compile(step, fullgraph=True)):
@@ -146,7 +145,6 @@ def test_each_divergence_compiles_without_a_graph_break(batch, divergence, stand
         return loss_of(s, teacher, labels, activation, divergence=divergence, standardize_logits=standardize_logits)
 
     results = []
-    torch._dynamo.reset()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the compiler's own
         for function in (step, torch.compile(step, fullgraph=True, backend="aot_eager")):
@@ -159,7 +157,6 @@ def test_each_divergence_compiles_without_a_graph_break(batch, divergence, stand
 
 def test_compiles_for_any_batch_size(batch):
     step = torch.compile(loss_of, fullgraph=True, dynamic=True)
-    torch._dynamo.reset()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         for rows in (9, 5, 7):

@@ -45,15 +45,6 @@ def loss_of(model, pruner, seed):
     return kddp_ext.fused_kd_l1_loss(logits, None, labels, pruner.activations, alpha=0.0, l1_weight=1e-4)
 
 
-@pytest.fixture
-def _forgets_what_was_compiled():
-    """The limit of recompilations is of the code of nn.Sequential, which other tests compile too."""
-    torch.compiler.reset()
-    yield
-    torch.compiler.reset()
-
-
-@pytest.mark.usefixtures("_forgets_what_was_compiled")
 @pytest.mark.parametrize("compiled_first", [False, True], ids=["pruner of the student", "pruner of the compiled"])
 def test_a_compiled_student_is_compiled_once_more_after_a_prune(compiled_first):
     """Forward and backward; what comes out is what the same training gives without a compiler."""
