@@ -164,11 +164,16 @@ def kl(log_x, log_y):
 
 
 def reverse_source(log_q: Tensor, log_p: Tensor) -> Tensor:
-    """How much of log p reaches each row of the reverse gradient, q (log(q / p) - D): nothing where q is 1."""
+    """How much of log p reaches each row of the reverse gradient, q (log(q / p) - D): nothing where q is 1.
+
+    D is rounded as log(q / p) of a likely class is, from which it differs by what the other classes add. Rounding
+    may take that away, but no more.
+    """
     q = log_q.exp()
     distance = torch.where(q == 0, 0, log_p.abs())
     others = (q * distance).sum(1, keepdim=True) - q * distance
-    return (q * ((1 - q) * distance + others)).amax(1)
+    added = q * ((1 - q) * distance + others)
+    return (added + torch.minimum(q * distance, added / torch.finfo(torch.float32).eps)).amax(1)
 
 
 def largest_error(value: Tensor, truth: Tensor) -> float:

@@ -239,10 +239,16 @@ Highest<T> exponentiate_piece(const void* student_logits, const void* teacher_lo
             if constexpr (with_teacher) t = load_logits<T>(teacher + i, first, last);
             add(i, load_logits<T>(student + i, first, last), t);
         });
-    result.student = sum_of_lanes<T>(sums.student);
+    if constexpr (distillation == Distillation::reverse) {
+        // The gradient subtracts dot / student from numbers like it: neither may be rounded before.
+        result.student = exact_sum_of_lanes<T>(sums.student);
+        result.dot = exact_sum_of_lanes<T>(sums.dot);
+    } else {
+        result.student = sum_of_lanes<T>(sums.student);
+        result.dot = sum_of_lanes<T>(sums.dot);
+    }
     result.teacher = sum_of_lanes<T>(sums.teacher);
     result.untempered = sum_of_lanes<T>(sums.untempered);
-    result.dot = sum_of_lanes<T>(sums.dot);
     if constexpr (shifted)  // less what `apart` was rounded by
         result.dot -= (result.teacher_reference - result.student_reference - double(origin.apart)) * result.teacher;
     if constexpr (distillation == Distillation::forward && !moments) result.dot *= double(by.student_to_nats);

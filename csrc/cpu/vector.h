@@ -159,6 +159,19 @@ inline T sum_of_lanes(typename VectorOf<T, bytes>::Type v) {
     }
 }
 
+// In double, where a sum of floats rounds nothing.
+template <class T>
+inline double exact_sum_of_lanes(Vector<T> v) {
+    if constexpr (sizeof(T) == sizeof(double)) {
+        return sum_of_lanes<T>(v);
+    } else {
+        typename VectorOf<T, KDDP_VECTOR_BYTES / 2>::Type half[2];
+        std::memcpy(half, &v, sizeof v);
+        return sum_of_lanes<double>(__builtin_convertvector(half[0], Vector<double>) +
+                                    __builtin_convertvector(half[1], Vector<double>));
+    }
+}
+
 template <class T, int bytes = KDDP_VECTOR_BYTES>
 inline T maximum_of_lanes(typename VectorOf<T, bytes>::Type v) {
     if constexpr (bytes == 2 * sizeof(T)) {

@@ -5,6 +5,8 @@
 // vectors, and is done again where they mislead.
 #pragma once
 
+#include <type_traits>
+
 #include "cuda/kept_row.cuh"
 #include "cuda/row_elements.cuh"
 #include "cuda/row_vectors.cuh"
@@ -328,8 +330,11 @@ class RowPart {
                 if (launch_.rule.with_teacher) b_.store(p, v, t);
             }
         });
-        const T values[] = {of.student,        of.teacher,      of.untempered,    of.dot,
-                            of.student_moment, of.other_moment, T(beaten ? 1 : 0)};
+        // The gradient of the weighted form subtracts a quotient of two sums from numbers like it: neither may be
+        // rounded before.
+        using Sum = std::conditional_t<form == GradientForm::weighted, double, T>;
+        const Sum values[] = {of.student,        of.teacher,      of.untempered,      of.dot,
+                              of.student_moment, of.other_moment, Sum(beaten ? 1 : 0)};
         if (!keeps) {
             Team<lanes>::wait();
             maxima_of_team<lanes>(student, teacher, scratch_);
