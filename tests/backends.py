@@ -51,12 +51,11 @@ class Emulated:
     @contextlib.contextmanager
     def serves(self) -> Iterator[None]:
         """Tensors on the CPU go to the emulated kernels meanwhile; each launch has to leave its counters at 0."""
-        library._stand_in = (self.module, self.place())
         try:
-            yield
+            with library.stand_in(self.module, self.place()):
+                yield
             assert not self.counters.any(), "a launch has left counters that are not 0"
         finally:
-            library._stand_in = None
             self.counters.zero_()
 
 

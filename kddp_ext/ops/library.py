@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch  # before _core: the OpenMP runtime that torch has loaded then serves both
@@ -26,7 +27,7 @@ library = torch.library.Library("kddp", "DEF")
 # Codes of csrc/include/kddp/types.h.
 ELEMENT_TYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
 
-# What serves tensors on the CPU in the place of `core`, and what it is called with in the place of the threads.
+# Set by `stand_in`.
 _stand_in: tuple[Any, Any] | None = None
 
 
@@ -39,6 +40,17 @@ def native(tensor: Tensor) -> tuple[Any, Any]:
     if tensor.is_cuda:
         return cuda.module(tensor.device), cuda.place(tensor.device)
     return _stand_in or (core, torch.get_num_threads())
+
+
+@contextmanager
+def stand_in(module: Any, place: Any) -> Iterator[None]:
+    """Tensors on the CPU go to the kernels of `module` meanwhile, an emulated GPU's, which are told `place`."""
+    global _stand_in
+    _stand_in = (module, place)
+    try:
+        yield
+    finally:
+        _stand_in = None
 
 
 def scales_natively(device: torch.device) -> bool:

@@ -28,13 +28,8 @@ def emulated(request):
     emulated.emulator.device = 0
 
 
-@contextlib.contextmanager
 def calls_go_to(emulated, device, stream):
-    library._stand_in = (emulated.module, emulated.place(device, stream))
-    try:
-        yield
-    finally:
-        library._stand_in = None
+    return library.stand_in(emulated.module, emulated.place(device, stream))
 
 
 def forward():
