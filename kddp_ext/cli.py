@@ -124,43 +124,50 @@ def main(arguments: Sequence[str] | None = None) -> int:
     process that is gone), 130 after Ctrl-C and 143 after SIGTERM.
     """
     arguments = list(sys.argv[1:] if arguments is None else arguments)
+    command = arguments[0] if arguments else "--help"
     fill_standard_files()
-    commands = {"run": _run, "sweep": _sweep, "report": _report, "evaluate": _evaluate, "info": _info}
-    if not arguments or arguments[0] in ("-h", "--help", "help"):
-        print(_HELP, end="")
-        return 0 if arguments else _USAGE_ERROR
-    if arguments[0] == "--version":
-        from kddp_ext import __version__
-
-        print(f"kddp {__version__}")
-        return 0
-    if arguments[0] not in commands:
-        print(f"kddp: there is no command {arguments[0]!r}; use {', '.join(commands)}", file=sys.stderr)
-        return _USAGE_ERROR
     try:
         with interruptible():
-            commands[arguments[0]](arguments[1:])
-            flush_stdout()
+            return _act(arguments)
     except SharedError:  # the first of several processes has told it
         return _USAGE_ERROR
     except LostProcessError as error:
-        _tell(arguments[0], message_of(error))
+        _tell(command, message_of(error))
         return _SYSTEM_ERROR
     except WorkflowError as error:
-        _tell(arguments[0], message_of(error))
+        _tell(command, message_of(error))
         return _USAGE_ERROR
     except OutputError as error:
         give_up_stdout()
-        _tell(arguments[0], f"cannot write to stdout: {error.strerror}.{_how_to_resume(arguments)}")
+        _tell(command, f"cannot write to stdout: {error.strerror}.{_how_to_resume(arguments)}")
         return _SYSTEM_ERROR
     except OSError as error:
-        _tell(arguments[0], message_of(error))
+        _tell(command, message_of(error))
         return _SYSTEM_ERROR
     except KeyboardInterrupt as interrupt:
         if os.environ.get("RANK", "0") == "0":  # of the processes that torchrun started, one says it
             _say(f"Interrupted.{_how_to_resume(arguments)}")
         return 128 + (interrupt.signal if isinstance(interrupt, Interrupted) else signal.SIGINT)
-    return 0
+
+
+def _act(arguments: list[str]) -> int:
+    """Do what the arguments say, and write all that it prints; returns the exit code."""
+    commands = {"run": _run, "sweep": _sweep, "report": _report, "evaluate": _evaluate, "info": _info}
+    code = 0
+    if not arguments or arguments[0] in ("-h", "--help", "help"):
+        print(_HELP, end="")
+        code = 0 if arguments else _USAGE_ERROR
+    elif arguments[0] == "--version":
+        from kddp_ext import __version__
+
+        print(f"kddp {__version__}")
+    elif arguments[0] in commands:
+        commands[arguments[0]](arguments[1:])
+    else:
+        print(f"kddp: there is no command {arguments[0]!r}; use {', '.join(commands)}", file=sys.stderr)
+        code = _USAGE_ERROR
+    flush_stdout()
+    return code
 
 
 def _run(arguments: list[str]) -> None:
@@ -260,14 +267,17 @@ def _info(arguments: list[str]) -> None:
 
 def _parse(kind: Any, arguments: list[str], name: str, description: str, default: Any = None) -> Any:
     options = {} if default is None else {"default": default}
-    return tyro.cli(
-        kind,
-        args=arguments,
-        prog=f"kddp {name}",
-        description=description,
-        config=(tyro.conf.FlagCreatePairsOff, tyro.conf.HelptextFromCommentsOff),
-        **options,
-    )
+    try:
+        return tyro.cli(
+            kind,
+            args=arguments,
+            prog=f"kddp {name}",
+            description=description,
+            config=(tyro.conf.FlagCreatePairsOff, tyro.conf.HelptextFromCommentsOff),
+            **options,
+        )
+    except OSError as error:  # of --help
+        raise OutputError(error.errno, error.strerror) from error
 
 
 def _chosen_preset(arguments: list[str]) -> RunConfig:
@@ -294,7 +304,7 @@ def _say(line: str) -> None:
 
 
 def _how_to_resume(arguments: list[str]) -> str:
-    if arguments[0] not in ("run", "sweep"):
+    if not arguments or arguments[0] not in ("run", "sweep") or {"-h", "--help"} & {*arguments}:
         return ""
     started = ["kddp"]
     if arguments[0] == "run" and "LOCAL_WORLD_SIZE" in os.environ:

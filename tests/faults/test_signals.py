@@ -96,3 +96,14 @@ def test_a_broken_pipe_ends_a_command_that_only_shows_something(
     monkeypatch.setattr("kddp_ext.cli._info", lambda _: print("something"))
     assert main(["info"]) == 1
     assert capfd.readouterr().err == "kddp info: cannot write to stdout: Broken pipe.\n"
+
+
+@pytest.mark.parametrize("arguments", [[], ["--help"], ["--version"], ["run", "--help"]], ids=" ".join)
+def test_help_that_cannot_be_printed(
+    arguments: list[str], monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    with open("/dev/full", "w") as full:
+        monkeypatch.setattr("sys.stdout", full)
+        assert main(arguments) == 1
+    command = arguments[0] if arguments else "--help"
+    assert capfd.readouterr().err == f"kddp {command}: cannot write to stdout: No space left on device.\n"
