@@ -23,7 +23,7 @@ from benchmarks.table import Table, kibibytes, times, write_markdown
 from benchmarks.timing import Quartiles
 from kddp_ext.files import write_json
 from kddp_ext.workflow.errors import WorkflowError
-from kddp_ext.workflow.latency import measure, missing_packages
+from kddp_ext.workflow.latency import compare_latencies, missing_packages
 
 JSON_VERSION = 1
 ENGINES = {"pytorch": "PyTorch", "onnxruntime": "ONNX Runtime"}
@@ -40,7 +40,9 @@ def main() -> int:
     console.print(head)
     try:
         with console.status("measuring"):
-            results = measure(arguments.files, arguments.batches, rounds=arguments.rounds, seconds=arguments.seconds)
+            results = compare_latencies(
+                arguments.files, arguments.batches, rounds=arguments.rounds, seconds=arguments.seconds
+            )
     except WorkflowError as error:
         print(error, file=sys.stderr)
         return 2

@@ -16,7 +16,7 @@ from typing import Any
 from benchmarks.table import Table, write_markdown
 from kddp_ext.files import write_json
 from kddp_ext.workflow import sweep_report
-from kddp_ext.workflow.latency import measure
+from kddp_ext.workflow.latency import compare_latencies
 from kddp_ext.workflow.run_folder import RunFolder
 from kddp_ext.workflow.sweep import sweep_points
 from kddp_ext.workflow.sweep_config import load_sweep
@@ -77,7 +77,7 @@ def _latencies(sweep: Path) -> Table:
     """Of the first seed's student of every point with a width of its own."""
     folder = RunFolder(sweep)
     points = [each for each in _measured(sweep) if each.point.kind in ("kd", "kddp")]
-    measured = measure([folder.student(each.jobs[0].name) for each in points])
+    measured = compare_latencies([folder.student(each.jobs[0].name) for each in points])
     rows = []
     for point, figures in zip(points, measured, strict=True):
         rows.append([point.point.label, str(point.results[0]["width"]), *_cells(figures)])

@@ -31,8 +31,9 @@ from kddp_ext.files import atomic_write, leftovers
 from kddp_ext.student_file import read_student_header
 from kddp_ext.workflow import plots, report, run, timing
 from kddp_ext.workflow.datasets import read_dataset
+from kddp_ext.workflow.job import STAGES
 from kddp_ext.workflow.plots import draw
-from kddp_ext.workflow.run_folder import STAGES, RunFolder
+from kddp_ext.workflow.run_folder import RunFolder
 
 OPTIONS = ["--teacher.channels", "4", "--teacher.epochs", "2", "--student.channels", "2", "--student.epochs", "4"]
 OPTIONS += ["--student.width", "24", "--pruning.l1-weight", "0.02", "--pruning.threshold", "0.1", "--threads", "1"]
@@ -160,9 +161,9 @@ def quicken() -> None:
     DynamicPruner(model, optimizer, example_inputs=(torch.zeros(2, 1, 8, 8),))
     with tempfile.TemporaryDirectory() as folder:
         draw(Path(folder) / "fonts.png", {}, {}, "")
-    raw, measure = read_dataset("digits", None), timing.latency
+    raw, measure = read_dataset("digits", None), timing.forward_seconds
     run.read_dataset = lambda name, folder: raw if name == "digits" else read_dataset(name, folder)
-    timing.latency = lambda model, image, batch: measure(model, image, batch, budget=0.001)
+    timing.forward_seconds = lambda model, image, batch: measure(model, image, batch, budget=0.001)
     gc.collect()
     gc.freeze()  # what is imported here need not be looked through, and so copied, by each process
 
@@ -176,7 +177,7 @@ def shorten() -> None:
     timing.find_models = lambda path: [
         dataclasses.replace(each, load=lambda _example: unpruned) for each in models(path)
     ]
-    timing.latency = lambda _model, _image, _batch: 0.001
+    timing.forward_seconds = lambda _model, _image, _batch: 0.001
 
 
 def phase_of(runs: Path) -> str:

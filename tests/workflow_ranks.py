@@ -36,7 +36,7 @@ def run_share(rank, path, config, count=2, *, resume=False, fails=None, steps=No
         The message of a WorkflowError, what the console got, and the weights of each stage.
     """
     console, weights, message = Console(file=io.StringIO(), width=120), {}, None
-    measure, latency = stages._measure, timing.latency
+    measure, seconds = stages._measure, timing.forward_seconds
 
     def keep_weights(run, job, training):
         weights[job.name] = {name: value.clone() for name, value in training.model.state_dict().items()}
@@ -48,7 +48,7 @@ def run_share(rank, path, config, count=2, *, resume=False, fails=None, steps=No
         patches.enter_context(mock.patch.object(stages, "_measure", keep_weights))
         if count > 1:  # in the process of the tests a fixture does it
             patches.enter_context(
-                mock.patch.object(timing, "latency", lambda model, image, batch: latency(model, image, batch, 0.001))
+                mock.patch.object(timing, "forward_seconds", lambda *arguments: seconds(*arguments, budget=0.001))
             )
         # Drawing takes longer than such a training.
         patches.enter_context(mock.patch.object(run, "write_report", lambda folder, *_: folder.report.write_text("")))

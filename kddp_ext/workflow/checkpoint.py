@@ -12,6 +12,7 @@ from torch import nn
 
 from kddp_ext.files import atomic_write
 from kddp_ext.workflow.errors import WorkflowError
+from kddp_ext.workflow.job import Stage
 
 _VERSION = 1
 _FIELDS = {"version", "stage", "architecture", "model", "optimizer", "pruner", "history", "epochs"}
@@ -29,7 +30,7 @@ def save_checkpoint(path: Path, state: dict[str, Any]) -> None:
     atomic_write(path, lambda file: file.write(buffer.getbuffer()))
 
 
-def load_checkpoint(path: Path, stage: str) -> dict[str, Any]:
+def load_checkpoint(path: Path, stage: Stage) -> dict[str, Any]:
     """Read what `save_checkpoint` wrote for `stage`, with weights_only=True.
 
     Raises:

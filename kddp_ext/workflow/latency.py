@@ -55,7 +55,7 @@ def missing_packages() -> list[str]:
     return [name for name in ("onnx", "onnxscript", "onnxruntime") if find_spec(name) is None]
 
 
-def measure(
+def compare_latencies(
     paths: Sequence[Path], batches: Sequence[int] = (1, 128), *, rounds: int = 9, seconds: float = 0.05
 ) -> list[dict[str, Any]]:
     """Time the students at `paths` on one thread, in float32, each in every round.

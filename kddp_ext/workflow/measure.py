@@ -96,7 +96,7 @@ def count_macs(model: nn.Module, image: Tensor) -> int:
 
 
 @torch.inference_mode()
-def latency(model: nn.Module, image: Tensor, batch_size: int, budget: float = 0.25) -> float:
+def forward_seconds(model: nn.Module, image: Tensor, batch_size: int, budget: float = 0.25) -> float:
     """Median seconds of one forward pass in float32 over `batch_size` copies of `image`, (1, C, S, S).
 
     On a processor it is that of one thread: several wait for one another, and whatever else the machine does

@@ -11,6 +11,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter, LogLocator, MaxNLocator, NullFormatter
 
 from kddp_ext.files import atomic_write
+from kddp_ext.workflow.job import Stage
 
 PICTURE = "report.png"
 
@@ -20,7 +21,9 @@ MARKERS = {"teacher": "s", "scratch": "o", "kd": "D", "kddp": "*"}
 _NAMES = {"teacher": "Teacher", "scratch": "Student alone", "kd": "KD", "kddp": "KDDP"}
 
 
-def draw(path: Path, stages: dict[str, dict[str, Any]], epochs: dict[str, list[dict[str, Any]]], title: str) -> None:
+def draw(
+    path: Path, stages: dict[Stage, dict[str, Any]], epochs: dict[Stage, list[dict[str, Any]]], title: str
+) -> None:
     """Draw the finished stages of a run into a PNG file."""
     figure = Figure(figsize=(13, 4.2), dpi=150, layout="constrained")
     figure.suptitle(title, x=0.01, ha="left", fontsize=13, fontweight="bold")
@@ -42,7 +45,7 @@ def save_figure(figure: Figure, path: Path) -> None:
     atomic_write(path, lambda file: file.write(picture.getbuffer()))
 
 
-def _accuracy_against_parameters(axes: Axes, stages: dict[str, dict[str, Any]]) -> None:
+def _accuracy_against_parameters(axes: Axes, stages: dict[Stage, dict[str, Any]]) -> None:
     for stage, result in stages.items():
         size = 260 if MARKERS[stage] == "*" else 80
         x, y = result["parameters"], 100 * result["test_accuracy"]
@@ -82,7 +85,7 @@ def _reduction(axes: Axes, kd: dict[str, Any], kddp: dict[str, Any]) -> None:
     )
 
 
-def _width(axes: Axes, stages: dict[str, dict[str, Any]], epochs: list[dict[str, Any]]) -> None:
+def _width(axes: Axes, stages: dict[Stage, dict[str, Any]], epochs: list[dict[str, Any]]) -> None:
     axes.set_title("KDDP finds the width")
     axes.set_xlabel("epoch")
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))

@@ -11,8 +11,9 @@ from rich.table import Table
 
 from kddp_ext.files import write_text
 from kddp_ext.workflow.config import RunConfig
+from kddp_ext.workflow.job import STAGES, Stage
 from kddp_ext.workflow.plots import PICTURE, draw
-from kddp_ext.workflow.run_folder import STAGES, RunFolder
+from kddp_ext.workflow.run_folder import RunFolder
 
 _MEANING = {
     "teacher": "the large network",
@@ -41,8 +42,8 @@ class Results:
         epochs: the metrics of each epoch of each stage.
     """
 
-    stages: dict[str, dict[str, Any]]
-    epochs: dict[str, list[dict[str, Any]]]
+    stages: dict[Stage, dict[str, Any]]
+    epochs: dict[Stage, list[dict[str, Any]]]
 
 
 def read_results(folder: RunFolder) -> Results:
@@ -94,7 +95,7 @@ def print_table(console: Console, folder: RunFolder, title: str, timing: dict[st
     console.print(table)
 
 
-def _meaning(stage: str, result: dict[str, Any]) -> str:
+def _meaning(stage: Stage, result: dict[str, Any]) -> str:
     if "test_accuracy_with_views" not in result:
         return _MEANING[stage]
     return f"{_MEANING[stage]}; {result['test_accuracy_with_views']:.2%} with six views of each test image"
@@ -105,7 +106,7 @@ def _rows(results: Results) -> list[list[str]]:
     return [_row(stage, result, kd) for stage, result in results.stages.items()]
 
 
-def _row(stage: str, result: dict[str, Any], kd: dict[str, Any] | None) -> list[str]:
+def _row(stage: Stage, result: dict[str, Any], kd: dict[str, Any] | None) -> list[str]:
     student = stage != "teacher" and kd is not None
     return [
         stage,

@@ -15,10 +15,9 @@ from kddp_ext.files import leftovers, write_json, write_text
 from kddp_ext.strict_json import parse_json
 from kddp_ext.workflow.config import RunConfig, differences, load_config
 from kddp_ext.workflow.errors import WorkflowError
+from kddp_ext.workflow.job import STAGES
 from kddp_ext.workflow.read_files import read_bytes
 
-Stage = str
-STAGES: tuple[Stage, ...] = ("teacher", "scratch", "kd", "kddp")
 _MOST_BYTES = 2**26  # of a file of results
 
 

@@ -17,10 +17,11 @@ from kddp_ext.workflow.config import RunConfig, load_config
 from kddp_ext.workflow.data import ImageData
 from kddp_ext.workflow.datasets import INFO, read_dataset
 from kddp_ext.workflow.errors import WorkflowError
+from kddp_ext.workflow.job import STAGES, Stage
 from kddp_ext.workflow.measure import accuracy, count_parameters
 from kddp_ext.workflow.models import build_student, build_teacher
 from kddp_ext.workflow.report import print_table
-from kddp_ext.workflow.run_folder import STAGES, RunFolder, require_run
+from kddp_ext.workflow.run_folder import RunFolder, require_run
 from kddp_ext.workflow.runtime import Device, Runtime
 
 
@@ -124,7 +125,7 @@ def _teacher(folder: RunFolder) -> SavedModel:
     return SavedModel(path, "teacher", config, None, load)
 
 
-def _student_of(folder: RunFolder, stage: str) -> SavedModel:
+def _student_of(folder: RunFolder, stage: Stage) -> SavedModel:
     saved = _student(folder.student(stage))
     if saved.stage != stage:
         advice = f"Delete {folder.result(stage)} and resume, and it is written anew from the checkpoint."

@@ -15,13 +15,13 @@ import kddp_ext
 from kddp_ext.files import remove_leftovers
 from kddp_ext.workflow.batch_norm import join_batches
 from kddp_ext.workflow.checkpoint import architecture, check_architecture, load_checkpoint, save_checkpoint
-from kddp_ext.workflow.config import RunConfig
 from kddp_ext.workflow.data import ImageData
 from kddp_ext.workflow.errors import WorkflowError
+from kddp_ext.workflow.job import Job
 from kddp_ext.workflow.measure import accuracy, count_active, count_macs, count_parameters
 from kddp_ext.workflow.models import build_student, build_teacher, prepare_teacher
 from kddp_ext.workflow.progress import Bar, Progress
-from kddp_ext.workflow.run_folder import RunFolder, Stage
+from kddp_ext.workflow.run_folder import RunFolder
 from kddp_ext.workflow.runtime import Runtime
 from kddp_ext.workflow.teacher_cache import TeacherLogits
 from kddp_ext.workflow.tensorboard import Write, event_files
@@ -48,21 +48,6 @@ class Run:
     runtime: Runtime
     progress: Progress
     tensorboard: bool = False
-
-
-@dataclass(frozen=True)
-class Job:
-    """One training.
-
-    Attributes:
-        name: of its folder; that of the stage in a run that has each stage once.
-        stage: teacher, scratch, kd or kddp.
-        config: its settings.
-    """
-
-    name: str
-    stage: Stage
-    config: RunConfig
 
 
 def train_teacher(run: Run, job: Job) -> nn.Module:

@@ -16,7 +16,7 @@ import tyro
 from kddp_ext.workflow.config import RunConfig, differences, read_settings
 from kddp_ext.workflow.config_checks import POSITIVE, check_bounds, check_types
 from kddp_ext.workflow.errors import WorkflowError
-from kddp_ext.workflow.stages import Job
+from kddp_ext.workflow.job import Job, Stage
 
 Ablation = Literal[
     "no-teacher",
@@ -154,7 +154,7 @@ def _kd(sweep: SweepConfig, seed: int, width: int) -> Job:
 Change = Callable[[RunConfig], RunConfig]
 
 
-def _jobs(sweep: SweepConfig, name: str, stage: str, change: Change) -> tuple[Job, ...]:
+def _jobs(sweep: SweepConfig, name: str, stage: Stage, change: Change) -> tuple[Job, ...]:
     return tuple(Job(f"{name}-seed_{seed}", stage, change(_seeded(sweep, seed))) for seed in sweep.seeds)
 
 

@@ -12,9 +12,10 @@ from torch import Tensor
 from kddp_ext.digest import with_digest, without_digest
 from kddp_ext.files import write_json, write_text
 from kddp_ext.workflow.errors import WorkflowError
-from kddp_ext.workflow.measure import latency
+from kddp_ext.workflow.job import STAGES
+from kddp_ext.workflow.measure import forward_seconds
 from kddp_ext.workflow.read_files import read_json
-from kddp_ext.workflow.run_folder import STAGES, RunFolder
+from kddp_ext.workflow.run_folder import RunFolder
 from kddp_ext.workflow.runtime import Runtime
 from kddp_ext.workflow.saved import find_models
 
@@ -32,7 +33,8 @@ def write_timing(folder: RunFolder, image: Tensor, runtime: Runtime, notes: list
     milliseconds = {}
     for saved in find_models(folder.path):
         model = runtime.place(saved.load(image.cpu()))
-        milliseconds[saved.stage] = {str(batch): round(1000 * latency(model, image, batch), 4) for batch in BATCHES}
+        seconds = {batch: forward_seconds(model, image, batch) for batch in BATCHES}
+        milliseconds[saved.stage] = {str(batch): round(1000 * each, 4) for batch, each in seconds.items()}
     timing = {
         "latency_ms": milliseconds,
         "seconds": {stage: _seconds(folder.read_epochs(stage)) for stage in milliseconds},

@@ -16,10 +16,10 @@ import kddp_ext
 from kddp_ext.workflow.config import PruningTime, RunConfig, TeacherConfig
 from kddp_ext.workflow.data import ImageData
 from kddp_ext.workflow.errors import WorkflowError
+from kddp_ext.workflow.job import Stage
 from kddp_ext.workflow.measure import accuracy, count_parameters
 from kddp_ext.workflow.models.teacher import FastTeacher
 from kddp_ext.workflow.muon import FILTER_MOMENTUM, Muon
-from kddp_ext.workflow.run_folder import Stage
 from kddp_ext.workflow.runtime import PhaseClock, Runtime
 from kddp_ext.workflow.teacher_cache import TeacherLogits
 

@@ -150,15 +150,15 @@ def test_commands_are_taken_apart() -> None:
 def run_of_seconds(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a finished runs/digits, smaller and shorter than the real one."""
     folder = tmp_path_factory.mktemp("run")
-    threads, before, measure = torch.get_num_threads(), Path.cwd(), timing.latency
+    threads, before, measure = torch.get_num_threads(), Path.cwd(), timing.forward_seconds
     os.chdir(folder)
     try:
-        timing.latency = lambda model, image, batch: measure(model, image, batch, budget=0.001)
+        timing.forward_seconds = lambda model, image, batch: measure(model, image, batch, budget=0.001)
         settings = ["--teacher.channels", "4", "8", "--student.channels", "2", "4", "--student.width", "16"]
         epochs = ["--teacher.epochs", "1", "--student.epochs", "1", "--precision", "float32", "--device", "cpu"]
         assert main(["run", *settings, *epochs]) == 0
     finally:
-        timing.latency = measure
+        timing.forward_seconds = measure
         os.chdir(before)
         torch.set_num_threads(threads)
         torch.set_flush_denormal(False)

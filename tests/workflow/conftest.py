@@ -33,9 +33,9 @@ def one_thread() -> Iterator[None]:
 @pytest.fixture(autouse=True, scope="session")
 def quick_latency() -> Iterator[None]:
     """Measure each latency for a moment only."""
-    measure = timing.latency
+    measure = timing.forward_seconds
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(timing, "latency", lambda model, image, batch: measure(model, image, batch, budget=0.001))
+        patch.setattr(timing, "forward_seconds", lambda model, image, batch: measure(model, image, batch, budget=0.001))
         yield
 
 

@@ -41,7 +41,7 @@ def students(tmp_path: Path) -> list[Path]:
 
 
 def measure(paths: list[Path], **options: Any) -> list[dict[str, Any]]:
-    return latency.measure(paths, (1, 5), rounds=3, seconds=1e-4, **options)
+    return latency.compare_latencies(paths, (1, 5), rounds=3, seconds=1e-4, **options)
 
 
 @pytest.fixture
@@ -114,4 +114,4 @@ def test_onnx_runtime_computes_the_same(students: list[Path], monkeypatch: pytes
 )
 def test_what_cannot_be_measured_is_named(options: dict[str, Any], message: str, tmp_path: Path) -> None:
     with pytest.raises(WorkflowError, match=message):
-        latency.measure(**{"paths": [tmp_path / "student.safetensors"], **options})
+        latency.compare_latencies(**{"paths": [tmp_path / "student.safetensors"], **options})

@@ -20,7 +20,7 @@ from kddp_ext.workflow.config import (
 )
 from kddp_ext.workflow.datasets import INFO
 from kddp_ext.workflow.errors import WorkflowError
-from kddp_ext.workflow.measure import count_macs, count_parameters, latency
+from kddp_ext.workflow.measure import count_macs, count_parameters, forward_seconds
 from kddp_ext.workflow.models import build_student, build_teacher, check_networks
 from kddp_ext.workflow.models.cnn import PlainStudent
 from kddp_ext.workflow.models.resnet import PreActivationResNet
@@ -75,7 +75,7 @@ def test_parameters_and_macs_are_counted_exactly() -> None:
 def test_latency_grows_with_the_batch() -> None:
     student = PlainStudent(1, 8, 10, (4,), 20)
     image = torch.zeros(1, 1, 8, 8)
-    assert 0 < latency(student, image, 1, budget=0.02) < latency(student, image, 2000, budget=0.02)
+    assert 0 < forward_seconds(student, image, 1, budget=0.02) < forward_seconds(student, image, 2000, budget=0.02)
 
 
 @pytest.mark.parametrize(("depth", "millions"), [(20, 0.27), (56, 0.85), (110, 1.7)])

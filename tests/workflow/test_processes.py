@@ -22,8 +22,9 @@ from kddp_ext import cli
 from kddp_ext.workflow import run
 from kddp_ext.workflow.config import RunConfig
 from kddp_ext.workflow.data import ImageData
+from kddp_ext.workflow.job import STAGES
 from kddp_ext.workflow.processes import Processes
-from kddp_ext.workflow.run_folder import STAGES, RunFolder
+from kddp_ext.workflow.run_folder import RunFolder
 
 # Sums are rounded in another order, and a training amplifies that: float64 has 1e-16.
 CLOSE = 1e-9

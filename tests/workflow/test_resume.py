@@ -23,8 +23,9 @@ from kddp_ext.cli import main
 from kddp_ext.workflow import trainer
 from kddp_ext.workflow.config import RunConfig
 from kddp_ext.workflow.errors import WorkflowError
+from kddp_ext.workflow.job import STAGES
 from kddp_ext.workflow.run import run_workflow
-from kddp_ext.workflow.run_folder import STAGES, RunFolder, locked
+from kddp_ext.workflow.run_folder import RunFolder, locked
 
 
 def assert_same_end(run: Path, other: Path) -> None:
