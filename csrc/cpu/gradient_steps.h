@@ -100,7 +100,7 @@ void write_gradient_again(const void* student_logits, const void* teacher_logits
     const Origin<T> origin = origin_of<T>(references, by);
     const PieceGradient<T> scale = of_piece.copy();
     const auto gradient_of = [&](Vector<T> s, Vector<T> t) KDDP_ALWAYS_INLINE {
-        ExponentialSums<T> unused;
+        ExponentialSums<T, false> unused;
         const Exponentials<T> e =
             exponentiate<T, distillation, untempered, false, Exclusions::ignored, shifted>(s, t, origin, by, unused);
         return gradient_vector<T, distillation, untempered>(e, scale);

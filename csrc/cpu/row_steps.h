@@ -98,10 +98,27 @@ struct Exponentials {
     Vector<T> student{}, other{}, untempered{};
 };
 
+// A sum of many vectors, whose roundings do not grow with it: of every few, floats; of those sums, doubles.
 template <class T>
+struct LongSum {
+    static constexpr unsigned vectors_at_once = 8;
+    Vector<T> few{};
+    DoubleSum<T> all;
+
+    void operator+=(Vector<T> v) { few += v; }
+    void settle() { all += few, few = Vector<T>{}; }
+    double of_lanes() { return settle(), all.of_lanes(); }
+};
+
+// With moments, differences of quotients of the sums become gradients.
+template <class T, bool moments>
 struct ExponentialSums {
-    Vector<T> student{}, teacher{}, untempered{}, dot{}, student_moment{}, other_moment{};
+    using Sum = std::conditional_t<moments, LongSum<T>, Vector<T>>;
+    Sum student{}, teacher{}, dot{}, student_moment{}, other_moment{};
+    Vector<T> untempered{};
     Vector<T> highest = broadcast<T>(filling<T>), highest_of_teacher = highest;
+
+    void settle() { student.settle(), teacher.settle(), dot.settle(), student_moment.settle(), other_moment.settle(); }
 };
 
 // Where the exponentials of a piece are 1: in logits, and as a shift of the exponent (see exp2_of_shifted).
@@ -133,7 +150,7 @@ inline Origin<T> origin_of(const PieceSums& references, const Tempering<T>& by) 
 // The exponentials of a vector of classes. `shifted`: both references are shifts of the exponent.
 template <class T, Distillation distillation, Untempered untempered, bool moments, Exclusions exclusions, bool shifted>
 KDDP_ALWAYS_INLINE inline Exponentials<T> exponentiate(Vector<T> s, Vector<T> t, const Origin<T>& origin,
-                                                       const Tempering<T>& by, ExponentialSums<T>& sums) {
+                                                       const Tempering<T>& by, ExponentialSums<T, moments>& sums) {
     constexpr bool with_teacher = distillation != Distillation::none;
     const Vector<T> margin = s - origin.student, teacher_margin = t - origin.teacher;
     Exponentials<T> e;
@@ -197,12 +214,15 @@ Highest<T> exponentiate_piece(const void* student_logits, const void* teacher_lo
     const Element* student = static_cast<const Element*>(student_logits);
     const Element* teacher = static_cast<const Element*>(teacher_logits);
     const Origin<T> origin = origin_of<T>(result, by);
-    ExponentialSums<T> sums;
+    ExponentialSums<T, moments> sums;
+    [[maybe_unused]] unsigned count = 0;  // of vectors
     const auto add = [&](int64_t i, Vector<T> s, Vector<T> t) KDDP_ALWAYS_INLINE {
         sums.highest = maximum<T>(s, sums.highest);
         if constexpr (with_teacher) sums.highest_of_teacher = maximum<T>(t, sums.highest_of_teacher);
         const Exponentials<T> e =
             exponentiate<T, distillation, untempered, moments, exclusions, shifted>(s, t, origin, by, sums);
+        if constexpr (moments)
+            if (++count % LongSum<T>::vectors_at_once == 0) sums.settle();
         if constexpr (!keep) return;
         if constexpr (with_teacher || untempered != Untempered::separate) store<T>(buffers.student + i, e.student);
         if constexpr (with_teacher) store<T>(buffers.teacher + i, e.other);
@@ -239,21 +259,26 @@ Highest<T> exponentiate_piece(const void* student_logits, const void* teacher_lo
             if constexpr (with_teacher) t = load_logits<T>(teacher + i, first, last);
             add(i, load_logits<T>(student + i, first, last), t);
         });
-    if constexpr (distillation == Distillation::reverse) {
-        // The gradient subtracts dot / student from numbers like it: neither may be rounded before.
-        result.student = exact_sum_of_lanes<T>(sums.student);
-        result.dot = exact_sum_of_lanes<T>(sums.dot);
-    } else {
-        result.student = sum_of_lanes<T>(sums.student);
-        result.dot = sum_of_lanes<T>(sums.dot);
-    }
-    result.teacher = sum_of_lanes<T>(sums.teacher);
+    const auto total = [](auto& sum) KDDP_ALWAYS_INLINE {
+        if constexpr (moments)
+            return sum.of_lanes();
+        else if constexpr (distillation == Distillation::reverse)
+            // The gradient subtracts dot / student from numbers like it: neither may be rounded before.
+            return (DoubleSum<T>{} += sum).of_lanes();
+        else
+            return double(sum_of_lanes<T>(sum));
+    };
+    result.student = total(sums.student);
+    result.teacher = total(sums.teacher);
     result.untempered = sum_of_lanes<T>(sums.untempered);
+    result.dot = total(sums.dot);
     if constexpr (shifted)  // less what `apart` was rounded by
         result.dot -= (result.teacher_reference - result.student_reference - double(origin.apart)) * result.teacher;
     if constexpr (distillation == Distillation::forward && !moments) result.dot *= double(by.student_to_nats);
-    result.student_moment = sum_of_lanes<T>(sums.student_moment);
-    result.other_moment = sum_of_lanes<T>(sums.other_moment);
+    if constexpr (moments) {
+        result.student_moment = total(sums.student_moment);
+        result.other_moment = total(sums.other_moment);
+    }
     return {maximum_of_lanes<T>(sums.highest), maximum_of_lanes<T>(sums.highest_of_teacher)};
 }
 

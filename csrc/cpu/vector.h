@@ -159,18 +159,23 @@ inline T sum_of_lanes(typename VectorOf<T, bytes>::Type v) {
     }
 }
 
-// In double, where a sum of floats rounds nothing.
+// Sums vectors in double.
 template <class T>
-inline double exact_sum_of_lanes(Vector<T> v) {
-    if constexpr (sizeof(T) == sizeof(double)) {
-        return sum_of_lanes<T>(v);
-    } else {
-        typename VectorOf<T, KDDP_VECTOR_BYTES / 2>::Type half[2];
-        std::memcpy(half, &v, sizeof v);
-        return sum_of_lanes<double>(__builtin_convertvector(half[0], Vector<double>) +
-                                    __builtin_convertvector(half[1], Vector<double>));
+struct DoubleSum {
+    Vector<double> sum{};
+
+    DoubleSum& operator+=(Vector<T> v) {
+        if constexpr (sizeof(T) == sizeof(double)) {
+            sum += v;
+        } else {
+            typename VectorOf<T, KDDP_VECTOR_BYTES / 2>::Type half[2];
+            std::memcpy(half, &v, sizeof v);
+            sum += __builtin_convertvector(half[0], Vector<double>) + __builtin_convertvector(half[1], Vector<double>);
+        }
+        return *this;
     }
-}
+    double of_lanes() const { return sum_of_lanes<double>(sum); }
+};
 
 template <class T, int bytes = KDDP_VECTOR_BYTES>
 inline T maximum_of_lanes(typename VectorOf<T, bytes>::Type v) {

@@ -5,8 +5,6 @@
 // vectors, and is done again where they mislead.
 #pragma once
 
-#include <type_traits>
-
 #include "cuda/kept_row.cuh"
 #include "cuda/row_elements.cuh"
 #include "cuda/row_vectors.cuh"
@@ -90,7 +88,7 @@ class RowPart {
             }
         });
         Team<lanes>::wait();
-        sums_of_team<lanes>(values, sums, true, scratch_);
+        sums_of_team<lanes, double>(values, sums, true, scratch_);
         return sums[0];
     }
 
@@ -152,7 +150,7 @@ class RowPart {
         const T values[] = {of.kl_teacher, of.kl_student, of.student_moment, of.weighted_moment};
         double sums[4];
         Team<lanes>::wait();
-        sums_of_team<lanes>(values, sums, false, scratch_);
+        sums_of_team<lanes, T>(values, sums, false, scratch_);
         return {sums[0] * ln_2, sums[1], sums[2], sums[3]};
     }
 
@@ -330,11 +328,8 @@ class RowPart {
                 if (launch_.rule.with_teacher) b_.store(p, v, t);
             }
         });
-        // The gradient of the weighted form subtracts a quotient of two sums from numbers like it: neither may be
-        // rounded before.
-        using Sum = std::conditional_t<form == GradientForm::weighted, double, T>;
-        const Sum values[] = {of.student,        of.teacher,      of.untempered,      of.dot,
-                              of.student_moment, of.other_moment, Sum(beaten ? 1 : 0)};
+        const T values[] = {of.student,        of.teacher,      of.untempered,    of.dot,
+                            of.student_moment, of.other_moment, T(beaten ? 1 : 0)};
         if (!keeps) {
             Team<lanes>::wait();
             maxima_of_team<lanes>(student, teacher, scratch_);
@@ -342,7 +337,10 @@ class RowPart {
                 (launch_.rule.with_teacher && misled(teacher, by.teacher_reference, by.teacher_to_nats)))
                 return true;
         }
-        sums_of_team<lanes>(values, sums, false, scratch_);
+        if (form == GradientForm::weighted || launch_.rule.standardize)
+            sums_of_team<lanes, double>(values, sums, false, scratch_);
+        else
+            sums_of_team<lanes, T>(values, sums, false, scratch_);
         return false;
     }
 
