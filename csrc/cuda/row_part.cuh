@@ -88,7 +88,7 @@ class RowPart {
             }
         });
         Team<lanes>::wait();
-        sums_of_team<lanes, double>(values, sums, true, scratch_);
+        sums_of_team<lanes>(values, sums, true, scratch_);
         return sums[0];
     }
 
@@ -150,7 +150,7 @@ class RowPart {
         const T values[] = {of.kl_teacher, of.kl_student, of.student_moment, of.weighted_moment};
         double sums[4];
         Team<lanes>::wait();
-        sums_of_team<lanes, T>(values, sums, false, scratch_);
+        sums_of_team<lanes>(values, sums, false, scratch_);
         return {sums[0] * ln_2, sums[1], sums[2], sums[3]};
     }
 
@@ -328,8 +328,8 @@ class RowPart {
                 if (launch_.rule.with_teacher) b_.store(p, v, t);
             }
         });
-        const T values[] = {of.student,        of.teacher,      of.untempered,    of.dot,
-                            of.student_moment, of.other_moment, T(beaten ? 1 : 0)};
+        const T values[] = {of.student, of.teacher,    of.student_moment, of.other_moment,
+                            of.dot,     of.untempered, T(beaten ? 1 : 0)};
         if (!keeps) {
             Team<lanes>::wait();
             maxima_of_team<lanes>(student, teacher, scratch_);
@@ -337,10 +337,9 @@ class RowPart {
                 (launch_.rule.with_teacher && misled(teacher, by.teacher_reference, by.teacher_to_nats)))
                 return true;
         }
-        if (form == GradientForm::weighted || launch_.rule.standardize)
-            sums_of_team<lanes, double>(values, sums, false, scratch_);
-        else
-            sums_of_team<lanes, T>(values, sums, false, scratch_);
+        // Of these quotients are subtracted from one another, or from numbers like them.
+        const int about_to_cancel = form == GradientForm::weighted ? 5 : launch_.rule.standardize ? 4 : 0;
+        sums_of_team<lanes>(values, sums, false, scratch_, about_to_cancel);
         return false;
     }
 

@@ -162,11 +162,11 @@ class TeamRows {
                            double(highest),
                            sums[0],
                            sums[1],
-                           sums[2],
-                           sums[3],
-                           logits,
+                           sums[5],
                            sums[4],
-                           sums[5]};
+                           logits,
+                           sums[2],
+                           sums[3]};
             // Not a number is not the highest.
             record.beaten = sums[6] != 0 || student_logit != student_logit || record.label < 0;
         }

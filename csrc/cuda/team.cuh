@@ -68,13 +68,15 @@ __device__ __forceinline__ void maxima_of_team(T& first, T& second, const TeamSc
 }
 
 // Sums over a team: for its first warp, and where `everywhere`, for every thread. Between two calls there has to be
-// a barrier. A warp adds up numbers of the kind `Sum`: double, where what comes of the sums is about to cancel.
-template <int lanes, class Sum, int count, class Value, class T>
+// a barrier. A warp adds up the first `in_double` values in double, the others as they are.
+template <int lanes, int count, class Value, class T>
 __device__ __forceinline__ void sums_of_team(const Value (&values)[count], double (&sums)[count], bool everywhere,
-                                             const TeamScratch<T>& scratch) {
+                                             const TeamScratch<T>& scratch, int in_double = 0) {
     static_assert(count <= most_sums, "there is room for so many");
 #pragma unroll
-    for (int i = 0; i < count; ++i) sums[i] = sum_of_lanes<Team<lanes>::lanes_in_warp>(Sum(values[i]));
+    for (int i = 0; i < count; ++i)
+        sums[i] = i < in_double ? sum_of_lanes<Team<lanes>::lanes_in_warp>(double(values[i]))
+                                : sum_of_lanes<Team<lanes>::lanes_in_warp>(values[i]);
     if constexpr (Team<lanes>::is_block) {
         const int lane = static_cast<int>(threadIdx.x % 32), warp = static_cast<int>(threadIdx.x / 32);
         if (lane == 0) {
