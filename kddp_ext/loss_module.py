@@ -119,5 +119,12 @@ class FusedKDL1Loss(nn.Module, Generic[Result]):
         )
         return cast("Result", result)
 
-    if TYPE_CHECKING:
-        __call__ = forward  # that of nn.Module returns anything
+    if TYPE_CHECKING:  # that of nn.Module returns anything
+
+        def __call__(
+            self,
+            student_logits: Tensor,
+            teacher_logits: Tensor | None,
+            labels: Tensor | None,
+            activations: Sequence[Tensor] = (),
+        ) -> Result: ...
