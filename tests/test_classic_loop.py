@@ -174,7 +174,8 @@ def test_disturbed_rounds_are_repeated_while_patience_lasts(loops):
     assert turns([True, True, False, True]) == [2, 0]
 
 
-def test_a_loop_that_ends_is_named(loops, tmp_path, capfd):
+def test_a_loop_that_ends_is_named(loops, tmp_path, capfd, monkeypatch):
+    monkeypatch.chdir(ROOT)  # where its process finds benchmarks
     task = loops.child.Task("cnn5", "classic", str(tmp_path), 1, 0, 0, 1, True)
     with pytest.raises(RuntimeError, match="cnn5, classic: ended with status 1"), loops.processes.Loop(task):
         pass
