@@ -154,7 +154,7 @@ def main() -> int:
             (wheels := scratch / f"wheels-{number}").mkdir()
             row = build_wheel(sdist, python, wheels)
             wheel = row.pop("path")
-            row["python"] = run([python, "--version"]).split()[-1] if Path(python).exists() else python
+            row["python"] = run([run(["uv", "python", "find", python]).strip(), "--version"]).split()[-1]
             row["torches"] = []
             for torch in options.torches:
                 (place := scratch / f"{number}-{torch}").mkdir()
