@@ -4,6 +4,7 @@ import copy
 import dataclasses
 import io
 from contextlib import ExitStack
+from functools import partial
 from unittest import mock
 
 import torch
@@ -36,7 +37,7 @@ def run_share(rank, path, config, count=2, *, resume=False, fails=None, steps=No
         The message of a WorkflowError, what the console got, and the weights of each stage.
     """
     console, weights, message = Console(file=io.StringIO(), width=120), {}, None
-    measure, seconds = stages._measure, timing.forward_seconds
+    measure = stages._measure
 
     def keep_weights(run, job, training):
         weights[job.name] = {name: value.clone() for name, value in training.model.state_dict().items()}
@@ -47,9 +48,8 @@ def run_share(rank, path, config, count=2, *, resume=False, fails=None, steps=No
         torch.set_default_dtype(torch.float64)
         patches.enter_context(mock.patch.object(stages, "_measure", keep_weights))
         if count > 1:  # in the process of the tests a fixture does it
-            patches.enter_context(
-                mock.patch.object(timing, "forward_seconds", lambda *arguments: seconds(*arguments, budget=0.001))
-            )
+            quick = partial(timing.forward_seconds, budget=0.001)
+            patches.enter_context(mock.patch.object(timing, "forward_seconds", quick))
         # Drawing takes longer than such a training.
         patches.enter_context(mock.patch.object(run, "write_report", lambda folder, *_: folder.report.write_text("")))
         if fails is not None and fails[0] == rank:

@@ -9,6 +9,7 @@ import json
 import os
 import re
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -153,7 +154,7 @@ def run_of_seconds(tmp_path_factory: pytest.TempPathFactory) -> Path:
     threads, before, measure = torch.get_num_threads(), Path.cwd(), timing.forward_seconds
     os.chdir(folder)
     try:
-        timing.forward_seconds = lambda model, image, batch: measure(model, image, batch, budget=0.001)
+        timing.forward_seconds = partial(measure, budget=0.001)
         settings = ["--teacher.channels", "4", "8", "--student.channels", "2", "4", "--student.width", "16"]
         epochs = ["--teacher.epochs", "1", "--student.epochs", "1", "--precision", "float32", "--device", "cpu"]
         assert main(["run", *settings, *epochs]) == 0
