@@ -1,8 +1,6 @@
 """`python -m kddp_ext`: the command `kddp`."""
 
-import sys
-
-from kddp_ext.cli import main
+from kddp_ext.cli import entry_point
 
 if __name__ == "__main__":
-    sys.exit(main())
+    entry_point()

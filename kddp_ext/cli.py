@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any, get_args
+from typing import Annotated, Any, NoReturn, get_args
 
 import tyro
 
@@ -20,6 +20,7 @@ from kddp_ext.workflow.ending import (
     Interrupted,
     Output,
     OutputError,
+    end_process,
     fill_standard_files,
     flush_stdout,
     give_up_stdout,
@@ -115,6 +116,11 @@ class InfoCommand:
 
     path: tyro.conf.Positional[Path]
     """Folder of a run, or a student.safetensors file."""
+
+
+def entry_point() -> NoReturn:
+    """The command `kddp`: `main` with the arguments of this process, which ends with its exit code."""
+    end_process(main())
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

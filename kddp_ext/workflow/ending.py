@@ -1,4 +1,4 @@
-"""How a command ends that is stopped from outside: by a signal, or because nobody takes what it prints."""
+"""How a command ends, above all one that is stopped from outside: by a signal, or as nobody takes what it prints."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from types import FrameType
-from typing import Any
+from typing import Any, NoReturn
 
 from rich.console import Console
 
@@ -87,6 +87,21 @@ def give_up_stdout() -> None:
         nobody = os.open(os.devnull, os.O_WRONLY)
         os.dup2(nobody, sys.stdout.fileno())
         os.close(nobody)
+
+
+def end_process(code: int) -> NoReturn:
+    """End with this exit code, the interpreter's own tidying left out where torchrun started several processes.
+
+    A thread of gloo may let go of a tensor only then, and torch aborts the process for it: torchrun would call a run
+    failed that has finished.
+    """
+    if os.environ.get("WORLD_SIZE", "1") == "1":
+        sys.exit(code)
+    for file in (sys.stdout, sys.stderr):
+        if file is not None:
+            with suppress(OSError, ValueError):  # the exit code tells of it already
+                file.flush()
+    os._exit(code)
 
 
 def fill_standard_files() -> None:

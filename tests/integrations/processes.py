@@ -89,4 +89,5 @@ def with_transformers():
 if __name__ == "__main__":
     warnings.simplefilter("ignore")
     {"lightning": with_lightning, "transformers": with_transformers}[sys.argv[1]]()
+    torch.distributed.barrier()  # a process may end by a thread of gloo's, and its launcher then ends the other
     torch.distributed.destroy_process_group()

@@ -305,8 +305,32 @@ def test_torchrun(tmp_path: Path) -> None:
     assert all(RunFolder(tmp_path / "mine").read_result(stage) is not None for stage in STAGES)
 
 
+TOLD_BY_THE_INTERPRETER = """
+import atexit, sys
+from kddp_ext import cli
+
+def main():
+    atexit.register(print, "tidied")
+    print("done", end=" ")
+    print("told", end=" ", file=sys.stderr)
+    return 3
+
+cli.main = main
+cli.entry_point()
+"""
+
+
+@pytest.mark.parametrize(("processes", "out"), [("1", "done tidied\n"), ("2", "done ")])
+def test_of_several_processes_none_ends_in_the_middle_of_what_gloo_does(processes: str, out: str) -> None:
+    """A thread of gloo that needs the interpreter while that is taken down aborts the process: about one run in 15."""
+    environment = {**os.environ, "WORLD_SIZE": processes}
+    command = [sys.executable, "-c", TOLD_BY_THE_INTERPRETER]
+    ended = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120, check=False)
+    assert (ended.returncode, ended.stdout, ended.stderr) == (3, out, "told ")
+
+
 ONE_WITHOUT_DATA = """
-import os, sys
+import os
 from kddp_ext import cli
 from kddp_ext.workflow import run
 from kddp_ext.workflow.errors import WorkflowError
@@ -316,7 +340,7 @@ def missing(*_):
 
 if os.environ["RANK"] == "1":
     run.read_dataset = missing
-sys.exit(cli.main(sys.argv[1:]))
+cli.entry_point()
 """
 
 
