@@ -94,8 +94,8 @@ struct PieceSums {
 
 // What jsd sums in its second round, over the whole row's p, q and m.
 struct MixtureSums {
-    double kl_teacher = 0, kl_student = 0;           // KL(p || m), KL(q || m)
-    double student_moment = 0, weighted_moment = 0;  // sum q (s - r_s), sum q w (s - r_s)
+    double kl_teacher = 0, kl_student = 0;  // KL(p || m), KL(q || m)
+    double weighted_moment = 0;             // sum q w (s - r_s)
 };
 
 // By how much the references of a piece lie below those of the row, and the factors that follow.
@@ -244,7 +244,7 @@ KDDP_INLINE void through_standardization(const RowRule& rule, const PieceSums& r
     if (rule.divergence == Divergence::reverse_kl)
         along = gradient.first * (row.other_moment + gradient.second * row.student_moment);
     if (rule.divergence == Divergence::jsd)
-        along = row.student * gradient.first * (mixture.weighted_moment + gradient.second * mixture.student_moment);
+        along = gradient.first * (row.student * mixture.weighted_moment + gradient.second * row.student_moment);
     if (rule.divergence == Divergence::dkd) along -= gradient.label * (target_logit - row.student_reference);
     const double divisor = divisor_of(student);
     gradient.first /= divisor, gradient.label /= divisor;

@@ -262,16 +262,21 @@ class LogitsRows {
         if (!kept_) exponentiate(row, k, state, buffers, again);
         const Logits logits = read(row, piece, scratch.logits);
         const Rebase by = rebased(scratch.sums[k], state);
+        const T student_probability = T(by.student_factor / state.sums->student);
+        const T teacher_probability = T(by.teacher_factor / state.sums->teacher);
+        // Of the probabilities as they are rounded: what is off alike in all classes would not average out.
+        const double log_scales_apart = std::log2(double(teacher_probability) / double(student_probability)) +
+                                        (by.student_tempered - by.teacher_tempered) * log2_e;
         const MixtureScale<T> scale{T(state.sums->student_reference),
                                     T(state.sums->teacher_reference),
-                                    T(std::log2(state.sums->student)),
-                                    T(std::log2(state.sums->teacher)),
-                                    T(by.student_factor / state.sums->student),
-                                    T(by.teacher_factor / state.sums->teacher),
+                                    student_probability,
+                                    teacher_probability,
+                                    T(log_scales_apart),
                                     T(1 - job_.jsd_beta),
                                     T(job_.jsd_beta)};
         MixtureSums sums;
-        mix_piece<T>(logits.student, logits.teacher, buffers, piece, tempering(state), scale, sums);
+        const auto mix_piece_of = rule_.standardize ? mix_piece<T, true> : mix_piece<T, false>;
+        mix_piece_of(logits.student, logits.teacher, buffers, piece, tempering(state), scale, sums);
         return sums;
     }
 
@@ -280,7 +285,7 @@ class LogitsRows {
         row = {};
         for (int64_t k = 0; k < count; ++k) {
             row.kl_teacher += pieces[k].kl_teacher, row.kl_student += pieces[k].kl_student;
-            row.student_moment += pieces[k].student_moment, row.weighted_moment += pieces[k].weighted_moment;
+            row.weighted_moment += pieces[k].weighted_moment;
         }
     }
 

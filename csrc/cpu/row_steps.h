@@ -286,32 +286,41 @@ Highest<T> exponentiate_piece(const void* student_logits, const void* teacher_lo
 template <class T>
 struct MixtureScale {
     T student_reference, teacher_reference;      // the row's
-    T student_log_sum, teacher_log_sum;          // log2 of the row's sums
     T student_probability, teacher_probability;  // what the piece's exponentials are multiplied by
+    T log_scales_apart;                          // what log2(p / q) has of these and the references
     T student_share, teacher_share;              // 1 - beta, beta
 };
 
-// jsd's second round: replaces the teacher's exponentials by log(q / m), and sums.
-template <class T>
+// jsd's second round: replaces the teacher's exponentials by log(q / m), and sums. All comes of log(p / q): where p and
+// q nearly agree, a logarithm of m would leave but its rounding. With the smaller over the larger nothing overflows.
+// With moments, each side has a temperature of its own.
+template <class T, bool moments>
 void mix_piece(const void* student_logits, const void* teacher_logits, RowBuffers<T> buffers, Piece piece,
                Tempering<T> by, MixtureScale<T> scale, MixtureSums& sums) {
     const T* student = static_cast<const T*>(student_logits);
     const T* teacher = static_cast<const T*>(teacher_logits);
-    Vector<T> kl_teacher{}, kl_student{}, student_moment{}, weighted_moment{};
+    Vector<T> kl_teacher{}, kl_student{}, weighted_moment{};
+    const Vector<T> student_share = broadcast<T>(scale.student_share),
+                    teacher_share = broadcast<T>(scale.teacher_share);
     const auto add = [&](int64_t i, Vector<T> s, Vector<T> t) {
         const Vector<T> margin = s - scale.student_reference, teacher_margin = t - scale.teacher_reference;
         const Vector<T> q = load<T>(buffers.student + i) * scale.student_probability;
         const Vector<T> p = load<T>(buffers.teacher + i) * scale.teacher_probability;
-        const Vector<T> log_mixture = log2_of_positive(scale.student_share * q + scale.teacher_share * p);
-        const Vector<T> student_ratio = margin * by.student_to_exponent - scale.student_log_sum - log_mixture;
-        const Vector<T> teacher_ratio = teacher_margin * by.teacher_to_exponent - scale.teacher_log_sum - log_mixture;
-        const Vector<T> weight = q == 0 ? Vector<T>{} : student_ratio * T(ln_2);
+        Vector<T> log_ratio = (teacher_margin - margin) * by.teacher_to_exponent;  // log2(p / q)
+        if constexpr (moments) log_ratio = teacher_margin * by.teacher_to_exponent - margin * by.student_to_exponent;
+        log_ratio += scale.log_scales_apart;
+        const auto teacher_larger = p > q;
+        const Vector<T> smaller_over_larger = (teacher_larger ? q : p) / (teacher_larger ? p : q);
+        const Vector<T> of_larger = teacher_larger ? teacher_share : student_share;
+        const Vector<T> log_mixture =
+            log2_of_positive(of_larger + (1 - of_larger) * smaller_over_larger);  // over the larger
+        const Vector<T> student_ratio = teacher_larger ? log_ratio + log_mixture : log_mixture;
+        const Vector<T> teacher_ratio = teacher_larger ? log_mixture : log_mixture - log_ratio;
+        const Vector<T> weight = q == 0 ? Vector<T>{} : student_ratio * T(-ln_2);
         store<T>(buffers.teacher + i, weight);
         kl_student += q * weight;
-        kl_teacher += product_or_zero<T>(p, teacher_ratio);
-        const Vector<T> moment = product_or_zero<T>(q, margin);
-        student_moment += moment;
-        weighted_moment += moment * weight;
+        kl_teacher -= product_or_zero<T>(p, teacher_ratio);
+        if constexpr (moments) weighted_moment += product_or_zero<T>(q, margin) * weight;
     };
     over_vectors<T>(
         piece, [&](int64_t i) { add(i, load<T>(student + i), load<T>(teacher + i)); },
@@ -320,7 +329,6 @@ void mix_piece(const void* student_logits, const void* teacher_logits, RowBuffer
         });
     sums.kl_teacher = sum_of_lanes<T>(kl_teacher) * ln_2;
     sums.kl_student = sum_of_lanes<T>(kl_student);
-    sums.student_moment = sum_of_lanes<T>(student_moment);
     sums.weighted_moment = sum_of_lanes<T>(weighted_moment);
 }
 

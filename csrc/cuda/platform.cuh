@@ -50,6 +50,18 @@ __device__ __forceinline__ float exp2_of(float x) {
 #endif
 }
 __device__ __forceinline__ double exp2_of(double x) { return exp2(x); }
+// Within two units in the last place, of numbers up to 1.
+__device__ __forceinline__ float quotient_of(float x, float y) { return __fdividef(x, y); }
+__device__ __forceinline__ double quotient_of(double x, double y) { return x / y; }
+// a b - c d, rounded but where it is no longer than its terms: what the second product is rounded by comes back.
+__device__ __forceinline__ float difference_of_products(float a, float b, float c, float d) {
+    const float product = __fmul_rn(c, d);
+    return __fmaf_rn(a, b, -product) - __fmaf_rn(c, d, -product);
+}
+__device__ __forceinline__ double difference_of_products(double a, double b, double c, double d) {
+    const double product = __dmul_rn(c, d);
+    return __fma_rn(a, b, -product) - __fma_rn(c, d, -product);
+}
 __device__ __forceinline__ float log2_of(float x) { return log2f(x); }
 __device__ __forceinline__ double log2_of(double x) { return log2(x); }
 

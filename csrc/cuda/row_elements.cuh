@@ -83,42 +83,46 @@ __device__ __forceinline__ Element<T> add_element(const LossLaunch& launch, cons
     return e;
 }
 
-// What turns margins and exponentials into logarithms and probabilities of the whole row: jsd's second round.
+// What jsd's second round needs of the whole row. Its probabilities are those of the row times the student's sum: one
+// factor less to be kept.
 template <class T>
 struct MixtureScale {
-    T student_log_sum, teacher_log_sum;          // log2 of the row's sums
-    T student_probability, teacher_probability;  // what exponentials are multiplied by
-    T student_share, teacher_share;              // 1 - beta, beta
+    T teacher_factor;      // the student's sum over the teacher's
+    T log_teacher_factor;  // log2
+    T teacher_share;       // beta
 };
 
 template <class T>
 __device__ __forceinline__ MixtureScale<T> mixture_scale(const LossLaunch& launch, double student, double teacher) {
-    return {T(log2(student)),       T(log2(teacher)), T(1 / student), T(1 / teacher), T(1 - launch.rule.jsd_beta),
-            T(launch.rule.jsd_beta)};
+    const T factor = T(student / teacher);
+    // Of the factor as it is rounded: what is off alike in all classes would not average out.
+    return {factor, T(log2(double(factor))), T(launch.rule.jsd_beta)};
 }
 
 template <class T>
 struct MixtureElementSums {
-    T kl_teacher = 0, kl_student = 0, student_moment = 0, weighted_moment = 0;
+    T kl_teacher = 0, kl_student = 0, weighted_moment = 0;
 };
 
+// Of a class in jsd's second round. All comes of log(p / q): where p and q nearly agree, a logarithm of m would leave
+// but its rounding. With the smaller over the larger nothing overflows.
 template <class T>
 __device__ __forceinline__ Element<T> mix_element(const MixtureScale<T>& scale, const Tempering<T>& by, T margin,
                                                   T teacher_margin, MixtureElementSums<T>& sums) {
-    const T student_exponent = margin * by.student_to_exponent,
-            teacher_exponent = teacher_margin * by.teacher_to_exponent;
-    const T exp_student = exp2_of(student_exponent);
-    const T q = exp_student * scale.student_probability, p = exp2_of(teacher_exponent) * scale.teacher_probability;
-    const T log_mixture = log2_of(scale.student_share * q + scale.teacher_share * p);
-    const T student_ratio = student_exponent - scale.student_log_sum - log_mixture;
-    const T teacher_ratio = teacher_exponent - scale.teacher_log_sum - log_mixture;
-    const T weight = q == 0 ? T(0) : student_ratio * T(ln_2);
+    const T log_ratio = difference_of_products(teacher_margin, by.teacher_to_exponent, margin, by.student_to_exponent) +
+                        scale.log_teacher_factor;  // log2(p / q)
+    const T p = exp2_of(teacher_margin * by.teacher_to_exponent) * scale.teacher_factor;
+    const T q = exp2_of(margin * by.student_to_exponent);
+    const bool teacher_larger = p > q;
+    const T of_larger = teacher_larger ? scale.teacher_share : 1 - scale.teacher_share;
+    const T smaller_over_larger = quotient_of(teacher_larger ? q : p, teacher_larger ? p : q);
+    const T log_mixture = log2_of(of_larger + (1 - of_larger) * smaller_over_larger);  // over the larger
+    const T weight = q == 0 ? T(0) : (teacher_larger ? log_ratio + log_mixture : log_mixture) * T(-ln_2);
+    const T teacher_ratio = teacher_larger ? -log_mixture : log_ratio - log_mixture;
     sums.kl_student += q * weight;
     sums.kl_teacher += product_or_zero(p, teacher_ratio);
-    const T moment = product_or_zero(q, margin);
-    sums.student_moment += moment;
-    sums.weighted_moment += moment * weight;
-    return {exp_student, weight};
+    sums.weighted_moment += product_or_zero(q, margin) * weight;
+    return {q, weight};
 }
 
 // The coefficients of RowGradient in the type computed in, and which of its parts there are.

@@ -134,7 +134,7 @@ class RowPart {
         highest = student;
     }
 
-    // jsd's second round, for the team's first warp. The scale is that of the whole row.
+    // jsd's second round, for the team's first warp: its sums times the student's.
     __device__ __forceinline__ MixtureSums mix(const Tempering<T>& by, const MixtureScale<T>& scale) {
         MixtureElementSums<T> of;
         each([&](int p, int v, int, T(&s)[m], T(&t)[m]) {
@@ -147,11 +147,11 @@ class RowPart {
             }
             if constexpr (keeps) a_.store(p, v, s), b_.store(p, v, t);
         });
-        const T values[] = {of.kl_teacher, of.kl_student, of.student_moment, of.weighted_moment};
-        double sums[4];
+        const T values[] = {of.kl_teacher, of.kl_student, of.weighted_moment};
+        double sums[3];
         Team<lanes>::wait();
         sums_of_team<lanes>(values, sums, false, scratch_);
-        return {sums[0] * ln_2, sums[1], sums[2], sums[3]};
+        return {sums[0] * ln_2, sums[1], sums[2]};
     }
 
     // Writes the gradient; the part starts at `to`. `label_margin`: of a label that has been left out. All lanes of a

@@ -80,7 +80,6 @@ class Slices {
         if (threadIdx.x == 0) {
             MixtureSums* own = &record(slice())->mixture;
             store_global(&own->kl_teacher, sums.kl_teacher), store_global(&own->kl_student, sums.kl_student);
-            store_global(&own->student_moment, sums.student_moment);
             store_global(&own->weighted_moment, sums.weighted_moment);
         }
         wait();
@@ -91,7 +90,6 @@ class Slices {
             const MixtureSums* other = &record(i)->mixture;
             sums.kl_teacher += load_workspace(&other->kl_teacher),
                 sums.kl_student += load_workspace(&other->kl_student);
-            sums.student_moment += load_workspace(&other->student_moment);
             sums.weighted_moment += load_workspace(&other->weighted_moment);
         }
     }

@@ -139,12 +139,13 @@ class TeamRows {
         }
         part.find_references(by);
         sum_up(part, by, student_logit, logits);
-        if (part.mixes()) mix(part, by);
-        if (leads) {
+        if (leads)
             record.by = {double(by.student_reference),   double(by.teacher_reference), double(by.student_to_exponent),
                          double(by.teacher_to_exponent), double(by.student_to_nats),   double(by.teacher_to_nats)};
-            record.target = {(record.label_logit - record.sums.student_reference) * by.student_to_nats,
-                             (record.target.teacher - record.sums.teacher_reference) * by.teacher_to_nats};
+        if (part.mixes()) mix(part, by);
+        if (leads) {
+            record.target = {(record.label_logit - record.sums.student_reference) * record.by.student_to_nats,
+                             (record.target.teacher - record.sums.teacher_reference) * record.by.teacher_to_nats};
             record.sliced = is_sliced() && !part.mixes(), record.counts = record.computed && slice() == 0;
             finish_record<form>(again(launch_), record);
         }
@@ -238,7 +239,13 @@ class TeamRows {
         by.teacher_reference = T(record.sums.teacher_reference);
         const MixtureScale<T> scale = mixture_scale<T>(launch_, record.sums.student, record.sums.teacher);
         const MixtureSums of_part = part.mix(by, scale);
-        if (Part::rank() == 0) record.mixture = of_part;
+        if (Part::rank() == 0) {
+            record.by.student_reference = record.sums.student_reference;
+            record.by.teacher_reference = record.sums.teacher_reference;
+            const double of_row = 1 / record.sums.student;
+            record.mixture = {of_part.kl_teacher * of_row, of_part.kl_student * of_row,
+                              of_part.weighted_moment * of_row};
+        }
         if constexpr (!keeps)
             if (is_sliced()) slices_.merge_mixture(record.mixture);
     }

@@ -97,13 +97,27 @@ def test_error_is_at_most_twice_pytorchs(divergence, standardize_logits, example
     holds()
 
 
+def divergence_alone(student, teacher, **options) -> Case:
+    defaults = {"alpha": 1.0, "l1_weight": 0.0, "label_smoothing": 0.0}
+    return Case(student, teacher, torch.zeros(len(student)).long(), [torch.zeros(len(student), 1)], defaults | options)
+
+
 def errors_of_gradient(student, teacher, **options) -> tuple[float, float]:
     """Ours and PyTorch's: of each row the largest error, of those the mean, which does not depend on luck."""
-    defaults = {"alpha": 1.0, "l1_weight": 0.0, "label_smoothing": 0.0}
-    case = Case(student, teacher, torch.zeros(len(student)).long(), [torch.zeros(len(student), 1)], defaults | options)
+    case = divergence_alone(student, teacher, **options)
     truth = evaluate(case, reference, torch.float64).gradients[0]
     errors = [evaluate(case, function).gradients[0] - truth for function in (fused, composite)]
     return tuple(float(each.abs().amax(1).mean()) for each in errors)
+
+
+def errors_of_term(student, teacher, **options) -> tuple[float, float]:
+    """Ours and PyTorch's, each row a call of its own: the mean."""
+    errors = []
+    for row in zip(student.split(1), teacher.split(1), strict=True):
+        case = divergence_alone(*row, **options)
+        truth = evaluate(case, reference, torch.float64).loss
+        errors.append([evaluate(case, function).loss - truth for function in (fused, composite)])
+    return tuple(torch.tensor(errors).abs().mean(0).tolist())
 
 
 def test_a_reverse_gradient_of_far_distributions_is_more_exact_than_pytorchs():
@@ -122,6 +136,17 @@ def test_a_gradient_through_outliers_standard_deviation_is_as_exact_as_pytorchs(
     logits += torch.zeros(64, 400).scatter_add(1, outliers, torch.full((64, 2), 39.0))
     ours, theirs = errors_of_gradient(*logits, divergence=divergence, temperature=4.0, standardize_logits=True)
     assert ours <= 2 * theirs, f"{ours:.3g} against {theirs:.3g}"
+
+
+@pytest.mark.parametrize("classes", [13, 400])
+@standardized_or_not
+def test_jsd_between_near_distributions_is_as_exact_as_pytorchs(standardize_logits, classes):
+    """log(q / m) is nearly 0; as a difference of logarithms it would have their roundings."""
+    teacher, difference = torch.randn(2, 64, classes, generator=torch.Generator().manual_seed(0))
+    options = {"divergence": "jsd", "temperature": 4.0, "jsd_beta": 0.5, "standardize_logits": standardize_logits}
+    for errors in (errors_of_gradient, errors_of_term):
+        ours, theirs = errors(teacher + 0.1 * difference, teacher, **options)
+        assert ours <= theirs, f"{errors.__name__}: {ours:.3g} against {theirs:.3g}"
 
 
 @settings(max_examples=40, deadline=None)
