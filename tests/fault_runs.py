@@ -126,16 +126,17 @@ def _act(action: Callable[[], int], out: Path, err: Path) -> None:
 
 @dataclass(frozen=True)
 class Run:
-    """`kddp run` as an action."""
+    """`kddp run`, or another command of kddp, as an action."""
 
     arguments: tuple[str, ...]
     prepare: Callable[[], object]
+    command: str = "run"
 
     def __call__(self) -> int:
         signal.signal(signal.SIGINT, signal.default_int_handler)  # what is started in the background ignores it
         torch.set_num_threads(1)
         self.prepare()
-        return main(["run", *self.arguments])
+        return main([self.command, *self.arguments])
 
 
 def nothing() -> None:

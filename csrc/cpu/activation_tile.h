@@ -3,6 +3,7 @@
 #pragma once
 
 #include "cpu/pieces.h"
+#include "cpu/sizes.h"
 #include "kddp/activation_l1.h"
 
 namespace kddp {
@@ -239,14 +240,16 @@ double activation_tile_with_statistics(const ActivationRows<T, Element> rows, Ti
 template <class T, class Element>
 double choose_outputs(const ActivationLayer& layer, Tile tile, double scale, bool large, TileSums& sums) {
     constexpr int64_t vector_bytes = lanes<T> * sizeof(Element);
-    const bool aligned_rows =
-        reinterpret_cast<uintptr_t>(layer.gradient) % vector_bytes == 0 && layer.neurons % lanes<T> == 0;
+    // With statistics, row after row of a column is written, and part of a line that goes past the caches alone takes
+    // several times as long as all of it.
+    const bool whole_lines = vector_bytes == line_bytes && layer.neurons % lanes<T> == 0 &&
+                             reinterpret_cast<uintptr_t>(layer.gradient) % vector_bytes == 0;
     const ActivationRows<T, Element> rows{static_cast<const Element*>(layer.activation.data),
                                           static_cast<Element*>(layer.gradient),
                                           layer.activation.row_stride,
                                           layer.neurons,
                                           T(scale),
-                                          large && (aligned_rows || !layer.statistics)};
+                                          large && (whole_lines || !layer.statistics)};
     if (layer.gradient && layer.statistics) return activation_tile_with_statistics<T, Element, true>(rows, tile, sums);
     if (layer.gradient) return activation_tile_alone<T, Element, true>(rows, tile);
     if (layer.statistics) return activation_tile_with_statistics<T, Element, false>(rows, tile, sums);

@@ -157,19 +157,20 @@ class TeamRows {
         double sums[7];
         T highest;
         part.sum_up(by, student_logit, sums, highest);
+        const auto& [student, teacher, student_moment, other_moment, dot, untempered, beaten] = sums;
         if (Part::rank() == 0) {
             record.sums = {double(by.student_reference),
                            double(by.teacher_reference),
                            double(highest),
-                           sums[0],
-                           sums[1],
-                           sums[5],
-                           sums[4],
+                           student,
+                           teacher,
+                           untempered,
+                           dot,
                            logits,
-                           sums[2],
-                           sums[3]};
+                           student_moment,
+                           other_moment};
             // Not a number is not the highest.
-            record.beaten = sums[6] != 0 || student_logit != student_logit || record.label < 0;
+            record.beaten = beaten != 0 || student_logit != student_logit || record.label < 0;
         }
         if constexpr (!keeps)
             if (is_sliced())

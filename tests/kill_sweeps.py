@@ -1,0 +1,116 @@
+"""Kills the processes that share sweeps, and compares what is left, bit for bit, with a sweep that was left alone:
+
+    python tests/kill_sweeps.py [--kills 60] [--seed 0] [--processes 2]
+
+The processes of a sweep work at once. One of them, then another, is killed at a moment that is drawn, and started again
+with --resume; after some kills all may finish. Sweeps go on being killed until there were enough kills.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+import signal
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+import torch
+from fault_runs import Process, Run, comparable, differences, unfinished_files, without_times
+
+from kddp_ext.student_file import read_student_header
+from kddp_ext.workflow import sweep as sweeps
+
+OPTIONS = ["--teacher.channels", "4", "--teacher.epochs", "2", "--student.channels", "2", "--student.epochs", "3"]
+OPTIONS += ["--student.width", "24", "--student.batch-size", "250", "--teacher.batch-size", "250", "--validation", "50"]
+OPTIONS += ["--pruning.l1-weight", "0.02", "--pruning.threshold", "0.1", "--pruning.patience", "1", "--augment", "True"]
+OPTIONS += ["--seeds", "0", "1", "--widths", "8", "--l1-weights", "0.01", "--ablations", "no-teacher"]
+OPTIONS += ["--threads", "1", "--device", "cpu", "--name", "sweep"]
+
+_MOST_KILLS = 8  # of one sweep
+
+
+def wait_briefly() -> None:
+    """Look for work every now and then, not every two seconds."""
+    sweeps._WAIT = 0.02
+
+
+def start(runs: Path, number: int, *more: str) -> Process:
+    """Start the process of this number at the sweep in `runs`."""
+    output = runs / f"process {number}"
+    output.mkdir(parents=True, exist_ok=True)
+    return Process(Run(("--runs-dir", str(runs), *OPTIONS, *more), wait_briefly, "sweep"), output)
+
+
+def ending(runs: Path) -> dict[str, Any]:
+    """All that a sweep leaves, but for times."""
+    folder = runs / "sweep"
+    left: dict[str, Any] = {}
+    for path in sorted(each for each in folder.rglob("*") if each.is_file()):
+        name = str(path.relative_to(folder))
+        if path.name == "metrics.jsonl":
+            left[name] = [without_times(json.loads(line)) for line in path.read_text().splitlines()]
+        elif path.name == "checkpoint.pt":
+            state = torch.load(path, weights_only=True)
+            left[name] = comparable({**state, "epochs": [without_times(epoch) for epoch in state["epochs"]]})
+        elif path.name == "student.safetensors":
+            left[name] = (comparable(safetensors.torch.load_file(path)), read_student_header(path))
+        elif path.suffix == ".safetensors":
+            left[name] = comparable(safetensors.torch.load_file(path))
+        else:
+            left[name] = path.read_bytes()
+    return left
+
+
+def kill_some(runs: Path, kills: int, processes: int, longest: float, draw: random.Random) -> int:
+    """Start a sweep, and kill and start its processes; how many were killed while they worked."""
+    working = [start(runs, 0)]
+    while not (runs / "sweep" / "sweep.json").exists() and working[0].running():
+        time.sleep(0.001)
+    working += [start(runs, number, "--resume") for number in range(1, processes)]
+    killed = 0
+    for _ in range(kills):
+        time.sleep(draw.uniform(0, longest))
+        number = draw.randrange(processes)
+        working[number].signal(signal.SIGKILL)
+        ended = working[number].wait()
+        assert ended.code in (0, -signal.SIGKILL), ended
+        killed += ended.code != 0
+        working[number] = start(runs, number, "--resume")
+    for process in working:
+        ended = process.wait()
+        assert ended.code == 0, ended
+    return killed
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--kills", type=int, default=60)
+    parser.add_argument("--seed", type=int, default=0, help="of the moments")
+    parser.add_argument("--processes", type=int, default=2)
+    options = parser.parse_args()
+    draw = random.Random(options.seed)
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        started = time.monotonic()
+        ended = start(folder / "alone", 0).wait()
+        assert ended.code == 0, ended
+        longest = (time.monotonic() - started) / 4
+        expected = ending(folder / "alone")
+        killed = sweeps_killed = same = 0
+        while killed < options.kills:
+            runs = folder / f"sweep-{sweeps_killed}"
+            now = kill_some(runs, draw.randint(1, _MOST_KILLS), options.processes, longest, draw)
+            different = [*differences(ending(runs), expected), *map(str, unfinished_files(runs))]
+            print(f"{now} kills: {', '.join(different) or 'the same ending'}", flush=True)
+            killed, sweeps_killed, same = killed + now, sweeps_killed + 1, same + (not different)
+    print(f"{killed} kills in {sweeps_killed} sweeps; {same} endings identical to the sweep left alone")
+    return 0 if same == sweeps_killed else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
