@@ -8,7 +8,7 @@ from pathlib import Path
 from rich.console import Console
 
 from kddp_ext.digest import with_digest
-from kddp_ext.files import write_json
+from kddp_ext.files import remove_leftovers, write_json
 from kddp_ext.workflow.data import ImageData
 from kddp_ext.workflow.datasets import INFO, read_dataset
 from kddp_ext.workflow.errors import WorkflowError
@@ -79,7 +79,9 @@ def run_sweep(
 def _open(path: Path, sweep: SweepConfig, *, resume: bool) -> RunFolder:
     make_folder(path, "sweep")
     with locked(path, wait=True):  # another process may be starting the same
-        return _begin_or_join(path, sweep, resume=resume)
+        folder = _begin_or_join(path, sweep, resume=resume)
+        remove_leftovers(path)  # whoever writes in it, and not in a training's folder, has it locked
+        return folder
 
 
 def _begin_or_join(path: Path, sweep: SweepConfig, *, resume: bool) -> RunFolder:

@@ -6,11 +6,11 @@ import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from kddp_ext.files import write_text
+from kddp_ext.files import remove_leftovers, write_text
 from kddp_ext.workflow.datasets import INFO
 from kddp_ext.workflow.measure import ACTIVE_IMAGES
 from kddp_ext.workflow.report import settings_section
-from kddp_ext.workflow.run_folder import RunFolder
+from kddp_ext.workflow.run_folder import RunFolder, locked
 from kddp_ext.workflow.sweep_config import TEACHER, Point, SweepConfig
 from kddp_ext.workflow.sweep_plots import PICTURE, draw_sweep
 from kddp_ext.workflow.sweep_results import Measured, measure_points
@@ -61,10 +61,16 @@ def sweep_tables(measured: Sequence[Measured]) -> list[Table]:
 
 
 def write_sweep_report(folder: RunFolder, sweep: SweepConfig, points: Sequence[Point]) -> None:
-    """Write report.md and its picture, from whatever is finished."""
+    """Write report.md and its picture, from whatever is finished; one process after the other."""
     measured = measure_points(folder, points)
     title = f"KDDP on {INFO[sweep.run.dataset].name}: a sweep"
-    draw_sweep(folder.path / PICTURE, measured, title)
+    with locked(folder.path, wait=True):
+        remove_leftovers(folder.path)
+        draw_sweep(folder.path / PICTURE, measured, title)
+        write_text(folder.report, "\n".join(_report_lines(folder, sweep, measured, title)) + "\n")
+
+
+def _report_lines(folder: RunFolder, sweep: SweepConfig, measured: Sequence[Measured], title: str) -> list[str]:
     lines = [f"# {title}", ""]
     if (teacher := folder.read_result(TEACHER)) is not None:
         with_views = teacher.get("test_accuracy_with_views")
@@ -82,7 +88,7 @@ def write_sweep_report(folder: RunFolder, sweep: SweepConfig, points: Sequence[P
         "",
         *settings_section(sweep.run),
     ]
-    write_text(folder.report, "\n".join(lines) + "\n")
+    return lines
 
 
 def percent(values: Sequence[float]) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shutil
 import signal
 import statistics
 import subprocess
@@ -16,6 +17,7 @@ import torch
 from rich.console import Console
 
 from kddp_ext.cli import main
+from kddp_ext.files import leftovers
 from kddp_ext.workflow import teacher_source
 from kddp_ext.workflow.config import RunConfig
 from kddp_ext.workflow.errors import WorkflowError
@@ -188,6 +190,20 @@ def test_report_rebuilds_the_same_files(finished_sweep: Path, quiet: Console) ->
         (finished_sweep / name).unlink()
     rebuild_report(finished_sweep, quiet)
     assert files_of(finished_sweep) == before
+
+
+def test_what_killed_processes_left_is_removed(finished_sweep: Path, tmp_path: Path, quiet: Console) -> None:
+    sweep = tmp_path / "whole"
+    shutil.copytree(finished_sweep, sweep)
+    left = sweep / ".report.md.x.partial"
+    left.write_text("half a re")
+    rebuild_report(sweep, quiet)
+    assert not left.exists()
+    left.write_text("half a re")
+    (sweep / ".teacher.x.partial").mkdir()
+    assert main(["sweep", *OPTIONS, "--runs-dir", str(tmp_path), "--name", "whole", "--resume"]) == 0
+    assert not leftovers(sweep)
+    assert files_of(sweep) == files_of(finished_sweep)
 
 
 def test_report_of_a_run(finished_run: Path, quiet: Console) -> None:
