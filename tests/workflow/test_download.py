@@ -192,6 +192,28 @@ def test_cifar10_is_unpacked_into_the_cache_once(
         connection.clear()
 
 
+def test_fashion_mnist_is_what_it_unpacks_to(
+    tmp_path: Path, connection: dict[str, bytes], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An MD5 sum can be forged."""
+    cache = tmp_path / "fashion-mnist"
+    right, forged = gzip.compress(b"images"), gzip.compress(b"other images")
+    content = hashlib.sha256(b"images").hexdigest()
+    monkeypatch.setenv("KDDP_CACHE", str(tmp_path))
+    for served in (forged, b"no gzip", right[:-9], gzip.compress(bytes(2000))):
+        connection[download._FASHION_URL + "f"] = served
+        monkeypatch.setattr(download, "_FASHION_HASHES", {"f": ("md5:" + hashlib.md5(served).hexdigest(), content)})
+        monkeypatch.setattr(download, "_MOST_UNPACKED", 1000)
+        with pytest.raises(DataFileError, match="expected the content of Fashion-MNIST, found other content"):
+            download.fashion_mnist_folder()
+        assert not list(cache.iterdir())
+    connection[download._FASHION_URL + "f"] = right
+    monkeypatch.setattr(download, "_FASHION_HASHES", {"f": ("md5:" + hashlib.md5(right).hexdigest(), content)})
+    for _ in range(2):
+        assert (download.fashion_mnist_folder() / "f").read_bytes() == right
+        connection.clear()
+
+
 # A server of this machine that answers as servers should not
 
 

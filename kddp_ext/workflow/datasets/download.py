@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import hashlib
 import os
 import tarfile
 import zlib
@@ -23,13 +24,26 @@ _CIFAR10_FOLDER = "cifar-10-batches-py"
 _CIFAR10_FILES = (*(f"data_batch_{number}" for number in range(1, 6)), "test_batch")
 
 _FASHION_URL = "http://fashion-mnist.s3-website.eu-central-1.amazonaws.com/"
+# Its publisher gives no HTTPS, and MD5 sums of the files (zalandoresearch/fashion-mnist, README), which can be forged.
+# The SHA-256 is of what they unpack to, as Debian's package dataset-fashion-mnist has it.
 _FASHION_HASHES = {
-    "train-images-idx3-ubyte.gz": "md5:8d4fb7e6c68d591d4c3dfef9ec88bf0d",
-    "train-labels-idx1-ubyte.gz": "md5:25c81989df183df01b3e8a0aad5dffbe",
-    "t10k-images-idx3-ubyte.gz": "md5:bef4ecab320f06d8554ea6380940ec79",
-    "t10k-labels-idx1-ubyte.gz": "md5:bb300cfdad3c16e7a12a480ee83cd310",
+    "train-images-idx3-ubyte.gz": (
+        "md5:8d4fb7e6c68d591d4c3dfef9ec88bf0d",
+        "c59f468a2f672dc815687fe0f83887768d799fd8a3f3276145d20f83aa44d888",
+    ),
+    "train-labels-idx1-ubyte.gz": (
+        "md5:25c81989df183df01b3e8a0aad5dffbe",
+        "bad3541b69d912435c50bb6ba87bec294ff4f6a2e1246121d8633921760443d9",
+    ),
+    "t10k-images-idx3-ubyte.gz": (
+        "md5:bef4ecab320f06d8554ea6380940ec79",
+        "5b4141f0afbad91edebe8549f8fcffe087ea10ca49f1dbef5c9a5cd8815ce37b",
+    ),
+    "t10k-labels-idx1-ubyte.gz": (
+        "md5:bb300cfdad3c16e7a12a480ee83cd310",
+        "0402a96d92fd2663957122ceb108a494c5af83dab82d92729df917d7dec38c34",
+    ),
 }
-
 
 _MOST_DOWNLOADED = 200_000_000  # bytes: the archive of CIFAR-10 has 170 million, the others less
 _MOST_MEMBER = 40_000_000  # a batch has 31 million
@@ -53,11 +67,33 @@ def cifar10_folder() -> Path:
 
 
 def fashion_mnist_folder() -> Path:
-    """The folder that holds Fashion-MNIST's four files, downloaded (31 MB) the first time."""
+    """The folder that holds Fashion-MNIST's four files, downloaded (31 MB) the first time.
+
+    Raises:
+        WorkflowError: no connection, or other content. Such content is not kept.
+    """
     folder = cache_folder() / "fashion-mnist"
-    for name, known_hash in _FASHION_HASHES.items():
-        fetch(_FASHION_URL + name, known_hash, name, folder)
+    for name, (known_hash, known_content) in _FASHION_HASHES.items():
+        path = fetch(_FASHION_URL + name, known_hash, name, folder)
+        if _hash_of_content(path) != known_content:
+            path.unlink()
+            raise DataFileError(path, "the content of Fashion-MNIST", "other content with its MD5 sum")
     return folder
+
+
+def _hash_of_content(path: Path) -> str:
+    """SHA-256 of what a .gz file unpacks to; "" where it unpacks to too much or to nothing."""
+    digest, left = hashlib.sha256(), _MOST_UNPACKED
+    try:
+        with gzip.open(path) as stream:
+            while part := stream.read(_PART):
+                digest.update(part)
+                left -= len(part)
+                if left < 0:
+                    return ""
+    except (gzip.BadGzipFile, EOFError, zlib.error):
+        return ""
+    return digest.hexdigest()
 
 
 def fetch(url: str, known_hash: str, name: str, folder: Path) -> Path:
