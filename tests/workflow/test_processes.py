@@ -321,11 +321,15 @@ cli.entry_point()
 
 
 @pytest.mark.parametrize(("processes", "out"), [("1", "done tidied\n"), ("2", "done ")])
-def test_of_several_processes_none_ends_in_the_middle_of_what_gloo_does(processes: str, out: str) -> None:
+def test_of_several_processes_none_ends_in_the_middle_of_what_gloo_does(
+    tmp_path: Path, processes: str, out: str
+) -> None:
     """A thread of gloo that needs the interpreter while that is taken down aborts the process: about one run in 15."""
     environment = {**os.environ, "WORLD_SIZE": processes}
     command = [sys.executable, "-c", TOLD_BY_THE_INTERPRETER]
-    ended = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120, check=False)
+    ended = subprocess.run(
+        command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120, check=False
+    )
     assert (ended.returncode, ended.stdout, ended.stderr) == (3, out, "told ")
 
 
