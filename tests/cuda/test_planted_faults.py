@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from backends import build_folder
 from emulated_calls import aligned, filled
 from emulator.build import build, compiler, twin
 from emulator.control import Emulator
@@ -260,7 +261,7 @@ def folder(request):
         pytest.skip("--emulated=none")
     if shutil.which(compiler()) is None:
         pytest.skip("no C++ compiler: the emulated kernels cannot be built")
-    return request.config.cache.mkdir("emulator")
+    return build_folder(request.config)
 
 
 def built(folder, kind, *, changed=None):
