@@ -215,19 +215,28 @@ def ending(runs: Path) -> dict[str, Any]:
     left: dict[str, Any] = {name: (folder.path / name).read_bytes() for name in ("config.json", "report.md")}
     left["report.png"] = (folder.path / "report.png").read_bytes()
     for stage in STAGES:
-        left[f"{stage} result"] = folder.result(stage).read_bytes()
-        lines = (folder.job(stage) / "metrics.jsonl").read_text().splitlines()
-        left[f"{stage} metrics"] = [without_times(json.loads(line)) for line in lines]
-        state = torch.load(folder.checkpoint(stage), weights_only=True)
-        state["epochs"] = [without_times(epoch) for epoch in state["epochs"]]
-        left[f"{stage} checkpoint"] = comparable(state)
+        left[f"{stage} result"] = content_of(folder.result(stage))
+        left[f"{stage} metrics"] = content_of(folder.job(stage) / "metrics.jsonl")
+        left[f"{stage} checkpoint"] = content_of(folder.checkpoint(stage))
     for stage in STAGES[1:]:
-        path = folder.student(stage)
-        left[f"{stage} student"] = (comparable(safetensors.torch.load_file(path)), read_student_header(path))
-    logits = {path.name: safetensors.torch.load_file(path) for path in folder.teacher_logits.glob("*")}
-    left["the teacher's logits"] = comparable(logits)
+        left[f"{stage} student"] = content_of(folder.student(stage))
+    left["the teacher's logits"] = {path.name: content_of(path) for path in folder.teacher_logits.glob("*")}
     left["the files"] = sorted(str(path.relative_to(runs)) for path in runs.rglob("*") if path.parent != runs)
     return left
+
+
+def content_of(path: Path) -> Any:
+    """What a file of a run or a sweep holds, but for times, so that == compares all of it."""
+    if path.name == "metrics.jsonl":
+        return [without_times(json.loads(line)) for line in path.read_text().splitlines()]
+    if path.name == "checkpoint.pt":
+        state = torch.load(path, weights_only=True)
+        return comparable({**state, "epochs": [without_times(epoch) for epoch in state["epochs"]]})
+    if path.name == "student.safetensors":
+        return (comparable(safetensors.torch.load_file(path)), read_student_header(path))
+    if path.suffix == ".safetensors":
+        return comparable(safetensors.torch.load_file(path))
+    return path.read_bytes()
 
 
 def without_times(epoch: dict[str, Any]) -> dict[str, Any]:

@@ -9,7 +9,6 @@ with --resume; after some kills all may finish. Sweeps go on being killed until 
 from __future__ import annotations
 
 import argparse
-import json
 import random
 import signal
 import sys
@@ -18,11 +17,8 @@ import time
 from pathlib import Path
 from typing import Any
 
-import safetensors.torch
-import torch
-from fault_runs import Process, Run, comparable, differences, unfinished_files, without_times
+from fault_runs import Process, Run, content_of, differences, unfinished_files
 
-from kddp_ext.student_file import read_student_header
 from kddp_ext.workflow import sweep as sweeps
 
 OPTIONS = ["--teacher.channels", "4", "--teacher.epochs", "2", "--student.channels", "2", "--student.epochs", "3"]
@@ -48,22 +44,8 @@ def start(runs: Path, number: int, *more: str) -> Process:
 
 def ending(runs: Path) -> dict[str, Any]:
     """All that a sweep leaves, but for times."""
-    folder = runs / "sweep"
-    left: dict[str, Any] = {}
-    for path in sorted(each for each in folder.rglob("*") if each.is_file()):
-        name = str(path.relative_to(folder))
-        if path.name == "metrics.jsonl":
-            left[name] = [without_times(json.loads(line)) for line in path.read_text().splitlines()]
-        elif path.name == "checkpoint.pt":
-            state = torch.load(path, weights_only=True)
-            left[name] = comparable({**state, "epochs": [without_times(epoch) for epoch in state["epochs"]]})
-        elif path.name == "student.safetensors":
-            left[name] = (comparable(safetensors.torch.load_file(path)), read_student_header(path))
-        elif path.suffix == ".safetensors":
-            left[name] = comparable(safetensors.torch.load_file(path))
-        else:
-            left[name] = path.read_bytes()
-    return left
+    files = [path for path in (runs / "sweep").rglob("*") if path.is_file()]
+    return {str(path.relative_to(runs)): content_of(path) for path in files}
 
 
 def kill_some(runs: Path, kills: int, processes: int, longest: float, draw: random.Random) -> int:

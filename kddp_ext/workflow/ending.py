@@ -33,8 +33,8 @@ def interruptible() -> Iterator[None]:
     Of several processes each keeps what it has: one that waits for another in a library would not see the exception,
     and could not be ended. So does a thread, which cannot ask for signals, and one that was told to ignore them.
     """
-    alone = threading.current_thread() is threading.main_thread() and os.environ.get("WORLD_SIZE", "1") == "1"
-    numbers = (signal.SIGINT, signal.SIGTERM) if alone else ()
+    asks = threading.current_thread() is threading.main_thread() and not _among_several()
+    numbers = (signal.SIGINT, signal.SIGTERM) if asks else ()
 
     def end(number: int, _frame: FrameType | None) -> None:
         for each in former:
@@ -95,7 +95,7 @@ def end_process(code: int) -> NoReturn:
     A thread of gloo may let go of a tensor only then, and torch aborts the process for it: torchrun would call a run
     failed that has finished.
     """
-    if os.environ.get("WORLD_SIZE", "1") == "1":
+    if not _among_several():
         sys.exit(code)
     for file in (sys.stdout, sys.stderr):
         if file is not None:
@@ -113,6 +113,11 @@ def fill_standard_files() -> None:
     for number in range(3):
         if not _is_open(number):
             os.open(os.devnull, os.O_RDWR)  # gets the lowest number that is free
+
+
+def _among_several() -> bool:
+    """Whether torchrun started this process with others."""
+    return os.environ.get("WORLD_SIZE", "1") != "1"
 
 
 def _is_open(number: int) -> bool:
