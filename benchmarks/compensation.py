@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 import kddp_ext
 from benchmarks.table import Table, write_markdown
-from kddp_ext.pruning.neurons import find_neurons
+from kddp_ext.pruning.tracing.find import find_neurons
 
 TRAINING_IMAGES, BATCH, OBSERVED = 1400, 64, 128
 MODES: dict[str, dict[str, Any]] = {

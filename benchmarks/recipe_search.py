@@ -23,14 +23,14 @@ from kddp_ext.files import write_json
 from kddp_ext.workflow.config import RunConfig, load_config
 from kddp_ext.workflow.data import ImageData
 from kddp_ext.workflow.datasets import INFO, read_dataset
+from kddp_ext.workflow.folder import RunFolder
 from kddp_ext.workflow.job import Job
 from kddp_ext.workflow.models import build_student
 from kddp_ext.workflow.progress import Progress
-from kddp_ext.workflow.run_folder import RunFolder
 from kddp_ext.workflow.runtime import Runtime, prepare_process
 from kddp_ext.workflow.stages import Run, start_training, train_teacher
-from kddp_ext.workflow.teacher_cache import TeacherLogits
-from kddp_ext.workflow.trainer import student_recipe, train
+from kddp_ext.workflow.teacher_logits import TeacherLogits
+from kddp_ext.workflow.train import student_recipe, train
 
 
 def main() -> int:

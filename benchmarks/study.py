@@ -16,8 +16,8 @@ from typing import Any
 from benchmarks.table import Table, write_markdown
 from kddp_ext.files import write_json
 from kddp_ext.workflow import sweep_report
+from kddp_ext.workflow.folder import RunFolder
 from kddp_ext.workflow.latency import compare_latencies
-from kddp_ext.workflow.run_folder import RunFolder
 from kddp_ext.workflow.sweep import sweep_points
 from kddp_ext.workflow.sweep_config import load_sweep
 from kddp_ext.workflow.sweep_results import Measured, measure_points

@@ -1,6 +1,6 @@
 """`python -m kddp_ext`: the command `kddp`."""
 
-from kddp_ext.cli import entry_point
+from kddp_ext.workflow.cli import entry_point
 
 if __name__ == "__main__":
     entry_point()

@@ -1,4 +1,4 @@
-// The compaction for kddp_ext/ops/compaction.py, which owns every buffer and has checked every size and type.
+// The compaction for kddp_ext/ops/gather_slices.py, which owns every buffer and has checked every size and type.
 #pragma once
 
 #include <tuple>

@@ -1,4 +1,4 @@
-// The fused loss for kddp_ext/ops/loss.py, which owns every buffer and has checked every size and type.
+// The fused loss for kddp_ext/ops/kd_l1_loss.py, which owns every buffer and has checked every size and type.
 //
 // A Backend is made of a call's `Place`, says how much workspace a job needs, and runs it.
 #pragma once

@@ -1,7 +1,7 @@
 """Checks the C++ and CUDA sources by clang-tidy: `python tools/clang_tidy.py [FILE ...]`; no file means all of them.
 
 Clang reads the sources, with its own warnings, where nothing else here does. The CUDA sources are read as C++ through
-the headers of tests/emulator; the CPU's kernels for the narrowest and the widest of their instruction sets, and without
+the headers of tests/native/emulator; the CPU's kernels for the narrowest and the widest of their instruction sets, and without
 OpenMP, whose header clang-tidy does not bring. A minute on two cores.
 """
 
@@ -18,7 +18,7 @@ import pybind11
 ROOT = Path(__file__).resolve().parent.parent
 CPU = ROOT / "csrc" / "cpu"
 BINDINGS = ROOT / "python_bindings"
-EMULATOR = ROOT / "tests" / "emulator"
+EMULATOR = ROOT / "tests" / "native" / "emulator"
 
 COMMON = ("-x", "c++", "-std=c++17", "-Wall", "-Wextra", "-Wno-unknown-pragmas", "-DKDDP_X86")
 NAMES = ('-DKDDP_COMPILER="clang-tidy"', '-DKDDP_CUDA_COMPILER="clang-tidy"', '-DKDDP_CUDA_ARCHITECTURES="emulated"')

@@ -18,13 +18,20 @@ from collections.abc import Sequence
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
-sys.path.insert(0, str(ROOT / "tests"))
+sys.path.insert(0, str(ROOT / "tests" / "helpers"))
 
 from native_build import CXX, build_package, run_tests, supported  # noqa: E402
 
 GCOV = ["--coverage", "-fprofile-update=atomic"]
 # Their programs are compiled apart, and count for nothing here.
-LEFT_OUT = ("docs", "emulator", "static_typing", "threads", "test_linkage.py", "cuda/test_planted_faults.py")
+LEFT_OUT = (
+    "project/docs",
+    "project/static_typing",
+    "native/emulator",
+    "native/threads",
+    "native/test_linkage.py",
+    "native/cuda/test_planted_faults.py",
+)
 # Processes that tests start are counted, too; those that are killed lose what they counted.
 CONFIG = """
 [run]

@@ -1,4 +1,4 @@
-"""The workflow's training step, `train_epoch` of kddp_ext/workflow/trainer.py, for as many steps as are wanted."""
+"""The workflow's training step, `train_epoch` of kddp_ext/workflow/train.py, for as many steps as are wanted."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from benchmarks.disturbance import Watch
 from kddp_ext.workflow.config import RunConfig
 from kddp_ext.workflow.data import ImageData
 from kddp_ext.workflow.runtime import Runtime
-from kddp_ext.workflow.trainer import student_recipe
+from kddp_ext.workflow.train import student_recipe
 
 
 class OurLoop:

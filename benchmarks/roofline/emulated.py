@@ -23,14 +23,14 @@ EXPONENTIALS_OF_KEPT_CLASS, EXPONENTIALS_OF_CLASS_READ_AGAIN = 2, 4
 
 
 def build() -> Any:
-    """The emulated module as the tests have it (tests/backends.py), compiled where it has changed.
+    """The emulated module as the tests have it (tests/helpers/backends.py), compiled where it has changed.
 
     Raises:
         ImportError: the tests, or what they need, are not there.
     """
-    folder = str(ROOT / "tests")
-    if folder not in sys.path:
-        sys.path.insert(0, folder)
+    for folder in (str(ROOT / "tests" / "helpers"), str(ROOT / "tests" / "native")):
+        if folder not in sys.path:
+            sys.path.insert(0, folder)
     import backends  # type: ignore[import-not-found]
 
     return backends.Emulated(ROOT / "build" / "emulator")

@@ -9,7 +9,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from kddp_ext.integrations.student_pruning import StudentPruning
-from kddp_ext.pruning.graph import uncompiled
+from kddp_ext.pruning.tracing.graph import uncompiled
 
 try:
     from lightning.pytorch import Callback, LightningModule, Trainer

@@ -8,8 +8,8 @@ from typing import Any
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from kddp_ext.pruner import DynamicPruner
 from kddp_ext.pruning.history import PruningHistory
+from kddp_ext.pruning.pruner import DynamicPruner
 from kddp_ext.pruning.report import PruneReport
 from kddp_ext.pruning.validation import at_least_one
 

@@ -5,10 +5,10 @@ changes none of its inputs (but `scale_gradients_`, which says so). The shapes o
 inputs alone, so the operators trace under torch.compile and torch.export.
 """
 
-from kddp_ext.ops.compaction import gather_slices
+from kddp_ext.ops.gather_slices import gather_slices
 from kddp_ext.ops.gradient_pool import GradientPool, pool
+from kddp_ext.ops.kd_l1_loss import kd_l1_loss, kd_l1_loss_operator, neuron_statistics, scale_gradients
 from kddp_ext.ops.library import ELEMENT_TYPES, build_info, is_native, scales_natively
-from kddp_ext.ops.loss import kd_l1_loss, kd_l1_loss_operator, neuron_statistics, scale_gradients
 from kddp_ext.ops.memory import memory_of
 
 __all__ = [

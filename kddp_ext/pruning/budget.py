@@ -8,8 +8,8 @@ from math import prod
 
 from torch import Tensor, nn
 
-from kddp_ext.pruning.groups import NeuronGroup
 from kddp_ext.pruning.guards import removal_steps
+from kddp_ext.pruning.tracing.groups import NeuronGroup
 
 
 class ModelSize:

@@ -16,10 +16,10 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from kddp_ext import ops
-from kddp_ext.pruning.graph import StoredTensor
-from kddp_ext.pruning.groups import Layout, NeuronGroup, all_but
 from kddp_ext.pruning.optimizer_state import sliceable_state
 from kddp_ext.pruning.reconstruction import Reconstruction
+from kddp_ext.pruning.tracing.graph import StoredTensor
+from kddp_ext.pruning.tracing.groups import Layout, NeuronGroup, all_but
 
 
 @dataclass(frozen=True)

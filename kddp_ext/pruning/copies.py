@@ -10,7 +10,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel
 
 from kddp_ext import ops
-from kddp_ext.pruning.graph import uncompiled
+from kddp_ext.pruning.tracing.graph import uncompiled
 
 # By the memory that a tensor lies in, whose it is.
 _Owners = dict[tuple[torch.device, int], str]

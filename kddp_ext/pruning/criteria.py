@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from kddp_ext.statistics import NeuronStatistics
+from kddp_ext.activations.statistics import NeuronStatistics
 
 Criterion = Callable[[NeuronStatistics, Tensor], Tensor]
 """What gives each of a layer's H neurons an activity, (H,), finite and not negative.

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from kddp_ext.pruning.compaction import Removal, plan_compaction
-from kddp_ext.pruning.neurons import find_neurons
+from kddp_ext.pruning.tracing.find import find_neurons
 from kddp_ext.strict_json import parse_json
 
 FORMAT, VERSION = "kddp_ext.pruning_history", 1

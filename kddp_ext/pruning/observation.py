@@ -8,10 +8,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from kddp_ext.activations.statistics import NeuronStatistics
 from kddp_ext.pruning.criteria import outgoing_norms
-from kddp_ext.pruning.groups import NeuronGroup, Reader
 from kddp_ext.pruning.rescaling import scales
-from kddp_ext.statistics import NeuronStatistics
+from kddp_ext.pruning.tracing.groups import NeuronGroup, Reader
 
 
 @dataclass(frozen=True)

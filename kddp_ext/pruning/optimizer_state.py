@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from kddp_ext.pruning.graph import StoredTensor
+from kddp_ext.pruning.tracing.graph import StoredTensor
 
 
 def require_sliceable_optimizer(optimizer: Optimizer) -> None:

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 
 from kddp_ext.pruning.budget import ModelSize
 from kddp_ext.pruning.guards import KeptBy
-from kddp_ext.pruning.judgement import LayerDecision
 from kddp_ext.pruning.report import change
+from kddp_ext.pruning.selection import LayerDecision
 
 
 @dataclass(frozen=True)

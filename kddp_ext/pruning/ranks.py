@@ -14,11 +14,11 @@ import torch
 import torch.distributed
 from torch import Tensor, nn
 
-from kddp_ext.pruning.judgement import LayerDecision
+from kddp_ext.activations.statistics import NeuronStatistics
 from kddp_ext.pruning.observation import LayerObservation
 from kddp_ext.pruning.records import observed_record, planned_record
+from kddp_ext.pruning.selection import LayerDecision
 from kddp_ext.pruning.settings import PruningSettings
-from kddp_ext.statistics import NeuronStatistics
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup

@@ -9,8 +9,8 @@ from dataclasses import fields
 import torch
 from torch import Tensor, nn
 
-from kddp_ext.pruning.judgement import LayerDecision
 from kddp_ext.pruning.observation import LayerObservation
+from kddp_ext.pruning.selection import LayerDecision
 from kddp_ext.pruning.settings import PruningSettings
 
 

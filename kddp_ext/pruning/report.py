@@ -7,8 +7,8 @@ from dataclasses import dataclass, fields
 
 from kddp_ext.pruning.budget import ModelSize
 from kddp_ext.pruning.guards import KeptBy
-from kddp_ext.pruning.judgement import LayerDecision
 from kddp_ext.pruning.rescaling import is_rescaled, scales_relative_to
+from kddp_ext.pruning.selection import LayerDecision
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from kddp_ext.statistics import NeuronStatistics
+from kddp_ext.activations.statistics import NeuronStatistics
 
 # Both together: a network that turns sparse has smaller activations too, but does not need larger weights for it.
 SHRUNK, GROWN = 0.5, 2.0

@@ -9,11 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from kddp_ext.pruning.groups import NeuronGroup
+from kddp_ext.activations.statistics import NeuronStatistics
 from kddp_ext.pruning.history import PruningHistory
-from kddp_ext.pruning.judgement import LayerDecision
 from kddp_ext.pruning.observation import LayerObservation, observe_layer
-from kddp_ext.statistics import NeuronStatistics
+from kddp_ext.pruning.selection import LayerDecision
+from kddp_ext.pruning.tracing.groups import NeuronGroup
 
 # Version 1 had neither steps nor first scales: one that is loaded has seen 0 steps and compares from its next check.
 STATE_VERSION, LOADABLE_VERSIONS = 2, (1, 2)

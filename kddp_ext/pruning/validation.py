@@ -10,9 +10,9 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from kddp_ext.pruning.groups import NeuronGroup
-from kddp_ext.pruning.neurons import UnsupportedModelError
 from kddp_ext.pruning.optimizer_state import require_sliceable_optimizer
+from kddp_ext.pruning.tracing.find import UnsupportedModelError
+from kddp_ext.pruning.tracing.groups import NeuronGroup
 
 LIMIT = 2**63  # of counts: what tensors hold
 

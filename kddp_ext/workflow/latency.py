@@ -17,9 +17,9 @@ from torch import Tensor, nn
 import kddp_ext
 from kddp_ext.workflow.datasets import INFO
 from kddp_ext.workflow.errors import WorkflowError
+from kddp_ext.workflow.inspect import SavedModel, find_models
 from kddp_ext.workflow.measure import count_macs, count_parameters, median_seconds, one_thread
 from kddp_ext.workflow.runtime import Runtime
-from kddp_ext.workflow.saved import SavedModel, find_models
 
 # Of the largest logit, or of 1 where all are smaller: float32 sums in another order differ by some 1e-6.
 TOLERANCE = 1e-3

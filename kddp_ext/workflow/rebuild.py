@@ -8,8 +8,8 @@ from rich.console import Console
 
 from kddp_ext.workflow.config import load_config
 from kddp_ext.workflow.datasets import INFO
+from kddp_ext.workflow.folder import RunFolder, require_run
 from kddp_ext.workflow.report import print_table, write_report
-from kddp_ext.workflow.run_folder import RunFolder, require_run
 from kddp_ext.workflow.sweep import sweep_points
 from kddp_ext.workflow.sweep_config import load_sweep
 from kddp_ext.workflow.sweep_report import write_sweep_report

@@ -11,9 +11,9 @@ from rich.table import Table
 
 from kddp_ext.files import write_text
 from kddp_ext.workflow.config import RunConfig
+from kddp_ext.workflow.folder import RunFolder
 from kddp_ext.workflow.job import STAGES, Stage
 from kddp_ext.workflow.plots import PICTURE, draw
-from kddp_ext.workflow.run_folder import RunFolder
 
 _MEANING = {
     "teacher": "the large network",

@@ -12,15 +12,15 @@ from kddp_ext.workflow.config import RunConfig
 from kddp_ext.workflow.data import ImageData
 from kddp_ext.workflow.datasets import INFO, read_dataset
 from kddp_ext.workflow.errors import WorkflowError
+from kddp_ext.workflow.folder import RunFolder, locked, make_folder, open_run, require_run
 from kddp_ext.workflow.job import STAGES, Job
 from kddp_ext.workflow.models import check_networks
 from kddp_ext.workflow.processes import Processes
 from kddp_ext.workflow.progress import Progress
 from kddp_ext.workflow.report import print_table, write_report
-from kddp_ext.workflow.run_folder import RunFolder, locked, make_folder, open_run, require_run
 from kddp_ext.workflow.runtime import Device, Runtime
 from kddp_ext.workflow.stages import Run, train_student, train_teacher
-from kddp_ext.workflow.teacher_cache import TeacherLogits
+from kddp_ext.workflow.teacher_logits import TeacherLogits
 from kddp_ext.workflow.teacher_source import take_teacher
 from kddp_ext.workflow.tensorboard import require_tensorboard
 from kddp_ext.workflow.timing import read_timing, write_timing

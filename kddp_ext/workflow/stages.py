@@ -17,15 +17,15 @@ from kddp_ext.workflow.batch_norm import join_batches
 from kddp_ext.workflow.checkpoint import architecture, check_architecture, load_checkpoint, save_checkpoint
 from kddp_ext.workflow.data import ImageData
 from kddp_ext.workflow.errors import WorkflowError
+from kddp_ext.workflow.folder import RunFolder
 from kddp_ext.workflow.job import Job
 from kddp_ext.workflow.measure import accuracy, count_active, count_macs, count_parameters
 from kddp_ext.workflow.models import build_student, build_teacher, prepare_teacher
 from kddp_ext.workflow.progress import Bar, Progress
-from kddp_ext.workflow.run_folder import RunFolder
 from kddp_ext.workflow.runtime import Runtime
-from kddp_ext.workflow.teacher_cache import TeacherLogits
+from kddp_ext.workflow.teacher_logits import TeacherLogits
 from kddp_ext.workflow.tensorboard import Write, event_files
-from kddp_ext.workflow.trainer import Recipe, Training, compiled, student_recipe, teacher_recipe, train
+from kddp_ext.workflow.train import Recipe, Training, compiled, student_recipe, teacher_recipe, train
 
 # Enough patches to know their principal components.
 _WHITENING_IMAGES = 2000

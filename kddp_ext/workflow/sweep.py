@@ -12,15 +12,15 @@ from kddp_ext.files import remove_leftovers, write_json
 from kddp_ext.workflow.data import ImageData
 from kddp_ext.workflow.datasets import INFO, read_dataset
 from kddp_ext.workflow.errors import WorkflowError
+from kddp_ext.workflow.folder import InUseError, RunFolder, is_empty, locked, make_folder
 from kddp_ext.workflow.job import Job
 from kddp_ext.workflow.models import check_networks
 from kddp_ext.workflow.progress import Progress
-from kddp_ext.workflow.run_folder import InUseError, RunFolder, is_empty, locked, make_folder
 from kddp_ext.workflow.runtime import Device, Runtime
 from kddp_ext.workflow.stages import Run, train_student, train_teacher
 from kddp_ext.workflow.sweep_config import TEACHER, Point, SweepConfig, load_sweep, points
 from kddp_ext.workflow.sweep_report import write_sweep_report
-from kddp_ext.workflow.teacher_cache import TeacherLogits
+from kddp_ext.workflow.teacher_logits import TeacherLogits
 from kddp_ext.workflow.teacher_source import take_teacher
 
 # Between two looks for work, while other processes train what is left.

@@ -8,9 +8,9 @@ from dataclasses import dataclass
 
 from kddp_ext.files import remove_leftovers, write_text
 from kddp_ext.workflow.datasets import INFO
+from kddp_ext.workflow.folder import RunFolder, locked
 from kddp_ext.workflow.measure import ACTIVE_IMAGES
 from kddp_ext.workflow.report import settings_section
-from kddp_ext.workflow.run_folder import RunFolder, locked
 from kddp_ext.workflow.sweep_config import TEACHER, Point, SweepConfig
 from kddp_ext.workflow.sweep_plots import PICTURE, draw_sweep
 from kddp_ext.workflow.sweep_results import Measured, measure_points

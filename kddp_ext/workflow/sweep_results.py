@@ -10,8 +10,8 @@ from typing import Any
 
 from kddp_ext.workflow.config_checks import LIMIT
 from kddp_ext.workflow.errors import WorkflowError
+from kddp_ext.workflow.folder import RunFolder
 from kddp_ext.workflow.job import Job
-from kddp_ext.workflow.run_folder import RunFolder
 from kddp_ext.workflow.sweep_config import Point
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from kddp_ext.workflow.config import RunConfig, differences, load_config
 from kddp_ext.workflow.errors import WorkflowError
-from kddp_ext.workflow.run_folder import RunFolder
+from kddp_ext.workflow.folder import RunFolder
 from kddp_ext.workflow.sweep_config import TEACHER, load_sweep
 
 # What decides a teacher's weights, besides all of `teacher`.

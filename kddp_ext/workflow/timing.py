@@ -12,12 +12,12 @@ from torch import Tensor
 from kddp_ext.digest import with_digest, without_digest
 from kddp_ext.files import write_json, write_text
 from kddp_ext.workflow.errors import WorkflowError
+from kddp_ext.workflow.folder import RunFolder
+from kddp_ext.workflow.inspect import find_models
 from kddp_ext.workflow.job import STAGES
 from kddp_ext.workflow.measure import forward_seconds
 from kddp_ext.workflow.read_files import read_json
-from kddp_ext.workflow.run_folder import RunFolder
 from kddp_ext.workflow.runtime import Runtime
-from kddp_ext.workflow.saved import find_models
 
 BATCHES = (1, 128)
 _PHASES = ("data", "teacher", "student", "loss", "prune", "validation")

@@ -7,8 +7,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import kddp_ext
-from kddp_ext.neuron_matrix import neuron_matrix
-from kddp_ext.statistics import NeuronStatistics, TrackedActivations
+from kddp_ext.activations.layout import neuron_matrix
+from kddp_ext.activations.statistics import NeuronStatistics, TrackedActivations
 
 SHAPES = {
     "channels": ((6, 5, 4, 3), 1),

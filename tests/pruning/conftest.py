@@ -1,7 +1,7 @@
 import pytest
 
-from kddp_ext import pruner
-from kddp_ext.pruning.neurons import find_neurons
+from kddp_ext.pruning import pruner
+from kddp_ext.pruning.tracing.find import find_neurons
 
 _traces = {}
 

@@ -4,8 +4,8 @@ import pytest
 import torch
 from torch import nn
 
-from kddp_ext.pruner import DynamicPruner
-from kddp_ext.pruning.neurons import UnsupportedModelError
+from kddp_ext.pruning.pruner import DynamicPruner
+from kddp_ext.pruning.tracing.find import UnsupportedModelError
 
 INPUTS = 5
 

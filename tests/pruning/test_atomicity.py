@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import nn
 
-from kddp_ext.pruner import DynamicPruner
 from kddp_ext.pruning import compaction
+from kddp_ext.pruning.pruner import DynamicPruner
 
 pytestmark = pytest.mark.usefixtures("one_trace_each")
 

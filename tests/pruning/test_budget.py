@@ -8,11 +8,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from kddp_ext.pruner import DynamicPruner
 from kddp_ext.pruning.budget import ModelSize, affordable
 from kddp_ext.pruning.guards import KeptBy
-from kddp_ext.pruning.judgement import decide
-from kddp_ext.pruning.neurons import find_neurons
+from kddp_ext.pruning.pruner import DynamicPruner
+from kddp_ext.pruning.selection import decide
+from kddp_ext.pruning.tracing.find import find_neurons
 
 pytestmark = pytest.mark.usefixtures("one_trace_each")
 

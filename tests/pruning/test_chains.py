@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from kddp_ext.pruner import DynamicPruner
+from kddp_ext.pruning.pruner import DynamicPruner
 
 INPUTS, CLASSES = 5, 3
 ACTIVATIONS = [nn.ReLU, nn.GELU, nn.Tanh, nn.PReLU, nn.Softplus, nn.Identity, lambda: nn.ReLU(inplace=True)]

@@ -10,8 +10,8 @@ from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from kddp_ext import load_student, save_student
-from kddp_ext.pruner import DynamicPruner
 from kddp_ext.pruning import compaction
+from kddp_ext.pruning.pruner import DynamicPruner
 
 pytestmark = pytest.mark.usefixtures("one_trace_each")
 

@@ -8,9 +8,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from kddp_ext.pruner import DynamicPruner
+from kddp_ext.activations.statistics import NeuronStatistics
 from kddp_ext.pruning.criteria import CRITERIA, outgoing_norms
-from kddp_ext.statistics import NeuronStatistics
+from kddp_ext.pruning.pruner import DynamicPruner
 
 
 def observed(*batches):

@@ -13,8 +13,8 @@ from torch.nn.parallel import DistributedDataParallel
 
 import kddp_ext
 from kddp_ext import UnsupportedModelError
-from kddp_ext.distributed import wrappers_of
-from kddp_ext.pruner import DynamicPruner
+from kddp_ext.pruning.distributed import wrappers_of
+from kddp_ext.pruning.pruner import DynamicPruner
 
 
 @pytest.fixture(scope="module")

@@ -9,7 +9,7 @@ from dead_neurons import ALIVE, CLASSES, DEAD, INPUTS, NORMS, batch, build, prun
 from torch import nn
 
 import kddp_ext
-from kddp_ext.pruner import DynamicPruner
+from kddp_ext.pruning.pruner import DynamicPruner
 
 pytestmark = pytest.mark.usefixtures("one_trace_each")
 

@@ -9,7 +9,7 @@ from pruner_cases import make_model, make_pruner
 from torch import nn
 from torch.optim import lr_scheduler
 
-from kddp_ext.pruner import DynamicPruner
+from kddp_ext.pruning.pruner import DynamicPruner
 
 pytestmark = pytest.mark.usefixtures("one_trace_each")
 

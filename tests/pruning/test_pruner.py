@@ -13,9 +13,9 @@ from pruner_cases import INPUTS, example, kill, make_model, make_pruner, observe
 from torch import nn
 
 import kddp_ext
-from kddp_ext.pruner import DynamicPruner
 from kddp_ext.pruning.guards import KeptBy
-from kddp_ext.student_file import load_student, save_student
+from kddp_ext.pruning.pruner import DynamicPruner
+from kddp_ext.saving.student_file import load_student, save_student
 
 # --- what is observed
 

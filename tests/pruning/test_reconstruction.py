@@ -7,11 +7,11 @@ import pytest
 import torch
 from torch import nn
 
-from kddp_ext.neuron_matrix import neuron_matrix
-from kddp_ext.pruner import DynamicPruner
+from kddp_ext.activations.layout import neuron_matrix
+from kddp_ext.activations.sample_ring import SampleRing
+from kddp_ext.activations.statistics import NeuronStatistics
+from kddp_ext.pruning.pruner import DynamicPruner
 from kddp_ext.pruning.reconstruction import reconstruct
-from kddp_ext.sample_ring import SampleRing
-from kddp_ext.statistics import NeuronStatistics
 
 
 def samples(count=200, rank=6, width=12, noise=0.0):

@@ -5,8 +5,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from kddp_ext.pruner import DynamicPruner
-from kddp_ext.pruning.neurons import UnsupportedModelError, find_neurons
+from kddp_ext.pruning.pruner import DynamicPruner
+from kddp_ext.pruning.tracing.find import UnsupportedModelError, find_neurons
 
 INPUTS = 6
 

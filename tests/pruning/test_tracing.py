@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from kddp_ext.pruning.neurons import find_neurons
+from kddp_ext.pruning.tracing.find import find_neurons
 
 INPUTS = 6
 

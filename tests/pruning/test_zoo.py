@@ -9,7 +9,7 @@ from torch import nn
 from zoo import ZOO
 
 from kddp_ext.pruning.compaction import Removal, plan_compaction
-from kddp_ext.pruning.neurons import find_neurons
+from kddp_ext.pruning.tracing.find import find_neurons
 
 LAYERS = (nn.Linear, nn.modules.conv._ConvNd, nn.modules.batchnorm._BatchNorm, nn.PReLU, nn.LayerNorm)
 

@@ -10,8 +10,8 @@ from typing import Any, BinaryIO
 import pytest
 
 from kddp_ext import files
-from kddp_ext.cli import main
 from kddp_ext.workflow import checkpoint, run
+from kddp_ext.workflow.cli import main
 from kddp_ext.workflow.config import RunConfig, differences
 from kddp_ext.workflow.errors import WorkflowError
 from kddp_ext.workflow.presets import preset

@@ -18,13 +18,13 @@ from kddp_ext.workflow import trainer
 from kddp_ext.workflow.config import RunConfig
 from kddp_ext.workflow.data import ImageData
 from kddp_ext.workflow.datasets import INFO, read_dataset
+from kddp_ext.workflow.folder import RunFolder
 from kddp_ext.workflow.job import Job
 from kddp_ext.workflow.models import build_teacher
 from kddp_ext.workflow.progress import Progress
-from kddp_ext.workflow.run_folder import RunFolder
 from kddp_ext.workflow.runtime import Runtime
 from kddp_ext.workflow.stages import Run, train_student
-from kddp_ext.workflow.teacher_cache import TeacherLogits
+from kddp_ext.workflow.teacher_logits import TeacherLogits
 
 HAS_COMPILER = shutil.which(os.environ.get("CXX", "g++")) and Path(sysconfig.get_path("include"), "Python.h").is_file()
 pytestmark = pytest.mark.skipif(not HAS_COMPILER, reason="torch.compile needs a C++ compiler and Python's headers")

@@ -13,7 +13,7 @@ from kddp_ext.workflow.datasets import INFO
 from kddp_ext.workflow.errors import WorkflowError
 from kddp_ext.workflow.models import build_teacher
 from kddp_ext.workflow.muon import FILTER_MOMENTUM, Muon, orthogonalized
-from kddp_ext.workflow.trainer import teacher_recipe
+from kddp_ext.workflow.train import teacher_recipe
 
 
 def normal(*shape: int, seed: int = 0) -> Tensor:

@@ -18,13 +18,12 @@ from rank_processes import RankProcesses
 from torch import nn
 
 import kddp_ext
-from kddp_ext import cli
-from kddp_ext.workflow import run
+from kddp_ext.workflow import cli, run
 from kddp_ext.workflow.config import RunConfig
 from kddp_ext.workflow.data import ImageData
+from kddp_ext.workflow.folder import RunFolder
 from kddp_ext.workflow.job import STAGES
 from kddp_ext.workflow.processes import Processes
-from kddp_ext.workflow.run_folder import RunFolder
 
 # Sums are rounded in another order, and a training amplifies that: float64 has 1e-16.
 CLOSE = 1e-9
@@ -307,7 +306,7 @@ def test_torchrun(tmp_path: Path) -> None:
 
 TOLD_BY_THE_INTERPRETER = """
 import atexit, sys
-from kddp_ext import cli
+from kddp_ext.workflow import cli
 
 def main():
     atexit.register(print, "tidied")
@@ -335,7 +334,7 @@ def test_of_several_processes_none_ends_in_the_middle_of_what_gloo_does(
 
 ONE_WITHOUT_DATA = """
 import os
-from kddp_ext import cli
+from kddp_ext.workflow import cli
 from kddp_ext.workflow import run
 from kddp_ext.workflow.errors import WorkflowError
 

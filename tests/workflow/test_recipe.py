@@ -13,7 +13,7 @@ from kddp_ext.workflow.config import PruningConfig, RunConfig, StudentConfig, Te
 from kddp_ext.workflow.data import ImageData
 from kddp_ext.workflow.models import build_teacher
 from kddp_ext.workflow.runtime import Runtime
-from kddp_ext.workflow.trainer import Training, student_recipe, teacher_recipe, train
+from kddp_ext.workflow.train import Training, student_recipe, teacher_recipe, train
 
 
 def test_the_penalty_rises_stays_and_ends() -> None:

@@ -19,13 +19,13 @@ import torch
 from rich.console import Console
 
 import kddp_ext
-from kddp_ext.cli import main
 from kddp_ext.workflow import trainer
+from kddp_ext.workflow.cli import main
 from kddp_ext.workflow.config import RunConfig
 from kddp_ext.workflow.errors import WorkflowError
+from kddp_ext.workflow.folder import RunFolder, locked
 from kddp_ext.workflow.job import STAGES
 from kddp_ext.workflow.run import run_workflow
-from kddp_ext.workflow.run_folder import RunFolder, locked
 
 
 def assert_same_end(run: Path, other: Path) -> None:

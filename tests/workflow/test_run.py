@@ -15,11 +15,11 @@ from kddp_ext.workflow.config import RunConfig, load_config
 from kddp_ext.workflow.data import ImageData
 from kddp_ext.workflow.datasets import INFO
 from kddp_ext.workflow.errors import WorkflowError
+from kddp_ext.workflow.folder import RunFolder
+from kddp_ext.workflow.inspect import describe, evaluate
 from kddp_ext.workflow.job import STAGES
 from kddp_ext.workflow.models import build_student
 from kddp_ext.workflow.run import run_workflow
-from kddp_ext.workflow.run_folder import RunFolder
-from kddp_ext.workflow.saved import describe, evaluate
 
 
 def output(console: Console) -> str:

@@ -16,14 +16,14 @@ import pytest
 import torch
 from rich.console import Console
 
-from kddp_ext.cli import main
 from kddp_ext.files import leftovers
 from kddp_ext.workflow import teacher_source
+from kddp_ext.workflow.cli import main
 from kddp_ext.workflow.config import RunConfig
 from kddp_ext.workflow.errors import WorkflowError
+from kddp_ext.workflow.folder import RunFolder
 from kddp_ext.workflow.rebuild import rebuild_report
 from kddp_ext.workflow.run import run_workflow
-from kddp_ext.workflow.run_folder import RunFolder
 from kddp_ext.workflow.sweep import run_sweep, sweep_points
 from kddp_ext.workflow.sweep_config import SweepConfig, load_sweep, points
 from kddp_ext.workflow.sweep_results import measure_points

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from kddp_ext.workflow.data import ImageData
 from kddp_ext.workflow.progress import Progress
 from kddp_ext.workflow.runtime import Runtime
-from kddp_ext.workflow.teacher_cache import TeacherLogits
+from kddp_ext.workflow.teacher_logits import TeacherLogits
 
 MakeCache = Callable[..., TeacherLogits]
 RUNTIME = Runtime("cpu", "float32")

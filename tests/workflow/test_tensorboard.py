@@ -11,12 +11,12 @@ import pytest
 from rich.console import Console
 from workflow_ranks import KilledError, dies_after
 
-from kddp_ext.cli import main
 from kddp_ext.workflow import trainer
+from kddp_ext.workflow.cli import main
 from kddp_ext.workflow.config import RunConfig
+from kddp_ext.workflow.folder import RunFolder
 from kddp_ext.workflow.job import STAGES
 from kddp_ext.workflow.run import run_workflow
-from kddp_ext.workflow.run_folder import RunFolder
 from kddp_ext.workflow.tensorboard import scalars
 
 

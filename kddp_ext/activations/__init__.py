@@ -1,0 +1,1 @@
+"""Activations of any layout, and the statistics that pruning needs of them."""

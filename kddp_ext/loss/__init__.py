@@ -1,0 +1,1 @@
+"""The loss: settings, function, autograd and module."""

@@ -1,0 +1,198 @@
+"""Taking kept rows and columns out of tensors as an operator."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from kddp_ext.ops import reference
+from kddp_ext.ops.library import ELEMENT_TYPES, is_native, library, native, workspace_on
+
+library.define(
+    "gather_slices(Tensor[] tensors, Tensor? keep_rows, Tensor? keep_columns, int rows, int columns, "
+    "Tensor? pruned_columns, Tensor? pruned_means) -> (Tensor[], Tensor)"
+)
+
+
+def _sliced_outputs(
+    tensors: Sequence[Tensor],
+    keep_rows: Tensor | None,
+    keep_columns: Tensor | None,
+    rows: int,
+    columns: int,
+    _pruned_columns: Tensor | None,
+    _pruned_means: Tensor | None,
+) -> tuple[list[Tensor], Tensor]:
+    """Outputs of `gather_slices`, not yet filled, but for the zeros where no columns are pruned."""
+    kept_rows = rows if keep_rows is None else keep_rows.shape[0]
+    kept_columns = columns if keep_columns is None else keep_columns.shape[0]
+    shift = tensors[0].new_zeros(kept_rows, dtype=torch.float64)
+    shapes = [reference.sliced_shape(t, rows, columns, kept_rows, kept_columns) for t in tensors]
+    return [t.new_empty(shape) for t, shape in zip(tensors, shapes, strict=True)], shift
+
+
+def _gather_slices(
+    tensors: Sequence[Tensor],
+    keep_rows: Tensor | None,
+    keep_columns: Tensor | None,
+    rows: int,
+    columns: int,
+    pruned_columns: Tensor | None,
+    pruned_means: Tensor | None,
+) -> tuple[list[Tensor], Tensor]:
+    _check(tensors, keep_rows, keep_columns, rows, columns, pruned_columns, pruned_means)
+    outputs = _sliced_outputs(tensors, keep_rows, keep_columns, rows, columns, pruned_columns, pruned_means)
+    targets, shift = outputs
+    # Bound to a name, for a copy must outlive the call that is given its address.
+    sources = [_readable(t, rows) for t in tensors]
+    blocks = []
+    for source, target in zip(sources, targets, strict=True):
+        column_bytes = source.numel() // (rows * columns) * source.element_size()
+        row_stride = columns * column_bytes if source.is_contiguous() else source.stride(0) * source.element_size()
+        blocks.append((source.data_ptr(), row_stride, column_bytes, target.data_ptr()))
+    module, place = native(tensors[0])
+    module.gather_slices(
+        blocks,
+        columns,
+        0 if keep_rows is None else keep_rows.data_ptr(),
+        shift.shape[0],
+        0 if keep_columns is None else keep_columns.data_ptr(),
+        columns if keep_columns is None else keep_columns.shape[0],
+        _compensation(sources[0], pruned_columns, pruned_means, shift),
+        workspace_on(tensors[0].device),
+        place,
+    )
+    return outputs
+
+
+def _readable(tensor: Tensor, rows: int) -> Tensor:
+    """The tensor itself where each of its rows is contiguous, else a contiguous copy."""
+    if tensor.is_contiguous() or (tensor.shape[0] == rows and tensor[0].is_contiguous()):
+        return tensor
+    return tensor.contiguous()
+
+
+def _compensation(
+    weight: Tensor, pruned_columns: Tensor | None, pruned_means: Tensor | None, shift: Tensor
+) -> tuple[int, int, int, int, int]:
+    if pruned_columns is None or pruned_means is None:
+        return (0, 0, 0, 0, 0)
+    pruned = (pruned_columns.data_ptr(), pruned_columns.shape[0])
+    return (ELEMENT_TYPES[weight.dtype], *pruned, pruned_means.data_ptr(), shift.data_ptr())
+
+
+library.impl("gather_slices", _gather_slices, "CPU")
+library.impl("gather_slices", _gather_slices, "CUDA")
+torch.library.register_fake("kddp::gather_slices", _sliced_outputs, lib=library)
+
+_gather_slices_operator = torch.ops.kddp.gather_slices.default
+
+
+def gather_slices(
+    tensors: Sequence[Tensor],
+    keep_rows: Tensor | None,
+    keep_columns: Tensor | None,
+    *,
+    rows: int,
+    columns: int,
+    pruned_columns: Tensor | None = None,
+    pruned_means: Tensor | None = None,
+) -> tuple[list[Tensor], Tensor]:
+    """Take the kept rows and columns out of several tensors in one call: a parameter, its gradient, its moments.
+
+    What the pruned columns of the first contributed on average is summed in the same reading of it.
+
+    Args:
+        tensors: each is seen as a (rows, columns, inner) block with inner = numel / (rows · columns); any dtype. All
+            arguments are on one device.
+        keep_rows: int64 indices of the rows to keep, in their new order; None keeps all.
+        keep_columns: the same of the columns.
+        rows: rows of each block; for a vector its length.
+        columns: columns of each block; for a vector 1.
+        pruned_columns: (P,) int64, columns whose mean contribution is wanted; tensors[0] is then float32, float64,
+            bfloat16 or float16.
+        pruned_means: (P,) float64, the mean of what those columns are multiplied by.
+
+    Returns:
+        The smaller tensors, contiguous, with as many dimensions as before; and (kept rows,) float64:
+        Σ_p tensors[0][row, p, :].sum() · pruned_means[p], or zeros. It is summed in float64, the same whatever the
+        number of threads. A NaN or infinity among the pruned columns gives what IEEE 754 says, so an infinite weight
+        of mean 0 gives NaN; those among the kept columns are not looked at.
+
+    Raises:
+        ValueError: an index is outside its range, a tensor is no such block or on another device, or the means are
+            not as said above.
+    """
+    if not tensors or not all(is_native(t.device) for t in tensors):
+        _check(tensors, keep_rows, keep_columns, rows, columns, pruned_columns, pruned_means)
+        return reference.gather_slices(
+            tensors, keep_rows, keep_columns, rows=rows, columns=columns,
+            pruned_columns=pruned_columns, pruned_means=pruned_means,
+        )  # fmt: skip
+    gathered, shift = _gather_slices_operator(
+        [t.detach() for t in tensors], keep_rows, keep_columns, rows, columns, pruned_columns, pruned_means
+    )
+    return list(gathered), shift
+
+
+def _check(
+    tensors: Sequence[Tensor],
+    keep_rows: Tensor | None,
+    keep_columns: Tensor | None,
+    rows: int,
+    columns: int,
+    pruned_columns: Tensor | None,
+    pruned_means: Tensor | None,
+) -> None:
+    for number, tensor in enumerate(tensors):
+        _check_device(f"tensors[{number}]", tensor, tensors)
+        if rows * columns == 0 or tensor.numel() % (rows * columns):
+            raise ValueError(
+                f"tensors[{number}]: expected a multiple of {rows} x {columns} elements, got shape "
+                f"{tuple(tensor.shape)}"
+            )
+    for name, index, size in (
+        ("keep_rows", keep_rows, rows),
+        ("keep_columns", keep_columns, columns),
+        ("pruned_columns", pruned_columns, columns),
+    ):
+        if index is not None:
+            _check_index(name, index, size)
+            _check_device(name, index, tensors)
+    if pruned_columns is not None or pruned_means is not None:
+        means = _checked_means(pruned_columns, pruned_means)
+        _check_device("pruned_means", means, tensors)
+        if tensors and tensors[0].dtype not in ELEMENT_TYPES:
+            names = ", ".join(str(dtype) for dtype in ELEMENT_TYPES)
+            raise ValueError(f"tensors[0]: expected one of {names} with pruned_means, got {tensors[0].dtype}")
+
+
+def _check_device(name: str, tensor: Tensor, tensors: Sequence[Tensor]) -> None:
+    """The kernels are given addresses: one of another device would be read as if it were theirs."""
+    if tensors and tensor.device != tensors[0].device:
+        raise ValueError(f"{name}: expected device {tensors[0].device} as tensors[0], got {tensor.device}")
+
+
+def _check_index(name: str, index: Tensor, size: int) -> None:
+    if index.dtype != torch.int64 or index.dim() != 1 or not index.is_contiguous():
+        raise ValueError(
+            f"{name}: expected a contiguous vector of int64, got {index.dtype} of shape {tuple(index.shape)}"
+        )
+    if index.is_meta:  # it has no numbers
+        return
+    lowest, highest = map(int, index.aminmax()) if index.numel() else (0, 0)
+    if lowest < 0 or highest >= size:
+        raise ValueError(f"{name}: expected indices from 0 to {size - 1}, got {lowest} to {highest}")
+
+
+def _checked_means(columns: Tensor | None, means: Tensor | None) -> Tensor:
+    if columns is None or means is None:
+        raise ValueError("pruned_columns, pruned_means: expected both or neither")
+    if means.dtype != torch.float64 or means.shape != columns.shape or not means.is_contiguous():
+        raise ValueError(
+            f"pruned_means: expected a contiguous vector of {columns.shape[0]} float64, got {means.dtype} of shape "
+            f"{tuple(means.shape)}"
+        )
+    return means

@@ -1,0 +1,96 @@
+"""Forward hooks that keep the value each layer's neurons had in the latest forward pass."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from kddp_ext.pruning.tracing.groups import NeuronGroup
+
+# Where a dropout leaves its input on its output, for the reader behind it; both are gone with the graph.
+_BEFORE_DROPOUT = "_kddp_before_dropout"
+
+
+class Taps:
+    """The hooks of one pruner, and the latest value of each group.
+
+    The hooks hold the values, not the pruner, so a model does not keep a pruner alive; a copied or unpickled
+    model gets hooks that do nothing, for its values are not those of the model that is pruned.
+    """
+
+    def __init__(self, model: nn.Module, groups: Iterable[NeuronGroup]) -> None:
+        self._hooks: dict[str, _ReaderHook] = {}
+        self._handles = []
+        for group in groups:
+            for name in group.dropouts:
+                module = model.get_submodule(name)
+                self._handles.append(module.register_forward_hook(_DropoutHook(), with_kwargs=True))
+            hook = self._hooks[group.name] = _ReaderHook(dropouts=len(group.dropouts))
+            reader = model.get_submodule(group.readers[0].module)
+            self._handles.append(reader.register_forward_pre_hook(hook, with_kwargs=True))
+
+    def value(self, group: NeuronGroup) -> tuple[Tensor, int] | None:
+        """The value of the latest forward pass, and the dimension that the neurons are; None before any.
+
+        Neurons with several entries along a dimension get one of their own, entries before and behind it.
+        """
+        value, layout = self._hooks[group.name].value, group.value
+        if value is None:
+            return None
+        if value.dim() != group.dimensions or value.shape[layout.axis] != group.width * layout.entries:
+            raise RuntimeError(
+                f"activations: what {group.readers[0].module} reads was traced with {group.dimensions} dimensions and "
+                f"{group.width * layout.entries} entries along dimension {layout.axis}, and is now of shape "
+                f"{tuple(value.shape)}"
+            )
+        if layout.entries == 1:
+            return value, layout.axis
+        return value.unflatten(layout.axis, (layout.outer, group.width, layout.inner)), layout.axis + 1
+
+    def clear(self) -> None:
+        """Forget the values."""
+        for hook in self._hooks.values():
+            hook.value = None
+
+    def remove(self) -> None:
+        """Take the hooks off the model."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+        self.clear()
+
+
+class _InertHook:
+    """What a copy of a hook is."""
+
+    def __call__(self, *arguments: Any) -> None:
+        return None
+
+
+class _Hook:
+    def __reduce__(self) -> tuple[type[_InertHook], tuple[()]]:
+        return _InertHook, ()
+
+
+class _ReaderHook(_Hook):
+    def __init__(self, dropouts: int) -> None:
+        self.value: Tensor | None = None
+        self._dropouts = dropouts
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if torch.compiler.is_exporting():  # another pruner traces the model: there are no values
+            return
+        value = args[0] if args else kwargs["input"]
+        for _ in range(self._dropouts):
+            value = getattr(value, _BEFORE_DROPOUT, value)
+        self.value = value
+
+
+class _DropoutHook(_Hook):
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> None:
+        source = args[0] if args else kwargs["input"]
+        if output is not source and not torch.compiler.is_exporting():
+            setattr(output, _BEFORE_DROPOUT, source)

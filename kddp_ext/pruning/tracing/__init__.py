@@ -1,0 +1,1 @@
+"""Which neurons a model has, found by tracing it."""

@@ -1,0 +1,204 @@
+"""Following the neurons of one layer through the graph, from the layer to those that read them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import nn
+from torch.fx import Node
+
+from kddp_ext.pruning.tracing.graph import OperationGraph, Refusal, StoredTensor
+from kddp_ext.pruning.tracing.groups import Layout, NeuronCount, NeuronGroup, Reader
+from kddp_ext.pruning.tracing.operations import (
+    CONVOLUTIONS,
+    POINTWISE,
+    POOLINGS,
+    NeuronPath,
+    argument_of,
+    foreign_operand,
+    groups_of,
+    operation_name,
+    shape_of,
+)
+
+_DROPOUTS = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d)
+# A constant that is added to each channel passes these as it is: of maxima, and of means over real entries alone.
+_SHIFT_PASSES = tuple(name for name in POOLINGS if not name.startswith("avg"))
+
+
+def is_layer(node: Node) -> bool:
+    """Whether `node` applies a weight that mixes all that it reads: a Linear or a convolution."""
+    return operation_name(node) == "linear" or operation_name(node) in CONVOLUTIONS
+
+
+def is_depthwise(node: Node) -> bool:
+    """Whether `node` is a convolution that keeps channels apart."""
+    return operation_name(node) in CONVOLUTIONS and groups_of(node) > 1
+
+
+def layer_name(graph: OperationGraph, node: Node) -> str:
+    """Name of the module whose weight `node` applies."""
+    stored, caller = graph.stored(node.args[1]), graph.module(node)
+    if stored is None or _is_layer_module(graph.model.get_submodule(caller)):
+        return caller
+    return stored.module if _is_layer_module(graph.model.get_submodule(stored.module)) else stored.name
+
+
+def follow(graph: OperationGraph, layer: Node) -> NeuronGroup:
+    """The group of the neurons that `layer` computes, with the layers that gate them.
+
+    Raises:
+        Refusal: they cannot be proven prunable.
+    """
+    producers = [layer]
+    path = _walk(graph, producers)
+    while path.factors:
+        found = {producer for factor in path.factors for producer in _producers_behind(graph, factor)}
+        if found <= set(producers):
+            raise Refusal(foreign_operand(graph, _user_on_way(path, path.factors[0])))
+        producers = [node for node in graph.nodes if node in found.union(producers)]
+        path = _walk(graph, producers)
+    if not path.readers:
+        raise Refusal("nothing reads its neurons")
+    return _group(graph, path, producers)
+
+
+def _walk(graph: OperationGraph, producers: list[Node]) -> NeuronPath:
+    path = NeuronPath(graph)
+    for producer in producers:
+        _start(path, producer)
+    for node in graph.nodes:
+        if any(source in path.at for source in node.all_input_nodes):
+            path.step(node)
+    path.factors = [factor for factor in path.factors if factor not in path.at]
+    return path
+
+
+def _start(path: NeuronPath, layer: Node) -> None:
+    """The slices of the layer that computes the neurons."""
+    graph, shape = path.graph, shape_of(layer)
+    weight = path.add_slices(layer.args[1], "weight", Layout(0))
+    assert weight is not None
+    module = graph.model.get_submodule(weight.module)
+    if not _is_layer_module(module) or weight.attribute != "weight":
+        raise Refusal(f"the weight {weight.name} belongs to no nn.Linear or convolution; make it one")
+    if is_depthwise(layer):
+        raise Refusal(
+            f"its {groups_of(layer)} groups of channels must all stay of one size; depthwise ones are pruned with the "
+            "layer in front of them, where that can be"
+        )
+    path.add_slices(argument_of(layer, 2, "bias", None), "bias", Layout(0))
+    linear = operation_name(layer) == "linear"
+    path.counts.append(NeuronCount(weight.module, "out_features" if linear else "out_channels"))
+    axis = len(shape) - 1 if linear else len(shape) - 1 - CONVOLUTIONS[operation_name(layer)]
+    if axis < 1:
+        raise Refusal("it is called on a single sample without a batch dimension")
+    path.at[layer] = Layout(axis)
+
+
+def _producers_behind(graph: OperationGraph, factor: Node) -> set[Node]:
+    """The layers that compute `factor` entry by entry."""
+    if is_layer(factor) and not is_depthwise(factor):
+        return {factor}
+    passes = operation_name(factor) in (*POINTWISE, "batch_norm", "prelu") or is_depthwise(factor)
+    sources = [node for node in factor.all_input_nodes if graph.stored(node) is None]
+    if not passes or not sources or any(shape_of(source) != shape_of(factor) for source in sources):
+        raise Refusal(
+            f"they are multiplied by what {operation_name(factor)} in {graph.place(factor)} computes, and no Linear or "
+            "convolution computes that entry by entry"
+        )
+    return {producer for source in sources for producer in _producers_behind(graph, source)}
+
+
+def _user_on_way(path: NeuronPath, factor: Node) -> Node:
+    return next(user for user in factor.users if user in path.at)
+
+
+def _group(graph: OperationGraph, path: NeuronPath, producers: list[Node]) -> NeuronGroup:
+    # Statistics are of one value, so all readers must read the same (each through a dropout of its own, if any).
+    sources = [_before_dropout(graph, reader) for reader in path.readers]
+    value, dropouts = sources[0]
+    if any(source is not value for source, _ in sources):
+        readers = " and ".join(graph.module(reader) for reader in path.readers)
+        raise Refusal(f"{readers} read different functions of its neurons; only one common value can be observed")
+    names = tuple(layer_name(graph, producer) for producer in producers)
+    width = shape_of(producers[0])[path.at[producers[0]].axis]
+    if any(shape_of(producer)[path.at[producer].axis] != width for producer in producers):
+        raise Refusal(f"{' and '.join(names)} are multiplied, and have different numbers of neurons")
+    return NeuronGroup(
+        name=names[0],
+        producers=names,
+        width=width,
+        slices=tuple(path.slices),
+        counts=tuple(path.counts),
+        readers=tuple(
+            Reader(graph.module(reader), _weight_layout(path, reader), _shift(graph, reader), _is_padded(reader))
+            for reader in path.readers
+        ),
+        value=path.at[value],
+        dimensions=len(shape_of(value)),
+        dropouts=tuple(dropouts),
+    )
+
+
+def _weight_layout(path: NeuronPath, reader: Node) -> Layout:
+    stored = path.graph.stored(reader.args[1])
+    return next(slices.layout for slices in path.slices if slices.stored == stored and slices.layout.axis == 1)
+
+
+def _before_dropout(graph: OperationGraph, reader: Node) -> tuple[Node, list[str]]:
+    """The value that `reader` reads, before nn.Dropout modules directly in front of it, and their names."""
+    source, names = reader.args[0], []
+    assert isinstance(source, Node)
+    while operation_name(source) in ("dropout", "feature_dropout"):
+        name = graph.module(source)
+        module = graph.model.get_submodule(name)
+        # An in-place dropout overwrites the value; a functional one offers nothing to hook.
+        if not isinstance(module, _DROPOUTS) or module.inplace:
+            break
+        names.append(name)
+        source = source.args[0]
+        assert isinstance(source, Node)
+    return source, names
+
+
+def _shift(graph: OperationGraph, reader: Node) -> StoredTensor | None:
+    """What a constant added to the output of `reader` can be folded into."""
+    candidate = argument_of(reader, 2, "bias", None)
+    if candidate is None:
+        norm = _norm_behind(reader)
+        candidate = None if norm is None else norm.args[3]
+    if candidate is None:
+        return None
+    try:
+        return graph.own(candidate, "shift")
+    except Refusal:
+        return None
+
+
+def _is_padded(reader: Node) -> bool:
+    if operation_name(reader) not in CONVOLUTIONS:
+        return False
+    padding = argument_of(reader, 4, "padding", 0)  # sizes, or "valid" or "same"
+    if isinstance(padding, str):
+        return padding == "same"
+    return any(padding) if isinstance(padding, Sequence) else bool(padding)
+
+
+def _norm_behind(reader: Node) -> Node | None:
+    """The BatchNorm that alone reads the output of `reader`, directly or through pooling."""
+    value = reader
+    while len(value.users) == 1:
+        user = next(iter(value.users))
+        if user.args[0] is not value:
+            return None
+        if operation_name(user) == "batch_norm":
+            return user
+        if operation_name(user) not in _SHIFT_PASSES:
+            return None
+        value = user
+    return None
+
+
+def _is_layer_module(module: nn.Module) -> bool:
+    return isinstance(module, nn.Linear | nn.modules.conv._ConvNd)

@@ -1,0 +1,323 @@
+"""What each operation does with the neurons of a value it reads: one handler an operation, in one table.
+
+A handler either follows the neurons into the operation's result, or ends there because the operation reads
+them (the next Linear or convolution), or refuses. An operation that is not in the table is refused, never guessed.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.fx import Node
+
+from kddp_ext.pruning.tracing.graph import OperationGraph, Refusal, StoredTensor
+from kddp_ext.pruning.tracing.groups import Layout, NeuronCount, NeuronSlices
+
+# Of each, how many dimensions it convolves or pools.
+CONVOLUTIONS = {"conv1d": 1, "conv2d": 2, "conv3d": 3}
+POOLINGS = {
+    f"{kind}{n}d": n for n in (1, 2, 3) for kind in ("max_pool", "avg_pool", "adaptive_avg_pool", "adaptive_max_pool")
+}
+
+
+@dataclass
+class NeuronPath:
+    """The way of some layers' neurons through the graph, as far as it has been followed.
+
+    Attributes:
+        graph: the graph.
+        at: for each value that holds entries of each neuron, how they lie in it.
+        slices: stored tensors that have slices of each neuron.
+        counts: module attributes that hold the number of neurons.
+        readers: the operations that sum over the neurons: Linear layers and convolutions.
+        factors: values that the neurons are multiplied with, entry by entry, and that are not on their way yet.
+    """
+
+    graph: OperationGraph
+    at: dict[Node, Layout] = field(default_factory=dict)
+    slices: list[NeuronSlices] = field(default_factory=list)
+    counts: list[NeuronCount] = field(default_factory=list)
+    readers: list[Node] = field(default_factory=list)
+    factors: list[Node] = field(default_factory=list)
+
+    def add_slices(self, argument: Any, role: str, layout: Layout) -> StoredTensor | None:
+        """Record that the stored tensor behind `argument`, if there is one, has slices of each neuron."""
+        if argument is None:
+            return None
+        stored = self.graph.own(argument, role)
+        self.slices.append(NeuronSlices(stored, layout))
+        return stored
+
+    def step(self, node: Node) -> None:
+        """Follow the neurons through `node`, which reads at least one value that holds them."""
+        if node.op == "output":
+            if self.readers:
+                raise Refusal("a value on their way also leaves the model as an output; do not return it")
+            raise Refusal("its neurons are the model's outputs")
+        name = operation_name(node)
+        handler = HANDLERS.get(name)
+        if handler is None:
+            place = self.graph.place(node)
+            raise Refusal(
+                f"the operation {name} in {place} is not known to keep neurons apart; leave this layer "
+                "unpruned or move the operation behind the next Linear or convolution"
+            )
+        handler(self, node)
+
+    def source(self, node: Node) -> Node:
+        """The first argument of `node`, proven to be the value that holds the neurons."""
+        source = node.args[0]
+        if not isinstance(source, Node) or source not in self.at:
+            raise Refusal(f"{operation_name(node)} in {self.graph.place(node)} takes a setting from the neurons")
+        return source
+
+
+Handler = Callable[[NeuronPath, Node], None]
+
+
+def operation_name(node: Node) -> str:
+    """'relu' for aten.relu.default and for its in-place form aten.relu_.default."""
+    if isinstance(node.target, torch._ops.OpOverload):
+        return node.target._schema.name.removeprefix("aten::").rstrip("_")
+    return "getitem" if node.target is operator.getitem else str(node.target)
+
+
+def shape_of(node: Node) -> torch.Size:
+    """Shape of a tensor-valued node; of several tensors, that of the first."""
+    value = node.meta["val"]
+    value = value[0] if isinstance(value, tuple | list) else value
+    assert isinstance(value, Tensor)
+    return value.shape
+
+
+def groups_of(convolution: Node) -> int:
+    """The argument `groups` of a convolution."""
+    groups = argument_of(convolution, 6, "groups", 1)
+    assert isinstance(groups, int)
+    return groups
+
+
+def argument_of(node: Node, position: int, name: str, default: Any) -> Any:
+    """An argument by position or name."""
+    return node.args[position] if len(node.args) > position else node.kwargs.get(name, default)
+
+
+def _pointwise(path: NeuronPath, node: Node) -> None:
+    """Entry by entry, over one value or several of the same neurons: each neuron stays where it is."""
+    carried = [source for source in node.all_input_nodes if source in path.at]
+    for other in node.all_input_nodes:
+        if other in path.at or shape_of(other).numel() == 1:
+            continue
+        if operation_name(node) != "mul" or shape_of(other) != shape_of(node) or path.graph.stored(other):
+            raise Refusal(foreign_operand(path.graph, node))
+        path.factors.append(other)
+    if any(shape_of(source) != shape_of(node) for source in carried):
+        raise Refusal(f"{operation_name(node)} in {path.graph.place(node)} broadcasts the neurons; keep the shape")
+    layouts = {path.at[source] for source in carried}
+    if len(layouts) > 1:
+        raise Refusal(f"{operation_name(node)} in {path.graph.place(node)} mixes different neurons")
+    path.at[node] = layouts.pop()
+
+
+def foreign_operand(graph: OperationGraph, node: Node) -> str:
+    """Why the neurons cannot be followed through `node`, which pairs them with another tensor's entries."""
+    name, place = operation_name(node), graph.place(node)
+    if name == "mul":
+        return (
+            f"mul in {place} multiplies them by another tensor (a gate that no Linear or convolution of their own "
+            "computes, a scale?), which is not supported"
+        )
+    if name in ("add", "sub", "rsub"):
+        return f"{name} in {place} adds another tensor to them (a residual sum?): they belong to a shared stream"
+    return f"{name} in {place} combines them with another tensor, which is not supported"
+
+
+def _type_as(path: NeuronPath, node: Node) -> None:
+    """Only the first argument's values go on; of the other, the dtype is read."""
+    source = node.args[0]
+    if isinstance(source, Node) and source in path.at:
+        path.at[node] = path.at[source]
+
+
+def _assertion(path: NeuronPath, node: Node) -> None:
+    """torch.export's check of dtype and device before a cast: it computes nothing."""
+
+
+def _reshape(path: NeuronPath, node: Node) -> None:
+    """view, flatten and their like. One that spells out the number of neurons fails with one neuron fewer."""
+    source = path.source(node)
+    layout = path.at[source].reshaped(shape_of(source), shape_of(node))
+    if layout is None:
+        raise Refusal(f"{operation_name(node)} in {path.graph.place(node)} rearranges the neurons")
+    path.at[node] = layout
+
+
+def _permute(path: NeuronPath, node: Node) -> None:
+    """Dimensions change places; each neuron's entries stay together."""
+    source = path.source(node)
+    count = len(shape_of(source))
+    order = list(range(count))
+    if operation_name(node) == "permute":
+        order = [axis % count for axis in argument_of(node, 1, "dims", order)]
+    elif operation_name(node) == "transpose":
+        a, b = argument_of(node, 1, "dim0", 0) % count, argument_of(node, 2, "dim1", 1) % count
+        order[a], order[b] = b, a
+    else:  # t, of at most two dimensions
+        order.reverse()
+    layout = path.at[source]
+    path.at[node] = Layout(order.index(layout.axis), layout.outer, layout.inner)
+
+
+def _batch_norm(path: NeuronPath, node: Node) -> None:
+    """One scale, shift and pair of running statistics an entry of dimension 1."""
+    source, *tensors = node.args[:5]
+    place = path.graph.place(node)
+    if not isinstance(source, Node) or source not in path.at or path.at[source].axis != 1:
+        raise Refusal(f"batch_norm in {place} normalises over dimension 1, but the neurons lie along another")
+    name = path.graph.module(node)
+    module = path.graph.model.get_submodule(name)
+    if not isinstance(module, nn.modules.batchnorm._BatchNorm):
+        raise Refusal(f"batch_norm in {place} is applied by hand; use nn.BatchNorm1d or nn.BatchNorm2d")
+    layout = path.at[source]
+    for argument in tensors:
+        stored = path.add_slices(argument, f"batch norm of {name}", Layout(0, layout.outer, layout.inner))
+        if stored is not None and stored.module != name:
+            raise Refusal(f"batch_norm in {place} reads {stored.name}, which another module holds")
+    path.counts.append(NeuronCount(name, "num_features", layout.entries))
+    path.at[node] = layout
+
+
+def _prelu(path: NeuronPath, node: Node) -> None:
+    """One slope for all neurons, or one an entry of dimension 1."""
+    source, slope = path.source(node), node.args[1]
+    layout = path.at[source]
+    if not isinstance(slope, Node):
+        raise Refusal(f"prelu in {path.graph.place(node)} takes its slopes from the neurons")
+    if shape_of(slope).numel() > 1:
+        name = path.graph.module(node)
+        module = path.graph.model.get_submodule(name)
+        if layout.axis != 1 or not isinstance(module, nn.PReLU):
+            raise Refusal(f"prelu in {path.graph.place(node)} has a slope for each entry of another dimension")
+        path.add_slices(slope, f"slope of {name}", Layout(0, layout.outer, layout.inner))
+        path.counts.append(NeuronCount(name, "num_parameters", layout.entries))
+    path.at[node] = layout
+
+
+def _linear(path: NeuronPath, node: Node) -> None:
+    """The next layer: it sums over the neurons, and their way ends."""
+    place = path.graph.place(node)
+    if any(argument in path.at for argument in node.args[1:] if isinstance(argument, Node)):
+        raise Refusal(f"linear in {place} uses them as its weight or bias")
+    source = path.source(node)
+    if path.at[source].axis != len(shape_of(source)) - 1:
+        raise Refusal(f"linear in {place} sums over another dimension than theirs")
+    _read(path, node, "in_features", path.at[source])
+
+
+def _convolution(path: NeuronPath, node: Node) -> None:
+    """The next layer; or, where it is depthwise, a filter for each channel, which passes it on."""
+    name, place = operation_name(node), path.graph.place(node)
+    if any(argument in path.at for argument in node.args[1:] if isinstance(argument, Node)):
+        raise Refusal(f"{name} in {place} uses them as its weight or bias")
+    source = path.source(node)
+    channel = len(shape_of(source)) - CONVOLUTIONS[name] - 1
+    if path.at[source] != Layout(channel):
+        raise Refusal(f"{name} in {place} reads channels, but the neurons lie along another dimension")
+    groups, outputs = groups_of(node), shape_of(node)[channel]
+    if groups == 1:
+        _read(path, node, "in_channels", path.at[source])
+        return
+    if not groups == shape_of(source)[channel] == outputs:
+        raise Refusal(
+            f"{name} in {place} has {groups} groups of channels, which all must stay of one size; only depthwise "
+            "convolutions with one filter a channel can lose single channels"
+        )
+    module = path.graph.module(node)
+    if not isinstance(path.graph.model.get_submodule(module), nn.modules.conv._ConvNd):
+        raise Refusal(f"{name} in {place} is applied by hand; call an nn.Conv module instead")
+    for argument, role in ((node.args[1], "weight"), (argument_of(node, 2, "bias", None), "bias")):
+        stored = path.add_slices(argument, f"{role} of {module}", Layout(0))
+        if stored is not None and stored.module != module:
+            raise Refusal(f"{name} in {place} reads {stored.name} by hand; call an nn.Conv module instead")
+    path.counts += [NeuronCount(module, attribute) for attribute in ("in_channels", "out_channels", "groups")]
+    path.at[node] = Layout(channel)
+
+
+def _read(path: NeuronPath, node: Node, attribute: str, layout: Layout) -> None:
+    graph, place = path.graph, path.graph.place(node)
+    name = graph.module(node)
+    stored = graph.own(node.args[1], f"weight of {name or 'the next layer'}")
+    wanted = nn.Linear if attribute == "in_features" else nn.modules.conv._ConvNd
+    if not isinstance(graph.model.get_submodule(name), wanted) or stored != StoredTensor(name, "weight"):
+        raise Refusal(f"{operation_name(node)} in {place} reads {stored.name} by hand; call an nn module instead")
+    path.slices.append(NeuronSlices(stored, Layout(1, layout.outer, layout.inner)))
+    path.counts.append(NeuronCount(name, attribute, layout.entries))
+    path.readers.append(node)
+
+
+def _pooling(path: NeuronPath, node: Node) -> None:
+    """Over positions, channel by channel."""
+    source = path.source(node)
+    pooled = POOLINGS[operation_name(node).removesuffix("_with_indices")]
+    if path.at[source].axis >= len(shape_of(source)) - pooled:
+        raise Refusal(f"{operation_name(node)} in {path.graph.place(node)} pools over the neurons")
+    path.at[node] = path.at[source]
+
+
+def _getitem(path: NeuronPath, node: Node) -> None:
+    """The values of a pooling that also returns where they were."""
+    if node.args[1] == 0:
+        path.at[node] = path.at[path.source(node)]
+    elif node.users:
+        raise Refusal(f"the indices of the pooling in {path.graph.place(node)} are read")
+
+
+def _reduction(path: NeuronPath, node: Node) -> None:
+    """A mean, sum or maximum over other dimensions than the neurons'."""
+    source = path.source(node)
+    count, layout = len(shape_of(source)), path.at[source]
+    dims = argument_of(node, 1, "dim", None)
+    over = {axis % count for axis in ([dims] if isinstance(dims, int) else dims or range(count))}
+    if layout.axis in over or (isinstance(dims, list) and not dims):
+        raise Refusal(f"{operation_name(node)} in {path.graph.place(node)} sums over the neurons")
+    kept = argument_of(node, 2, "keepdim", False)
+    shift = 0 if kept else sum(axis < layout.axis for axis in over)
+    path.at[node] = Layout(layout.axis - shift, layout.outer, layout.inner)
+
+
+def _mixes_neurons(path: NeuronPath, node: Node) -> None:
+    raise Refusal(
+        f"{operation_name(node)} in {path.graph.place(node)} computes each neuron from all of them, so "
+        "removing one would change the others; use BatchNorm there or leave this layer unpruned"
+    )
+
+
+# Each entry of the result depends on the same entry of the inputs alone.
+POINTWISE = """
+    relu relu6 gelu silu mish tanh sigmoid hardtanh hardswish hardsigmoid leaky_relu elu selu celu softplus
+    log_sigmoid threshold hardshrink softshrink abs neg exp expm1 log log1p sqrt rsqrt square reciprocal
+    sin cos erf sign pow clamp clamp_min clamp_max add sub rsub mul div maximum minimum
+    dropout alpha_dropout feature_dropout to _to_copy contiguous clone detach alias
+""".split()  # noqa: SIM905 - a list would be a page long
+
+HANDLERS: dict[str, Handler] = {
+    **dict.fromkeys(POINTWISE, _pointwise),
+    **dict.fromkeys(["layer_norm", "rms_norm", "group_norm", "softmax", "log_softmax"], _mixes_neurons),
+    **dict.fromkeys(POOLINGS, _pooling),
+    **dict.fromkeys([f"max_pool{n}d_with_indices" for n in (1, 2, 3)], _pooling),
+    **dict.fromkeys(["mean", "sum", "amax", "amin"], _reduction),
+    **dict.fromkeys(["view", "reshape", "flatten", "unflatten", "squeeze", "unsqueeze"], _reshape),
+    **dict.fromkeys(["permute", "transpose", "t"], _permute),
+    **dict.fromkeys(CONVOLUTIONS, _convolution),
+    "getitem": _getitem,
+    "type_as": _type_as,
+    "_assert_tensor_metadata": _assertion,
+    "batch_norm": _batch_norm,
+    "prelu": _prelu,
+    "linear": _linear,
+}

@@ -1,0 +1,76 @@
+"""The proof of a trace: with one neuron fewer in each layer, the model must run and do the same.
+
+A graph holds the numbers that Python computed, so it cannot tell a constant from one that depends on the width
+(1/sqrt(width), an assertion of a size). The graph of the same model one neuron narrower can.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from itertools import zip_longest
+
+import torch
+from torch import Tensor, nn
+from torch.fx import Node
+
+from kddp_ext.pruning.tracing.graph import OperationGraph, unchanged_modules
+from kddp_ext.pruning.tracing.groups import NeuronGroup, NeuronSlices
+from kddp_ext.pruning.tracing.operations import CONVOLUTIONS, groups_of, operation_name, shape_of
+
+# Their sizes are checked where the neurons pass them.
+_RESHAPES = ("view", "reshape")
+
+
+@contextmanager
+def one_neuron_fewer(model: nn.Module, groups: Sequence[NeuronGroup]) -> Iterator[None]:
+    """Within it, every tensor and every size of `groups` is smaller by one neuron; all are put back at the end."""
+    with unchanged_modules(model):
+        for group in groups:
+            for slices in group.slices:
+                _shorten(model, slices)
+            for count in group.counts:
+                module = model.get_submodule(count.module)
+                setattr(module, count.attribute, getattr(module, count.attribute) - count.entries)
+        yield
+
+
+def _shorten(model: nn.Module, slices: NeuronSlices) -> None:
+    module, attribute, axis = model.get_submodule(slices.stored.module), slices.stored.attribute, slices.layout.axis
+    tensor = getattr(module, attribute)
+    # A view, for only the shape matters: nothing is copied.
+    shorter = tensor.detach().narrow(axis, 0, tensor.shape[axis] - slices.layout.entries)
+    if attribute in module._parameters:
+        module._parameters[attribute] = nn.Parameter(shorter, tensor.requires_grad)
+    else:
+        module._buffers[attribute] = shorter
+
+
+def difference(wide: OperationGraph, narrow: OperationGraph) -> str | None:
+    """The first operation in which two graphs differ by more than the shapes of their tensors; None where none does."""
+    for before, after in zip_longest(wide.nodes, narrow.nodes):
+        if before is None or after is None:
+            return "it runs more or fewer operations"
+        if before.target != after.target:
+            return f"{operation_name(before)} in {wide.place(before)} becomes {operation_name(after)}"
+        if _numbers(before) != _numbers(after):
+            return f"{operation_name(before)} in {wide.place(before)} computes with another number"
+    for name, value in wide.constants.items():
+        if not _equal(value, narrow.constants.get(name)):
+            return f"it computes with another constant tensor, {name}"
+    return None
+
+
+def _numbers(node: Node) -> str:
+    name, arguments = operation_name(node), node.args
+    if name in _RESHAPES:
+        return ""
+    if name in CONVOLUTIONS and groups_of(node) == shape_of(node)[-1 - CONVOLUTIONS[name]]:
+        arguments = arguments[:6]  # without the groups, of which a depthwise convolution has one a channel
+    return repr((arguments, node.kwargs))
+
+
+def _equal(a: object, b: object) -> bool:
+    if isinstance(a, Tensor) and isinstance(b, Tensor):
+        return a.shape == b.shape and bool(torch.equal(a, b))
+    return type(a) is type(b)

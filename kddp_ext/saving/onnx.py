@@ -1,0 +1,104 @@
+"""A student as ONNX, written whole or not at all."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib.util import find_spec
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from kddp_ext.files import atomic_write
+from kddp_ext.pruning.tracing.graph import uncompiled
+
+LARGEST_FILE = 2**31 - 1  # bytes: an ONNX file is one protobuf message
+
+
+def export_onnx(
+    model: nn.Module,
+    path: str | os.PathLike[str],
+    example_inputs: tuple[Any, ...],
+    *,
+    dynamic_batch: bool = True,
+) -> None:
+    """Write a student, pruned or not, as one ONNX file.
+
+    What is written is the evaluation mode (no dropout, running statistics), at the widths that the model has
+    now. The model is left as it is: its mode, its hooks, its tensors. A pruner that observes it leaves no trace
+    in the file.
+
+    Args:
+        model: the student.
+        path: the file, by custom `*.onnx`; its folder must exist.
+        example_inputs: positional arguments for the model's forward, as for `DynamicPruner`.
+        dynamic_batch: the first dimension of all tensors among the inputs is the batch, of any size when the file
+            is run (default). False: all sizes are those of the example.
+
+    Raises:
+        ModuleNotFoundError: onnx or onnxscript is not installed.
+        TypeError, ValueError: an argument is wrong, or the student is too large for one file (2 GiB).
+        torch.onnx.ONNXProgramError: (or another error of torch) the model cannot be exported.
+        OSError: the file could not be written. As with every error, what stood there before still does.
+    """
+    _require_packages()
+    _check(model, example_inputs)
+    model = uncompiled(model)
+    with _evaluation_mode(model), torch.no_grad():
+        program = torch.onnx.export(
+            model,
+            _batches_of_two(example_inputs) if dynamic_batch else example_inputs,
+            dynamo=True,
+            verbose=False,
+            dynamic_shapes=_batch_dimensions(example_inputs) if dynamic_batch else None,
+        )
+    assert program is not None  # what it returns where it is given no file
+    content = program.model_proto.SerializeToString()
+    atomic_write(path, lambda file: file.write(content))
+
+
+def _require_packages() -> None:
+    missing = [name for name in ("onnx", "onnxscript") if find_spec(name) is None]
+    if missing:
+        raise ModuleNotFoundError(
+            f"export_onnx: {' and '.join(missing)} missing; install with: pip install 'kddp_ext[onnx]'", name=missing[0]
+        )
+
+
+def _check(model: nn.Module, example_inputs: tuple[Any, ...]) -> None:
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
+    if not isinstance(example_inputs, tuple):
+        raise TypeError(
+            "example_inputs: expected a tuple of the forward's positional arguments, such as "
+            f"(images[:2],), got {type(example_inputs).__name__}"
+        )
+    size = sum(tensor.nbytes for tensor in [*model.parameters(), *model.buffers()])
+    if size > LARGEST_FILE:
+        raise ValueError(f"model: its tensors take {size:,} bytes, and an ONNX file holds at most {LARGEST_FILE:,}")
+
+
+@contextmanager
+def _evaluation_mode(model: nn.Module) -> Iterator[None]:
+    modes = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes.items():
+            module.training = training
+
+
+def _batches_of_two(example_inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+    """A batch of one twice: torch.export takes a size of 1 for a constant."""
+    return tuple(
+        torch.cat([value, value]) if isinstance(value, Tensor) and value.dim() and len(value) == 1 else value
+        for value in example_inputs
+    )
+
+
+def _batch_dimensions(example_inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+    batch = torch.export.Dim("batch")
+    return tuple({0: batch} if isinstance(value, Tensor) and value.dim() else None for value in example_inputs)

@@ -1,0 +1,46 @@
+"""Runs the numeric suite on the emulated GPU alone, with AddressSanitizer and UBSan, once for each order of lanes:
+
+    python tests/native/emulated_suite.py [--seeds 0 1 2] [arguments of pytest]
+
+Sanitizers have to be in a process from its start, so each run is a process of its own.
+"""
+
+import argparse
+import subprocess
+import sys
+from pathlib import Path
+
+TESTS = Path(__file__).parents[1]
+sys.path[:0] = [str(TESTS / "helpers"), str(TESTS / "native")]
+
+from emulator.build import sanitizer_environment  # noqa: E402
+
+OF_THE_LOSS = ("values", "extremes", "long_rows", "autograd", "divergences", "conventions")
+NUMERIC_SUITE = [TESTS / "loss" / f"test_{name}.py" for name in OF_THE_LOSS]
+NUMERIC_SUITE += [TESTS / "activations" / "test_statistics.py", TESTS / "ops" / "test_gather_slices.py"]
+
+
+def run(seed: int, arguments: list[str]) -> int:
+    """One run of the suite; the exit code is pytest's."""
+    options = ["--sanitized", "--emulated=only", "--timeout=1200", *arguments]
+    chosen = any(Path(argument.partition("::")[0]).exists() for argument in arguments)
+    files = [] if chosen else map(str, NUMERIC_SUITE)
+    environment = sanitizer_environment() | {"KDDP_EMULATOR_SEED": str(seed)}
+    return subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", *options, *files], env=environment, check=False
+    ).returncode
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument(
+        "--seeds", type=int, nargs="+", default=[0, 1, 2], help="of the order of lanes, warps and blocks"
+    )
+    options, arguments = parser.parse_known_args()
+    failed = [seed for seed in options.seeds if run(seed, arguments) != 0]
+    print(f"seeds {options.seeds}: " + (f"failed with {failed}" if failed else "all passed"))
+    return bool(failed)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,393 @@
+"""The benchmarks run, compare implementations that agree, and write what they promise. No time is asserted."""
+
+import contextlib
+import json
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(scope="module")
+def benchmarks():
+    """The package's modules; it lies in the source folder and is not installed."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(str(ROOT))
+        from benchmarks import cases, disturbance, moved_bytes, timing
+        from benchmarks.comparisons import COMPARISONS, memory
+        from benchmarks.gpu import clocks, command, contenders, device
+        from benchmarks.gpu import timing as gpu_timing
+        from benchmarks.settings import Settings
+
+        yield SimpleNamespace(
+            cases=cases,
+            clocks=clocks,
+            command=command,
+            comparisons=COMPARISONS,
+            contenders=contenders,
+            device=device,
+            disturbance=disturbance,
+            gpu_timing=gpu_timing,
+            memory=memory,
+            moved_bytes=moved_bytes,
+            settings=Settings(threads=1, seconds=0.001, rounds=2, compile=False, smoke=True),
+            timing=timing,
+        )
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["loss", "class-counts", "threads", "memory", "statistics", "divergences", "compaction", "pruning", "prune-step"],
+)
+def test_each_comparison_gives_tables_and_json(benchmarks, name):
+    comparison = benchmarks.comparisons[name]
+    by_heap = dict.fromkeys(comparison.heaps, comparison.measure(benchmarks.settings))
+    by_heap = json.loads(json.dumps(by_heap))
+    for table in comparison.tables(by_heap):
+        assert table.rows
+        assert {len(row) for row in table.rows} == {len(table.columns)}
+
+
+def test_every_comparison_is_tested(benchmarks):
+    marks = test_each_comparison_gives_tables_and_json.pytestmark
+    assert list(benchmarks.comparisons) == marks[0].args[1]
+
+
+def test_the_command_writes_json_markdown_and_a_picture(tmp_path):
+    options = ["--smoke", "--no-compile", "--only", "loss", "--threads", "1", "--rounds", "1", "--seconds", "0.001"]
+    files = [tmp_path / name for name in ("figures.json", "picture.png", "tables.md")]
+    files[2].write_text("Before.\n\n<!-- table loss-warm -->\nold\n<!-- end -->\n\nAfter.\n")
+    options += ["--json", str(files[0]), "--plot", str(files[1]), "--markdown", str(files[2])]
+    subprocess.run([sys.executable, "-m", "benchmarks", *options], cwd=ROOT, check=True)
+    content = json.loads(files[0].read_text())
+    assert content["version"] == 1
+    assert {"torch", "cpu", "threads", "instruction_set", "date", "compiler"} <= content["machine"].keys()
+    assert content["comparisons"]["loss"].keys() == {"default", "warm"}
+    assert files[1].read_bytes().startswith(b"\x89PNG")
+    text = files[2].read_text()
+    assert text.startswith("Before.\n\n<!-- table loss-warm -->\n**Loss")
+    assert text.endswith("<!-- end -->\n\nAfter.\n")
+    assert "old" not in text
+
+
+def test_a_comparison_of_different_formulas_is_refused(benchmarks):
+    cases = benchmarks.cases
+    inputs = cases.make_inputs(cases.Shape(8, 10, 4))
+    losses = {"eager": cases.fused, "wrong": lambda i: cases.fused(i, label_smoothing=0.1)}
+    with pytest.raises(RuntimeError, match="wrong and eager PyTorch do not compute the same"):
+        cases.require_agreement(losses, inputs)
+
+
+def test_bytes_of_a_shape(benchmarks):
+    shape = benchmarks.cases.Shape(2, 3, 5, torch.bfloat16)
+    assert benchmarks.moved_bytes.needed_bytes(shape) == 2 * (3 * 2 * 3 + 2 * 2 * 5)
+    assert benchmarks.moved_bytes.gradient_bytes(shape) == 2 * (2 * 3 + 2 * 5)
+
+
+def test_the_peak_of_a_steps_memory(benchmarks):
+    inputs = benchmarks.cases.make_inputs(benchmarks.cases.Shape(64, 64, 0))
+
+    def step():
+        kept = torch.empty(1000, dtype=torch.uint8)
+        for _ in range(3):
+            torch.empty(5000, dtype=torch.uint8)
+        return kept
+
+    assert benchmarks.memory._peak_bytes(step, inputs) == 6000
+
+
+def test_a_ratio_is_made_within_a_round(benchmarks):
+    # The machine got slower by ten in the last round; the ratio of each round is 2.
+    rounds = benchmarks.timing.Rounds({"a": [2.0, 4.0, 20.0], "b": [1.0, 2.0, 10.0]})
+    assert rounds.ratio("a", base="b") == (2.0, 2.0, 2.0)
+
+
+@pytest.fixture
+def patient(benchmarks, monkeypatch):
+    """Settings of a run that repeats disturbed rounds, without waiting between them."""
+    monkeypatch.setattr(benchmarks.timing, "PAUSE", 0)
+    monkeypatch.setattr(benchmarks.disturbance, "LIMIT", math.inf)
+    return benchmarks.settings._replace(smoke=False)
+
+
+def test_contenders_rotate(benchmarks, patient):
+    seen = []
+    benchmarks.timing._rounds(seen.append, list("abc"), patient._replace(rounds=4))
+    assert "".join(seen) == "abcbcacababc"
+
+
+def test_disturbed_rounds_are_repeated_while_patience_lasts(benchmarks, patient, monkeypatch):
+    counts = iter([0, 10**9, 0, 0, 0, 10**9, 0, 0])  # before and after: rounds 0 and 2 are disturbed
+    monkeypatch.setattr(benchmarks.disturbance, "LIMIT", 50)
+    monkeypatch.setattr(benchmarks.disturbance, "_involuntary_switches", lambda: next(counts))
+    values = iter(range(10))
+    rounds = benchmarks.timing._rounds(lambda name: next(values), ["a"], patient)
+    assert rounds == ({"a": [1, 3]}, 0)
+    counts = iter([0, 10**9] * 5 + [0, 0])
+    values = iter(range(10))
+    rounds = benchmarks.timing._rounds(lambda name: next(values), ["a"], patient)
+    assert rounds == ({"a": [5, 0]}, 1)
+    results = {"loss": {"warm": {"shapes": [rounds.to_json("a")]}}}
+    assert benchmarks.disturbance.summary(results) == "Rounds disturbed by other processes: loss 1 of 2."
+
+
+def test_without_a_gpu_the_command_says_so_and_does_nothing(tmp_path):
+    command = [sys.executable, "-m", "benchmarks", "--device", "cuda", "--json", str(tmp_path / "figures.json")]
+    hidden = {**os.environ, "CUDA_VISIBLE_DEVICES": ""}
+    ended = subprocess.run(command, cwd=ROOT, env=hidden, capture_output=True, text=True)
+    assert ended.returncode == 2
+    assert ended.stdout == ""
+    assert "sees no CUDA device" in ended.stderr.splitlines()[-1]
+    assert "Traceback" not in ended.stderr
+    assert not list(tmp_path.iterdir())
+
+
+def test_why_a_gpu_cannot_be_measured(benchmarks, monkeypatch):
+    device = benchmarks.device
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(device.kddp_ext, "build_info", lambda: {"cuda": False})
+    assert "no CUDA kernels" in device.why_not()
+    monkeypatch.setattr(device.kddp_ext, "build_info", lambda: {"cuda": True})
+
+    def module(device):
+        raise RuntimeError("kddp_ext: the driver is old")
+
+    monkeypatch.setattr(device.cuda, "module", module)
+    assert device.why_not() == "kddp_ext: the driver is old"
+    monkeypatch.setattr(device.cuda, "module", lambda device: None)
+    assert device.why_not() is None
+
+
+class FakeCuda:
+    """Stands in for torch.cuda: milliseconds pass where a test says so, and what is called is noted."""
+
+    def __init__(self, monkeypatch):
+        self.now = self.synchronized = 0.0
+        self.calls = []
+        properties = SimpleNamespace(
+            L2_cache_size=1000, name="a GPU", major=9, minor=0, multi_processor_count=132, total_memory=80 << 30
+        )
+        fakes = {
+            "Event": lambda enable_timing: FakeEvent(self) if enable_timing else None,
+            "current_device": lambda: 0,
+            "get_device_properties": lambda device: properties,
+            "synchronize": self.synchronize,
+        }
+        for name, fake in fakes.items():
+            monkeypatch.setattr(torch.cuda, name, fake)
+
+    def synchronize(self):
+        self.synchronized = self.now
+        self.calls.append("synchronize")
+
+
+class FakeEvent:
+    def __init__(self, cuda):
+        self.cuda, self.at = cuda, None
+
+    def record(self):
+        self.at = self.cuda.now
+
+    def elapsed_time(self, end):
+        assert end.at <= self.cuda.synchronized, "the events have not been waited for"
+        return end.at - self.at
+
+
+def test_events_time_each_call_with_cold_caches(benchmarks, monkeypatch):
+    cuda = FakeCuda(monkeypatch)
+    monkeypatch.setattr(benchmarks.clocks, "FLUSHED_BYTES", 10)
+    clock = benchmarks.clocks.EventClock("cpu")
+    assert clock._flushed.shape == (2000,)
+    milliseconds = iter([2.0, 50.0, 3.0])
+    clock._flushed.fill_(1)
+
+    def step():
+        assert not clock._flushed.any()  # it has been written since the last call
+        clock._flushed.fill_(1)
+        cuda.now += next(milliseconds)
+
+    assert clock.seconds(step, 3) == pytest.approx(3e-3)
+    assert cuda.calls == ["synchronize"]
+
+
+def test_the_wall_clock_waits_for_the_device(benchmarks, monkeypatch):
+    now, waited = [0.0], []
+    monkeypatch.setattr(benchmarks.clocks.time, "perf_counter", lambda: now[0])
+
+    def wait():
+        waited.append(now[0])
+        now[0] += 10
+
+    def step():
+        now[0] += 2
+
+    assert benchmarks.clocks.WallClock(wait).seconds(step, 5) == (5 * 2 + 10) / 5
+    assert waited == [0, 20]
+
+
+def test_turns_on_a_gpu(benchmarks):
+    """A contender gets as many calls as fill its share of the time, up to a limit."""
+    seen = []
+
+    class Clock:
+        def seconds(self, step, count):
+            seen.append((step, count))
+            return {"slow": 0.5, "fast": 1e-6}[step]
+
+    settings = benchmarks.settings._replace(smoke=False, seconds=4.0, rounds=2)
+    rounds = benchmarks.gpu_timing.in_turns({"slow": "slow", "fast": "fast"}, Clock(), settings)
+    assert rounds.seconds == {"slow": [0.5, 0.5], "fast": [1e-6, 1e-6]}
+    assert seen[4:] == [("slow", 4), ("fast", 200), ("fast", 200), ("slow", 4)]
+
+
+def test_a_captured_step_has_been_warmed_up_on_the_stream_of_its_capture(benchmarks, monkeypatch):
+    calls, streams = [], ["default"]
+
+    class Stream:
+        def wait_stream(self, other):
+            calls.append("wait")
+
+    class Graph:
+        def replay(self):
+            calls.append("replay")
+
+    @contextlib.contextmanager
+    def on(what, stream):
+        streams.append(what)
+        yield
+        streams.pop()
+
+    side = Stream()
+    monkeypatch.setattr(torch.cuda, "Stream", lambda: side)
+    monkeypatch.setattr(torch.cuda, "current_stream", Stream)
+    monkeypatch.setattr(torch.cuda, "stream", lambda stream: on("side" if stream is side else "?", stream))
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
+    monkeypatch.setattr(torch.cuda, "graph", lambda graph, stream: on("capture" if stream is side else "?", stream))
+    replay = benchmarks.device.captured(lambda: calls.append(streams[-1]))
+    assert calls == ["wait", "side", "side", "side", "wait", "capture"]
+    replay()
+    assert calls[-1] == "replay"
+
+
+def test_the_peak_of_a_step_on_a_gpu(benchmarks, monkeypatch):
+    FakeCuda(monkeypatch)
+    inputs = benchmarks.cases.make_inputs(benchmarks.cases.Shape(2, 3, 0))
+    inputs.student.grad = torch.zeros(2, 3)
+    allocated = {"now": 100, "peak": 1000}
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda: allocated["now"])
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda: allocated["peak"])
+    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda: allocated.update(peak=allocated["now"]))
+
+    def step():
+        assert inputs.student.grad is None
+        allocated.update(peak=164)
+
+    assert benchmarks.device.peak_bytes(step, inputs) == 64
+
+
+@pytest.fixture
+def stand_in(benchmarks):
+    """A device that is the CPU, whose captured steps are the steps."""
+    clock = benchmarks.clocks.WallClock(lambda: None)
+    return benchmarks.device.Device("cpu", clock, clock, benchmarks.memory._peak_bytes, lambda step: step)
+
+
+@pytest.fixture
+def liger(monkeypatch):
+    """A module with Liger's names: PyTorch's losses, of which the cross entropy destroys its input as Liger's does."""
+
+    class CrossEntropy(torch.nn.CrossEntropyLoss):
+        def forward(self, logits, labels):
+            loss = super().forward(logits * 1, labels)
+            logits.detach().fill_(torch.nan)
+            return loss
+
+    module = SimpleNamespace(LigerKLDIVLoss=torch.nn.KLDivLoss, LigerCrossEntropyLoss=CrossEntropy)
+    monkeypatch.setitem(sys.modules, "liger_kernel", SimpleNamespace(transformers=module))
+    monkeypatch.setitem(sys.modules, "liger_kernel.transformers", module)
+    return module
+
+
+def test_everything_that_a_gpu_is_to_run_runs_on_the_cpu(benchmarks, stand_in, liger, monkeypatch, tmp_path, capsys):
+    FakeCuda(monkeypatch)
+    files = SimpleNamespace(
+        only=["loss", "compaction"], json=str(tmp_path / "figures.json"), markdown=str(tmp_path / "tables.md")
+    )
+    described = benchmarks.command.describe()
+    assert benchmarks.command.run(files, benchmarks.settings, stand_in, described) == 0
+    assert "a GPU (132 multiprocessors, 80 GiB)" in capsys.readouterr().out.replace("\n", " ")
+    content = json.loads(Path(files.json).read_text())
+    shape = content["gpu"]["loss"]["shapes"][0]
+    names = {"kddp_ext", "eager", "Liger", "kddp_ext, CUDA graph", "eager, CUDA graph"}
+    assert shape["seconds"].keys() == shape["repeated"]["seconds"].keys() == names
+    assert shape["bytes_beyond"].keys() == {"kddp_ext", "eager", "Liger"}
+    assert shape["missing"] == {}
+    text = Path(files.markdown).read_text()
+    for place in ("gpu", "gpu-loss", "gpu-loss-repeated", "gpu-memory", "gpu-compaction"):
+        assert f"<!-- table {place} -->\n" in text
+    table = text.partition("gpu-loss -->")[2].partition("<!-- end")[0]
+    lines = [line for line in table.splitlines() if line.startswith("|")]
+    assert len(lines) == 2 + 5
+    assert {line.count("|") for line in lines} == {12}
+
+
+def test_contenders_that_are_missing_say_why(benchmarks, stand_in, liger, monkeypatch):
+    def refuse(step):
+        raise RuntimeError("operation not permitted when stream is capturing")
+
+    inputs = benchmarks.cases.make_inputs(benchmarks.cases.Shape(8, 10, 4))
+    broken = stand_in._replace(capture=refuse)
+    wrong = torch.nn.MSELoss
+    monkeypatch.setattr(liger, "LigerKLDIVLoss", lambda reduction: wrong())
+    steps, missing = benchmarks.contenders.all_contenders(inputs, benchmarks.settings, broken)
+    assert list(steps) == ["kddp_ext", "eager"]
+    assert missing["Liger"].startswith("failed: RuntimeError: Liger and eager PyTorch do not compute the same loss")
+    assert missing["eager, CUDA graph"] == "failed: operation not permitted when stream is capturing"
+    monkeypatch.setitem(sys.modules, "liger_kernel", None)
+    monkeypatch.setitem(sys.modules, "liger_kernel.transformers", None)
+    _, missing = benchmarks.contenders.all_contenders(inputs, benchmarks.settings, stand_in)
+    assert missing == {"Liger": "not installed"}
+    timed = benchmarks.timing.Rounds({"kddp_ext": [1.0], "eager": [2.0]}).to_json("kddp_ext")
+    shape = {"shape": "8×10", "needed_bytes": 1, **timed, "repeated": timed, "bytes_beyond": {}, "missing": missing}
+    table = benchmarks.command.COMPARISONS["loss"].tables({"copy_bytes_per_second": 1.0, "shapes": [shape]})[0]
+    assert table.rows == [
+        ["8×10", "1,000,000", "2,000,000", "not installed", "2.0x (2.0–2.0)", "not installed", "100%"]
+    ]
+
+
+def test_the_students_command_writes_tables_and_json(benchmarks, tmp_path):
+    import kddp_ext
+    from kddp_ext.workflow.config import RunConfig, StudentConfig
+    from kddp_ext.workflow.datasets import INFO
+    from kddp_ext.workflow.models import build_student
+
+    config = RunConfig(student=StudentConfig(channels=(4, 8), width=16))
+    metadata = {"stage": "kd", "config": json.dumps(config.to_json())}
+    paths = [tmp_path / run / "kd" / "student.safetensors" for run in ("one", "other")]
+    for path in paths:
+        path.parent.mkdir(parents=True)
+        model = build_student(config, INFO["digits"])
+        kddp_ext.save_student(path, model, kddp_ext.PruningHistory({}), metadata)
+    files = [tmp_path / name for name in ("figures.json", "tables.md")]
+    command = [sys.executable, "-m", "benchmarks.students", *map(str, paths), "--smoke", "--batches", "1,3"]
+    subprocess.run([*command, "--json", str(files[0]), "--markdown", str(files[1])], cwd=ROOT, check=True)
+    content = json.loads(files[0].read_text())
+    assert [student["path"] for student in content["students"]] == list(map(str, paths))
+    engines = content["students"][0]["latency"]
+    assert all(batches.keys() == {"1", "3"} for batches in engines.values())
+    text = files[1].read_text()
+    table = text.partition("students-latency -->")[2]
+    rows = [line.split(" | ")[0] for line in table.splitlines() if line.startswith("| o")]
+    titles = {"pytorch": "PyTorch", "onnxruntime": "ONNX Runtime"}
+    assert rows == [f"| {run}/kd, {titles[engine]}" for engine in engines for run in ("one", "other")]
+    assert ("ONNX Runtime is left out" in text) == ("onnxruntime" not in engines)
+    ended = subprocess.run([*command[:3], "nowhere"], cwd=ROOT, capture_output=True, text=True)
+    assert ended.returncode == 2
+    assert ended.stderr.strip() == "nowhere: no such file or folder"

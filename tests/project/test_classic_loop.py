@@ -1,0 +1,199 @@
+"""The classic loop and ours train the same student on the same images, and ours is the workflow's own."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from kddp_ext.workflow.runtime import Runtime
+from kddp_ext.workflow.train import Training, student_recipe, train_epoch
+
+ROOT = Path(__file__).parents[2]
+PAIRS = ["cnn5", "resnet"]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def loops():
+    """The benchmark's modules; they lie in the source folder and are not installed."""
+    pytest.importorskip("PIL")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(str(ROOT))
+        from benchmarks.classic_loop import __main__, child, classic, ours, pairs, processes, reading, transforms
+
+        yield SimpleNamespace(
+            main=__main__,
+            child=child,
+            classic=classic,
+            ours=ours,
+            pairs=pairs,
+            processes=processes,
+            reading=reading,
+            transforms=transforms,
+        )
+
+
+@pytest.fixture
+def made(loops):
+    """A pair's config, images, teacher and student, tiny."""
+
+    def make(pair="cnn5"):
+        config = loops.pairs.PAIRS[pair].config(smoke=True)
+        torch.manual_seed(0)
+        return config, loops.pairs.load_images(config, None, smoke=True), *loops.pairs.build_networks(config)
+
+    return make
+
+
+def test_every_pair_is_tested(loops):
+    assert list(loops.pairs.PAIRS) == PAIRS
+
+
+def test_the_transforms_give_what_ours_give_without_augmentation(loops, made):
+    _, data, _, _ = made()
+    images = loops.transforms.PilImages(
+        data.train.images.numpy(), data.train.labels.numpy(), data.info.mean, data.info.std
+    )
+    picture = loops.transforms.Image.fromarray(data.train.images[3].numpy())
+    found = images.normalise(loops.transforms.to_tensor(picture))
+    assert found.is_contiguous()
+    torch.testing.assert_close(found, data.normalise(data.train.images[3:4])[0], atol=1e-5, rtol=1e-5)
+
+
+def test_crops_move_by_up_to_four_pixels_and_flips_come_half_of_the_time(loops):
+    torch.manual_seed(0)
+    image = torch.arange(1, 32 * 32 + 1).view(32, 32)
+    picture = loops.transforms.Image.fromarray(image.to(torch.int32).numpy())
+    padded = torch.nn.functional.pad(image, (4, 4, 4, 4))
+    places = {tuple(padded[i : i + 32, j : j + 32].flatten().tolist()): (i, j) for i in range(9) for j in range(9)}
+    crops = [loops.transforms.random_crop(picture) for _ in range(500)]
+    seen = {places[tuple(crop.get_flattened_data())] for crop in crops}
+    assert {i for i, _ in seen} == {j for _, j in seen} == set(range(9))
+    flipped = [int(loops.transforms.np.array(loops.transforms.random_flip(picture))[0, 0]) for _ in range(500)]
+    assert set(flipped) == {1, 32}
+    assert 200 < flipped.count(32) < 300
+
+
+def test_both_loops_minimise_the_same_function(loops, monkeypatch):
+    loops.main.require_same_loss()
+    monkeypatch.setattr(loops.main.kddp_ext, "fused_kd_l1_loss", lambda *inputs, **options: torch.tensor(1.0))
+    with pytest.raises(RuntimeError, match="the losses differ"):
+        loops.main.require_same_loss()
+
+
+@pytest.mark.parametrize("pair", PAIRS)
+def test_the_classic_loop_trains(loops, made, pair):
+    config, data, teacher, student = made(pair)
+    before = [parameter.detach().clone() for parameter in student.parameters()]
+    answers = {name: value.clone() for name, value in teacher.state_dict().items()}
+    reading = loops.classic.ClassicLoop(config, teacher, student, data, workers=0).run(warm_up=1, steps=7)
+    assert reading.seconds > 0
+    assert 0 < reading.loss < 100
+    assert all(not torch.equal(old, new) for old, new in zip(before, student.parameters(), strict=True))
+    assert all(torch.equal(value, answers[name]) for name, value in teacher.state_dict().items())
+
+
+@pytest.mark.parametrize("pair", PAIRS)
+@pytest.mark.parametrize("cached", [True, False])
+def test_our_loop_is_the_workflows(loops, made, pair, cached, tmp_path):
+    """An epoch of the benchmark's loop and one of the trainer leave the same weights and the same loss."""
+    config, data, teacher, student = made(pair)
+    runtime, path = Runtime("cpu", "float32"), tmp_path / "logits.safetensors"
+    runtime.place(teacher)
+    batches = list(data.batches(0, config.student.batch_size, config.seed))
+    answers = torch.zeros(len(data.train), 10)
+    with torch.no_grad():
+        for indices in batches:
+            answers[indices] = teacher(data.training_images(indices, 0, config.student.shift))
+    loops.ours.safetensors.torch.save_file({"logits": answers}, path)
+    loop = loops.ours.OurLoop(config, teacher, student, data, path if cached else None, runtime)
+    loss = loop.train(len(batches))
+
+    other = runtime.place(made(pair)[3])
+    recipe = student_recipe(config, "kd")
+    training = Training(other, other, recipe.optimizer(other), None, epochs=[])
+    cache = SimpleNamespace(view=lambda view: answers)
+    metrics = train_epoch(training, recipe, data, cache, runtime, 0, lambda images: None)
+    assert loss == pytest.approx(metrics["loss"], rel=1e-6)
+    for found, expected in zip(student.parameters(), other.parameters(), strict=True):
+        assert torch.equal(found, expected)
+
+
+def test_steps_go_on_into_the_next_epoch(loops, made, tmp_path):
+    config, data, teacher, student = made()
+    loop = loops.ours.OurLoop(config, teacher, student, data, None, Runtime("cpu", "float32"))
+    seen = []
+    answer = loop._step
+    loop._step = lambda indices, cached: seen.append((loop._epoch, len(indices))) or answer(indices, cached)
+    loop.train(6)  # of 32 images in batches of 8
+    assert seen == [(0, 8)] * 4 + [(1, 8)] * 2
+
+
+def test_a_ratio_is_made_within_a_round(loops):
+    def readings(scale, disturbed=False):
+        reading = loops.reading.Reading
+        return {
+            "classic": reading(8.0 * scale, 1.0),
+            "cached": reading(2.0 * scale, 1.0, disturbed),
+            "teacher every step": reading(4.0, 1.0),
+        }
+
+    found = loops.processes.summary([readings(1), readings(2, True), readings(4)], images=16)
+    assert found["images_per_second"] == {"classic": 1.0, "cached": 4.0, "teacher every step": 4.0}
+    assert found["times_classic"]["cached"] == {"median": 4.0, "low": 4.0, "high": 4.0}
+    assert found["times_classic"]["teacher every step"] == {"median": 4.0, "low": 2.0, "high": 8.0}
+    assert (found["round_count"], found["disturbed_rounds"]) == (3, 1)
+
+
+def test_disturbed_rounds_are_repeated_while_patience_lasts(loops):
+    def turns(disturbed):
+        """Loops whose turns take 0, 1, 2... seconds; of the cached one some are disturbed."""
+        made = {}
+        for name in loops.processes.LOOPS:
+            numbers = iter(range(len(disturbed)))
+            made[name] = SimpleNamespace(
+                turn=lambda name=name, numbers=numbers: loops.reading.Reading(
+                    number := next(numbers), 1.0, name == "cached" and disturbed[number]
+                )
+            )
+        found = loops.processes.take_turns(made, wanted=2, patience=2)
+        return [readings["classic"].seconds for readings in found]
+
+    assert turns([True, False, False]) == [1, 2]
+    assert turns([True, True, False, True]) == [2, 0]
+
+
+def test_a_loop_that_ends_is_named(loops, tmp_path, capfd, monkeypatch):
+    monkeypatch.chdir(ROOT)  # where its process finds benchmarks
+    task = loops.child.Task("cnn5", "classic", str(tmp_path), 1, 0, 0, 1, True)
+    with pytest.raises(RuntimeError, match="cnn5, classic: ended with status 1"), loops.processes.Loop(task):
+        pass
+    assert str(tmp_path) in capfd.readouterr().err  # no CIFAR-10 in there
+
+
+def test_the_command_measures_and_writes(loops, tmp_path):
+    files = [tmp_path / name for name in ("figures.json", "tables.md")]
+    options = ["--smoke", "--pairs", "cnn5", "--steps", "3", "--warm-up", "1", "--rounds", "1", "--threads", "1"]
+    options += ["--json", str(files[0]), "--markdown", str(files[1])]
+    subprocess.run([sys.executable, "-m", "benchmarks.classic_loop", *options], cwd=ROOT, check=True)
+    content = json.loads(files[0].read_text())
+    found = content["pairs"]["cnn5"]
+    assert found["images"] == 3 * 8
+    assert found["images_per_second"].keys() == {"classic", "cached", "teacher every step"}
+    assert found["times_classic"].keys() == {"cached", "teacher every step"}
+    text = files[1].read_text()
+    assert text.startswith("<!-- table classic-loop-machine -->\n")
+    assert "Random images of CIFAR-10's shape" in text
+    rows = [line for line in text.splitlines() if line.startswith("|")]
+    assert [row.count("|") for row in rows] == [7, 7, 7]

@@ -1,0 +1,140 @@
+"""What people depend on: names, signatures, options and the versions of formats change only where somebody means it.
+
+`python tests/project/test_public_api.py` writes tests/project/public_api.txt anew; the difference belongs in CHANGELOG.md.
+"""
+
+import contextlib
+import dataclasses
+import inspect
+import io
+import os
+import re
+from pathlib import Path
+from unittest import mock
+
+import kddp_ext
+from kddp_ext.pruning import history, state
+from kddp_ext.saving.student_file import VERSION as STUDENT_VERSION
+from kddp_ext.workflow import checkpoint, cli, config
+
+SNAPSHOT = Path(__file__).parent / "public_api.txt"
+STABILITY = Path(__file__).parents[2] / "docs" / "stability.md"
+COMMANDS = ("run", "sweep", "report", "evaluate", "info")
+LINE = 110
+
+
+def annotated(name, annotation):
+    if annotation is inspect.Parameter.empty:
+        return name
+    return f"{name}: {annotation if isinstance(annotation, str) else getattr(annotation, '__name__', annotation)}"
+
+
+def parameter(p):
+    star = {p.VAR_POSITIONAL: "*", p.VAR_KEYWORD: "**"}.get(p.kind, "")
+    default = "" if p.default is p.empty else f" = {p.default!r}"
+    return star + annotated(p.name, p.annotation) + default
+
+
+def signature(name, function, *, skip_first=False):
+    """One line, or one for each parameter where that would be too long."""
+    found = inspect.signature(function)
+    parts, keyword_only = [], False
+    for p in list(found.parameters.values())[skip_first:]:
+        if p.kind is p.KEYWORD_ONLY and not keyword_only:
+            parts.append("*")
+        keyword_only |= p.kind in (p.KEYWORD_ONLY, p.VAR_POSITIONAL)
+        parts.append(parameter(p))
+    result = "" if found.return_annotation in (found.empty, "None", None) else f" -> {found.return_annotation}"
+    line = f"{name}({', '.join(parts)}){result}"
+    if len(line) <= LINE:
+        return line
+    return "\n".join([f"{name}(", *(f"    {part}," for part in parts), f"){result}"])
+
+
+def members(cls):
+    """Public methods and properties that the package's own classes give `cls`, by name."""
+    own = [base for base in reversed(cls.__mro__) if base.__module__.startswith("kddp_ext")]
+    for name, member in sorted({name: m for base in own for name, m in vars(base).items()}.items()):
+        if name.startswith("_"):
+            continue
+        if isinstance(member, property):
+            yield annotated(name, inspect.signature(member.fget).return_annotation)
+        elif isinstance(member, classmethod):
+            yield signature(name, member.__func__, skip_first=True)
+        elif inspect.isfunction(member):
+            yield signature(name, member, skip_first=True)
+
+
+def described(name, value):
+    """A public name as text, its members indented."""
+    if inspect.isfunction(value):
+        return signature(name, value)
+    if not isinstance(value, type):
+        kind = type(value) if type(value).__module__.startswith("kddp_ext") else None
+        return f"{name} = {value}" if kind is None else indented(f"{name}: {kind.__name__}", members(kind))
+    if issubclass(value, Exception):
+        return f"class {name}({value.__base__.__name__})"
+    if dataclasses.is_dataclass(value):
+        return indented(
+            f"class {name}", [*(annotated(f.name, f.type) for f in dataclasses.fields(value)), *members(value)]
+        )
+    if hasattr(value, "_fields"):
+        return indented(f"class {name}", value._fields)
+    made_by = value.__init__ if "__init__" in vars(value) else value.__new__
+    return indented(f"class {signature(name, made_by, skip_first=True)}", members(value))
+
+
+def indented(head, lines):
+    return "\n".join([head, *("    " + line.replace("\n", "\n    ") for line in lines)])
+
+
+def options(command):
+    """The options of a command, by the help that it prints."""
+    printed, wide = io.StringIO(), mock.patch.dict(os.environ, COLUMNS="200")
+    with wide, contextlib.redirect_stdout(printed), contextlib.suppress(SystemExit):
+        cli.main([command, "--help"])
+    found = re.findall(r"(?<![\w-])--[a-z][\w.-]*\w", printed.getvalue())
+    return indented(f"kddp {command}", sorted(set(found) - {"--help"}))
+
+
+def public_api():
+    names = [described(name, getattr(kddp_ext, name)) for name in kddp_ext.__all__]
+    return "\n\n".join([*names, *map(options, COMMANDS)]) + "\n"
+
+
+def test_the_public_names_are_those_that_were_meant():
+    """After a change that is meant: python tests/project/test_public_api.py, and a line in CHANGELOG.md."""
+    assert public_api() == SNAPSHOT.read_text()
+
+
+def test_every_public_name_has_a_docstring():
+    undocumented = [
+        name for name in kddp_ext.__all__ if name != "Criterion" and not inspect.getdoc(getattr(kddp_ext, name))
+    ]
+    assert not undocumented
+
+
+def rows_of(heading):
+    """The first columns of the table below a heading of docs/stability.md."""
+    section = STABILITY.read_text().split(f"## {heading}\n")[1].split("\n## ")[0]
+    return [[cell.strip() for cell in line.strip("|").split("|")] for line in section.splitlines() if "|" in line][2:]
+
+
+def test_the_page_lists_the_public_names():
+    listed = [name for row in rows_of("Public names") for name in re.findall(r"`(\w+)`", row[0])]
+    assert sorted(listed) == sorted(kddp_ext.__all__)
+
+
+def test_the_page_has_the_versions_of_the_formats():
+    versions = {row[0]: row[1] for row in rows_of("Formats")}
+    assert versions == {
+        "student file": STUDENT_VERSION,
+        "pruning history": str(history.VERSION),
+        "a pruner's state": str(state.STATE_VERSION),
+        "a run's checkpoint": str(checkpoint._VERSION),
+        "a run's config.json": str(config.CONFIG_VERSION),
+    }
+
+
+if __name__ == "__main__":
+    SNAPSHOT.write_text(public_api())

@@ -1,0 +1,109 @@
+"""A run that is killed, asked to end, or that nobody listens to."""
+
+from __future__ import annotations
+
+import errno
+import io
+import os
+import signal
+import time
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+from fault_preparations import broken_pipe, close_all, full_stderr, full_stdout, ignore_interrupts, killed_shortened
+from fault_runs import Process, differences, ending, phase_of, shorten, start, unfinished_files
+
+from kddp_ext.workflow.cli import main
+
+
+def test_killed_again_and_again_in_the_middle_of_its_writes(tmp_path: Path, expected: dict[str, Any]) -> None:
+    # Of about 300 calls that change files: those of the first file, of a checkpoint's, of the metrics that follow it.
+    left_over = []
+    for call in (4, 24, 33, 51):
+        ended = start(tmp_path, "--resume", prepare=partial(killed_shortened, call)).wait()
+        assert ended.code == -signal.SIGKILL
+        left_over += unfinished_files(tmp_path)
+    assert left_over  # or no write was under way
+    assert start(tmp_path, "--resume", prepare=shorten).wait().code == 0
+    assert not unfinished_files(tmp_path)
+    assert not differences(ending(tmp_path), expected)
+
+
+def wait_for(process: Process, runs: Path, phase: str) -> None:
+    end = time.monotonic() + 60
+    while phase_of(runs) != phase:
+        assert process.running(), process.wait()
+        assert time.monotonic() < end
+        time.sleep(0.002)
+
+
+def test_ctrl_c_and_sigterm_say_how_to_resume(tmp_path: Path, expected: dict[str, Any]) -> None:
+    for number, phase, options in ((signal.SIGINT, "teacher", []), (signal.SIGTERM, "kddp", ["--resume"])):
+        process = start(tmp_path, *options, prepare=shorten)
+        wait_for(process, tmp_path, phase)
+        process.signal(number)
+        ended = process.wait()
+        assert ended.code == 128 + number, ended
+        assert ended.err.startswith("Interrupted. What is done is kept; continue with: kddp run --runs-dir ")
+        assert ended.err.endswith(" --resume\n")
+        assert ended.err.count("\n") == ended.err.count("--resume") == 1
+        assert not unfinished_files(tmp_path)
+    assert start(tmp_path, "--resume", prepare=shorten).wait().code == 0
+    assert not differences(ending(tmp_path), expected)
+
+
+def test_what_was_told_to_ignore_ctrl_c_does(tmp_path: Path) -> None:
+    process = start(tmp_path, prepare=ignore_interrupts)
+    wait_for(process, tmp_path, "teacher")
+    process.signal(signal.SIGINT)
+    wait_for(process, tmp_path, "kd")
+    process.signal(signal.SIGKILL)
+    assert process.wait().code == -signal.SIGKILL
+
+
+@pytest.mark.parametrize(
+    ("prepare", "reason"), [(full_stdout, "No space left on device"), (broken_pipe, "Broken pipe")]
+)
+def test_a_stdout_that_takes_nothing(tmp_path: Path, prepare: Any, reason: str) -> None:
+    ended = start(tmp_path, prepare=prepare).wait()
+    assert ended.code == 1, ended
+    said = f"kddp run: cannot write to stdout: {reason}. What is done is kept; continue with: kddp run --runs-dir "
+    assert ended.err.startswith(said)
+    assert ended.err.count("\n") == 1
+
+
+def test_closed_standard_files_are_not_mixed_up_with_those_of_the_run(tmp_path: Path, expected: dict[str, Any]) -> None:
+    assert start(tmp_path, prepare=close_all).wait().code == 0
+    assert not differences(ending(tmp_path), expected)
+
+
+def test_a_stderr_that_takes_nothing(tmp_path: Path) -> None:
+    (tmp_path / "run").write_text("")
+    ended = start(tmp_path, prepare=full_stderr).wait()
+    assert (ended.code, ended.err) == (2, "")
+
+
+def test_a_broken_pipe_ends_a_command_that_only_shows_something(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    class Broken(io.StringIO):
+        def flush(self) -> None:
+            raise BrokenPipeError(errno.EPIPE, os.strerror(errno.EPIPE))
+
+    monkeypatch.setattr("sys.stdout", Broken())
+    monkeypatch.setattr("kddp_ext.workflow.cli._info", lambda _: print("something"))
+    assert main(["info"]) == 1
+    assert capfd.readouterr().err == "kddp info: cannot write to stdout: Broken pipe.\n"
+
+
+@pytest.mark.parametrize("arguments", [[], ["--help"], ["--version"], ["run", "--help"]], ids=" ".join)
+def test_help_that_cannot_be_printed(
+    arguments: list[str], monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    with open("/dev/full", "w") as full:
+        monkeypatch.setattr("sys.stdout", full)
+        assert main(arguments) == 1
+    command = arguments[0] if arguments else "--help"
+    assert capfd.readouterr().err == f"kddp {command}: cannot write to stdout: No space left on device.\n"

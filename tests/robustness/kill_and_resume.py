@@ -1,0 +1,206 @@
+"""Kills runs, resumes them, and compares how they end, bit for bit, with a run that was left alone:
+
+    python tests/robustness/kill_and_resume.py [--kills 100] [--seed 0] [--signal KILL]      at random moments
+    python tests/robustness/kill_and_resume.py --at-every-call kill [--from 1] [--to N]      at each call that changes a file
+    python tests/robustness/kill_and_resume.py --at-every-call full-disk [--from 1] [--to N]  of which all fail from that one on
+
+The random moments are drawn so that every phase of a run has its share: the kill waits until the run's folder shows
+that the phase has begun, and then as long as a part of it takes. Every other run is killed again while it is resumed,
+and again. Where a kill really fell is read from the folder afterwards, and counted.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import random
+import shutil
+import signal
+import sys
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from fault_calls import die_at, fail_from
+from fault_runs import PHASES, Process, differences, ending, nothing, phase_of, shorten, start, unfinished_files
+
+_MOST_KILLS = 5  # of one run
+
+
+def follow(process: Process, runs: Path) -> dict[str, float]:
+    """When each phase began, in seconds, of a run that is left alone; and under "end" when it ended."""
+    began, started = {}, time.monotonic()
+    while process.running():
+        began.setdefault(phase_of(runs), time.monotonic() - started)
+        time.sleep(0.001)
+    return {**began, "end": time.monotonic() - started}
+
+
+def seconds(began: dict[str, float]) -> dict[str, float]:
+    """How long each phase took; the logits, which come between the epochs of kd, as long as the first of them."""
+    order = [phase for phase in PHASES if phase != "logits"] + ["end"]
+    took = {phase: began[after] - began[phase] for phase, after in itertools.pairwise(order)}
+    return {**took, "logits": 0.01}
+
+
+def kill_in(process: Process, runs: Path, phase: str, after: float, number: signal.Signals) -> bool:
+    """Send the signal `after` seconds into `phase`, or into a later one; whether the run was still there."""
+    while process.running() and PHASES.index(phase_of(runs)) < PHASES.index(phase):
+        time.sleep(0.0005)
+    end = time.monotonic() + after
+    while process.running() and time.monotonic() < end:
+        time.sleep(0.0005)
+    while number != signal.SIGKILL and process.running() and not process.speaks():
+        time.sleep(0.0005)  # what has not begun has nothing to say
+    process.signal(number)
+    return process.wait().code != 0
+
+
+def check_goodbye(process: Process, number: signal.Signals) -> None:
+    """A run that is interrupted, and not killed, says how to go on; and only that."""
+    ended = process.wait()
+    if number == signal.SIGKILL:
+        assert ended.code == -signal.SIGKILL
+        return
+    assert ended.code == 128 + number, ended
+    assert ended.err.count("\n") == 1, ended.err
+    assert "continue with: kddp run" in ended.err, ended.err
+
+
+class Moments:
+    """Draws where to kill: each phase once before any comes again.
+
+    Args:
+        seed: of the drawing.
+        took: the seconds that each phase takes.
+    """
+
+    def __init__(self, seed: int, took: dict[str, float]) -> None:
+        self._draw, self._took, self._left = random.Random(seed), took, list[str]()
+
+    def kills(self, run: int) -> int:
+        """How often to kill the run of this number: once, or several times, each time while it is resumed."""
+        return self._draw.randint(2, _MOST_KILLS) if run % 2 else 1
+
+    def after(self, now: str) -> tuple[str, float] | None:
+        """A phase that comes after `now` or is that, and how many seconds into it; None where all of these were."""
+        if not self._left:
+            self._left = self._draw.sample(PHASES, len(PHASES))
+        later = [phase for phase in self._left if PHASES.index(phase) >= PHASES.index(now)]
+        if not later:
+            return None
+        self._left.remove(later[0])
+        return later[0], self._draw.uniform(0, self._took[later[0]])
+
+
+def kill_once_or_more(runs: Path, kills: int, moments: Moments, number: signal.Signals) -> tuple[list[str], int]:
+    """Start a run and kill it; the phases that the kills fell in, and how many in the middle of a write."""
+    fell: list[str] = []
+    in_a_write = 0
+    while len(fell) < kills and (moment := moments.after(phase_of(runs))) is not None:
+        process = start(runs, *(["--resume"] if fell else []))
+        if not kill_in(process, runs, *moment, number):
+            break
+        check_goodbye(process, number)
+        fell.append(phase_of(runs))
+        in_a_write += bool(unfinished_files(runs))
+    return fell, in_a_write
+
+
+def kill_at_random(folder: Path, options: argparse.Namespace) -> int:
+    """Kill runs at random moments until there are enough kills; returns the exit code."""
+    alone = folder / "alone"
+    alone.mkdir()
+    moments = Moments(options.seed, seconds(follow(start(alone), alone)))
+    expected = ending(alone)
+    killed: Counter[str] = Counter()
+    same = run = again = in_writes = 0
+    while killed.total() < options.kills:
+        runs = folder / f"run-{run}"
+        runs.mkdir()
+        fell, in_a_write = kill_once_or_more(runs, moments.kills(run), moments, signal.Signals[f"SIG{options.signal}"])
+        different = finish(runs, expected)
+        print(f"{', '.join(fell) or 'it was done'}: {', '.join(different) or 'the same ending'}", flush=True)
+        killed.update(fell)
+        run, same, again, in_writes = run + 1, same + (not different), again + (len(fell) > 1), in_writes + in_a_write
+    print(f"kills by phase: {', '.join(f'{phase} {killed[phase]}' for phase in PHASES)}")
+    print(f"{killed.total()} kills, {in_writes} of them in the middle of a write")
+    print(f"{run} runs, {again} of them killed again while resumed; {same} endings identical to the run left alone")
+    return 0 if same == run else 1
+
+
+def finish(runs: Path, expected: dict[str, Any], prepare: Callable[[], None] = nothing) -> list[str]:
+    """Resume the run in `runs`; the names of what differs in the end."""
+    ended = start(runs, "--resume", prepare=prepare).wait()
+    if ended.code:
+        return [f"it ended with {ended.code}: {ended.err}"]
+    return [*differences(ending(runs), expected), *map(str, unfinished_files(runs))]
+
+
+def met_at(number: int, fault: str) -> None:
+    """Have this process meet a fault at the call of this number."""
+    shorten()
+    {"kill": die_at, "full-disk": fail_from}[fault](number)
+
+
+def check_end(process: Process, fault: str) -> bool:
+    """Whether the run met the fault; where it found the disk full, it says so in one line that names a file."""
+    ended = process.wait()
+    if ended.code == 0:
+        return False
+    if fault == "kill":
+        assert ended.code == -signal.SIGKILL, ended
+        return True
+    assert ended.code == 1, ended
+    assert ended.err.startswith("kddp run: "), ended
+    assert ended.err.endswith("No space left on device\n"), ended
+    assert ended.err.count("\n") == 1, ended
+    assert "/" in ended.err, f"no file is named: {ended.err}"
+    return True
+
+
+def fault_at_calls(folder: Path, options: argparse.Namespace) -> int:
+    """Have a run meet a fault at each of its calls that change a file; returns the exit code."""
+    alone = folder / "alone"
+    alone.mkdir()
+    finish(alone, {}, shorten)
+    expected = ending(alone)
+    same = met = 0
+    phases: Counter[str] = Counter()
+    for number in range(options.first, options.last + 1):
+        runs = folder / "run"
+        runs.mkdir()
+        if not check_end(start(runs, prepare=partial(met_at, number, options.at_every_call)), options.at_every_call):
+            break  # there are no more calls
+        met += 1
+        phases[phase_of(runs)] += 1
+        left = unfinished_files(runs) if options.at_every_call == "full-disk" else []
+        different = [*map(str, left), *finish(runs, expected, shorten)]
+        same += not different
+        if different:
+            print(f"call {number}: {', '.join(different)}", flush=True)
+        shutil.rmtree(runs)
+    print(f"{options.at_every_call} by phase: {', '.join(f'{phase} {phases[phase]}' for phase in PHASES)}")
+    print(f"{met} runs, one for each call; {same} endings identical to the run that was left alone")
+    return 0 if same == met else 1
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--kills", type=int, default=100)
+    parser.add_argument("--seed", type=int, default=0, help="of the moments")
+    parser.add_argument("--signal", choices=("KILL", "INT", "TERM"), default="KILL")
+    parser.add_argument("--at-every-call", choices=("kill", "full-disk"))
+    parser.add_argument("--from", type=int, default=1, dest="first", help="the first of the calls")
+    parser.add_argument("--to", type=int, default=10**6, dest="last", help="the last")
+    options = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        return (fault_at_calls if options.at_every_call else kill_at_random)(Path(folder), options)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
