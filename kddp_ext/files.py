@@ -1,16 +1,20 @@
-"""Files that are never half written: written beside their place, synced, then renamed over it."""
+"""Files and their contents: atomic writes, JSON, and SHA-256."""
 
 from __future__ import annotations
 
 import errno
+import hashlib
 import json
 import os
 import shutil
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import TYPE_CHECKING, Any, BinaryIO, NoReturn
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 def atomic_write(path: str | os.PathLike[str], write: Callable[[BinaryIO], object]) -> None:
@@ -52,6 +56,65 @@ def write_text(path: str | os.PathLike[str], text: str) -> None:
 def write_json(path: str | os.PathLike[str], value: Any) -> None:
     """Write `value` as indented JSON, atomically. Raises as `atomic_write` does."""
     write_text(path, json.dumps(value, indent=2) + "\n")
+
+
+def parse_json(text: str, *, most: int | None = None) -> Any:
+    """The value of a JSON text that may come from anywhere.
+
+    Args:
+        text: JSON of one value.
+        most: the largest number of characters that is accepted; None accepts any.
+
+    Raises:
+        ValueError: the text is not JSON, is too long or nested too deeply, or contains NaN or Infinity, which
+            JSON does not have.
+    """
+    if not isinstance(text, str):
+        raise ValueError(f"expected JSON text, got {type(text).__name__}")
+    if most is not None and len(text) > most:
+        raise ValueError(f"expected at most {most} characters, got {len(text)}")
+    try:
+        return json.loads(text, parse_constant=_refuse_constant)
+    except RecursionError as error:
+        raise ValueError("it is nested too deeply") from error
+
+
+def _refuse_constant(name: str) -> NoReturn:
+    raise ValueError(f"it contains {name}, which is not JSON")
+
+
+def hash_json(value: dict[str, Any]) -> str:
+    """SHA-256 of the JSON of `value` with sorted keys."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode("utf-8")).hexdigest()
+
+
+def hash_tensors(tensors: Mapping[str, Tensor]) -> str:
+    """SHA-256 of the names, dtypes, shapes and bytes of `tensors`, sorted by name."""
+    import torch  # the command line reads this file before it needs torch
+
+    digest = hashlib.sha256()
+    for name in sorted(tensors):
+        tensor = tensors[name].detach().cpu().contiguous()
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)};".encode())
+        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def with_digest(value: dict[str, Any]) -> dict[str, Any]:
+    """`value`, made of what JSON knows, and under "sha256" the SHA-256 of it: of its JSON with sorted keys."""
+    return {**value, "sha256": hash_json(value)}
+
+
+def without_digest(value: dict[str, Any]) -> dict[str, Any]:
+    """What `with_digest` was given; a value that has no digest is taken as it is.
+
+    Raises:
+        ValueError: the value has changed since.
+    """
+    rest = {key: each for key, each in value.items() if key != "sha256"}
+    if "sha256" in value and value["sha256"] != hash_json(rest):
+        raise ValueError("its content does not match its sha256")
+    return rest
 
 
 def remove_leftovers(folder: str | os.PathLike[str]) -> None:

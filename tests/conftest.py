@@ -38,7 +38,7 @@ def pytest_addoption(parser):
     parser.addoption(
         "--sanitized",
         action="store_true",
-        help="kernels compiled with AddressSanitizer and UBSan: tests/native/emulated_suite.py, tests/native/sanitized_suite.py",
+        help="kernels compiled with AddressSanitizer and UBSan: tests/native/*_suite.py",
     )
 
 

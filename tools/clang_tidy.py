@@ -1,7 +1,8 @@
 """Checks the C++ and CUDA sources by clang-tidy: `python tools/clang_tidy.py [FILE ...]`; no file means all of them.
 
 Clang reads the sources, with its own warnings, where nothing else here does. The CUDA sources are read as C++ through
-the headers of tests/native/emulator; the CPU's kernels for the narrowest and the widest of their instruction sets, and without
+the headers of the tests' emulator;
+the CPU's kernels for the narrowest and the widest of their instruction sets, and without
 OpenMP, whose header clang-tidy does not bring. A minute on two cores.
 """
 

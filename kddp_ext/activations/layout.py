@@ -24,7 +24,7 @@ class NeuronMatrix(NamedTuple):
     inner: int = 1
 
 
-def neuron_matrix(activation: Tensor, axis: int = 1, *, keep_positions: bool = False) -> NeuronMatrix:
+def as_matrix(activation: Tensor, axis: int = 1, *, keep_positions: bool = False) -> NeuronMatrix:
     """See an activation as a matrix, without a copy where its memory allows that.
 
     Args:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from kddp_ext import ops
-from kddp_ext.activations.layout import NeuronMatrix, neuron_matrix
+from kddp_ext.activations.layout import NeuronMatrix, as_matrix
 from kddp_ext.activations.sample_ring import SampleRing
 
 # The rows of a statistics tensor, in the order in which the kernels write them.
@@ -142,7 +142,7 @@ class NeuronStatistics:
 
     def matrix(self, activation: Tensor, axis: int = 1) -> NeuronMatrix:
         """The matrix of `activation`, in which the neurons lie along `axis`, that is to be summed."""
-        return neuron_matrix(activation, axis, keep_positions=self.position_sums is not None)
+        return as_matrix(activation, axis, keep_positions=self.position_sums is not None)
 
     def observe(self, activation: Tensor, axis: int = 1) -> None:
         """Add the samples of `activation`, without computing a loss.

@@ -62,7 +62,7 @@ def native_loss(inputs: Inputs, settings: Settings, with_terms: bool, with_stati
     # float16 cannot hold a gradient that the batch size has divided.
     scaled = student.dtype == torch.float16 or torch.float16 in [a.dtype for a in activations]
     flags = _Flags(logits_gradient, activation_gradients, scaled, with_statistics)
-    if is_traced():
+    if is_tracing():
         traced: Any = _TracedLoss.apply
         loss, terms, sums, *_ = traced(student, teacher, labels, settings, flags, *activations)
         return loss, terms, sums
@@ -73,7 +73,7 @@ def native_loss(inputs: Inputs, settings: Settings, with_terms: bool, with_stati
     return loss, terms, sums
 
 
-def is_traced() -> bool:
+def is_tracing() -> bool:
     """Whether values cannot be looked at now."""
     return torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
 

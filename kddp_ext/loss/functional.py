@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 
 from kddp_ext import ops
-from kddp_ext.activations.layout import NeuronMatrix, neuron_matrix
+from kddp_ext.activations.layout import NeuronMatrix, as_matrix
 from kddp_ext.activations.statistics import TrackedActivations
 from kddp_ext.loss import arguments
-from kddp_ext.loss.autograd import Inputs, Settings, is_traced, native_loss
+from kddp_ext.loss.autograd import Inputs, Settings, is_tracing, native_loss
 from kddp_ext.ops import reference
 from kddp_ext.ops.divergences import DIVERGENCES
 
@@ -170,7 +170,7 @@ def fused_kd_l1_loss(
 def _matrices(activations: Sequence[Tensor]) -> list[NeuronMatrix]:
     if isinstance(activations, TrackedActivations):
         return activations.matrices()
-    return [neuron_matrix(activation) for activation in activations]
+    return [as_matrix(activation) for activation in activations]
 
 
 def _constant(teacher_logits: Tensor | None) -> Tensor | None:
@@ -179,7 +179,7 @@ def _constant(teacher_logits: Tensor | None) -> Tensor | None:
 
 def _reference_loss(inputs: Inputs, settings: Settings) -> tuple[Tensor, Tensor]:
     labels = inputs.labels
-    if type(labels) is Tensor and labels.is_cpu and not is_traced():
+    if type(labels) is Tensor and labels.is_cpu and not is_tracing():
         arguments.check_label_values(labels, inputs.student_logits.shape[1], settings.ignore_index)
     named = settings._asdict() | {"divergence": DIVERGENCES[settings.divergence]}
     return reference.kd_l1_loss(*inputs, **named)

@@ -9,7 +9,7 @@ from kddp_ext.ops.gather_slices import gather_slices
 from kddp_ext.ops.gradient_pool import GradientPool, pool
 from kddp_ext.ops.kd_l1_loss import kd_l1_loss, kd_l1_loss_operator, neuron_statistics, scale_gradients
 from kddp_ext.ops.library import ELEMENT_TYPES, build_info, is_native, scales_natively
-from kddp_ext.ops.memory import memory_of
+from kddp_ext.ops.memory import storage_key
 
 __all__ = [
     "ELEMENT_TYPES",
@@ -19,9 +19,9 @@ __all__ = [
     "is_native",
     "kd_l1_loss",
     "kd_l1_loss_operator",
-    "memory_of",
     "neuron_statistics",
     "pool",
     "scale_gradients",
     "scales_natively",
+    "storage_key",
 ]

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 
-def memory_of(tensor: Tensor) -> tuple[torch.device, int]:
+def storage_key(tensor: Tensor) -> tuple[torch.device, int]:
     """Equal for tensors that lie in the same memory; one that has none is alike to itself alone, while it lives.
 
     Views of one tensor are equal, wherever in it they begin.

@@ -41,7 +41,7 @@ def checked_copies(model: nn.Module, copies: Sequence[nn.Module]) -> tuple[nn.Mo
     """
     if isinstance(copies, nn.Module | str) or not isinstance(copies, Sequence):
         raise TypeError(f"copies: expected a list of modules, such as [ema_model], got {type(copies).__name__}")
-    owners: _Owners = {ops.memory_of(tensor): "the model" for tensor in _tensors(model).values()}
+    owners: _Owners = {ops.storage_key(tensor): "the model" for tensor in _tensors(model).values()}
     found = []
     for index, copy in enumerate(copies):
         if not isinstance(copy, nn.Module):
@@ -70,7 +70,7 @@ def _check_tensors(model: nn.Module, copy: nn.Module, role: str, owners: _Owners
         if shapes[0] != shapes[1]:
             raise ValueError(f"{role}: {name} has shape {shapes[1]}, and {shapes[0]} in the model")
     for name, tensor in got.items():
-        owner = owners.setdefault(ops.memory_of(tensor), role)
+        owner = owners.setdefault(ops.storage_key(tensor), role)
         if owner != role:
             raise ValueError(f"{role}: it shares {name} with {owner}; a copy needs tensors of its own")
 

@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from torch import nn
 
+from kddp_ext.files import parse_json
 from kddp_ext.pruning.compaction import Removal, plan_compaction
 from kddp_ext.pruning.tracing.find import find_neurons
-from kddp_ext.strict_json import parse_json
 
 FORMAT, VERSION = "kddp_ext.pruning_history", 1
 _MOST_CHARACTERS = 2**24  # of JSON: room for two million pruned neurons

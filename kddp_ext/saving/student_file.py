@@ -15,11 +15,9 @@ import safetensors
 import safetensors.torch
 from torch import Tensor, nn
 
-from kddp_ext.digest import hash_json, hash_tensors
-from kddp_ext.files import atomic_write
+from kddp_ext.files import atomic_write, hash_json, hash_tensors, parse_json
 from kddp_ext.pruning.copies import unwrapped
 from kddp_ext.pruning.history import PruningHistory
-from kddp_ext.strict_json import parse_json
 
 FORMAT, VERSION = "kddp_ext.student", "1"
 _MOST_METADATA = 2**22  # characters of JSON

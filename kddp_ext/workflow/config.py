@@ -12,7 +12,7 @@ from typing import Any, Literal, TypeVar
 
 from tyro.conf import FlagConversionOff
 
-from kddp_ext.digest import without_digest
+from kddp_ext.files import without_digest
 from kddp_ext.workflow.config_checks import (
     BELOW_ONE,
     INSIDE_SHARE,

@@ -11,7 +11,7 @@ from rich.console import Console
 from torch import Tensor, nn
 
 import kddp_ext
-from kddp_ext.strict_json import parse_json
+from kddp_ext.files import parse_json
 from kddp_ext.workflow.checkpoint import check_architecture, load_checkpoint
 from kddp_ext.workflow.config import RunConfig, load_config
 from kddp_ext.workflow.data import ImageData

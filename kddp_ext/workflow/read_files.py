@@ -6,7 +6,7 @@ import stat
 from pathlib import Path
 from typing import Any
 
-from kddp_ext.strict_json import parse_json
+from kddp_ext.files import parse_json
 from kddp_ext.workflow.errors import DataFileError
 
 

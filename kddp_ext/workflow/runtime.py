@@ -81,11 +81,11 @@ def _gpu_of(processes: Processes) -> torch.device:
 
 def prepare_process() -> None:
     """What every process that trains asks of its machine. Comes before anything is computed."""
-    keep_freed_memory()
+    tune_malloc()
     flush_denormals()
 
 
-def keep_freed_memory() -> None:
+def tune_malloc() -> None:
     """Have the C library keep freed memory instead of handing it back to the system.
 
     Each step frees and allocates the same large tensors again. By default glibc maps them anew every time,

@@ -7,8 +7,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from kddp_ext.digest import with_digest
-from kddp_ext.files import remove_leftovers, write_json
+from kddp_ext.files import remove_leftovers, with_digest, write_json
 from kddp_ext.workflow.data import ImageData
 from kddp_ext.workflow.datasets import INFO, read_dataset
 from kddp_ext.workflow.errors import WorkflowError

@@ -14,8 +14,7 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
-from kddp_ext.digest import hash_tensors
-from kddp_ext.files import atomic_write, remove_leftovers
+from kddp_ext.files import atomic_write, hash_tensors, remove_leftovers
 from kddp_ext.workflow.data import ImageData
 from kddp_ext.workflow.folder import locked
 from kddp_ext.workflow.progress import Progress

@@ -9,8 +9,7 @@ from typing import Any
 
 from torch import Tensor
 
-from kddp_ext.digest import with_digest, without_digest
-from kddp_ext.files import write_json, write_text
+from kddp_ext.files import with_digest, without_digest, write_json, write_text
 from kddp_ext.workflow.errors import WorkflowError
 from kddp_ext.workflow.folder import RunFolder
 from kddp_ext.workflow.inspect import find_models

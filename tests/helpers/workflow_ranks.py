@@ -13,7 +13,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 import kddp_ext
-from kddp_ext.workflow import run, stages, teacher_cache, timing, trainer
+from kddp_ext.workflow import run, stages, teacher_logits, timing, train
 from kddp_ext.workflow.batch_norm import join_batches
 from kddp_ext.workflow.data import ImageData
 from kddp_ext.workflow.errors import SharedError, WorkflowError
@@ -55,7 +55,7 @@ def run_share(rank, path, config, count=2, *, resume=False, fails=None, steps=No
         if fails is not None and fails[0] == rank:
             patches.enter_context(failures(rank)[fails[1]])
         if steps is not None:
-            patches.enter_context(mock.patch.object(trainer, "_train_step", dies_after(trainer._train_step, steps)))
+            patches.enter_context(mock.patch.object(train, "_train_step", dies_after(train._train_step, steps)))
         try:
             run_workflow(path, config, console, device="cpu", resume=resume, processes=Processes(rank, count))
         except KilledError:
@@ -137,12 +137,12 @@ class CountingTeacher(nn.Module):
 def ask_teacher(rank, folder, data, count=2, batch=20):
     """The logits of two views, the first of them twice, by teachers that are new each time; and what they saw."""
     answers = []
-    with mock.patch.object(teacher_cache, "_BATCH", batch):
+    with mock.patch.object(teacher_logits, "_BATCH", batch):
         for view in (0, 1, 0):
             teacher = CountingTeacher()
             runtime = Runtime("cpu", "float32", Processes(rank, count))
             progress = Progress(Console(file=io.StringIO()))
-            logits = teacher_cache.TeacherLogits(teacher, data, 2, folder, runtime, progress).view(view)
+            logits = teacher_logits.TeacherLogits(teacher, data, 2, folder, runtime, progress).view(view)
             answers.append((logits.clone(), teacher.seen))
     return answers
 

@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import kddp_ext
-from kddp_ext.activations.layout import neuron_matrix
+from kddp_ext.activations.layout import as_matrix
 from kddp_ext.activations.statistics import NeuronStatistics, TrackedActivations
 
 SHAPES = {
@@ -102,11 +102,11 @@ def test_a_plain_sequence_of_channels_needs_no_pruner():
 def test_matrices_are_views_where_they_can_be():
     channels = activation((6, 5, 4, 3))
     last = channels.contiguous(memory_format=torch.channels_last)
-    assert neuron_matrix(channels).values.shape == (6, 60)
-    assert neuron_matrix(last).values.shape == (72, 5)
-    assert neuron_matrix(activation((6, 4, 5)), 2).values.shape == (24, 5)
+    assert as_matrix(channels).values.shape == (6, 60)
+    assert as_matrix(last).values.shape == (72, 5)
+    assert as_matrix(activation((6, 4, 5)), 2).values.shape == (24, 5)
     for tensor, axis in ((channels, 1), (last, 1), (activation((6, 4, 5)), 2), (activation((6, 9)), 1)):
-        assert neuron_matrix(tensor, axis).values.data_ptr() == tensor.data_ptr()
+        assert as_matrix(tensor, axis).values.data_ptr() == tensor.data_ptr()
 
 
 def test_sums_of_positions():

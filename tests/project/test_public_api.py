@@ -1,6 +1,6 @@
 """What people depend on: names, signatures, options and the versions of formats change only where somebody means it.
 
-`python tests/project/test_public_api.py` writes tests/project/public_api.txt anew; the difference belongs in CHANGELOG.md.
+`python tests/project/test_public_api.py` writes public_api.txt anew; the difference belongs in CHANGELOG.md.
 """
 
 import contextlib

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from kddp_ext.activations.layout import neuron_matrix
+from kddp_ext.activations.layout import as_matrix
 from kddp_ext.activations.sample_ring import SampleRing
 from kddp_ext.activations.statistics import NeuronStatistics
 from kddp_ext.pruning.pruner import DynamicPruner
@@ -110,13 +110,13 @@ def test_the_mean_of_the_outputs_stays(name):
 def test_a_ring_keeps_the_latest():
     ring = SampleRing(16, 3)
     for batch in range(20):
-        ring.add(neuron_matrix(torch.full((10, 3), float(batch))))
+        ring.add(as_matrix(torch.full((10, 3), float(batch))))
     assert ring.filled == 16
     assert sorted(set(ring.samples[:, 0].tolist())) == [float(batch) for batch in range(12, 20)]
     other = SampleRing(16, 3)
     other.load_state_dict(ring.state_dict())
-    ring.add(neuron_matrix(torch.ones(10, 3)))
-    other.add(neuron_matrix(torch.ones(10, 3)))
+    ring.add(as_matrix(torch.ones(10, 3)))
+    other.add(as_matrix(torch.ones(10, 3)))
     assert torch.equal(ring.values, other.values)
     with pytest.raises(ValueError, match="at most 16 samples of 4 neurons, got a tensor of shape"):
         SampleRing(16, 4).load_state_dict(ring.state_dict())
@@ -128,7 +128,7 @@ def test_a_ring_takes_whole_samples(memory_format):
     images = torch.arange(5 * 4 * 3 * 3.0).view(5, 4, 3, 3).contiguous(memory_format=memory_format)
     ring = SampleRing(64, 4)
     for _ in range(30):
-        ring.add(neuron_matrix(images))
+        ring.add(as_matrix(images))
     positions = {tuple(row) for row in images.movedim(1, -1).flatten(0, -2).tolist()}
     assert {tuple(row) for row in ring.samples.tolist()} <= positions
     assert len({tuple(row) for row in ring.samples.tolist()}) > 20  # and not always the same ones

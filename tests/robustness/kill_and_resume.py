@@ -1,8 +1,8 @@
 """Kills runs, resumes them, and compares how they end, bit for bit, with a run that was left alone:
 
     python tests/robustness/kill_and_resume.py [--kills 100] [--seed 0] [--signal KILL]      at random moments
-    python tests/robustness/kill_and_resume.py --at-every-call kill [--from 1] [--to N]      at each call that changes a file
-    python tests/robustness/kill_and_resume.py --at-every-call full-disk [--from 1] [--to N]  of which all fail from that one on
+    … --at-every-call kill [--from 1] [--to N]  at each call that changes a file
+    … --at-every-call full-disk [--from 1] [--to N] which all fail from that one on
 
 The random moments are drawn so that every phase of a run has its share: the kill waits until the run's folder shows
 that the phase has begun, and then as long as a part of it takes. Every other run is killed again while it is resumed,

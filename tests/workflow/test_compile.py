@@ -14,7 +14,7 @@ import torch
 from rich.console import Console
 from workflow_ranks import KilledError, dies_after
 
-from kddp_ext.workflow import trainer
+from kddp_ext.workflow import train
 from kddp_ext.workflow.config import RunConfig
 from kddp_ext.workflow.data import ImageData
 from kddp_ext.workflow.datasets import INFO, read_dataset
@@ -53,7 +53,7 @@ def test_compiled_training_ends_close_to_eager_and_resumes_bit_for_bit(
     whole = train_kddp(tmp_path / "whole", compiled, quiet)
     # Killed after the epoch whose prune has made another network of it.
     with monkeypatch.context() as patch:
-        patch.setattr(trainer, "train_epoch", dies_after(trainer.train_epoch, 1))
+        patch.setattr(train, "train_epoch", dies_after(train.train_epoch, 1))
         with pytest.raises(KilledError):
             train_kddp(tmp_path / "killed", compiled, quiet)
     resumed = train_kddp(tmp_path / "killed", compiled, quiet)

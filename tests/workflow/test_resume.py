@@ -19,7 +19,7 @@ import torch
 from rich.console import Console
 
 import kddp_ext
-from kddp_ext.workflow import trainer
+from kddp_ext.workflow import train
 from kddp_ext.workflow.cli import main
 from kddp_ext.workflow.config import RunConfig
 from kddp_ext.workflow.errors import WorkflowError
@@ -92,7 +92,7 @@ def test_killed_between_epochs(
 ) -> None:
     path = tmp_path / "killed"
     with monkeypatch.context() as patch:
-        patch.setattr(trainer, "train_epoch", dies_after(trainer.train_epoch, epochs))
+        patch.setattr(train, "train_epoch", dies_after(train.train_epoch, epochs))
         with pytest.raises(Killed):
             run_workflow(path, small, quiet, device="cpu")
     run_workflow(path, small, quiet, device="cpu", resume=True)
@@ -105,10 +105,10 @@ def test_killed_in_the_middle_of_epochs_again_and_again(
     path = tmp_path / "killed"
     deaths = 0
     with monkeypatch.context() as patch:
-        loss = trainer.kddp_ext.fused_kd_l1_loss
+        loss = train.kddp_ext.fused_kd_l1_loss
         while True:
             # 7 or 8 steps an epoch: 11 steps end in the middle of the second one.
-            patch.setattr(trainer.kddp_ext, "fused_kd_l1_loss", dies_after(loss, 11))
+            patch.setattr(train.kddp_ext, "fused_kd_l1_loss", dies_after(loss, 11))
             try:
                 run_workflow(path, small, quiet, device="cpu", resume=True)
                 break

@@ -11,7 +11,7 @@ import pytest
 from rich.console import Console
 from workflow_ranks import KilledError, dies_after
 
-from kddp_ext.workflow import trainer
+from kddp_ext.workflow import train
 from kddp_ext.workflow.cli import main
 from kddp_ext.workflow.config import RunConfig
 from kddp_ext.workflow.folder import RunFolder
@@ -56,7 +56,7 @@ def test_events_hold_each_epoch_once(
     # In the teacher's second epoch, then in that of scratch, which began without event files.
     for epochs, wanted in ((1, True), (2, False)):
         with monkeypatch.context() as patch:
-            patch.setattr(trainer, "train_epoch", dies_after(trainer.train_epoch, epochs))
+            patch.setattr(train, "train_epoch", dies_after(train.train_epoch, epochs))
             with pytest.raises(KilledError):
                 run_workflow(path, config, quiet, device="cpu", resume=True, tensorboard=wanted)
         assert RunFolder(path).tensorboard("teacher").exists()
@@ -74,7 +74,7 @@ def test_a_run_that_was_interrupted_with_event_files(
     path = tmp_path / "run"
     for _ in range(2):
         with monkeypatch.context() as patch:
-            patch.setattr(trainer, "train_epoch", dies_after(trainer.train_epoch, 1))
+            patch.setattr(train, "train_epoch", dies_after(train.train_epoch, 1))
             with pytest.raises(KilledError):
                 run_workflow(path, config, quiet, device="cpu", resume=True, tensorboard=True)
     assert_events_are_the_metrics(path, "teacher", images=896)

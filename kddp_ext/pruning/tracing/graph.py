@@ -108,7 +108,7 @@ class OperationGraph:
         tensor = self.tensor(stored)
         if type(tensor) not in (Tensor, nn.Parameter) or tensor.layout != torch.strided:
             raise Refusal(f"the {role} is a {type(tensor).__name__}; only plain dense tensors can be sliced")
-        holders = self._holders[ops.memory_of(tensor)]
+        holders = self._holders[ops.storage_key(tensor)]
         if len(holders) > 1:
             raise Refusal(f"the {role} is shared (tied) between {' and '.join(sorted(holders))}; untie it first")
         readers = [user for other in self._stored for user in other.users if self._reads(other, tensor)]
@@ -182,5 +182,5 @@ def _holders(model: nn.Module) -> dict[tuple[torch.device, int], set[str]]:
         own = [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]
         for name, tensor in own:
             if type(tensor) in (Tensor, nn.Parameter) and tensor.layout == torch.strided:
-                holders[ops.memory_of(tensor)].add(f"{prefix}.{name}" if prefix else name)
+                holders[ops.storage_key(tensor)].add(f"{prefix}.{name}" if prefix else name)
     return holders

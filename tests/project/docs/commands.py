@@ -44,12 +44,12 @@ class Commands:
     """Checks commands; `kddp` commands are parsed by the real command line, whose work is caught."""
 
     def __init__(self, patch: pytest.MonkeyPatch) -> None:
-        from kddp_ext.workflow import rebuild, run, saved, sweep
+        from kddp_ext.workflow import inspect, rebuild, run, sweep
 
         self.caught: list[str] = []
         for module, name in (
-            (run, "run_workflow"), (sweep, "run_sweep"), (rebuild, "rebuild_report"), (saved, "evaluate"),
-            (saved, "describe"),
+            (run, "run_workflow"), (sweep, "run_sweep"), (rebuild, "rebuild_report"), (inspect, "evaluate"),
+            (inspect, "describe"),
         ):  # fmt: skip
             patch.setattr(module, name, lambda *_, name=name, **__: self.caught.append(name))
         patch.setattr("kddp_ext.workflow.cli._set_up", lambda *_: None)

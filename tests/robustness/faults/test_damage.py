@@ -17,8 +17,8 @@ from fault_runs import comparable, differences, ending, shorten, start
 from torch import nn
 
 import kddp_ext
-from kddp_ext.digest import hash_tensors
-from kddp_ext.workflow import teacher_cache
+from kddp_ext.files import hash_tensors
+from kddp_ext.workflow import teacher_logits
 from kddp_ext.workflow.checkpoint import load_checkpoint, save_checkpoint
 from kddp_ext.workflow.config import load_config
 from kddp_ext.workflow.errors import WorkflowError
@@ -146,10 +146,10 @@ def test_damage_anywhere_in_a_student(tmp_path: Path) -> None:
 
 def test_damage_anywhere_in_the_teachers_logits(tmp_path: Path) -> None:
     path, logits = tmp_path / "logits.safetensors", torch.randn(5, 3)
-    teacher_cache._write(path, logits, 1.0)
+    teacher_logits._write(path, logits, 1.0)
 
     def read(path: Path) -> torch.Tensor:
-        answer = teacher_cache._read(path, (5, 3))
+        answer = teacher_logits._read(path, (5, 3))
         if answer is None:
             raise ValueError(f"{path} is damaged")
         return answer[0]

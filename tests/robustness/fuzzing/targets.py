@@ -26,7 +26,7 @@ from torch import nn
 
 from kddp_ext.pruning.history import PruningHistory
 from kddp_ext.saving.student_file import load_student, read_student_header, save_student
-from kddp_ext.workflow import teacher_cache
+from kddp_ext.workflow import teacher_logits
 from kddp_ext.workflow.checkpoint import load_checkpoint, save_checkpoint
 from kddp_ext.workflow.config import RunConfig, load_config
 from kddp_ext.workflow.datasets import cifar10, download
@@ -179,7 +179,7 @@ def checkpoints() -> list[bytes]:
 
 @cache
 def cached_logits() -> list[bytes]:
-    return _written(lambda path: teacher_cache._write(path, torch.zeros(3, 2), 1.5))
+    return _written(lambda path: teacher_logits._write(path, torch.zeros(3, 2), 1.5))
 
 
 def archive() -> bytes:
@@ -262,7 +262,7 @@ TARGETS = {
         Target("run-config", "config.json", lambda: [as_json(RunConfig().to_json())], _config, FILE_ERRORS),
         Target("sweep-config", "sweep.json", lambda: [as_json(SweepConfig().to_json())], _sweep, FILE_ERRORS),
         Target(
-            "teacher-cache", "logits", cached_logits, lambda path: teacher_cache._read(path, (3, 2)), ()
+            "teacher-cache", "logits", cached_logits, lambda path: teacher_logits._read(path, (3, 2)), ()
         ),  # what is wrong there is computed again
         Target("archive", "a.tar.gz", lambda: [archive()], lambda path: _unpack(path), FILE_ERRORS, constant=2**21),
         Target(
