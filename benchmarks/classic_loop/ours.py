@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 import kddp_ext
-from benchmarks.classic_loop.reading import Reading
+from benchmarks.classic_loop.pairs import Reading
 from benchmarks.disturbance import Watch
 from kddp_ext.workflow.config import RunConfig
 from kddp_ext.workflow.data import ImageData

@@ -16,8 +16,7 @@ from typing import Any
 
 from benchmarks.child import HEAPS
 from benchmarks.classic_loop.child import Task
-from benchmarks.classic_loop.pairs import PAIRS
-from benchmarks.classic_loop.reading import Reading
+from benchmarks.classic_loop.pairs import PAIRS, Reading
 from benchmarks.timing import PATIENCE, Rounds, rotated
 
 LOOPS = ["classic", "cached", "teacher every step"]
