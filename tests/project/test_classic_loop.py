@@ -1,4 +1,4 @@
-"""benchmarks/classic_loop: both loops minimise the same loss, and ours computes what the workflow's training computes."""
+"""benchmarks/classic_loop: both loops minimise the same loss, and ours computes what the workflow's does."""
 
 import json
 import subprocess
