@@ -44,7 +44,7 @@ class OurLoop:
         self._epoch = 0
 
     def run(self, warm_up: int, steps: int) -> Reading:
-        """Train for `warm_up` steps, then for `steps` timed ones, which start with the order and the logits of an epoch."""
+        """Train for `warm_up` steps, then for `steps` timed ones, which include the start of an epoch."""
         self.train(warm_up)
         watch = Watch(torch.get_num_threads())
         with watch.interruptions():

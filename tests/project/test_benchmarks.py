@@ -42,16 +42,8 @@ def benchmarks():
 
 
 NAMES = [
-    "loss",
-    "class-counts",
-    "threads",
-    "memory",
-    "statistics",
-    "divergences",
-    "compaction",
-    "pruning",
-    "prune-step",
-]
+    "loss", "class-counts", "threads", "memory", "statistics", "divergences", "compaction", "pruning", "prune-step",
+]  # fmt: skip
 
 
 @pytest.mark.parametrize("name", NAMES)
