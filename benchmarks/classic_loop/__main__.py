@@ -89,13 +89,9 @@ def _parse() -> argparse.Namespace:
     )
     parser.add_argument("--steps", type=at_least(1), default=20, help="timed steps of each round (default 20)")
     parser.add_argument("--warm-up", type=at_least(0), default=5, help="uncounted steps before those (default 5)")
-    parser.add_argument(
-        "--rounds", type=at_least(1), default=7, help="turns of each loop (default 7)"
-    )
+    parser.add_argument("--rounds", type=at_least(1), default=7, help="turns of each loop (default 7)")
     parser.add_argument("--threads", type=at_least(1), default=2, help="PyTorch's threads in each loop (default 2)")
-    parser.add_argument(
-        "--workers", type=at_least(0), default=2, help="of the classic loop's DataLoader (default 2)"
-    )
+    parser.add_argument("--workers", type=at_least(0), default=2, help="of the classic loop's DataLoader (default 2)")
     parser.add_argument(
         "--smoke", action="store_true", help="tiny networks, to check that everything runs; the figures mean nothing"
     )
