@@ -1,4 +1,4 @@
-"""Builds a wheel for each Python, tests it with each torch in fresh environments, and writes docs/compatibility.md's table:
+"""Builds a wheel for each Python, tests it with each torch in fresh environments, and writes the table of the docs:
 
     pip install 'kddp_ext[release]'
     python tools/compatibility.py --pythons 3.10 3.11 3.12 3.13 --torches 2.13.0 2.14.1 [--suite]

@@ -1,6 +1,6 @@
 """Rewrites links that leave docs/ for the site, which contains only docs/.
 
-Links in the Markdown files are relative, so that they work on a code host. In the site, the files in `ROOT_PAGES` become
+Links in the Markdown files are relative, so that they work on a code host. In the site, the files in `ROOT_PAGES` are
 pages. A link to another file becomes a link to the code host if mkdocs.yml has a `repo_url`, else the file's name. A
 broken link is a warning, which fails the build.
 """

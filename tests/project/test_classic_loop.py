@@ -81,18 +81,6 @@ def test_both_loops_minimise_the_same_function(loops, monkeypatch):
 
 
 @pytest.mark.parametrize("pair", PAIRS)
-def test_the_classic_loop_trains(loops, made, pair):
-    config, data, teacher, student = made(pair)
-    before = [parameter.detach().clone() for parameter in student.parameters()]
-    answers = {name: value.clone() for name, value in teacher.state_dict().items()}
-    reading = loops.classic.ClassicLoop(config, teacher, student, data, workers=0).run(warm_up=1, steps=7)
-    assert reading.seconds > 0
-    assert 0 < reading.loss < 100
-    assert all(not torch.equal(old, new) for old, new in zip(before, student.parameters(), strict=True))
-    assert all(torch.equal(value, answers[name]) for name, value in teacher.state_dict().items())
-
-
-@pytest.mark.parametrize("pair", PAIRS)
 @pytest.mark.parametrize("cached", [True, False])
 def test_our_loop_trains_as_the_workflow_does(loops, made, pair, cached, tmp_path):
     """An epoch of the benchmark's loop and one of the workflow give the same weights and the same loss."""
@@ -132,24 +120,6 @@ def test_a_ratio_is_computed_within_a_round(loops):
     assert found["times_classic"]["cached"] == {"median": 4.0, "low": 4.0, "high": 4.0}
     assert found["times_classic"]["teacher every step"] == {"median": 4.0, "low": 2.0, "high": 8.0}
     assert (found["round_count"], found["disturbed_rounds"]) == (3, 1)
-
-
-def test_disturbed_rounds_are_repeated_while_patience_lasts(loops):
-    def turns(disturbed):
-        """Loops whose turns take 0, 1, 2... seconds; some turns of the cached one are disturbed."""
-        made = {}
-        for name in loops.processes.LOOPS:
-            numbers = iter(range(len(disturbed)))
-            made[name] = SimpleNamespace(
-                turn=lambda name=name, numbers=numbers: loops.pairs.Reading(
-                    number := next(numbers), 1.0, name == "cached" and disturbed[number]
-                )
-            )
-        found = loops.processes.take_turns(made, wanted=2, patience=2)
-        return [readings["classic"].seconds for readings in found]
-
-    assert turns([True, False, False]) == [1, 2]
-    assert turns([True, True, False, True]) == [2, 0]
 
 
 def test_the_error_names_a_loop_whose_process_ends(loops, tmp_path, capfd, monkeypatch):
