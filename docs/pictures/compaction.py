@@ -45,7 +45,7 @@ def _before(axes: Axes, top: float) -> None:
 
 
 def _after(axes: Axes, top: float) -> None:
-    words = "After: 5 neurons, in smaller tensors under the same Parameters"
+    words = "After: 5 neurons, in smaller tensors of the same Parameters"
     text(axes, 0.2, top + 0.7, words, fontweight="bold", fontsize=11, ha="left")
     _tensors(axes, top, KEPT, ())
     bottom = top - len(OUTPUTS) * CELL
