@@ -101,8 +101,7 @@ def transformers(given: Names) -> Names:
 
 def own_kernel(given: Names) -> Names:
     """The emulator, whose runtime is compiled once for all tests, and two arrays."""
-    from emulator.build import build
-    from emulator.control import Emulator
+    from emulator import Emulator, build
 
     return {
         "Emulator": Emulator,
