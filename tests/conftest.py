@@ -77,10 +77,12 @@ def only_quick(config):
 
 
 def pytest_ignore_collect(collection_path, config):
-    """`-m quick` does not even import the other files."""
-    if only_quick(config) and collection_path.suffix == ".py" and not is_quick(collection_path):
-        return True
-    return None
+    """`-m quick` does not even import the other files and the conftest.py of other folders."""
+    if not only_quick(config):
+        return None
+    if collection_path.parent.name == "tests" and collection_path.is_dir():
+        return collection_path.name not in {pattern.partition("/")[0] for pattern in QUICK} or None
+    return (collection_path.suffix == ".py" and not is_quick(collection_path)) or None
 
 
 @pytest.hookimpl(tryfirst=True)
