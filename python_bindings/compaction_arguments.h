@@ -5,7 +5,7 @@
 #include <vector>
 
 #include "bindings.h"
-#include "kddp/compaction.h"
+#include "kddp/gather_slices.h"
 
 namespace kddp_python {
 
@@ -29,11 +29,11 @@ void gather_slices(const std::vector<BlockArguments>& block_arguments, int64_t c
     blocks.reserve(block_arguments.size());
     for (const auto& [source, row_stride, column_bytes, target] : block_arguments)
         blocks.push_back({pointer<const void>(source), row_stride, column_bytes, pointer<void>(target)});
-    kddp::Compaction job{blocks.data(), static_cast<int64_t>(blocks.size()),
-                         columns,       pointer<const int64_t>(keep_rows),
-                         kept_rows,     pointer<const int64_t>(keep_columns),
-                         kept_columns,  compensation(compensation_arguments),
-                         nullptr,       1};
+    kddp::GatherSlices job{blocks.data(), static_cast<int64_t>(blocks.size()),
+                           columns,       pointer<const int64_t>(keep_rows),
+                           kept_rows,     pointer<const int64_t>(keep_columns),
+                           kept_columns,  compensation(compensation_arguments),
+                           nullptr,       1};
     const Backend backend(place);
     const py::object workspace = take_workspace(backend, job, allocate);
     const py::gil_scoped_release unlocked;

@@ -18,12 +18,12 @@ class Cpu {
         job.threads = threads_;
         return kddp::kd_l1_loss_workspace(job);
     }
-    int64_t workspace(kddp::Compaction& job) const {
+    int64_t workspace(kddp::GatherSlices& job) const {
         job.threads = threads_;
         return kddp::gather_slices_workspace(job);
     }
     static kddp::Status run(const kddp::KdL1Loss& job) { return kddp::kd_l1_loss(job); }
-    static void run(const kddp::Compaction& job) { kddp::gather_slices(job); }
+    static void run(const kddp::GatherSlices& job) { kddp::gather_slices(job); }
 
   private:
     int threads_;

@@ -66,14 +66,14 @@ class Cuda {
     }
 
     static int64_t workspace(const kddp::KdL1Loss& job) { return kddp::cuda_kd_l1_loss_workspace(job); }
-    static int64_t workspace(const kddp::Compaction&) { return 0; }
+    static int64_t workspace(const kddp::GatherSlices&) { return 0; }
 
     kddp::Status run(const kddp::KdL1Loss& job) const {
         kddp::cuda_kd_l1_loss(job, place_);
         check(cudaGetLastError(), "the launch of the loss");
         return {};
     }
-    void run(const kddp::Compaction& job) const {
+    void run(const kddp::GatherSlices& job) const {
         kddp::cuda_gather_slices(job, place_);
         check(cudaGetLastError(), "the launch of the compaction");
     }

@@ -15,11 +15,11 @@ template <class T>
 using HighestOf = T (*)(const void*, Piece, int64_t);
 template <class T>
 using ExponentiatePiece = Highest<T> (*)(const void*, const void*, RowBuffers<T>, Piece, Tempering<T>, NextLogits,
-                                         PieceSums&);
+                                         ChunkSums&);
 template <class T>
 using WriteGradientPiece = void (*)(RowBuffers<T>, Piece, const PieceGradient<T>&, void*);
 template <class T>
-using WriteGradientAgain = void (*)(const void*, const void*, Piece, Tempering<T>, const PieceSums&,
+using WriteGradientAgain = void (*)(const void*, const void*, Piece, Tempering<T>, const ChunkSums&,
                                     const PieceGradient<T>&, void*);
 
 // Loops over logits less the references of their piece.
@@ -54,7 +54,7 @@ ReadPiece<T> choose_convert(ElementType type) {
     }
 }
 
-template <class T, Distillation distillation, Untempered untempered, bool moments>
+template <class T, Distillation distillation, ExpReuse untempered, bool moments>
 WriteGradientPiece<T> choose_write(ElementType type) {
     switch (type) {
         case ElementType::float64:
@@ -75,11 +75,11 @@ inline Distillation choose_distillation(const KdL1Loss& job) {
 }
 
 // The loops that read elements of one type where they are.
-template <class T, class Element, Distillation distillation, Untempered untempered, bool moments, bool keep>
+template <class T, class Element, Distillation distillation, ExpReuse untempered, bool moments, bool keep>
 void choose_loops(RowSteps<T>& steps) {
     constexpr Exclusions safe = Exclusions::counted_as_zero;
     constexpr bool plain = distillation == Distillation::forward && !moments;
-    constexpr bool shifts = plain && has_exp2_of_shifted<T> && untempered != Untempered::separate;
+    constexpr bool shifts = plain && has_exp2_of_shifted<T> && untempered != ExpReuse::separate;
     constexpr Exclusions fast = plain && !shifts ? Exclusions::ignored : safe;
     steps.highest_of = highest_of<T, Element>;
     steps.by_difference = {exponentiate_piece<T, Element, distillation, untempered, moments, fast, false, keep>,
@@ -96,7 +96,7 @@ void choose_loops(RowSteps<T>& steps) {
     }
 }
 
-template <class T, class Element, Distillation distillation, Untempered untempered, bool moments>
+template <class T, class Element, Distillation distillation, ExpReuse untempered, bool moments>
 void choose_loops(const KdL1Loss& job, bool where_they_are, RowSteps<T>& steps) {
     if constexpr (!moments && distillation == Distillation::forward && sizeof(T) == 4) {
         // A term of weight 0 has no gradient, which the loops over kept exponentials see to.
@@ -107,7 +107,7 @@ void choose_loops(const KdL1Loss& job, bool where_they_are, RowSteps<T>& steps) 
     choose_loops<T, Element, distillation, untempered, moments, true>(steps);
 }
 
-template <class T, Distillation distillation, Untempered untempered, bool moments>
+template <class T, Distillation distillation, ExpReuse untempered, bool moments>
 RowSteps<T> steps_of(const KdL1Loss& job) {
     const ElementType type = job.student.type;
     RowSteps<T> steps{};
@@ -116,7 +116,7 @@ RowSteps<T> steps_of(const KdL1Loss& job) {
     steps.write_gradient = choose_write<T, distillation, untempered, moments>(type);
     // A term of weight 0 has no gradient, not 0 times one that may be infinite.
     if (job.alpha == 0) steps.write_gradient = choose_write<T, Distillation::none, untempered, false>(type);
-    if (job.alpha == 1) steps.write_gradient = choose_write<T, distillation, Untempered::absent, moments>(type);
+    if (job.alpha == 1) steps.write_gradient = choose_write<T, distillation, ExpReuse::absent, moments>(type);
     // dkd changes what it has read, so it needs a copy.
     const bool dkd = job.teacher.data && job.divergence == Divergence::dkd;
     const bool alike = !job.teacher.data || job.teacher.type == type;
@@ -141,19 +141,19 @@ RowSteps<T> steps_of(const KdL1Loss& job) {
 
 template <class T, Distillation distillation>
 RowSteps<T> choose_steps(const KdL1Loss& job) {
-    const Untempered untempered = choose_untempered(job);
+    const ExpReuse untempered = choose_exp_reuse(job);
     if constexpr (distillation != Distillation::none) {
         if (job.standardize_logits)
-            return untempered == Untempered::absent ? steps_of<T, distillation, Untempered::absent, true>(job)
-                                                    : steps_of<T, distillation, Untempered::separate, true>(job);
+            return untempered == ExpReuse::absent ? steps_of<T, distillation, ExpReuse::absent, true>(job)
+                                                  : steps_of<T, distillation, ExpReuse::separate, true>(job);
         if constexpr (sizeof(T) == 4) {
-            if (untempered == Untempered::square) return steps_of<T, distillation, Untempered::square, false>(job);
-            if (untempered == Untempered::fourth) return steps_of<T, distillation, Untempered::fourth, false>(job);
+            if (untempered == ExpReuse::square) return steps_of<T, distillation, ExpReuse::square, false>(job);
+            if (untempered == ExpReuse::fourth) return steps_of<T, distillation, ExpReuse::fourth, false>(job);
         }
     }
-    if (untempered == Untempered::absent) return steps_of<T, distillation, Untempered::absent, false>(job);
-    if (untempered == Untempered::same) return steps_of<T, distillation, Untempered::same, false>(job);
-    return steps_of<T, distillation, Untempered::separate, false>(job);
+    if (untempered == ExpReuse::absent) return steps_of<T, distillation, ExpReuse::absent, false>(job);
+    if (untempered == ExpReuse::same) return steps_of<T, distillation, ExpReuse::same, false>(job);
+    return steps_of<T, distillation, ExpReuse::separate, false>(job);
 }
 
 template <class T>

@@ -3,12 +3,11 @@
 // Memory decides its speed. So a row is read once, while the next one is already asked for; large outputs are written
 // past the caches, and in huge pages where they are fresh. The pruned columns of a row are summed while it is in the
 // first-level cache.
-#include "kddp/compaction.h"
-
 #include "cpu/gather_row.h"
 #include "cpu/huge_pages.h"
 #include "cpu/kernels.h"
 #include "cpu/sizes.h"
+#include "kddp/gather_slices.h"
 
 namespace kddp {
 namespace {
@@ -18,14 +17,14 @@ constexpr int64_t bytes_worth_threads = 1 << 18;
 // Above it the caches hold no output until it is read.
 constexpr int64_t bytes_worth_passing_caches = 8 << 20;
 
-int64_t elements_of_column(const Compaction& job) {
+int64_t elements_of_column(const GatherSlices& job) {
     return job.blocks[0].column_bytes / size_of(job.compensation.type);
 }
 
 // What is prepared once for all rows, in the workspace: the choice of columns in each tensor, and of the pruned ones.
 class Preparation {
   public:
-    explicit Preparation(const Compaction& job) : job_(job) {
+    explicit Preparation(const GatherSlices& job) : job_(job) {
         means_offset_ = round_up_to_line(job.block_count * int64_t(sizeof(ColumnChoice)));
         const int64_t means =
             job.compensation.pruned_columns ? job.compensation.pruned_count * elements_of_column(job) : 0;
@@ -69,7 +68,7 @@ class Preparation {
         return reinterpret_cast<T*>(static_cast<char*>(job_.workspace) + offset);
     }
 
-    const Compaction& job_;
+    const GatherSlices& job_;
     int64_t means_offset_, bits_offset_;
     ColumnChoice pruned_{};
 };
@@ -94,12 +93,12 @@ double contribution(const char* row, ElementType type, const Preparation& prepar
     }
 }
 
-const char* source_row(const Compaction& job, const Block& block, int64_t row) {
+const char* source_row(const GatherSlices& job, const Block& block, int64_t row) {
     const int64_t last = job.kept_rows - 1, kept = row < last ? row : last;
     return static_cast<const char*>(block.source) + (job.keep_rows ? job.keep_rows[kept] : kept) * block.row_stride;
 }
 
-void compact_row(const Compaction& job, const Preparation& prepared, int64_t number, int64_t row, bool past_caches) {
+void compact_row(const GatherSlices& job, const Preparation& prepared, int64_t number, int64_t row, bool past_caches) {
     const Block& block = job.blocks[number];
     const char* from = source_row(job, block, row);
     if (job.kept_columns > 0) {  // else there is no target
@@ -110,9 +109,9 @@ void compact_row(const Compaction& job, const Preparation& prepared, int64_t num
         job.compensation.shift[row] = contribution(from, job.compensation.type, prepared);
 }
 
-int64_t workspace(const Compaction& job) { return Preparation(job).bytes(); }
+int64_t workspace(const GatherSlices& job) { return Preparation(job).bytes(); }
 
-void gather(const Compaction& job) {
+void gather(const GatherSlices& job) {
     int64_t read = 0, written = 0;
     for (int64_t i = 0; i < job.block_count; ++i) {
         const Block& block = job.blocks[i];

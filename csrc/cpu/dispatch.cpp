@@ -48,8 +48,8 @@ int64_t kd_l1_loss_workspace(const KdL1Loss& job) { return kernels().kd_l1_loss_
 
 Status kd_l1_loss(const KdL1Loss& job) { return kernels().kd_l1_loss(job); }
 
-int64_t gather_slices_workspace(const Compaction& job) { return kernels().compaction->gather_slices_workspace(job); }
+int64_t gather_slices_workspace(const GatherSlices& job) { return kernels().compaction->gather_slices_workspace(job); }
 
-void gather_slices(const Compaction& job) { kernels().compaction->gather_slices(job); }
+void gather_slices(const GatherSlices& job) { kernels().compaction->gather_slices(job); }
 
 }  // namespace kddp

@@ -21,14 +21,14 @@ struct PieceGradient {
     }
 };
 
-template <class T, Distillation distillation, Untempered untempered>
+template <class T, Distillation distillation, ExpReuse untempered>
 KDDP_ALWAYS_INLINE inline Vector<T> gradient_vector(const Exponentials<T>& e, const PieceGradient<T>& scale) {
     constexpr GradientForm form =
         distillation == Distillation::forward ? GradientForm::difference : GradientForm::weighted;
     Vector<T> gradient{};
     if constexpr (distillation != Distillation::none)
         gradient = divergence_gradient<form>(e.student, e.other, scale.first, scale.second);
-    if constexpr (untempered != Untempered::absent) gradient += scale.untempered * e.untempered - scale.constant;
+    if constexpr (untempered != ExpReuse::absent) gradient += scale.untempered * e.untempered - scale.constant;
     return gradient;
 }
 
@@ -65,19 +65,19 @@ KDDP_ALWAYS_INLINE inline void write_vectors(Piece piece, const PieceGradient<T>
 }
 
 // From exponentials that were kept.
-template <class T, class Element, Distillation distillation, Untempered untempered, bool moments>
+template <class T, class Element, Distillation distillation, ExpReuse untempered, bool moments>
 void write_gradient_piece(RowBuffers<T> buffers, Piece piece, const PieceGradient<T>& of_piece, void* target) {
     constexpr bool with_teacher = distillation != Distillation::none;
     const PieceGradient<T> scale = of_piece.copy();
     const T* logits = static_cast<const T*>(scale.logits);
     const auto gradient = [&](int64_t i, int64_t first, int64_t last) KDDP_ALWAYS_INLINE {
         Exponentials<T> e;
-        if constexpr (with_teacher || (untempered != Untempered::separate && untempered != Untempered::absent))
+        if constexpr (with_teacher || (untempered != ExpReuse::separate && untempered != ExpReuse::absent))
             e.student = load<T>(buffers.student + i);
         if constexpr (with_teacher) e.other = load<T>(buffers.teacher + i);
-        if constexpr (untempered == Untempered::separate)
+        if constexpr (untempered == ExpReuse::separate)
             e.untempered = load<T>(buffers.untempered + i);
-        else if constexpr (untempered != Untempered::absent)
+        else if constexpr (untempered != ExpReuse::absent)
             e.untempered = untempered_exponential<T, untempered>(e.student, e.student);
         Vector<T> v = gradient_vector<T, distillation, untempered>(e, scale);
         if constexpr (moments) {
@@ -91,9 +91,9 @@ void write_gradient_piece(RowBuffers<T> buffers, Piece piece, const PieceGradien
 }
 
 // From the logits, exponentiated once more. `references` are those of the piece's sums.
-template <class T, class Element, Distillation distillation, Untempered untempered, bool shifted>
+template <class T, class Element, Distillation distillation, ExpReuse untempered, bool shifted>
 void write_gradient_again(const void* student_logits, const void* teacher_logits, Piece piece, Tempering<T> by,
-                          const PieceSums& references, const PieceGradient<T>& of_piece, void* target) {
+                          const ChunkSums& references, const PieceGradient<T>& of_piece, void* target) {
     constexpr bool with_teacher = distillation != Distillation::none;
     const Element* student = static_cast<const Element*>(student_logits);
     const Element* teacher = static_cast<const Element*>(teacher_logits);

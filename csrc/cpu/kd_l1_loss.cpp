@@ -67,12 +67,12 @@ struct Schedule {
     template <class T>
     void size_scratch() {
         kept_bytes = round_up_to_line(buffer_places<T>(job.classes) * int64_t(sizeof(T)));
-        kept_streams = choose_untempered(job) == Untempered::separate ? 3 : 2;
+        kept_streams = choose_exp_reuse(job) == ExpReuse::separate ? 3 : 2;
         const bool mixes = job.divergence == Divergence::jsd, reads_again = job.standardize_logits || mixes;
         const int64_t of_piece = piece_classes(job.classes);
         logits_bytes = reads_again ? of_piece * int64_t(sizeof(T)) : 0;
         const int64_t pieces = divide_up(job.classes + lanes<T>, of_piece);
-        sums_bytes = round_up_to_line(pieces * int64_t(sizeof(PieceSums)));
+        sums_bytes = round_up_to_line(pieces * int64_t(sizeof(ChunkSums)));
         mixture_bytes = mixes ? round_up_to_line(pieces * int64_t(sizeof(MixtureSums))) : 0;
         scratch_bytes = kept_streams * kept_bytes + 2 * logits_bytes + sums_bytes + mixture_bytes;
     }
@@ -84,7 +84,7 @@ struct Schedule {
         const int64_t sums = logits + 2 * logits_bytes;
         return {{at<T>(kept), at<T>(kept + kept_bytes), at<T>(kept + 2 * kept_bytes)},
                 {at<T>(logits), at<T>(logits + logits_bytes), nullptr},
-                at<PieceSums>(sums),
+                at<ChunkSums>(sums),
                 at<MixtureSums>(sums + sums_bytes)};
     }
 

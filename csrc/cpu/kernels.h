@@ -1,14 +1,14 @@
 // What each instruction set provides; dispatch.cpp picks one when the library is first used.
 #pragma once
 
-#include "kddp/compaction.h"
+#include "kddp/gather_slices.h"
 #include "kddp/kd_l1_loss.h"
 
 namespace kddp {
 
 struct CompactionKernels {
-    int64_t (*gather_slices_workspace)(const Compaction&);
-    void (*gather_slices)(const Compaction&);
+    int64_t (*gather_slices_workspace)(const GatherSlices&);
+    void (*gather_slices)(const GatherSlices&);
 };
 
 struct Kernels {

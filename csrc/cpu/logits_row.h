@@ -87,8 +87,8 @@ class LogitsRows {
     }
 
   private:
-    static RowRule rule_of(const KdL1Loss& job, int64_t valid_rows) {
-        RowRule rule = row_rule(job);
+    static RowParams rule_of(const KdL1Loss& job, int64_t valid_rows) {
+        RowParams rule = row_params(job);
         rule.value_scale = 1.0 / double(valid_rows > 0 ? valid_rows : 1);
         rule.gradient_scale = rule.value_scale * (job.scaled_gradients ? double(job.rows) : 1.0);
         return rule;
@@ -171,7 +171,7 @@ class LogitsRows {
     }
 
     KDDP_ONE_COPY void exponentiate(int64_t row, int64_t k, const RowState& state, RowBuffers<T> buffers,
-                                    PieceSums& sums) const {
+                                    ChunkSums& sums) const {
         const Piece piece = piece_of(row, k);
         const Tempering<T> by = tempering(state);
         sums.logits = 0;
@@ -199,7 +199,7 @@ class LogitsRows {
 
     // Near the highest logits, at a shift of the exponent where there is one. Where every logit is -inf, their
     // differences from a finite reference are so too, and the filling is below it.
-    void set_references(Highest<T> highest, const Tempering<T>& by, PieceSums& sums) const {
+    void set_references(Highest<T> highest, const Tempering<T>& by, ChunkSums& sums) const {
         constexpr T lowest = filling<T> / 2;
         sums.student_reference = highest.student > lowest ? highest.student : lowest;
         sums.teacher_reference = highest.teacher > lowest ? highest.teacher : lowest;
@@ -209,13 +209,13 @@ class LogitsRows {
     }
 
     // The exponential of a class alone is to be 1, so that nothing is rounded.
-    bool shifts(const PieceSums& references, const Tempering<T>& by) const {
+    bool shifts(const ChunkSums& references, const Tempering<T>& by) const {
         return steps_.by_shift.exponentiate && job_.classes > 1 &&
                may_shift(references.student_reference, by.student_to_exponent) &&
                may_shift(references.teacher_reference, by.teacher_to_exponent);
     }
 
-    const LogitsLoops<T>& loops_for(const PieceSums& references, const Tempering<T>& by) const {
+    const LogitsLoops<T>& loops_for(const ChunkSums& references, const Tempering<T>& by) const {
         return shifts(references, by) ? steps_.by_shift : steps_.by_difference;
     }
 
@@ -235,10 +235,10 @@ class LogitsRows {
                 lanes<T> * size_of(job_.student.type), lanes<T> * size_of(job_.teacher.type)};
     }
 
-    KDDP_ONE_COPY void merge_sums(const PieceSums* sums, int64_t pieces, RowState& state) const {
+    KDDP_ONE_COPY void merge_sums(const ChunkSums* sums, int64_t pieces, RowState& state) const {
         state.sums = sums;
         if (pieces == 1) return;
-        PieceSums& row = state.merged;
+        ChunkSums& row = state.merged;
         row = {};
         row.student_reference = row.teacher_reference = row.highest = -infinity<double>;
         for (int64_t k = 0; k < pieces; ++k) {
@@ -251,14 +251,14 @@ class LogitsRows {
         for (int64_t k = 0; k < pieces; ++k) merge(sums[k], rebased(sums[k], state), form, row);
     }
 
-    Rebase rebased(const PieceSums& piece, const RowState& state) const {
+    Rebase rebased(const ChunkSums& piece, const RowState& state) const {
         return rebase(piece, *state.sums, state.student_to_nats, state.teacher_to_nats);
     }
 
     KDDP_ONE_COPY MixtureSums mix(int64_t row, int64_t k, const RowState& state, const RowScratch<T>& scratch) const {
         const Piece piece = piece_of(row, k);
         const RowBuffers<T> buffers = buffers_of(k, scratch);
-        PieceSums again;
+        ChunkSums again;
         if (!kept_) exponentiate(row, k, state, buffers, again);
         const Logits logits = read(row, piece, scratch.logits);
         const Rebase by = rebased(scratch.sums[k], state);
@@ -337,7 +337,7 @@ class LogitsRows {
                         gradient(row, piece.start));
             return;
         }
-        PieceSums sums;
+        ChunkSums sums;
         if (!kept_ && mixes())
             mix(row, k, state, scratch);
         else if (!kept_)
@@ -345,7 +345,7 @@ class LogitsRows {
         steps_.write_gradient(buffers, piece, coefficients, gradient(row, piece.start));
     }
 
-    void set_coefficients(int64_t row, Piece piece, const PieceSums& sums, const RowState& state, const void* logits,
+    void set_coefficients(int64_t row, Piece piece, const ChunkSums& sums, const RowState& state, const void* logits,
                           PieceGradient<T>& to) const {
         const RowGradient& of = state.gradient;
         double first = of.first, second = of.second, untempered = of.untempered;
@@ -374,7 +374,7 @@ class LogitsRows {
     const bool kept_;
     const RowSteps<T> steps_;
     const int64_t piece_classes_;
-    const RowRule rule_;
+    const RowParams rule_;
     const bool past_caches_;
 };
 

@@ -26,8 +26,8 @@ struct RowTerms {
 struct RowState {
     double student_to_nats, teacher_to_nats;  // 1 / T, of standardised logits also by the row's deviation
     Moments student;
-    const PieceSums* sums;  // of the row
-    PieceSums merged;       // where it has several pieces
+    const ChunkSums* sums;  // of the row
+    ChunkSums merged;       // where it has several pieces
     MixtureSums mixture;
     RowGradient gradient;
 };
@@ -37,7 +37,7 @@ template <class T>
 struct RowScratch {
     RowBuffers<T> kept;    // buffer_places each
     RowBuffers<T> logits;  // a piece as read, where a step needs it again; has no `untempered`
-    PieceSums* sums;       // of each piece
+    ChunkSums* sums;       // of each piece
     MixtureSums* mixture;  // likewise
 };
 

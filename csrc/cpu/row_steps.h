@@ -26,7 +26,7 @@ template <class T>
 struct RowBuffers {
     T* student;
     T* teacher;
-    T* untempered;  // used where Untempered::separate
+    T* untempered;  // used where ExpReuse::separate
 };
 
 template <class T>
@@ -78,11 +78,11 @@ T highest_of(const void* values, Piece piece, int64_t vectors) {
 }
 
 // e^s from e^(s/T); `margin` is s - r_s.
-template <class T, Untempered untempered>
+template <class T, ExpReuse untempered>
 inline Vector<T> untempered_exponential(Vector<T> tempered, Vector<T> margin) {
-    if constexpr (untempered == Untempered::same) return tempered;
-    if constexpr (untempered == Untempered::square) return tempered * tempered;
-    if constexpr (untempered == Untempered::fourth) return (tempered * tempered) * (tempered * tempered);
+    if constexpr (untempered == ExpReuse::same) return tempered;
+    if constexpr (untempered == ExpReuse::square) return tempered * tempered;
+    if constexpr (untempered == ExpReuse::fourth) return (tempered * tempered) * (tempered * tempered);
     return exp2_of_product<T>(margin, T(log2_e));
 }
 
@@ -141,14 +141,14 @@ inline double nearest_shift(double reference, double to_exponent) {
 }
 
 template <class T>
-inline Origin<T> origin_of(const PieceSums& references, const Tempering<T>& by) {
+inline Origin<T> origin_of(const ChunkSums& references, const Tempering<T>& by) {
     const double student = references.student_reference, teacher = references.teacher_reference;
     return {T(student), T(teacher), T(teacher - student), T(shift_of(student, by.student_to_exponent)),
             T(shift_of(teacher, by.teacher_to_exponent))};
 }
 
 // The exponentials of a vector of classes. `shifted`: both references are shifts of the exponent.
-template <class T, Distillation distillation, Untempered untempered, bool moments, Exclusions exclusions, bool shifted>
+template <class T, Distillation distillation, ExpReuse untempered, bool moments, Exclusions exclusions, bool shifted>
 KDDP_ALWAYS_INLINE inline Exponentials<T> exponentiate(Vector<T> s, Vector<T> t, const Origin<T>& origin,
                                                        const Tempering<T>& by, ExponentialSums<T, moments>& sums) {
     constexpr bool with_teacher = distillation != Distillation::none;
@@ -156,7 +156,7 @@ KDDP_ALWAYS_INLINE inline Exponentials<T> exponentiate(Vector<T> s, Vector<T> t,
     Exponentials<T> e;
     if constexpr (shifted)
         e.student = exp2_of_shifted(s, by.student_to_exponent, origin.student_shift);
-    else if constexpr (with_teacher || (untempered != Untempered::separate && untempered != Untempered::absent))
+    else if constexpr (with_teacher || (untempered != ExpReuse::separate && untempered != ExpReuse::absent))
         e.student = exp2_of_product<T>(margin, by.student_to_exponent);
     sums.student += e.student;
     if constexpr (with_teacher) {
@@ -185,7 +185,7 @@ KDDP_ALWAYS_INLINE inline Exponentials<T> exponentiate(Vector<T> s, Vector<T> t,
         }
         if constexpr (moments) sums.student_moment += product_or_zero<T>(e.student, margin);
     }
-    if constexpr (untempered != Untempered::absent) {
+    if constexpr (untempered != ExpReuse::absent) {
         e.untempered = untempered_exponential<T, untempered>(e.student, margin);
         sums.untempered += e.untempered;
     }
@@ -206,10 +206,10 @@ struct Highest {
 
 // Sums a piece's exponentials, and keeps them in the buffers where the gradient is to be made from those. The sums'
 // references are set. Returns the highest logits.
-template <class T, class Element, Distillation distillation, Untempered untempered, bool moments, Exclusions exclusions,
+template <class T, class Element, Distillation distillation, ExpReuse untempered, bool moments, Exclusions exclusions,
           bool shifted, bool keep>
 Highest<T> exponentiate_piece(const void* student_logits, const void* teacher_logits, RowBuffers<T> buffers,
-                              Piece piece, Tempering<T> by, NextLogits next, PieceSums& result) {
+                              Piece piece, Tempering<T> by, NextLogits next, ChunkSums& result) {
     constexpr bool with_teacher = distillation != Distillation::none, pairs = !keep && has_pairs<T, Element>;
     const Element* student = static_cast<const Element*>(student_logits);
     const Element* teacher = static_cast<const Element*>(teacher_logits);
@@ -224,9 +224,9 @@ Highest<T> exponentiate_piece(const void* student_logits, const void* teacher_lo
         if constexpr (moments)
             if (++count % LongSum<T>::vectors_at_once == 0) sums.settle();
         if constexpr (!keep) return;
-        if constexpr (with_teacher || untempered != Untempered::separate) store<T>(buffers.student + i, e.student);
+        if constexpr (with_teacher || untempered != ExpReuse::separate) store<T>(buffers.student + i, e.student);
         if constexpr (with_teacher) store<T>(buffers.teacher + i, e.other);
-        if constexpr (untempered == Untempered::separate) store<T>(buffers.untempered + i, e.untempered);
+        if constexpr (untempered == ExpReuse::separate) store<T>(buffers.untempered + i, e.untempered);
     };
     const auto ask_for_next = [&](int vectors) KDDP_ALWAYS_INLINE {
         prefetch(next.student);

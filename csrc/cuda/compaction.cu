@@ -118,7 +118,7 @@ __global__ void __launch_bounds__(threads, 4) compact_layer(const __grid_constan
     }
 }
 
-BlockLaunch block_launch(const Compaction& job, const Block& block) {
+BlockLaunch block_launch(const GatherSlices& job, const Block& block) {
     // Where all columns are kept they are one.
     const int64_t columns = job.keep_columns ? job.kept_columns : 1;
     const int64_t column_bytes = job.keep_columns ? block.column_bytes : block.column_bytes * job.kept_columns;
@@ -137,7 +137,7 @@ BlockLaunch block_launch(const Compaction& job, const Block& block) {
 
 }  // namespace
 
-void cuda_gather_slices(const Compaction& job, const CudaPlace& place) {
+void cuda_gather_slices(const GatherSlices& job, const CudaPlace& place) {
     for (int64_t first = 0; first < job.block_count; first += blocks_of_launch) {
         CompactionLaunch launch{};
         const int64_t left = job.block_count - first;

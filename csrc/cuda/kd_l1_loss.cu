@@ -198,9 +198,9 @@ class Launches {
         launch_.teacher_elements = extent(job_.teacher, job_.rows, job_.classes);
         launch_.labels = job_.labels, launch_.ignore_index = job_.ignore_index;
         launch_.count_labels = with_rows && job_.labels && job_.student.data;
-        launch_.rule = row_rule(job_);
+        launch_.rule = row_params(job_);
         launch_.scaled_gradients = job_.scaled_gradients;
-        launch_.untempered = choose_untempered(job_);
+        launch_.exp_reuse = choose_exp_reuse(job_);
         launch_.gradient = static_cast<char*>(job_.logits_gradient);
         launch_.alpha = job_.alpha, launch_.inverse_temperature = 1 / job_.temperature;
         launch_.result_type = job_.result_type, launch_.loss = job_.loss, launch_.terms = job_.terms;

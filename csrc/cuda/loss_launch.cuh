@@ -44,9 +44,9 @@ struct LossLaunch {
     int64_t student_elements, teacher_elements;  // from the first of the matrix to behind its last
     const int64_t* labels;
     int64_t ignore_index;
-    RowRule rule;
+    RowParams rule;
     bool scaled_gradients, count_labels;
-    Untempered untempered;
+    ExpReuse exp_reuse;
     char* gradient;
     double alpha, row_count, inverse_temperature;
     ElementType result_type;

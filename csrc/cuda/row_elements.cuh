@@ -46,11 +46,11 @@ __device__ __forceinline__ T product_or_zero(T x, T y) {
 
 // e^s from e^(s/T); `margin` is s less its reference.
 template <class T>
-__device__ __forceinline__ T untempered_of(Untempered untempered, T tempered, T margin) {
-    if (untempered == Untempered::separate) return exp2_of(margin * T(log2_e));
+__device__ __forceinline__ T untempered_of(ExpReuse exp_reuse, T tempered, T margin) {
+    if (exp_reuse == ExpReuse::separate) return exp2_of(margin * T(log2_e));
     T power = tempered;
-    if (untempered >= Untempered::square) power *= power;
-    if (untempered >= Untempered::fourth) power *= power;
+    if (exp_reuse >= ExpReuse::square) power *= power;
+    if (exp_reuse >= ExpReuse::fourth) power *= power;
     return power;
 }
 
@@ -79,7 +79,7 @@ __device__ __forceinline__ Element<T> add_element(const LossLaunch& launch, cons
         }
         if (moments) sums.student_moment += product_or_zero(e.student, margin);
     }
-    if (launch.untempered != Untempered::absent) sums.untempered += untempered_of(launch.untempered, e.student, margin);
+    if (launch.exp_reuse != ExpReuse::absent) sums.untempered += untempered_of(launch.exp_reuse, e.student, margin);
     return e;
 }
 
@@ -148,7 +148,7 @@ __device__ __forceinline__ T gradient_of(const LossLaunch& launch, const Gradien
         if (launch.rule.standardize) gradient -= scale.projection * (margin + scale.reference_less_mean);
     }
     if (launch.rule.with_labels && launch.alpha != 1)
-        gradient += scale.untempered * untempered_of(launch.untempered, e.student, margin) - scale.constant;
+        gradient += scale.untempered * untempered_of(launch.exp_reuse, e.student, margin) - scale.constant;
     return gradient;
 }
 

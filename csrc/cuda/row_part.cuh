@@ -242,7 +242,7 @@ class RowPart {
     __device__ __forceinline__ int first_of(int vector) const { return vector * n - head_; }
     __device__ __forceinline__ bool has(int c) const { return c >= 0 && c < count_; }
     __device__ __forceinline__ bool keeps_exponentials() const {
-        return !launch_.rule.standardize && launch_.untempered != Untempered::separate;
+        return !launch_.rule.standardize && launch_.exp_reuse != ExpReuse::separate;
     }
 
     __device__ __forceinline__ void read(int v, T (&s)[n], T (&t)[n]) const {

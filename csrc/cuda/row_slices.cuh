@@ -7,7 +7,7 @@
 namespace kddp {
 
 struct SliceRecord {
-    PieceSums sums;
+    ChunkSums sums;
     double beaten;
     MixtureSums mixture;
     double moments[2][3];  // count, mean, squares
@@ -42,9 +42,9 @@ class Slices {
     }
 
     // `sums` are the block's own, of a slice before and of the row after; `beaten` is thread 0's.
-    __device__ __forceinline__ void merge_sums(PieceSums& sums, bool& beaten, double student_to_nats,
+    __device__ __forceinline__ void merge_sums(ChunkSums& sums, bool& beaten, double student_to_nats,
                                                double teacher_to_nats, GradientForm form) {
-        constexpr int numbers = sizeof(PieceSums) / sizeof(double), references = 2;
+        constexpr int numbers = sizeof(ChunkSums) / sizeof(double), references = 2;
         if (threadIdx.x == 0) {
             const double* from = &sums.student_reference;
             double* to = &record(slice())->sums.student_reference;
@@ -57,7 +57,7 @@ class Slices {
         double all_beaten = 0;
 #pragma unroll 1
         for (int i = 0; i < launch_.slices; ++i) {
-            const PieceSums* other = &record(i)->sums;
+            const ChunkSums* other = &record(i)->sums;
             sums.student_reference = larger(sums.student_reference, load_workspace(&other->student_reference));
             sums.teacher_reference = larger(sums.teacher_reference, load_workspace(&other->teacher_reference));
             sums.highest = larger(sums.highest, load_workspace(&other->highest));
@@ -66,7 +66,7 @@ class Slices {
 #pragma unroll 1
         for (int i = 0; i < launch_.slices; ++i) {
             const double* from = &record(i)->sums.student_reference;
-            PieceSums other{};
+            ChunkSums other{};
             double* to = &other.student_reference;
             for (int k = 0; k < references; ++k) to[k] = load_workspace(from + k);
             const Rebase by = rebase(other, sums, student_to_nats, teacher_to_nats);

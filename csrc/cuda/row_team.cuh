@@ -10,7 +10,7 @@ namespace kddp {
 
 // From the references of the row to those of a slice.
 __device__ __forceinline__ void rebase_gradient(GradientForm form, TeamRecord& record) {
-    PieceSums slice{};
+    ChunkSums slice{};
     slice.student_reference = record.by.student_reference, slice.teacher_reference = record.by.teacher_reference;
     const Rebase by = rebase(slice, record.sums, record.by.student_to_nats, record.by.teacher_to_nats);
     record.gradient.first *= by.student_factor;
@@ -22,8 +22,8 @@ __device__ __forceinline__ void rebase_gradient(GradientForm form, TeamRecord& r
 
 // What a row's terms are made by.
 template <GradientForm form>
-__device__ __forceinline__ RowRule rule_of_row(const LossLaunch& launch, const TeamRecord& record) {
-    RowRule rule = launch.rule;
+__device__ __forceinline__ RowParams rule_of_row(const LossLaunch& launch, const TeamRecord& record) {
+    RowParams rule = launch.rule;
     const bool mixes = rule.divergence == Divergence::jsd, leaves_out = rule.divergence == Divergence::dkd;
     rule.divergence = form == GradientForm::weighted ? (mixes ? Divergence::jsd : Divergence::reverse_kl)
                                                      : (leaves_out ? Divergence::dkd : Divergence::forward_kl);

@@ -29,7 +29,7 @@ struct Team {
 // A team's row where its sums are complete: one thread makes its terms and its gradient's coefficients of them. In
 // shared memory, for in registers there is no room for so many doubles.
 struct alignas(16) TeamRecord {  // of two doubles at once
-    PieceSums sums;
+    ChunkSums sums;
     MixtureSums mixture;
     Moments student;
     TargetMargins target;

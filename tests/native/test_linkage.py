@@ -11,8 +11,8 @@ from emulator.build import compiler
 CSRC = Path(__file__).parents[2] / "csrc"
 FORMULAS = """
 #include "row_math.h"
-kddp::RowValues use(const kddp::KdL1Loss& job, kddp::PieceSums& row, kddp::RowGradient& gradient) {
-    const kddp::RowRule rule = kddp::row_rule(job);
+kddp::RowValues use(const kddp::KdL1Loss& job, kddp::ChunkSums& row, kddp::RowGradient& gradient) {
+    const kddp::RowParams rule = kddp::row_params(job);
     merge(row, rebase(row, row, 1, 1), kddp::gradient_form(rule.divergence), row);
     return finish_row(rule, row, {}, {}, {}, 0, gradient);
 }

@@ -10,7 +10,7 @@
 #include <thread>
 #include <vector>
 
-#include "kddp/compaction.h"
+#include "kddp/gather_slices.h"
 #include "kddp/kd_l1_loss.h"
 
 namespace {
@@ -102,7 +102,7 @@ std::string compaction(int64_t rows, int64_t columns, int threads) {
         column % 3 ? keep.as<int64_t>()[kept++] = column : pruned.as<int64_t>()[removed++] = column;
     Buffer small(rows * kept * 4), shift(rows * 8);
     const Block block{weight.as<void>(), columns * 4, 4, small.as<void>()};
-    Compaction job{};
+    GatherSlices job{};
     job.blocks = &block, job.block_count = 1, job.columns = columns, job.kept_rows = rows;
     job.keep_columns = keep.as<int64_t>(), job.kept_columns = kept;
     job.compensation = {ElementType::float32, pruned.as<int64_t>(), removed, means.as<double>(), shift.as<double>()};

@@ -26,7 +26,7 @@ struct Compensation {
     double* shift;        // (kept rows)
 };
 
-struct Compaction {
+struct GatherSlices {
     const Block* blocks;
     int64_t block_count;
     int64_t columns;
@@ -39,9 +39,9 @@ struct Compaction {
     int threads;
 };
 
-int64_t gather_slices_workspace(const Compaction& job);
+int64_t gather_slices_workspace(const GatherSlices& job);
 
 // Indices must be in range.
-void gather_slices(const Compaction& job);
+void gather_slices(const GatherSlices& job);
 
 }  // namespace kddp
