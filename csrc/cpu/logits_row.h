@@ -29,8 +29,8 @@ struct RowKernels {
     ReadChunk<T> read_student, read_teacher;        // as `exponentiate` wants its logits
     ReadChunk<T> convert_student, convert_teacher;  // to T
     T (*highest_of)(const void* logits, Chunk, int64_t places);
-    Highest<T> (*exponentiate[2])(const void* student, const void* teacher, RowBuffers<T>, Chunk, LogitScale<T>,
-                                  NextLogits, ChunkSums&);
+    Highest<T> (*exponentiate[2])(const void* student, const void* teacher, const RowBuffers<T>&, const Chunk&,
+                                  const LogitScale<T>&, const NextLogits&, ChunkSums&);
     void (*mix)(const void* student, const void* teacher, RowBuffers<T>, Chunk, LogitScale<T>, MixtureScale<T>,
                 MixtureSums&);
     void (*write_gradient)(RowBuffers<T>, Chunk, const ChunkGradient<T>&);

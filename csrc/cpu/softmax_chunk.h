@@ -256,8 +256,13 @@ struct Highest {
 // Sums the exponentials of a chunk around the references in `result`. With `keep`, stores them in the buffers, from
 // which write_gradient makes the gradient. Returns the highest logits.
 template <class T, class Element, class Form, bool shifted, bool keep>
-Highest<T> exponentiate_chunk(const void* student_logits, const void* teacher_logits, RowBuffers<T> buffers,
-                              Chunk chunk, LogitScale<T> scale, NextLogits next, ChunkSums& result) {
+Highest<T> exponentiate_chunk(const void* student_logits, const void* teacher_logits, const RowBuffers<T>& to,
+                              const Chunk& chunk, const LogitScale<T>& factors, const NextLogits& then,
+                              ChunkSums& result) {
+    // Copies, which no store can alias.
+    const RowBuffers<T> buffers = to;
+    const LogitScale<T> scale = factors;
+    NextLogits next = then;
     constexpr bool pairs = !keep && has_pairs<T, Element>, standardized = Form::standardized;
     const Element* student = static_cast<const Element*>(student_logits);
     const Element* teacher = static_cast<const Element*>(teacher_logits);
