@@ -8,10 +8,8 @@
 #include <vector>
 
 #include "compaction_arguments.h"
-#include "cuda/compaction.h"
-#include "cuda/kd_l1_loss.h"
+#include "cuda/backend.h"
 #include "cuda/occupancy.h"
-#include "cuda/scale.h"
 #include "loss_arguments.h"
 
 #if !defined(KDDP_CUDA_MODULE)
@@ -85,7 +83,7 @@ class Cuda {
 
   private:
     DeviceGuard guard_;
-    kddp::CudaPlace place_;
+    kddp::LaunchContext place_;
 };
 
 // source, target, elements, element type, factor

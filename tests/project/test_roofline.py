@@ -11,7 +11,7 @@ import backends
 import pytest
 import torch
 import torch.nn.functional as F
-from emulator.build import compiler
+from emulator import compiler
 
 ROOT = Path(__file__).parents[2]
 

@@ -11,8 +11,6 @@ F32, BF16, F64 = torch.float32, torch.bfloat16, torch.float64
 
 @pytest.fixture(scope="module")
 def emulated(request):
-    if request.config.getoption("emulated") == "none":
-        pytest.skip("--emulated=none")
     return backends.emulated(request.config)
 
 

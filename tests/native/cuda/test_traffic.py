@@ -23,8 +23,6 @@ NAMES = {F32: "float32", BF16: "bfloat16", F64: "float64"}
 
 @pytest.fixture(scope="module")
 def emulated(request):
-    if request.config.getoption("emulated") == "none":
-        pytest.skip("--emulated=none")
     emulated = backends.emulated(request.config)
     emulated.emulator.seed = 0
     emulated.emulator.set_devices()
@@ -251,12 +249,13 @@ def test_bank_conflicts_of_teams_in_a_warp(measure, classes, teams, dtype, diver
     _, report = measure(f"{divergence}, {rows} rows of {classes} {NAMES[dtype]}", launch)
     conflicts = conflicts_by_place(report)
     of_labels = {
-        "return label_ < 0 ? T(0) : numbers(values).load(label_place());",
-        "numbers(a_).store(label_place(), lowest_number<T>), numbers(b_).store(label_place(), lowest_number<T>);",
+        "return label_ < 0 ? T(0) : numbers(row).load(label_index());",
+        "numbers(student_cache_).store(label_index(), lowest_number<T>);",
+        "numbers(teacher_cache_).store(label_index(), lowest_number<T>);",
     }
     of_rows_as_one = {
-        "const uint4 v = planes.load(plane * vectors + vector);",
-        "planes.store(plane * vectors + vector,",
+        "const auto words = bit_cast<Words<4>>(memory.load(plane * vectors + vector));",
+        "memory.store(plane * vectors + vector, bit_cast<uint4>(words));",
     }
     as_one = teams > 1 and launch.outputs["logits gradient"][0].nbytes % 32 != 0
     assert set(conflicts) <= (of_labels if teams > 1 else set()) | (of_rows_as_one if as_one else set())
