@@ -36,8 +36,11 @@ struct CompactionLaunch {
     const char* source;
 };
 
+// Moves the units of an item, if they have this many bytes, or else half as many, and so on.
 template <int bytes>
 KDDP_DEVICE void move_units(const CompactionLaunch& launch, const BlockLaunch& block, int64_t item) {
+    if constexpr (bytes > 1)
+        if (block.unit_bytes < bytes) return move_units<bytes / 2>(launch, block, item);
     const int64_t unit = item % block.column_parts * 32 + threadIdx.x % 32;
     if (unit >= block.units_per_row) return;
     int64_t offset = unit;
@@ -87,23 +90,7 @@ __global__ void __launch_bounds__(threads, 4) compact_layer(const __grid_constan
         }
         while (index + 1 < launch.count && item >= launch.blocks[index + 1].first_item) ++index;
         const BlockLaunch& block = launch.blocks[index];
-        const int64_t block_item = item - block.first_item;
-        switch (block.unit_bytes) {
-            case 16:
-                move_units<16>(launch, block, block_item);
-                break;
-            case 8:
-                move_units<8>(launch, block, block_item);
-                break;
-            case 4:
-                move_units<4>(launch, block, block_item);
-                break;
-            case 2:
-                move_units<2>(launch, block, block_item);
-                break;
-            default:
-                move_units<1>(launch, block, block_item);
-        }
+        move_units<16>(launch, block, item - block.first_item);
     }
 }
 

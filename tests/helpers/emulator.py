@@ -25,7 +25,9 @@ INCLUDE = EMULATOR / "include"
 RUNTIME = EMULATOR / "runtime"
 HEADERS = {".h", ".cuh", ".hpp", ".cpp"}
 # -fno-gnu-unique: every library has its own static variables of templates, as separate programs would.
-FLAGS = ("-std=c++17", "-g1", "-fPIC", "-DKDDP_EMULATOR", "-ffp-contract=off", "-fno-gnu-unique", "-fno-strict-aliasing")
+FLAGS = (
+    "-std=c++17", "-g1", "-fPIC", "-DKDDP_EMULATOR", "-ffp-contract=off", "-fno-gnu-unique", "-fno-strict-aliasing",
+)  # fmt: skip
 SANITIZE = ("-fsanitize=address,undefined", "-fno-sanitize-recover=undefined", "-fno-omit-frame-pointer")
 
 Source = Path | tuple[Path, Sequence[str]]

@@ -15,7 +15,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-
 DTYPES = ("float32", "float64", "bfloat16", "float16")  # by ElementType
 
 
@@ -60,9 +59,7 @@ class Kernel:
     def name(self) -> str:
         """Its function's name and what its template takes, in short: `kd_l1_loss_by_rows<float32, 32, keeps, 0>`."""
         name = re.search(r"kddp\d*(?:_GLOBAL__N__\w+?_)?\d+(\D\w*?)(?:I|E|PK|N)", self.symbol)
-        loss = re.search(
-            r"ElementTypeE(\d)EEELi(\d+)ELb(\d)ELNS_12GradientFormE(\d)", self.symbol
-        )
+        loss = re.search(r"ElementTypeE(\d)EEELi(\d+)ELb(\d)ELNS_12GradientFormE(\d)", self.symbol)
         if loss is None:
             known = [k for k in ("scale_gradients", "compact_layer", "probe") if k in self.symbol]
             return known[0] if known else (name.group(1) if name else self.symbol)
