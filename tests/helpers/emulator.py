@@ -172,6 +172,12 @@ def address_and_bytes(memory: Any) -> tuple[ctypes.c_void_p, int]:
     return ctypes.c_void_p(memory.ctypes.data), memory.nbytes
 
 
+def _argument(value: Any) -> Any:
+    if isinstance(value, int):
+        return ctypes.c_int64(value)
+    return value.encode() if isinstance(value, str) else address_and_bytes(value)[0]
+
+
 class Emulator:
     """The emulator of one built file: settings, reports and recorded calls. `library` has the C functions."""
 
@@ -182,11 +188,10 @@ class Emulator:
         self.library.emulator_seed.restype = ctypes.c_uint64
 
     def run(self, name: str, *arguments: Any) -> str | None:
-        """Calls a C function with tensors, arrays and numbers. Returns the text of its error, or None."""
+        """Calls a C function with tensors, integers (as int64) and texts. Returns the text of its error, or None."""
         function = self.library[name]
         function.restype = ctypes.c_char_p
-        plain = [x if isinstance(x, int) else address_and_bytes(x)[0] for x in arguments]
-        text = function(*(ctypes.c_int64(x) if isinstance(x, int) else x for x in plain))
+        text = function(*map(_argument, arguments))
         return text.decode() if text else None
 
     @property

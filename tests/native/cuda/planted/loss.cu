@@ -1,4 +1,4 @@
-// The loss for float32 alone and the forward divergence, which compiles fast, as a C function.
+// The loss as a C function, for float32 and forward_kl only, which compiles fast.
 #include <vector>
 
 #include "cuda/backend.h"
@@ -23,9 +23,9 @@ LossKernels loss_kernels<ElementType::float64>(GradientForm) {
 }
 }  // namespace kddp
 
-// statistics: (5, neurons). Returns what is wrong, or nothing.
+// statistics: (5, neurons). Returns the text of the error, or null.
 extern "C" const char* run_loss(int64_t rows, int64_t classes, const float* student, const float* teacher,
-                                const int64_t* labels, float* logits_gradient, int64_t neurons, const float* activation,
+                                const int64_t* labels, int64_t neurons, const float* activation, float* logits_gradient,
                                 float* activation_gradient, double* statistics, float* loss, float* terms,
                                 unsigned* counters) {
     using kddp::ElementType;

@@ -1,4 +1,4 @@
-// The compaction and the backward, of one float32 matrix each, as C functions.
+// The compaction and the backward as C functions, for one float32 matrix each.
 #include "cuda/backend.h"
 #include "cuda/platform.cuh"
 
