@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from kddp_ext.ops import reference
-from kddp_ext.ops.library import ELEMENT_TYPES, is_native, library, native, workspace_on
+from kddp_ext.ops.library import ELEMENT_TYPES, is_native, library, native
 
 library.define(
     "gather_slices(Tensor[] tensors, Tensor? keep_rows, Tensor? keep_columns, int rows, int columns, "
@@ -61,7 +61,6 @@ def _gather_slices(
         0 if keep_columns is None else keep_columns.data_ptr(),
         columns if keep_columns is None else keep_columns.shape[0],
         _compensation(sources[0], pruned_columns, pruned_means, shift),
-        workspace_on(tensors[0].device),
         place,
     )
     return outputs

@@ -104,7 +104,7 @@ class Launch:
                 emulator.allow(workspace, writable=True, name="workspace")
             return workspace
 
-        last = () if self.operation == "scale" else (allocate,)
+        last = (allocate,) if self.operation == "kd_l1_loss" else ()
         try:
             getattr(emulated.module, self.operation)(*self.arguments, *last, emulated.place())
         finally:

@@ -61,7 +61,7 @@ class Kernel:
         name = re.search(r"kddp\d*(?:_GLOBAL__N__\w+?_)?\d+(\D\w*?)(?:I|E|PK|N)", self.symbol)
         loss = re.search(r"ElementTypeE(\d)EEELi(\d+)ELb(\d)ELNS_12GradientFormE(\d)", self.symbol)
         if loss is None:
-            known = [k for k in ("scale_gradients", "compact_layer", "probe") if k in self.symbol]
+            known = [k for k in ("scale_gradients", "gather_layer", "probe") if k in self.symbol]
             return known[0] if known else (name.group(1) if name else self.symbol)
         dtype, lanes, cached, form = loss.groups()
         rows = {"8": "small_teams", "32": "warps", "1024": "blocks" if cached == "1" else "long_rows"}[lanes]

@@ -23,8 +23,7 @@ def shared_functions(source: Path) -> list[str]:
     """Functions of ours that the linker would take from any object that has them; of a source that is not optimised."""
     if shutil.which(compiler()) is None or shutil.which("nm") is None:
         pytest.skip("needs a C++ compiler and nm")
-    names = ("-DKDDP_ISA_COMPACTION=baseline_compaction",)
-    command = [compiler(), "-std=c++17", "-O0", *names, f"-I{CSRC}", f"-I{CSRC / 'include'}", "-c", str(source)]
+    command = [compiler(), "-std=c++17", "-O0", f"-I{CSRC}", f"-I{CSRC / 'include'}", "-c", str(source)]
     subprocess.run([*command, "-o", str(source.with_suffix(".o"))], check=True)
     listed = subprocess.run(
         ["nm", "-C", str(source.with_suffix(".o"))], check=True, capture_output=True, text=True
@@ -36,10 +35,4 @@ def shared_functions(source: Path) -> list[str]:
 def test_the_formulas_of_a_row_belong_to_their_instruction_set(tmp_path):
     source = tmp_path / "formulas.cpp"
     source.write_text(FORMULAS, encoding="utf-8")
-    assert shared_functions(source) == []
-
-
-def test_the_compaction_belongs_to_its_instruction_set(tmp_path):
-    source = tmp_path / "compaction.cpp"
-    shutil.copy(CSRC / "cpu" / "compaction.cpp", source)
     assert shared_functions(source) == []

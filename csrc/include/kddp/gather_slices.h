@@ -1,13 +1,13 @@
-// Taking the kept rows and columns out of every tensor of a layer, and what the pruned columns contributed, in one
-// reading of them: one job is one launch.
+// The gather of the kept rows and columns of all tensors of a layer, together with the contribution of its pruned
+// columns. One job is one launch.
 #pragma once
 
 #include "kddp/types.h"
 
 namespace kddp {
 
-// One tensor, seen as (rows, columns): a column is `column_bytes` wide (those of a matrix behind a flatten, or of a
-// convolution, are several elements), columns lie side by side, and rows `row_stride` bytes apart.
+// One tensor as (rows, columns). Columns are contiguous and `column_bytes` wide: several elements behind a flatten or
+// in a convolution. Rows are `row_stride` bytes apart.
 struct Block {
     const void* source;
     int64_t row_stride;
@@ -15,12 +15,13 @@ struct Block {
     void* target;  // (kept rows, kept columns), contiguous
 };
 
-// shift[r] = sum over p and the elements k of a column of block 0's [row r, pruned[p], k] * means[p], summed in double
-// in an order that depends on the sizes and the instruction set alone. NaN and infinities in pruned columns follow
-// IEEE 754 (infinity * 0 is NaN); those in kept columns do not matter.
+// The contribution of the pruned columns of block 0, with k over the elements of a column:
+//   shift[r] = sum over p and k of block0[r, pruned[p], k] * means[p]
+// The sum is in double, in an order that depends on the sizes alone. NaN and infinity in pruned columns follow IEEE 754
+// (infinity * 0 is NaN).
 struct Compensation {
     ElementType type;               // of block 0
-    const int64_t* pruned_columns;  // absent: none wanted
+    const int64_t* pruned_columns;  // absent: no contribution is computed
     int64_t pruned_count;
     const double* means;  // (pruned)
     double* shift;        // (kept rows)
@@ -30,16 +31,13 @@ struct GatherSlices {
     const Block* blocks;
     int64_t block_count;
     int64_t columns;
-    const int64_t* keep_rows;  // in any order, and again if so wished; absent: the first `kept_rows`
+    const int64_t* keep_rows;  // in any order, also repeated; absent: the first `kept_rows`
     int64_t kept_rows;
-    const int64_t* keep_columns;  // likewise
+    const int64_t* keep_columns;  // as above
     int64_t kept_columns;
     Compensation compensation;
-    void* workspace;  // gather_slices_workspace bytes, aligned to 64
     int threads;
 };
-
-int64_t gather_slices_workspace(const GatherSlices& job);
 
 // Indices must be in range.
 void gather_slices(const GatherSlices& job);

@@ -17,7 +17,7 @@ MOST_REGISTERS = {
     "long_rows float64": 160,
     **{f"{rows} float64": 128 for rows in ("warps", "blocks")},
     "scale_gradients": 64,
-    "compact_layer": 64,
+    "gather_layer": 64,
     "probe": 16,
 }
 """By the kernel's rows and dtype; float64 needs two registers for each number."""

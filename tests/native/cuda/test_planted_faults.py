@@ -17,7 +17,7 @@ from emulator import Emulator, build, twin
 PLANTED = Path(__file__).parent / "planted"
 SOURCES = {
     "loss": (PLANTED / "loss.cu", CUDA / "kd_l1_loss.cu", CUDA / "occupancy.cu"),
-    "moves": (PLANTED / "moves.cu", CUDA / "compaction.cu", CUDA / "scale.cu", CUDA / "occupancy.cu"),
+    "moves": (PLANTED / "moves.cu", CUDA / "gather.cu", CUDA / "scale.cu", CUDA / "occupancy.cu"),
 }
 SEEDS = (0, 1, 2)
 
@@ -95,7 +95,7 @@ FAULTS = {
         NEEDED,
     ),
     "too few items for the rows": Fault(
-        "compaction.cu",
+        "gather.cu",
         "((job.kept_rows + rows_per_item - 1) / rows_per_item)",
         "(job.kept_rows / rows_per_item)",
         "gather",
@@ -207,7 +207,7 @@ RUNS = {
     "8 lanes per row": ("loss", lambda emulator: run_loss(emulator, 140, 11), "kd_l1_loss_by_rows<.*, 8, true, "),
     "a warp per row": ("loss", lambda emulator: run_loss(emulator, 20, 257), "kd_l1_loss_by_rows<.*, 32, true, "),
     "a block per row": ("loss", lambda emulator: run_loss(emulator, 3, 1001), "kd_l1_loss_by_rows<.*, 1024, true, "),
-    "gather": ("moves", run_gather, "compact_layer"),
+    "gather": ("moves", run_gather, "gather_layer"),
     "scale": ("moves", run_scale, "scale_gradients"),
 }
 

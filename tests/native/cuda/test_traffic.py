@@ -206,7 +206,7 @@ def test_compaction(measure, rows, columns, of, dtype, most):
     ratio, report = measure(
         f"compaction, {of} of {rows} x {columns} {NAMES[dtype]}", launch, launch.needed_sector_bytes
     )
-    assert report["kernel"] == "compact_layer"
+    assert report["kernel"] == "gather_layer"
     for i, tensor in enumerate(tensors):
         expected = tensor if keep_rows is None else tensor[keep_rows]
         expected = expected if keep_columns is None else expected[:, keep_columns]

@@ -107,8 +107,6 @@ std::string compaction(int64_t rows, int64_t columns, int threads) {
     job.keep_columns = keep.as<int64_t>(), job.kept_columns = kept;
     job.compensation = {ElementType::float32, pruned.as<int64_t>(), removed, means.as<double>(), shift.as<double>()};
     job.threads = threads;
-    const Buffer workspace(gather_slices_workspace(job));
-    job.workspace = workspace.as<void>();
     gather_slices(job);
     return small.bytes() + shift.bytes();
 }

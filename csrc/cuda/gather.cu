@@ -1,4 +1,4 @@
-// The compaction: one launch for all tensors of a layer and for the contribution of the pruned columns.
+// The gather of a compaction: one launch for all tensors of a layer and for the contribution of the pruned columns.
 //
 // A unit is the part of a column that a thread moves in one access. A warp takes 32 neighbouring units of the kept
 // columns down a run of kept rows, so that it reads each index only once. A warp also sums the pruned columns of a row.
@@ -23,7 +23,7 @@ struct BlockLaunch {
     int units_per_column, unit_bytes, column_parts;
 };
 
-struct CompactionLaunch {
+struct GatherLaunch {
     BlockLaunch blocks[blocks_per_launch];
     int count;
     const int64_t* keep_rows;
@@ -38,7 +38,7 @@ struct CompactionLaunch {
 
 // Moves the units of an item, if they have this many bytes, or else half as many, and so on.
 template <int bytes>
-KDDP_DEVICE void move_units(const CompactionLaunch& launch, const BlockLaunch& block, int64_t item) {
+KDDP_DEVICE void move_units(const GatherLaunch& launch, const BlockLaunch& block, int64_t item) {
     if constexpr (bytes > 1)
         if (block.unit_bytes < bytes) return move_units<bytes / 2>(launch, block, item);
     const int64_t unit = item % block.column_parts * 32 + threadIdx.x % 32;
@@ -60,7 +60,7 @@ KDDP_DEVICE void move_units(const CompactionLaunch& launch, const BlockLaunch& b
 }
 
 template <ElementType type>
-KDDP_DEVICE void sum_contribution(const CompactionLaunch& launch, int64_t row) {
+KDDP_DEVICE void sum_contribution(const GatherLaunch& launch, int64_t row) {
     using T = std::conditional_t<type == ElementType::float64, double, float>;
     constexpr int bytes = static_cast<int>(size_of(type));
     const Compensation& compensation = launch.compensation;
@@ -78,7 +78,7 @@ KDDP_DEVICE void sum_contribution(const CompactionLaunch& launch, int64_t row) {
 }
 
 // At least 4 blocks per multiprocessor: without a bound the compiler spills registers to make room for 5.
-__global__ void __launch_bounds__(threads, 4) compact_layer(const __grid_constant__ CompactionLaunch launch) {
+__global__ void __launch_bounds__(threads, 4) gather_layer(const __grid_constant__ GatherLaunch launch) {
     const int64_t warps = int64_t(gridDim.x) * (threads / 32);
     int index = 0;
     for (int64_t item = int64_t(blockIdx.x) * (threads / 32) + threadIdx.x / 32;
@@ -115,7 +115,7 @@ BlockLaunch block_launch(const GatherSlices& job, const Block& block) {
 
 void cuda_gather_slices(const GatherSlices& job, const LaunchContext& context) {
     for (int64_t first = 0; first < job.block_count; first += blocks_per_launch) {
-        CompactionLaunch launch{};
+        GatherLaunch launch{};
         launch.count = static_cast<int>(std::min<int64_t>(job.block_count - first, blocks_per_launch));
         launch.keep_rows = job.keep_rows, launch.keep_columns = job.keep_columns, launch.kept_rows = job.kept_rows;
         for (int i = 0; i < launch.count; ++i) {
@@ -132,9 +132,9 @@ void cuda_gather_slices(const GatherSlices& job, const LaunchContext& context) {
         }
         const int64_t blocks = (launch.items + launch.contribution_items + threads / 32 - 1) / (threads / 32);
         if (blocks == 0) continue;
-        const int resident = resident_blocks(reinterpret_cast<const void*>(&compact_layer), threads, 0);
+        const int resident = resident_blocks(reinterpret_cast<const void*>(&gather_layer), threads, 0);
         const dim3 grid(static_cast<unsigned>(std::min<int64_t>(blocks, resident)));
-        KDDP_LAUNCH(compact_layer, grid, dim3(threads), 0, context.stream, launch);
+        KDDP_LAUNCH(gather_layer, grid, dim3(threads), 0, context.stream, launch);
     }
 }
 

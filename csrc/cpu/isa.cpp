@@ -1,9 +1,11 @@
-// Which instruction set serves this process: chosen once, at the first call.
+// Chooses the instruction set of this process, once, at the first call.
+#include "cpu/isa.h"
+
 #include <cstdlib>
 #include <stdexcept>
 #include <string>
 
-#include "cpu/kernels.h"
+#include "row_math.h"
 
 namespace kddp {
 namespace {
@@ -37,19 +39,25 @@ const Kernels& choose() {
     throw std::invalid_argument("KDDP_CPU_ISA: expected one of " + names + " on this processor, got '" + wanted + "'");
 }
 
-}  // namespace
-
 const Kernels& kernels() {
     static const Kernels& chosen = choose();
     return chosen;
 }
 
-int64_t kd_l1_loss_workspace(const KdL1Loss& job) { return kernels().kd_l1_loss_workspace(job); }
+const Kernels& kernels_for([[maybe_unused]] const KdL1Loss& job) {
+#if defined(KDDP_X86)
+    const bool bfloat16 = job.student.type == ElementType::bfloat16 && !computes_in_double(job);
+    if (&kernels() == &avx512_bf16_kernels && !bfloat16) return avx512_kernels;
+#endif
+    return kernels();
+}
 
-Status kd_l1_loss(const KdL1Loss& job) { return kernels().kd_l1_loss(job); }
+}  // namespace
 
-int64_t gather_slices_workspace(const GatherSlices& job) { return kernels().compaction->gather_slices_workspace(job); }
+const char* instruction_set() { return kernels().name; }
 
-void gather_slices(const GatherSlices& job) { kernels().compaction->gather_slices(job); }
+int64_t kd_l1_loss_workspace(const KdL1Loss& job) { return kernels_for(job).kd_l1_loss_workspace(job); }
+
+Status kd_l1_loss(const KdL1Loss& job) { return kernels_for(job).kd_l1_loss(job); }
 
 }  // namespace kddp
