@@ -102,20 +102,24 @@ _emulated: list[Emulated] = []
 
 def emulated(config: pytest.Config) -> Emulated:
     """The emulated module. The first call of a session compiles it if it has changed; skips without a compiler."""
-    folder = build_folder(config)
+    require_emulator(config)
     if not _emulated:
-        _emulated.append(Emulated(folder, sanitize=config.getoption("sanitized")))
+        _emulated.append(Emulated(build_folder(config), sanitize=config.getoption("sanitized")))
     return _emulated[0]
 
 
-def build_folder(config: pytest.Config) -> Path:
-    """Where compiled kernels are kept between runs, or between tests if pytest has no cache."""
+def require_emulator(config: pytest.Config) -> None:
+    """Skips a test if the emulator is not wanted, or cannot be compiled."""
     if config.getoption("emulated") == "none":
         pytest.skip("--emulated=none")
     try:
         compiler()
     except BuildError as reason:
         pytest.skip(str(reason))
+
+
+def build_folder(config: pytest.Config) -> Path:
+    """Where compiled kernels are kept between runs, or between tests if pytest has no cache."""
     cache = getattr(config, "cache", None)
     return cache.mkdir("emulator") if cache else _temporary_folder()
 

@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 import pytest
 import torch
-from backends import CUDA, ROOT, build_folder
+from backends import CUDA, ROOT, build_folder, require_emulator
 from emulated_calls import aligned, expected_gradient, filled
 from emulator import Emulator, build, twin
 
@@ -214,6 +214,7 @@ RUNS = {
 
 @pytest.fixture(scope="module")
 def folder(request):
+    require_emulator(request.config)
     return build_folder(request.config)
 
 

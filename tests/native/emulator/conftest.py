@@ -3,7 +3,7 @@
 from pathlib import Path
 
 import pytest
-from backends import ROOT, build_folder
+from backends import ROOT, build_folder, require_emulator
 from emulator import Emulator, build
 
 KERNELS = Path(__file__).parent / "kernels"
@@ -13,6 +13,7 @@ WARNINGS = ("-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas")
 @pytest.fixture(scope="session")
 def folder(request):
     """Keeps compiled kernels between runs."""
+    require_emulator(request.config)
     return build_folder(request.config)
 
 

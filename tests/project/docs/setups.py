@@ -101,7 +101,8 @@ def transformers(given: Names) -> Names:
 
 def own_kernel(given: Names) -> Names:
     """What the page says in a comment where it is from. The emulator's runtime is compiled once for all tests."""
-    from emulator import Emulator, build
+    from emulator.build import build
+    from emulator.control import Emulator
 
     return {
         "Emulator": Emulator,
