@@ -6,10 +6,8 @@
 #include <tuple>
 #include <vector>
 
-#include "cuda/compaction.h"
-#include "cuda/kd_l1_loss.h"
+#include "cuda/backend.h"
 #include "cuda/occupancy.h"
-#include "cuda/scale.h"
 #include "operations.h"
 
 #if !defined(KDDP_CUDA_MODULE)
@@ -82,7 +80,7 @@ class Cuda {
 
   private:
     DeviceGuard guard_;
-    kddp::CudaPlace context_;
+    kddp::LaunchContext context_;
 };
 
 // source, target, elements, element type, factor

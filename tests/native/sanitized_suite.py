@@ -14,10 +14,10 @@ import tempfile
 from pathlib import Path
 
 TESTS = Path(__file__).parents[1]
-sys.path[:0] = [str(TESTS / "helpers"), str(TESTS / "native")]
+sys.path.insert(0, str(TESTS / "helpers"))
 
 from emulated_suite import NUMERIC_SUITE  # noqa: E402
-from emulator.build import SANITIZE, sanitizer_environment  # noqa: E402
+from emulator import SANITIZE, sanitizer_environment  # noqa: E402
 from native_build import INSTRUCTION_SETS, build_package, run_tests, supported  # noqa: E402
 
 # The bindings and whole prunes.

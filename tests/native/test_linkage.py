@@ -6,7 +6,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
-from emulator.build import compiler
+from emulator import compiler
 
 CSRC = Path(__file__).parents[2] / "csrc"
 FORMULAS = """

@@ -1,7 +1,6 @@
-// The compaction and the backward, of one float32 matrix each, as C functions.
-#include "cuda/compaction.h"
+// The compaction and the backward as C functions, for one float32 matrix each.
+#include "cuda/backend.h"
 #include "cuda/platform.cuh"
-#include "cuda/scale.h"
 
 extern "C" {
 
