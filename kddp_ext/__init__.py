@@ -3,6 +3,7 @@
 from kddp_ext.activations.statistics import NeuronStatistics, TrackedActivations
 from kddp_ext.loss.functional import LossTerms, fused_kd_l1_loss
 from kddp_ext.loss.module import FusedKDL1Loss
+from kddp_ext.loss.settings import LossSettings
 from kddp_ext.ops import build_info
 from kddp_ext.ops import pool as gradient_pool
 from kddp_ext.pruning.criteria import Criterion
@@ -25,6 +26,7 @@ __all__ = [
     "KeptBy",
     "LayerPreview",
     "LayerReport",
+    "LossSettings",
     "LossTerms",
     "NeuronStatistics",
     "Preview",
