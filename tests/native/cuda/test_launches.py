@@ -178,11 +178,11 @@ def native(driver=13000, runtime=13000, error=""):
 @pytest.mark.parametrize(
     ("module", "text"),
     [
-        (native(driver=0), "no NVIDIA driver was found"),
+        (native(driver=0), "found no NVIDIA driver"),
         (native(driver=12040), "the NVIDIA driver supports CUDA 12.4 and kddp_ext was built with CUDA 13.0"),
         (
             native(error="cudaErrorNoKernelImageForDevice"),
-            "no kernels for a GPU of compute capability 6.1, only for 80-",
+            "has kernels for 80-real 120 and none for compute capability 6.1",
         ),
         (native(error="cudaErrorDevicesUnavailable"), "CUDA device 0 cannot be used: cudaErrorDevicesUnavailable"),
         (native(driver=13020), None),
@@ -204,7 +204,7 @@ def test_the_reason_is_an_error_of_the_first_call(monkeypatch):
     monkeypatch.setattr(cuda, "_loaded", lambda: native(driver=0))
     monkeypatch.setattr(torch.version, "hip", None)
     cuda._checked.cache_clear()
-    with pytest.raises(RuntimeError, match="kddp_ext: no NVIDIA driver was found"):
+    with pytest.raises(RuntimeError, match="kddp_ext: found no NVIDIA driver"):
         cuda.module(torch.device("cuda", 0))
     cuda._checked.cache_clear()
 
