@@ -250,7 +250,7 @@ def test_arguments():
         make_pruning(every_n_epochs=0)
     with pytest.raises(ValueError, match="interval: it counts steps; pass every_n_epochs=None with it"):
         make_pruning(interval=5)
-    with pytest.raises(ValueError, match="student: Distillation has no module of the name 'pupil'"):
+    with pytest.raises(ValueError, match="student: Distillation has no module named 'pupil'"):
         make_trainer(1, make_pruning(student="pupil")).fit(Distillation(), batches())
 
     class ForTheTeacher(Distillation):

@@ -184,7 +184,7 @@ def test_a_second_training_goes_on_from_the_first(tmp_path):
 
 
 def test_several_gpus_in_one_process_are_refused():
-    with pytest.raises(ValueError, match="args: expected one GPU a process, got 2; launch one process for each"):
+    with pytest.raises(ValueError, match="args: expected one GPU for each process, got 2; launch one process per GPU"):
         make_pruning().on_train_begin(SimpleNamespace(n_gpu=2), None, None, model=Student(), optimizer=None)
 
 

@@ -140,17 +140,17 @@ class Renamed(nn.Module):
         (lambda: make_model(width=9), "0 has 9 neurons but the history starts from 8"),
         (
             lambda: make_model(classes=4),
-            r"the constructor's model has float32 \(4, \d\) as 3.weight, the file has float32 \(3",
+            r"3.weight is float32 \(4, \d\) in the constructor's model, but float32 \(3, \d\) in the file",
         ),
-        (lambda: make_model(dtype=torch.float64), "could not be traced|has float64"),
+        (lambda: make_model(dtype=torch.float64), "could not be traced|is float64"),
         (Renamed, "the history has a layer '0' that cannot be pruned here: it has no such layer"),
         (
             lambda: nn.Sequential(*make_model()[:2], nn.PReLU(), make_model()[3]),
-            r"the constructor's model has float32 \(1,\) as 2.weight, the file has nothing",
+            r"2.weight is float32 \(1,\) in the constructor's model, but missing in the file",
         ),
         (
             lambda: nn.Sequential(make_model()[0], nn.Identity(), nn.ReLU(), make_model()[3]),
-            r"the constructor's model has nothing as 1\.\w+, the file has",
+            r"1\.\w+ is missing in the constructor's model, but",
         ),
     ],
 )
@@ -167,9 +167,9 @@ def test_a_constructor_that_makes_something_else(path):
 def test_saving_checks_its_arguments(student, tmp_path):
     model, history = student
     path = tmp_path / "s"
-    with pytest.raises(ValueError, match=r"history: it leads to \d neurons in 0, and the model has 8 neurons"):
+    with pytest.raises(ValueError, match=r"history: it ends with \d neurons? in 0, but the model has 8 neurons"):
         save_student(path, make_model(), history)
-    with pytest.raises(ValueError, match="history: it leads to 4 neurons in 9, and the model has no such layer"):
+    with pytest.raises(ValueError, match="history: it ends with 4 neurons in 9, but the model has no such layer"):
         save_student(path, model, PruningHistory({"9": 4}))
     with pytest.raises(TypeError, match=r"metadata: expected strings by name, got {'a': 1}"):
         save_student(path, model, history, {"a": 1})
