@@ -161,7 +161,7 @@ def test_arguments(tmp_path, monkeypatch):
     with pytest.raises(TypeError, match=r"example_inputs: expected a tuple .*, got Tensor"):
         kddp_ext.export_onnx(perceptron()[0], tmp_path / "student.onnx", torch.zeros(2, 12))
     monkeypatch.setattr(export, "LARGEST_FILE", 100)
-    with pytest.raises(ValueError, match=r"model: its tensors take .* bytes, and an ONNX file holds at most 100"):
+    with pytest.raises(ValueError, match=r"model: its tensors take .* bytes, but an ONNX file holds at most 100"):
         kddp_ext.export_onnx(perceptron()[0], tmp_path / "student.onnx", (torch.zeros(2, 12),))
 
 
