@@ -265,7 +265,7 @@ def samples_of_different_number(rank):
     return report.layers[0].pruned
 
 
-def an_average_on_rank_0_alone(rank):
+def an_average_on_rank_0_only(rank):
     student = make_student()
     model = DistributedDataParallel(student)
     # Of the wrapper, so that the average holds a wrapper of its own.
