@@ -1,4 +1,4 @@
-"""A small student, and the pruner that the tests observe it with."""
+"""A small student, its pruner, and a snapshot of everything that a prune may change."""
 
 import torch
 from torch import nn

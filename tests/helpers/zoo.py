@@ -40,7 +40,7 @@ def chain(*between, width=8, bias=True):
 
 
 class BasicBlock(nn.Module):
-    """Of ResNet-18: two convolutions and a shortcut, which is a convolution where the shape changes."""
+    """ResNet-18: two convolutions and a shortcut, which is a convolution where the shape changes."""
 
     def __init__(self, inputs, outputs, stride):
         super().__init__()
@@ -119,7 +119,7 @@ def vgg11(width=3, size=32, batch_norm=False):
 
 
 class InvertedResidual(nn.Module):
-    """Of MobileNetV2: expand, filter each channel, project."""
+    """MobileNetV2: expand, filter each channel, project."""
 
     def __init__(self, inputs, outputs, stride, expansion):
         super().__init__()
@@ -193,7 +193,7 @@ class ViT(nn.Module):
 
 
 class SwiGLU(nn.Module):
-    """Shazeer 2020 (arXiv:2002.05202): the way up twice, one gates the other; the way down once."""
+    """Shazeer 2020 (arXiv:2002.05202): of two projections up, one gates the other."""
 
     def __init__(self, width=6, hidden=7):
         super().__init__()
@@ -205,7 +205,7 @@ class SwiGLU(nn.Module):
 
 
 class Encoder(nn.Module):
-    """torch.nn's own transformer block."""
+    """The transformer block of torch.nn."""
 
     def __init__(self, batch_first=True, width=8):
         super().__init__()
@@ -218,7 +218,7 @@ class Encoder(nn.Module):
 
 
 class ChannelsLastFlatten(nn.Module):
-    """Its Linear reads the channels of a position side by side."""
+    """Its Linear layer reads the channels of each position side by side."""
 
     def __init__(self):
         super().__init__()
@@ -229,7 +229,7 @@ class ChannelsLastFlatten(nn.Module):
 
 
 def conv_classifier(*between, channels=5, size=6):
-    """A convolution whose channels a Linear reads, each with its positions."""
+    """A convolution whose flattened channels a Linear layer reads."""
     side = size - 2
     return nn.Sequential(nn.Conv2d(3, channels, 3), *between, nn.Flatten(), nn.Linear(channels * side * side, CLASSES))
 

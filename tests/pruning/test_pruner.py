@@ -15,7 +15,7 @@ from pruner_cases import INPUTS, example, kill, make_model, make_pruner, observe
 from torch import nn
 
 import kddp_ext
-from kddp_ext import DynamicPruner, PruningHistory
+from kddp_ext import PruningHistory
 
 # --- what is observed
 
@@ -186,29 +186,6 @@ def test_only_requested_layers_are_pruned():
     pruner = make_pruner(model, layers=["2"])
     assert list(pruner.widths) == ["2"]
     assert pruner.refused.keys() == {"4"}
-
-
-def test_the_training_loop_of_the_readme():
-    torch.manual_seed(0)
-    student = nn.Sequential(nn.Linear(INPUTS, 30), nn.BatchNorm1d(30), nn.ReLU(), nn.Linear(30, 3))
-    teacher = nn.Linear(INPUTS, 3)
-    optimizer = torch.optim.Adam(student.parameters(), lr=0.02)
-    pruner = DynamicPruner(student, optimizer, example_inputs=(example(2),), threshold=0.05)
-    for _ in range(6):
-        for _ in range(15):
-            x = torch.randn(32, INPUTS)
-            logits = student(x)
-            with torch.no_grad():
-                teacher_logits = teacher(x)
-            loss = kddp_ext.fused_kd_l1_loss(
-                logits, teacher_logits, teacher_logits.argmax(1), pruner.activations, l1_weight=0.1
-            )
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-        pruner.prune()
-    assert pruner.widths["0"] < 30
-    assert (student(x).argmax(1) == teacher(x).argmax(1)).float().mean() > 0.8
 
 
 # --- hooks

@@ -160,47 +160,6 @@ def test_dead_neurons_have_no_activation_scale():
 # --- previews
 
 
-def trained():
-    """A network that has learnt the outputs of another one for white noise, with nearly uncorrelated neurons."""
-    torch.manual_seed(3)
-    x = torch.randn(800, 40)
-    targets = nn.Sequential(nn.Linear(40, 60), nn.Tanh(), nn.Linear(60, 12))(x).detach()
-    model = nn.Sequential(nn.Linear(40, 64), nn.Tanh(), nn.Linear(64, 48), nn.ReLU(), nn.Linear(48, 12))
-    optimizer = torch.optim.Adam(model.parameters(), lr=3e-3)
-    losses = []
-    for _ in range(60):
-        loss = nn.functional.mse_loss(model(x), targets)
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        losses.append(loss.item())
-    assert losses[-1] < losses[0] / 2
-    return model.double(), x.double()
-
-
-def outputs_of(model, reader, x):
-    seen = []
-    handle = model.get_submodule(reader).register_forward_hook(lambda module, args, output: seen.append(output))
-    model(x)
-    handle.remove()
-    return seen[0].detach()
-
-
-@pytest.mark.parametrize("compensate", [True, False])
-@pytest.mark.parametrize(("layer", "reader", "threshold"), [("0", "2", 0.7), ("2", "4", 0.4), ("2", "4", 0.6)])
-def test_the_predicted_output_change_comes_true(layer, reader, threshold, compensate):
-    model, x = trained()
-    pruner = make_pruner(model, example_inputs=(x[:2],), layers=[layer], threshold=threshold, compensate=compensate)
-    before = outputs_of(model, reader, x)
-    pruner.activations.observe()
-    preview = pruner.preview()
-    report = pruner.prune()
-    change = (outputs_of(model, reader, x) - before).square().mean().sqrt()
-    actual = float(change / (before - before.mean(0)).square().mean().sqrt())
-    assert report.neurons_pruned > 3
-    assert actual / 2 < preview.layers[0].output_change < actual * 2
-
-
 @pytest.mark.parametrize("compensate", [True, False])
 def test_the_prediction_is_exact_for_uncorrelated_neurons(compensate):
     """Each neuron passes one coordinate on, and the samples are a full factorial design."""
@@ -244,7 +203,9 @@ def test_a_mean_that_a_reader_cannot_absorb_counts_in_full():
 
 
 def test_a_preview_says_what_a_prune_does_and_changes_nothing():
-    model, x = trained()
+    torch.manual_seed(0)
+    x = torch.randn(200, 40)
+    model = nn.Sequential(nn.Linear(40, 64), nn.Tanh(), nn.Linear(64, 48), nn.ReLU(), nn.Linear(48, 12))
     optimizer = torch.optim.Adam(model.parameters())
     pruner = make_pruner(model, optimizer, example_inputs=(x[:2],), threshold=0.7, patience=3, round_to=4)
     model(x).square().mean().backward()
