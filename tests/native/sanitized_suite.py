@@ -21,7 +21,7 @@ from emulator import SANITIZE, sanitizer_environment  # noqa: E402
 from native_build import INSTRUCTION_SETS, build_package, run_tests, supported  # noqa: E402
 
 # The bindings and whole prunes.
-MORE = [TESTS / "loss" / "test_arguments.py", TESTS / "pruning" / "test_exact.py"]
+MORE = [TESTS / "loss" / "test_arguments.py", TESTS / "pruning" / "test_compaction.py"]
 
 
 def run(instruction_set: str, arguments: list[str]) -> int:
