@@ -17,6 +17,7 @@ from kddp_ext.workflow.config import (
     StudentArchitecture,
     StudentConfig,
     TeacherConfig,
+    preset,
 )
 from kddp_ext.workflow.datasets import INFO
 from kddp_ext.workflow.errors import WorkflowError
@@ -26,7 +27,6 @@ from kddp_ext.workflow.models.cnn import PlainStudent
 from kddp_ext.workflow.models.resnet import PreActivationResNet
 from kddp_ext.workflow.models.teacher import FastTeacher
 from kddp_ext.workflow.models.vgg import VGG11
-from kddp_ext.workflow.presets import preset
 
 # Their places in VGG11.features on images of 16x16: 8 convolutions, 4 poolings.
 VGG_CONVOLUTIONS = (0, 4, 8, 11, 15, 18, 22, 25)
