@@ -190,11 +190,11 @@ def _run(arguments: list[str]) -> None:
     name = command.name or config.dataset + ("" if config.preset == "default" else f"-{config.preset}")
 
     # Matplotlib and the rest load here, so that --help and a mistyped option need not wait for them.
-    from kddp_ext.workflow.processes import joined
+    from kddp_ext.workflow.distributed import process_group
     from kddp_ext.workflow.run import run_workflow
 
     _set_up(command.threads, config.dataset)
-    with joined(use_gpus=command.device != "cpu", tell=lambda message: _tell("run", message)) as processes:
+    with process_group(use_gpus=command.device != "cpu", tell=lambda message: _tell("run", message)) as processes:
         run_workflow(
             command.runs_dir / name,
             config,

@@ -11,11 +11,11 @@ from kddp_ext.files import remove_leftovers
 from kddp_ext.workflow.config import RunConfig
 from kddp_ext.workflow.data import ImageData
 from kddp_ext.workflow.datasets import INFO, read_dataset
+from kddp_ext.workflow.distributed import Processes
 from kddp_ext.workflow.errors import WorkflowError
 from kddp_ext.workflow.folder import RunFolder, locked, make_folder, open_run, require_run
 from kddp_ext.workflow.job import STAGES, Job
 from kddp_ext.workflow.models import check_networks
-from kddp_ext.workflow.processes import Processes
 from kddp_ext.workflow.progress import Progress
 from kddp_ext.workflow.report import print_table, write_report
 from kddp_ext.workflow.runtime import Device, Runtime
@@ -63,20 +63,20 @@ def run_workflow(
     title = f"KDDP on {INFO[config.dataset].name}"
     runtime = _runtime(device, config, processes)
     if tensorboard:
-        processes.first(require_tensorboard)
-    processes.first(lambda: make_folder(path, "run"))
-    with processes.first_holds(locked(path)):
-        folder = processes.first(lambda: open_run(path, config, resume=resume))
-        processes.together(lambda: require_run(path))  # the folder is one that all of them see
-        processes.first(lambda: remove_leftovers(path))
+        processes.on_rank_zero(require_tensorboard)
+    processes.on_rank_zero(lambda: make_folder(path, "run"))
+    with processes.held_on_rank_zero(locked(path)):
+        folder = processes.on_rank_zero(lambda: open_run(path, config, resume=resume))
+        processes.all_or_raise(lambda: require_run(path))  # the folder is one that all of them see
+        processes.on_rank_zero(lambda: remove_leftovers(path))
         if teacher_from is not None:
-            processes.first(lambda: take_teacher(folder, teacher_from, config))
-        if not processes.first(lambda: _finished(folder) and folder.timing.is_file()):
+            processes.on_rank_zero(lambda: take_teacher(folder, teacher_from, config))
+        if not processes.on_rank_zero(lambda: _finished(folder) and folder.timing.is_file()):
             data = _data(config, data_dir, runtime)
             notes = _train(Run(folder, data, runtime, Progress(console), tensorboard), config, title)
-            processes.first(lambda: write_timing(folder, data.example(), runtime, notes))
-        processes.first(lambda: None if folder.report.is_file() else write_report(folder, config, title))
-    processes.first(lambda: print_table(console, folder, title, read_timing(folder)))
+            processes.on_rank_zero(lambda: write_timing(folder, data.example(), runtime, notes))
+        processes.on_rank_zero(lambda: None if folder.report.is_file() else write_report(folder, config, title))
+    processes.on_rank_zero(lambda: print_table(console, folder, title, read_timing(folder)))
     console.print(f"{time.monotonic() - started:.0f} s. The report is {folder.report}", highlight=False, soft_wrap=True)
 
 
@@ -91,14 +91,14 @@ def _runtime(device: Device, config: RunConfig, processes: Processes) -> Runtime
         return Runtime(device, config.precision, processes)
 
     processes.require_same("the settings", config.to_json())
-    runtime = processes.together(make)
+    runtime = processes.all_or_raise(make)
     processes.require_same("the device and precision", f"{runtime.device.type} {runtime.dtype}")
     return runtime
 
 
 def _data(config: RunConfig, data_dir: Path | None, runtime: Runtime) -> ImageData:
     processes = runtime.processes
-    raw = processes.machine_by_machine(lambda: read_dataset(config.dataset, data_dir))
+    raw = processes.local_rank_zero_first(lambda: read_dataset(config.dataset, data_dir))
 
     def make() -> ImageData:
         data = ImageData(raw, INFO[config.dataset], config, runtime.device)
@@ -111,7 +111,7 @@ def _data(config: RunConfig, data_dir: Path | None, runtime: Runtime) -> ImageDa
                 )
         return data
 
-    return processes.together(make)
+    return processes.all_or_raise(make)
 
 
 def _train(run: Run, config: RunConfig, title: str) -> list[str]:

@@ -9,13 +9,12 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.nn.parallel import DistributedDataParallel
 
 import kddp_ext
 from kddp_ext.files import remove_leftovers
-from kddp_ext.workflow.batch_norm import join_batches
 from kddp_ext.workflow.checkpoint import architecture, check_architecture, load_checkpoint, save_checkpoint
 from kddp_ext.workflow.data import ImageData
+from kddp_ext.workflow.distributed import data_parallel
 from kddp_ext.workflow.errors import WorkflowError
 from kddp_ext.workflow.folder import RunFolder
 from kddp_ext.workflow.job import Job
@@ -69,11 +68,11 @@ def train_student(run: Run, job: Job, teacher: TeacherLogits) -> None:
 
 def _train_job(run: Run, job: Job, model: nn.Module, recipe: Recipe, teacher: TeacherLogits | None) -> Training:
     processes = run.runtime.processes
-    processes.first(lambda: run.folder.job(job.name).mkdir(parents=True, exist_ok=True))
-    training = processes.together(lambda: _restore_or_start(run, job, run.runtime.place(model), recipe))
+    processes.on_rank_zero(lambda: run.folder.job(job.name).mkdir(parents=True, exist_ok=True))
+    training = processes.all_or_raise(lambda: _restore_or_start(run, job, run.runtime.place(model), recipe))
     if _finished(run, job) and len(training.epochs) == recipe.epochs:
         return training
-    processes.first(lambda: _tidy(run, job, training))
+    processes.on_rank_zero(lambda: _tidy(run, job, training))
     _distribute(run, training, recipe)
 
     images = len(run.data.train) // recipe.batch_size * recipe.batch_size or len(run.data.train)
@@ -83,15 +82,15 @@ def _train_job(run: Run, job: Job, model: nn.Module, recipe: Recipe, teacher: Te
     ):
 
         def epoch_done(metrics: dict[str, Any]) -> None:
-            processes.first(lambda: _save(run, job, training))
+            processes.on_rank_zero(lambda: _save(run, job, training))
             write_events(metrics)
             _show(bar, metrics, recipe.epochs)
 
         train(training, recipe, run.data, teacher, run.runtime, advance=bar.advance, epoch_done=epoch_done)
     if job.stage != "teacher":
-        processes.first(lambda: _save_student(run, job, training))
+        processes.on_rank_zero(lambda: _save_student(run, job, training))
     result = _measure(run, job, training)
-    processes.first(lambda: run.folder.write_result(job.name, result, training.epochs))
+    processes.on_rank_zero(lambda: run.folder.write_result(job.name, result, training.epochs))
     run.progress.line(_summary(job, result, training))
     return training
 
@@ -104,7 +103,7 @@ def _tidy(run: Run, job: Job, training: Training) -> None:
 
 
 def _finished(run: Run, job: Job) -> bool:
-    return run.runtime.processes.first(lambda: run.folder.read_result(job.name) is not None)
+    return run.runtime.processes.on_rank_zero(lambda: run.folder.read_result(job.name) is not None)
 
 
 def _distribute(run: Run, training: Training, recipe: Recipe) -> None:
@@ -113,11 +112,7 @@ def _distribute(run: Run, training: Training, recipe: Recipe) -> None:
     if processes.count == 1:
         return
     processes.require_same("the finished epochs", len(training.epochs))
-    join_batches(training.model, processes)
-    # The buffers need no broadcast: the statistics of batch normalisation are computed alike.
-    training.network = DistributedDataParallel(
-        training.model, forward_sync_buffers=False, find_unused_parameters=bool(recipe.frozen_from)
-    )
+    training.network = data_parallel(training.model, find_unused_parameters=bool(recipe.frozen_from))
 
 
 def _event_files(run: Run, job: Job, training: Training, images: int) -> AbstractContextManager[Write]:

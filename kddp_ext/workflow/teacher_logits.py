@@ -108,16 +108,16 @@ class TeacherLogits:
 
     def _compute(self, path: Path, view: int) -> tuple[Tensor, float]:
         processes = self._runtime.processes
-        processes.first(lambda: self._folder.mkdir(parents=True, exist_ok=True))
-        with processes.first_holds(locked(self._folder, wait=True)):  # of two runs that need it, one computes it
+        processes.on_rank_zero(lambda: self._folder.mkdir(parents=True, exist_ok=True))
+        with processes.held_on_rank_zero(locked(self._folder, wait=True)):  # of two runs that need it, one computes it
             found = self._found(path)
             if found is not None:
                 return found
-            processes.first(lambda: remove_leftovers(self._folder))
+            processes.on_rank_zero(lambda: remove_leftovers(self._folder))
             started = time.perf_counter()
             logits = self._ask_teacher(view)
             seconds = time.perf_counter() - started
-            processes.first(lambda: _write(path, logits, seconds))
+            processes.on_rank_zero(lambda: _write(path, logits, seconds))
         self.use.computed += 1
         self.use.computing += seconds
         return logits, seconds

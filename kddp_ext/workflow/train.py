@@ -18,7 +18,7 @@ from kddp_ext.workflow.data import ImageData
 from kddp_ext.workflow.errors import WorkflowError
 from kddp_ext.workflow.job import Stage
 from kddp_ext.workflow.measure import accuracy, count_parameters
-from kddp_ext.workflow.models.teacher import FastTeacher
+from kddp_ext.workflow.models import FastTeacher
 from kddp_ext.workflow.muon import FILTER_MOMENTUM, Muon
 from kddp_ext.workflow.runtime import PhaseClock, Runtime
 from kddp_ext.workflow.teacher_logits import TeacherLogits
@@ -235,10 +235,11 @@ def train_epoch(
         totals += _train_step(training, recipe, runtime, clock, position, images, labels, guidance)
         advance(len(indices) * processes.count)
 
+    processes.average_buffers(training.model)
     # The epoch's one transfer to the host: each step's sums stayed on the device.
     totals = processes.sum(totals) / processes.count
     means = dict(zip(_TERMS, (totals / len(batches)).tolist(), strict=True))
-    processes.together(lambda: _require_finite(means["loss"], recipe, epoch))
+    processes.all_or_raise(lambda: _require_finite(means["loss"], recipe, epoch))
     if training.pruner is not None:
         with clock.phase("prune"):
             pruned = _prune(training.pruner, recipe, epoch)

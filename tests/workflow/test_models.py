@@ -22,9 +22,9 @@ from kddp_ext.workflow.datasets import INFO
 from kddp_ext.workflow.errors import WorkflowError
 from kddp_ext.workflow.measure import count_macs, count_parameters, forward_seconds
 from kddp_ext.workflow.models import build_student, build_teacher, check_networks
-from kddp_ext.workflow.models.cnn import PlainStudent
+from kddp_ext.workflow.models import PlainStudent
 from kddp_ext.workflow.models.resnet import PreActivationResNet
-from kddp_ext.workflow.models.teacher import FastTeacher
+from kddp_ext.workflow.models import FastTeacher
 from kddp_ext.workflow.models.vgg import VGG11
 from kddp_ext.workflow.presets import preset
 
