@@ -215,13 +215,15 @@ def _train(command: TrainCommand[Any], sweep: SweepConfig, default_name: str) ->
     import torch
 
     from kddp_ext.workflow import runs
-    from kddp_ext.workflow.processes import joined
+    from kddp_ext.workflow.distributed import process_group
     from kddp_ext.workflow.runtime import prepare_process
 
     if threads := command.threads or (1 if sweep.run.dataset == "digits" else 0):
         torch.set_num_threads(threads)
     prepare_process()
-    with joined(use_gpus=command.device != "cpu", tell=lambda text: _print_error(f"kddp run: {text}")) as processes:
+    with process_group(
+        use_gpus=command.device != "cpu", tell=lambda text: _print_error(f"kddp run: {text}")
+    ) as processes:
         runs.run_sweep(
             command.runs_dir / (command.name or default_name),
             sweep,

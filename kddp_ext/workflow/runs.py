@@ -10,7 +10,7 @@ import json
 import math
 import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,14 +20,13 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, ProgressColumn, Task, TextColumn, TimeRemainingColumn
 from rich.text import Text
 from torch import nn
-from torch.nn.parallel import DistributedDataParallel
 
 import kddp_ext
 from kddp_ext.files import remove_leftovers
-from kddp_ext.workflow.batch_norm import join_batches
 from kddp_ext.workflow.config import Device, SweepConfig
 from kddp_ext.workflow.data import ImageData
 from kddp_ext.workflow.datasets import INFO, read_dataset
+from kddp_ext.workflow.distributed import Processes, data_parallel
 from kddp_ext.workflow.errors import WorkflowError
 from kddp_ext.workflow.folder import (
     RunFolder,
@@ -43,7 +42,6 @@ from kddp_ext.workflow.folder import (
 from kddp_ext.workflow.jobs import TEACHER, Job, points
 from kddp_ext.workflow.measure import accuracy, count_active, count_macs, count_parameters
 from kddp_ext.workflow.models import build_student, build_teacher, check_networks, prepare_teacher
-from kddp_ext.workflow.processes import Processes
 from kddp_ext.workflow.report import title_of, write_report
 from kddp_ext.workflow.runtime import Runtime
 from kddp_ext.workflow.teacher_logits import TeacherLogits
@@ -113,10 +111,10 @@ def run_sweep(
         console = Console(quiet=True, force_terminal=False)
     runtime = _runtime(device, sweep, processes)
     if tensorboard:
-        processes.first(require_tensorboard)
-    folder = processes.first(lambda: _open(path, sweep, resume=resume, teacher_from=teacher_from))
-    processes.together(folder.read_config)  # checks that all processes see the folder
-    if processes.first(lambda: _unfinished(folder, sweep)):
+        processes.on_rank_zero(require_tensorboard)
+    folder = processes.on_rank_zero(lambda: _open(path, sweep, resume=resume, teacher_from=teacher_from))
+    processes.all_or_raise(folder.read_config)  # checks that all processes see the folder
+    if processes.on_rank_zero(lambda: _unfinished(folder, sweep)):
         data = _data(sweep, data_dir, runtime)
         with _progress(console) as progress:
             console.print(
@@ -126,7 +124,7 @@ def run_sweep(
                 soft_wrap=True,
             )
             _train_all(Run(folder, data, runtime, progress, tensorboard), sweep)
-    processes.first(lambda: write_report(folder, sweep, console))
+    processes.on_rank_zero(lambda: write_report(folder, sweep, console))
     console.print(f"{time.monotonic() - started:.0f} s. The report is {folder.report}", highlight=False, soft_wrap=True)
 
 
@@ -151,14 +149,14 @@ def _runtime(device: Device, sweep: SweepConfig, processes: Processes) -> Runtim
         return Runtime(device, sweep.run.precision, processes)
 
     processes.require_same("the settings", sweep.to_json())
-    runtime = processes.together(make)
+    runtime = processes.all_or_raise(make)
     processes.require_same("the device and precision", f"{runtime.device.type} {runtime.dtype}")
     return runtime
 
 
 def _data(sweep: SweepConfig, data_dir: Path | None, runtime: Runtime) -> ImageData:
     config, processes = sweep.run, runtime.processes
-    raw = processes.machine_by_machine(lambda: read_dataset(config.dataset, data_dir))
+    raw = processes.local_rank_zero_first(lambda: read_dataset(config.dataset, data_dir))
 
     def make() -> ImageData:
         data = ImageData(raw, INFO[config.dataset], config, runtime.device)
@@ -170,19 +168,19 @@ def _data(sweep: SweepConfig, data_dir: Path | None, runtime: Runtime) -> ImageD
                 )
         return data
 
-    return processes.together(make)
+    return processes.all_or_raise(make)
 
 
 def _train_all(run: Run, sweep: SweepConfig) -> None:
     """Train until every job is finished, here or in another process."""
-    first = run.runtime.processes.first
+    on_rank_zero = run.runtime.processes.on_rank_zero
     teacher_job = points(sweep, {})[0].jobs[0]
     with _claimed(run, teacher_job, wait=True):
         teacher = train_teacher(run, teacher_job)
     logits = TeacherLogits(
         teacher, run.data, sweep.run.student.shift, run.folder.teacher_logits, run.runtime, run.progress
     )
-    while left := first(lambda: _unfinished(run.folder, sweep)):
+    while left := on_rank_zero(lambda: _unfinished(run.folder, sweep)):
         if not any(_train_unless_taken(run, job, logits) for job in left):
             time.sleep(_WAIT)
     _print(run, str(logits.use))
@@ -211,18 +209,14 @@ def _train_unless_taken(run: Run, job: Job, logits: TeacherLogits) -> bool:
 @contextmanager
 def _claimed(run: Run, job: Job, *, wait: bool) -> Iterator[bool]:
     """Hold the lock of a job's folder, on the first process for all; yields whether it is held."""
-    path = run.folder.job(job.name)
-    with ExitStack() as stack:
-
-        def enter() -> bool:
-            path.mkdir(exist_ok=True)
-            return stack.enter_context(locked(path, wait=wait))
-
-        yield run.runtime.processes.first(enter)
+    path, processes = run.folder.job(job.name), run.runtime.processes
+    processes.on_rank_zero(lambda: path.mkdir(exist_ok=True))
+    with processes.held_on_rank_zero(locked(path, wait=wait)) as held:
+        yield held
 
 
 def _is_finished(run: Run, job: Job) -> bool:
-    return run.runtime.processes.first(lambda: run.folder.read_result(job.name) is not None)
+    return run.runtime.processes.on_rank_zero(lambda: run.folder.read_result(job.name) is not None)
 
 
 def train_teacher(run: Run, job: Job) -> nn.Module:
@@ -241,10 +235,10 @@ def train_student(run: Run, job: Job, logits: TeacherLogits) -> None:
 
 def _train_job(run: Run, job: Job, model: nn.Module, recipe: Recipe, logits: TeacherLogits | None) -> Training:
     processes = run.runtime.processes
-    training = processes.together(lambda: _restore_or_start(run, job, run.runtime.place(model), recipe))
+    training = processes.all_or_raise(lambda: _restore_or_start(run, job, run.runtime.place(model), recipe))
     if _is_finished(run, job) and len(training.epochs) == recipe.epochs:
         return training
-    processes.first(lambda: _tidy(run, job, training))
+    processes.on_rank_zero(lambda: _tidy(run, job, training))
     _distribute(run, training, recipe)
 
     images = len(run.data.train) // recipe.batch_size * recipe.batch_size or len(run.data.train)
@@ -253,16 +247,16 @@ def _train_job(run: Run, job: Job, model: nn.Module, recipe: Recipe, logits: Tea
     with events as write_events, _bar(run, job, recipe, images, training) as (advance, show):
 
         def epoch_done(metrics: dict[str, Any]) -> None:
-            processes.first(lambda: _save(run, job, training))
+            processes.on_rank_zero(lambda: _save(run, job, training))
             if write_events is not None:
                 write_events(metrics)
             show(metrics)
 
         train(training, recipe, run.data, logits, run.runtime, advance=advance, epoch_done=epoch_done)
     if job.stage != "teacher":
-        processes.first(lambda: _save_student(run, job, training))
+        processes.on_rank_zero(lambda: _save_student(run, job, training))
     result = _measure(run, job, training)
-    processes.first(lambda: run.folder.write_result(job.name, result))
+    processes.on_rank_zero(lambda: run.folder.write_result(job.name, result))
     width = f", width {result['width']:,}" if result["width"] is not None else ""
     seconds = sum(epoch["seconds"]["epoch"] for epoch in training.epochs)
     _print(
@@ -288,11 +282,7 @@ def _distribute(run: Run, training: Training, recipe: Recipe) -> None:
     if processes.count == 1:
         return
     processes.require_same("the finished epochs", len(training.epochs))
-    join_batches(training.model, processes)
-    # The buffers need no broadcast: every process computes the same statistics of batch normalisation.
-    training.network = DistributedDataParallel(
-        training.model, forward_sync_buffers=False, find_unused_parameters=bool(recipe.frozen_from)
-    )
+    training.network = data_parallel(training.model, find_unused_parameters=bool(recipe.frozen_from))
 
 
 def _restore_or_start(run: Run, job: Job, model: nn.Module, recipe: Recipe) -> Training:

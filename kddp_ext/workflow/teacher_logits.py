@@ -104,17 +104,17 @@ class TeacherLogits:
 
     def _compute(self, path: Path, view: int) -> Tensor:
         processes = self._runtime.processes
-        processes.first(lambda: self._folder.mkdir(parents=True, exist_ok=True))
-        with processes.first_holds(locked(self._folder)):  # if two runs need it, only one computes it
+        processes.on_rank_zero(lambda: self._folder.mkdir(parents=True, exist_ok=True))
+        with processes.held_on_rank_zero(locked(self._folder)):  # if two runs need it, only one computes it
             logits = self._read(path)
             if logits is not None:
                 return logits
-            processes.first(lambda: remove_leftovers(self._folder))
+            processes.on_rank_zero(lambda: remove_leftovers(self._folder))
             started = time.perf_counter()
             logits = self._ask_teacher(view)
             self.use.computed += 1
             self.use.seconds += time.perf_counter() - started
-            processes.first(lambda: write_logits(path, logits))
+            processes.on_rank_zero(lambda: write_logits(path, logits))
         return logits
 
     def _read(self, path: Path) -> Tensor | None:

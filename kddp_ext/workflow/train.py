@@ -19,7 +19,7 @@ from kddp_ext.workflow.data import ImageData
 from kddp_ext.workflow.errors import WorkflowError
 from kddp_ext.workflow.jobs import Stage
 from kddp_ext.workflow.measure import accuracy, count_parameters
-from kddp_ext.workflow.models.teacher import FastTeacher
+from kddp_ext.workflow.models import FastTeacher
 from kddp_ext.workflow.muon import FILTER_MOMENTUM, Muon
 from kddp_ext.workflow.runtime import PhaseClock, Runtime
 from kddp_ext.workflow.teacher_logits import TeacherLogits
@@ -228,10 +228,11 @@ def train_epoch(
         totals += _train_step(training, recipe, runtime, clock, position, images, labels, targets)
         advance(len(indices) * processes.count)
 
+    processes.average_buffers(training.model)
     # The epoch's only transfer to the host: until here the sums stay on the device.
     totals = processes.sum(totals) / processes.count
     means = dict(zip(_TERMS, (totals / len(batches)).tolist(), strict=True))
-    processes.together(lambda: _require_finite(means["loss"], recipe, epoch))
+    processes.all_or_raise(lambda: _require_finite(means["loss"], recipe, epoch))
     if training.pruner is not None:
         with clock.phase("prune"):
             report = _prune(training.pruner, recipe, epoch)
