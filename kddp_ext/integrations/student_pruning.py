@@ -11,7 +11,7 @@ from torch.optim import Optimizer
 from kddp_ext.pruning.history import PruningHistory
 from kddp_ext.pruning.pruner import DynamicPruner
 from kddp_ext.pruning.report import PruneReport
-from kddp_ext.pruning.validation import at_least_one
+from kddp_ext.pruning.settings import whole_number
 
 
 class StudentPruning:
@@ -26,7 +26,9 @@ class StudentPruning:
         if settings.get("interval") is not None and every_n_epochs is not None:
             raise ValueError("interval: it counts steps; pass every_n_epochs=None with it, to prune by steps alone")
         self.example_inputs = example_inputs
-        self.every_n_epochs = None if every_n_epochs is None else at_least_one("every_n_epochs", every_n_epochs)
+        if every_n_epochs is not None:
+            every_n_epochs = whole_number("every_n_epochs", every_n_epochs, at_least=1)
+        self.every_n_epochs = every_n_epochs
         self.settings = settings
         self.pruner: DynamicPruner | None = None
         self.report: PruneReport | None = None

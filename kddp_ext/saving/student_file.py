@@ -16,8 +16,8 @@ import safetensors.torch
 from torch import Tensor, nn
 
 from kddp_ext.files import atomic_write, hash_json, hash_tensors, parse_json
-from kddp_ext.pruning.copies import unwrapped
 from kddp_ext.pruning.history import PruningHistory
+from kddp_ext.pruning.tracing.graph import unwrapped
 
 FORMAT, VERSION = "kddp_ext.student", "1"
 _MOST_METADATA = 2**22  # characters of JSON

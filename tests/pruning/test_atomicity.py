@@ -178,7 +178,7 @@ def poison_weight(trained):
         (spoil_state_shape, r"optimizer: AdamW keeps 'exp_avg' of 3.weight, a tensor of shape \(3, 2\)"),
         (spoil_state_kind, "optimizer: AdamW keeps 'history' of 5.weight, list, .* nothing was pruned"),
         (replace_layer, "model: 5.weight was traced with 6 neurons of 3 along dimension 1"),
-        (poison_statistics, "the activations of 3 were infinite or NaN"),
+        (poison_statistics, "some activations of 3 were infinite or NaN"),
         (poison_weight, "the weights that read 3 are infinite or NaN"),
     ],
 )

@@ -8,10 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from kddp_ext.pruning.budget import ModelSize, affordable
-from kddp_ext.pruning.guards import KeptBy
 from kddp_ext.pruning.pruner import DynamicPruner
-from kddp_ext.pruning.selection import decide
+from kddp_ext.pruning.selection import KeptBy, ModelSize, affordable, decide
 from kddp_ext.pruning.tracing.find import find_neurons
 
 pytestmark = pytest.mark.usefixtures("one_trace_each")
@@ -103,7 +101,7 @@ def test_a_weight_counts_as_often_as_it_is_applied():
 def test_a_weight_that_is_gone_is_named():
     model = make_model()
     model[7] = nn.Identity()
-    with pytest.raises(ValueError, match=r"model: it has no 7\.weight any more; make a new pruner"):
+    with pytest.raises(ValueError, match=r"model: it no longer has 7\.weight; make a new pruner"):
         ModelSize(model, groups(), traced().positions)
 
 

@@ -203,11 +203,11 @@ def of_other_modules():
 
 
 WRONG = [
-    (wider, r"copies\[0\]: 0.weight has shape \(9, 5\), and \(8, 5\) in the model"),
-    (with_a_norm, r"copies\[0\]: 4 is BatchNorm1d, and nothing in the model"),
+    (wider, r"copies\[0\]: 0.weight has shape \(9, 5\), but \(8, 5\) in the model"),
+    (with_a_norm, r"copies\[0\]: 4 is BatchNorm1d, but nothing in the model"),
     (without_bias, r"copies\[0\]: 3.bias is missing in it"),
     (with_a_buffer, r"copies\[0\]: scale is not in the model"),
-    (of_other_modules, r"copies\[0\]: 1 is GELU, and ReLU in the model"),
+    (of_other_modules, r"copies\[0\]: 1 is GELU, but ReLU in the model"),
 ]
 
 
@@ -241,7 +241,7 @@ def test_a_copy_that_was_changed_is_named_and_nothing_is_pruned():
     observe(pruner)
     changed[3] = nn.Linear(7, 3)
     before = snapshot(model, fine)
-    with pytest.raises(ValueError, match=r"copies\[1\]: 3.weight has shape \(3, 7\), and \(3, 8\) in the model"):
+    with pytest.raises(ValueError, match=r"copies\[1\]: 3.weight has shape \(3, 7\), but \(3, 8\) in the model"):
         pruner.prune()
     assert_same(snapshot(model, fine), before)
     assert pruner.widths == {"0": 8}
@@ -261,6 +261,6 @@ def test_compensation_that_overflows_in_a_copy_is_named():
     pruner = make_pruner(model, copies=[ema])
     observe(pruner)
     before = snapshot(model, ema)
-    with pytest.raises(ValueError, match=r"copies\[0\]: compensating for pruned neurons makes 3.bias infinite"):
+    with pytest.raises(ValueError, match=r"copies\[0\]: compensating for removed neurons makes 3.bias infinite"):
         pruner.prune()
     assert_same(snapshot(model, ema), before)

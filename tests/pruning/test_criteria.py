@@ -9,8 +9,9 @@ from hypothesis import strategies as st
 from torch import nn
 
 from kddp_ext.activations.statistics import NeuronStatistics
-from kddp_ext.pruning.criteria import CRITERIA, outgoing_norms
 from kddp_ext.pruning.pruner import DynamicPruner
+from kddp_ext.pruning.selection import _FUNCTIONS as CRITERIA
+from kddp_ext.pruning.selection import outgoing_norms
 
 
 def observed(*batches):
@@ -230,7 +231,7 @@ def test_says_where_compensation_is_impossible():
     pruner.activations.observe()
     report = pruner.prune()
     assert report.layers[0].uncompensated == ("2",)
-    assert "not compensated, for want of a bias: 2" in str(report)
+    assert "not compensated, because they have no bias: 2" in str(report)
 
 
 def test_compensation_can_be_turned_off():

@@ -122,10 +122,10 @@ FAULTS = {
     "other_threshold": r"rank 1 differs from rank 0 in threshold (0.25, not 0.5)",
     "other_steps": "rank 1 differs from rank 0 in the number of steps (1, not 0)",
     "other_counters": "rank 1 differs from rank 0 in the history of 2",
-    "nan_statistics": "rank 1: ValueError: prune: the activations of 2 were infinite or NaN",
+    "nan_statistics": "rank 1: ValueError: prune: some activations of 2 were infinite or NaN",
     "no_samples": "rank 1: RuntimeError: prune: there are no statistics of 0 since the last check",
     "unknown_optimizer_state": "rank 1: ValueError: optimizer: AdamW keeps 'history' of 2.weight, list",
-    "frozen_model": "rank 1: UnsupportedModelError: model: its DistributedDataParallel cannot be made anew: every",
+    "frozen_model": "rank 1: UnsupportedModelError: model: its DistributedDataParallel cannot be rebuilt: every",
     "failing_swap": "rank 1: ValueError: injected into set_data",
     "failing_rewrap": "rank 1: ValueError: injected into rewrap",
 }
@@ -136,7 +136,7 @@ def test_a_fault_of_one_rank_is_an_error_of_all_and_changes_nothing(ranks, fault
     assert FAULTS.keys() == rank_cases.SPOILS.keys()
     first, second = ranks.run(rank_cases.fail_on_rank_1, fault)
     assert first["error"] == second["error"]
-    assert first["error"].startswith("prune: nothing was pruned on any rank, for rank 1")
+    assert first["error"].startswith("prune: nothing was pruned on any rank: rank 1")
     assert FAULTS[fault] in first["error"]
     assert first["unchanged"]
     assert second["unchanged"]
@@ -191,7 +191,7 @@ def test_processes_that_prune_by_themselves(ranks):
     assert pruned > 0
     assert error == other_error
     assert "rank 1 differs from rank 0 in the weights 0.bias" in error
-    assert error.endswith("process_group=False prunes each by itself")
+    assert error.endswith("process_group=False lets each prune by itself")
 
 
 def test_groups(ranks):

@@ -151,7 +151,7 @@ def test_a_history_is_replayed_twice():
     fresh = make_model()
     pruner.history.replay(fresh, (example(),))
     before = {name: value.clone() for name, value in fresh.state_dict().items()}
-    with pytest.raises(ValueError, match="model: 0 has 5 neurons where the history starts from 8; replay it once"):
+    with pytest.raises(ValueError, match="model: 0 has 5 neurons but the history starts from 8; replay it once"):
         pruner.history.replay(fresh, (example(),))
     assert all(torch.equal(value, before[name]) for name, value in fresh.state_dict().items())
 

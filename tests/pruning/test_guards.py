@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kddp_ext.pruning.guards import KeptBy, removable, removal_steps
+from kddp_ext.pruning.selection import KeptBy, removable
 
 
 @st.composite
@@ -72,11 +72,3 @@ def test_a_share_that_is_a_whole_number_in_decimals_is_not_rounded_down():
     assert len(removable(marked, activity, maximum_share=0.29)[0]) == 29
     assert len(removable(marked[:30], activity[:30], maximum_share=0.1)[0]) == 3
     assert len(removable(marked[:9], activity[:9], maximum_share=0.1)[0]) == 0
-
-
-@pytest.mark.parametrize(
-    ("width", "count", "round_to", "steps"),
-    [(10, 3, 1, [1, 2, 3]), (10, 6, 4, [2, 6]), (12, 8, 4, [4, 8]), (5, 0, 8, []), (5, 0, 1, [])],
-)
-def test_widths_on_the_way_are_multiples_too(width, count, round_to, steps):
-    assert removal_steps(width, count, round_to) == steps

@@ -52,22 +52,22 @@ def test_replaying_twice_is_refused():
     model = make_model()
     history().replay(model, EXAMPLE)
     before = {name: value.clone() for name, value in model.state_dict().items()}
-    with pytest.raises(ValueError, match="model: 0 has 5 neurons where the history starts from 8; replay it once"):
+    with pytest.raises(ValueError, match="model: 0 has 5 neurons but the history starts from 8; replay it once"):
         history().replay(model, EXAMPLE)
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 
 
 def test_an_empty_history_checks_the_widths():
     PruningHistory({"0": 8}).replay(make_model(), EXAMPLE)
-    with pytest.raises(ValueError, match="model: 0 has 7 neurons where the history starts from 8"):
+    with pytest.raises(ValueError, match="model: 0 has 7 neurons but the history starts from 8"):
         PruningHistory({"0": 8}).replay(make_model(width=7), EXAMPLE)
 
 
 @pytest.mark.parametrize(
-    ("layer", "reason"), [("5", "its neurons are the model's outputs"), ("fc", "it has no such Linear layer")]
+    ("layer", "reason"), [("5", "its neurons are the model's outputs"), ("fc", "it has no such layer")]
 )
 def test_replay_on_another_architecture(layer, reason):
-    with pytest.raises(ValueError, match=f"model: the history is of a layer '{layer}' .*: {reason}"):
+    with pytest.raises(ValueError, match=f"model: the history has a layer '{layer}' .*: {reason}"):
         PruningHistory({layer: 3}).replay(make_model(), EXAMPLE)
 
 
@@ -94,7 +94,7 @@ def test_json_round_trip(widths, data):
         ({"0": [True]}, "got True"),
         ({"0": [1, 1]}, "neuron 1 of 0 is pruned twice"),
         ({"0": [2]}, "neuron 2 of 0 is pruned twice"),
-        ({"3": [0, 1, 2, 3, 4]}, "3 would lose all of its 6 neurons"),
+        ({"3": [0, 1, 2, 3, 4]}, "3 would lose its 6 neurons"),
         ({"0": [1], "9": [0]}, "no layer '9'"),
     ],
 )
@@ -126,7 +126,7 @@ def test_wrong_steps_are_refused_whole(step, reason):
         ('{"format": "kddp_ext.pruning_history", "version": 1, "original_widths": {"a": 2}}', "a list of steps"),
         (
             '{"format": "kddp_ext.pruning_history", "version": 1, "original_widths": {"a": 2}, "steps": [{"a": 1}]}',
-            "each step to hold lists",
+            "each step to have lists",
         ),
     ],
 )

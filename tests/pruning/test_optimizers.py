@@ -32,7 +32,7 @@ ENTRYWISE = {
     ],
 }
 WHOLE_MATRICES = {"Adafactor", "Muon"}
-REFUSED = {"LBFGS": "keeps one flat history", "SparseAdam": "takes sparse gradients alone"}
+REFUSED = {"LBFGS": "keeps one flat history", "SparseAdam": "takes sparse gradients only"}
 # The same update in other code, or with another sign: tried with every optimizer that has it.
 VARIANTS = [{}, {"foreach": True}, {"foreach": False}, {"fused": True}, {"maximize": True}, {"weight_decay": 0.1}]
 

@@ -8,7 +8,7 @@ from pruner_cases import example, make_model, make_pruner, observe
 from torch import nn
 
 import kddp_ext
-from kddp_ext.pruning.guards import KeptBy
+from kddp_ext.pruning.selection import KeptBy
 
 
 def trained():
@@ -155,7 +155,7 @@ def test_a_table():
         "a prune at threshold 0.01, patience 1:",
         "layer  neurons  inactive  kept  left  output change",
         "0            8         3     1     6          0.00%",
-        "parameters 75 → 57 (-24.0%); MACs 64 → 48 (-25.0%); changes predicted for uncorrelated neurons",
+        "parameters 75 → 57 (-24.0%); MACs 64 → 48 (-25.0%); output changes are predicted for uncorrelated neurons",
     ]
 
 

@@ -57,7 +57,7 @@ def spoiled(key, value):
         (lambda state: {"version": 1}, "state: history, inactive_checks, statistics missing"),
         (lambda state: {"version": 2}, "state: first_scales, history, inactive_checks, statistics, steps missing"),
         (spoiled("steps", -1), "state: expected steps as a whole number of at least 0, got -1"),
-        (spoiled("first_scales", {"0": torch.zeros(2, 3)}), "expected two first scales of each of the 8 neurons of 0"),
+        (spoiled("first_scales", {"0": torch.zeros(2, 3)}), "expected two first scales for each of the 8 neurons of 0"),
         (spoiled("history", "nonsense"), "expected the JSON of a pruning history"),
         (spoiled("statistics", {}), "expected statistics and counters of the 8 neurons of 0"),
         (spoiled("inactive_checks", {"0": torch.zeros(3)}), "expected statistics and counters of the 8 neurons of 0"),
@@ -108,7 +108,7 @@ def test_a_copy_is_closed_and_says_so(copied):
     other = copied(pruner)
     assert other.widths == pruner.widths
     assert other.history == pruner.history
-    with pytest.raises(RuntimeError, match="activations: the pruner is closed, as every copy of one is"):
+    with pytest.raises(RuntimeError, match="activations: the pruner is closed; copies of a pruner are always closed"):
         _ = other.activations
     with pytest.raises(RuntimeError, match="prune: the pruner is closed"):
         other.prune()

@@ -62,12 +62,12 @@ REFUSED = {
     "also an output": (
         lambda: Model(lambda m, x: ((h := m.first(x).relu()), m.last(h))),
         "first",
-        "also leaves the model as an output",
+        "is also an output of the model",
     ),
     "unknown operation": (
         lambda: Model(lambda m, x: m.last(m.first(x).cumsum(1))),
         "first",
-        "the operation cumsum in the forward of Model is not known",
+        "does not know whether the operation cumsum in the forward of Model",
     ),
     "permuted": (lambda: Model(lambda m, x: m.last(m.first(x).flip(1))), "first", "operation flip"),
     "sorted": (lambda: Model(lambda m, x: m.last(m.first(x).sort(1).values)), "first", "operation sort"),
@@ -86,17 +86,17 @@ REFUSED = {
     "gated by inputs": (
         lambda: Model(lambda m, x: m.last(m.first(x).sigmoid() * x.repeat(1, 2)[:, :8])),
         "first",
-        "multiplied by what slice .* no Linear or convolution",
+        "multiplied by the result of slice .* not an elementwise function",
     ),
     "gated by a sum": (
         lambda: Model(lambda m, x: m.last(m.first(x) * m.up(x).softmax(1)), up=nn.Linear(INPUTS, 8)),
         "first",
-        "multiplied by what softmax",
+        "multiplied by the result of softmax",
     ),
     "gated by what is an output": (
         lambda: Model(lambda m, x: ((g := m.up(x)), m.last(m.first(x) * g)), up=nn.Linear(INPUTS, 8)),
         "first",
-        "also leaves the model as an output|are the model's outputs",
+        "is also an output of the model|are the model's outputs",
     ),
     "scaled by a vector": (
         lambda: Model(lambda m, x: m.last(m.first(x) * m.scale), scale=nn.Parameter(torch.ones(8))),
@@ -135,7 +135,7 @@ REFUSED = {
     "reader applied by hand": (
         lambda: Model(lambda m, x: F.linear(m.first(x).relu(), m.last.weight, m.last.bias)),
         "first",
-        "reads last.weight by hand",
+        "is a function call that reads last.weight",
     ),
     "norm applied by hand": (
         lambda: Model(
@@ -143,7 +143,7 @@ REFUSED = {
             gain=nn.Parameter(torch.ones(8)),
         ),
         "first",
-        "batch_norm in .* by hand; use nn.BatchNorm1d",
+        "batch_norm in .* is a function call; use nn.BatchNorm1d",
     ),
     "spelled-out width": (
         lambda: Model(lambda m, x: m.last(m.first(x).view(-1, 8))),
@@ -189,7 +189,7 @@ REFUSED = {
     "as a weight": (
         lambda: Model(lambda m, x: (F.linear((h := m.first(x)), m.second(h)), m.last(h))),
         "second",
-        "linear in .* uses them as its weight or bias",
+        "linear in .* uses the neurons as its weight or bias",
     ),
     "two forms": (
         lambda: Model(lambda m, x: (m.last((h := m.first(x)).relu()), m.second(h.tanh()))),
@@ -207,7 +207,7 @@ REFUSED = {
         "first",
         "nothing",
     ),
-    "another head in training": (lambda: Model(only_in_training), "first", "differently|also leaves|outputs"),
+    "another head in training": (lambda: Model(only_in_training), "first", "differently|is also an output|outputs"),
     "without gradient": (
         lambda: Model(lambda m, x: m.last(no_grad_relu(m.first(x)))),
         "first",

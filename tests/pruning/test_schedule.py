@@ -5,7 +5,7 @@ import torch
 from pruner_cases import example, kill, make_model, make_pruner, observe
 
 import kddp_ext
-from kddp_ext.pruning.schedule import Schedule
+from kddp_ext.pruning.settings import Schedule
 
 
 def steps_that_prune(pruner, count):

@@ -137,13 +137,13 @@ class Renamed(nn.Module):
 @pytest.mark.parametrize(
     ("constructor", "reason"),
     [
-        (lambda: make_model(width=9), "0 has 9 neurons where the history starts from 8"),
+        (lambda: make_model(width=9), "0 has 9 neurons but the history starts from 8"),
         (
             lambda: make_model(classes=4),
             r"the constructor's model has float32 \(4, \d\) as 3.weight, the file has float32 \(3",
         ),
         (lambda: make_model(dtype=torch.float64), "could not be traced|has float64"),
-        (Renamed, "the history is of a layer '0' that cannot be pruned here: it has no such Linear layer"),
+        (Renamed, "the history has a layer '0' that cannot be pruned here: it has no such layer"),
         (
             lambda: nn.Sequential(*make_model()[:2], nn.PReLU(), make_model()[3]),
             r"the constructor's model has float32 \(1,\) as 2.weight, the file has nothing",

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import kddp_ext
-from kddp_ext.pruning.schedule import Schedule
+from kddp_ext.pruning.settings import Schedule
 from kddp_ext.pruning.settings import PruningSettings
 
 ROWS, CLASSES = 3, 4
