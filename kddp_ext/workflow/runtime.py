@@ -8,16 +8,15 @@ import time
 from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import Literal, TypeVar
+from typing import TypeVar
 
 import torch
 from torch import nn
 
-from kddp_ext.workflow.config import Precision
+from kddp_ext.workflow.config import Device, Precision
 from kddp_ext.workflow.distributed import Processes
 from kddp_ext.workflow.errors import WorkflowError
 
-Device = Literal["auto", "cpu", "cuda"]
 Model = TypeVar("Model", bound=nn.Module)
 
 

@@ -6,8 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from kddp_ext.workflow.models import PlainStudent
-from kddp_ext.workflow.models import FastTeacher
+from kddp_ext.workflow.models import FastTeacher, PlainStudent
 
 CLASSES = 3
 
