@@ -181,8 +181,7 @@ def read_pickled_batch(path: Path) -> tuple[NDArray[np.uint8], NDArray[np.int64]
         batch = _BatchUnpickler(io.BytesIO(content), encoding="bytes").load()
         data, labels = batch[b"data"], batch[b"labels"]
     except Exception as error:  # a damaged pickle can raise any kind of exception
-        found = f"{type(error).__name__}: {error}"
-        raise DataFileError(path, f"{expected}, a dict with data and labels", found) from error
+        raise DataFileError(path, f"{expected}, a dict with data and labels", repr(error)[:200]) from error
     shape = (CIFAR10_BATCH_IMAGES, _CIFAR10_IMAGE_BYTES)
     if not isinstance(data, np.ndarray) or data.shape != shape:
         raise DataFileError(path, f"data as an array of uint8 {shape}", f"a {type(data).__name__}")
