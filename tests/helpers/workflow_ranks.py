@@ -4,22 +4,21 @@ import copy
 import dataclasses
 import io
 from contextlib import ExitStack
-from functools import partial
 from unittest import mock
 
 import torch
 from rich.console import Console
+from rich.progress import Progress
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 import kddp_ext
-from kddp_ext.workflow import run, stages, teacher_logits, timing, train
+from kddp_ext.workflow import runs, teacher_logits, train
 from kddp_ext.workflow.batch_norm import join_batches
+from kddp_ext.workflow.config import SweepConfig
 from kddp_ext.workflow.data import ImageData
 from kddp_ext.workflow.errors import SharedError, WorkflowError
 from kddp_ext.workflow.processes import Processes
-from kddp_ext.workflow.progress import Progress
-from kddp_ext.workflow.run import run_workflow
 from kddp_ext.workflow.runtime import Runtime
 
 
@@ -37,7 +36,7 @@ def run_share(rank, path, config, count=2, *, resume=False, fails=None, steps=No
         The message of a WorkflowError, what the console got, and the weights of each stage.
     """
     console, weights, message = Console(file=io.StringIO(), width=120), {}, None
-    measure = stages._measure
+    measure = runs._measure
 
     def keep_weights(run, job, training):
         weights[job.name] = {name: value.clone() for name, value in training.model.state_dict().items()}
@@ -46,18 +45,16 @@ def run_share(rank, path, config, count=2, *, resume=False, fails=None, steps=No
     with ExitStack() as patches:
         patches.callback(torch.set_default_dtype, torch.get_default_dtype())
         torch.set_default_dtype(torch.float64)
-        patches.enter_context(mock.patch.object(stages, "_measure", keep_weights))
-        if count > 1:  # in the process of the tests a fixture does it
-            quick = partial(timing.forward_seconds, budget=0.001)
-            patches.enter_context(mock.patch.object(timing, "forward_seconds", quick))
+        patches.enter_context(mock.patch.object(runs, "_measure", keep_weights))
         # Drawing takes longer than such a training.
-        patches.enter_context(mock.patch.object(run, "write_report", lambda folder, *_: folder.report.write_text("")))
+        patches.enter_context(mock.patch.object(runs, "write_report", lambda folder, *_: folder.report.write_text("")))
         if fails is not None and fails[0] == rank:
             patches.enter_context(failures(rank)[fails[1]])
         if steps is not None:
             patches.enter_context(mock.patch.object(train, "_train_step", dies_after(train._train_step, steps)))
         try:
-            run_workflow(path, config, console, device="cpu", resume=resume, processes=Processes(rank, count))
+            sweep, processes = SweepConfig.single(config), Processes(rank, count)
+            runs.run_sweep(path, sweep, console, device="cpu", resume=resume, processes=processes)
         except KilledError:
             message = "killed"
         except SharedError as error:
@@ -75,9 +72,9 @@ def failures(rank):
         raise FileNotFoundError(2, "No such file or directory", "the/file")
 
     return {
-        "the data set": mock.patch.object(run, "read_dataset", raise_workflow_error),
-        "a checkpoint": mock.patch.object(stages, "load_checkpoint", raise_workflow_error),
-        "a full disk": mock.patch.object(stages, "save_checkpoint", raise_os_error),
+        "the data set": mock.patch.object(runs, "read_dataset", raise_workflow_error),
+        "a checkpoint": mock.patch.object(runs, "load_checkpoint", raise_workflow_error),
+        "a full disk": mock.patch.object(runs, "save_checkpoint", raise_os_error),
         "the images": mock.patch.object(ImageData, "__init__", raise_workflow_error),
     }
 
@@ -124,9 +121,9 @@ def batch_norm(rank, module, steps, count, autocast=False):
 class CountingTeacher(nn.Module):
     """A linear teacher that counts the images it has seen."""
 
-    def __init__(self):
+    def __init__(self, seed=0):
         super().__init__()
-        self.register_buffer("weight", torch.randn(10, 768, generator=torch.Generator().manual_seed(0)))
+        self.register_buffer("weight", torch.randn(10, 768, generator=torch.Generator().manual_seed(seed)))
         self.seen = 0
 
     def forward(self, images):
@@ -141,7 +138,7 @@ def ask_teacher(rank, folder, data, count=2, batch=20):
         for view in (0, 1, 0):
             teacher = CountingTeacher()
             runtime = Runtime("cpu", "float32", Processes(rank, count))
-            progress = Progress(Console(file=io.StringIO()))
+            progress = Progress(disable=True)
             logits = teacher_logits.TeacherLogits(teacher, data, 2, folder, runtime, progress).view(view)
             answers.append((logits.clone(), teacher.seen))
     return answers

@@ -11,7 +11,7 @@ import torch
 
 from kddp_ext.workflow.data import ImageData
 from kddp_ext.workflow.measure import count_active
-from kddp_ext.workflow.models.cnn import PlainStudent
+from kddp_ext.workflow.models import PlainStudent
 from kddp_ext.workflow.runtime import Runtime
 
 

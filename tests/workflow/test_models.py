@@ -7,6 +7,8 @@ from typing import Any, get_args
 
 import pytest
 import torch
+from kddp_ext.workflow.models.resnet import PreActivationResNet
+from kddp_ext.workflow.models.vgg import VGG11
 
 import kddp_ext
 from kddp_ext.workflow.config import (
@@ -17,16 +19,12 @@ from kddp_ext.workflow.config import (
     StudentArchitecture,
     StudentConfig,
     TeacherConfig,
+    preset,
 )
 from kddp_ext.workflow.datasets import INFO
 from kddp_ext.workflow.errors import WorkflowError
 from kddp_ext.workflow.measure import count_macs, count_parameters, forward_seconds
-from kddp_ext.workflow.models import build_student, build_teacher, check_networks
-from kddp_ext.workflow.models.cnn import PlainStudent
-from kddp_ext.workflow.models.resnet import PreActivationResNet
-from kddp_ext.workflow.models.teacher import FastTeacher
-from kddp_ext.workflow.models.vgg import VGG11
-from kddp_ext.workflow.presets import preset
+from kddp_ext.workflow.models import FastTeacher, PlainStudent, build_student, build_teacher, check_networks
 
 # Their places in VGG11.features on images of 16x16: 8 convolutions, 4 poolings.
 VGG_CONVOLUTIONS = (0, 4, 8, 11, 15, 18, 22, 25)

@@ -18,11 +18,11 @@ from rank_processes import RankProcesses
 from torch import nn
 
 import kddp_ext
-from kddp_ext.workflow import cli, run
+from kddp_ext.workflow import cli, runs
 from kddp_ext.workflow.config import RunConfig
 from kddp_ext.workflow.data import ImageData
 from kddp_ext.workflow.folder import RunFolder
-from kddp_ext.workflow.job import STAGES
+from kddp_ext.workflow.jobs import STAGES
 from kddp_ext.workflow.processes import Processes
 
 # Sums are rounded in another order, and a training amplifies that: float64 has 1e-16.
@@ -342,7 +342,7 @@ def missing(*_):
     raise WorkflowError("the data is missing")
 
 if os.environ["RANK"] == "1":
-    run.read_dataset = missing
+    runs.read_dataset = missing
 cli.entry_point()
 """
 
@@ -365,7 +365,7 @@ def test_ctrl_c_says_how_torchrun_goes_on(
 
     for name, value in {"RANK": rank, "LOCAL_WORLD_SIZE": "2"}.items():
         monkeypatch.setenv(name, value)
-    monkeypatch.setattr(run, "run_workflow", interrupted)
+    monkeypatch.setattr(runs, "run_sweep", interrupted)
     assert cli.main(["run"]) == 130
     command = "torchrun --nproc-per-node 2 -m kddp_ext run --resume"
     wanted = f"Interrupted. What is done is kept; continue with: {command}\n"

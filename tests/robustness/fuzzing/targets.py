@@ -27,14 +27,12 @@ from torch import nn
 from kddp_ext.pruning.history import PruningHistory
 from kddp_ext.saving.student_file import load_student, read_student_header, save_student
 from kddp_ext.workflow import teacher_logits
-from kddp_ext.workflow.checkpoint import load_checkpoint, save_checkpoint
-from kddp_ext.workflow.config import RunConfig, load_config
+from kddp_ext.workflow.config import SweepConfig
 from kddp_ext.workflow.datasets import cifar10, download
 from kddp_ext.workflow.datasets.cifar10_pickle import read_pickled_batch
 from kddp_ext.workflow.datasets.fashion_mnist import read_idx
 from kddp_ext.workflow.errors import WorkflowError
-from kddp_ext.workflow.folder import RunFolder
-from kddp_ext.workflow.sweep_config import SweepConfig, load_sweep
+from kddp_ext.workflow.folder import RunFolder, load_checkpoint, save_checkpoint
 
 IMAGES, IMAGE_BYTES = 3, 8
 IDX_SHAPE = (3, 2, 2)
@@ -210,13 +208,7 @@ def _history(path: Path) -> object:
 
 
 def _config(path: Path) -> object:
-    config = load_config(path)
-    assert RunConfig.from_json(config.to_json()) == config
-    return config
-
-
-def _sweep(path: Path) -> object:
-    config = load_sweep(path)
+    config = RunFolder(path.parent).read_config()
     assert SweepConfig.from_json(config.to_json()) == config
     return config
 
@@ -259,10 +251,9 @@ TARGETS = {
             constant=2**22,  # tracing the model
             slow=True,
         ),
-        Target("run-config", "config.json", lambda: [as_json(RunConfig().to_json())], _config, FILE_ERRORS),
-        Target("sweep-config", "sweep.json", lambda: [as_json(SweepConfig().to_json())], _sweep, FILE_ERRORS),
+        Target("config", "config.json", lambda: [as_json(SweepConfig().to_json())], _config, FILE_ERRORS),
         Target(
-            "teacher-cache", "logits", cached_logits, lambda path: teacher_logits._read(path, (3, 2)), ()
+            "teacher-cache", "logits", cached_logits, lambda path: teacher_logits.read_logits(path, (3, 2)), ()
         ),  # what is wrong there is computed again
         Target("archive", "a.tar.gz", lambda: [archive()], lambda path: _unpack(path), FILE_ERRORS, constant=2**21),
         Target(
@@ -272,14 +263,14 @@ TARGETS = {
         Target(
             "result",
             "kd/result.json",
-            lambda: [as_json({"accuracy": 0.5, "epochs": 3})],
+            lambda: [as_json({"test_accuracy": 0.5, "parameters": 3, "macs": 4, "width": None})],
             lambda path: RunFolder(path.parent.parent).read_result("kd"),
             FILE_ERRORS,
         ),
         Target(
             "metrics",
             "kd/metrics.jsonl",
-            lambda: [as_json({"epoch": 1, "loss": 0.5}) + b"\n" + as_json({"epoch": 2, "loss": float("nan")}) + b"\n"],
+            lambda: [as_json({"epoch": 1, "loss": 0.5}) + b"\n" + as_json({"epoch": 2, "loss": 0.25}) + b"\n"],
             lambda path: RunFolder(path.parent.parent).read_epochs("kd"),
             FILE_ERRORS,
         ),
