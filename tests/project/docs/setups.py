@@ -1,4 +1,4 @@
-"""What the Python blocks of a page take for granted: a student, a teacher, data."""
+"""The names that the Python blocks of a page expect: a student, a teacher, data."""
 
 import ctypes
 import os
@@ -47,14 +47,14 @@ def loop(given: Names) -> Names:
 
 
 def with_processes(given: Names) -> Names:
-    """With torch.distributed, of this process alone."""
+    """`loop`, with torch.distributed initialised for this process alone."""
     if not torch.distributed.is_initialized():
         torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
     return loop(given)
 
 
 def pruning(given: Names) -> Names:
-    """With the checkpoint of a training in which neurons went."""
+    """`with_processes`, with the checkpoint of a pruned student."""
     names = with_processes(given)
     student = make_student()
     pruner = kddp_ext.DynamicPruner(student, example_inputs=names["example"], threshold=0.5, patience=1)
@@ -67,7 +67,7 @@ def pruning(given: Names) -> Names:
 
 
 class Newest(os.PathLike[str]):
-    """The newest file of a pattern, when it is asked for."""
+    """The newest file that matches a pattern when the path is used."""
 
     def __init__(self, pattern: str) -> None:
         self.pattern = pattern
@@ -77,7 +77,7 @@ class Newest(os.PathLike[str]):
 
 
 def lightning(given: Names) -> Names:
-    """With the checkpoint that the page's training leaves."""
+    """`loop`, with the checkpoint of the page's training."""
     return {**loop(given), "path": Newest("**/*.ckpt")}
 
 
@@ -100,7 +100,7 @@ def transformers(given: Names) -> Names:
 
 
 def own_kernel(given: Names) -> Names:
-    """What the page says in a comment where it is from. The emulator's runtime is compiled once for all tests."""
+    """The emulator, whose runtime is compiled once for all tests, and two arrays."""
     from emulator.build import build
     from emulator.control import Emulator
 
@@ -115,7 +115,7 @@ def own_kernel(given: Names) -> Names:
     }
 
 
-# By page, or by page and heading: what a block finds, beside what the blocks before it made.
+# By page, or by page and heading.
 SETUPS: dict[str, Callable[[Names], Names]] = {
     "README.md": loop,
     "docs/your-loop.md": with_processes,
@@ -125,5 +125,5 @@ SETUPS: dict[str, Callable[[Names], Names]] = {
     "docs/integrations.md#ONNX": loop,
     "docs/cuda-without-a-gpu.md": own_kernel,
 }
-# It traces and runs what it traced, in the place of a C++ compiler's minute.
+# Stands in for torch.compile: it traces and runs the trace, without a minute of C++ compilation.
 compiled_without_code = partial(torch.compile, backend="eager")
