@@ -20,7 +20,9 @@ def main() -> None:
     """Draw all pictures."""
     parser = argparse.ArgumentParser(prog="python docs/pictures", description=__doc__.splitlines()[0])
     parser.add_argument("--run", type=Path, metavar="DIR", help="the folder of a finished `kddp run`")
-    parser.add_argument("--folder", type=Path, default=IMAGES, metavar="DIR", help="where to write (default docs/images)")
+    parser.add_argument(
+        "--folder", type=Path, default=IMAGES, metavar="DIR", help="where to write (default docs/images)"
+    )
     parser.add_argument("--format", choices=("svg", "png"), default="svg", help="default svg")
     arguments = parser.parse_args()
     pictures = {"training-step": training_step.draw(), "compaction": compaction.draw()}
