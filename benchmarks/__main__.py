@@ -23,11 +23,11 @@ from benchmarks.table import write_markdown
 from kddp_ext.files import write_json
 
 JSON_VERSION = 1
-BUSY = 0.5  # load average above which something else disturbs
+BUSY = 0.5  # load average above which other work disturbs
 
 
 def main() -> int:
-    """0 where every comparison ran, 1 where one failed, 2 where there is no such device."""
+    """Returns 0 if every comparison ran, 1 if one failed, 2 if there is no such device."""
     arguments = _parse()
     if arguments.device == "cuda":
         return _on_a_gpu(arguments)
@@ -93,19 +93,19 @@ def _write(
 def _parse() -> argparse.Namespace:
     on_a_gpu = " and ".join(command.COMPARISONS)
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__.splitlines()[0])
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="what to measure on (default cpu)")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="device to measure (default cpu)")
     parser.add_argument(
         "--only",
         type=names_of(COMPARISONS),
         metavar="NAMES",
-        help=f"of {', '.join(COMPARISONS)}; all, on a GPU {on_a_gpu}",
+        help=f"some of {', '.join(COMPARISONS)} (default all; on a GPU {on_a_gpu})",
     )
     parser.add_argument("--threads", type=at_least(1), default=2, help="threads of every implementation (default 2)")
-    parser.add_argument("--seconds", type=float, default=3.0, help="how long each is timed at each shape (default 3)")
-    parser.add_argument("--rounds", type=at_least(1), default=15, help="in how many turns (default 15)")
+    parser.add_argument("--seconds", type=float, default=3.0, help="for each implementation and shape (default 3)")
+    parser.add_argument("--rounds", type=at_least(1), default=15, help="turns of each implementation (default 15)")
     parser.add_argument("--no-compile", dest="compile", action="store_false", help="leave torch.compile out")
     parser.add_argument(
-        "--smoke", action="store_true", help="tiny shapes: does everything run? No figure means a thing"
+        "--smoke", action="store_true", help="tiny shapes, to check that everything runs; the figures mean nothing"
     )
     parser.add_argument("--json", metavar="FILE", help="write the figures to this file")
     parser.add_argument("--plot", metavar="FILE", help="draw the loss comparison into this PNG file")
@@ -114,11 +114,11 @@ def _parse() -> argparse.Namespace:
     available = list(COMPARISONS if arguments.device == "cpu" else command.COMPARISONS)
     arguments.only = arguments.only or available
     if not set(arguments.only) <= set(available):
-        parser.error(f"--device cuda measures {on_a_gpu} alone")
+        parser.error(f"--device cuda measures only {on_a_gpu}")
     if arguments.plot and arguments.device == "cuda":
         parser.error("--plot draws the loss comparison of the CPU")
     if arguments.plot and "loss" not in arguments.only:
-        parser.error("--plot draws the loss comparison, which --only leaves out")
+        parser.error("--plot draws the loss comparison, so --only must include loss")
     return arguments
 
 

@@ -1,4 +1,4 @@
-"""Types of the command lines' arguments: each gives the value, or says what was expected."""
+"""Argument types for argparse: each returns the value or raises an error that says what was expected."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Callable, Collection
 
 
 def names_of(available: Collection[str]) -> Callable[[str], list[str]]:
-    """Some of `available`, joined by commas."""
+    """A comma-separated list of names from `available`."""
 
     def names(text: str) -> list[str]:
         chosen = text.split(",")

@@ -1,4 +1,4 @@
-"""The losses that are compared and the tensors they are compared on."""
+"""The losses that are compared, and their inputs."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ import kddp_ext
 from benchmarks import formulas
 from benchmarks.settings import Settings
 
-# How far two right implementations may be apart, relative to the size of what they compute. Wide, for eager PyTorch
-# rounds its intermediate results to the inputs' type; a wrong formula is further off.
+# Largest relative difference between two correct implementations. It is generous, because eager PyTorch rounds
+# intermediate results to the inputs' dtype; a wrong formula differs by more.
 TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 5e-2}
 
 Loss = Callable[["Inputs"], Tensor]
@@ -34,14 +34,14 @@ class Shape(NamedTuple):
         return f"{self.rows}×{self.classes}{activations}{dtype}"
 
     def at(self, settings: Settings) -> Shape:
-        """This shape, or a tiny one like it in a smoke run."""
+        """This shape, or a similar tiny one in a smoke run."""
         if not settings.smoke:
             return self
         return self._replace(rows=8, classes=min(self.classes, 100), neurons=min(self.neurons, 16))
 
 
 class Inputs(NamedTuple):
-    """What a loss gets. The student's logits and the activations are leaves that want a gradient."""
+    """The inputs of a loss. The student's logits and the activations are leaves that require a gradient."""
 
     student: Tensor
     teacher: Tensor
@@ -50,12 +50,12 @@ class Inputs(NamedTuple):
 
     @property
     def leaves(self) -> list[Tensor]:
-        """What the gradients are of: the student's logits, then the activations."""
+        """The tensors that get gradients: the student's logits, then the activations."""
         return [self.student, *self.activations]
 
 
 def make_inputs(shape: Shape, device: str = "cpu") -> Inputs:
-    """Standard normal logits, uniform labels, and activations behind a ReLU; the same at every call."""
+    """Standard normal logits, uniform labels, and activations behind a ReLU; the same in every call."""
     generator = torch.Generator().manual_seed(0)
 
     def normal(columns: int) -> Tensor:
@@ -81,13 +81,13 @@ def fused(inputs: Inputs, **settings: Any) -> Tensor:
 def contenders(
     inputs: Inputs, settings: Settings, formula: Callable[..., Tensor] = formulas.forward_kl, **keywords: Any
 ) -> dict[str, Callable[[], None]]:
-    """A training step's share of the loss, forward and backward, by implementation. All are seen to agree first.
+    """Forward and backward of the loss by implementation, after checking that all implementations agree.
 
     Args:
-        inputs: what every implementation gets.
-        settings: whether torch.compile takes part.
+        inputs: the inputs of every implementation.
+        settings: says whether torch.compile takes part.
         formula: the distillation term in eager PyTorch, from `formulas`.
-        keywords: what `fused_kd_l1_loss` is given for the same term.
+        keywords: the arguments of `fused_kd_l1_loss` for the same term.
     """
     eager = partial(formulas.loss, formula)
     losses: dict[str, Loss] = {"kddp_ext": lambda i: fused(i, **keywords), "eager": lambda i: eager(*i)}
@@ -100,16 +100,16 @@ def contenders(
 
 
 def step(loss: Loss, inputs: Inputs) -> None:
-    """Forward and backward, with no gradients from the step before."""
+    """Forward and backward, without gradients of the step before."""
     for leaf in inputs.leaves:
         leaf.grad = None
     loss(inputs).backward()
 
 
 def require_agreement(losses: Mapping[str, Loss], inputs: Inputs) -> None:
-    """Raise a RuntimeError unless all implementations give the eager one's value and gradients.
+    """Raise a RuntimeError unless all implementations have the value and gradients of the eager one.
 
-    An error is measured in the Euclidean norm, relative to the eager result's.
+    The error is the Euclidean norm of the difference, relative to that of the eager result.
     """
     results = {name: _results(loss, inputs) for name, loss in losses.items()}
     for name, result in results.items():

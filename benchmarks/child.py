@@ -1,9 +1,9 @@
-"""Runs one comparison in a process of its own, so that it finds the memory and the compiler's caches as it should.
+"""Runs one comparison in its own process, so that each starts with the same heap and compiler caches.
 
-With glibc's defaults, a tensor above 32 MiB (at first even one above 128 KiB) is given back to the system when it is
-freed, and the next one is faulted in anew, page by page. That costs more than the arithmetic, and whoever allocates
-more pays more. It is what a training loop sees unless its allocator is set otherwise, but it says little about the
-kernels; so the same is measured with a warm heap, where freed memory is kept and used again.
+By default, glibc returns a freed tensor above 32 MiB (at first even above 128 KiB) to the system, and the next one is
+faulted in page by page. That takes longer than the arithmetic, and an implementation that allocates more pays more. A
+training loop sees this unless its allocator is configured otherwise, but it says little about the kernels. So some
+comparisons run a second time with a warm heap, which keeps and reuses freed memory.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from benchmarks.comparisons import COMPARISONS
 from benchmarks.settings import Settings
 from kddp_ext.files import write_json
 
-# glibc reads these when a process starts (man mallopt); other C libraries ignore them.
+# glibc reads these variables when a process starts (man mallopt); other C libraries ignore them.
 HEAPS = {
     "default": {},
     "warm": {
@@ -34,10 +34,10 @@ HEAPS = {
 
 
 def run(comparison: str, heap: str, settings: Settings) -> dict[str, Any]:
-    """The comparison's result.
+    """Run a comparison in a new process and return its result.
 
     Raises:
-        subprocess.CalledProcessError: it failed; what it said is on the standard error stream.
+        subprocess.CalledProcessError: it failed; its message is on stderr.
     """
     environment = {k: v for k, v in os.environ.items() if k not in HEAPS["warm"]}
     with tempfile.TemporaryDirectory() as folder:

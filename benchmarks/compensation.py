@@ -1,9 +1,9 @@
-"""How near a network stays to itself when neurons go: without compensation, with the average, with reconstruction.
+"""How much a network changes when neurons are removed: without compensation, with the average, with reconstruction.
 
 python -m benchmarks.compensation [--share S] [--epochs N] [--markdown FILE]
 
-Networks are trained on scikit-learn's digits. Of each layer that can be pruned, alone, the least active share goes, and
-what the layer behind it computes of images that were not trained on is compared with what it computed before.
+Networks are trained on scikit-learn's digits. In each layer that can be pruned, one at a time, the least active share
+of the neurons is removed, and the output of the next layer on unseen images is compared with the output before.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ MODES: dict[str, dict[str, Any]] = {
 
 
 class Change(NamedTuple):
-    """Of one layer: neurons before and removed, and by mode how far the next layer's outputs and the logits moved."""
+    """For one layer: width, removed neurons, and by mode the change of the next layer's outputs and of the logits."""
 
     layer: str
     width: int
@@ -48,7 +48,7 @@ def perceptron(activation: type[nn.Module]) -> nn.Module:
 
 
 def convolutional() -> nn.Module:
-    """Three convolutions, of which the norms take up the average, and a hidden layer behind a flatten."""
+    """Three convolutions with norms that absorb the average, and a hidden layer behind a flatten."""
     layers: list[nn.Module] = []
     for inputs, outputs, pooled in ((1, 32, False), (32, 64, True), (64, 64, True)):
         layers += [nn.Conv2d(inputs, outputs, 3, padding=1, bias=False), nn.BatchNorm2d(outputs), nn.ReLU()]
@@ -100,7 +100,7 @@ def trained(build: Callable[[], nn.Module], epochs: int) -> nn.Module:
 
 
 def changes(model: nn.Module, share: float) -> list[Change]:
-    """Of each layer that can be pruned, alone."""
+    """The changes for each layer that can be pruned, one at a time."""
     groups = find_neurons(model, (digits()[0][:2],)).groups
     return [_change(model, layer, group.readers[0].module, share) for layer, group in groups.items()]
 
@@ -136,7 +136,7 @@ def _change(model: nn.Module, layer: str, reader: str, share: float) -> Change:
 
 
 def _outputs(model: nn.Module, reader: str) -> tuple[Tensor, Tensor]:
-    """What the layer `reader` computes, with the BatchNorm behind it, which may take up the average; and the logits."""
+    """The output of the layer `reader`, with a BatchNorm behind it that may absorb the average; and the logits."""
     seen: list[Tensor] = []
     names = [name for name, _ in model.named_modules()]
     behind = names[names.index(reader) + 1] if reader != names[-1] else reader
@@ -154,7 +154,7 @@ def _distance(pruned: Tensor, whole: Tensor) -> float:
 
 
 def table(results: dict[str, list[Change]], share: float) -> Table:
-    """A row a layer, by the name of its network; the last is the median of all."""
+    """One row for each layer; the last is the median."""
     rows, ratios = [], []
     for network, layers in results.items():
         for change in layers:
@@ -173,8 +173,8 @@ def table(results: dict[str, list[Change]], share: float) -> Table:
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.compensation", description=__doc__.splitlines()[0])
-    parser.add_argument("--share", type=float, default=0.3, help="of each layer's neurons that go (default 0.3)")
-    parser.add_argument("--epochs", type=int, default=15, help="of training (default 15)")
+    parser.add_argument("--share", type=float, default=0.3, help="share of the neurons to remove (default 0.3)")
+    parser.add_argument("--epochs", type=int, default=15, help="epochs of training (default 15)")
     parser.add_argument("--markdown", metavar="FILE", help="write the table to this file, or into its marked place")
     arguments = parser.parse_args()
     results = {name: changes(trained(build, arguments.epochs), arguments.share) for name, build in NETWORKS.items()}

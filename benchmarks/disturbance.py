@@ -1,9 +1,8 @@
-"""Telling whether another process took the processor away while something was timed.
+"""Detects whether another process took the processor during a timing.
 
-On a machine whose cores are all in use, a competitor stops one thread of a parallel loop for a time slice, and the
-others wait for it: every implementation then takes whole time slices, and ratios say nothing. The system counts how
-often it happened: with nothing else running some 10 to 30 times a second and thread, with one competitor on two cores
-70 to 110 times.
+If all cores are in use, another process stops one thread of a parallel loop for a time slice, and the other threads
+wait: every implementation then takes whole time slices, and ratios mean nothing. The system counts these interruptions:
+10 to 30 a second and thread on a quiet machine, 70 to 110 with one other busy process on two cores.
 """
 
 from __future__ import annotations
@@ -18,10 +17,10 @@ LIMIT = 50.0  # interruptions a second and thread
 
 
 class Watch:
-    """What happened inside of `with watch.interruptions():`.
+    """Watches the code inside `with watch.interruptions():`.
 
     Attributes:
-        disturbed: whether this process was interrupted more often than `LIMIT`.
+        disturbed: whether this process was interrupted more often than `LIMIT` allows.
     """
 
     def __init__(self, threads: int) -> None:
@@ -30,7 +29,7 @@ class Watch:
 
     @contextmanager
     def interruptions(self) -> Iterator[None]:
-        """Count what interrupts this process inside of `with`."""
+        """Count the interruptions of this process inside the context."""
         start, before = time.perf_counter(), _involuntary_switches()
         yield
         seconds = time.perf_counter() - start
@@ -39,7 +38,7 @@ class Watch:
 
 
 def summary(results: Mapping[str, Any]) -> str:
-    """In how many of the rounds that the figures are made of something else ran, by comparison."""
+    """One sentence: how many rounds of each comparison were disturbed."""
     counts = {name: _count(result) for name, result in results.items()}
     disturbed = [f"{name} {bad} of {rounds}" for name, (bad, rounds) in counts.items() if bad]
     if not disturbed:
@@ -48,7 +47,7 @@ def summary(results: Mapping[str, Any]) -> str:
 
 
 def _count(result: Any) -> tuple[int, int]:
-    """Disturbed rounds and all rounds in a comparison's result, however deep they lie."""
+    """The numbers of disturbed rounds and of all rounds anywhere in a comparison's result."""
     if isinstance(result, Mapping):
         if "disturbed_rounds" in result:
             return result["disturbed_rounds"], result["round_count"]

@@ -1,4 +1,4 @@
-"""The loss as one writes it with PyTorch's own functions; of several ways, one that suits torch.compile as well."""
+"""The loss in PyTorch's own functions, written so that torch.compile handles it well."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 TEMPERATURE, ALPHA, L1_WEIGHT = 4.0, 0.9, 1e-4
-JSD_BETA = 0.3  # teacher's share in the mixture; not 0.5, which could not tell the two apart
+JSD_BETA = 0.3  # the teacher's share of the mixture; with 0.5 the two could be swapped unnoticed
 DKD_TARGET_WEIGHT, DKD_NON_TARGET_WEIGHT = 1.0, 8.0
 
-# The distillation term of tempered student logits, tempered teacher logits and labels, averaged over the rows.
+# The distillation term for student logits / T, teacher logits / T and labels, averaged over the rows.
 Divergence = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
@@ -43,19 +43,19 @@ def jsd(student: Tensor, teacher: Tensor, labels: Tensor) -> Tensor:
     log_q, log_p = F.log_softmax(student, dim=1), F.log_softmax(teacher, dim=1)
     log_m = (
         JSD_BETA * log_p.exp() + (1 - JSD_BETA) * log_q.exp()
-    ).log()  # logaddexp takes torch.compile thrice as long
+    ).log()  # with logaddexp torch.compile's code is three times slower
     of_teacher = F.kl_div(log_m, log_p, reduction="batchmean", log_target=True)
     of_student = F.kl_div(log_m, log_q, reduction="batchmean", log_target=True)
     return JSD_BETA * of_teacher + (1 - JSD_BETA) * of_student
 
 
 def dkd(student: Tensor, teacher: Tensor, labels: Tensor) -> Tensor:
-    """Target and non-target classes apart: Zhao et al. 2022, arXiv:2203.08679."""
+    """Separate terms for target and other classes: Zhao et al. 2022, arXiv:2203.08679."""
     label = labels[:, None]
     q, p = (F.softmax(logits, dim=1).gather(1, label) for logits in (student, teacher))
     binary_q, binary_p = torch.cat([q, 1 - q], 1), torch.cat([p, 1 - p], 1)
     of_target = F.kl_div(binary_q.log(), binary_p, reduction="batchmean")
-    # As the paper's code has it: a logit so low that the target's probability is 0.
+    # As in the paper's code: subtract so much that the target's probability is 0.
     target = torch.zeros_like(student).scatter(1, label, 1000.0)
     of_others = F.kl_div(
         F.log_softmax(student - target, dim=1), F.softmax(teacher - target, dim=1), reduction="batchmean"
@@ -64,7 +64,7 @@ def dkd(student: Tensor, teacher: Tensor, labels: Tensor) -> Tensor:
 
 
 def standardized_forward_kl(student: Tensor, teacher: Tensor, labels: Tensor) -> Tensor:
-    """KL(teacher ‖ student) of logits of mean 0 and deviation 1: Sun et al. 2024, arXiv:2403.01427."""
+    """KL(teacher ‖ student) of standardised logits: Sun et al. 2024, arXiv:2403.01427."""
     return forward_kl(_standardized(student), _standardized(teacher), labels)
 
 

@@ -1,4 +1,4 @@
-"""What a figure was measured on."""
+"""Describes the machine of a measurement."""
 
 from __future__ import annotations
 
@@ -31,12 +31,12 @@ def describe(settings: Settings) -> dict[str, Any]:
         "python": platform.python_version(),
         "system": f"{platform.system()} {platform.machine()}, {' '.join(platform.libc_ver()) or 'unknown C library'}",
         "transparent_huge_pages": _huge_pages(),
-        "load_average": os.getloadavg()[0],  # of the last minute: what else was running
+        "load_average": os.getloadavg()[0],  # of the last minute
     }
 
 
 def summary(machine: dict[str, Any]) -> str:
-    """One line for a table's head."""
+    """One line for the head of the tables."""
     return (
         f"{machine['cpu']}, {machine['threads']} of {machine['cores']} cores, {machine['instruction_set']} kernels "
         f"({machine['compiler']}), torch {machine['torch']}, Python {machine['python']}, {machine['system']}, "
@@ -45,7 +45,7 @@ def summary(machine: dict[str, Any]) -> str:
 
 
 def _cpu_model() -> str:
-    """The processor's name, and its family and model, for a virtual machine's name often says little."""
+    """The processor's name with its family and model, because the name alone is often vague on virtual machines."""
     cpuinfo = Path("/proc/cpuinfo")
     if not cpuinfo.exists():
         return platform.processor() or platform.machine()
@@ -60,7 +60,7 @@ def _cpu_model() -> str:
 
 
 def _huge_pages() -> str:
-    """always, madvise or never, as Linux has it."""
+    """Linux's setting for transparent huge pages: always, madvise, never, or unknown."""
     setting = Path("/sys/kernel/mm/transparent_hugepage/enabled")
     chosen = setting.read_text().partition("[")[2].partition("]")[0] if setting.exists() else ""
     return chosen or "unknown"

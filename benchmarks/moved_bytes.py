@@ -1,4 +1,4 @@
-"""What a comparison with the memory's speed needs: the bytes of a loss, and those that a copy moves in a second."""
+"""The bytes that a loss must move, and the bandwidth of a copy."""
 
 from __future__ import annotations
 
@@ -13,21 +13,21 @@ COPY_REPETITIONS = 9
 
 
 def needed_bytes(shape: Shape) -> int:
-    """What a step has to move: each logit read once and each gradient written once; the same of the activations.
+    """The bytes that a step must move: each value read once and each gradient written once.
 
-    Three arrays of logits (student, teacher, gradient) and two of activations (value, gradient). Labels, and the
-    lines of a target that a processor reads before it writes them, are not counted.
+    These are three arrays of logits (student, teacher, gradient) and two of activations (value, gradient). Labels are
+    not counted, nor the lines that a processor reads before it overwrites them.
     """
     return (3 * shape.rows * shape.classes + 2 * shape.rows * shape.neurons) * shape.dtype.itemsize
 
 
 def gradient_bytes(shape: Shape) -> int:
-    """What a step returns: the gradients of the student's logits and of the activations."""
+    """The bytes of the gradients of the student's logits and of the activations."""
     return shape.rows * (shape.classes + shape.neurons) * shape.dtype.itemsize
 
 
 def copy_bandwidth(settings: Settings) -> float:
-    """Bytes a second of `target.copy_(source)`, read and written ones both counted; the best of several."""
+    """Bytes a second, read and written, of `target.copy_(source)`; the best of several."""
     elements = (1 << 16 if settings.smoke else COPY_BYTES) // 4
     source, target = torch.ones(2, elements).unbind()
     timer = Timer("target.copy_(source)", globals={"source": source, "target": target}, num_threads=settings.threads)

@@ -1,4 +1,4 @@
-"""The picture of the loss comparison: times as fast as eager and torch.compile, and the share of copy bandwidth."""
+"""The picture of the loss comparison: speed-up over eager and torch.compile, and share of copy bandwidth."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from kddp_ext.files import atomic_write
 
 _COLOURS = {"eager": "#3b78b5", "torch.compile": "#e08a1e", "kddp_ext": "#c0354a"}
 _THICKNESS = 0.36
-_LIGHT = 0.35  # opacity of what only one of the heaps reaches
+_LIGHT = 0.35  # opacity of the part that only one of the heaps reaches
 _GREY = "#6b7280"
 
 
 def draw(path: str, by_heap: dict[str, dict[str, Any]], head: str) -> None:
-    """Draw the result of the loss comparison, by heap, into a PNG file. `head` says what it was measured on."""
+    """Draw the results of the loss comparison, by heap, into a PNG file. `head` describes the machine."""
     figure = Figure(figsize=(11, 4.6), dpi=150, layout="constrained")
     left, right = figure.subplots(1, 2, sharey=True, width_ratios=(3, 2))
     _speed_ups(left, by_heap)
@@ -35,8 +35,8 @@ def draw(path: str, by_heap: dict[str, dict[str, Any]], head: str) -> None:
         axes.set_axisbelow(True)
         axes.margins(x=0.12)
     note = (
-        "Loss of rows×classes logits with one layer's activations, forward + backward. A range is that of a warm heap "
-        "and of the C library's default one. "
+        "Loss of rows×classes logits with one layer's activations, forward + backward. Ranges are over a warm heap "
+        "and the C library's default heap. "
     )
     figure.supxlabel("\n".join(textwrap.wrap(note + head, 190)), fontsize=7, color=_GREY, x=0.01, ha="left")
     picture = io.BytesIO()
@@ -62,7 +62,7 @@ def _speed_ups(axes: Axes, by_heap: dict[str, dict[str, Any]]) -> None:
 
 
 def _bandwidth(axes: Axes, by_heap: dict[str, dict[str, Any]]) -> None:
-    """Bars of the needed bytes a second relative to a copy's."""
+    """Bars of the needed bytes a second relative to a copy."""
     results = list(by_heap.values())
     for place in range(len(results[0]["shapes"])):
         shares = [100 * share_of_bandwidth(result["shapes"][place], result) for result in results]
@@ -74,11 +74,11 @@ def _bandwidth(axes: Axes, by_heap: dict[str, dict[str, Any]]) -> None:
 
 
 def _range(axes: Axes, y: float, values: list[float], colour: str, number: Any, unit: str, label: str) -> None:
-    """A bar to the lowest value, a light one to the highest, and both in writing."""
+    """A bar up to the lowest value, a light one up to the highest, and both as text."""
     low, high = min(values), max(values)
     axes.barh(y, low, height=_THICKNESS, color=colour, label=label)
     axes.barh(y, high - low, left=low, height=_THICKNESS, color=colour, alpha=_LIGHT)
-    written = dict.fromkeys([number(low), number(high)])  # one where they round to the same
+    written = dict.fromkeys([number(low), number(high)])  # one if they round to the same text
     axes.annotate(
         "–".join(written) + unit, (high, y), xytext=(4, 0), textcoords="offset points", va="center", fontsize=9
     )

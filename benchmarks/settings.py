@@ -1,4 +1,4 @@
-"""What the command line sets, for every comparison alike."""
+"""The settings that the command line passes to all comparisons."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ class Settings(NamedTuple):
 
     Attributes:
         threads: threads of every implementation.
-        seconds: how long each implementation is timed at each shape, over all rounds.
-        rounds: how many turns each implementation gets; a ratio is made within a round.
-        compile: whether to measure torch.compile too.
-        smoke: tiny shapes, to see that everything runs; the figures mean nothing.
+        seconds: time for each implementation and shape, over all rounds.
+        rounds: turns of each implementation; ratios are computed within a round.
+        compile: whether to measure torch.compile, too.
+        smoke: tiny shapes, to check that everything runs; the figures mean nothing.
     """
 
     threads: int

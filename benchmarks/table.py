@@ -14,7 +14,7 @@ from kddp_ext.files import write_text
 
 
 class Table(NamedTuple):
-    """Rows of finished text. The first column is left-aligned, the others right."""
+    """Rows of text. The first column is left-aligned, the others right-aligned."""
 
     name: str
     title: str
@@ -23,7 +23,7 @@ class Table(NamedTuple):
     note: str = ""
 
     def for_terminal(self) -> rich.table.Table:
-        """What rich prints."""
+        """The table for rich."""
         table = rich.table.Table(title=self.title, title_justify="left", caption=self.note, caption_justify="left")
         for number, column in enumerate(self.columns):
             table.add_column(column, justify="right" if number else "left")
@@ -32,7 +32,7 @@ class Table(NamedTuple):
         return table
 
     def to_markdown(self) -> str:
-        """Title, rows and note, without a line break at the end."""
+        """Title, rows and note, without a newline at the end."""
         rule = ["---", *["---:"] * (len(self.columns) - 1)]
         lines = [f"| {' | '.join(cells)} |" for cells in (self.columns, rule, *self.rows)]
         note = [f"\n{self.note}"] if self.note else []
@@ -40,9 +40,9 @@ class Table(NamedTuple):
 
 
 def write_markdown(path: str, head: str | None, tables: Sequence[Table], head_name: str = "machine") -> None:
-    """Write the tables to a file; where it stands already and marks their places, only those places are filled.
+    """Write the tables to a file. If the file exists and marks their places, only these places change.
 
-    A place is all between the lines `<!-- table NAME -->` and `<!-- end -->`; the head has a NAME too.
+    A place is everything between the lines `<!-- table NAME -->` and `<!-- end -->`; the head has a name, too.
     """
     file = Path(path)
     parts = {} if head is None else {head_name: head}
@@ -72,7 +72,7 @@ def milliseconds(seconds: float) -> str:
 
 
 def kibibytes(size: float) -> str:
-    """So many bytes in KiB."""
+    """A number of bytes in KiB."""
     return f"{size / 2**10:,.1f}" if size < 10 * 2**10 else f"{size / 2**10:,.0f}"
 
 

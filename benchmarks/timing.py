@@ -1,8 +1,8 @@
-"""The one timing harness: contenders take turns, and are compared within a turn.
+"""The timing harness: implementations take turns, and ratios are computed within a turn.
 
-The speed of a shared machine drifts by more than the differences of interest. Each round therefore times every
-contender once, shortly after one another and in an order that rotates. A ratio is the median of the rounds' ratios.
-A round in which another process took the processor away is timed again, as far as patience goes.
+The speed of a shared machine drifts by more than the differences of interest. So each round times every
+implementation once, one right after the other, in rotating order. A ratio is the median of the rounds' ratios.
+Rounds that another process disturbed are repeated, up to a limit.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ from benchmarks.disturbance import Watch
 from benchmarks.settings import Settings
 
 WARM_UP_CALLS = 5
-PATIENCE = 3  # rounds tried for each round wanted
-PAUSE = 0.3  # seconds after a disturbed round: what disturbs may be over then
+PATIENCE = 3  # rounds at most for each round wanted
+PAUSE = 0.3  # seconds after a disturbed round, in which the disturbance may end
 
 Step = Callable[[], object]
 
@@ -34,21 +34,21 @@ class Quartiles(NamedTuple):
 
 
 class Rounds(NamedTuple):
-    """Seconds a call, by contender and then by round; and in how many of the rounds something else ran."""
+    """Seconds a call, by implementation and round, and the number of disturbed rounds among them."""
 
     seconds: dict[str, list[float]]
     disturbed: int = 0
 
     def median(self, name: str) -> float:
-        """Median seconds of a contender."""
+        """Median seconds of an implementation."""
         return statistics.median(self.seconds[name])
 
     def ratio(self, name: str, base: str) -> Quartiles:
-        """How many times as long `name` takes as `base`, round by round."""
+        """The time of `name` divided by that of `base`, over the rounds."""
         return quartiles([a / b for a, b in zip(self.seconds[name], self.seconds[base], strict=True)])
 
     def to_json(self, base: str) -> dict[str, Any]:
-        """Medians, ratios to `base`, and what they were made of."""
+        """Medians, ratios to `base`, and the seconds of every round."""
         return {
             "seconds": {name: self.median(name) for name in self.seconds},
             f"times_{base}": {name: self.ratio(name, base)._asdict() for name in self.seconds if name != base},
@@ -57,12 +57,12 @@ class Rounds(NamedTuple):
         }
 
     def quality(self) -> dict[str, int]:
-        """How far the rounds can be trusted, for JSON."""
+        """The numbers of all and of disturbed rounds, for JSON."""
         return {"round_count": len(next(iter(self.seconds.values()))), "disturbed_rounds": self.disturbed}
 
 
 def quartiles(values: list[float]) -> Quartiles:
-    """Median, lower and upper quartile; of a single value, that value."""
+    """Median, lower and upper quartile; for a single value, that value."""
     if len(values) == 1:
         return Quartiles(values[0], values[0], values[0])
     low, median, high = statistics.quantiles(values, n=4, method="inclusive")
@@ -70,26 +70,26 @@ def quartiles(values: list[float]) -> Quartiles:
 
 
 def in_turns(steps: Mapping[str, Step], settings: Settings, threads: Mapping[str, int] | None = None) -> Rounds:
-    """Times what can be called again and again.
+    """Time steps that can be repeated.
 
     Args:
-        steps: the contenders.
-        settings: `seconds` is what each contender gets in all, `rounds` over how many turns.
-        threads: threads of each contender, where they differ.
+        steps: the implementations.
+        settings: `seconds` is the time of each implementation over all `rounds`.
+        threads: threads of each implementation, if they differ.
     """
     seconds = settings.seconds / settings.rounds
     timers = {
         name: Timer("step()", globals={"step": step}, num_threads=(threads or {}).get(name, settings.threads))
         for name, step in steps.items()
     }
-    for timer in timers.values():  # until nothing is compiled or allocated for the first time any more
+    for timer in timers.values():  # so that nothing is compiled or first allocated during the timing
         timer.timeit(1 if settings.smoke else WARM_UP_CALLS)
         timer.blocked_autorange(min_run_time=seconds)
     return _rounds(lambda name: timers[name].blocked_autorange(min_run_time=seconds).median, list(steps), settings)
 
 
 class Stopwatch:
-    """Seconds of the named stages of one run."""
+    """Measures the seconds of named stages of a run."""
 
     def __init__(self) -> None:
         self.seconds: dict[str, float] = {}
@@ -102,9 +102,9 @@ class Stopwatch:
 
 
 def stages_in_turns(runs: Mapping[str, Callable[[Stopwatch], None]], settings: Settings) -> dict[str, Rounds]:
-    """Times what changes its input: each run prepares an input of its own and times its stages. Rounds by stage.
+    """Time runs that change their input: each prepares its own input and times its stages. Returns rounds by stage.
 
-    Each is run once before, uncounted, which imports and allocates.
+    Each runs once before without being counted, which imports and allocates.
     """
 
     def run(name: str) -> dict[str, float]:
@@ -123,7 +123,7 @@ def stages_in_turns(runs: Mapping[str, Callable[[Stopwatch], None]], settings: S
 
 
 def _rounds(measure: Callable[[str], Any], names: list[str], settings: Settings) -> Rounds:
-    """What `measure` gives for each contender in each round: undisturbed rounds, and others only for want of those."""
+    """The results of `measure` for each name and round; disturbed rounds are used only if there are too few others."""
     good: list[dict[str, Any]] = []
     bad: list[dict[str, Any]] = []
     for number in range(settings.rounds * PATIENCE):
@@ -142,6 +142,6 @@ def _rounds(measure: Callable[[str], Any], names: list[str], settings: Settings)
 
 
 def rotated(names: list[str], number: int) -> list[str]:
-    """Another contender comes first in each round, so that none always follows the same one."""
+    """The names in rotating order, so that none always follows the same one."""
     first = number % len(names)
     return names[first:] + names[:first]

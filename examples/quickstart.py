@@ -1,8 +1,8 @@
-"""A plain training loop in the shape of PyTorch's own quick-start: no distillation, no pruning.
+"""A plain training loop like PyTorch's quick start, without distillation and pruning.
 
     python quickstart.py
 
-It trains a classifier of handwritten digits and saves it as model.pth, the teacher of quickstart_kddp.py.
+It trains a classifier of handwritten digits and saves it as model.pth, which is the teacher of quickstart_kddp.py.
 """
 
 import torch

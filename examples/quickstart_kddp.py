@@ -1,8 +1,8 @@
-"""quickstart.py with five lines more, marked `# kddp`: the loss and the pruner in a loop that was not made for them.
+"""quickstart.py with five more lines, marked `# kddp`: the loss and the pruner in an existing training loop.
 
     python quickstart.py && python quickstart_kddp.py
 
-The teacher is the model that quickstart.py saved. The student starts as wide and ends as wide as it needs to be.
+The teacher is the model that quickstart.py saved. The student starts at the same width and becomes smaller.
 """
 
 import torch

@@ -1,24 +1,45 @@
-"""Settings of the whole suite, and what its tests of kernels run on."""
+"""Settings of all tests: which kernels they use, which of them are quick, and threads of parallel workers."""
 
 import os
 import sys
+
+# The workers of `pytest -n auto` share the cores, so each computes on one. torch reads this when it is imported.
+if "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import backends
 import pytest
 import torch
 from hypothesis import settings
 
-# A gate gives the same answer for the same code; elsewhere every run draws anew.
+# With CI set, Hypothesis draws the same examples in every run, so that the gate's answer depends on the code only.
 settings.register_profile("gate", derandomize=True)
 if os.environ.get("CI"):
     settings.load_profile("gate")
 
-# Tests of numbers, which hold for all kernels; those of threads and of errors only the CPU's have.
+# `pytest -m quick`, to run while editing: one minute on one core, without emulator, other processes or training.
+# tests/project/test_layers.py checks that each entry matches a file.
+QUICK = (
+    "loss/test_arguments.py",
+    "loss/test_conventions.py",
+    "loss/test_divergences.py",
+    "ops/test_reference.py",
+    "activations/test_*.py",
+    "pruning/test_arguments.py",
+    "pruning/test_exact.py",
+    "pruning/test_history.py",
+    "saving/test_student_file.py",
+    "workflow/test_files.py",
+    "workflow/test_models.py",
+    "project/test_layers.py",
+)
+
+# Tests of numbers, which hold for all kernels. Only the CPU kernels have tests of threads and errors.
 ON_ALL_KERNELS = {
     "test_values", "test_extremes", "test_long_rows", "test_statistics", "test_autograd", "test_divergences",
     "test_conventions", "test_gather_slices",
 }  # fmt: skip
-# On the emulator minutes: with --emulated=all.
+# These take minutes on the emulator: --emulated=all.
 SLOW_ON_THE_EMULATOR = {
     "test_rows_longer_than_a_stage_and_outputs_larger_than_the_caches", "test_a_gather_worth_threads",
     "test_half_precision_gradients_do_not_vanish_before_they_are_scaled", "test_long_rows", "test_logits_far_from_zero",
@@ -33,30 +54,54 @@ def pytest_addoption(parser):
         "--emulated",
         choices=("some", "all", "only", "none"),
         default="some",
-        help="tests of kernels on the emulated GPU too: those that take seconds, all, all and none on the CPU, or none",
+        help="which kernel tests also run on the emulated GPU: those that take seconds (some), all, all and none on "
+        "the CPU (only), or none",
     )
     parser.addoption(
         "--sanitized",
         action="store_true",
-        help="kernels compiled with AddressSanitizer and UBSan: tests/native/*_suite.py",
+        help="the kernels are compiled with AddressSanitizer and UBSan (tests/native/*_suite.py)",
     )
+
+
+def is_quick(path):
+    """Whether `-m quick` runs this file."""
+    return any(path.match(f"tests/{pattern}") for pattern in QUICK)
+
+
+def only_quick(config):
+    return config.getoption("markexpr") == "quick"
+
+
+def pytest_ignore_collect(collection_path, config):
+    """`-m quick` does not even import the other files."""
+    if only_quick(config) and collection_path.suffix == ".py" and not is_quick(collection_path):
+        return True
+    return None
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items):
+    for item in items:
+        if is_quick(item.path):
+            item.add_marker("quick")
 
 
 def pytest_generate_tests(metafunc):
     if "kernels" not in metafunc.fixturenames:
         return
     on_all = metafunc.module.__name__.rpartition(".")[2] in ON_ALL_KERNELS
-    wanted = metafunc.config.getoption("emulated")
+    wanted = "none" if only_quick(metafunc.config) else metafunc.config.getoption("emulated")
     slow = metafunc.function.__name__ in SLOW_ON_THE_EMULATOR
     emulated = wanted in ("all", "only") or (wanted == "some" and not slow)
-    served_by = ["cpu"] * (wanted != "only") + ["emulated"] * emulated + ["cuda"] * backends.has_gpu()
+    chosen = ["cpu"] * (wanted != "only") + ["emulated"] * emulated + ["cuda"] * backends.has_gpu()
     if on_all:
-        metafunc.parametrize("kernels", served_by, indirect=True, scope="module")
+        metafunc.parametrize("kernels", chosen, indirect=True, scope="module")
 
 
 @pytest.fixture(scope="module", autouse=True)
 def kernels(request):
-    """What serves a test: the CPU's kernels, the GPU's on the emulator for tensors on the CPU, or a GPU."""
+    """The kernels that a test uses: the CPU's, the CUDA kernels on the emulator for CPU tensors, or those on a GPU."""
     which = getattr(request, "param", "cpu")
     if which == "cpu":
         yield which
@@ -65,7 +110,7 @@ def kernels(request):
         with backends.tensors_on("cuda"):
             yield which
         return
-    # What PyTorch does beside is small, and its threads would wait for one another on a busy machine.
+    # PyTorch has little to do here, and its threads would wait for each other on a busy machine.
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     with backends.emulated(request.config).serves():
@@ -75,22 +120,22 @@ def kernels(request):
 
 @pytest.fixture
 def examples(kernels, request):
-    """How many examples to draw: all, or a fifth where the emulator is to take seconds, or with sanitizers."""
+    """The number of examples to draw: all, or a fifth on the emulator (unless --emulated=all) and with sanitizers."""
     fewer = kernels == "emulated" and request.config.getoption("emulated") == "some"
     share = 5 if fewer or request.config.getoption("sanitized") else 1
     return lambda count: count // share
 
 
 @pytest.fixture(autouse=True)
-def _nothing_compiled_stays():
-    """torch limits how often a function is compiled: nn.Sequential's forward, say, by all tests together."""
+def _reset_compiler():
+    """torch limits how often a process compiles a function, such as nn.Sequential.forward; each test starts at 0."""
     yield
     if "torch._dynamo" in sys.modules:
         torch.compiler.reset()
 
 
 @pytest.fixture(autouse=True)
-def _on_a_gpu(request):
-    """Tests marked `cuda` need a device."""
+def _skip_without_gpu(request):
+    """Tests marked `cuda` need a GPU."""
     if request.node.get_closest_marker("cuda") and not backends.has_gpu():
         pytest.skip("no CUDA device is visible to PyTorch")

@@ -1,9 +1,9 @@
-"""Builds the wheel for each Python and tests it with each torch, in fresh environments; the table goes to the docs:
+"""Builds a wheel for each Python, tests it with each torch in fresh environments, and writes the table of the docs:
 
     pip install 'kddp_ext[release]'
     python tools/compatibility.py --pythons 3.10 3.11 3.12 3.13 --torches 2.13.0 2.14.1 [--suite]
 
-The wheels are built from the sdist, without CUDA. Without --suite, a combination takes about two minutes.
+The wheels are built from the sdist, without CUDA. A combination takes about two minutes, more with --suite.
 """
 
 from __future__ import annotations
@@ -26,15 +26,15 @@ ROOT = Path(__file__).parent.parent
 PAGE = ROOT / "docs" / "compatibility.md"
 TABLE = re.compile(r"(?<=<!-- table -->\n).*(?=<!-- end of table -->)", re.DOTALL)
 MOST_BYTES = 3_000_000
-# What a combination has to pass, and what takes a few minutes more.
+# The tests of a combination, and those of --suite, which take some minutes more.
 SMOKE = ("loss/test_values.py", "loss/test_arguments.py", "loss/test_autograd.py", "ops/test_gather_slices.py")
-SMOKE += ("pruning/test_pruner.py", "pruning/test_zoo.py", "saving/test_student_file.py", "workflow/test_run.py")
+SMOKE += ("pruning/test_pruner.py", "pruning/test_find.py", "saving/test_student_file.py", "workflow/test_run.py")
 SUITE = ("activations", "loss", "ops", "pruning", "saving", "workflow", "native/test_native.py")
 TEST_PACKAGES = ("pytest>=8", "pytest-timeout>=2.3", "hypothesis>=6.100", "pybind11>=2.13", "pillow>=10")
 
 
 def run(command: Sequence[str | Path], **options: Any) -> str:
-    """The output of a command; RuntimeError with the end of what it said where it fails."""
+    """Run a command and return its output; if it fails, raise a RuntimeError with the end of the output."""
     done = subprocess.run(list(map(str, command)), capture_output=True, text=True, check=False, **options)
     if done.returncode:
         raise RuntimeError(f"{' '.join(map(str, command))}\n{(done.stdout + done.stderr)[-3000:]}")
@@ -42,7 +42,7 @@ def run(command: Sequence[str | Path], **options: Any) -> str:
 
 
 def environment(folder: Path, python: str) -> Path:
-    """Makes a virtual environment and gives its interpreter."""
+    """Create a virtual environment and return its interpreter."""
     run(["uv", "venv", "--quiet", "--python", python, folder])
     return folder / "bin" / "python"
 
@@ -57,16 +57,16 @@ def build_sdist(folder: Path) -> Path:
 
 
 def build_wheel(sdist: Path, python: str, folder: Path) -> dict[str, Any]:
-    """Builds and inspects a wheel."""
+    """Build a wheel and check its files and size."""
     started = time.monotonic()
     command = ["uv", "build", "--quiet", "--wheel", "--python", python, "--out-dir", folder]
     run([*command, "-C", "cmake.define.KDDP_CUDA=OFF", sdist])
     wheel = next(folder.glob("*.whl"))
     names = zipfile.ZipFile(wheel).namelist()
     if not {"kddp_ext/py.typed", "kddp_ext/_core.pyi"} <= set(names) or any("test" in name for name in names):
-        raise RuntimeError(f"{wheel.name} has other files than it should: {names}")
+        raise RuntimeError(f"{wheel.name} lacks files or contains tests: {names}")
     if wheel.stat().st_size > MOST_BYTES:
-        raise RuntimeError(f"{wheel.name} has {wheel.stat().st_size} bytes, more than {MOST_BYTES}")
+        raise RuntimeError(f"{wheel.name} has {wheel.stat().st_size} bytes; at most {MOST_BYTES} are allowed")
     return {
         "wheel": wheel.name,
         "bytes": wheel.stat().st_size,
@@ -77,7 +77,7 @@ def build_wheel(sdist: Path, python: str, folder: Path) -> dict[str, Any]:
 
 
 def manylinux(wheel: Path) -> str:
-    """The tag that the symbols which a wheel asks of the system allow, libgomp aside, which torch brings."""
+    """The manylinux tag that the wheel's symbols allow, without libgomp, which torch brings."""
     told = run([sys.executable, "-m", "auditwheel", "-v", "show", wheel])
     found = re.search(r'constrained by.*?"(manylinux_\d+_\d+_\w+)"', told.replace("\n", " "))
     found = found or re.search(r'consistent with.*?"(manylinux_\d+_\d+_\w+)"', told.replace("\n", " "))
@@ -85,9 +85,9 @@ def manylinux(wheel: Path) -> str:
 
 
 def run_tests(python: Path, tests: Sequence[str], scratch: Path) -> str:
-    """The last line that pytest says, of tests on the installed package."""
+    """Test the installed package and return the last line of pytest's output."""
     command = [python, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-c", ROOT / "pyproject.toml"]
-    # A warning of another torch is no failure.
+    # A warning from another torch version is no failure.
     command += ["-W", "default", "--rootdir", ROOT, "--emulated=none", *(ROOT / "tests" / name for name in tests)]
     told = run(command, cwd=scratch, env=os.environ | {"CI": "1"})
     return re.sub(r" in [\d.]+s.*", "", told.strip().splitlines()[-1])
@@ -109,7 +109,7 @@ def test_combination(wheel: Path, python: str, torch: str, tests: Sequence[str],
 
 
 def test_editable(python: str, torch: str, scratch: Path) -> str:
-    """An editable install of a copy of the sources: a changed line is seen without another build."""
+    """Check that an editable install of a copy of the sources sees a changed line without another build."""
     sources = scratch / "sources"
     files = run(["git", "ls-files", "-z"], cwd=ROOT).split("\0")
     for name in filter(None, files):
@@ -127,7 +127,7 @@ def test_editable(python: str, torch: str, scratch: Path) -> str:
 
 
 def table(rows: Sequence[dict[str, Any]], torches: Sequence[str], editable: str) -> str:
-    """The results in Markdown."""
+    """The results as a Markdown table."""
     head = ["Python", "wheel", "symbols allow", *(f"torch {torch}" for torch in torches)]
     lines = [head, ["---", "---:", "---", *("---" for _ in torches)]]
     for row in rows:
@@ -141,7 +141,7 @@ def table(rows: Sequence[dict[str, Any]], torches: Sequence[str], editable: str)
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--pythons", nargs="+", required=True, help="versions or interpreters, as uv takes them")
+    parser.add_argument("--pythons", nargs="+", required=True, help="versions or interpreters, as uv accepts them")
     parser.add_argument("--torches", nargs="+", required=True)
     parser.add_argument("--suite", action="store_true", help="all tests of loss, pruning and workflow")
     options = parser.parse_args()

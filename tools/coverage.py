@@ -1,10 +1,10 @@
-"""Measures which lines the tests run: of kddp_ext with coverage.py, of csrc and the bindings with gcov:
+"""Measures the line coverage of kddp_ext with coverage.py, and of csrc and the bindings with gcov:
 
     pip install 'kddp_ext[test,coverage]'
     python tools/coverage.py [arguments of pytest]
 
-The CUDA sources are counted as the emulator compiles them. Every instruction set is compiled of the same sources, so
-one stands for all: the best of this processor.
+The CUDA sources are counted as the emulator compiles them. All instruction sets are compiled from the same sources, so
+only the best one of this processor is counted.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ sys.path.insert(0, str(ROOT / "tests" / "helpers"))
 from native_build import CXX, build_package, run_tests, supported  # noqa: E402
 
 GCOV = ["--coverage", "-fprofile-update=atomic"]
-# Their programs are compiled apart, and count for nothing here.
+# These tests compile their own programs, which are not counted.
 LEFT_OUT = (
     "project/docs",
     "project/static_typing",
@@ -32,7 +32,7 @@ LEFT_OUT = (
     "native/test_linkage.py",
     "native/cuda/test_planted_faults.py",
 )
-# Processes that tests start are counted, too; those that are killed lose what they counted.
+# Processes that the tests start are counted, too; killed ones lose their counts.
 CONFIG = """
 [run]
 source = {package}
@@ -55,7 +55,7 @@ source =
 
 
 def compiler_that_counts(folder: Path) -> Path:
-    """A compiler for the emulated kernels that adds what gcov needs."""
+    """Write a compiler wrapper for the emulated kernels that adds gcov's flags."""
     script = folder / "g++"
     script.write_text(f'#!/bin/sh\nexec {CXX} "$@" {" ".join(GCOV)}\n')
     script.chmod(0o755)
@@ -63,7 +63,7 @@ def compiler_that_counts(folder: Path) -> Path:
 
 
 def report_native(folder: Path) -> None:
-    """Prints the share of lines run of each file; a line of a template counts once, as run if any instance ran it."""
+    """Print the coverage of each file. A line of a template counts once, as run if any instance ran it."""
     filters = ["--filter", f"{ROOT}/csrc/", "--filter", f"{ROOT}/python_bindings/"]
     options = ["--gcov-ignore-errors", "all", "--merge-mode-functions", "separate", "--json", "-"]
     command = [sys.executable, "-m", "gcovr", "--root", str(ROOT), *filters, *options, str(folder)]

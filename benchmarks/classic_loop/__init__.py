@@ -1,1 +1,1 @@
-"""The KD stage of the workflow beside the usual loop of distillation code: `python -m benchmarks.classic_loop`."""
+"""The workflow's KD stage compared with the usual distillation loop: `python -m benchmarks.classic_loop`."""

@@ -1,4 +1,4 @@
-"""Images per second of the KD stage: the workflow's training beside the loop that distillation code usually has.
+"""Images per second of the KD stage: the workflow's training compared with the usual distillation loop.
 
 python -m benchmarks.classic_loop [--data-dir DIR] [--pairs cnn5,resnet] [--steps N] [--rounds N] [--threads N]
                                   [--workers N] [--json FILE] [--markdown FILE] [--smoke]
@@ -9,7 +9,6 @@ from __future__ import annotations
 import argparse
 import math
 import sys
-from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -18,6 +17,7 @@ from rich.console import Console
 import kddp_ext
 from benchmarks import disturbance, machine
 from benchmarks.arguments import at_least, names_of
+from benchmarks.classic_loop.classic import distillation_loss
 from benchmarks.classic_loop.pairs import PAIRS
 from benchmarks.classic_loop.processes import LOOPS, measure
 from benchmarks.settings import Settings
@@ -29,11 +29,7 @@ JSON_VERSION = 1
 
 
 def main() -> int:
-    """0 where all was measured, 2 where Pillow is missing."""
     arguments = _parse()
-    if find_spec("PIL") is None:
-        print("the classic loop needs Pillow: pip install 'kddp_ext[benchmarks]'", file=sys.stderr)
-        return 2
     require_same_loss()
     console = Console()
     described = machine.describe(Settings(arguments.threads, 0.0, arguments.rounds, False, arguments.smoke))
@@ -58,8 +54,6 @@ def main() -> int:
 
 def require_same_loss() -> None:
     """Raises RuntimeError unless both loops minimise the same function."""
-    from benchmarks.classic_loop.classic import distillation_loss
-
     generator = torch.Generator().manual_seed(0)
     logits, teacher_logits = torch.randn(2, 16, 10, generator=generator)
     labels = torch.randint(0, 10, (16,), generator=generator)
@@ -70,7 +64,7 @@ def require_same_loss() -> None:
 
 
 def table(results: dict[str, Any], data_dir: str | None, workers: int) -> Table:
-    """Medians of the images per second, and of the rounds' ratios, with their range."""
+    """Medians of the images per second and of the rounds' ratios, with their range."""
     rows = []
     for pair, result in results.items():
         speeds = [f"{result['images_per_second'][loop]:,.0f}" for loop in LOOPS]
@@ -85,21 +79,21 @@ def table(results: dict[str, Any], data_dir: str | None, workers: int) -> Table:
 
 def _parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.classic_loop", description=__doc__.splitlines()[0])
-    parser.add_argument("--data-dir", metavar="DIR", help="of CIFAR-10; without it, random images of its shape")
+    parser.add_argument("--data-dir", metavar="DIR", help="folder of CIFAR-10 (default: random images of its shape)")
     parser.add_argument(
         "--pairs",
         type=names_of(PAIRS),
         default=list(PAIRS),
         metavar="NAMES",
-        help=f"of {', '.join(PAIRS)} (default: all)",
+        help=f"some of {', '.join(PAIRS)} (default all)",
     )
-    parser.add_argument("--steps", type=at_least(1), default=20, help="timed in each round (default 20)")
-    parser.add_argument("--warm-up", type=at_least(0), default=5, help="uncounted steps before them (default 5)")
-    parser.add_argument("--rounds", type=at_least(1), default=7, help="turns that each loop gets (default 7)")
-    parser.add_argument("--threads", type=at_least(1), default=2, help="of PyTorch, in each loop (default 2)")
+    parser.add_argument("--steps", type=at_least(1), default=20, help="timed steps of each round (default 20)")
+    parser.add_argument("--warm-up", type=at_least(0), default=5, help="uncounted steps before those (default 5)")
+    parser.add_argument("--rounds", type=at_least(1), default=7, help="turns of each loop (default 7)")
+    parser.add_argument("--threads", type=at_least(1), default=2, help="PyTorch's threads in each loop (default 2)")
     parser.add_argument("--workers", type=at_least(0), default=2, help="of the classic loop's DataLoader (default 2)")
     parser.add_argument(
-        "--smoke", action="store_true", help="tiny networks: does everything run? No figure means a thing"
+        "--smoke", action="store_true", help="tiny networks, to check that everything runs; the figures mean nothing"
     )
     parser.add_argument("--json", metavar="FILE", help="write the figures to this file")
     parser.add_argument("--markdown", metavar="FILE", help="write the table to this file, or into its marked place")

@@ -1,7 +1,7 @@
-"""One loop in a process of its own: what the workflow sets of the process must not help the classic one.
+"""Runs one loop in its own process, because the workflow's process settings would help the classic loop, too.
 
-It builds its networks and images and says so; then it runs its steps once for each line that it is sent, and answers
-with a line.
+It builds networks and images and prints "ready". Then it runs its steps once for each line on stdin and prints the
+result.
 """
 
 from __future__ import annotations
@@ -25,13 +25,13 @@ class Task(NamedTuple):
     """What a process measures.
 
     Attributes:
-        pair: of PAIRS.
+        pair: a name in PAIRS.
         loop: "classic", "cached" or "teacher every step".
-        data_dir: of CIFAR-10, or None for random images.
-        threads: of PyTorch.
-        workers: processes of the classic loop that prepare images.
-        warm_up, steps: uncounted and timed, in each round.
-        smoke: tiny networks.
+        data_dir: folder of CIFAR-10, or None for random images.
+        threads: PyTorch's threads.
+        workers: workers of the classic loop's DataLoader.
+        warm_up, steps: uncounted and timed steps of a round.
+        smoke: whether to use tiny networks.
     """
 
     pair: str
@@ -45,7 +45,7 @@ class Task(NamedTuple):
 
 
 def build(task: Task, folder: Path) -> ClassicLoop | OurLoop:
-    """The loop of a task; `folder` holds the cached logits."""
+    """Build the loop of a task; `folder` is where the cached logits are written."""
     config = PAIRS[task.pair].config(task.smoke)
     data = load_images(config, task.data_dir, task.smoke)
     torch.manual_seed(0)

@@ -1,4 +1,4 @@
-"""The workflow's training step, `train_epoch` of kddp_ext/workflow/train.py, for as many steps as are wanted."""
+"""The workflow's training, `train_epoch` of kddp_ext/workflow/train.py, for a given number of steps."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 import kddp_ext
-from benchmarks.classic_loop.reading import Reading
+from benchmarks.classic_loop.pairs import Reading
 from benchmarks.disturbance import Watch
 from kddp_ext.workflow.config import RunConfig
 from kddp_ext.workflow.data import ImageData
@@ -19,12 +19,12 @@ from kddp_ext.workflow.train import student_recipe
 
 
 class OurLoop:
-    """Images in memory as bytes, augmented a batch at a time, channels last, in bfloat16 where that is native.
+    """Images in memory as bytes, augmented a batch at a time, channels last, in bfloat16 if the processor supports it.
 
     Args:
-        config: of the run; the student trains as its stage kd does.
-        teacher: answers in every step, in the runtime's precision. Not asked where `logits` is given.
-        logits: a file of the teacher's logits in one epoch, as the workflow's cache holds it.
+        config: the config of the run; the student is trained as in the stage kd.
+        teacher: runs in every step, in the runtime's precision, unless `logits` is given.
+        logits: a file with the teacher's logits of one epoch, in the format of the workflow's cache.
         runtime: device and precision.
     """
 
@@ -44,7 +44,7 @@ class OurLoop:
         self._epoch = 0
 
     def run(self, warm_up: int, steps: int) -> Reading:
-        """Train for `warm_up` steps, then for `steps` timed ones, which begin an epoch: its order, its logits."""
+        """Train for `warm_up` steps, then for `steps` timed ones, which include the start of an epoch."""
         self.train(warm_up)
         watch = Watch(torch.get_num_threads())
         with watch.interruptions():
@@ -54,7 +54,7 @@ class OurLoop:
         return Reading(seconds, loss, watch.disturbed)
 
     def train(self, steps: int) -> float:
-        """Begin as many epochs as hold so many steps; the mean loss of these steps."""
+        """Train for `steps` steps, over several epochs if necessary; returns their mean loss."""
         total, left = 0.0, steps
         while left > 0:
             done, loss = self._train_epoch(left)
@@ -87,12 +87,8 @@ class OurLoop:
             teacher_logits,
             labels,
             (),
-            temperature=recipe.temperature,
-            alpha=recipe.alpha,
-            l1_weight=recipe.l1_weight,
-            label_smoothing=recipe.label_smoothing,
             return_terms=True,
-            **recipe.divergence,
+            **vars(recipe.loss),
         )
         self._optimizer.zero_grad()
         loss.backward()

@@ -1,4 +1,4 @@
-"""What both loops train: students, their teachers, the images."""
+"""What both loops share: students, their teachers, the images, and the result of a timed turn."""
 
 from __future__ import annotations
 
@@ -17,13 +17,21 @@ from kddp_ext.workflow.models import build_student, build_teacher
 SMOKE_IMAGES = 40
 
 
+class Reading(NamedTuple):
+    """Seconds of the timed steps, their mean loss, and whether another process took the processor meanwhile."""
+
+    seconds: float
+    loss: float
+    disturbed: bool = False
+
+
 class Pair(NamedTuple):
     """A student and its teacher.
 
     Attributes:
-        title: of its row.
-        teacher, student: of the workflow's config, the student's batch size among them.
-        smoke_teacher, smoke_student: tiny ones, to see that everything runs.
+        title: the name of its row.
+        teacher, student: their sections of the workflow's config.
+        smoke_teacher, smoke_student: tiny networks that show whether everything runs.
     """
 
     title: str
@@ -33,7 +41,7 @@ class Pair(NamedTuple):
     smoke_student: StudentConfig
 
     def config(self, smoke: bool) -> RunConfig:
-        """Of a run of the workflow on CIFAR-10 with augmentation."""
+        """The config of a run on CIFAR-10 with augmentation."""
         teacher, student = (self.smoke_teacher, self.smoke_student) if smoke else (self.teacher, self.student)
         validation = SMOKE_IMAGES // 5 if smoke else 5000
         return RunConfig(dataset="cifar10", validation=validation, augment=True, teacher=teacher, student=student)
@@ -58,7 +66,7 @@ PAIRS = {
 
 
 def build_networks(config: RunConfig) -> tuple[nn.Module, nn.Module]:
-    """The teacher, ready to answer, and the student; both with random weights, which cost what trained ones do."""
+    """The teacher in evaluation mode and the student, with random weights, which take as long as trained ones."""
     info = INFO[config.dataset]
     return build_teacher(config, info).eval(), build_student(config, info)
 

@@ -1,4 +1,4 @@
-"""The three loops, each in a process of its own, taking turns."""
+"""The three loops take turns, each in its own process."""
 
 from __future__ import annotations
 
@@ -16,22 +16,21 @@ from typing import Any
 
 from benchmarks.child import HEAPS
 from benchmarks.classic_loop.child import Task
-from benchmarks.classic_loop.pairs import PAIRS
-from benchmarks.classic_loop.reading import Reading
+from benchmarks.classic_loop.pairs import PAIRS, Reading
 from benchmarks.timing import PATIENCE, Rounds, rotated
 
 LOOPS = ["classic", "cached", "teacher every step"]
 
 
 def measure(pair: str, arguments: argparse.Namespace) -> dict[str, Any]:
-    """Images per second of each loop and how many times the classic one's that is, round by round.
+    """Images per second of each loop, and the ratio to the classic loop, computed in each round.
 
     Returns:
-        "images_per_second": the median by loop. "times_classic": median, low and high (the range) by loop.
-        "seconds": of each round by loop. "images": in a round. "round_count", "disturbed_rounds".
+        "images_per_second": median by loop. "times_classic": median, low and high (the range) by loop.
+        "seconds": by loop and round. "images": number in a round. "round_count", "disturbed_rounds".
 
     Raises:
-        RuntimeError: a loop's process ended, or its loss is no longer finite.
+        RuntimeError: a loop's process ended, or its loss is not finite.
     """
     with ExitStack() as stack:
         loops = {name: stack.enter_context(Loop(_task(pair, name, arguments))) for name in LOOPS}
@@ -40,7 +39,7 @@ def measure(pair: str, arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def take_turns(loops: Mapping[str, Loop], wanted: int, patience: int) -> list[dict[str, Reading]]:
-    """Undisturbed rounds, and others only where `patience` times as many as are wanted hold too few of those."""
+    """Measure up to `wanted * patience` rounds; returns `wanted` of them, undisturbed ones first."""
     good: list[dict[str, Reading]] = []
     bad: list[dict[str, Reading]] = []
     for number in range(wanted * patience):
@@ -52,7 +51,7 @@ def take_turns(loops: Mapping[str, Loop], wanted: int, patience: int) -> list[di
 
 
 def summary(rounds: list[dict[str, Reading]], images: int) -> dict[str, Any]:
-    """Of the readings, round by round, over `images` each."""
+    """Medians and ratios of the rounds, each over `images` images."""
     seconds = {name: [readings[name].seconds for readings in rounds] for name in LOOPS}
     ratios = {
         name: [classic / own for classic, own in zip(seconds["classic"], seconds[name], strict=True)]
@@ -73,7 +72,7 @@ def summary(rounds: list[dict[str, Reading]], images: int) -> dict[str, Any]:
 
 
 class Loop:
-    """A process that trains when it is told to."""
+    """A process that trains one round at a time."""
 
     def __init__(self, task: Task) -> None:
         self._task = task
@@ -86,7 +85,7 @@ class Loop:
     def turn(self) -> Reading:
         """Run the steps of one round."""
         assert self._process.stdin is not None
-        with suppress(BrokenPipeError):  # it has ended, and gives no answer
+        with suppress(BrokenPipeError):  # the process has ended; reading its answer reports that
             self._process.stdin.write("\n")
             self._process.stdin.flush()
         reading = Reading(**json.loads(self._answer()))
@@ -103,7 +102,7 @@ class Loop:
         return line
 
     def __enter__(self) -> Loop:
-        self._answer()  # that it is built: nothing else works once the first round begins
+        self._answer()  # waits until it is built, so that nothing else runs in the first round
         return self
 
     def __exit__(
@@ -111,7 +110,7 @@ class Loop:
     ) -> None:
         if kind is not None:
             self._process.kill()
-        self._process.communicate()  # closes its input, at which it ends
+        self._process.communicate()  # closes its stdin, which ends it
 
 
 def _task(pair: str, loop: str, arguments: argparse.Namespace) -> Task:

@@ -1,4 +1,4 @@
-"""The comparisons, in the order in which they are run and printed."""
+"""The comparisons, in the order in which they run."""
 
 from __future__ import annotations
 
@@ -24,9 +24,9 @@ class Comparison(NamedTuple):
     """One comparison.
 
     Attributes:
-        measure: returns the result, of what JSON can hold.
-        tables: what is printed of the results, which come by heap.
-        heaps: how the C library is to treat memory (`child.HEAPS`); one run for each.
+        measure: returns the result, which JSON can hold.
+        tables: returns the tables for the results by heap.
+        heaps: the heaps (`child.HEAPS`) with which it runs.
     """
 
     measure: Callable[[Settings], dict[str, Any]]

@@ -1,4 +1,4 @@
-"""Class counts that are no multiple of a vector, next to those that are: what a row's remainder costs."""
+"""Class counts that are not a multiple of the vector width, compared with those that are."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ ELEMENTS = (1024 * 100, 8192 * 100)
 
 
 def measure(settings: Settings) -> dict[str, Any]:
-    """Nanoseconds a logit by class count, for about as many logits each."""
+    """Nanoseconds a logit by class count, with about the same number of logits."""
     return {"batches": [_measure_batch(elements, settings) for elements in ELEMENTS]}
 
 

@@ -1,4 +1,4 @@
-"""Taking the kept half out of a perceptron's weights, gradients and Adam moments: the native gather, index_select."""
+"""Gathering half of the neurons of a perceptron's weights, gradients and Adam moments: this package, index_select."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ COPIES = 4  # of each weight: itself, its gradient, its two moments
 
 
 def sizes(settings: Settings) -> tuple[int, ...]:
-    """Widths of the perceptron's layers, from the input to the output."""
+    """Widths of the perceptron, from the input to the output."""
     return (24, 32, 32, 10) if settings.smoke else SIZES
 
 
 def perceptron(widths: Sequence[int]) -> nn.Sequential:
-    """Linear layers of these widths, with a ReLU between any two."""
+    """Linear layers of these widths with ReLUs in between."""
     layers: list[nn.Module] = []
     for into, out in itertools.pairwise(widths):
         layers += [nn.Linear(into, out), nn.ReLU()]
@@ -32,7 +32,7 @@ def perceptron(widths: Sequence[int]) -> nn.Sequential:
 
 
 def measure(settings: Settings) -> dict[str, Any]:
-    """Seconds of all layers together."""
+    """Seconds for all layers together."""
     generator = torch.Generator().manual_seed(0)
     widths = sizes(settings)
     kept = [torch.randperm(width, generator=generator)[: width // 2].sort().values for width in widths[1:-1]]

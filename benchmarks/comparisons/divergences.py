@@ -12,7 +12,7 @@ from benchmarks.timing import Quartiles, in_turns
 
 SHAPE = Shape(4096, 1000, 0)
 
-# Eager formula, and what this package's loss is given for the same.
+# The eager formula, and the arguments of this package's loss for the same term.
 DIVERGENCES: dict[str, tuple[formulas.Divergence, dict[str, Any]]] = {
     "forward_kl": (formulas.forward_kl, {"divergence": "forward_kl"}),
     "reverse_kl": (formulas.reverse_kl, {"divergence": "reverse_kl"}),
@@ -30,7 +30,7 @@ DIVERGENCES: dict[str, tuple[formulas.Divergence, dict[str, Any]]] = {
 
 
 def measure(settings: Settings) -> dict[str, Any]:
-    """Forward and backward of the loss with each of them."""
+    """Forward and backward of the loss with each divergence."""
     shape = SHAPE.at(settings)
     results = {}
     for name, (formula, keywords) in DIVERGENCES.items():

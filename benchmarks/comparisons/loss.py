@@ -1,4 +1,4 @@
-"""Forward and backward of the loss: this package, eager PyTorch, and the same compiled by torch.compile."""
+"""Forward and backward of the loss: this package, eager PyTorch, torch.compile."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ _TITLES = {"default": "a default heap", "warm": "a warm heap"}
 
 
 def measure(settings: Settings) -> dict[str, Any]:
-    """Times, ratios, bytes and page faults at each shape, and the copy bandwidth before and after, the better."""
+    """Times, ratios, bytes and page faults at each shape, and the better copy bandwidth of before and after."""
     bandwidths = [copy_bandwidth(settings)]
     rows = [_measure_shape(shape.at(settings), settings) for shape in SHAPES]
     bandwidths.append(copy_bandwidth(settings))
@@ -42,7 +42,7 @@ def _measure_shape(shape: Shape, settings: Settings) -> dict[str, Any]:
 
 
 def _page_faults(step: Callable[[], None]) -> float:
-    """Page faults a step: what memory that the C library had given back costs."""
+    """Page faults a step, caused by memory that the C library had returned to the system."""
     step()
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
     for _ in range(_FAULT_STEPS):
@@ -72,7 +72,7 @@ def _times(heap: str, result: dict[str, Any]) -> Table:
 
 
 def share_of_bandwidth(shape: dict[str, Any], result: dict[str, Any]) -> float:
-    """Needed bytes a second of this package at a shape, as a share of what a copy moved in the same run."""
+    """Needed bytes a second of this package at a shape, relative to the copy bandwidth of the same run."""
     share: float = shape["needed_bytes"] / shape["seconds"]["kddp_ext"] / result["copy_bytes_per_second"]
     return share
 

@@ -1,4 +1,4 @@
-"""Memory that a step needs besides the gradients that it returns."""
+"""The memory of a step beyond the gradients that it returns."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ from kddp_ext import ops
 
 
 def measure(settings: Settings) -> dict[str, Any]:
-    """Peak of the bytes that torch's CPU allocator has handed out in a step, less those of the gradients.
+    """Peak memory of torch's CPU allocator in a step, minus the gradients.
 
-    Also what this package's pool keeps after a step, when the gradients are dropped: their memory, for the next ones.
+    Also the memory that this package's pool keeps for the next gradients once those of the step are dropped.
     """
     return {"shapes": [_measure_shape(shape.at(settings), settings) for shape in SHAPES]}
 
@@ -32,7 +32,7 @@ def _measure_shape(shape: Shape, settings: Settings) -> dict[str, Any]:
     for name, contender in contenders(inputs, settings).items():
         peak = _peak_bytes(contender, inputs)
         if peak < gradient_bytes(shape):
-            raise RuntimeError(f"the profiler saw {peak} bytes, less than the gradients, which were allocated as well")
+            raise RuntimeError(f"the profiler saw {peak} bytes, less than the gradients need")
         beyond[name] = peak - gradient_bytes(shape)
     kept = _kept_bytes(inputs)
     return {
@@ -44,10 +44,10 @@ def _measure_shape(shape: Shape, settings: Settings) -> dict[str, Any]:
 
 
 def _peak_bytes(contender: Callable[[], None], inputs: Inputs) -> int:
-    """Highest sum of what was allocated and not yet freed, read off the profiler's record of every allocation."""
+    """The highest sum of allocated bytes, from the profiler's record of every allocation."""
     for leaf in inputs.leaves:
-        leaf.grad = None  # freed before the record starts, which would else begin below zero
-    ops.pool.release()  # so that the gradients are allocated in the step, as in the first one of a training
+        leaf.grad = None  # freed before the recording, or the sum would start below zero
+    ops.pool.release()  # so that the step allocates its gradients, as the first one of a training does
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         contender()
     with tempfile.TemporaryDirectory() as folder:

@@ -1,4 +1,4 @@
-"""The penalty's pass with and without the neurons' statistics, which pruning needs and the loss gathers on the way."""
+"""The penalty's pass with and without the statistics that pruning needs."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from benchmarks.table import Table, microseconds, times
 from benchmarks.timing import Quartiles, in_turns
 from kddp_ext import NeuronStatistics, TrackedActivations
 
-# A single class leaves nothing of the logits to do, so that the first is the penalty's pass alone.
+# With a single class, almost all of the time is the penalty's pass.
 SHAPES = [Shape(4096, 1, 1024), Shape(4096, 1000, 1024), Shape(4096, 1, 1024, torch.bfloat16)]
 
 

@@ -1,4 +1,4 @@
-"""What a prune costs beside a training step: half of the hidden neurons go, in the middle of training."""
+"""The time of a prune that removes half of the hidden neurons during training, compared with a training step."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ class _Training:
     def __init__(self, widths: tuple[int, ...]) -> None:
         self.widths = widths
         generator = torch.Generator().manual_seed(0)
-        # Of few dimensions, as images are: of noise nothing can be reconstructed, and nothing would be timed.
+        # Inputs have few dimensions, as images do. Noise cannot be reconstructed, so nothing would be timed.
         hidden = torch.randn(BATCH, DIMENSIONS, generator=generator) / DIMENSIONS**0.5
         self.inputs = hidden @ torch.randn(DIMENSIONS, widths[0], generator=generator)
         self.teacher = torch.randn(BATCH, widths[-1], generator=generator)

@@ -1,6 +1,6 @@
-"""Pruning half the neurons of a perceptron in the middle of training: DynamicPruner and Torch-Pruning.
+"""Pruning half the neurons of a perceptron during training: DynamicPruner and Torch-Pruning.
 
-Torch-Pruning slices weights and gradients and leaves the optimizer's state as it was; this package slices that too.
+Torch-Pruning slices weights and gradients; this package also slices the optimizer's state.
 """
 
 from __future__ import annotations
@@ -25,12 +25,12 @@ from benchmarks.timing import Quartiles, Stopwatch, stages_in_turns
 STAGES = ("build", "prune")
 SAMPLES = 32
 TRACED_SAMPLES = 2
-# Of the default criterion: below it is only what does not vary at all.
+# For the default criterion; only neurons that do not vary at all are below it.
 THRESHOLD = 1e-9
 
 
 def measure(settings: Settings) -> dict[str, Any]:
-    """Seconds of building what knows the dependencies, and of the prune. Models and optimizers are made untimed."""
+    """Seconds of building the dependencies and of the prune. Creating models and optimizers is not timed."""
     model, dead = _half_dead(sizes(settings))
     samples = torch.randn(SAMPLES, sizes(settings)[0], generator=torch.Generator().manual_seed(1))
     expected = model(samples).detach()
@@ -76,9 +76,9 @@ def _torch_pruning(
 
 
 def _half_dead(widths: tuple[int, ...]) -> tuple[nn.Sequential, list[list[int]]]:
-    """A perceptron in which half of each hidden layer's neurons are always zero, the others never; and which those are.
+    """A perceptron in which half of each hidden layer's neurons are always zero, the others never; and the dead ones.
 
-    Removing them changes no output, and either tool can be told to remove exactly them.
+    Removing them changes no output, and both tools can be made to remove exactly them.
     """
     generator = torch.Generator().manual_seed(0)
     model = perceptron(widths)
@@ -87,7 +87,7 @@ def _half_dead(widths: tuple[int, ...]) -> tuple[nn.Sequential, list[list[int]]]
         neurons = torch.randperm(layer.out_features, generator=generator)[: layer.out_features // 2].sort().values
         with torch.no_grad():
             layer.weight.mul_(0.1)
-            layer.bias.fill_(1.0)  # well above what small weights can take away
+            layer.bias.fill_(1.0)  # more than the small weights can subtract
             layer.weight[neurons] = 0
             layer.bias[neurons] = 0
         dead.append(neurons.tolist())
@@ -109,8 +109,8 @@ def _trained_copy(model: nn.Sequential, samples: Tensor) -> tuple[nn.Sequential,
 
 def _require_pruned(model: nn.Sequential, samples: Tensor, dead: list[list[int]], expected: Tensor) -> None:
     for layer, neurons in zip(_hidden(model), dead, strict=True):
-        if layer.weight.shape[0] != len(neurons):  # half went, so as many stay
-            raise RuntimeError(f"expected {len(neurons)} neurons to stay, got {layer.weight.shape[0]}")
+        if layer.weight.shape[0] != len(neurons):  # half was removed, so as many remain
+            raise RuntimeError(f"expected {len(neurons)} neurons to remain, got {layer.weight.shape[0]}")
     torch.testing.assert_close(model(samples), expected, rtol=1e-4, atol=1e-5)
 
 

@@ -1,4 +1,4 @@
-"""One thread against several."""
+"""One thread compared with several."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ SHAPE = Shape(4096, 1000, 1024)
 def measure(settings: Settings) -> dict[str, Any]:
     """Time with one thread and with `settings.threads` (at least two), for this package and eager PyTorch.
 
-    torch.compile is left out: its code is made for the number of threads that it was compiled under.
+    torch.compile is left out, because its code is generated for a number of threads.
     """
     shape, several = SHAPE.at(settings), max(2, settings.threads)
     results = {}

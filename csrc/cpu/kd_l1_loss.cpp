@@ -65,7 +65,7 @@ struct Schedule {
     template <class T>
     void size_scratch() {
         kept_bytes = round_up_to_line(kept_places<T>(job.classes) * int64_t(sizeof(T)));
-        kept_streams = choose_exp_reuse(job) == ExpReuse::separate ? 3 : 2;
+        kept_streams = choose_exp_reuse(job) == ExpReuse::separate || job.standardize_logits ? 3 : 2;
         const bool mixes = job.divergence == Divergence::jsd, rereads = job.standardize_logits || mixes;
         const int64_t of_chunk = chunk_classes(job.classes);
         logits_bytes = rereads ? of_chunk * int64_t(sizeof(T)) : 0;
@@ -290,8 +290,18 @@ void set_reading_kernels(RowKernels<T>& kernels) {
     }
 }
 
-template <class T, class Element, Distillation distillation, CrossEntropy cross_entropy>
-constexpr auto write_gradient_of = write_gradient<T, Element, LossForm<distillation, cross_entropy, false>>;
+// A term of weight 0 has no gradient, rather than 0 times a gradient that may be infinite.
+template <class T, class Element, Distillation distillation>
+auto write_gradient_of(const KdL1Loss& job) {
+    // add_projection has made the power that standardized logits add.
+    const bool standardized = distillation != Distillation::none && job.standardize_logits;
+    if ((!job.labels || job.alpha == 1) && !standardized) return write_gradient<T, Element, distillation, -1>;
+    if constexpr (sizeof(T) == 4) {
+        if (choose_exp_reuse(job) == ExpReuse::square) return write_gradient<T, Element, distillation, 1>;
+        if (choose_exp_reuse(job) == ExpReuse::fourth) return write_gradient<T, Element, distillation, 2>;
+    }
+    return write_gradient<T, Element, distillation, 0>;
+}
 
 template <class Traits>
 RowKernels<typename Traits::T> row_kernels(const KdL1Loss& job, Traits) {
@@ -330,14 +340,11 @@ RowKernels<typename Traits::T> row_kernels(const KdL1Loss& job, Traits) {
     }
     if constexpr (Form::distillation == Distillation::mixture) kernels.mix = mix_chunk<T, Form::standardized>;
 
-    // A term of weight 0 has no gradient, rather than 0 times a gradient that may be infinite.
+    // jsd has replaced the teacher's exponentials by weights like those of reverse_kl.
     constexpr Distillation side =
         Form::distillation == Distillation::mixture ? Distillation::reverse : Form::distillation;
-    constexpr CrossEntropy labels =
-        Form::cross_entropy == CrossEntropy::absent ? CrossEntropy::absent : CrossEntropy::power;
-    kernels.write_gradient = write_gradient_of<T, Element, side, labels>;
-    if (job.alpha == 0) kernels.write_gradient = write_gradient_of<T, Element, Distillation::none, labels>;
-    if (job.alpha == 1) kernels.write_gradient = write_gradient_of<T, Element, side, CrossEntropy::absent>;
+    kernels.write_gradient = job.alpha == 0 ? write_gradient_of<T, Element, Distillation::none>(job)
+                                            : write_gradient_of<T, Element, side>(job);
     if constexpr (sizeof(T) == 8) {
         if (student == ElementType::float32) kernels.convert_gradient = convert_gradient<float>;
         if (student == ElementType::bfloat16) kernels.convert_gradient = convert_gradient<BFloat16>;

@@ -29,16 +29,16 @@ struct RowKernels {
     ReadChunk<T> read_student, read_teacher;        // as `exponentiate` wants its logits
     ReadChunk<T> convert_student, convert_teacher;  // to T
     T (*highest_of)(const void* logits, Chunk, int64_t places);
-    Highest<T> (*exponentiate[2])(const void* student, const void* teacher, RowBuffers<T>, Chunk, LogitScale<T>,
-                                  NextLogits, ChunkSums&);
+    Highest<T> (*exponentiate[2])(const void* student, const void* teacher, const RowBuffers<T>&, const Chunk&,
+                                  const LogitScale<T>&, const NextLogits&, ChunkSums&);
     void (*mix)(const void* student, const void* teacher, RowBuffers<T>, Chunk, LogitScale<T>, MixtureScale<T>,
                 MixtureSums&);
-    void (*write_gradient)(RowBuffers<T>, Chunk, ChunkGradient<T>);
+    void (*write_gradient)(RowBuffers<T>, Chunk, const ChunkGradient<T>&);
     // Converts what `write_gradient` wrote, if it is of another type than the student's; otherwise absent.
     void (*convert_gradient)(const T* from, int64_t count, void* to);
     // Replaces `write_gradient` if `exponentiate` does not keep what it computes; otherwise absent.
     void (*recompute_gradient[2])(const void* student, const void* teacher, Chunk, LogitScale<T>, const ChunkSums&,
-                                  ChunkGradient<T>);
+                                  const ChunkGradient<T>&);
 };
 
 // Places of a thread's buffer of exponentials.
@@ -57,7 +57,8 @@ struct RowTerms {
 struct RowState {
     double student_to_nats, teacher_to_nats;  // 1 / T, for standardized logits also divided by the row's deviation
     Moments student;
-    ChunkSums sums;
+    const ChunkSums* sums;  // of the row
+    ChunkSums merged;       // if it has several chunks
     MixtureSums mixture;
     RowGradient gradient;
 };
@@ -259,11 +260,9 @@ class LogitsRows {
     }
 
     KDDP_NOINLINE void merge_sums(const ChunkSums* sums, int64_t chunks, RowState& state) const {
-        ChunkSums& row = state.sums;
-        if (chunks == 1) {
-            row = sums[0];
-            return;
-        }
+        state.sums = sums;
+        if (chunks == 1) return;
+        ChunkSums& row = state.merged;
         row = {};
         row.student_reference = row.teacher_reference = row.highest = -infinity<double>;
         for (int64_t k = 0; k < chunks; ++k) {
@@ -271,12 +270,13 @@ class LogitsRows {
             row.teacher_reference = std::max(row.teacher_reference, sums[k].teacher_reference);
             row.highest = std::max(row.highest, sums[k].highest);
         }
+        state.sums = &row;
         const GradientForm form = gradient_form(params_.divergence);
         for (int64_t k = 0; k < chunks; ++k) merge(sums[k], rebased(sums[k], state), form, row);
     }
 
     Rebase rebased(const ChunkSums& chunk, const RowState& state) const {
-        return rebase(chunk, state.sums, state.student_to_nats, state.teacher_to_nats);
+        return rebase(chunk, *state.sums, state.student_to_nats, state.teacher_to_nats);
     }
 
     KDDP_NOINLINE MixtureSums mix(int64_t row, int64_t k, const RowState& state, const ChunkSums& of_chunk,
@@ -287,14 +287,14 @@ class LogitsRows {
         if (!kept_) exponentiate(row, k, state, buffers, unused);
         const Logits logits = read(row, chunk, scratch.logits);
         const Rebase by = rebased(of_chunk, state);
-        const T student_probability = T(by.student_factor / state.sums.student);
-        const T teacher_probability = T(by.teacher_factor / state.sums.teacher);
+        const T student_probability = T(by.student_factor / state.sums->student);
+        const T teacher_probability = T(by.teacher_factor / state.sums->teacher);
         // From the rounded probabilities: a rounding shared by all classes would not average out.
         const double log_ratio = std::log2(double(teacher_probability) / double(student_probability)) +
                                  (by.student_tempered - by.teacher_tempered) * log2_e;
         MixtureSums sums;
         kernels_.mix(logits.student, logits.teacher, buffers, chunk, scale_of(state),
-                     {T(state.sums.student_reference), T(state.sums.teacher_reference), student_probability,
+                     {T(state.sums->student_reference), T(state.sums->teacher_reference), student_probability,
                       teacher_probability, T(log_ratio), T(1 - job_.jsd_beta), T(job_.jsd_beta)},
                      sums);
         return sums;
@@ -315,13 +315,13 @@ class LogitsRows {
         if (label >= 0) {
             label_logit = logit(job_.student, kernels_.convert_student, row, label);
             if (excludes_label())
-                target = {(label_logit - state.sums.student_reference) * state.student_to_nats,
-                          (logit(job_.teacher, kernels_.convert_teacher, row, label) - state.sums.teacher_reference) *
+                target = {(label_logit - state.sums->student_reference) * state.student_to_nats,
+                          (logit(job_.teacher, kernels_.convert_teacher, row, label) - state.sums->teacher_reference) *
                               state.teacher_to_nats};
         }
         const RowValues values =
-            finish_row(params_, state.sums, state.mixture, state.student, target, label_logit, state.gradient);
-        const bool highest = label >= 0 && label_logit >= state.sums.highest;
+            finish_row(params_, *state.sums, state.mixture, state.student, target, label_logit, state.gradient);
+        const bool highest = label >= 0 && label_logit >= state.sums->highest;
         return {values.kd, values.ce, double(highest && !appears_before(row, label, T(label_logit)))};
     }
 
@@ -348,7 +348,8 @@ class LogitsRows {
         const Chunk chunk = chunk_of(row, k);
         const RowBuffers<T> buffers = buffers_of(k, scratch);
         const LogitScale<T> scale = scale_of(state);
-        ChunkGradient<T> of = coefficients(row, chunk, sums, state);
+        ChunkGradient<T> of;
+        set_coefficients(row, chunk, sums, state, of);
         if (const auto recompute = kernels_.recompute_gradient[shifts(sums, scale)]) {
             const Logits logits = read(row, chunk, buffers);
             recompute(logits.student, logits.teacher, chunk, scale, sums, of);
@@ -359,11 +360,14 @@ class LogitsRows {
             mix(row, k, state, sums, scratch);
         else if (!kept_)
             exponentiate(row, k, state, buffers, unused);
-        if (params_.standardize) {
+        of.powers = exp_reuse_ == ExpReuse::separate || params_.standardize ? buffers.untempered : buffers.student;
+        if (params_.standardize && job_.alpha != 0) {
             const char* from = element(job_.student, row, chunk.start);
-            of.logits = static_cast<const T*>(kernels_.convert_student(from, chunk, scratch.logits.student));
+            const void* logits = kernels_.convert_student(from, chunk, scratch.logits.student);
+            add_projection(static_cast<const T*>(logits), buffers.untempered, chunk, of.untempered,
+                           T(state.gradient.projection), T(state.student.mean));
+            of.untempered = 1;
         }
-        of.power_base = exp_reuse_ == ExpReuse::separate ? buffers.untempered : buffers.student;
         if (!kernels_.convert_gradient) return kernels_.write_gradient(buffers, chunk, of);
         T* in_place = buffers.student + chunk.head;
         of.target = in_place;
@@ -373,26 +377,26 @@ class LogitsRows {
     }
 
     // The coefficients of the row's gradient, rescaled to the references of a chunk.
-    ChunkGradient<T> coefficients(int64_t row, Chunk chunk, const ChunkSums& sums, const RowState& state) const {
+    void set_coefficients(int64_t row, Chunk chunk, const ChunkSums& sums, const RowState& state,
+                          ChunkGradient<T>& to) const {
         const RowGradient& of = state.gradient;
-        const Rebase by = rebased(sums, state);
-        double second = of.second;
-        if (!weighted()) second *= by.teacher_factor;
-        if (weighted() && !mixes() && of.first != 0) second += by.student_tempered - by.teacher_tempered;
+        double first = of.first, second = of.second, untempered = of.untempered;
+        if (&sums != state.sums) {
+            const Rebase by = rebased(sums, state);
+            first *= by.student_factor;
+            untempered *= by.untempered_factor;
+            if (!weighted()) second *= by.teacher_factor;
+            if (weighted() && !mixes() && first != 0) second += by.student_tempered - by.teacher_tempered;
+        }
         const int64_t label = label_of(row) - chunk.start;
-        ChunkGradient<T> to{};
-        to.first = T(of.first * by.student_factor);
+        to.first = T(first);
         to.second = T(second);
-        to.untempered = T(of.untempered * by.untempered_factor);
+        to.untempered = T(untempered);
         to.constant = T(of.constant);
         to.label = T(of.label);
-        to.projection = T(of.projection);
-        to.mean = T(state.student.mean);
         to.label_place = label >= 0 && label < chunk.count && of.label != 0 ? chunk.head + label : -1;
-        to.squarings = squarings();
         to.target = gradient(row, chunk.start);
         to.past_caches = past_caches_;
-        return to;
     }
 
     const KdL1Loss& job_;

@@ -27,12 +27,6 @@
 #define KDDP_VECTOR_BYTES 16
 #endif
 
-#if defined(__has_builtin)
-#if __has_builtin(__builtin_shufflevector)
-#define KDDP_HAS_SHUFFLEVECTOR 1
-#endif
-#endif
-
 // For the bodies of loops, lambdas included.
 #define KDDP_ALWAYS_INLINE __attribute__((always_inline))
 
@@ -161,24 +155,6 @@ inline T maximum_of_lanes(Vector<T> v) {
     return fold_lanes<T>(v, [](auto a, auto b) { return a > b ? a : b; });
 }
 
-// A sum of vectors in double precision.
-template <class T>
-struct DoubleSum {
-    Vector<double> sum{};
-
-    DoubleSum& operator+=(Vector<T> v) {
-        if constexpr (sizeof(T) == sizeof(double)) {
-            sum += v;
-        } else {
-            typename VectorOf<T, KDDP_VECTOR_BYTES / 2>::Type half[2];
-            std::memcpy(half, &v, sizeof v);
-            sum += __builtin_convertvector(half[0], Vector<double>) + __builtin_convertvector(half[1], Vector<double>);
-        }
-        return *this;
-    }
-    double of_lanes() const { return sum_of_lanes<double>(sum); }
-};
-
 #if defined(__AVX512F__)
 inline Vector<float> nearest_integer(Vector<float> x) {
     return (Vector<float>)_mm512_maskz_roundscale_ps(0xffff, (__m512)x, 0);
@@ -298,23 +274,32 @@ inline void widen(Vector<double> v, Vector<double>& low, Vector<double>& high) {
     high = Vector<double>{};
 }
 
-// Intrinsics, because GCC compiles the conversion to 64 bytes to four instructions and splits a vector through memory.
 inline void widen(Vector<float> v, Vector<double>& low, Vector<double>& high) {
-    VectorOf<float, KDDP_VECTOR_BYTES / 2>::Type half[2];
-#if defined(__AVX512F__) && KDDP_HAS_SHUFFLEVECTOR
-    half[0] = __builtin_shufflevector(v, v, 0, 1, 2, 3, 4, 5, 6, 7);
-    half[1] = __builtin_shufflevector(v, v, 8, 9, 10, 11, 12, 13, 14, 15);
-#else
-    std::memcpy(half, &v, sizeof v);
-#endif
 #if defined(__AVX512F__)
-    low = (Vector<double>)_mm512_maskz_cvtps_pd(0xff, (__m256)half[0]);
-    high = (Vector<double>)_mm512_maskz_cvtps_pd(0xff, (__m256)half[1]);
+    // Intrinsics, because GCC compiles the conversion to four instructions and splits the vector through memory.
+    low = (Vector<double>)_mm512_maskz_cvtps_pd(0xff, _mm512_castps512_ps256((__m512)v));
+    high = (Vector<double>)_mm512_maskz_cvtps_pd(0xff, _mm512_maskz_extractf32x8_ps(0xff, (__m512)v, 1));
 #else
+    VectorOf<float, KDDP_VECTOR_BYTES / 2>::Type half[2];
+    std::memcpy(half, &v, sizeof v);
     low = __builtin_convertvector(half[0], Vector<double>);
     high = __builtin_convertvector(half[1], Vector<double>);
 #endif
 }
+
+// A sum of vectors in double precision.
+template <class T>
+struct DoubleSum {
+    Vector<double> sum{};
+
+    DoubleSum& operator+=(Vector<T> v) {
+        Vector<double> low, high;
+        widen(v, low, high);
+        sum += low + high;
+        return *this;
+    }
+    double of_lanes() const { return sum_of_lanes<double>(sum); }
+};
 
 // Memory
 
@@ -549,15 +534,8 @@ inline void write_pair<float, BFloat16>(BFloat16* to, VectorPair<float> v, bool 
     const __m512i elements = _mm512_maskz_permutexvar_epi16(~__mmask32(0), _mm512_load_si512(interleaved), halves);
     if (!past_caches) return _mm512_storeu_si512(to, elements);
     // Only halves are known to be aligned.
-    __m256i half[2];
-#if KDDP_HAS_SHUFFLEVECTOR
-    half[0] = (__m256i)__builtin_shufflevector(elements, elements, 0, 1, 2, 3);
-    half[1] = (__m256i)__builtin_shufflevector(elements, elements, 4, 5, 6, 7);
-#else
-    std::memcpy(half, &elements, sizeof elements);
-#endif
-    _mm256_stream_si256((__m256i*)to, half[0]);
-    _mm256_stream_si256((__m256i*)(to + 16), half[1]);
+    _mm256_stream_si256((__m256i*)to, _mm512_castsi512_si256(elements));
+    _mm256_stream_si256((__m256i*)(to + 16), _mm512_maskz_extracti64x4_epi64(0xff, elements, 1));
 }
 #endif
 

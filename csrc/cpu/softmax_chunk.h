@@ -256,8 +256,13 @@ struct Highest {
 // Sums the exponentials of a chunk around the references in `result`. With `keep`, stores them in the buffers, from
 // which write_gradient makes the gradient. Returns the highest logits.
 template <class T, class Element, class Form, bool shifted, bool keep>
-Highest<T> exponentiate_chunk(const void* student_logits, const void* teacher_logits, RowBuffers<T> buffers,
-                              Chunk chunk, LogitScale<T> scale, NextLogits next, ChunkSums& result) {
+Highest<T> exponentiate_chunk(const void* student_logits, const void* teacher_logits, const RowBuffers<T>& to,
+                              const Chunk& chunk, const LogitScale<T>& factors, const NextLogits& then,
+                              ChunkSums& result) {
+    // Copies, which no store can alias.
+    const RowBuffers<T> buffers = to;
+    const LogitScale<T> scale = factors;
+    NextLogits next = then;
     constexpr bool pairs = !keep && has_pairs<T, Element>, standardized = Form::standardized;
     const Element* student = static_cast<const Element*>(student_logits);
     const Element* teacher = static_cast<const Element*>(teacher_logits);
@@ -375,25 +380,27 @@ void mix_chunk(const void* student_logits, const void* teacher_logits, RowBuffer
 // The coefficients of RowGradient for one chunk, and where its gradient goes.
 template <class T>
 struct ChunkGradient {
-    T first, second, untempered, constant, label, projection;
-    T mean;               // of the row's student logits, used with a projection
-    const T* logits;      // the chunk's student logits, used with a projection; otherwise absent
+    T first, second, untempered, constant, label;
     int64_t label_place;  // of the label in this chunk; otherwise below 0
-    int squarings;        // of the exponentials in `power_base` to get e^(s - r_s)
-    const T* power_base;
-    void* target;  // of the chunk's first class
+    const T* powers;      // exponentials to square for e^(s - r_s)
+    void* target;         // of the chunk's first class
     bool past_caches;
+
+    // A copy that no store can alias, so that the compiler keeps it in registers. Copied field by field: a wide load of
+    // fields that were just stored would stall.
+    ChunkGradient copy() const {
+        return {first, second, untempered, constant, label, label_place, powers, target, past_caches};
+    }
 };
 
-template <class T, class Form>
+template <class T, Distillation distillation, bool with_labels>
 KDDP_ALWAYS_INLINE inline Vector<T> gradient_vector(const Exponentials<T>& e, const ChunkGradient<T>& chunk) {
     constexpr GradientForm form =
-        Form::distillation == Distillation::forward ? GradientForm::difference : GradientForm::weighted;
+        distillation == Distillation::forward ? GradientForm::difference : GradientForm::weighted;
     Vector<T> gradient{};
-    if constexpr (Form::with_teacher)
+    if constexpr (distillation != Distillation::none)
         gradient = divergence_gradient<form>(e.student, e.other, chunk.first, chunk.second);
-    if constexpr (Form::cross_entropy != CrossEntropy::absent)
-        gradient += chunk.untempered * e.untempered - chunk.constant;
+    if constexpr (with_labels) gradient += chunk.untempered * e.untempered - chunk.constant;
     return gradient;
 }
 
@@ -428,21 +435,31 @@ KDDP_ALWAYS_INLINE inline void write_vectors(Chunk chunk, const ChunkGradient<T>
     }
 }
 
-// Writes the gradient of a chunk from the exponentials in the buffers.
-template <class T, class Element, class Form>
-void write_gradient(RowBuffers<T> buffers, Chunk chunk, ChunkGradient<T> of) {
-    const auto gradient = [&](int64_t i, int64_t first, int64_t last) KDDP_ALWAYS_INLINE {
+// Standardized logits only: replaces e^(s - r_s) by everything that is added to the divergence's gradient but for the
+// constant. That is untempered * e^(s - r_s) - projection * (s - mean); a term with coefficient 0 is left out.
+template <class T>
+void add_projection(const T* logits, T* exponentials, Chunk chunk, T untempered, T projection, T mean) {
+    for_each_vector<T>(chunk, [&](int64_t i, int64_t first, int64_t last) KDDP_ALWAYS_INLINE {
+        Vector<T> sum{};
+        if (untempered != 0) sum = untempered * load<T>(exponentials + i);
+        if (projection != 0) sum -= projection * (load_logits<T>(logits + i, first, last) - mean);
+        store<T>(exponentials + i, sum);
+    });
+}
+
+// Writes the gradient of a chunk from the exponentials in the buffers. e^(s - r_s) takes `squarings`, and is not added
+// if they are negative.
+template <class T, class Element, Distillation distillation, int squarings>
+void write_gradient(RowBuffers<T> buffers, Chunk chunk, const ChunkGradient<T>& coefficients) {
+    const ChunkGradient<T> of = coefficients.copy();
+    const auto gradient = [&](int64_t i, int64_t, int64_t) KDDP_ALWAYS_INLINE {
         Exponentials<T> e;
-        if constexpr (Form::with_teacher) {
+        if constexpr (distillation != Distillation::none) {
             e.student = load<T>(buffers.student + i);
             e.other = load<T>(buffers.teacher + i);
         }
-        if constexpr (Form::cross_entropy != CrossEntropy::absent)
-            e.untempered = power_of<T>(load<T>(of.power_base + i), of.squarings);
-        Vector<T> v = gradient_vector<T, Form>(e, of);
-        if (Form::with_teacher && of.logits)
-            v -= of.projection * (load_logits<T>(of.logits + i, first, last) - of.mean);
-        return v;
+        if constexpr (squarings >= 0) e.untempered = power_of<T>(load<T>(of.powers + i), squarings);
+        return gradient_vector<T, distillation, squarings >= 0>(e, of);
     };
     write_vectors<T, Element, false>(chunk, of, gradient, [](int64_t) { return VectorPair<T>{}; });
 }
@@ -456,13 +473,15 @@ void convert_gradient(const double* from, int64_t count, void* to) {
 // Writes the gradient of a chunk from its logits, exponentiated again around `references`.
 template <class T, class Element, class Form, bool shifted>
 void recompute_gradient(const void* student_logits, const void* teacher_logits, Chunk chunk, LogitScale<T> scale,
-                        const ChunkSums& references, ChunkGradient<T> of) {
+                        const ChunkSums& references, const ChunkGradient<T>& coefficients) {
+    const ChunkGradient<T> of = coefficients.copy();
     const Element* student = static_cast<const Element*>(student_logits);
     const Element* teacher = static_cast<const Element*>(teacher_logits);
     const Origin<T> origin = origin_of<T>(references, scale);
     const auto gradient_of = [&](Vector<T> s, Vector<T> t) KDDP_ALWAYS_INLINE {
         ExponentialSums<T, false> unused;
-        return gradient_vector<T, Form>(exponentiate<T, Form, shifted>(s, t, origin, scale, unused), of);
+        return gradient_vector<T, Form::distillation, Form::cross_entropy != CrossEntropy::absent>(
+            exponentiate<T, Form, shifted>(s, t, origin, scale, unused), of);
     };
     const auto gradient = [&](int64_t i, int64_t first, int64_t last) KDDP_ALWAYS_INLINE {
         Vector<T> t{};

@@ -1,8 +1,8 @@
-"""Links out of docs/ in the site: to files of the root that have a page there, and to source files.
+"""Rewrites links that leave docs/ for the site, which contains only docs/.
 
-In the Markdown files links are relative, so that a code host follows them. The site holds docs/ alone. A file of the
-root that `ROOT_PAGES` names becomes a page of the site; every other file is linked on the code host where mkdocs.yml
-has a `repo_url`, and else named. A link to what is not there is a warning, which fails the build.
+Links in the Markdown files are relative, so that they work on a code host. In the site, the files in `ROOT_PAGES` are
+pages. A link to another file becomes a link to the code host if mkdocs.yml has a `repo_url`, else the file's name. A
+broken link is a warning, which fails the build.
 """
 
 from __future__ import annotations
@@ -14,10 +14,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-# Files of the repository's root, and the pages that they become.
+# Files in the repository's root and their pages.
 ROOT_PAGES = {"CONTRIBUTING.md": "contributing.md", "CHANGELOG.md": "changelog.md"}
 
-# Fenced blocks and what stands between backticks are passed over; a link may be broken over lines.
+# Skips fenced blocks and code between backticks. The text of a link may contain a line break.
 _LINK = re.compile(
     r"^ {0,3}(?P<fence>```+|~~~+).*?^ {0,3}(?P=fence)[^\n]*$"
     r"|`[^`\n]+`"
@@ -31,15 +31,15 @@ logger = logging.getLogger("mkdocs.hooks.repository_links")
 def rewrite(
     text: str, source: str, page: str, root: Path, repo_url: str | None, warn: Callable[[str], None] = logger.warning
 ) -> str:
-    """The Markdown `text` with its links out of docs/ made links of the site.
+    """Return the Markdown `text` with links that work in the site.
 
     Args:
         text: the Markdown of a page.
-        source: the file it is from, relative to the repository's root, such as "docs/pruning.md".
-        page: the page that it becomes, relative to docs/.
+        source: its file, relative to the repository's root, such as "docs/pruning.md".
+        page: its page, relative to docs/.
         root: the repository's root.
-        repo_url: address of the repository on a code host, None where there is none.
-        warn: is told of links to what does not exist.
+        repo_url: address of the repository on a code host, or None.
+        warn: called with a message for each broken link.
     """
     return _LINK.sub(lambda found: _rewritten(found, source, page, root, repo_url, warn), text)
 
@@ -66,7 +66,7 @@ def _rewritten(
 
 
 def on_files(files: Any, config: Any) -> Any:
-    """Add the root's pages."""
+    """Add the pages in `ROOT_PAGES`."""
     from mkdocs.structure.files import File
 
     root = Path(config.config_file_path).parent

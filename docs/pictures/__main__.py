@@ -1,6 +1,6 @@
 """Draws the documentation's diagrams into docs/images: `python docs/pictures --run runs/digits`.
 
-Without --run, the picture that needs a run's figures is left as it is.
+Without --run, the picture of a run is not drawn again.
 """
 
 from __future__ import annotations
@@ -20,7 +20,9 @@ def main() -> None:
     """Draw all pictures."""
     parser = argparse.ArgumentParser(prog="python docs/pictures", description=__doc__.splitlines()[0])
     parser.add_argument("--run", type=Path, metavar="DIR", help="the folder of a finished `kddp run`")
-    parser.add_argument("--folder", type=Path, default=IMAGES, metavar="DIR", help="where to (default docs/images)")
+    parser.add_argument(
+        "--folder", type=Path, default=IMAGES, metavar="DIR", help="where to write (default docs/images)"
+    )
     parser.add_argument("--format", choices=("svg", "png"), default="svg", help="default svg")
     arguments = parser.parse_args()
     pictures = {"training-step": training_step.draw(), "compaction": compaction.draw()}

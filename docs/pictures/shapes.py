@@ -1,4 +1,4 @@
-"""What the diagrams are drawn with: a canvas in its own units, boxes, bent arrows, matrices of cells."""
+"""The elements of the diagrams: a canvas with its own units, boxes, arrows, matrices of cells."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _INCHES = 0.63  # of one unit
 
 
 def canvas(width: float, height: float) -> tuple[Figure, Axes]:
-    """An empty white sheet of so many units."""
+    """An empty white sheet of the given size in units."""
     figure = Figure(figsize=(width * _INCHES, height * _INCHES), facecolor="white")
     axes = figure.add_axes((0, 0, 1, 1))
     axes.set_xlim(0, width)
@@ -29,7 +29,7 @@ def canvas(width: float, height: float) -> tuple[Figure, Axes]:
 
 
 def save(figure: Figure, path: Path) -> None:
-    """Write a picture, the same bytes for the same drawing: as SVG with letters as outlines, or as PNG."""
+    """Write a picture as SVG with text as outlines, or as PNG; the same drawing gives the same bytes."""
     content = io.BytesIO()
     settings = {"svg.hashsalt": path.stem, "svg.fonttype": "path"}
     with matplotlib.rc_context(settings):
@@ -88,7 +88,7 @@ def matrix(
     gone_rows: Collection[int] = (),
     gone_columns: Collection[int] = (),
 ) -> None:
-    """Cells from (x, top) rightwards and down, a row and a column for each number given; what goes is crossed out."""
+    """Cells from (x, top) to the right and down, one for each row and column given; removed ones are hatched."""
     for i, row in enumerate(rows):
         for j, column in enumerate(columns):
             gone = row in gone_rows or column in gone_columns
@@ -108,7 +108,7 @@ def matrix(
 
 
 def _tint(colour: str, row: int, column: int) -> str:
-    """A shade of `colour` that belongs to a place, so that what stays can be found again."""
+    """The shade of `colour` for a cell, so that a remaining cell can be recognised."""
     share = 0.25 + 0.5 * ((row * 7 + column * 11) % 13) / 12
     red, green, blue = (int(colour[i : i + 2], 16) for i in (1, 3, 5))
     return "#" + "".join(f"{round(255 - share * (255 - value)):02x}" for value in (red, green, blue))

@@ -1,4 +1,4 @@
-"""One training step: what flows from the images to the loss, and back, and into what prunes."""
+"""One training step: from the images to the loss, back through the student, and into the pruner."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def _forward(axes: Axes) -> None:
     text(axes, 5.0, 6.95, "labels", fontsize=9, color=GREY)
     arrow(axes, [(6.8, 6.0), (9.0, 6.0)])
     arrow(axes, [(6.8, 4.08), (9.0, 4.08)])
-    # The tap.
+    # The hook.
     axes.plot([5.37], [3.88], marker="o", markersize=7, color=ORANGE, zorder=6)
     arrow(axes, [(5.37, 3.88), (5.37, 2.72), (9.0, 2.72)], ORANGE)
     text(axes, 7.2, 2.93, "pruner.activations a", fontsize=9, color=ORANGE)
@@ -71,7 +71,7 @@ def _pruning(axes: Axes) -> None:
     arrow(axes, [(10.95, 2.15), (10.95, 1.65)], RED)
     box(axes, 2.5, 0.7, 4.3, 0.95, "", RED)
     text(axes, 4.65, 1.38, "pruner.prune()", fontweight="bold", family="monospace")
-    text(axes, 4.65, 0.98, "now and then: which are inactive?", fontsize=9)
+    text(axes, 4.65, 0.98, "at each check: which are inactive?", fontsize=9)
     arrow(axes, [(8.05, 1.17), (6.8, 1.17)], RED)
     arrow(axes, [(3.4, 1.65), (3.4, 3.2)], RED, linewidth=2.4)
     text(axes, 3.28, 2.42, "smaller layers, gradients\nand optimizer state", fontsize=9, color=RED, ha="right")

@@ -1,4 +1,4 @@
-"""The width of a run's student over the epochs, beside what that costs in accuracy."""
+"""Width and validation accuracy of a run's student over the epochs."""
 
 from __future__ import annotations
 
@@ -35,8 +35,8 @@ def _epochs(path: Path) -> list[dict[str, Any]]:
 
 def _widths(axes: Axes, start: int, kddp: list[dict[str, Any]]) -> None:
     widths = [epoch["width"] for epoch in kddp]
-    axes.axhline(start, color=ORANGE, linewidth=1.6, linestyle="--", label="KD, as wide as it was made")
-    # An epoch trains at the width that the check before it left, and its line has the width after its own.
+    axes.axhline(start, color=ORANGE, linewidth=1.6, linestyle="--", label="KD, constant width")
+    # The line of an epoch has the width after its check; the epoch itself trained at the width before.
     axes.step(range(len(widths) + 1), [start, *widths], where="post", color=RED, linewidth=2.2, label="KDDP")
     axes.annotate(str(widths[-1]), (len(widths), widths[-1]), xytext=(0, 7), textcoords="offset points", ha="right",
                   color=RED, fontweight="bold")  # fmt: skip

@@ -1,6 +1,5 @@
-"""The benchmarks run, compare implementations that agree, and write what they promise. No time is asserted."""
+"""The benchmarks run, compare only implementations that agree, and write their tables. No time is asserted."""
 
-import contextlib
 import json
 import math
 import os
@@ -17,7 +16,7 @@ ROOT = Path(__file__).parents[2]
 
 @pytest.fixture(scope="module")
 def benchmarks():
-    """The package's modules; it lies in the source folder and is not installed."""
+    """The modules of benchmarks/, which is not installed."""
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(str(ROOT))
         from benchmarks import cases, disturbance, moved_bytes, timing
@@ -42,22 +41,20 @@ def benchmarks():
         )
 
 
-@pytest.mark.parametrize(
-    "name",
-    ["loss", "class-counts", "threads", "memory", "statistics", "divergences", "compaction", "pruning", "prune-step"],
-)
+NAMES = [
+    "loss", "class-counts", "threads", "memory", "statistics", "divergences", "compaction", "pruning", "prune-step",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("name", NAMES)
 def test_each_comparison_gives_tables_and_json(benchmarks, name):
+    assert list(benchmarks.comparisons) == NAMES
     comparison = benchmarks.comparisons[name]
     by_heap = dict.fromkeys(comparison.heaps, comparison.measure(benchmarks.settings))
     by_heap = json.loads(json.dumps(by_heap))
     for table in comparison.tables(by_heap):
         assert table.rows
         assert {len(row) for row in table.rows} == {len(table.columns)}
-
-
-def test_every_comparison_is_tested(benchmarks):
-    marks = test_each_comparison_gives_tables_and_json.pytestmark
-    assert list(benchmarks.comparisons) == marks[0].args[1]
 
 
 def test_the_command_writes_json_markdown_and_a_picture(tmp_path):
@@ -77,7 +74,7 @@ def test_the_command_writes_json_markdown_and_a_picture(tmp_path):
     assert "old" not in text
 
 
-def test_a_comparison_of_different_formulas_is_refused(benchmarks):
+def test_implementations_that_disagree_are_refused(benchmarks):
     cases = benchmarks.cases
     inputs = cases.make_inputs(cases.Shape(8, 10, 4))
     losses = {"eager": cases.fused, "wrong": lambda i: cases.fused(i, label_smoothing=0.1)}
@@ -85,7 +82,7 @@ def test_a_comparison_of_different_formulas_is_refused(benchmarks):
         cases.require_agreement(losses, inputs)
 
 
-def test_bytes_of_a_shape(benchmarks):
+def test_the_bytes_of_a_shape(benchmarks):
     shape = benchmarks.cases.Shape(2, 3, 5, torch.bfloat16)
     assert benchmarks.moved_bytes.needed_bytes(shape) == 2 * (3 * 2 * 3 + 2 * 2 * 5)
     assert benchmarks.moved_bytes.gradient_bytes(shape) == 2 * (2 * 3 + 2 * 5)
@@ -103,24 +100,18 @@ def test_the_peak_of_a_steps_memory(benchmarks):
     assert benchmarks.memory._peak_bytes(step, inputs) == 6000
 
 
-def test_a_ratio_is_made_within_a_round(benchmarks):
-    # The machine got slower by ten in the last round; the ratio of each round is 2.
+def test_a_ratio_is_computed_within_a_round(benchmarks):
+    # The machine is ten times slower in the last round; the ratio of each round is 2.
     rounds = benchmarks.timing.Rounds({"a": [2.0, 4.0, 20.0], "b": [1.0, 2.0, 10.0]})
     assert rounds.ratio("a", base="b") == (2.0, 2.0, 2.0)
 
 
 @pytest.fixture
 def patient(benchmarks, monkeypatch):
-    """Settings of a run that repeats disturbed rounds, without waiting between them."""
+    """Settings with which disturbed rounds are repeated, without a pause between them."""
     monkeypatch.setattr(benchmarks.timing, "PAUSE", 0)
     monkeypatch.setattr(benchmarks.disturbance, "LIMIT", math.inf)
     return benchmarks.settings._replace(smoke=False)
-
-
-def test_contenders_rotate(benchmarks, patient):
-    seen = []
-    benchmarks.timing._rounds(seen.append, list("abc"), patient._replace(rounds=4))
-    assert "".join(seen) == "abcbcacababc"
 
 
 def test_disturbed_rounds_are_repeated_while_patience_lasts(benchmarks, patient, monkeypatch):
@@ -138,7 +129,7 @@ def test_disturbed_rounds_are_repeated_while_patience_lasts(benchmarks, patient,
     assert benchmarks.disturbance.summary(results) == "Rounds disturbed by other processes: loss 1 of 2."
 
 
-def test_without_a_gpu_the_command_says_so_and_does_nothing(tmp_path):
+def test_without_a_gpu_the_command_says_so(tmp_path):
     command = [sys.executable, "-m", "benchmarks", "--device", "cuda", "--json", str(tmp_path / "figures.json")]
     hidden = {**os.environ, "CUDA_VISIBLE_DEVICES": ""}
     ended = subprocess.run(command, cwd=ROOT, env=hidden, capture_output=True, text=True)
@@ -149,7 +140,7 @@ def test_without_a_gpu_the_command_says_so_and_does_nothing(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-def test_why_a_gpu_cannot_be_measured(benchmarks, monkeypatch):
+def test_the_reason_why_a_gpu_cannot_be_measured(benchmarks, monkeypatch):
     device = benchmarks.device
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(device.kddp_ext, "build_info", lambda: {"cuda": False})
@@ -166,7 +157,7 @@ def test_why_a_gpu_cannot_be_measured(benchmarks, monkeypatch):
 
 
 class FakeCuda:
-    """Stands in for torch.cuda: milliseconds pass where a test says so, and what is called is noted."""
+    """A fake torch.cuda whose clock the test moves."""
 
     def __init__(self, monkeypatch):
         self.now = self.synchronized = 0.0
@@ -209,7 +200,7 @@ def test_events_time_each_call_with_cold_caches(benchmarks, monkeypatch):
     clock._flushed.fill_(1)
 
     def step():
-        assert not clock._flushed.any()  # it has been written since the last call
+        assert not clock._flushed.any()  # written since the last call
         clock._flushed.fill_(1)
         cuda.now += next(milliseconds)
 
@@ -217,23 +208,7 @@ def test_events_time_each_call_with_cold_caches(benchmarks, monkeypatch):
     assert cuda.calls == ["synchronize"]
 
 
-def test_the_wall_clock_waits_for_the_device(benchmarks, monkeypatch):
-    now, waited = [0.0], []
-    monkeypatch.setattr(benchmarks.clocks.time, "perf_counter", lambda: now[0])
-
-    def wait():
-        waited.append(now[0])
-        now[0] += 10
-
-    def step():
-        now[0] += 2
-
-    assert benchmarks.clocks.WallClock(wait).seconds(step, 5) == (5 * 2 + 10) / 5
-    assert waited == [0, 20]
-
-
-def test_turns_on_a_gpu(benchmarks):
-    """A contender gets as many calls as fill its share of the time, up to a limit."""
+def test_a_fast_step_gets_more_calls_on_a_gpu(benchmarks):
     seen = []
 
     class Clock:
@@ -247,61 +222,16 @@ def test_turns_on_a_gpu(benchmarks):
     assert seen[4:] == [("slow", 4), ("fast", 200), ("fast", 200), ("slow", 4)]
 
 
-def test_a_captured_step_has_been_warmed_up_on_the_stream_of_its_capture(benchmarks, monkeypatch):
-    calls, streams = [], ["default"]
-
-    class Stream:
-        def wait_stream(self, other):
-            calls.append("wait")
-
-    class Graph:
-        def replay(self):
-            calls.append("replay")
-
-    @contextlib.contextmanager
-    def on(what, stream):
-        streams.append(what)
-        yield
-        streams.pop()
-
-    side = Stream()
-    monkeypatch.setattr(torch.cuda, "Stream", lambda: side)
-    monkeypatch.setattr(torch.cuda, "current_stream", Stream)
-    monkeypatch.setattr(torch.cuda, "stream", lambda stream: on("side" if stream is side else "?", stream))
-    monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
-    monkeypatch.setattr(torch.cuda, "graph", lambda graph, stream: on("capture" if stream is side else "?", stream))
-    replay = benchmarks.device.captured(lambda: calls.append(streams[-1]))
-    assert calls == ["wait", "side", "side", "side", "wait", "capture"]
-    replay()
-    assert calls[-1] == "replay"
-
-
-def test_the_peak_of_a_step_on_a_gpu(benchmarks, monkeypatch):
-    FakeCuda(monkeypatch)
-    inputs = benchmarks.cases.make_inputs(benchmarks.cases.Shape(2, 3, 0))
-    inputs.student.grad = torch.zeros(2, 3)
-    allocated = {"now": 100, "peak": 1000}
-    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda: allocated["now"])
-    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda: allocated["peak"])
-    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda: allocated.update(peak=allocated["now"]))
-
-    def step():
-        assert inputs.student.grad is None
-        allocated.update(peak=164)
-
-    assert benchmarks.device.peak_bytes(step, inputs) == 64
-
-
 @pytest.fixture
 def stand_in(benchmarks):
-    """A device that is the CPU, whose captured steps are the steps."""
+    """The CPU as a device; a captured step is the step itself."""
     clock = benchmarks.clocks.WallClock(lambda: None)
     return benchmarks.device.Device("cpu", clock, clock, benchmarks.memory._peak_bytes, lambda step: step)
 
 
 @pytest.fixture
 def liger(monkeypatch):
-    """A module with Liger's names: PyTorch's losses, of which the cross entropy destroys its input as Liger's does."""
+    """A fake Liger with PyTorch's losses; its cross entropy overwrites its input as Liger's does."""
 
     class CrossEntropy(torch.nn.CrossEntropyLoss):
         def forward(self, logits, labels):
@@ -315,7 +245,7 @@ def liger(monkeypatch):
     return module
 
 
-def test_everything_that_a_gpu_is_to_run_runs_on_the_cpu(benchmarks, stand_in, liger, monkeypatch, tmp_path, capsys):
+def test_the_gpu_benchmark_runs_on_the_cpu_with_fakes(benchmarks, stand_in, liger, monkeypatch, tmp_path, capsys):
     FakeCuda(monkeypatch)
     files = SimpleNamespace(
         only=["loss", "compaction"], json=str(tmp_path / "figures.json"), markdown=str(tmp_path / "tables.md")
@@ -338,7 +268,7 @@ def test_everything_that_a_gpu_is_to_run_runs_on_the_cpu(benchmarks, stand_in, l
     assert {line.count("|") for line in lines} == {12}
 
 
-def test_contenders_that_are_missing_say_why(benchmarks, stand_in, liger, monkeypatch):
+def test_missing_implementations_have_a_reason(benchmarks, stand_in, liger, monkeypatch):
     def refuse(step):
         raise RuntimeError("operation not permitted when stream is capturing")
 

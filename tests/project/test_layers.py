@@ -1,4 +1,4 @@
-"""Arrows between files point one way: the table of rooms in docs/architecture.md, held against every import."""
+"""Every import and include follows the table of layers in docs/architecture.md."""
 
 from __future__ import annotations
 
@@ -20,16 +20,16 @@ MODULES = {
 NATIVE = ("kddp_ext._core", "kddp_ext._cuda")
 
 
-def rows() -> list[str]:
-    """The names of the table in docs/architecture.md, from above to below and left to right."""
+def layers() -> list[str]:
+    """The names in the table, from top to bottom and from left to right."""
     text = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
     table = re.search(r"```\w*\nkddp_ext/\n((?:  .*\n)+)", text)
     assert table is not None
     return [name for line in table[1].splitlines() for name in re.split(r"\s{2,}", line.strip())[0].split(", ")]
 
 
-def room(module: str) -> str:
-    """The name that a module has in the table, or that of its folder."""
+def layer(module: str) -> str:
+    """The name of a module, or of its folder, in the table."""
     if module in NATIVE:
         return module.rpartition(".")[2]
     parts = MODULES[module].relative_to(PACKAGE).parts
@@ -42,7 +42,7 @@ def tree(module: str) -> ast.Module:
 
 
 def imported(node: ast.AST) -> Iterator[str]:
-    """The modules of this package that an import names."""
+    """The modules of this package that an import statement names."""
     if isinstance(node, ast.Import):
         yield from (alias.name for alias in node.names if alias.name.partition(".")[0] == "kddp_ext")
     elif isinstance(node, ast.ImportFrom):
@@ -54,12 +54,12 @@ def imported(node: ast.AST) -> Iterator[str]:
 
 
 def imports(module: str) -> set[str]:
-    """All that a module imports of this package, wherever in its text."""
+    """All modules of this package that a module imports, also inside functions."""
     return {name for node in ast.walk(tree(module)) for name in imported(node)}
 
 
-def imports_at_once(module: str) -> set[str]:
-    """What it imports when it is imported itself: outside of functions and of what only a type checker reads."""
+def imports_at_import(module: str) -> set[str]:
+    """The modules that are imported when the module itself is: not inside functions, not under TYPE_CHECKING."""
     found, left = set(), list(tree(module).body)
     while left:
         node = left.pop()
@@ -74,30 +74,31 @@ def imports_at_once(module: str) -> set[str]:
 
 
 def test_the_table_names_every_file():
-    names = rows()
+    names = layers()
     assert len(names) == len(set(names))
-    assert set(names) == {room(module) for module in [*MODULES, *NATIVE]}
+    assert set(names) == {layer(module) for module in [*MODULES, *NATIVE]}
 
 
-def test_a_file_imports_from_below():
-    place = {name: number for number, name in enumerate(rows())}
+def test_a_file_imports_only_from_lower_layers():
+    place = {name: number for number, name in enumerate(layers())}
     upward = [
         f"{module} imports {name}"
         for module in MODULES
         for name in imports(module)
-        if place[room(name)] <= place[room(module)] and not (room(name) == room(module) and room(name).endswith("/"))
+        if place[layer(name)] <= place[layer(module)]
+        and not (layer(name) == layer(module) and layer(name).endswith("/"))
     ]
     assert upward == []
 
 
-def test_no_module_needs_itself():
-    """Raises a CycleError, which names the way around."""
-    order = TopologicalSorter({module: imports_at_once(module) for module in MODULES}).static_order()
+def test_imports_have_no_cycle():
+    """Raises a CycleError that names the cycle."""
+    order = TopologicalSorter({module: imports_at_import(module) for module in MODULES}).static_order()
     assert set(order) >= MODULES.keys()
 
 
-def test_the_workflow_uses_public_names():
-    for module in (name for name in MODULES if room(name) == "workflow/"):
+def test_the_workflow_uses_only_public_names():
+    for module in (name for name in MODULES if layer(name) == "workflow/"):
         others = {name for name in imports(module) if not name.startswith("kddp_ext.workflow")}
         assert others <= {"kddp_ext", "kddp_ext.files"}, module
         names = {
@@ -108,9 +109,9 @@ def test_the_workflow_uses_public_names():
         assert names <= set(kddp_ext.__all__), module
 
 
-def test_operators_alone_take_addresses():
+def test_only_ops_takes_addresses():
     takers = {
-        room(module)
+        layer(module)
         for module in MODULES
         for node in ast.walk(tree(module))
         if isinstance(node, ast.Attribute) and node.attr == "data_ptr"
@@ -119,27 +120,27 @@ def test_operators_alone_take_addresses():
 
 
 def included(folder: str) -> Iterator[tuple[Path, str]]:
-    """Each file of a folder of C++ with each of its includes, as it stands there: `<vector>`, `"row_math.h"`."""
+    """Each file of a folder with each of its includes, such as `<vector>` or `"row_math.h"`."""
     for path in sorted((ROOT / folder).rglob("*.*")):
         for include in re.findall(r"^\s*#\s*include\s+(\S+)", path.read_text(encoding="utf-8"), re.MULTILINE):
             yield path, include
 
 
-# Of each folder of csrc, which of its files may include: their own folder, the interface, the formulas of a row.
+# For each folder of csrc, what its files may include.
 OF_CSRC = {"cpu": r"cpu/|kddp/|row_math\.h$", "cuda": r"cuda/|kddp/|row_math\.h$", "include": r"kddp/", "": r"kddp/"}
 SYSTEM = r"<([a-z_]+|cuda_\w+\.h|immintrin\.h|omp\.h|sys/mman\.h)>$"
 
 
-def test_kernels_know_neither_python_nor_torch():
+def test_kernels_include_neither_python_nor_torch():
     for path, include in included("csrc"):
         folder = path.relative_to(ROOT / "csrc").parts[0] if path.parent != ROOT / "csrc" else ""
-        if path.name == "platform.cuh" and include == '"emulator.h"':  # in the place of the CUDA runtime
+        if path.name == "platform.cuh" and include == '"emulator.h"':  # instead of the CUDA runtime
             continue
         own = include.startswith('"') and re.match(OF_CSRC[folder], include.strip('"'))
         assert own or re.match(SYSTEM, include), f"{path}: {include}"
 
 
-def test_bindings_know_kernels_and_pybind11():
+def test_bindings_include_only_kernels_and_pybind11():
     for path, include in included("python_bindings"):
         name = include.strip('"<>')
         own = include.startswith('"') and any((ROOT / place / name).is_file() for place in (
@@ -149,8 +150,13 @@ def test_bindings_know_kernels_and_pybind11():
         assert own or re.match(system, include), f"{path}: {include}"
 
 
-def test_every_module_says_what_it_is():
+def test_every_module_has_a_docstring():
     paths = [*MODULES.values(), *(ROOT / "benchmarks").rglob("*.py"), *(ROOT / "examples").rglob("*.py")]
     paths += (ROOT / "tests" / "helpers").glob("*.py")
     silent = [path for path in paths if not ast.get_docstring(ast.parse(path.read_text(encoding="utf-8")))]
     assert silent == []
+
+
+def test_every_entry_of_the_quick_tests_matches_a_file(request):
+    conftest = request.config.pluginmanager.get_plugin(str(ROOT / "tests" / "conftest.py"))
+    assert [pattern for pattern in conftest.QUICK if not list((ROOT / "tests").glob(pattern))] == []

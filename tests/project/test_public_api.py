@@ -1,6 +1,6 @@
-"""What people depend on: names, signatures, options and the versions of formats change only where somebody means it.
+"""Public names, signatures, options and format versions do not change by accident.
 
-`python tests/project/test_public_api.py` writes public_api.txt anew; the difference belongs in CHANGELOG.md.
+`python tests/project/test_public_api.py` writes public_api.txt again; describe the change in CHANGELOG.md.
 """
 
 import contextlib
@@ -15,7 +15,7 @@ from unittest import mock
 import kddp_ext
 from kddp_ext.pruning import history, state
 from kddp_ext.saving.student_file import VERSION as STUDENT_VERSION
-from kddp_ext.workflow import checkpoint, cli, config
+from kddp_ext.workflow import cli, config, folder
 
 SNAPSHOT = Path(__file__).parent / "public_api.txt"
 STABILITY = Path(__file__).parents[2] / "docs" / "stability.md"
@@ -36,7 +36,7 @@ def parameter(p):
 
 
 def signature(name, function, *, skip_first=False):
-    """One line, or one for each parameter where that would be too long."""
+    """One line, or a line for each parameter if one would be too long."""
     found = inspect.signature(function)
     parts, keyword_only = [], False
     for p in list(found.parameters.values())[skip_first:]:
@@ -52,7 +52,7 @@ def signature(name, function, *, skip_first=False):
 
 
 def members(cls):
-    """Public methods and properties that the package's own classes give `cls`, by name."""
+    """Public methods and properties of `cls` and its bases in this package, by name."""
     own = [base for base in reversed(cls.__mro__) if base.__module__.startswith("kddp_ext")]
     for name, member in sorted({name: m for base in own for name, m in vars(base).items()}.items()):
         if name.startswith("_"):
@@ -66,12 +66,13 @@ def members(cls):
 
 
 def described(name, value):
-    """A public name as text, its members indented."""
+    """The text for a public name, with indented members."""
     if inspect.isfunction(value):
         return signature(name, value)
     if not isinstance(value, type):
         kind = type(value) if type(value).__module__.startswith("kddp_ext") else None
-        return f"{name} = {value}" if kind is None else indented(f"{name}: {kind.__name__}", members(kind))
+        text = re.sub(r"\bkddp_ext(\.\w+)*\.(?=[A-Z])", "", str(value))  # names are public, their modules are not
+        return f"{name} = {text}" if kind is None else indented(f"{name}: {kind.__name__}", members(kind))
     if issubclass(value, Exception):
         return f"class {name}({value.__base__.__name__})"
     if dataclasses.is_dataclass(value):
@@ -89,7 +90,7 @@ def indented(head, lines):
 
 
 def options(command):
-    """The options of a command, by the help that it prints."""
+    """The options in the help text of a command."""
     printed, wide = io.StringIO(), mock.patch.dict(os.environ, COLUMNS="200")
     with wide, contextlib.redirect_stdout(printed), contextlib.suppress(SystemExit):
         cli.main([command, "--help"])
@@ -102,16 +103,9 @@ def public_api():
     return "\n\n".join([*names, *map(options, COMMANDS)]) + "\n"
 
 
-def test_the_public_names_are_those_that_were_meant():
-    """After a change that is meant: python tests/project/test_public_api.py, and a line in CHANGELOG.md."""
+def test_the_public_interface_is_unchanged():
+    """After an intended change: python tests/project/test_public_api.py, and a line in CHANGELOG.md."""
     assert public_api() == SNAPSHOT.read_text()
-
-
-def test_every_public_name_has_a_docstring():
-    undocumented = [
-        name for name in kddp_ext.__all__ if name != "Criterion" and not inspect.getdoc(getattr(kddp_ext, name))
-    ]
-    assert not undocumented
 
 
 def rows_of(heading):
@@ -120,18 +114,18 @@ def rows_of(heading):
     return [[cell.strip() for cell in line.strip("|").split("|")] for line in section.splitlines() if "|" in line][2:]
 
 
-def test_the_page_lists_the_public_names():
+def test_the_stability_page_lists_the_public_names():
     listed = [name for row in rows_of("Public names") for name in re.findall(r"`(\w+)`", row[0])]
     assert sorted(listed) == sorted(kddp_ext.__all__)
 
 
-def test_the_page_has_the_versions_of_the_formats():
+def test_the_stability_page_has_the_format_versions():
     versions = {row[0]: row[1] for row in rows_of("Formats")}
     assert versions == {
         "student file": STUDENT_VERSION,
         "pruning history": str(history.VERSION),
         "a pruner's state": str(state.STATE_VERSION),
-        "a run's checkpoint": str(checkpoint._VERSION),
+        "a run's checkpoint": str(folder.CHECKPOINT_VERSION),
         "a run's config.json": str(config.CONFIG_VERSION),
     }
 

@@ -177,9 +177,13 @@ def native(driver=13000, runtime=13000, error=""):
 @pytest.mark.parametrize(
     ("module", "hip", "reason"),
     [
-        (native(driver=0), None, "no NVIDIA driver was found"),
-        (native(driver=12040), None, "driver supports CUDA 12.4 and kddp_ext was built with CUDA 13.0"),
-        (native(error="cudaErrorNoKernelImageForDevice"), None, "no kernels for a GPU of compute capability 6.1"),
+        (native(driver=0), None, "found no NVIDIA driver"),
+        (native(driver=12040), None, "the NVIDIA driver supports CUDA 12.4 and kddp_ext was built with CUDA 13.0"),
+        (
+            native(error="cudaErrorNoKernelImageForDevice"),
+            None,
+            "has kernels for 80-real 120 and none for compute capability 6.1",
+        ),
         (native(error="cudaErrorDevicesUnavailable"), None, "device 0 cannot be used: cudaErrorDevicesUnavailable"),
         (native(), "6.4", "built for ROCm"),
         (native(driver=13020), None, None),
@@ -196,7 +200,7 @@ def test_that_reason_is_the_error_of_the_first_call(monkeypatch):
     monkeypatch.setattr(cuda, "_loaded", lambda: native(driver=0))
     monkeypatch.setattr(torch.version, "hip", None)
     cuda._checked.cache_clear()
-    with pytest.raises(RuntimeError, match="kddp_ext: no NVIDIA driver was found"):
+    with pytest.raises(RuntimeError, match="kddp_ext: found no NVIDIA driver"):
         cuda.module(torch.device("cuda", 0))
     cuda._checked.cache_clear()
 

@@ -1,7 +1,7 @@
-"""The code blocks of the documentation's pages, and what a page says of them in comments.
+"""The code blocks of the documentation, with the comments that control their tests.
 
-`<!-- block: skip, REASON -->` before a block leaves it out, `<!-- block: needs MODULE -->` does where that module is
-not installed, and `<!-- block: file NAME -->` writes it into a file for the blocks after it.
+`<!-- block: skip, REASON -->` before a block leaves it out, `<!-- block: needs MODULE -->` leaves it out if the module
+is not installed, and `<!-- block: file NAME -->` writes it to a file for the blocks after it.
 """
 
 import re
@@ -12,11 +12,12 @@ ROOT = Path(__file__).parents[3]
 _FENCE = re.compile(r"^ {0,3}(```+|~~~+) *(\S*)")
 _HEADING = re.compile(r"^#{2} (.+)")
 _DIRECTIVE = re.compile(r"^<!-- block: *(.*?) *-->$")
+_VALID = re.compile(r"skip, \S+ \S.*|needs \w+|file \S+|")
 
 
 @dataclass(frozen=True)
 class Block:
-    """A fenced block: where it begins, under which heading, in what language, and the comment before it."""
+    """A fenced block: its page and line, the heading above it, its language, and the comment before it."""
 
     page: str
     line: int
@@ -27,42 +28,35 @@ class Block:
 
     @property
     def place(self) -> str:
-        """As an editor opens it."""
         return f"{self.page}:{self.line}"
 
     @property
     def skipped(self) -> bool:
-        return self.directive.split(",")[0] == "skip"
+        return self.directive.startswith("skip")
 
     @property
-    def fault(self) -> str:
-        """What is wrong with the comment before it, or nothing."""
-        reason = self.directive.partition(",")[2].split()
-        if self.skipped and len(reason) < 2:
-            return f"{self.place}: skipped without a reason of some words"
-        if self.directive and not (self.skipped or self.needs or self.file):
-            return f"{self.place}: {self.directive!r} is none of: skip, REASON; needs MODULE; file NAME"
-        return ""
+    def valid(self) -> bool:
+        """Whether the comment is one of the three forms; a skipped block has a reason of at least two words."""
+        return _VALID.fullmatch(self.directive) is not None
 
     @property
     def needs(self) -> str:
-        """The module without which it is left out, or nothing."""
+        """The module that the block needs, or an empty string."""
         return self.directive.removeprefix("needs ") if self.directive.startswith("needs ") else ""
 
     @property
     def file(self) -> str:
-        """The file that it is the content of, or nothing."""
+        """The file that the block is the content of, or an empty string."""
         return self.directive.removeprefix("file ") if self.directive.startswith("file ") else ""
 
 
 def pages() -> list[Path]:
-    """Every page whose blocks are checked."""
-    named = [ROOT / name for name in ("README.md", "CONTRIBUTING.md")]
-    return [page for page in named if page.exists()] + sorted((ROOT / "docs").rglob("*.md"))
+    """All pages whose blocks and links are tested."""
+    return [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
 
 
 def blocks_of(text: str, page: str) -> list[Block]:
-    """The blocks of a page, in their order."""
+    """The blocks of a page, in order."""
     found: list[Block] = []
     heading = directive = ""
     fence: re.Match[str] | None = None
@@ -78,15 +72,14 @@ def blocks_of(text: str, page: str) -> list[Block]:
         elif mark:
             fence, start, code = mark, number, []
         elif line.strip():
-            said = _DIRECTIVE.match(line)
-            directive = said[1] if said else ""
-            heading = named[1] if (named := _HEADING.match(line)) else heading
+            comment = _DIRECTIVE.match(line)
+            directive = comment[1] if comment else ""
+            heading = match[1] if (match := _HEADING.match(line)) else heading
     assert fence is None, f"{page}:{start}: this block does not end"
     return found
 
 
 def all_blocks() -> list[Block]:
-    """The blocks of all pages."""
     return [
         block
         for page in pages()

@@ -1,4 +1,4 @@
-"""Command lines of the pages, held against what they call: parsers, files, extras; nothing is started."""
+"""Checks the commands of the documentation against the parsers, files and extras that they name. Nothing is started."""
 
 import argparse
 import importlib
@@ -10,18 +10,19 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import tyro
 from docs.blocks import ROOT
 
-# Programs of others, whose options are theirs to change.
+# Programs of other projects, whose options are not checked.
 FOREIGN = {
-    "cd", "clang-format", "cmake", "export", "git", "mkdir", "mkdocs", "mypy", "ruff", "source", "tensorboard", "xargs",
+    "cd", "clang-format", "cmake", "export", "git", "mkdir", "mkdocs", "mypy", "nvidia-smi", "nvcc", "pre-commit",
+    "ruff", "source", "tensorboard", "xargs",
 }  # fmt: skip
-_PYTHON = re.compile(r"python(3(\.\d+)?)?$")
 _ENDS = {"&&", "||", ";", "|"}
 
 
 def commands_of(code: str) -> list[list[str]]:
-    """The commands of a shell block as words, without comments, prompts and variables set for one command."""
+    """The commands of a shell block as lists of words, without comments, prompts and variables set for one command."""
     commands: list[list[str]] = []
     for line in code.replace("\\\n", " ").splitlines():
         lexer = shlex.shlex(line.removeprefix("$ "), posix=True, punctuation_chars=True)
@@ -36,58 +37,45 @@ def commands_of(code: str) -> list[list[str]]:
     return commands
 
 
-class _StopError(Exception):
-    """Raised when a command is parsed, in the place of its work."""
+class _ParsedError(Exception):
+    """Raised after a command line was parsed, before it does its work."""
 
 
 class Commands:
-    """Checks commands; `kddp` commands are parsed by the real command line, whose work is caught."""
+    """Checks commands with the parsers of the programs that they call, stopped before the work."""
 
     def __init__(self, patch: pytest.MonkeyPatch) -> None:
-        from kddp_ext.workflow import inspect, rebuild, run, sweep
-
-        self.caught: list[str] = []
-        for module, name in (
-            (run, "run_workflow"), (sweep, "run_sweep"), (rebuild, "rebuild_report"), (inspect, "evaluate"),
-            (inspect, "describe"),
-        ):  # fmt: skip
-            patch.setattr(module, name, lambda *_, name=name, **__: self.caught.append(name))
-        patch.setattr("kddp_ext.workflow.cli._set_up", lambda *_: None)
         self._patch = patch
 
     def check(self, words: list[str]) -> None:
-        """An AssertionError that says what of a command is wrong."""
+        """Raises an AssertionError that says what is wrong with the command."""
         program, *arguments = words
         checks: dict[str, Callable[[list[str]], None]] = {
             "kddp": self._kddp,
             "torchrun": self._torchrun,
             "pip": _pip,
-            "pytest": _paths,
+            "pytest": _pytest,
         }
         if program in checks:
             checks[program](arguments)
-        elif _PYTHON.match(program):
+        elif re.match(r"python(3(\.\d+)?)?$", program):
             self._python(arguments)
-        elif program not in FOREIGN:
-            path = ROOT / program
-            assert path.exists(), f"{program} is no file here, and no program that tests/project/docs/commands.py knows"
+        else:
+            assert program in FOREIGN or (ROOT / program).exists(), f"{program}: no such file or known program"
 
     def _kddp(self, arguments: list[str]) -> None:
         from kddp_ext.workflow.cli import main
 
-        before = len(self.caught)
-        try:
-            code = main(arguments)
-        except SystemExit as end:
-            code = end.code
-        assert code == 0, f"kddp {shlex.join(arguments)} ends with code {code}"
-        started = len(self.caught) - before
-        assert started == (not {"--help", "--version"} & set(arguments)), "it should start one thing"
+        self._patch.setattr(tyro, "cli", _stops_after(tyro.cli))
+        _parse(lambda: main(arguments), f"kddp {shlex.join(arguments)}", help_only="--help" in arguments)
 
     def _torchrun(self, arguments: list[str]) -> None:
         from torch.distributed.run import get_args_parser
 
-        parsed = _parsed(lambda: get_args_parser().parse_args(arguments), f"torchrun {shlex.join(arguments)}")
+        try:
+            parsed = get_args_parser().parse_args(arguments)
+        except SystemExit as end:
+            raise AssertionError(f"torchrun {shlex.join(arguments)}") from end
         self._python([*(["-m"] if parsed.module else []), parsed.training_script, *parsed.training_script_args])
 
     def _python(self, arguments: list[str]) -> None:
@@ -95,57 +83,60 @@ class Commands:
             compile(arguments[1], "<command>", "exec")
             return
         if arguments[0] != "-m":
-            script = arguments[0]
-            assert (ROOT / script).exists() or (ROOT / "examples" / script).exists(), f"{script} does not exist"
+            assert any((folder / arguments[0]).exists() for folder in (ROOT, ROOT / "examples")), arguments[0]
             return
         name, *rest = arguments[1:]
         if name == "kddp_ext":
             self._kddp(rest)
         elif name == "pytest":
-            _paths(rest)
+            _pytest(rest)
         elif name.partition(".")[0] == "benchmarks":
             self._benchmarks(name, rest)
         else:
             assert importlib.util.find_spec(name), f"there is no module {name}"
 
     def _benchmarks(self, name: str, arguments: list[str]) -> None:
-        """By the module's own parser, and no further."""
         self._patch.syspath_prepend(ROOT)
         found = importlib.util.find_spec(f"{name}.__main__" if (ROOT / name.replace(".", "/")).is_dir() else name)
         assert found, f"there is no module {name}"
         module = importlib.import_module(found.name)
-        parse_args = argparse.ArgumentParser.parse_args
-
-        def parse_and_stop(parser: argparse.ArgumentParser, *_: Any) -> None:
-            parse_args(parser, arguments)
-            raise _StopError
-
-        self._patch.setattr(argparse.ArgumentParser, "parse_args", parse_and_stop)
-        with pytest.raises(_StopError):
-            _parsed(module.main, f"python -m {name} {shlex.join(arguments)}")
+        real = argparse.ArgumentParser.parse_args
+        parse = _stops_after(lambda parser: real(parser, arguments))
+        self._patch.setattr(argparse.ArgumentParser, "parse_args", lambda parser: parse(parser))
+        _parse(module.main, f"python -m {name} {shlex.join(arguments)}")
 
 
-def _parsed(parse: Callable[[], Any], command: str) -> Any:
+def _stops_after(parse: Callable[..., Any]) -> Callable[..., Any]:
+    def parse_and_stop(*arguments: Any, **options: Any) -> None:
+        parse(*arguments, **options)
+        raise _ParsedError
+
+    return parse_and_stop
+
+
+def _parse(main: Callable[[], Any], command: str, help_only: bool = False) -> None:
+    """Run a program up to the end of its parser."""
     try:
-        return parse()
+        code = main()
+    except _ParsedError:
+        return
     except SystemExit as end:
-        raise AssertionError(f"{command} ends with code {end.code}") from end
+        code = end.code
+    assert help_only, f"{command} should start something"
+    assert code in (0, None), f"{command} ends with code {code}"
 
 
 def _pip(arguments: list[str]) -> None:
-    """Each extra of this package is one that pyproject.toml has."""
     text = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
     optional = text.partition("[project.optional-dependencies]")[2].partition("\n[")[0]
     extras = set(re.findall(r"^([\w-]+) = \[", optional, re.MULTILINE))
-    assert {"test", "dev"} <= extras
     for word in arguments:
         wanted = re.match(r"(?:\.|kddp_ext)\[([\w,-]+)\]", word)
         missing = set(wanted[1].split(",")) - extras if wanted else ()
         assert not missing, f"pyproject.toml has no extra {missing}"
 
 
-def _paths(arguments: list[str]) -> None:
+def _pytest(arguments: list[str]) -> None:
     for word in arguments:
-        if not word.startswith("-") and "/" in word:
-            path = Path(word.partition("::")[0])
-            assert (ROOT / path).exists(), f"{path} does not exist"
+        path = Path(word.partition("::")[0])
+        assert word.startswith("-") or "/" not in word or (ROOT / path).exists(), f"{path} does not exist"

@@ -1,13 +1,11 @@
-"""What the Python blocks of a page take for granted: a student, a teacher, data."""
+"""The names that the Python blocks of a page expect: a student, a teacher, data."""
 
-import ctypes
 import os
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
@@ -47,14 +45,14 @@ def loop(given: Names) -> Names:
 
 
 def with_processes(given: Names) -> Names:
-    """With torch.distributed, of this process alone."""
+    """`loop`, with torch.distributed initialised for this process alone."""
     if not torch.distributed.is_initialized():
         torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
     return loop(given)
 
 
 def pruning(given: Names) -> Names:
-    """With the checkpoint of a training in which neurons went."""
+    """`with_processes`, with the checkpoint of a pruned student."""
     names = with_processes(given)
     student = make_student()
     pruner = kddp_ext.DynamicPruner(student, example_inputs=names["example"], threshold=0.5, patience=1)
@@ -67,7 +65,7 @@ def pruning(given: Names) -> Names:
 
 
 class Newest(os.PathLike[str]):
-    """The newest file of a pattern, when it is asked for."""
+    """The newest file that matches a pattern when the path is used."""
 
     def __init__(self, pattern: str) -> None:
         self.pattern = pattern
@@ -77,7 +75,7 @@ class Newest(os.PathLike[str]):
 
 
 def lightning(given: Names) -> Names:
-    """With the checkpoint that the page's training leaves."""
+    """`loop`, with the checkpoint of the page's training."""
     return {**loop(given), "path": Newest("**/*.ckpt")}
 
 
@@ -99,23 +97,7 @@ def transformers(given: Names) -> Names:
     return {**names, "input_ids": words, "attention_mask": mask}
 
 
-def own_kernel(given: Names) -> Names:
-    """What the page says in a comment where it is from. The emulator's runtime is compiled once for all tests."""
-    from emulator.build import build
-    from emulator.control import Emulator
-
-    return {
-        "Emulator": Emulator,
-        "build": lambda sources, folder: build(sources, given["kept"]),
-        "Path": Path,
-        "ctypes": ctypes,
-        "P": ctypes.c_void_p,
-        "x": np.ones(1000, np.float32),
-        "y": np.zeros(1000, np.float32),
-    }
-
-
-# By page, or by page and heading: what a block finds, beside what the blocks before it made.
+# By page, or by page and heading.
 SETUPS: dict[str, Callable[[Names], Names]] = {
     "README.md": loop,
     "docs/your-loop.md": with_processes,
@@ -123,7 +105,6 @@ SETUPS: dict[str, Callable[[Names], Names]] = {
     "docs/integrations.md#Lightning": lightning,
     "docs/integrations.md#Hugging Face Transformers": transformers,
     "docs/integrations.md#ONNX": loop,
-    "docs/cuda-without-a-gpu.md": own_kernel,
 }
-# It traces and runs what it traced, in the place of a C++ compiler's minute.
+# Stands in for torch.compile: it traces and runs the trace, without a minute of C++ compilation.
 compiled_without_code = partial(torch.compile, backend="eager")

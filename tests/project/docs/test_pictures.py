@@ -1,4 +1,4 @@
-"""The diagrams: each is drawn, the same each time, and no words lie over others or over the edge."""
+"""The diagrams: `python docs/pictures` draws the same ones every time, and no text overlaps other text or the edge."""
 
 import itertools
 import json
@@ -17,7 +17,7 @@ PICTURES = ROOT / "docs" / "pictures"
 
 @pytest.fixture
 def run(tmp_path: Path) -> Path:
-    """The folder of a run of three epochs, as far as the picture of its widths reads it."""
+    """The folder of a run of three epochs, with the files that the picture of the widths reads."""
     for stage, widths in (("kd", [None] * 3), ("kddp", [64, 40, 9])):
         (tmp_path / stage).mkdir()
         epochs = [
@@ -31,7 +31,7 @@ def run(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def modules(monkeypatch: pytest.MonkeyPatch) -> dict[str, ModuleType]:
-    """The modules that draw, which import one another by their bare names."""
+    """The modules that draw; they import each other by name."""
     monkeypatch.syspath_prepend(PICTURES)
     import compaction
     import training_step
@@ -43,36 +43,35 @@ def modules(monkeypatch: pytest.MonkeyPatch) -> dict[str, ModuleType]:
         sys.modules.pop(name, None)
 
 
-def crossing(figure: Figure) -> list[str]:
-    """Words of a figure that lie over others, or beyond its edge."""
+def overlaps(figure: Figure) -> list[str]:
+    """The texts of a figure that overlap others or its edge."""
     figure.set_canvas(FigureCanvasAgg(figure))
     figure.canvas.draw()
-    words = [text for axes in figure.axes for text in axes.texts if text.get_text()]
-    extents = {text.get_text(): text.get_window_extent() for text in words}
+    extents = {text.get_text(): text.get_window_extent() for axes in figure.axes for text in axes.texts}
+    extents.pop("", None)
     edge = figure.bbox
-    found = [
-        words for words, at in extents.items() if at.x0 < 0 or at.y0 < 0 or at.x1 > edge.width or at.y1 > edge.height
-    ]
+    outside = [text for text, at in extents.items() if not (edge.x0 <= at.x0 and at.x1 <= edge.x1)]
+    outside += [text for text, at in extents.items() if not (edge.y0 <= at.y0 and at.y1 <= edge.y1)]
     pairs = itertools.combinations(extents.items(), 2)
-    return found + [f"{one} | {other}" for (one, at), (other, there) in pairs if at.overlaps(there)]
+    return outside + [f"{one} | {other}" for (one, at), (other, there) in pairs if at.overlaps(there)]
 
 
-@pytest.mark.parametrize("name", ["compaction", "training_step"])
-def test_no_words_cross(name: str, modules: dict[str, ModuleType]) -> None:
-    figure = modules[name].draw()
-    assert len(figure.axes[0].texts) > 10
-    assert crossing(figure) == []
+def test_no_texts_overlap(modules: dict[str, ModuleType]) -> None:
+    for name in ("compaction", "training_step"):
+        figure = modules[name].draw()
+        assert len(figure.axes[0].texts) > 10
+        assert overlaps(figure) == []
 
 
-def test_crossing_words_are_noticed() -> None:
+def test_overlapping_texts_are_found() -> None:
     figure = Figure(figsize=(2, 2))
     axes = figure.add_axes((0, 0, 1, 1))
     for x, words in ((0.1, "one"), (0.12, "two"), (0.9, "beyond the edge")):
         axes.text(x, 0.5, words)
-    assert crossing(figure) == ["beyond the edge", "one | two"]
+    assert overlaps(figure) == ["beyond the edge", "one | two"]
 
 
-def test_widths_are_those_of_the_run(run: Path, modules: dict[str, ModuleType]) -> None:
+def test_the_widths_are_those_of_the_run(run: Path, modules: dict[str, ModuleType]) -> None:
     widths, accuracies = modules["width"].draw(run).axes
     steps = widths.get_lines()[1]
     assert list(steps.get_xdata()) == [0, 1, 2, 3]
@@ -80,12 +79,11 @@ def test_widths_are_those_of_the_run(run: Path, modules: dict[str, ModuleType]) 
     assert [list(line.get_ydata()) for line in accuracies.get_lines()] == [[25, 50, 75]] * 2
 
 
-def test_the_command_draws_all_of_them_alike_each_time(run: Path, tmp_path: Path) -> None:
+def test_the_command_draws_the_same_pictures_every_time(run: Path, tmp_path: Path) -> None:
     drawn = []
     for folder in (tmp_path / "first", tmp_path / "second"):
         folder.mkdir()
-        command = [sys.executable, str(PICTURES), "--run", str(run), "--folder", str(folder)]
-        subprocess.run(command, check=True, cwd=ROOT)
+        subprocess.run([sys.executable, PICTURES, "--run", run, "--folder", folder], check=True, cwd=ROOT)
         drawn.append({path.name: path.read_bytes() for path in folder.iterdir()})
     assert drawn[0] == drawn[1]
     assert set(drawn[0]) == {"compaction.svg", "training-step.svg", "width-over-epochs.svg"}
