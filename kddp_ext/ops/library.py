@@ -109,6 +109,7 @@ def build_info() -> BuildInfo:
         A dictionary. "cpu" is the instruction set in use; set the environment variable KDDP_CPU_ISA before the first
         call to choose another. "compiler" is the compiler of the CPU module. "cuda" says whether CUDA kernels were
         built, "cuda_architectures" for which architectures (CMake's names; empty without CUDA), and "cuda_compiler" by
-        which compiler ("" without CUDA).
+        which compiler ("" without CUDA). To build CUDA kernels on a machine without a GPU:
+        `pip install . -C cmake.define.KDDP_CUDA=ON`.
     """
     return {"cpu": _core.instruction_set(), **cuda.build_info(), "compiler": _core.compiler}
