@@ -40,12 +40,12 @@ def _units() -> Iterator[Unit]:
     yield BINDINGS / "cuda.cpp", (*CORE, *EMULATED, *NAMES, *PYTHON)
     yield BINDINGS / "core.cpp", (*CORE, *NAMES, *PYTHON)
     for source in sorted((ROOT / "csrc" / "cuda").glob("*.cu")):
-        yield source, (*CORE, *EMULATED)
+        yield source, (*CORE, *EMULATED, "-DKDDP_LOGITS=float32")
     for source in ("gather.cpp", "isa.cpp"):
         yield CPU / source, CORE
     yield EMULATOR / "runtime" / "all.cpp", OF_EMULATOR
-    for source in sorted((EMULATOR / "kernels").rglob("*.c*")):
-        yield source, OF_EMULATOR
+    for source in sorted((EMULATOR / "kernels").glob("*.cu")):
+        yield source, (*OF_EMULATOR, f"-isystem{ROOT / 'csrc'}")
 
 
 def _check(unit: Unit) -> str:

@@ -1,1 +1,1 @@
-"""The benchmark on a GPU: `python -m benchmarks --device cuda`. Nobody has run it on one so far."""
+"""The benchmark on a GPU: `python -m benchmarks --device cuda`. It has not been run on one yet."""

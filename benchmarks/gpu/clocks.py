@@ -1,4 +1,4 @@
-"""How long a step takes, by the device's events or by the host's clock."""
+"""Clocks for a step: events of the device, or the host's clock."""
 
 from __future__ import annotations
 
@@ -9,26 +9,26 @@ from typing import Protocol
 
 import torch
 
-FLUSHED_BYTES = 256 << 20  # at least; several times the second-level cache of today's GPUs
+FLUSHED_BYTES = 256 << 20  # several times the second-level cache of current GPUs
 
 Step = Callable[[], object]
 
 
 class Clock(Protocol):
-    """Gives the seconds that one call of a step takes, from `count` calls."""
+    """Measures the seconds of one call of a step."""
 
     def seconds(self, step: Step, count: int) -> float:
-        """Of one call."""
+        """Seconds per call, from `count` calls."""
 
 
 class EventClock:
-    """Seconds between two events of the stream around each call, their median; the caches are cold before each.
+    """The median time between two events around each call, with cold caches.
 
-    Between the calls an array larger than the second-level cache is written, as Triton's do_bench does. Launching a
-    call's kernels may overlap with that write; what the host is late with beyond it is part of the time.
+    An array that is larger than the second-level cache is written before each call, as Triton's do_bench does. A call's
+    launches may overlap with that write; if the host takes longer, the rest is part of the time.
 
     Args:
-        device: where that array lies.
+        device: the device of that array.
     """
 
     def __init__(self, device: str = "cuda") -> None:
@@ -36,7 +36,7 @@ class EventClock:
         self._flushed = torch.empty(max(FLUSHED_BYTES, 2 * cache), dtype=torch.uint8, device=device)
 
     def seconds(self, step: Step, count: int) -> float:
-        """Median of `count` calls."""
+        """The median of `count` calls."""
         events = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(count)]
         for start, end in events:
             self._flushed.zero_()
@@ -49,19 +49,19 @@ class EventClock:
 
 
 class WallClock:
-    """The host's time for calls one after the other, waited for at the end, divided by their number.
+    """The host's time for consecutive calls, divided by their number.
 
-    Launching is in it where it takes longer than the kernels, and what the last call left in the caches helps the next.
+    It contains launching if that takes longer than the kernels. Calls find what the previous one left in the caches.
 
     Args:
-        wait: returns when the device has done all its work.
+        wait: returns when the device has finished all work.
     """
 
     def __init__(self, wait: Callable[[], None]) -> None:
         self._wait = wait
 
     def seconds(self, step: Step, count: int) -> float:
-        """Mean of `count` calls."""
+        """The mean of `count` calls."""
         self._wait()
         start = time.perf_counter()
         for _ in range(count):

@@ -1,4 +1,4 @@
-"""What `python -m benchmarks --device cuda` does."""
+"""Runs `python -m benchmarks --device cuda`."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ COMPARISONS = {"loss": loss, "compaction": compaction}
 
 
 def run(arguments: argparse.Namespace, settings: Settings, device: Device, described: dict[str, Any]) -> int:
-    """Measure, print and write what the command line asks for."""
+    """Measures, prints and writes what the command line asks for."""
     console = Console()
     head = summary(described)
     console.print(head)
@@ -43,7 +43,7 @@ def run(arguments: argparse.Namespace, settings: Settings, device: Device, descr
 
 
 def describe() -> dict[str, Any]:
-    """The current GPU, software and date."""
+    """Describes the current GPU, the software and the date."""
     properties = torch.cuda.get_device_properties(torch.cuda.current_device())
     build = kddp_ext.build_info()
     return {
@@ -66,7 +66,7 @@ def describe() -> dict[str, Any]:
 
 
 def summary(machine: dict[str, Any]) -> str:
-    """One line for a table's head."""
+    """One line above the tables."""
     return (
         f"{machine['gpu']} ({machine['multiprocessors']} multiprocessors, {machine['memory_bytes'] / 2**30:.0f} GiB), "
         f"kernels for {' '.join(machine['cuda_architectures'])} ({machine['cuda_compiler']}), "

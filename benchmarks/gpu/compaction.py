@@ -1,4 +1,4 @@
-"""Taking half of a layer on a GPU: this package's gather and index_select."""
+"""Gathering half of a layer on a GPU, by this package and by index_select."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ LAYER = Layer(4096, 4096)
 
 
 def measure(settings: Settings, device: Device) -> dict[str, Any]:
-    """Times with cold caches, and what has to be moved."""
+    """Times with cold caches, and the needed bytes."""
     layer = Layer(32, 32) if settings.smoke else LAYER
     inputs = make_layer(layer, device.name)
     pairs = zip(compaction(inputs), eager_compaction(inputs), strict=True)
     if not all(torch.equal(gathered, selected) for gathered, selected in pairs):
-        raise RuntimeError("the native gather and index_select do not give the same")
+        raise RuntimeError("the native gather and index_select give different results")
     steps: dict[str, Step] = {
         "kddp_ext": lambda: compaction(inputs),
         "index_select": lambda: eager_compaction(inputs),

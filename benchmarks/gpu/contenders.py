@@ -1,4 +1,4 @@
-"""Who takes part on a GPU, and who cannot."""
+"""The implementations that are compared on a GPU."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ LIGER, GRAPH = "Liger", ", CUDA graph"
 
 
 class Contenders(NamedTuple):
-    """Steps by implementation, and for each other one why it is not among them."""
+    """The steps by implementation, and the reasons why others are missing."""
 
     steps: dict[str, Step]
     missing: dict[str, str]
 
 
 def all_contenders(inputs: Inputs, settings: Settings, device: Device) -> Contenders:
-    """Forward and backward of the loss, by implementation. Those of this package and PyTorch have to be right."""
+    """Forward and backward of the loss, by implementation. Results must agree with those of PyTorch."""
     steps: dict[str, Step] = dict(contenders(inputs, settings))
     missing: dict[str, str] = {}
     _add_liger(inputs, steps, missing)
@@ -47,5 +47,5 @@ def _add_liger(inputs: Inputs, steps: dict[str, Step], missing: dict[str, str]) 
         steps[LIGER] = partial(step, loss, inputs)
     except ImportError:
         missing[LIGER] = "not installed"
-    except Exception as error:  # whatever the kernels of others raise costs them their column, not the run
+    except Exception as error:  # an error of another package must not end the run
         missing[LIGER] = f"failed: {type(error).__name__}: {error}"

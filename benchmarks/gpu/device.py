@@ -1,4 +1,4 @@
-"""What a comparison asks of the device that it runs on. Tests give it the CPU."""
+"""What a comparison needs of its device. Tests use the CPU."""
 
 from __future__ import annotations
 
@@ -12,18 +12,18 @@ from benchmarks.cases import Inputs
 from benchmarks.gpu.clocks import Clock, EventClock, Step, WallClock
 from kddp_ext.ops import cuda
 
-CAPTURE_WARM_UP = 3  # steps before a capture, as PyTorch's notes on CUDA graphs have it
+CAPTURE_WARM_UP = 3  # steps before a capture, as in PyTorch's notes on CUDA graphs
 
 
 class Device(NamedTuple):
     """A device.
 
     Attributes:
-        name: as torch.device takes it.
-        cold: times a call by itself, with cold caches.
-        repeated: times calls one after the other.
-        peak_bytes: the most that a step has allocated at a time, given the inputs whose gradients it makes.
-        capture: gives a step that replays a captured one; None where there is no such thing.
+        name: for torch.device.
+        cold: times single calls with cold caches.
+        repeated: times consecutive calls.
+        peak_bytes: the peak memory that a step allocates, given its inputs.
+        capture: returns a step that replays a captured one; None if the device cannot capture.
     """
 
     name: str
@@ -34,11 +34,14 @@ class Device(NamedTuple):
 
 
 def why_not() -> str | None:
-    """One sentence on why nothing can be measured on a GPU here, or None."""
+    """One sentence that says why no GPU can be measured, or None."""
     if not torch.cuda.is_available():
         return f"PyTorch {torch.__version__} sees no CUDA device: --device cuda needs an NVIDIA GPU and a build for it."
     if not kddp_ext.build_info()["cuda"]:
-        return "This build of kddp_ext has no CUDA kernels, which --device cuda measures."
+        return (
+            "This build of kddp_ext has no CUDA kernels, which --device cuda measures: build them with "
+            "pip install . -C cmake.define.KDDP_CUDA=ON"
+        )
     try:
         cuda.module(torch.device("cuda"))
     except RuntimeError as error:
@@ -52,7 +55,7 @@ def gpu() -> Device:
 
 
 def peak_bytes(step: Step, inputs: Inputs) -> int:
-    """By PyTorch's allocator, beyond what was allocated before."""
+    """The peak of PyTorch's allocator, minus what was allocated before."""
     for leaf in inputs.leaves:
         leaf.grad = None
     torch.cuda.synchronize()
@@ -64,10 +67,10 @@ def peak_bytes(step: Step, inputs: Inputs) -> int:
 
 
 def captured(step: Step) -> Step:
-    """Replays the kernels of one call, which is captured as a CUDA graph.
+    """Captures one call as a CUDA graph. Returns a step that replays it.
 
     Raises:
-        RuntimeError: the step does what cannot be captured, such as looking at a result.
+        RuntimeError: The step cannot be captured, for example because it reads a result.
     """
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())

@@ -1,14 +1,13 @@
-"""The loss with the kernels of Liger Kernel (https://github.com/linkedin/Liger-Kernel), where it is installed.
+"""The loss by Liger Kernel (https://github.com/linkedin/Liger-Kernel), if it is installed.
 
-What it has that is nearest to this package's loss are two of its parts. `LigerKLDIVLoss` is Σ p (log p − log q) of
-probabilities p and logarithms log q that it is given, and `LigerCrossEntropyLoss` is the cross entropy of logits. So
-the value is the same, but both softmaxes of the tempered logits, the L1 penalty and the sum of the gradients are
-PyTorch's. The cross entropy leaves its gradient where the logits were; as this package changes no input, it is given a
-copy. Both ask the device for a result (whether the incoming gradient is 1, how many labels are valid), which the host
-waits for, and which cannot be captured in a CUDA graph. Read in version 0.8.5.
+Liger has two parts of this package's loss: `LigerKLDIVLoss` is Σ p (log p − log q) of given p and log q, and
+`LigerCrossEntropyLoss` is the cross entropy of logits. The value is the same, but PyTorch computes both softmaxes, the
+L1 penalty and the sum of the gradients. The cross entropy overwrites its logits by their gradient, so it gets a copy.
+Both parts wait for a result of the device (whether the incoming gradient is 1, how many labels are valid), which a CUDA
+graph cannot capture. This describes version 0.8.5.
 
-Not compared: `LigerFusedLinearJSD`, `LigerFusedLinearKLDivLoss` and the losses of `liger_kernel.chunked_loss` take
-hidden states and the weights of the last layer, whose product they compute as well: another function.
+`LigerFusedLinearJSD`, `LigerFusedLinearKLDivLoss` and the losses of `liger_kernel.chunked_loss` are not compared: they
+also compute the product of hidden states and the weights of the last layer.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Forward and backward of the loss on a GPU, by all contenders: time, share of the copy bandwidth, memory."""
+"""Forward and backward of the loss on a GPU: time, share of the copy bandwidth, memory."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from benchmarks.settings import Settings
 from benchmarks.table import Table, kibibytes, microseconds, times
 from benchmarks.timing import Quartiles
 
-COPY_BYTES = 1 << 30  # of each array: many times the second-level cache
+COPY_BYTES = 1 << 30  # per array: many times the second-level cache
 COPIES = 20
 
 
 def measure(settings: Settings, device: Device) -> dict[str, Any]:
-    """Times in both ways, ratios, bytes and memory at each shape, and the copy bandwidth before and after."""
+    """Times by both clocks, ratios, bytes and memory for each shape, and the copy bandwidth before and after."""
     bandwidths = [copy_bandwidth(settings, device)]
     shapes = [_measure_shape(shape.at(settings), settings, device) for shape in SHAPES]
     bandwidths.append(copy_bandwidth(settings, device))
@@ -29,7 +29,7 @@ def measure(settings: Settings, device: Device) -> dict[str, Any]:
 
 
 def copy_bandwidth(settings: Settings, device: Device) -> float:
-    """Bytes a second of `target.copy_(source)`, read and written ones both counted."""
+    """Bytes per second of `target.copy_(source)`, counting those read and those written."""
     size = 1 << 16 if settings.smoke else COPY_BYTES
     source, target = torch.ones(2, size // 4, device=device.name).unbind()
     device.cold.seconds(lambda: target.copy_(source), 1)
@@ -44,7 +44,7 @@ def _measure_shape(shape: Shape, settings: Settings, device: Device) -> dict[str
     beyond = {
         name: device.peak_bytes(step, inputs) - gradient_bytes(shape)
         for name, step in steps.items()
-        if not name.endswith(GRAPH)  # a graph keeps its memory from the capture on
+        if not name.endswith(GRAPH)  # a graph has allocated its memory at the capture
     }
     return {
         "shape": str(shape),
@@ -57,18 +57,18 @@ def _measure_shape(shape: Shape, settings: Settings, device: Device) -> dict[str
 
 
 def tables(result: dict[str, Any]) -> list[Table]:
-    """Times with cold caches, times of calls in a row, memory."""
+    """Times with cold caches, times of consecutive calls, memory."""
     return [_cold(result), _repeated(result), _memory(result)]
 
 
 def _names(result: dict[str, Any]) -> list[str]:
-    """All contenders, this package first, those included that are missing somewhere."""
+    """All contenders, this package first, including those that are missing for some shapes."""
     names = [name for shape in result["shapes"] for name in (*shape["seconds"], *shape["missing"])]
     return list(dict.fromkeys(["kddp_ext", *names]))
 
 
 def _cell(shape: dict[str, Any], name: str, written: str | None) -> str:
-    """What is written of a contender, or in a word why it is missing."""
+    """The text of a contender's cell, or in a word why it is missing."""
     return written if written is not None else shape["missing"].get(name, "–").partition(":")[0]
 
 
@@ -99,7 +99,7 @@ def _cold(result: dict[str, Any]) -> Table:
 def _repeated(result: dict[str, Any]) -> Table:
     names = _names(result)
     rows = [[shape["shape"], *_time_columns(shape, shape["repeated"], names)] for shape in result["shapes"]]
-    return Table("gpu-loss-repeated", "Loss on a GPU, calls one after the other, host's clock", _head(names), rows)
+    return Table("gpu-loss-repeated", "Loss on a GPU, consecutive calls, host's clock", _head(names), rows)
 
 
 def _memory(result: dict[str, Any]) -> Table:

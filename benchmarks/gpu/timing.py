@@ -1,4 +1,4 @@
-"""Contenders take turns on a GPU, as in `benchmarks.timing`; no other process is looked for."""
+"""Measures contenders in turns on a GPU, as `benchmarks.timing` does, without checking for other processes."""
 
 from __future__ import annotations
 
@@ -8,16 +8,16 @@ from benchmarks.gpu.clocks import Clock, Step
 from benchmarks.settings import Settings
 from benchmarks.timing import WARM_UP_CALLS, Rounds, rotated
 
-MOST_CALLS = 200  # of a contender in a round
+MOST_CALLS = 200  # per contender and round
 
 
 def in_turns(steps: Mapping[str, Step], clock: Clock, settings: Settings) -> Rounds:
-    """Seconds a call of each contender in each round.
+    """Seconds per call of each contender in each round.
 
     Args:
-        steps: the contenders.
-        clock: what times them.
-        settings: `seconds` is what each contender gets in all, `rounds` over how many turns.
+        steps: the steps by contender.
+        clock: measures them.
+        settings: `seconds` is the total time per contender, `rounds` the number of turns.
     """
     counts = {name: _calls(step, clock, settings) for name, step in steps.items()}
     seconds: dict[str, list[float]] = {name: [] for name in steps}
@@ -28,7 +28,7 @@ def in_turns(steps: Mapping[str, Step], clock: Clock, settings: Settings) -> Rou
 
 
 def _calls(step: Step, clock: Clock, settings: Settings) -> int:
-    """How many calls fill a round, after a warm-up in which all is compiled and allocated."""
+    """The number of calls that fill a round, after a warm-up that compiles and allocates."""
     once = clock.seconds(step, 1 if settings.smoke else WARM_UP_CALLS)
     once = min(once, clock.seconds(step, 1 if settings.smoke else WARM_UP_CALLS))
     wanted = settings.seconds / settings.rounds / once if once > 0 else MOST_CALLS

@@ -1,5 +1,5 @@
-"""What the loss and the compaction would cost on GPUs at the least, modelled and not measured.
+"""A model of what the loss and the compaction cost on GPUs. Nothing is measured, and no GPU is needed.
 
-`python -m benchmarks.roofline` runs the CUDA kernels on the tests' emulator, counts what they move, and divides it by
-published peak figures. No GPU takes part.
+`python -m benchmarks.roofline` runs the CUDA kernels on the tests' emulator, counts the bytes that they move, and
+divides them by published peak figures.
 """

@@ -1,4 +1,4 @@
-"""Models what the loss and the compaction would cost on GPUs, from counts on the emulator. Nothing is measured.
+"""Models what the loss and the compaction cost on GPUs, from counts on the emulator. Nothing is measured.
 
 python -m benchmarks.roofline [--gpus H100,A100] [--launch-microseconds T] [--most-elements N | --whole]
                               [--json FILE] [--markdown FILE]
@@ -27,12 +27,12 @@ from kddp_ext.files import write_json
 
 JSON_VERSION = 1
 LAYER = passes.Layer(4096, 4096)
-PARTS = ("forward", "backward under a loss scale")
-MOST_ELEMENTS = 1 << 21  # seconds a shape
+PARTS = ("forward", "backward with a loss scale")
+MOST_ELEMENTS = 1 << 21  # takes seconds per shape
 
 
 def main() -> int:
-    """0, or 2 where the emulator cannot be built."""
+    """Returns 0, or 2 if the emulator cannot be built."""
     arguments = _parse()
     console = Console()
     try:
@@ -58,7 +58,7 @@ def main() -> int:
 
 
 def all_cases(counter: emulated.Counter, gpu: Gpu, shapes: list[Shape], layer: passes.Layer) -> list[Case]:
-    """Parts and the whole of a step for each shape, and the compaction of a layer, on one GPU."""
+    """The parts and the whole of a step for each shape, and the compaction of a layer, on one GPU."""
     cases = []
     for shape in shapes:
         own, eager = counter.loss(shape, gpu.multiprocessors), eager_loss(shape)
@@ -69,13 +69,13 @@ def all_cases(counter: emulated.Counter, gpu: Gpu, shapes: list[Shape], layer: p
 
 
 def eager_loss(shape: Shape) -> tuple[Traffic, Traffic, Traffic]:
-    """The passes in PyTorch's own functions; counted on tensors without contents."""
+    """Counts the passes in plain PyTorch, on meta tensors."""
     forward, scaling, usual = passes.eager_passes(make_inputs(shape, "meta"))
     return _operations(forward), _operations(scaling), _operations(usual)
 
 
 def eager_compaction(layer: passes.Layer) -> Traffic:
-    """Of `index_select`, once for rows and once for columns of each tensor."""
+    """Counts `index_select` of the rows and of the columns of each tensor."""
     inputs = passes.make_layer(layer, "meta")
     return _operations(lambda: passes.eager_compaction(inputs))
 
@@ -116,7 +116,11 @@ def _json(by_gpu: list[tuple[Gpu, list[Case]]], counter: emulated.Counter, launc
 def _parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.roofline", description=__doc__.splitlines()[0])
     parser.add_argument(
-        "--gpus", type=names_of(GPUS), default=list(GPUS), metavar="NAMES", help=f"of {', '.join(GPUS)}; all"
+        "--gpus",
+        type=names_of(GPUS),
+        default=list(GPUS),
+        metavar="NAMES",
+        help=f"of {', '.join(GPUS)} (default: all)",
     )
     parser.add_argument(
         "--launch-microseconds",
@@ -124,7 +128,7 @@ def _parse() -> argparse.Namespace:
         type=lambda text: float(text) * 1e-6,
         default=LAUNCH_SECONDS,
         metavar="T",
-        help=f"assumed for each kernel (default {LAUNCH_SECONDS * 1e6:g})",
+        help=f"assumed time per launch (default {LAUNCH_SECONDS * 1e6:g})",
     )
     size = parser.add_mutually_exclusive_group()
     size.add_argument(
@@ -132,11 +136,11 @@ def _parse() -> argparse.Namespace:
         type=int,
         default=MOST_ELEMENTS,
         metavar="N",
-        help=f"of a larger tensor, run fewer rows and scale what is counted (default {MOST_ELEMENTS})",
+        help=f"run fewer rows of larger tensors and scale the counts (default {MOST_ELEMENTS})",
     )
     size.add_argument("--whole", dest="most_elements", action="store_const", const=None, help="run whole shapes")
     parser.add_argument("--json", metavar="FILE", help="write the figures to this file")
-    parser.add_argument("--markdown", metavar="FILE", help="write the tables to this file, or into its marked places")
+    parser.add_argument("--markdown", metavar="FILE", help="write the tables to this file, or between its markers")
     return parser.parse_args()
 
 

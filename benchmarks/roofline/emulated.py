@@ -1,4 +1,4 @@
-"""Counts what this package's CUDA kernels move, by running them on the tests' emulator."""
+"""Counts the bytes that this package's CUDA kernels move, by running them on the tests' emulator."""
 
 from __future__ import annotations
 
@@ -16,17 +16,17 @@ from kddp_ext.ops import library
 ROOT = Path(__file__).parent.parent.parent
 MOST_DEVICES = 64
 
-# Exponentials a class of csrc/cuda/row_elements.cuh with a divergence of the difference form, labels and a temperature
-# of 4: one for the student and one for the teacher (add_element; e^s is a power of the student's). A row that is kept
-# keeps them too; one that is read again takes them again for its gradient (RowPart::once_more).
-EXPONENTIALS_OF_KEPT_CLASS, EXPONENTIALS_OF_CLASS_READ_AGAIN = 2, 4
+# Exponentials per class in csrc/cuda/row_elements.cuh with forward_kl, labels and temperature 4: one for the student,
+# one for the teacher (add_element; e^s is a power of the student's). A row that is cached in shared memory caches
+# them too; a row that is read twice computes them again for its gradient (RowPart::recompute).
+EXPONENTIALS_OF_CACHED_CLASS, EXPONENTIALS_OF_CLASS_READ_TWICE = 2, 4
 
 
 def build() -> Any:
-    """The emulated module as the tests have it (tests/helpers/backends.py), compiled where it has changed.
+    """The tests' emulated module (tests/helpers/backends.py), compiled if it has changed.
 
     Raises:
-        ImportError: the tests, or what they need, are not there.
+        ImportError: The tests, or packages that they need, are missing.
     """
     folder = str(ROOT / "tests" / "helpers")
     if folder not in sys.path:
@@ -37,27 +37,27 @@ def build() -> Any:
 
 
 class Counter:
-    """Runs passes on the emulator as on a GPU of so many multiprocessors.
+    """Counts passes on the emulator, as on a GPU with a given number of multiprocessors.
 
     Args:
         emulated: `backends.Emulated`.
-        most_elements: of a larger tensor fewer rows are run, on as much smaller a GPU (so that its blocks have as much
-            to do), and what is counted is taken times as much. None: whole shapes.
+        most_elements: larger tensors are run with fewer rows on a smaller GPU, so that each block has as much to do,
+            and the counts are scaled up. None: all shapes are run in full.
     """
 
     def __init__(self, emulated: Any, most_elements: int | None) -> None:
         self._emulated = emulated
         self._most_elements = most_elements
         self._known: dict[tuple[Any, int], Any] = {}
-        self.scaled: dict[str, int] = {}  # by how much, what was not run whole
+        self.scaled: dict[str, int] = {}  # the factors of the cases that were not run in full
 
     def loss(self, shape: Shape, multiprocessors: int) -> tuple[Traffic, Traffic, Traffic]:
-        """Of forward, a backward under a loss scale, and the usual backward."""
+        """The costs of the forward, a backward with a loss scale, and the usual backward."""
         result: tuple[Traffic, Traffic, Traffic] = self._once(shape, multiprocessors, self._loss)
         return result
 
     def compaction(self, layer: passes.Layer, multiprocessors: int) -> Traffic:
-        """Of taking half of the layer."""
+        """The costs of gathering half of the layer."""
         result: Traffic = self._once(layer, multiprocessors, self._compaction)
         return result
 
@@ -72,10 +72,10 @@ class Counter:
         fewer = -(-multiprocessors // factor)
         first, (report,) = self._count(forward, fewer)
         scaled, in_place = self._count(scaling, fewer)[0], self._count(usual, fewer)[0]
-        # Rows that are kept are so in dynamic shared memory.
-        of_class = EXPONENTIALS_OF_KEPT_CLASS if report["dynamic_shared"] else EXPONENTIALS_OF_CLASS_READ_AGAIN
+        cached = report["dynamic_shared"] > 0  # the kernel caches rows there
+        per_class = EXPONENTIALS_OF_CACHED_CLASS if cached else EXPONENTIALS_OF_CLASS_READ_TWICE
         first = first.times(factor)._replace(
-            needed_bytes=passes.forward_bytes(shape), exponentials=of_class * shape.rows * shape.classes
+            needed_bytes=passes.forward_bytes(shape), exponentials=per_class * shape.rows * shape.classes
         )
         return first, scaled.times(factor)._replace(needed_bytes=passes.backward_bytes(shape)), in_place.times(factor)
 
@@ -85,16 +85,16 @@ class Counter:
         counted, _ = self._count(lambda: passes.compaction(inputs), -(-multiprocessors // factor))
         return counted.times(factor)._replace(needed_bytes=passes.compaction_bytes(layer))
 
-    def _shrunk(self, case: Any, of_row: int) -> tuple[Any, int]:
-        """The case with a divisor of its rows, and by how much that is less."""
-        most_rows = case.rows if self._most_elements is None else max(self._most_elements // of_row, 2)
+    def _shrunk(self, case: Any, row_elements: int) -> tuple[Any, int]:
+        """The case with fewer rows, and the factor between them."""
+        most_rows = case.rows if self._most_elements is None else max(self._most_elements // row_elements, 2)
         factor = next(f for f in range(1, case.rows + 1) if case.rows % f == 0 and case.rows // f <= most_rows)
         if factor > 1:
             self.scaled[str(case)] = factor
         return case._replace(rows=case.rows // factor), factor
 
     def _count(self, run: Callable[[], object], multiprocessors: int) -> tuple[Traffic, list[dict[str, Any]]]:
-        """What the kernels of a run and PyTorch's operations beside them cost, and the kernels' reports."""
+        """The costs of a run's kernels and of its PyTorch operations, and the reports of the kernels."""
         emulator, operations = self._emulated.emulator, OperationCounter()
         emulator.set_devices(MOST_DEVICES, multiprocessors)
         emulator.clear()
@@ -114,5 +114,5 @@ _devices: dict[int, int] = {}
 
 
 def _device_of(multiprocessors: int) -> int:
-    """A device of its own for each size of GPU: the kernels ask a device once how many blocks it runs at once."""
+    """A separate device for each size of GPU, because the kernels cache how many blocks a device runs at once."""
     return _devices.setdefault(multiprocessors, MOST_DEVICES - 1 - len(_devices))

@@ -6,13 +6,13 @@ from typing import NamedTuple
 
 
 class Gpu(NamedTuple):
-    """Peak figures as the vendor's data sheet has them.
+    """Peak figures from the vendor's data sheet.
 
     Attributes:
-        bandwidth: of its memory, bytes a second.
-        multiprocessors: that are enabled in this product.
-        clock: the boost clock in Hz, at which the data sheet's float32 rate is reached.
-        source: where the figures stand.
+        bandwidth: memory bandwidth in bytes per second.
+        multiprocessors: enabled in this product.
+        clock: boost clock in Hz, which gives the data sheet's float32 rate.
+        source: the document of the figures.
     """
 
     name: str
@@ -23,15 +23,15 @@ class Gpu(NamedTuple):
 
     @property
     def exponentials(self) -> float:
-        """Results of 2^x in float32 a second, at most."""
-        return EXPONENTIALS_A_CLOCK * self.multiprocessors * self.clock
+        """Peak rate of 2^x in float32, per second."""
+        return EXPONENTIALS_PER_CLOCK * self.multiprocessors * self.clock
 
 
-# Of each multiprocessor of compute capability 8.0 to 9.0: CUDA C++ Programming Guide, throughput of native arithmetic
+# Per multiprocessor of compute capability 8.0 to 9.0: CUDA C++ Programming Guide, throughput of native arithmetic
 # instructions (reciprocal, base-2 logarithm, base-2 exponential, sine and cosine in float32).
-EXPONENTIALS_A_CLOCK = 16
+EXPONENTIALS_PER_CLOCK = 16
 
-# The clocks of the H100 and the H200 are not in their data sheets: 67 TFLOPS of float32 are 2 operations of 128 cores
+# The data sheets of the H100 and the H200 give no clock: 67 TFLOPS of float32 are 2 operations per clock of 128 cores
 # of 132 multiprocessors at 1.98 GHz.
 GPUS = {
     "H100": Gpu("H100 SXM", 3.35e12, 132, 1.98e9, "NVIDIA H100 Tensor Core GPU data sheet"),

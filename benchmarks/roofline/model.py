@@ -6,18 +6,18 @@ from typing import NamedTuple
 
 from benchmarks.roofline.gpus import Gpu
 
-SECTOR_BYTES = 32  # what a GPU's memory moves at least
-LAUNCH_SECONDS = 4e-6  # assumed: from one short kernel to the next, in a stream that the host keeps filled
+SECTOR_BYTES = 32  # the unit in which a GPU moves memory
+LAUNCH_SECONDS = 4e-6  # assumed: between short kernels of a stream that the host keeps filled
 
 
 class Traffic(NamedTuple):
-    """What a pass costs.
+    """The costs of a pass.
 
     Attributes:
-        launches: kernels started, one after the other.
-        needed_bytes: that it has to read and write at least; 0 where nobody has said.
-        moved_bytes: that it reads and writes.
-        exponentials: that it computes.
+        launches: kernels, one after the other.
+        needed_bytes: the minimum to read and write; 0 if unknown.
+        moved_bytes: bytes read and written.
+        exponentials: computed exponentials.
     """
 
     launches: float
@@ -26,11 +26,11 @@ class Traffic(NamedTuple):
     exponentials: float = 0
 
     def plus(self, other: Traffic) -> Traffic:
-        """One after the other."""
+        """The costs of both passes, one after the other."""
         return Traffic(*(a + b for a, b in zip(self, other, strict=True)))
 
     def times(self, factor: float) -> Traffic:
-        """The same with so many times as many rows, in as many launches."""
+        """The costs of `factor` times as many rows, in the same number of launches."""
         return Traffic(self.launches, *(factor * value for value in self[1:]))
 
 
@@ -38,11 +38,11 @@ class Modelled(NamedTuple):
     """Modelled seconds of a pass.
 
     Attributes:
-        launching: of all launches.
-        memory: for the moved bytes at the full bandwidth.
-        exponentials: at the full rate.
-        total: launching, and the longer of the two others.
-        at_best: for the needed bytes alone.
+        launching: time of all launches.
+        memory: time of the moved bytes at peak bandwidth.
+        exponentials: time of the exponentials at their peak rate.
+        total: launching plus the longer of the other two.
+        at_best: time of the needed bytes only.
     """
 
     launching: float
@@ -53,7 +53,7 @@ class Modelled(NamedTuple):
 
     @property
     def bound(self) -> str:
-        """What takes the most of it."""
+        """The part that takes longest."""
         parts = {"launches": self.launching, "memory": self.memory, "exponentials": self.exponentials}
         return max(parts, key=lambda name: parts[name])
 

@@ -1,4 +1,4 @@
-"""The passes that are modelled, each as this package's operators and as eager PyTorch, on any device."""
+"""The modelled passes, by this package and by eager PyTorch, on any device."""
 
 from __future__ import annotations
 
@@ -17,22 +17,22 @@ Run = Callable[[], object]
 
 
 def forward_bytes(shape: Shape) -> int:
-    """What a forward that computes the gradients has to move: a step's share of that, and the labels."""
+    """The needed bytes of a forward that computes the gradients, including the labels."""
     return needed_bytes(shape) + 8 * shape.rows
 
 
 def backward_bytes(shape: Shape) -> int:
-    """What scaling the gradients has to move: each is read and written."""
+    """The needed bytes of scaling the gradients: each is read and written."""
     return 2 * gradient_bytes(shape)
 
 
 def loss_passes(inputs: Inputs) -> tuple[Run, Run, Run]:
-    """Forward, a backward under a loss scale, and the usual one, of this package; to be called one after the other."""
+    """Forward, backward with a loss scale, and the usual backward of this package, to be called in this order."""
     return _passes(inputs, lambda: fused(inputs))
 
 
 def eager_passes(inputs: Inputs) -> tuple[Run, Run, Run]:
-    """The same in PyTorch's own functions."""
+    """The same passes in plain PyTorch."""
     return _passes(inputs, lambda: formulas.loss(formulas.forward_kl, *inputs))
 
 
@@ -47,7 +47,7 @@ def _passes(inputs: Inputs, loss: Callable[[], Tensor]) -> tuple[Run, Run, Run]:
 
 
 class Layer(NamedTuple):
-    """A linear layer that loses half of its neurons and of its inputs, with its gradient and two moments."""
+    """A linear layer, with its gradient and two moments, that loses half of its neurons and inputs."""
 
     rows: int
     columns: int
@@ -59,13 +59,13 @@ class Layer(NamedTuple):
 
 
 def compaction_bytes(layer: Layer) -> int:
-    """What taking the kept half of both sides has to move: kept elements read and written, and their indices."""
+    """The needed bytes of gathering half of the rows and columns: elements read and written, and indices."""
     rows, columns = layer.rows // 2, layer.columns // 2
     return 2 * layer.tensors * rows * columns * layer.dtype.itemsize + 8 * (rows + columns)
 
 
 class LayerInputs(NamedTuple):
-    """Tensors of a layer and what of them is kept."""
+    """The tensors of a layer, and the rows and columns to keep."""
 
     tensors: Sequence[Tensor]
     keep_rows: Tensor
@@ -73,7 +73,7 @@ class LayerInputs(NamedTuple):
 
 
 def make_layer(layer: Layer, device: str = "cpu") -> LayerInputs:
-    """Tensors of no particular value, and random halves; the same at every call."""
+    """Tensors of ones, and random halves that are the same at every call."""
     generator = torch.Generator().manual_seed(0)
     rows, columns = (
         torch.randperm(size, generator=generator)[: size // 2].sort().values.to(device)
@@ -86,11 +86,11 @@ def make_layer(layer: Layer, device: str = "cpu") -> LayerInputs:
 
 
 def compaction(inputs: LayerInputs) -> list[Tensor]:
-    """By this package, in one call."""
+    """Gathers all tensors by this package, in one call."""
     rows, columns = inputs.tensors[0].shape
     return ops.gather_slices(inputs.tensors, inputs.keep_rows, inputs.keep_columns, rows=rows, columns=columns)[0]
 
 
 def eager_compaction(inputs: LayerInputs) -> list[Tensor]:
-    """By PyTorch: rows, then columns, of each tensor."""
+    """Gathers rows, then columns, of each tensor by PyTorch."""
     return [t.index_select(0, inputs.keep_rows).index_select(1, inputs.keep_columns) for t in inputs.tensors]

@@ -1,4 +1,4 @@
-"""Counts and modelled times as tables."""
+"""Tables of counts and modelled times."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ class Case(NamedTuple):
     """One pass on one GPU.
 
     Attributes:
-        name: what it works at.
-        kernels: traffic of this package's kernels.
-        eager: of PyTorch's own functions.
+        name: the shape and the pass.
+        kernels: costs of this package's kernels.
+        eager: costs of plain PyTorch.
     """
 
     name: str
@@ -25,7 +25,7 @@ class Case(NamedTuple):
 
 
 def counts(cases: Sequence[Case], gpu: Gpu, scaled: dict[str, int]) -> Table:
-    """What was counted, for one GPU."""
+    """The counts for one GPU."""
     columns = ["", "kernels", "needed (MB)", "moved (MB)", "moved / needed", "exponentials (M)"]
     columns += ["eager kernels", "eager moved (MB)"]
     rows = [
@@ -46,24 +46,20 @@ def counts(cases: Sequence[Case], gpu: Gpu, scaled: dict[str, int]) -> Table:
 
 def _scaling(scaled: dict[str, int]) -> str:
     if not scaled:
-        return "All were run whole."
-    parts = [f"{name} with {_ordinal(factor)} of the rows" for name, factor in scaled.items()]
-    return f"Run on as much smaller a GPU and scaled up: {'; '.join(parts)}. The others were run whole."
-
-
-def _ordinal(factor: int) -> str:
-    return {2: "a half", 4: "a quarter"}.get(factor, f"1/{factor}")
+        return "All shapes were run in full."
+    parts = [f"{name} with 1/{factor} of the rows" for name, factor in scaled.items()]
+    return f"Run with fewer rows on a smaller GPU and scaled up: {'; '.join(parts)}. The others were run in full."
 
 
 def times(by_gpu: Sequence[tuple[Gpu, Sequence[Case]]], launch_seconds: float) -> Table:
-    """Modelled times of the same cases on each GPU."""
+    """The modelled times of the cases on each GPU."""
     columns = ["", *[f"{gpu.name} (µs)" for gpu, _ in by_gpu]]
     rows = [
         [cases[0].name, *[_time(case, gpu, launch_seconds) for (gpu, _), case in zip(by_gpu, cases, strict=True)]]
         for cases in zip(*(cases for _, cases in by_gpu), strict=True)
     ]
     note = (
-        "This package / eager PyTorch (needed bytes at full bandwidth; what takes longest of this package's time). "
+        "This package / eager PyTorch (needed bytes at peak bandwidth; the part that bounds this package's time). "
         f"A launch is assumed to take {launch_seconds * 1e6:g} µs."
     )
     return Table("roofline-times", "Modelled times, not measured", columns, rows, note)

@@ -1,4 +1,4 @@
-"""Counts PyTorch's operations and the bytes of their tensors: each is a kernel that reads and writes memory."""
+"""Counts PyTorch's operations and the bytes of their tensors."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from benchmarks.roofline.model import SECTOR_BYTES, Traffic
 
 aten = torch.ops.aten
 
-# Memory without contents, and other names for what is there: no kernel.
+# Uninitialized memory and aliases: no kernel.
 _FREE = {
     aten.detach,
     aten.empty,
@@ -25,19 +25,19 @@ _FREE = {
     aten.new_empty,
     aten.new_empty_strided,
 }
-# These take a tensor for its shape.
+# These use a tensor's shape only.
 _FILLS = {aten.full_like, aten.new_full, aten.new_ones, aten.new_zeros, aten.ones_like, aten.zeros_like}
 
-# Bytes that an operation reads where that is not all of its arguments.
+# The bytes that an operation reads, if it does not read all of its arguments.
 _READS: dict[Any, Callable[[list[Tensor], list[Tensor]], int]] = {
-    # One logarithm of each row, and the labels.
+    # One logarithm per row, and the labels.
     aten.nll_loss_forward: lambda inputs, outputs: inputs[0].shape[0] * SECTOR_BYTES + _touched(inputs[1:]),
-    # The logarithms are there for their shape.
+    # It uses the shape of the logarithms only.
     aten.nll_loss_backward: lambda inputs, outputs: _touched([inputs[0], *inputs[2:]]),
-    # What it writes, and the indices.
+    # As much as it writes, and the indices.
     aten.index_select: lambda inputs, outputs: _touched([*outputs, *inputs[1:]]),
 }
-# The gradient is filled with zeros first.
+# It fills the gradient with zeros first.
 _LAUNCHES = {aten.nll_loss_backward: 2}
 
 
@@ -51,11 +51,11 @@ class Operation(NamedTuple):
 
 
 class OperationCounter(TorchDispatchMode):
-    """What runs inside of `with`, forward and backward, a list of operations.
+    """Records the operations inside of `with`, forward and backward.
 
-    Operators of this package are looked into, not counted: their kernels are counted otherwise. Each operation counts
-    as one kernel that reads each of its tensors once and writes its results once. Some kernels do more (the softmax of
-    a row too long for shared memory reads it again), none does less.
+    Each operation counts as one kernel that reads each of its tensors once and writes its results once. Some kernels do
+    more (a softmax reads rows that are too long for shared memory twice), none does less. Operators of this package are
+    not counted themselves, only what they call: the emulator counts their kernels.
     """
 
     def __init__(self) -> None:
@@ -65,7 +65,7 @@ class OperationCounter(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         if func.namespace != "aten":
-            with self:  # the kernel itself, or the operator would come here again
+            with self:  # calls the kernel directly, because the operator would be dispatched here again
                 return func._op_dk(torch._C.DispatchKey.CPU, *args, **kwargs)
         results = func(*args, **kwargs)
         if not (func.is_view or func.overloadpacket in _FREE):
@@ -73,7 +73,7 @@ class OperationCounter(TorchDispatchMode):
         return results
 
     def traffic(self) -> Traffic:
-        """All of them together; what is needed is not known here."""
+        """The costs of all operations. The needed bytes are unknown."""
         launches = sum(operation.launches for operation in self.operations)
         moved = sum(operation.read_bytes + operation.written_bytes for operation in self.operations)
         return Traffic(launches, 0, moved)
@@ -95,7 +95,7 @@ def _tensors(tree: Any) -> list[Tensor]:
 
 
 def _touched(tensors: Iterable[Tensor]) -> int:
-    """Bytes of the elements; one that a tensor repeats (expand) counts once."""
+    """Bytes of the elements. Elements that a tensor repeats (expand) count once."""
     return sum(_elements(tensor) * tensor.element_size() for tensor in tensors)
 
 

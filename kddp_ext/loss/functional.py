@@ -171,12 +171,13 @@ def _choose_native(device: torch.device, backend: Backend) -> bool:
     if backend == "native":
         raise ValueError(
             "backend: expected 'auto' or 'reference', since this build of kddp_ext has no native kernels for "
-            f"{device.type!r} tensors, got 'native'"
+            f"{device.type!r} tensors, got 'native'{ops.how_to_build(device)}"
         )
     if device.type not in _devices_warned_of:
         _devices_warned_of.add(device.type)
         warnings.warn(
-            f"kddp_ext has no native kernels for {device.type!r} in this build: the loss runs in plain PyTorch",
+            f"kddp_ext has no native kernels for {device.type!r} in this build: the loss runs in plain PyTorch"
+            f"{ops.how_to_build(device)}",
             stacklevel=4,
         )
     return False

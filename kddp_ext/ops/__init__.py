@@ -8,13 +8,14 @@ the operators work under torch.compile and torch.export.
 from kddp_ext.ops.gather_slices import gather_slices
 from kddp_ext.ops.gradient_pool import GradientPool, pool
 from kddp_ext.ops.kd_l1_loss import kd_l1_loss, kd_l1_loss_operator, neuron_statistics, scale_gradients
-from kddp_ext.ops.library import ELEMENT_TYPES, build_info, is_native, scales_natively, storage_key
+from kddp_ext.ops.library import ELEMENT_TYPES, build_info, how_to_build, is_native, scales_natively, storage_key
 
 __all__ = [
     "ELEMENT_TYPES",
     "GradientPool",
     "build_info",
     "gather_slices",
+    "how_to_build",
     "is_native",
     "kd_l1_loss",
     "kd_l1_loss_operator",

@@ -19,7 +19,16 @@ except ImportError as error:
 
 from kddp_ext.ops import cuda
 
-__all__ = ["ELEMENT_TYPES", "build_info", "is_native", "library", "native", "scales_natively", "storage_key"]
+__all__ = [
+    "ELEMENT_TYPES",
+    "build_info",
+    "how_to_build",
+    "is_native",
+    "library",
+    "native",
+    "scales_natively",
+    "storage_key",
+]
 
 library = torch.library.Library("kddp", "DEF")
 
@@ -66,6 +75,11 @@ def is_native(device: torch.device) -> bool:
     return device.type == "cpu" or (device.type == "cuda" and cuda.is_built())
 
 
+def how_to_build(device: torch.device) -> str:
+    """The end of a message about missing kernels: how to build those for `device`, if there is a way."""
+    return "; to build CUDA kernels: pip install . -C cmake.define.KDDP_CUDA=ON" if device.type == "cuda" else ""
+
+
 def storage_key(tensor: Tensor) -> tuple[torch.device, int]:
     """A key that is equal for tensors in the same storage, and different otherwise while both tensors are alive."""
     return tensor.device, tensor.untyped_storage().data_ptr() or id(tensor)
@@ -95,6 +109,7 @@ def build_info() -> BuildInfo:
         A dictionary. "cpu" is the instruction set in use; set the environment variable KDDP_CPU_ISA before the first
         call to choose another. "compiler" is the compiler of the CPU module. "cuda" says whether CUDA kernels were
         built, "cuda_architectures" for which architectures (CMake's names; empty without CUDA), and "cuda_compiler" by
-        which compiler ("" without CUDA).
+        which compiler ("" without CUDA). To build CUDA kernels on a machine without a GPU:
+        `pip install . -C cmake.define.KDDP_CUDA=ON`.
     """
     return {"cpu": _core.instruction_set(), **cuda.build_info(), "compiler": _core.compiler}

@@ -1,4 +1,4 @@
-"""Single launches of the CUDA kernels on the emulator, with every buffer known: what is read, written and allowed."""
+"""Single launches of the CUDA kernels on the emulator, for which every buffer is declared."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ DIVERGENCES = {"forward_kl": 0, "reverse_kl": 1, "jsd": 2, "dkd": 3}
 
 
 def aligned(shape: tuple[int, ...], dtype: torch.dtype, *, fill: float | None = None) -> Tensor:
-    """A tensor at a multiple of 256 bytes, as on a GPU. Unfilled it has no number that a result could be."""
+    """A tensor at a multiple of 256 bytes, as on a GPU. Without `fill`, its bytes are 0xFF, which is NaN."""
     size = torch.Size(shape).numel() * torch.empty((), dtype=dtype).element_size()
     memory = torch.full((size + 256,), 0xFF, dtype=torch.uint8)
     start = -memory.data_ptr() % 256
@@ -42,21 +42,21 @@ def expected_gradient(student: Tensor, teacher: Tensor, labels: Tensor) -> Tenso
 
 
 def extent(tensor: Tensor) -> int:
-    """Bytes from the first element to behind the last."""
+    """Bytes from the first element to behind the last one."""
     last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
     return (last + 1) * tensor.element_size() if tensor.numel() else 0
 
 
 @dataclass
 class Launch:
-    """One call: its buffers, which of them are declared as needed, and what makes it run."""
+    """One call of the module: its arguments, and its buffers, all of which the emulator must see accessed."""
 
     inputs: dict[str, Tensor]
     outputs: dict[str, Tensor]
     arguments: tuple[Any, ...]
     operation: str
     parts: dict[str, list[Tensor]] = field(default_factory=dict)
-    """Of inputs that are read in part, or whose rows do not lie side by side: the contiguous parts that are read."""
+    """For inputs that are read in part or are not contiguous: the contiguous parts that are read."""
 
     @property
     def read(self) -> list[Tensor]:
@@ -64,12 +64,12 @@ class Launch:
 
     @property
     def needed_bytes(self) -> int:
-        """Bytes of all that is read and written, each once."""
+        """Bytes that are read and written, each counted once."""
         return sum(x.numel() * x.element_size() for x in (*self.read, *self.outputs.values()))
 
     @property
     def needed_sector_bytes(self) -> int:
-        """Bytes of the sectors in which those lie: what is taken out of a matrix here and there costs no less."""
+        """Bytes of the sectors that contain the needed bytes."""
         sectors = 0
         for tensors in (self.read, self.outputs.values()):
             touched = set()
@@ -79,13 +79,13 @@ class Launch:
         return 32 * sectors
 
     def run(self, emulated: Emulated, *, guarded: bool = True) -> dict[str, Any]:
-        """Runs it with every input and output declared as needed, and nothing else allowed; gives the report.
+        """Runs the call, with all inputs and outputs needed and nothing else allowed. Returns the report.
 
         Raises:
-            RuntimeError: the emulator has found a fault.
+            RuntimeError: The emulator found a fault.
         """
         emulator, counters = emulated.emulator, emulated.counters
-        emulator.last_error()  # another test's
+        emulator.last_error()  # resets the error of another test
         emulator.clear()
         emulator.allow_everything()
         if guarded:
@@ -168,7 +168,7 @@ def loss_launch(
 
 
 def _runs(indices: list[int]) -> list[tuple[int, int]]:
-    """Starts and ends of runs of neighbouring indices."""
+    """Starts and ends of the runs of consecutive indices."""
     starts = [i for k, i in enumerate(indices) if k == 0 or i != indices[k - 1] + 1]
     ends = [i + 1 for k, i in enumerate(indices) if k == len(indices) - 1 or i + 1 != indices[k + 1]]
     return list(zip(starts, ends, strict=True))
@@ -177,7 +177,7 @@ def _runs(indices: list[int]) -> list[tuple[int, int]]:
 def compaction_launch(
     tensors: list[Tensor], keep_rows: Tensor | None, keep_columns: Tensor | None, pruned: Tensor | None = None
 ) -> Launch:
-    """The kept rows and columns of matrices of one shape, and what the `pruned` columns of the first contributed."""
+    """The gather of matrices of one shape, and the contribution of the `pruned` columns of the first one."""
     rows, columns = tensors[0].shape
     kept = (
         rows if keep_rows is None else keep_rows.numel(),
@@ -215,7 +215,7 @@ def compaction_launch(
 
 
 def scale_launch(gradients: list[Tensor], factor: float) -> Launch:
-    """Every gradient times a scalar that lies on the device."""
+    """Every gradient times a scalar."""
     inputs = {f"gradient {i}": gradient for i, gradient in enumerate(gradients)}
     outputs = {f"scaled {i}": aligned(tuple(x.shape), x.dtype) for i, x in enumerate(gradients)}
     tensors = [

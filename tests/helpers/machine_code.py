@@ -1,6 +1,6 @@
-"""What nvcc made of the CUDA kernels: registers, stack and shared memory, instructions, and the occupancy they allow.
+"""The machine code of the CUDA kernels in `kddp_ext._cuda`: resources, instructions, occupancy.
 
-Read with cuobjdump and nvdisasm (PyPI: nvidia-cuda-cuobjdump, nvidia-cuda-nvdisasm) from the module `kddp_ext._cuda`.
+Needs cuobjdump and nvdisasm (PyPI: nvidia-cuda-cuobjdump, nvidia-cuda-nvdisasm).
 """
 
 from __future__ import annotations
@@ -19,17 +19,17 @@ DTYPES = ("float32", "float64", "bfloat16", "float16")  # by ElementType
 
 
 class MissingError(RuntimeError):
-    """What is needed to read machine code is not there; the text says what."""
+    """Something that is needed to read machine code is missing; the text says what."""
 
 
 @dataclass(frozen=True)
 class Multiprocessor:
-    """What the blocks of one multiprocessor share (CUDA C++ Programming Guide, "Compute Capabilities")."""
+    """The resources of a multiprocessor (CUDA C++ Programming Guide, "Compute Capabilities")."""
 
     threads: int
     blocks: int
     shared_bytes: int
-    reserved_bytes: int  # of shared memory, for each block, that ptxas does not count among the block's own
+    reserved_bytes: int  # of shared memory per block, which ptxas does not report
     registers: int = 65536
 
 
@@ -46,31 +46,29 @@ MULTIPROCESSORS: Mapping[str, Multiprocessor] = {
 
 @dataclass(frozen=True)
 class Kernel:
-    """One kernel for one architecture, as ptxas has left it."""
+    """The resources of one kernel on one architecture, as ptxas reports them."""
 
     architecture: str
     symbol: str
-    registers: int  # of a thread
-    stack_bytes: int  # of a thread: what is spilled, and arrays that are no registers
+    registers: int  # per thread
+    stack_bytes: int  # per thread: spilled registers, and arrays that are not in registers
     local_bytes: int
-    shared_bytes: int  # of a block, without the dynamic ones
+    shared_bytes: int  # static, per block
 
     @property
     def name(self) -> str:
-        """Its function's name and what its template takes, in short: `kd_l1_loss_by_rows<float32, 32, keeps, 0>`."""
-        name = re.search(r"kddp\d*(?:_GLOBAL__N__\w+?_)?\d+(\D\w*?)(?:I|E|PK|N)", self.symbol)
+        """A short name: `warps float32 difference` for a kernel of the loss, otherwise the function's."""
         loss = re.search(r"ElementTypeE(\d)EEELi(\d+)ELb(\d)ELNS_12GradientFormE(\d)", self.symbol)
         if loss is None:
-            known = [k for k in ("scale_gradients", "gather_layer", "probe") if k in self.symbol]
-            return known[0] if known else (name.group(1) if name else self.symbol)
+            return next((k for k in ("scale_gradients", "gather_layer", "probe") if k in self.symbol), self.symbol)
         dtype, lanes, cached, form = loss.groups()
         rows = {"8": "small_teams", "32": "warps", "1024": "blocks" if cached == "1" else "long_rows"}[lanes]
         return f"{rows} {DTYPES[int(dtype)]} {('difference', 'weighted')[int(form)]}"
 
     def occupancy(self, threads: int, dynamic_shared_bytes: int = 0) -> float:
-        """Share of a multiprocessor's threads that blocks of `threads` can fill, as NVIDIA's calculator works it out.
+        """The share of a multiprocessor's threads that blocks of `threads` fill, as NVIDIA's calculator computes it.
 
-        Registers go to a warp in units of 256, shared memory to a block in units of 128 bytes.
+        Registers are allocated per warp in units of 256, shared memory per block in units of 128 bytes.
         """
         of = MULTIPROCESSORS[self.architecture]
         warps = -(-threads // 32)
@@ -85,16 +83,16 @@ def built_module() -> Path:
     """The installed module `kddp_ext._cuda`.
 
     Raises:
-        MissingError: kddp_ext was built without CUDA.
+        MissingError: kddp_ext was built without CUDA kernels.
     """
     spec = importlib.util.find_spec("kddp_ext._cuda")
     if spec is None or spec.origin is None:
-        raise MissingError("kddp_ext was built without CUDA: there is no machine code to read")
+        raise MissingError("kddp_ext was built without CUDA kernels: there is no machine code to read")
     return Path(spec.origin)
 
 
 def _tools() -> dict[str, str]:
-    """An environment in which cuobjdump finds nvdisasm, and `which` finds both."""
+    """An environment whose PATH has cuobjdump and nvdisasm."""
     folders = [os.environ.get("PATH", "")]
     spec = importlib.util.find_spec("nvidia")
     for root in (spec.submodule_search_locations or []) if spec else []:
@@ -112,10 +110,10 @@ def _cuobjdump(*arguments: str) -> str:
 
 
 def kernels(module: Path) -> list[Kernel]:
-    """Every kernel of a module, for each architecture that it has machine code for.
+    """All kernels of a module, for each architecture that it has machine code for.
 
     Raises:
-        MissingError: a tool is not installed.
+        MissingError: A tool is not installed.
     """
     found = []
     architecture = symbol = ""
@@ -131,12 +129,12 @@ def kernels(module: Path) -> list[Kernel]:
 
 
 def virtual_architectures(module: Path) -> list[str]:
-    """Those that PTX is there for, which a driver can translate for newer GPUs."""
+    """The architectures of a module's PTX, which drivers can translate for newer GPUs."""
     return re.findall(r"PTX file\s+\d+: \S*?(sm_\d+)\S*\.ptx", _cuobjdump("-lptx", str(module)))
 
 
 def instructions(module: Path, architecture: str) -> dict[str, Counter[str]]:
-    """How often each instruction stands in each kernel, by symbol; modifiers belong to it: `LDG.E.128.CONSTANT`."""
+    """Counts the instructions of each kernel, by symbol, with modifiers: `LDG.E.128.CONSTANT`."""
     counted: dict[str, Counter[str]] = {}
     of: Counter[str] = Counter()
     for line in _cuobjdump("-sass", "-arch", architecture, str(module)).splitlines():

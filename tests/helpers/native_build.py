@@ -1,4 +1,4 @@
-"""Compiles the native CPU module with other flags than the package's, for one instruction set alone."""
+"""Compiles the native CPU module with other flags than the package's, for a single instruction set."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def kernel_flags(instruction_set: str) -> list[str]:
 
 
 def supported() -> list[str]:
-    """The instruction sets that this processor runs, the best last."""
+    """The instruction sets that this processor supports, the best one last."""
     import kddp_ext
 
     if platform.machine() not in ("x86_64", "AMD64"):
@@ -41,7 +41,7 @@ def supported() -> list[str]:
 
 
 def compile_all(folder: Path, jobs: Sequence[tuple[Path, Iterable[str]]]) -> list[Path]:
-    """Compiles (source, flags) pairs, two at a time; gives the objects."""
+    """Compiles (source, flags) pairs, two at a time. Returns the objects."""
     objects = [folder / f"{index}-{source.stem}.o" for index, (source, _) in enumerate(jobs)]
 
     def compile_one(job: tuple[tuple[Path, Iterable[str]], Path]) -> None:
@@ -54,7 +54,7 @@ def compile_all(folder: Path, jobs: Sequence[tuple[Path, Iterable[str]]]) -> lis
 
 
 def build_package(folder: Path, instruction_set: str, flags: Sequence[str]) -> Path:
-    """Copies the package to `folder / "site"`, from where to import it, with a native module compiled with `flags`."""
+    """Copies the package to `folder / "site"`, with a native module compiled with `flags`. Returns that folder."""
     import pybind11
 
     site = folder / "site"
@@ -79,8 +79,8 @@ def run_tests(
     environment: dict[str, str],
     runner: Sequence[str] = ("-m", "pytest"),
 ) -> int:
-    """Runs tests on the package in `site`, keeping nothing for the next run; the exit code is pytest's."""
+    """Runs tests on the package in `site`, with a cache of their own. Returns pytest's exit code."""
     command = [sys.executable, *runner, "-q", "-c", str(ROOT / "pyproject.toml"), "--rootdir", str(ROOT)]
     command += ["-o", f"cache_dir={site.parent / 'cache'}", *arguments, *map(str, tests)]
-    # Started elsewhere, for the source folder has no native module and would come first.
+    # Not started in the source folder, which has no native module and would be imported first.
     return subprocess.run(command, cwd=site, env=environment | {"PYTHONPATH": str(site)}, check=False).returncode

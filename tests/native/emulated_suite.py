@@ -1,8 +1,8 @@
-"""Runs the numeric suite on the emulated GPU alone, with AddressSanitizer and UBSan, once for each order of lanes:
+"""Runs the tests of numbers on the emulated kernels only, with AddressSanitizer and UBSan, once for each seed:
 
     python tests/native/emulated_suite.py [--seeds 0 1 2] [arguments of pytest]
 
-Sanitizers have to be in a process from its start, so each run is a process of its own.
+Sanitizers must be loaded when a process starts, so each run is a process of its own.
 """
 
 import argparse
@@ -15,13 +15,13 @@ sys.path.insert(0, str(TESTS / "helpers"))
 
 from emulator import sanitizer_environment  # noqa: E402
 
-OF_THE_LOSS = ("values", "extremes", "long_rows", "autograd", "divergences", "conventions")
-NUMERIC_SUITE = [TESTS / "loss" / f"test_{name}.py" for name in OF_THE_LOSS]
+LOSS_TESTS = ("values", "extremes", "long_rows", "autograd", "divergences", "conventions")
+NUMERIC_SUITE = [TESTS / "loss" / f"test_{name}.py" for name in LOSS_TESTS]
 NUMERIC_SUITE += [TESTS / "activations" / "test_statistics.py", TESTS / "ops" / "test_gather_slices.py"]
 
 
 def run(seed: int, arguments: list[str]) -> int:
-    """One run of the suite; the exit code is pytest's."""
+    """One run of the suite. Returns pytest's exit code."""
     options = ["--sanitized", "--emulated=only", "--timeout=1200", *arguments]
     chosen = any(Path(argument.partition("::")[0]).exists() for argument in arguments)
     files = [] if chosen else map(str, NUMERIC_SUITE)
@@ -34,7 +34,7 @@ def run(seed: int, arguments: list[str]) -> int:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
-        "--seeds", type=int, nargs="+", default=[0, 1, 2], help="of the order of lanes, warps and blocks"
+        "--seeds", type=int, nargs="+", default=[0, 1, 2], help="determine the order of lanes, warps and blocks"
     )
     options, arguments = parser.parse_known_args()
     failed = [seed for seed in options.seeds if run(seed, arguments) != 0]

@@ -1,10 +1,10 @@
-"""What lets one test run on several devices."""
+"""tensors_on, which lets one test run on several devices."""
 
 import backends
 import torch
 
 
-def test_tensors_are_made_on_the_device_and_only_where_none_is_named():
+def test_tensors_are_created_on_the_device_unless_a_call_names_one():
     with backends.tensors_on("meta"):
         leaf = torch.randn(2, 3, generator=torch.Generator().manual_seed(0), requires_grad=True)
         assert leaf.device.type == "meta"
@@ -15,7 +15,7 @@ def test_tensors_are_made_on_the_device_and_only_where_none_is_named():
     assert torch.randn(2).device.type == "cpu"
 
 
-def test_numbers_are_those_of_the_cpu():
+def test_values_are_those_of_the_cpu():
     def draw():
         return torch.randint(0, 99, (20,), generator=torch.Generator().manual_seed(3))
 

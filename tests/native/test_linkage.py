@@ -20,7 +20,7 @@ kddp::RowValues use(const kddp::KdL1Loss& job, kddp::ChunkSums& row, kddp::RowGr
 
 
 def shared_functions(source: Path) -> list[str]:
-    """Functions of ours with weak symbols: the linker keeps one copy for all objects. The source is compiled with -O0."""
+    """Functions of ours with weak symbols: the linker keeps one copy for all objects. Compiled with -O0."""
     if shutil.which(compiler()) is None or shutil.which("nm") is None:
         pytest.skip("needs a C++ compiler and nm")
     command = [compiler(), "-std=c++17", "-O0", f"-I{CSRC}", f"-I{CSRC / 'include'}", "-c", str(source)]

@@ -1,4 +1,4 @@
-"""The modelled costs on a GPU: bytes from shapes, the model's arithmetic, PyTorch's operations, and the emulator."""
+"""The model of costs on a GPU: bytes from shapes, arithmetic, PyTorch's operations, and counts on the emulator."""
 
 import json
 import os
@@ -18,7 +18,7 @@ ROOT = Path(__file__).parents[2]
 
 @pytest.fixture(scope="module")
 def roofline():
-    """The package's modules; it lies in the source folder and is not installed."""
+    """The modules of benchmarks.roofline, which is in the source folder only."""
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(str(ROOT))
         from benchmarks import cases
@@ -26,20 +26,14 @@ def roofline():
         from benchmarks.roofline import emulated, gpus, model, passes, tables, torch_operations
 
         yield SimpleNamespace(
-            cases=cases,
-            command=command,
-            emulated=emulated,
-            gpus=gpus,
-            model=model,
-            passes=passes,
-            tables=tables,
+            cases=cases, command=command, emulated=emulated, gpus=gpus, model=model, passes=passes, tables=tables,
             torch_operations=torch_operations,
-        )
+        )  # fmt: skip
 
 
 @pytest.fixture
 def counter(roofline, request):
-    """Counts on the emulated module of the other tests; whole shapes."""
+    """Counts whole shapes on the emulated module of the other tests."""
     return roofline.emulated.Counter(backends.emulated(request.config), None)
 
 
@@ -95,24 +89,22 @@ def test_bytes_of_single_operations(roofline, device):
     assert bytes_of(lambda: x.index_select(0, index)) == [(4 * 30 + 8 * 3, 4 * 30)]
 
 
-def test_bytes_of_the_eager_loss(roofline):
-    """Against a sum by hand over the operations of the formula and of its derivative."""
+def test_bytes_of_the_eager_loss_equal_a_sum_by_hand(roofline):
     shape = roofline.cases.Shape(64, 100, 32)
     forward, backward, usual = roofline.command.eager_loss(shape)
     logits, activations = 4 * 64 * 100, 4 * 64 * 32
     # Two divisions, three softmaxes, xlogy, product, difference, sum; abs and sum.
-    of_forward = (2 * 2 + 3 * 2 + 3 * 3 + 1) * logits + (2 + 1) * activations
+    forward_bytes = (2 * 2 + 3 * 2 + 3 * 3 + 1) * logits + (2 + 1) * activations
     # nll_loss and the logarithm's, neg, product, the logarithm's, division, sum of both; sgn and product.
-    of_backward = (1 + 3 + 1 + 3 + 3 + 2 + 3) * logits + (2 + 2) * activations
-    small = 64 * (32 + 8) + 20 * 3 * 4  # the labels' logarithms, and numbers
-    assert 0 <= forward.moved_bytes - of_forward <= small
-    assert 0 <= backward.moved_bytes - of_backward <= small
+    backward_bytes = (1 + 3 + 1 + 3 + 3 + 2 + 3) * logits + (2 + 2) * activations
+    small = 64 * (32 + 8) + 20 * 3 * 4  # the labels' logarithms, and scalars
+    assert 0 <= forward.moved_bytes - forward_bytes <= small
+    assert 0 <= backward.moved_bytes - backward_bytes <= small
     assert backward == usual
-    assert forward.launches == 19
-    assert backward.launches == 16
+    assert (forward.launches, backward.launches) == (19, 16)
 
 
-def test_meta_tensors_count_as_real_ones(roofline):
+def test_meta_tensors_count_like_real_ones(roofline):
     shape = roofline.cases.Shape(8, 10, 4, torch.bfloat16)
     counted = []
     for device in ("cpu", "meta"):
@@ -123,19 +115,19 @@ def test_meta_tensors_count_as_real_ones(roofline):
 
 @pytest.mark.parametrize(
     ("rows", "classes", "neurons", "exponentials"),
-    [(16, 100, 64, 2), (2, 20000, 0, 4)],  # rows that are kept, and rows that are read again
+    [(16, 100, 64, 2), (2, 20000, 0, 4)],  # rows in shared memory, and rows that are read twice
 )
-def test_the_emulated_loss_moves_little_more_than_it_needs(roofline, counter, rows, classes, neurons, exponentials):
+def test_the_emulated_loss_moves_little_more_than_needed(roofline, counter, rows, classes, neurons, exponentials):
     shape = roofline.cases.Shape(rows, classes, neurons)
     forward, backward, usual = counter.loss(shape, 4)
-    # Reading both sides again is 5 arrays instead of 3.
+    # Reading both sides twice moves 5 arrays instead of 3.
     least = forward.needed_bytes * (1 if exponentials == 2 else 5 / 3)
     assert least - 8 * rows <= forward.moved_bytes <= 1.3 * least
     assert forward.exponentials == exponentials * rows * classes
     assert backward.needed_bytes <= backward.moved_bytes <= 1.1 * backward.needed_bytes
     assert forward.launches == 1
     assert backward.launches == usual.launches == 2  # the incoming gradient, and the scaling
-    assert usual.moved_bytes < backward.moved_bytes / 20  # which is by 1: each block reads that
+    assert usual.moved_bytes < backward.moved_bytes / 20  # scaling by 1 only reads the scalar
 
 
 def test_fewer_rows_on_a_smaller_gpu_count_the_same(roofline, counter, request):
@@ -150,25 +142,22 @@ def test_fewer_rows_on_a_smaller_gpu_count_the_same(roofline, counter, request):
         assert a._replace(moved_bytes=0) == b._replace(moved_bytes=0)
 
 
-def test_the_size_of_the_gpu_reaches_the_kernels(roofline, request):
-    """Four rows of many classes are split among as many blocks as there are: the more, the more they exchange."""
-    emulated = backends.emulated(request.config)
-    reports = {}
+def test_a_larger_gpu_splits_rows_into_more_slices(roofline, counter):
+    grids = {}
     for multiprocessors in (2, 8):
-        counter = roofline.emulated.Counter(emulated, None)
         forward, *_ = roofline.passes.loss_passes(roofline.cases.make_inputs(roofline.cases.Shape(4, 33000, 0)))
-        _, (reports[multiprocessors],) = counter._count(forward, multiprocessors)
-    assert reports[2]["grid"] == 4
-    assert reports[8]["grid"] == 16
+        _, (report,) = counter._count(forward, multiprocessors)
+        grids[multiprocessors] = report["grid"]
+    assert grids == {2: 4, 8: 16}
 
 
-def test_a_compaction(roofline, counter):
+def test_counts_of_a_compaction(roofline, counter):
     layer = roofline.passes.Layer(32, 64)
     counted = counter.compaction(layer, 4)
     eager = roofline.command.eager_compaction(layer)
     assert counted.needed_bytes == roofline.passes.compaction_bytes(layer)
     assert counted.needed_bytes < counted.moved_bytes < 2.5 * counted.needed_bytes
-    # Of each of four tensors: 16 rows, and of those 32 columns, read and written, and the indices.
+    # For each of four tensors: 16 rows, then 32 of their columns, read and written, and the indices.
     assert eager == (8, 0, 4 * (4 * 2 * (16 * 64 + 16 * 32) + 8 * (16 + 32)), 0)
 
 
@@ -184,20 +173,21 @@ def test_tables_and_json(roofline, counter):
     for table in (roofline.tables.counts(cases, gpus[0], {"a": 2, "b": 8}), roofline.tables.times(by_gpu, 4e-6)):
         assert {len(row) for row in table.rows} == {len(table.columns)}
         assert len(table.rows) == len(cases)
-    assert "a with a half of the rows; b with 1/8" in roofline.tables.counts(cases, gpus[0], {"a": 2, "b": 8}).note
+    assert "a with 1/2 of the rows; b with 1/8" in roofline.tables.counts(cases, gpus[0], {"a": 2, "b": 8}).note
     content = json.loads(json.dumps(roofline.command._json(by_gpu, counter, 4e-6)))
     assert content["measured"] is False
     first = content["gpus"][1]["cases"][0]["kddp_ext"]
     assert first["modelled_seconds"]["memory"] == pytest.approx(first["counted"]["moved_bytes"] / 0.3e12)
 
 
-def test_without_a_compiler_the_command_says_so(roofline, monkeypatch, capsys):
+def test_a_missing_compiler_is_reported(roofline, monkeypatch, capsys):
     monkeypatch.setattr("sys.argv", ["roofline"])
     monkeypatch.setenv("CXX", "no-such-compiler")
     assert roofline.command.main() == 2
     assert "no-such-compiler" in capsys.readouterr().out
 
 
+# A library that counts the calls of exp2f, and a program that runs the loss with it preloaded.
 EXPONENTIALS = """
 #include <dlfcn.h>
 static unsigned long count;
@@ -209,45 +199,39 @@ float exp2f(float x) {
     return real(x);
 }
 """
-COUNTED_RUN = """
+PROGRAM = """
 import ctypes, sys
 from pathlib import Path
 sys.path += [{root!r}, {tests!r}]  # behind the installed package
 import backends
 from benchmarks.cases import Shape, make_inputs
 from benchmarks.roofline import passes
-emulated, counted = backends.Emulated(Path({folder!r})), ctypes.CDLL({library!r}).exponentials
+emulated, count = backends.Emulated(Path({folder!r})), ctypes.CDLL({library!r}).exponentials
 for shape in {shapes!r}:
-    before = counted()
+    before = count()
     with emulated.serves():
         for run in passes.loss_passes(make_inputs(Shape(*shape))):
             run()
-    print(counted() - before)
+    print(count() - before)
 """
 
 
-def test_exponentials_of_a_class(roofline, request, tmp_path):
-    """What the model takes, against the calls that the kernels make; lanes without a class make a few for nothing."""
+def test_exponentials_per_class_equal_the_calls_of_the_kernels(roofline, request, tmp_path):
     if sys.platform != "linux" or request.config.getoption("sanitized"):
-        pytest.skip("calls are counted by preloading a library")
-    backends.emulated(request.config)  # compiled, and in the folder
+        pytest.skip("calls are counted by a preloaded library")
+    backends.emulated(request.config)  # compiles it
     source, library = tmp_path / "exponentials.c", tmp_path / "exponentials.so"
     source.write_text(EXPONENTIALS)
-    command = [compiler(), "-D_GNU_SOURCE", "-x", "c", "-O1", "-shared", "-fPIC", str(source), "-o", str(library)]
-    subprocess.run([*command, "-ldl"], check=True)
+    command = [compiler(), "-D_GNU_SOURCE", "-x", "c", "-O1", "-shared", "-fPIC", source, "-o", library, "-ldl"]
+    subprocess.run(command, check=True)
     shapes = [(16, 1000, 64), (2, 40000, 0)]
-    paths = {
-        "root": ROOT,
-        "tests": ROOT / "tests" / "helpers",
-        "folder": backends.build_folder(request.config),
-        "library": library,
-    }
-    program = COUNTED_RUN.format(**{name: str(path) for name, path in paths.items()}, shapes=shapes)
+    folders = {"root": ROOT, "tests": ROOT / "tests" / "helpers", "folder": backends.build_folder(request.config)}
+    paths = {name: str(path) for name, path in {**folders, "library": library}.items()}
+    command = [sys.executable, "-c", PROGRAM.format(**paths, shapes=shapes)]
     environment = {**os.environ, "LD_PRELOAD": str(library)}
-    command = [sys.executable, "-c", program]  # in a folder that hides no installed package
-    ended = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=True)
-    kept, read_again = (
-        int(n) / (rows * classes) for n, (rows, classes, _) in zip(ended.stdout.split(), shapes, strict=True)
-    )
-    assert 0 <= kept - roofline.emulated.EXPONENTIALS_OF_KEPT_CLASS < 0.1
-    assert 0 <= read_again - roofline.emulated.EXPONENTIALS_OF_CLASS_READ_AGAIN < 0.1
+    # In another folder, because the source folder would hide the installed package.
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=True)
+    counts = [int(n) / (rows * classes) for n, (rows, classes, _) in zip(done.stdout.split(), shapes, strict=True)]
+    expected = (roofline.emulated.EXPONENTIALS_OF_CACHED_CLASS, roofline.emulated.EXPONENTIALS_OF_CLASS_READ_TWICE)
+    for counted, modelled in zip(counts, expected, strict=True):
+        assert 0 <= counted - modelled < 0.1  # lanes without a class compute a few more

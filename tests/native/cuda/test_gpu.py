@@ -1,4 +1,4 @@
-"""On a GPU, what only a GPU shows: streams, graphs, devices. The numeric suite runs there too (tests/conftest.py)."""
+"""What only a GPU can show: streams, graphs, devices. The tests of numbers run there too (tests/conftest.py)."""
 
 import pytest
 import torch
@@ -12,35 +12,36 @@ def loss_of(student, teacher, labels, activation):
     return kddp_ext.fused_kd_l1_loss(student, teacher, labels, [activation], l1_weight=0.1, backend="native")
 
 
-def batch():
-    return torch.randn(64, 100), torch.randn(64, 100), torch.randint(0, 100, (64,)), torch.randn(64, 33)
+def batch(device="cuda"):
+    tensors = torch.randn(64, 100), torch.randn(64, 100), torch.randint(0, 100, (64,)), torch.randn(64, 33)
+    return [x.to(device) for x in tensors]
 
 
-def test_the_numeric_suite_has_a_gpu_to_run_on():
-    assert kddp_ext.build_info()["cuda"], "there is a GPU, and kddp_ext was built without CUDA"
-    on_cpu = batch()
-    torch.testing.assert_close(loss_of(*(x.cuda() for x in on_cpu)).cpu(), loss_of(*on_cpu))
+def on_side_stream(function):
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        result = function()
+    torch.cuda.current_stream().wait_stream(stream)
+    return result
 
 
-def test_a_side_stream():
-    inputs = [x.cuda() for x in batch()]
+def test_the_gpu_computes_what_the_cpu_computes():
+    assert kddp_ext.build_info()["cuda"], "there is a GPU, and kddp_ext was built without CUDA kernels"
+    inputs = batch("cpu")
+    torch.testing.assert_close(loss_of(*(x.cuda() for x in inputs)).cpu(), loss_of(*inputs))
+
+
+def test_a_side_stream_gives_the_same_result():
+    inputs = batch()
     expected = loss_of(*inputs)
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        on_stream = loss_of(*inputs)
-    torch.cuda.current_stream().wait_stream(stream)
-    assert torch.equal(on_stream, expected)
+    assert torch.equal(on_side_stream(lambda: loss_of(*inputs)), expected)
 
 
-def test_a_graph_of_forward_and_backward():
-    inputs = [x.cuda() for x in batch()]
+def test_a_graph_captures_forward_and_backward():
+    inputs = batch()
     student = inputs[0].requires_grad_()
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        (expected,) = torch.autograd.grad(loss_of(*inputs), student)
-    torch.cuda.current_stream().wait_stream(stream)
+    (expected,) = on_side_stream(lambda: torch.autograd.grad(loss_of(*inputs), student))
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         (captured,) = torch.autograd.grad(loss_of(*inputs), student)
@@ -51,14 +52,14 @@ def test_a_graph_of_forward_and_backward():
 
 
 def test_launches_repeat_bit_for_bit():
-    inputs = [x.cuda() for x in batch()]
+    inputs = batch()
     assert len({loss_of(*inputs).item() for _ in range(20)}) == 1
 
 
 def test_a_device_other_than_the_current_one():
     if torch.cuda.device_count() < 2:
-        pytest.skip("there is one CUDA device alone")
-    inputs = [x.to("cuda:1") for x in batch()]
+        pytest.skip("there is only one CUDA device")
+    inputs = batch("cuda:1")
     with torch.cuda.device(0):
         loss = loss_of(*inputs)
         assert torch.cuda.current_device() == 0

@@ -1,7 +1,7 @@
-"""Where launches go and what else the host asks of CUDA: on the emulator, which records every call of the runtime.
+"""Where launches go and what else the host asks of CUDA, as the emulator records it.
 
-What is shown: a launch takes the device and the stream that it is told, the caller's device is as it was, and nothing
-allocates, copies, waits or synchronises, so that a CUDA graph can capture it.
+A launch takes the given device and stream and leaves the caller's device as it was. Nothing allocates, copies, waits or
+synchronizes, so that a CUDA graph can capture it.
 """
 
 import contextlib
@@ -14,8 +14,6 @@ import torch
 
 import kddp_ext
 from kddp_ext.ops import cuda, gather_slices, library, scale_gradients
-
-HARMLESS = {"cudaSetDevice", "cudaFuncSetAttribute", "launch"}
 
 
 @pytest.fixture
@@ -32,6 +30,10 @@ def calls_go_to(emulated, device, stream):
     return library.stand_in(emulated.module, emulated.place(device, stream))
 
 
+def launches_of(emulated):
+    return [(call["device"], call["stream"]) for call in emulated.emulator.calls() if call["name"] == "launch"]
+
+
 def forward():
     logits = torch.randn(6, 40, requires_grad=True)
     activation = torch.randn(6, 33, requires_grad=True)
@@ -39,38 +41,39 @@ def forward():
     return kddp_ext.fused_kd_l1_loss(logits, torch.randn(6, 40), labels, [activation], l1_weight=0.1)
 
 
-def compaction(_):
+def gather():
     keep_rows, keep_columns = torch.tensor([0, 4, 8]), torch.tensor([1, 7])
     gather_slices([torch.randn(9, 8), torch.randn(9, 8)], keep_rows, keep_columns, rows=9, columns=8)
 
 
+# What is prepared, and the operation.
 OPERATIONS = {
     "forward": (lambda: None, lambda _: forward()),
     "backward": (forward, lambda loss: loss.backward(torch.tensor(3.0))),
-    "compaction": (lambda: None, compaction),
+    "gather": (lambda: None, lambda _: gather()),
 }
 
 
 @pytest.mark.parametrize("operation", OPERATIONS)
 @pytest.mark.parametrize("current", [0, 1])
 @pytest.mark.parametrize(("device", "stream"), [(0, 0), (1, 0), (0, 0x51DE), (1, 0x51DE)])
-def test_one_launch_on_the_tensors_device_and_stream(emulated, operation, current, device, stream):
+def test_an_operation_is_one_launch_on_the_device_and_stream_of_its_tensors(
+    emulated, operation, current, device, stream
+):
     prepare, run = OPERATIONS[operation]
     with calls_go_to(emulated, device, stream):
         prepared = prepare()
         emulated.emulator.device = current
         emulated.emulator.clear()
         run(prepared)
-    calls = emulated.emulator.calls()
-    launches = [(call["device"], call["stream"]) for call in calls if call["name"] == "launch"]
-    assert launches == [(device, stream)]
-    assert {call["name"] for call in calls} <= HARMLESS
-    assert not any(call["error"] for call in calls)
+    assert launches_of(emulated) == [(device, stream)]
+    assert {call["name"] for call in emulated.emulator.calls()} <= {"cudaSetDevice", "cudaFuncSetAttribute", "launch"}
+    assert not any(call["error"] for call in emulated.emulator.calls())
     assert emulated.emulator.device == current
 
 
 @pytest.mark.parametrize(("scale", "in_place", "moves"), [(1.0, True, False), (1.0, False, True), (3.0, True, True)])
-def test_the_usual_backward_moves_nothing(emulated, scale, in_place, moves):
+def test_a_backward_with_a_gradient_of_1_moves_nothing(emulated, scale, in_place, moves):
     gradients = [torch.randn(5, 7), torch.randn(5, 9)]
     expected = [gradient * scale for gradient in gradients]
     with calls_go_to(emulated, 0, 0):
@@ -81,28 +84,24 @@ def test_the_usual_backward_moves_nothing(emulated, scale, in_place, moves):
     assert (scaled[0].data_ptr() == gradients[0].data_ptr()) is in_place
 
 
-def test_more_layers_than_a_launch_takes(emulated):
+def test_45_layers_take_three_launches(emulated):
     with calls_go_to(emulated, 1, 0x51DE):
         layers = [torch.randn(4, 10) for _ in range(45)]
         loss = kddp_ext.fused_kd_l1_loss(torch.randn(4, 10), None, torch.zeros(4, dtype=torch.int64), layers, alpha=0.0)
     assert loss.isfinite()
-    launches = [(call["device"], call["stream"]) for call in emulated.emulator.calls() if call["name"] == "launch"]
-    assert launches == [(1, 0x51DE)] * 3
+    assert launches_of(emulated) == [(1, 0x51DE)] * 3
 
 
-def test_a_device_that_is_not_there(emulated):
-    with (
-        calls_go_to(emulated, 2, 0),
-        pytest.raises(RuntimeError, match="choosing the device failed with cudaErrorInvalid"),
-    ):
+def test_a_missing_device_is_an_error_of_its_own_call_only(emulated):
+    error = "choosing the device failed with cudaErrorInvalid"
+    with calls_go_to(emulated, 2, 0), pytest.raises(RuntimeError, match=error):
         forward()
     assert emulated.emulator.device == 0
     with calls_go_to(emulated, 0, 0):
-        assert forward().isfinite()  # the next call is not told of it
+        assert forward().isfinite()
 
 
-def test_the_sources_ask_the_runtime_for_nothing_else():
-    """What the emulator does not know of could not be recorded: it would not compile; this names what is used."""
+def test_the_sources_call_no_other_functions_of_the_cuda_runtime():
     used = set()
     for path in [*backends.CUDA.iterdir(), backends.ROOT / "python_bindings" / "cuda.cpp"]:
         used |= set(re.findall(r"\b(cuda[A-Z]\w+)\(", path.read_text(encoding="utf-8")))
@@ -114,7 +113,7 @@ def test_the_sources_ask_the_runtime_for_nothing_else():
 
 
 class FakeCuda:
-    """torch.cuda with two devices, whose streams and current device tests choose."""
+    """Replaces torch.cuda by two devices, whose current device and streams the test sets."""
 
     def __init__(self, monkeypatch):
         self.current, self.capturing = 0, False
@@ -136,7 +135,7 @@ class FakeCuda:
         self.current = before
 
 
-def test_a_place_is_the_current_stream_of_the_tensors_device(monkeypatch):
+def test_a_call_runs_on_the_current_stream_of_the_tensors_device(monkeypatch):
     fake = FakeCuda(monkeypatch)
     assert cuda.place(torch.device("cuda"))[:2] == (0, 0x10)
     assert cuda.place(torch.device("cuda", 1))[:2] == (1, 0x20)
@@ -145,7 +144,7 @@ def test_a_place_is_the_current_stream_of_the_tensors_device(monkeypatch):
     assert cuda.place(torch.device("cuda", 0))[:2] == (0, 0x10)
 
 
-def test_counters_belong_to_a_device_and_stream(monkeypatch):
+def test_counters_belong_to_one_device_and_stream(monkeypatch):
     fake = FakeCuda(monkeypatch)
     first = cuda.place(torch.device("cuda", 0))
     other_device = cuda.place(torch.device("cuda", 1))
@@ -157,8 +156,8 @@ def test_counters_belong_to_a_device_and_stream(monkeypatch):
     assert first[3].data_ptr() == first[2]
 
 
-def test_a_graph_has_counters_of_its_own(monkeypatch):
-    """A graph may be replayed on any stream, and what is captured has not run yet: it must not fill the cache."""
+def test_every_captured_call_has_its_own_counters(monkeypatch):
+    """A graph may be replayed on any stream, and a captured fill has not run yet, so it must not enter the cache."""
     fake = FakeCuda(monkeypatch)
     fake.capturing = True
     captured = [cuda.place(torch.device("cuda", 1)) for _ in range(2)]
@@ -176,31 +175,28 @@ def native(driver=13000, runtime=13000, error=""):
 
 
 @pytest.mark.parametrize(
-    ("module", "text"),
+    ("module", "hip", "reason"),
     [
-        (native(driver=0), "found no NVIDIA driver"),
-        (native(driver=12040), "the NVIDIA driver supports CUDA 12.4 and kddp_ext was built with CUDA 13.0"),
+        (native(driver=0), None, "found no NVIDIA driver"),
+        (native(driver=12040), None, "the NVIDIA driver supports CUDA 12.4 and kddp_ext was built with CUDA 13.0"),
         (
             native(error="cudaErrorNoKernelImageForDevice"),
+            None,
             "has kernels for 80-real 120 and none for compute capability 6.1",
         ),
-        (native(error="cudaErrorDevicesUnavailable"), "CUDA device 0 cannot be used: cudaErrorDevicesUnavailable"),
-        (native(driver=13020), None),
+        (native(error="cudaErrorDevicesUnavailable"), None, "device 0 cannot be used: cudaErrorDevicesUnavailable"),
+        (native(), "6.4", "built for ROCm"),
+        (native(driver=13020), None, None),
     ],
 )
-def test_why_cuda_cannot_be_used_is_one_sentence(monkeypatch, module, text):
-    monkeypatch.setattr(torch.version, "hip", None)
+def test_the_reason_why_cuda_cannot_be_used_is_one_sentence(monkeypatch, module, hip, reason):
+    monkeypatch.setattr(torch.version, "hip", hip)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (6, 1))
     why = cuda.why_not(module, 0)
-    assert (why is None) if text is None else (text in why and "\n" not in why)
+    assert (why is None) if reason is None else (reason in why and "\n" not in why)
 
 
-def test_rocm_is_not_cuda(monkeypatch):
-    monkeypatch.setattr(torch.version, "hip", "6.4")
-    assert "built for ROCm" in cuda.why_not(native(), 0)
-
-
-def test_the_reason_is_an_error_of_the_first_call(monkeypatch):
+def test_that_reason_is_the_error_of_the_first_call(monkeypatch):
     monkeypatch.setattr(cuda, "_loaded", lambda: native(driver=0))
     monkeypatch.setattr(torch.version, "hip", None)
     cuda._checked.cache_clear()
@@ -209,6 +205,6 @@ def test_the_reason_is_an_error_of_the_first_call(monkeypatch):
     cuda._checked.cache_clear()
 
 
-def test_a_build_without_cuda_says_so(monkeypatch):
+def test_build_info_without_cuda_kernels(monkeypatch):
     monkeypatch.setattr(cuda, "is_built", lambda: False)
     assert cuda.build_info() == {"cuda": False, "cuda_architectures": [], "cuda_compiler": ""}

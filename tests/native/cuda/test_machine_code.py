@@ -1,5 +1,6 @@
-"""What nvcc made of the kernels, for each architecture: nothing spilled, registers within bounds, 16 bytes at once, and
-enough threads on a multiprocessor. Skipped, with the reason, where kddp_ext was built without CUDA."""
+"""The machine code of the kernels, by architecture: no spills, few registers, 16-byte accesses, enough occupancy.
+
+Skipped with the reason if kddp_ext was built without CUDA kernels."""
 
 import backends
 import pytest
@@ -10,7 +11,8 @@ import kddp_ext
 from kddp_ext.ops import library
 
 FLOATS = ("float32", "bfloat16", "float16")
-# Registers of a thread, on any architecture. 64 of each of 1024 threads are all that a multiprocessor has.
+# By rows and dtype: registers per thread, on any architecture. 64 for each of 1024 threads are all of a multiprocessor.
+# float64 needs two registers per number.
 MOST_REGISTERS = {
     **{f"{rows} {dtype}": 64 for rows in ("small_teams", "warps", "blocks") for dtype in FLOATS},
     **{f"long_rows {dtype}": 128 for dtype in FLOATS},
@@ -20,7 +22,6 @@ MOST_REGISTERS = {
     "gather_layer": 64,
     "probe": 16,
 }
-"""By the kernel's rows and dtype; float64 needs two registers for each number."""
 
 
 def table_key(kernel):
@@ -46,27 +47,27 @@ def architectures():
     return kddp_ext.build_info()["cuda_architectures"]
 
 
-def test_every_kernel_is_there_for_every_architecture(module, built):
+def test_every_architecture_has_every_kernel(module, built):
     wanted = {name.partition("-")[0] for name in architectures() if not name.endswith("-virtual")}
     assert {kernel.architecture for kernel in built} == {f"sm_{number}" for number in wanted}
     of_each = {a: sorted(k.name for k in built if k.architecture == a) for a in {k.architecture for k in built}}
     assert len({tuple(names) for names in of_each.values()}) == 1
     names = next(iter(of_each.values()))
-    assert len(names) == len(set(names)), "two kernels of one name would be checked as one"
+    assert len(names) == len(set(names)), "kernels of the same name would be checked as one"
     assert {" ".join(name.split()[:2]) for name in names} == set(MOST_REGISTERS)
 
 
-def test_newer_gpus_have_something_to_translate(module):
+def test_newer_gpus_have_ptx_to_translate(module):
     wanted = {name.partition("-")[0] for name in architectures() if not name.endswith("-real")}
     assert wanted
     assert set(virtual_architectures(module)) == {f"sm_{name}" for name in wanted}
 
 
-def test_nothing_is_spilled(built):
+def test_no_kernel_spills_registers(built):
     assert [k for k in built if k.stack_bytes or k.local_bytes] == []
 
 
-def test_registers(built):
+def test_kernels_stay_within_their_registers(built):
     beyond = {
         f"{kernel.name} on {kernel.architecture}": kernel.registers
         for kernel in built
@@ -75,7 +76,7 @@ def test_registers(built):
     assert beyond == {}
 
 
-def test_memory_is_read_and_written_16_bytes_at_once_and_is_never_local(module, built):
+def test_kernels_access_16_bytes_at_once_and_no_local_memory(module, built):
     for architecture in sorted({kernel.architecture for kernel in built}):
         counted = instructions(module, architecture)
         for kernel in built:
@@ -90,7 +91,7 @@ def test_memory_is_read_and_written_16_bytes_at_once_and_is_never_local(module, 
 
 @pytest.fixture(scope="module")
 def launch_of(request):
-    """Threads and dynamic shared bytes of the launch that serves a batch, from the emulator's record of it."""
+    """Threads and dynamic shared memory of the launch for a batch, as the emulator records it."""
     emulated = backends.emulated(request.config)
 
     def launch(dtype, classes):
@@ -106,8 +107,7 @@ def launch_of(request):
 
 @pytest.mark.parametrize("dtype", FLOATS)
 @pytest.mark.parametrize(("rows", "classes"), [("small_teams", 10), ("small_teams", 64), ("warps", 65), ("warps", 432)])
-def test_half_of_the_threads_find_room(built, launch_of, rows, classes, dtype):
-    """Of the kernels with a row, or several, to a warp; the activations are served by the same threads."""
+def test_small_rows_have_an_occupancy_of_one_half(built, launch_of, rows, classes, dtype):
     threads, shared = launch_of(getattr(torch, dtype), classes)
     found = [kernel for kernel in built if table_key(kernel) == f"{rows} {dtype}"]
     assert len(found) == 2 * len({kernel.architecture for kernel in built})
@@ -115,13 +115,13 @@ def test_half_of_the_threads_find_room(built, launch_of, rows, classes, dtype):
         assert kernel.occupancy(threads, shared) >= 0.5, (kernel, threads, shared)
 
 
-def test_occupancy_as_worked_out_by_hand():
-    """A multiprocessor of compute capability 8.0, 256 threads: 65536 // (64 * 256) = 4 blocks of 8 warps, 32 of 64."""
+def test_occupancy_worked_out_by_hand():
+    # Compute capability 8.0, 256 threads: 65536 // (64 * 256) = 4 blocks of 8 warps, which are 32 of 64 warps.
     from machine_code import Kernel
 
     kernel = Kernel("sm_80", "", registers=64, stack_bytes=0, local_bytes=0, shared_bytes=0)
     assert kernel.occupancy(256) == 0.5
     assert Kernel("sm_80", "", 32, 0, 0, 0).occupancy(256) == 1
-    assert Kernel("sm_80", "", 33, 0, 0, 0).occupancy(256) == 0.75  # 40 registers, for they come in eights
-    assert kernel.occupancy(256, (164 << 10) // 2 - 1024) == 0.25  # 2 blocks find room in shared memory
-    assert Kernel("sm_86", "", 16, 0, 0, 0).occupancy(32) == 16 * 32 / 1536  # 16 blocks, whatever they need
+    assert Kernel("sm_80", "", 33, 0, 0, 0).occupancy(256) == 0.75  # 40 registers, which come in eights
+    assert kernel.occupancy(256, (164 << 10) // 2 - 1024) == 0.25  # shared memory has room for 2 blocks
+    assert Kernel("sm_86", "", 16, 0, 0, 0).occupancy(32) == 16 * 32 / 1536  # at most 16 blocks

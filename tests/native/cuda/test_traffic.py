@@ -1,9 +1,8 @@
-"""How many bytes the CUDA kernels move for each byte that they need, as the emulator counts them.
+"""How many bytes the CUDA kernels move per byte needed, as the emulator counts them.
 
-Moved are 32 bytes for each sector that an access of a warp touches, reads and writes, of the whole launch: what it
-leaves in its workspace, and the labels that it counts, are among them. Needed is each input and each output once,
-declared to the emulator, which fails a launch that leaves any byte of them out. Modelled, not measured: a GPU's caches
-spare its memory what neighbouring warps touch twice.
+Moved are 32 bytes for each sector that an access of a warp touches, in the whole launch, including its workspace and
+the labels that it counts. Needed is each input and each output once; the emulator fails a launch that does not access
+every needed byte. The counts are modelled: a GPU's caches absorb sectors that neighbouring warps share.
 
 `python -m pytest tests/native/cuda/test_traffic.py -s` prints the ratios.
 """
@@ -31,14 +30,14 @@ def emulated(request):
 
 @pytest.fixture
 def measure(emulated):
-    """Runs a launch, prints what it moved, and gives that with the report."""
+    """Runs a launch, prints the bytes moved per byte needed, and returns that and the report."""
 
     def measure(what, launch, needed=None):
         needed = launch.needed_bytes if needed is None else needed
         report = launch.run(emulated)
-        assert not emulated.counters.any(), "the launch has left counters that are not 0"
+        assert not emulated.counters.any(), "the launch left counters that are not 0"
         moved = 32 * (report["sectors_read"] + report["sectors_written"])
-        print(f"\n{what:44} {needed:10} bytes needed, {moved / needed:6.3f} times that moved", end="")
+        print(f"\n{what:44} {needed:10} bytes needed, {moved / needed:6.3f} times as many moved", end="")
         return moved / needed, report
 
     return measure
@@ -56,9 +55,9 @@ def layer(rows, neurons, dtype):
 
 
 VARIANTS = {
-    "8 lanes a row": "kd_l1_loss_by_rows<.*, 8, true, ",
-    "a warp a row": "kd_l1_loss_by_rows<.*, 32, true, ",
-    "a block a row": "kd_l1_loss_by_rows<.*, 1024, true, ",
+    "8 lanes per row": "kd_l1_loss_by_rows<.*, 8, true, ",
+    "a warp per row": "kd_l1_loss_by_rows<.*, 32, true, ",
+    "a block per row": "kd_l1_loss_by_rows<.*, 1024, true, ",
     "long rows": "kd_l1_loss_by_rows<.*, 1024, false, ",
 }
 
@@ -66,26 +65,26 @@ VARIANTS = {
 @pytest.mark.parametrize(
     ("rows", "classes", "variant", "cooperative"),
     [
-        (64, 11, "8 lanes a row", True),
-        (64, 64, "8 lanes a row", True),
-        (64, 257, "a warp a row", True),
-        (16, 1000, "a block a row", True),
-        (4, 16384, "a block a row", True),
+        (64, 11, "8 lanes per row", True),
+        (64, 64, "8 lanes per row", True),
+        (64, 257, "a warp per row", True),
+        (16, 1000, "a block per row", True),
+        (4, 16384, "a block per row", True),
         (16, 20000, "long rows", True),
         (2, 32001, "long rows", True),
     ],
 )
-def test_which_kernel_serves_which_rows(measure, rows, classes, variant, cooperative):
+def test_the_kernel_depends_on_the_classes(measure, rows, classes, variant, cooperative):
     _, report = measure(f"{variant}, {rows} rows of {classes}", logits_launch(rows, classes, F32))
     assert re.search(VARIANTS[variant], report["kernel"])
     assert report["cooperative"] == cooperative
     if rows == 2:
-        assert report["grid"] > rows, "the rows are split over several blocks each"
+        assert report["grid"] > rows, "several blocks share a row"
     if variant == "long rows" and rows > 2:
         assert report["grid"] <= rows
 
 
-# Rows, classes, dtype, and what may be moved for each byte needed.
+# Rows, classes, dtype, and the limit of moved over needed bytes.
 ALIGNED = [
     *((512, classes, F32, 1.05) for classes in (16, 32, 64, 100, 128)),
     *((64, classes, F32, 1.05) for classes in (1000, 1024, 4096)),
@@ -94,7 +93,7 @@ ALIGNED = [
     *((64, classes, BF16, 1.05) for classes in (1000, 1024, 4096)),
     (16, 16384, BF16, 1.05),
 ]
-"""Rows at multiples of 16 bytes."""
+"""Rows that begin at multiples of 16 bytes."""
 ODD = [
     *((512, classes, F32, 1.12) for classes in (11, 37, 101)),
     (512, 257, F32, 1.05),
@@ -102,18 +101,18 @@ ODD = [
     *((512, classes, BF16, 1.12) for classes in (37, 257)),
     *((64, classes, BF16, 1.05) for classes in (1001, 4097)),
 ]
-"""Rows that begin anywhere in a sector of 32 bytes, and share their first and last one with others."""
+"""Rows that begin anywhere in a sector, and share their first and last sector with others."""
 SHORT = [
-    (512, 10, F32, 1.03),  # 4 rows are 160 bytes, and always begin with a sector
-    (512, 10, BF16, 1.22),  # 80 bytes: 3 sectors where 2.5 are needed
-    (512, 11, BF16, 1.34),  # 88 bytes: 3.5 sectors where 2.75 are needed, the gradient's ends in several pieces
-    (512, 101, BF16, 1.27),  # a warp a row, 202 bytes: 7.25 sectors where 6.3 are needed, and the ends in pieces
+    (512, 10, F32, 1.03),  # 4 rows are 160 bytes and always begin with a sector
+    (512, 10, BF16, 1.22),  # 4 rows are 80 bytes: 3 sectors instead of 2.5
+    (512, 11, BF16, 1.34),  # 88 bytes: 3.5 sectors instead of 2.75; the ends of the gradient take several stores
+    (512, 101, BF16, 1.27),  # a warp per row, 202 bytes: 7.25 sectors instead of 6.3; several stores, too
 ]
-"""Where what a warp touches of its first and last sector weighs most, and what that is for each side."""
+"""Short rows, for which the first and the last sector matter most."""
 
 
 @pytest.mark.parametrize(("rows", "classes", "dtype", "most"), [*ALIGNED, *ODD, *SHORT], ids=str)
-def test_logits_that_are_kept(measure, rows, classes, dtype, most):
+def test_rows_in_shared_memory_are_moved_once(measure, rows, classes, dtype, most):
     ratio, _ = measure(f"loss, {rows} rows of {classes} {NAMES[dtype]}", logits_launch(rows, classes, dtype))
     assert ratio <= most
 
@@ -123,10 +122,9 @@ def test_logits_that_are_kept(measure, rows, classes, dtype, most):
     [(8, 20000, F32, 1.07), (8, 32000, F32, 1.05), (8, 32001, F32, 1.05), (8, 20000, BF16, 1.10),
      (8, 32000, BF16, 1.07), (8, 32001, BF16, 1.07), (2, 32001, F32, 1.11), (2, 32000, BF16, 1.24)],
 )  # fmt: skip
-def test_long_rows(measure, rows, classes, dtype, most):
-    """The logits are needed twice here, for the sums and for the gradient. What is above that are the references, taken
-    from the first vector of each thread (2048 classes of float32, 4096 of bfloat16, of a row or of a slice of 8192):
-    a cache of the multiprocessor still has them when they are read again.
+def test_long_rows_are_read_twice(measure, rows, classes, dtype, most):
+    """The sums and the gradient both need the logits. The excess is the first vector of each thread, which is read once
+    more for the references: 2048 classes of float32 or 4096 of bfloat16, of a row or of a slice of 8192.
     """
     launch = logits_launch(rows, classes, dtype)
     once = launch.needed_bytes
@@ -134,19 +132,19 @@ def test_long_rows(measure, rows, classes, dtype, most):
     name = f"{rows} rows of {classes} {NAMES[dtype]}"
     ratio, report = measure(f"long rows read twice, {name}", launch, twice)
     assert ratio <= most
-    print(f"; {ratio * twice / once:6.3f} times one reading", end="")
+    print(f"; {ratio * twice / once:6.3f} times as many as reading once", end="")
     assert re.search(VARIANTS["long rows"], report["kernel"])
 
 
-# A block of each part of 64 rows, or more, leaves its sums of 5 doubles a neuron for the last one, which reads them: 80
-# bytes for 64 or more elements. Rows of odd widths are read an element a lane, in runs of 128 bytes or 64.
+# With statistics, every part of 64 or more rows writes 5 doubles per neuron, which the last part reads: 80 bytes per 64
+# or more elements. Rows of odd widths are read one element per lane, in runs of 128 or 64 bytes.
 LAYERS = [(1024, F32, 1.16), (512, F32, 1.16), (100, F32, 1.24), (101, F32, 1.46),
           (1024, BF16, 1.31), (512, BF16, 1.31), (100, BF16, 1.54), (101, BF16, 1.93)]  # fmt: skip
 
 
 @pytest.mark.parametrize(("neurons", "dtype", "most"), LAYERS, ids=str)
 @pytest.mark.parametrize("statistics", [False, True])
-def test_activations(measure, neurons, dtype, most, statistics):
+def test_activations_are_moved_once(measure, neurons, dtype, most, statistics):
     launch = loss_launch(None, None, None, [layer(256, neurons, dtype)], statistics=statistics)
     name = f"{256} rows of {neurons} {NAMES[dtype]}" + (" with statistics" if statistics else "")
     ratio, _ = measure(f"activations, {name}", launch)
@@ -154,8 +152,7 @@ def test_activations(measure, neurons, dtype, most, statistics):
 
 
 @pytest.mark.parametrize(("neurons", "dtype", "most"), [(512, F32, 1.05), (101, F32, 1.29), (101, BF16, 1.61)], ids=str)
-def test_activations_whose_rows_are_apart(measure, neurons, dtype, most):
-    """Columns of a wider matrix, from the third on: nothing is aligned, and a warp reads neighbouring elements."""
+def test_activations_that_are_columns_of_a_wider_matrix(measure, neurons, dtype, most):
     wide = layer(256, neurons + 8, dtype)
     start = 4 if neurons % 4 == 0 else 3
     launch = loss_launch(None, None, None, [wide[:, start : start + neurons]])
@@ -165,8 +162,7 @@ def test_activations_whose_rows_are_apart(measure, neurons, dtype, most):
 
 @pytest.mark.parametrize("dtype", [F32, BF16], ids=str)
 @pytest.mark.parametrize("statistics", [False, True])
-def test_a_training_step(measure, dtype, statistics):
-    """Logits and a layer in one launch, as a student of 100 classes has them."""
+def test_the_launch_of_a_training_step(measure, dtype, statistics):
     launch = logits_launch(256, 100, dtype, [layer(256, 512, dtype)], statistics=statistics)
     ratio, _ = measure(f"loss and 512 neurons, {NAMES[dtype]}" + (" with statistics" if statistics else ""), launch)
     assert ratio <= (1.28 if statistics else 1.05)
@@ -174,7 +170,7 @@ def test_a_training_step(measure, dtype, statistics):
 
 @pytest.mark.parametrize("dtype", [F32, BF16], ids=str)
 @pytest.mark.parametrize(("elements", "other"), [(32768, 256 * 512), (100001, 37)])
-def test_backward(measure, elements, other, dtype):
+def test_the_backward_moves_gradients_once(measure, elements, other, dtype):
     gradients = [
         filled(torch.randn(n, generator=torch.Generator().manual_seed(n)).to(dtype)) for n in (elements, other)
     ]
@@ -193,10 +189,9 @@ def kept(count, of, seed):
      (128, 101, "rows", BF16, 1.9), (48, 128, "columns", F32, 1.2), (48, 101, "columns", F32, 1.36),
      (48, 128, "both", F32, 1.3), (48, 101, "both", F32, 1.43), (48, 101, "both", BF16, 1.9)],
 )  # fmt: skip
-def test_compaction(measure, rows, columns, of, dtype, most):
-    """A weight and two moments; of what is read, whole sectors are needed: kept columns lie here and there in them.
-
-    Rows of odd widths begin anywhere in a sector, and are moved an element a lane: in runs of 128 bytes, or 64.
+def test_the_gather_moves_whole_sectors(measure, rows, columns, of, dtype, most):
+    """A weight and two moments. Whole sectors count as needed, because kept columns are spread over them. Rows of odd
+    widths begin anywhere in a sector and are moved one element per lane, in runs of 128 or 64 bytes.
     """
     generator = torch.Generator().manual_seed(columns)
     tensors = [filled(torch.randn(rows, columns, generator=generator).to(dtype)) for _ in range(3)]
@@ -214,8 +209,8 @@ def test_compaction(measure, rows, columns, of, dtype, most):
     assert ratio <= most
 
 
-def conflicts_by_place(report):
-    """Bank conflicts by the text of the source's line."""
+def conflicts_by_line(report):
+    """Bank conflicts by the text of the source line."""
     found = {}
     for site in report["sites"]:
         if not site["shared"] or not site["bank_conflicts"]:
@@ -229,25 +224,24 @@ def conflicts_by_place(report):
 @pytest.mark.parametrize("divergence", ["forward_kl", "reverse_kl", "jsd", "dkd"])
 @pytest.mark.parametrize(("rows", "classes"), [(8, 1000), (8, 1001), (4, 4097), (2, 20000)])
 @pytest.mark.parametrize("dtype", [F32, BF16], ids=str)
-def test_a_block_a_row_has_no_bank_conflicts(measure, rows, classes, dtype, divergence):
-    """Vectors are cut into planes of 16 bytes, of which neighbouring lanes take neighbours."""
+def test_a_block_per_row_has_no_bank_conflicts(measure, rows, classes, dtype, divergence):
     launch = logits_launch(rows, classes, dtype, divergence=divergence)
     _, report = measure(f"{divergence}, {rows} rows of {classes} {NAMES[dtype]}", launch)
-    assert conflicts_by_place(report) == {}
+    assert conflicts_by_line(report) == {}
 
 
 @pytest.mark.parametrize("divergence", ["forward_kl", "reverse_kl", "jsd", "dkd"])
 @pytest.mark.parametrize(("classes", "teams"), [(37, 4), (64, 4), (257, 1), (300, 1)])
 @pytest.mark.parametrize("dtype", [F32, BF16], ids=str)
 def test_bank_conflicts_of_teams_in_a_warp(measure, classes, teams, dtype, divergence):
-    """Four teams that look up, or leave out, the logits of four labels meet where those lie in one bank: at most three
-    cycles more for each of these accesses, of which four rows have one, and with dkd four. Where the warp reads and
-    writes the rows as one, lanes of two rows meet: at most three cycles more for each access of 16 bytes by 32 lanes.
+    """Four teams access the logits of four labels, which may lie in one bank: at most three more cycles per access.
+    There is one such access per four rows, and four with dkd. Where the warp reads and writes its rows as one, lanes
+    of two rows may meet: at most three more cycles for each access of 16 bytes by 32 lanes.
     """
     rows = 64
     launch = logits_launch(rows, classes, dtype, divergence=divergence)
     _, report = measure(f"{divergence}, {rows} rows of {classes} {NAMES[dtype]}", launch)
-    conflicts = conflicts_by_place(report)
+    conflicts = conflicts_by_line(report)
     of_labels = {
         "return label_ < 0 ? T(0) : numbers(row).load(label_index());",
         "numbers(student_cache_).store(label_index(), lowest_number<T>);",

@@ -1,13 +1,11 @@
 """The names that the Python blocks of a page expect: a student, a teacher, data."""
 
-import ctypes
 import os
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
@@ -99,21 +97,6 @@ def transformers(given: Names) -> Names:
     return {**names, "input_ids": words, "attention_mask": mask}
 
 
-def own_kernel(given: Names) -> Names:
-    """The emulator, whose runtime is compiled once for all tests, and two arrays."""
-    from emulator import Emulator, build
-
-    return {
-        "Emulator": Emulator,
-        "build": lambda sources, folder: build(sources, given["kept"]),
-        "Path": Path,
-        "ctypes": ctypes,
-        "P": ctypes.c_void_p,
-        "x": np.ones(1000, np.float32),
-        "y": np.zeros(1000, np.float32),
-    }
-
-
 # By page, or by page and heading.
 SETUPS: dict[str, Callable[[Names], Names]] = {
     "README.md": loop,
@@ -122,7 +105,6 @@ SETUPS: dict[str, Callable[[Names], Names]] = {
     "docs/integrations.md#Lightning": lightning,
     "docs/integrations.md#Hugging Face Transformers": transformers,
     "docs/integrations.md#ONNX": loop,
-    "docs/cuda-without-a-gpu.md": own_kernel,
 }
 # Stands in for torch.compile: it traces and runs the trace, without a minute of C++ compilation.
 compiled_without_code = partial(torch.compile, backend="eager")
