@@ -53,9 +53,7 @@ def test_weights_that_do_not_add_up_to_one(batch):
 
 def test_torchdistill_puts_alpha_on_the_cross_entropy(batch):
     alpha = 0.3
-    assert_equal(
-        batch, lambda s, t, y: alpha * F.cross_entropy(s, y) + (1 - alpha) * T**2 * kl(t, s), alpha=1 - alpha
-    )
+    assert_equal(batch, lambda s, t, y: alpha * F.cross_entropy(s, y) + (1 - alpha) * T**2 * kl(t, s), alpha=1 - alpha)
 
 
 def test_haitongli_averages_over_the_classes_as_well(batch):

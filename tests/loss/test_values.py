@@ -30,7 +30,8 @@ def values_of(result):
 
 
 def named(result):
-    return zip(("loss", "kd", "ce", "l1", "correct", "student gradient", "activation gradient"), values_of(result))
+    names = ("loss", "kd", "ce", "l1", "correct", "student gradient", "activation gradient")
+    return zip(names, values_of(result), strict=True)
 
 
 def assert_within_twice_pytorchs_error(case: Case) -> None:
