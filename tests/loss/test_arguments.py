@@ -70,6 +70,7 @@ DIVERGENCE = "expected one of forward_kl, reverse_kl, jsd, dkd, got"
         ("temperature", math.nan, ValueError, "expected a finite number above 0, got nan"),
         *[(name, x, ValueError, f"{FRACTION} {x}") for name in ("alpha", "label_smoothing") for x in (-0.1, 1.1)],
         ("alpha", math.nan, ValueError, f"{FRACTION} nan"),
+        ("temperature", 10**400, ValueError, "expected a number that a float can hold, got a larger one"),
         ("ignore_index", 1.5, TypeError, "expected an integer, got float"),
         *[
             (name, x, ValueError, f"{WEIGHT} {x}")
