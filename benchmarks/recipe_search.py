@@ -18,17 +18,17 @@ from typing import Any
 
 import torch
 from rich.console import Console
+from rich.progress import Progress
 
 from kddp_ext.files import write_json
-from kddp_ext.workflow.config import RunConfig, load_config
+from kddp_ext.workflow.config import RunConfig
 from kddp_ext.workflow.data import ImageData
 from kddp_ext.workflow.datasets import INFO, read_dataset
 from kddp_ext.workflow.folder import RunFolder
-from kddp_ext.workflow.job import Job
+from kddp_ext.workflow.jobs import Job
 from kddp_ext.workflow.models import build_student
-from kddp_ext.workflow.progress import Progress
+from kddp_ext.workflow.runs import Run, start_training, train_teacher
 from kddp_ext.workflow.runtime import Runtime, prepare_process
-from kddp_ext.workflow.stages import Run, start_training, train_teacher
 from kddp_ext.workflow.teacher_logits import TeacherLogits
 from kddp_ext.workflow.train import student_recipe, train
 
@@ -39,12 +39,12 @@ def main() -> int:
         torch.set_num_threads(arguments.threads)
     prepare_process()
     folder = RunFolder(arguments.run)
-    config = load_config(folder.config)
+    config = folder.read_config().run
     if not config.validation:
         raise SystemExit(f"{arguments.run} has no validation split to choose by")
     runtime = Runtime("cpu", config.precision)
     data = ImageData(read_dataset(config.dataset, arguments.data_dir), INFO[config.dataset], config, runtime.device)
-    run = Run(folder, data, runtime, Progress(Console(stderr=True)))
+    run = Run(folder, data, runtime, Progress(console=Console(stderr=True), disable=True))
     teacher = train_teacher(run, Job("teacher", "teacher", config))
     logits = TeacherLogits(teacher, data, config.student.shift, folder.teacher_logits, runtime, run.progress)
     for change in arguments.changes:
@@ -76,7 +76,7 @@ def _train(run: Run, config: RunConfig, stage: str, logits: TeacherLogits) -> di
     recipe = student_recipe(config, stage)
     model = run.runtime.place(build_student(config, run.data.info))
     training = start_training(run, Job(stage, stage, config), model, recipe)
-    guidance = logits if recipe.alpha > 0 else None
+    guidance = logits if recipe.loss.alpha > 0 else None
     train(training, recipe, run.data, guidance, run.runtime, advance=lambda _: None, epoch_done=lambda _: None)
     widths = [epoch["width"] for epoch in training.epochs if "width" in epoch]
     return {**training.epochs[-1], "widths": widths}

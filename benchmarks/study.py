@@ -13,14 +13,13 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from benchmarks.latency import compare_latencies
+from benchmarks.settings import Settings
 from benchmarks.table import Table, write_markdown
 from kddp_ext.files import write_json
-from kddp_ext.workflow import sweep_report
+from kddp_ext.workflow import report
 from kddp_ext.workflow.folder import RunFolder
-from kddp_ext.workflow.latency import compare_latencies
-from kddp_ext.workflow.sweep import sweep_points
-from kddp_ext.workflow.sweep_config import load_sweep
-from kddp_ext.workflow.sweep_results import Measured, measure_points
+from kddp_ext.workflow.report import Measured, measure_points
 
 
 def main() -> int:
@@ -31,7 +30,7 @@ def main() -> int:
             measured = _measured(path)
             trainings[section] = {each.point.label: _trainings(each) for each in measured}
             prefix = "" if section == "cnn5" else f"{section}-"
-            tables += [_with_title(prefix, table) for table in sweep_report.sweep_tables(measured)]
+            tables += [_with_title(prefix, table) for table in report.sweep_tables(measured)]
             picture = arguments.file.parent / "images" / f"cifar10-study-{section}.png"
             shutil.copyfile(path / "report.png", picture)
     if arguments.latency:
@@ -46,7 +45,7 @@ def main() -> int:
 
 def _measured(path: Path) -> list[Measured]:
     folder = RunFolder(path)
-    return measure_points(folder, sweep_points(folder, load_sweep(folder.sweep)))
+    return measure_points(folder, folder.points(folder.read_config()))
 
 
 _FIGURES = ("test_accuracy", "width", "active", "parameters", "linear_parameters", "macs")
@@ -69,7 +68,7 @@ _TITLES = {
 }
 
 
-def _with_title(prefix: str, table: sweep_report.Table) -> Table:
+def _with_title(prefix: str, table: report.Table) -> Table:
     return Table(prefix + table.name, _TITLES[table.name], list(table.columns), [list(row) for row in table.rows])
 
 
@@ -77,7 +76,8 @@ def _latencies(sweep: Path) -> Table:
     """Of the first seed's student of every point with a width of its own."""
     folder = RunFolder(sweep)
     points = [each for each in _measured(sweep) if each.point.kind in ("kd", "kddp")]
-    measured = compare_latencies([folder.student(each.jobs[0].name) for each in points])
+    files = [folder.student(each.jobs[0].name) for each in points]
+    measured = compare_latencies(files, (1, 128), Settings(1, 0.5, 9, False, False))
     rows = []
     for point, figures in zip(points, measured, strict=True):
         rows.append([point.point.label, str(point.results[0]["width"]), *_cells(figures)])

@@ -1,4 +1,4 @@
-"""`python -m kddp_ext`: the command `kddp`."""
+"""`python -m kddp_ext` runs the command `kddp`."""
 
 from kddp_ext.workflow.cli import entry_point
 

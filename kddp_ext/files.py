@@ -18,19 +18,21 @@ if TYPE_CHECKING:
 
 
 def atomic_write(path: str | os.PathLike[str], write: Callable[[BinaryIO], object]) -> None:
-    """Write a file so that `path` holds either all of the new content or all of the old.
+    """Write a file so that `path` has either all of the new content or all of the old.
+
+    The content is written to a temporary file beside `path`, synced, and renamed.
 
     Args:
-        path: where the content goes; its folder must exist.
-        write: receives an open binary file and writes the content to it.
+        path: the file; its folder must exist.
+        write: writes the content to the open binary file that it is given.
 
     Raises:
-        OSError: the file could not be written (no such folder, no permission, a full disk). The message
-            names `path`; what stood there before still does, and nothing is left beside it.
+        OSError: the file cannot be written (no such folder, no permission, a full disk). The message names `path`. An
+            old file is kept, and no temporary file is left.
     """
     path = Path(path)
     try:
-        descriptor, beside = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".partial", dir=path.parent)
+        descriptor, temporary = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".partial", dir=path.parent)
     except OSError as error:
         raise _cannot_write(path, error) from error
     try:
@@ -38,11 +40,12 @@ def atomic_write(path: str | os.PathLike[str], write: Callable[[BinaryIO], objec
             write(file)
             file.flush()
             os.fsync(file.fileno())
-        os.chmod(beside, 0o666 & ~_umask())  # mkstemp makes files that only their owner can read
-        os.replace(beside, path)
+        os.chmod(temporary, 0o666 & ~_umask())  # only the owner can read files of mkstemp
+        os.replace(temporary, path)
         _sync_folder(path.parent)
     except BaseException as error:
-        _remove_quietly(beside)
+        with suppress(OSError):  # report the first error
+            os.unlink(temporary)
         if isinstance(error, OSError):
             raise _cannot_write(path, error) from error
         raise
@@ -59,15 +62,15 @@ def write_json(path: str | os.PathLike[str], value: Any) -> None:
 
 
 def parse_json(text: str, *, most: int | None = None) -> Any:
-    """The value of a JSON text that may come from anywhere.
+    """Parse JSON from an untrusted source.
 
     Args:
         text: JSON of one value.
-        most: the largest number of characters that is accepted; None accepts any.
+        most: the largest accepted number of characters; None accepts any.
 
     Raises:
-        ValueError: the text is not JSON, is too long or nested too deeply, or contains NaN or Infinity, which
-            JSON does not have.
+        ValueError: the text is not JSON, is too long or nested too deeply, or contains NaN or Infinity, which are not
+            JSON.
     """
     if not isinstance(text, str):
         raise ValueError(f"expected JSON text, got {type(text).__name__}")
@@ -90,7 +93,7 @@ def hash_json(value: dict[str, Any]) -> str:
 
 def hash_tensors(tensors: Mapping[str, Tensor]) -> str:
     """SHA-256 of the names, dtypes, shapes and bytes of `tensors`, sorted by name."""
-    import torch  # the command line reads this file before it needs torch
+    import torch  # `kddp --help` imports this module and must not import torch
 
     digest = hashlib.sha256()
     for name in sorted(tensors):
@@ -100,50 +103,30 @@ def hash_tensors(tensors: Mapping[str, Tensor]) -> str:
     return digest.hexdigest()
 
 
-def with_digest(value: dict[str, Any]) -> dict[str, Any]:
-    """`value`, made of what JSON knows, and under "sha256" the SHA-256 of it: of its JSON with sorted keys."""
-    return {**value, "sha256": hash_json(value)}
-
-
-def without_digest(value: dict[str, Any]) -> dict[str, Any]:
-    """What `with_digest` was given; a value that has no digest is taken as it is.
-
-    Raises:
-        ValueError: the value has changed since.
-    """
-    rest = {key: each for key, each in value.items() if key != "sha256"}
-    if "sha256" in value and value["sha256"] != hash_json(rest):
-        raise ValueError("its content does not match its sha256")
-    return rest
-
-
 def remove_leftovers(folder: str | os.PathLike[str]) -> None:
-    """Remove what `atomic_write` left beside its places in `folder` when its process was killed.
-
-    The caller sees to it that nobody writes there now.
-    """
-    for beside in leftovers(folder):
-        if beside.is_dir():
-            shutil.rmtree(beside)
+    """Remove the `leftovers` in `folder`. The caller must make sure that no other process writes there."""
+    for path in leftovers(folder):
+        if path.is_dir():
+            shutil.rmtree(path)
         else:
-            beside.unlink()
+            path.unlink()
 
 
 def leftovers(folder: str | os.PathLike[str]) -> list[Path]:
-    """What lies in `folder` and did not get into its place: files of `atomic_write`, folders named likewise."""
+    """Temporary files and folders, named .*.partial, that a killed process left in `folder`."""
     return sorted(Path(folder).glob(".*.partial"))
 
 
 def _sync_folder(folder: Path) -> None:
-    """Have the renaming outlast a loss of power too."""
+    """Sync the folder, so that the renaming survives a loss of power."""
     try:
         descriptor = os.open(folder, os.O_RDONLY)
-    except PermissionError:  # one may be allowed to write there and not to read
+    except PermissionError:  # some folders can be written to and not read
         return
     try:
         os.fsync(descriptor)
     except OSError as error:
-        if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # what file systems say that cannot
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # not supported by the file system
             raise
     finally:
         os.close(descriptor)
@@ -151,11 +134,6 @@ def _sync_folder(folder: Path) -> None:
 
 def _cannot_write(path: Path, error: OSError) -> OSError:
     return OSError(error.errno, f"cannot write {path}: {error.strerror or error}")
-
-
-def _remove_quietly(path: str) -> None:
-    with suppress(OSError):  # the failure that brought us here is the one to report
-        os.unlink(path)
 
 
 def _umask() -> int:

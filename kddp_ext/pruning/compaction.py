@@ -16,9 +16,10 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from kddp_ext import ops
+from kddp_ext.activations.layout import Layout
 from kddp_ext.pruning.reconstruction import Reconstruction
 from kddp_ext.pruning.tracing.graph import unwrapped
-from kddp_ext.pruning.tracing.groups import Layout, NeuronGroup, NeuronSlices, StoredTensor, all_but
+from kddp_ext.pruning.tracing.groups import NeuronGroup, NeuronSlices, StoredTensor, all_but
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""The command `kddp`."""
+"""The command `kddp`: its options, its messages and its exit codes."""
 
 from __future__ import annotations
 
@@ -7,197 +7,226 @@ import os
 import shlex
 import signal
 import sys
-from collections.abc import Sequence
-from contextlib import suppress
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, NoReturn, get_args
+from types import FrameType
+from typing import Annotated, Any, Generic, NoReturn, TypeVar, get_args
 
 import tyro
+from rich.console import Console
 
-from kddp_ext.workflow.config import Dataset, Preset, RunConfig
+from kddp_ext.workflow.config import Dataset, Device, Preset, RunConfig, SweepConfig, preset
 from kddp_ext.workflow.errors import LostProcessError, SharedError, WorkflowError, message_of
-from kddp_ext.workflow.presets import preset
-from kddp_ext.workflow.runtime import Device
-from kddp_ext.workflow.signals import (
-    Interrupted,
-    Output,
-    OutputError,
-    end_process,
-    fill_standard_files,
-    flush_stdout,
-    give_up_stdout,
-    interruptible,
-)
-from kddp_ext.workflow.sweep_config import SweepConfig
+
+Config = TypeVar("Config", RunConfig, SweepConfig)
 
 _HELP = """\
-kddp: make a neural network small while it learns from a larger one.
+kddp: train a small neural network with the help of a large one, and remove the neurons that it does not need.
 
-  kddp run         train a teacher, then a student on its own, with KD, and with KDDP; write a report
-  kddp sweep       the same over seeds, widths and penalty weights, with one report
-  kddp report      write the report of a run or a sweep anew, from what is on disk
-  kddp evaluate    measure the accuracy of a run, or of one saved student, on the test images
-  kddp info        show what a run or a saved student is: architecture, size, what was pruned
+  kddp run         train a teacher, then a student alone, with KD, and with KDDP; write a report
+  kddp sweep       the same for several seeds, widths and penalty weights, in one report
+  kddp report      write the report of a run again, from the trainings that are finished
+  kddp evaluate    measure the test accuracy of a run, or of one student file
+  kddp info        show what a run or a student file is: accuracy, size, what was pruned, settings
 
-Start with `kddp run`. It uses small scanned digits that need no download, and takes half a minute.
+Start with `kddp run`. It uses small scanned digits, needs no download, and takes less than a minute.
 `kddp COMMAND --help` explains a command's options.
 """
 _SYSTEM_ERROR, _USAGE_ERROR = 1, 2
 
 
 @dataclass(frozen=True)
-class RunCommand:
-    """What `kddp run` is given besides the config."""
+class TrainCommand(Generic[Config]):
+    """The options of `kddp run` and `kddp sweep`."""
 
-    config: Annotated[RunConfig, tyro.conf.arg(name="")] = field(default_factory=RunConfig)
+    config: Annotated[Config, tyro.conf.arg(name="")]
     name: Annotated[str, tyro.conf.arg(metavar="NAME", help_behavior_hint="")] = ""
-    """Name of the run and of its folder. Without it: the data set, and the preset unless that is default."""
+    """Name of the run and of its folder. Default: the data set, and the preset or "sweep"."""
     runs_dir: Annotated[Path, tyro.conf.arg(metavar="DIR")] = Path("runs")
-    """Where the folders of runs are kept."""
+    """Folder that contains the runs' folders."""
     data_dir: Annotated[Path | None, tyro.conf.arg(metavar="DIR", help_behavior_hint="")] = None
-    """Folder of the data set, or the one above it. Without it, the data set is downloaded once."""
+    """Folder of the data set, or its parent. Default: download the data set once."""
     teacher_from: Annotated[Path | None, tyro.conf.arg(metavar="DIR", help_behavior_hint="")] = None
-    """A run or sweep whose finished teacher is used, where its settings are the same."""
+    """Folder of a run whose finished teacher is used. Its teacher's settings must be the same."""
     resume: Annotated[bool, tyro.conf.arg(help_behavior_hint="")] = False
-    """Continue a run that was interrupted, with the settings it was started with."""
+    """Continue an interrupted run with the settings it was started with, or help another process with it."""
     device: Device = "auto"
-    """auto takes a GPU where there is one."""
+    """auto uses a GPU if there is one."""
     threads: Annotated[int, tyro.conf.arg(metavar="N")] = 0
-    """Processor threads. 0 takes one for digits, too small for more to help, and PyTorch's choice otherwise."""
+    """CPU threads. 0 uses one for digits, where more do not help, and PyTorch's default otherwise."""
     tensorboard: Annotated[bool, tyro.conf.arg(help_behavior_hint="")] = False
-    """Write the metrics as TensorBoard's event files too, into runs/NAME/STAGE/tensorboard."""
-
-
-@dataclass(frozen=True)
-class SweepCommand:
-    """What `kddp sweep` is given besides the config."""
-
-    config: Annotated[SweepConfig, tyro.conf.arg(name="")] = field(default_factory=SweepConfig)
-    name: Annotated[str, tyro.conf.arg(metavar="NAME", help_behavior_hint="")] = ""
-    """Name of the sweep and of its folder. Without it: the data set's, and -sweep."""
-    runs_dir: Annotated[Path, tyro.conf.arg(metavar="DIR")] = Path("runs")
-    """Where the folders of runs are kept."""
-    data_dir: Annotated[Path | None, tyro.conf.arg(metavar="DIR", help_behavior_hint="")] = None
-    """Folder of the data set, or the one above it. Without it, the data set is downloaded once."""
-    teacher_from: Annotated[Path | None, tyro.conf.arg(metavar="DIR", help_behavior_hint="")] = None
-    """A run or sweep whose finished teacher is used, where its settings are the same."""
-    resume: Annotated[bool, tyro.conf.arg(help_behavior_hint="")] = False
-    """Continue a sweep, enlarge it, or help another process with it."""
-    device: Device = "auto"
-    """auto takes a GPU where there is one."""
-    threads: Annotated[int, tyro.conf.arg(metavar="N")] = 0
-    """Processor threads. 0 takes one for digits, too small for more to help, and PyTorch's choice otherwise."""
+    """Also write the metrics as TensorBoard event files, into runs/NAME/TRAINING/tensorboard."""
 
 
 @dataclass(frozen=True)
 class ReportCommand:
-    """What `kddp report` is given."""
+    """The options of `kddp report`."""
 
     path: tyro.conf.Positional[Path]
-    """Folder of a run or of a sweep, finished or not."""
+    """Folder of a run or a sweep, finished or not."""
 
 
 @dataclass(frozen=True)
 class EvaluateCommand:
-    """What `kddp evaluate` is given."""
+    """The options of `kddp evaluate`."""
 
     path: tyro.conf.Positional[Path]
-    """Folder of a run, or a student.safetensors file."""
+    """Folder of a run or a sweep, or a student.safetensors file."""
     data_dir: Annotated[Path | None, tyro.conf.arg(metavar="DIR", help_behavior_hint="")] = None
-    """Folder of the data set, or the one above it. Without it, the data set is downloaded once."""
+    """Folder of the data set, or its parent. Default: download the data set once."""
     device: Device = "auto"
-    """auto takes a GPU where there is one."""
+    """auto uses a GPU if there is one."""
 
 
 @dataclass(frozen=True)
 class InfoCommand:
-    """What `kddp info` is given."""
+    """The options of `kddp info`."""
 
     path: tyro.conf.Positional[Path]
-    """Folder of a run, or a student.safetensors file."""
+    """Folder of a run or a sweep, or a student.safetensors file."""
+
+
+class StdoutError(OSError):
+    """Standard output cannot be written to: a full disk, or a closed pipe."""
+
+
+class Output(Console):
+    """The console on standard output."""
+
+    def print(self, *objects: Any, **options: Any) -> None:
+        """Print as rich does; raises StdoutError on failure."""
+        with _stdout_errors():
+            super().print(*objects, **options)
+
+    def on_broken_pipe(self) -> None:
+        """Raise the error again; rich would end the process."""
+        raise
+
+
+class Interrupted(KeyboardInterrupt):
+    """SIGINT or SIGTERM; `number` says which."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__()
+        self.number = number
 
 
 def entry_point() -> NoReturn:
-    """The command `kddp`: `main` with the arguments of this process, which ends with its exit code."""
-    end_process(main())
+    """Run the command `kddp` with this process's arguments, and end the process with its exit code."""
+    code = main()
+    if not _started_by_torchrun():
+        sys.exit(code)
+    # A thread of gloo may release a tensor while the interpreter shuts down, and torch then aborts the process.
+    for file in (sys.stdout, sys.stderr):
+        with suppress(OSError, ValueError):
+            file.flush()
+    os._exit(code)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command line; returns the exit code.
+    """Run the command line and return its exit code.
 
-    That is 0, 2 for a setting or file that does not serve, 1 for what the system refuses (a full disk, no permission, a
-    process that is gone), 130 after Ctrl-C and 143 after SIGTERM.
+    The code is 0 for success, 1 for what the system refuses (a full disk, no permission, a lost process), 2 for a
+    setting or file that cannot be used, 130 after Ctrl-C, and 143 after SIGTERM.
     """
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     command = arguments[0] if arguments else "--help"
-    fill_standard_files()
     try:
-        with interruptible():
-            return _act(arguments)
-    except SharedError:  # the first of several processes has told it
+        with _interruptible():
+            code = _dispatch(arguments)
+            with _stdout_errors():
+                sys.stdout.flush()  # while a failure can still be reported
+            return code
+    except SharedError:  # the first of several processes has printed it
         return _USAGE_ERROR
-    except LostProcessError as error:
-        _tell(command, message_of(error))
-        return _SYSTEM_ERROR
-    except WorkflowError as error:
-        _tell(command, message_of(error))
-        return _USAGE_ERROR
-    except OutputError as error:
-        give_up_stdout()
-        _tell(command, f"cannot write to stdout: {error.strerror}.{_how_to_resume(arguments)}")
+    except (LostProcessError, WorkflowError) as error:
+        _print_error(f"kddp {command}: {message_of(error)}")
+        return _SYSTEM_ERROR if isinstance(error, LostProcessError) else _USAGE_ERROR
+    except StdoutError as error:
+        with suppress(OSError, ValueError):  # discards the buffer, or the interpreter would fail on it at its end
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _print_error(f"kddp {command}: cannot write to stdout: {error.strerror}.{_how_to_resume(arguments)}")
         return _SYSTEM_ERROR
     except OSError as error:
-        _tell(command, message_of(error))
+        _print_error(f"kddp {command}: {message_of(error)}")
         return _SYSTEM_ERROR
     except KeyboardInterrupt as interrupt:
-        if os.environ.get("RANK", "0") == "0":  # of the processes that torchrun started, one says it
-            _say(f"Interrupted.{_how_to_resume(arguments)}")
-        return 128 + (interrupt.signal if isinstance(interrupt, Interrupted) else signal.SIGINT)
+        if os.environ.get("RANK", "0") == "0":  # one of torchrun's processes prints it
+            _print_error(f"Interrupted.{_how_to_resume(arguments)}")
+        return 128 + (interrupt.number if isinstance(interrupt, Interrupted) else signal.SIGINT)
 
 
-def _act(arguments: list[str]) -> int:
-    """Do what the arguments say, and write all that it prints; returns the exit code."""
+def _dispatch(arguments: list[str]) -> int:
+    """Run the command that the arguments name; returns the exit code."""
     commands = {"run": _run, "sweep": _sweep, "report": _report, "evaluate": _evaluate, "info": _info}
-    code = 0
-    if not arguments or arguments[0] in ("-h", "--help", "help"):
-        print(_HELP, end="")
-        code = 0 if arguments else _USAGE_ERROR
-    elif arguments[0] == "--version":
-        from kddp_ext import __version__
+    name = arguments[0] if arguments else ""
+    if name in commands:
+        commands[name](arguments[1:])
+        return 0
+    with _stdout_errors():
+        if name in ("", "-h", "--help", "help"):
+            print(_HELP, end="")
+            return 0 if name else _USAGE_ERROR
+        if name == "--version":
+            from kddp_ext import __version__
 
-        print(f"kddp {__version__}")
-    elif arguments[0] in commands:
-        commands[arguments[0]](arguments[1:])
-    else:
-        print(f"kddp: there is no command {arguments[0]!r}; use {', '.join(commands)}", file=sys.stderr)
-        code = _USAGE_ERROR
-    flush_stdout()
-    return code
+            print(f"kddp {__version__}")
+            return 0
+    _print_error(f"kddp: there is no command {name!r}; use {', '.join(commands)}")
+    return _USAGE_ERROR
 
 
 def _run(arguments: list[str]) -> None:
-    command = _parse(
-        RunCommand,
-        arguments,
-        "run",
-        "Train a teacher, then the student three times: alone (scratch), under the teacher's guidance (kd), "
-        "and under its guidance while superfluous neurons are removed (kddp). Everything is kept in "
-        "runs/NAME; report.md there has the table and a picture.",
-        default=RunCommand(config=_chosen_preset(arguments)),
+    config = _chosen_preset(arguments)
+    description = (
+        "Train a teacher, then the student three times: on the labels alone (scratch), with the teacher's logits (kd), "
+        "and with these logits while inactive neurons are removed (kddp). Everything is kept in runs/NAME; report.md "
+        "there has the table and a picture."
     )
-    config = command.config
-    name = command.name or config.dataset + ("" if config.preset == "default" else f"-{config.preset}")
+    command = _parse(TrainCommand[RunConfig], arguments, "run", description, TrainCommand(config))
+    suffix = "" if command.config.preset == "default" else f"-{command.config.preset}"
+    _train(command, SweepConfig.single(command.config), command.config.dataset + suffix)
 
-    # Matplotlib and the rest load here, so that --help and a mistyped option need not wait for them.
-    from kddp_ext.workflow.processes import joined
-    from kddp_ext.workflow.run import run_workflow
 
-    _set_up(command.threads, config.dataset)
-    with joined(use_gpus=command.device != "cpu", tell=lambda message: _tell("run", message)) as processes:
-        run_workflow(
-            command.runs_dir / name,
-            config,
+def _sweep(arguments: list[str]) -> None:
+    defaults = SweepConfig(
+        run=_chosen_preset(arguments),
+        seeds=(0, 1, 2),
+        widths=(16, 64, 256),
+        l1_weights=(3e-4, 1e-3, 3e-3, 1e-2),
+        retrain=True,
+    )
+    description = (
+        "Train one teacher, and students of several seeds, widths and penalty weights: on the labels alone (scratch), "
+        "with KD, with KDDP, and with KD at the widths that KDDP found. An interrupted sweep continues with --resume; "
+        "processes started with --resume while it runs share the work. report.md in its folder has the tables and a "
+        "picture."
+    )
+    command = _parse(TrainCommand[SweepConfig], arguments, "sweep", description, TrainCommand(defaults))
+    _train(command, command.config, f"{command.config.run.dataset}-sweep")
+
+
+def _train(command: TrainCommand[Any], sweep: SweepConfig, default_name: str) -> None:
+    if command.threads < 0:
+        raise WorkflowError(f"--threads: expected a number of at least 0, got {command.threads}")
+    # Torch and matplotlib load here, so that --help and a mistyped option do not wait for them.
+    import torch
+
+    from kddp_ext.workflow import runs
+    from kddp_ext.workflow.distributed import process_group
+    from kddp_ext.workflow.runtime import prepare_process
+
+    if threads := command.threads or (1 if sweep.run.dataset == "digits" else 0):
+        torch.set_num_threads(threads)
+    prepare_process()
+    with process_group(
+        use_gpus=command.device != "cpu", tell=lambda text: _print_error(f"kddp run: {text}")
+    ) as processes:
+        runs.run_sweep(
+            command.runs_dir / (command.name or default_name),
+            sweep,
             Output(),
             data_dir=command.data_dir,
             resume=command.resume,
@@ -208,72 +237,33 @@ def _run(arguments: list[str]) -> None:
         )
 
 
-def _sweep(arguments: list[str]) -> None:
-    command = _parse(
-        SweepCommand,
-        arguments,
-        "sweep",
-        "Train one teacher, and under it students of many seeds, widths and penalty weights: alone (scratch), with KD, "
-        "with KDDP, and with KD at the widths that KDDP found. Interrupted, it goes on with --resume; started again "
-        "with --resume while it runs, both share the work. report.md in its folder has the tables and a picture.",
-        default=SweepCommand(config=SweepConfig(run=_chosen_preset(arguments))),
-    )
-    from kddp_ext.workflow.sweep import run_sweep
-
-    _set_up(command.threads, command.config.run.dataset)
-    run_sweep(
-        command.runs_dir / (command.name or f"{command.config.run.dataset}-sweep"),
-        command.config,
-        Output(),
-        data_dir=command.data_dir,
-        resume=command.resume,
-        device=command.device,
-        teacher_from=command.teacher_from,
-    )
-
-
 def _report(arguments: list[str]) -> None:
-    command = _parse(ReportCommand, arguments, "report", "Write the report of a run or a sweep from what is on disk.")
-    from kddp_ext.workflow.rebuild import rebuild_report
+    description = "Write the report of a run or a sweep again, from the trainings that are finished."
+    command = _parse(ReportCommand, arguments, "report", description)
+    from kddp_ext.workflow import report
 
-    rebuild_report(command.path, Output())
-
-
-def _set_up(threads: int, dataset: Dataset) -> None:
-    import torch
-
-    from kddp_ext.workflow.runtime import prepare_process
-
-    if threads < 0:
-        raise WorkflowError(f"--threads: expected a number of at least 0, got {threads}")
-    threads = threads or (1 if dataset == "digits" else 0)
-    if threads:
-        torch.set_num_threads(threads)
-    prepare_process()
+    report.rebuild_report(command.path, Output())
 
 
 def _evaluate(arguments: list[str]) -> None:
-    command = _parse(
-        EvaluateCommand,
-        arguments,
-        "evaluate",
-        "Measure the accuracy on the test images: of every finished stage of a run, or of one saved student.",
-    )
-    from kddp_ext.workflow.inspect import evaluate
+    description = "Measure the accuracy on the test images of every finished network of a run, or of one student file."
+    command = _parse(EvaluateCommand, arguments, "evaluate", description)
+    from kddp_ext.workflow import inspect
 
-    evaluate(command.path, command.data_dir, command.device, Output())
+    inspect.evaluate(command.path, command.data_dir, command.device, Output())
 
 
 def _info(arguments: list[str]) -> None:
-    command = _parse(InfoCommand, arguments, "info", "Show what a run or a saved student is. Needs no data set.")
-    from kddp_ext.workflow.inspect import describe
+    description = "Show what a run or a student file is: accuracy, size, what was pruned, settings. Needs no data set."
+    command = _parse(InfoCommand, arguments, "info", description)
+    from kddp_ext.workflow import inspect
 
-    describe(command.path, Output())
+    inspect.describe(command.path, Output())
 
 
 def _parse(kind: Any, arguments: list[str], name: str, description: str, default: Any = None) -> Any:
     options = {} if default is None else {"default": default}
-    try:
+    with _stdout_errors():
         return tyro.cli(
             kind,
             args=arguments,
@@ -282,12 +272,10 @@ def _parse(kind: Any, arguments: list[str], name: str, description: str, default
             config=(tyro.conf.FlagCreatePairsOff, tyro.conf.HelptextFromCommentsOff),
             **options,
         )
-    except OSError as error:  # of --help
-        raise OutputError(error.errno, error.strerror) from error
 
 
 def _chosen_preset(arguments: list[str]) -> RunConfig:
-    """The options' defaults. A wrong choice is left for the real parser to explain."""
+    """The defaults of the options, which depend on --dataset and --preset. The real parser reports wrong choices."""
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument("--dataset", default="digits")
     parser.add_argument("--preset", default="default")
@@ -300,20 +288,55 @@ def _chosen_preset(arguments: list[str]) -> RunConfig:
     return preset(chosen.dataset, chosen.preset)
 
 
-def _tell(command: str, message: str) -> None:
-    _say(f"kddp {command}: {message}")
+@contextmanager
+def _interruptible() -> Iterator[None]:
+    """Make SIGINT and SIGTERM raise `Interrupted` inside the context; a second signal ends the process.
+
+    Signals keep their handlers where they are ignored and in the processes of torchrun, since a process that waits for
+    another one inside a library would not see the exception.
+    """
+
+    def interrupt(number: int, _frame: FrameType | None) -> None:
+        for each in former:
+            signal.signal(each, signal.SIG_DFL)
+        raise Interrupted(number)
+
+    former = {}
+    if not _started_by_torchrun():
+        handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+        former = {number: handler for number, handler in handlers.items() if handler not in (signal.SIG_IGN, None)}
+    for number in former:
+        signal.signal(number, interrupt)
+    try:
+        yield
+    finally:
+        for number, handler in former.items():
+            signal.signal(number, handler)
 
 
-def _say(line: str) -> None:
-    with suppress(OSError):  # where stderr is gone too, the exit code has to do
+@contextmanager
+def _stdout_errors() -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise StdoutError(error.errno, error.strerror) from error
+
+
+def _print_error(line: str) -> None:
+    with suppress(OSError):  # if stderr fails too, the exit code has to do
         print(line, file=sys.stderr, flush=True)
+
+
+def _started_by_torchrun() -> bool:
+    """Whether this is one of several processes that torchrun started."""
+    return os.environ.get("WORLD_SIZE", "1") != "1"
 
 
 def _how_to_resume(arguments: list[str]) -> str:
     if not arguments or arguments[0] not in ("run", "sweep") or {"-h", "--help"} & {*arguments}:
         return ""
-    started = ["kddp"]
-    if arguments[0] == "run" and "LOCAL_WORLD_SIZE" in os.environ:
-        started = ["torchrun", "--nproc-per-node", os.environ["LOCAL_WORLD_SIZE"], "-m", "kddp_ext"]
-    command = [*started, *arguments] + ([] if "--resume" in arguments else ["--resume"])
-    return f" What is done is kept; continue with: {shlex.join(command)}"
+    start = ["kddp"]
+    if "LOCAL_WORLD_SIZE" in os.environ:
+        start = ["torchrun", "--nproc-per-node", os.environ["LOCAL_WORLD_SIZE"], "-m", "kddp_ext"]
+    command = [*start, *arguments] + ([] if "--resume" in arguments else ["--resume"])
+    return f" Finished epochs are kept; continue with: {shlex.join(command)}"

@@ -1,4 +1,4 @@
-"""Images that stay in memory as bytes, and batches of them that depend on seed, epoch and index alone."""
+"""A data set in memory: its split, batches, normalisation and augmentation."""
 
 from __future__ import annotations
 
@@ -25,17 +25,17 @@ class Split:
 
 
 class ImageData:
-    """A data set, split and resident on a device.
+    """A data set, split into training, validation and test images, on a device.
 
-    Every random choice is a function of a seed, the epoch or view, and an image's index, never of what was
-    drawn before: a run that was killed and resumed sees the same batches, and every stage sees the same views,
-    so that a teacher's logits for one stage serve the next.
+    Every random choice is a function of a seed, of the epoch or view, and of the image's index, never of earlier
+    choices. A resumed run therefore sees the same batches, and all stages see the same views, so that the teacher's
+    logits of one stage serve the others.
 
     Args:
-        raw: the images as they were read.
+        raw: the images of the files.
         info: the data set's shape and statistics.
-        config: `data_seed`, `validation` and `augment` count here.
-        device: where the images stay.
+        config: the settings, of which `data_seed`, `validation` and `augment` are used.
+        device: the device that holds the images, as bytes.
 
     Raises:
         WorkflowError: `config.validation` leaves no image to train on.
@@ -46,21 +46,21 @@ class ImageData:
         if config.validation >= len(labels):
             raise WorkflowError(f"--validation: expected fewer than the {len(labels)} images, got {config.validation}")
         shuffled = torch.randperm(len(labels), generator=torch.Generator().manual_seed(config.data_seed))
-        held_out, kept = shuffled[: config.validation], shuffled[config.validation :]
+        validation, train = shuffled[: config.validation], shuffled[config.validation :]
         self.info = info
         self.seed = config.data_seed
         self.augment = config.augment
         self.device = device
-        self.train = Split(images[kept].to(device), labels[kept].to(device))
-        self.validation = Split(images[held_out].to(device), labels[held_out].to(device))
+        self.train = Split(images[train].to(device), labels[train].to(device))
+        self.validation = Split(images[validation].to(device), labels[validation].to(device))
         self.test = Split(torch.from_numpy(raw.test_images).to(device), torch.from_numpy(raw.test_labels).to(device))
-        # (x - mean) / std, as one multiplication and one addition in the type that the network reads.
+        # (x - mean) / std as one multiplication and one addition
         std = torch.tensor(info.std, device=device)
         self._scale = 1 / std
         self._shift = -torch.tensor(info.mean, device=device) / std
 
     def batches(self, epoch: int, batch_size: int, seed: int) -> Iterator[Tensor]:
-        """Indices into the training split, in an order of (seed, epoch); the incomplete last batch is left out."""
+        """Indices into the training split, shuffled by (seed, epoch). An incomplete last batch is dropped."""
         batch_size = min(batch_size, len(self.train))
         keys = random_bits(seed, _ORDER, epoch, torch.arange(len(self.train), device=self.device))
         for batch in keys.argsort(stable=True).split(batch_size):
@@ -68,29 +68,30 @@ class ImageData:
                 yield batch
 
     def training_images(self, indices: Tensor, view: int, shift: int) -> Tensor:
-        """The view numbered `view` of the training images `indices`, as `normalise` returns them.
+        """The training images `indices`, augmented if the config says so, as `normalise` returns them.
 
         Args:
-            shift: the most pixels that an augmented image moves by in each direction, less than its side.
+            view: number of the augmentation. The same view of an image is always the same.
+            shift: largest number of pixels by which an augmented image moves in each direction, less than its side.
         """
         if not self.augment:
             return self.normalise(self.train.images[indices])
         return self.normalise(shift_and_flip(self.train.images, indices, self.seed, view, shift))
 
     def normalise(self, images: Tensor) -> Tensor:
-        """Images of bytes, (N, S, S, C), as a network reads them: float32 (N, C, S, S), channels last."""
+        """Normalise images, uint8 (N, S, S, C), to the networks' input: float32 (N, C, S, S), channels last."""
         return (images * self._scale + self._shift).permute(0, 3, 1, 2)
 
     def example(self, count: int = 1) -> Tensor:
-        """`count` images as a network reads them, for tracing and measuring."""
+        """The first `count` training images, normalised, for tracing and measuring."""
         return self.normalise(self.train.images[:count])
 
 
 def shift_and_flip(images: Tensor, indices: Tensor, seed: int, view: int, shift: int) -> Tensor:
-    """Views of `images[indices]`, uint8 (N, S, S, C): moved by up to `shift` pixels and flipped.
+    """Views of `images[indices]`, uint8 (N, S, S, C): moved by up to `shift` pixels and flipped. Borders are mirrored.
 
-    What moves in at a border is its mirror image. Each image is flipped in every other view, starting with
-    either (Jordan's alternating flip), so that two views show both sides of it.
+    Each image is flipped in every other view, beginning at random (the alternating flip of Jordan 2024), so that two
+    consecutive views show both sides of it.
     """
     size = images.shape[1]
     bits = random_bits(seed, _SHIFT, view, indices)
@@ -105,14 +106,14 @@ def shift_and_flip(images: Tensor, indices: Tensor, seed: int, view: int, shift:
 
 
 def random_bits(seed: int, purpose: int, epoch: int, indices: Tensor) -> Tensor:
-    """62 random bits for each index, int64 >= 0: a hash of all four arguments, the same on every device."""
+    """A hash of all four arguments for each index: 62 bits, int64 >= 0, the same on every device."""
     key = torch.full_like(indices, seed)
     for value in (purpose, epoch):
         key = _mix(key) + value
     return _mix(_mix(key) + indices) & (2**62 - 1)
 
 
-# What the bits are for: different purposes get independent bits.
+# Purposes of random bits. Different purposes have independent bits.
 _ORDER, _SHIFT, _FLIP = 1, 2, 3
 
 
@@ -125,7 +126,7 @@ def _mix(x: Tensor) -> Tensor:
 
 
 def _shift_right(x: Tensor, bits: int) -> Tensor:
-    return torch.bitwise_and(x >> bits, 2 ** (64 - bits) - 1)  # PyTorch's >> repeats the sign
+    return torch.bitwise_and(x >> bits, 2 ** (64 - bits) - 1)  # PyTorch's >> extends the sign
 
 
 def _signed(value: int) -> int:

@@ -1,14 +1,14 @@
-"""The failures that a user can mend: the command line prints them as one line and ends with code 2."""
+"""Errors that the user can fix. The command line prints them as one line and exits with code 2."""
 
 from __future__ import annotations
 
 
 class WorkflowError(ValueError):
-    """A setting, file or folder that does not serve. The message says which, and what to do."""
+    """A setting, file or folder cannot be used. The message says which, and what to do."""
 
 
 class SharedError(WorkflowError):
-    """What all processes of a run raise alike when one of them fails."""
+    """An error that every process of a run raises because one of them failed."""
 
 
 class LostProcessError(WorkflowError):
@@ -16,14 +16,14 @@ class LostProcessError(WorkflowError):
 
 
 class DataFileError(WorkflowError):
-    """A data file that is missing, truncated or something else than expected."""
+    """A data file is missing, truncated, or has other content than expected."""
 
     def __init__(self, path: object, expected: str, found: str) -> None:
         super().__init__(f"{path}: expected {expected}, found {found}")
 
 
 def message_of(error: Exception) -> str:
-    """The line to print: atomic_write's errors say all, the system's own need their file's name in front."""
+    """The line to print for an error. The system's own errors need the name of their file; `atomic_write` adds it."""
     if isinstance(error, OSError) and error.filename is not None:
         return f"{error.filename}: {error.strerror}"
     if isinstance(error, OSError) and error.strerror:

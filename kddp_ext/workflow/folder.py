@@ -1,26 +1,35 @@
-"""The folder of a run: what lies where, and who may continue it."""
+"""The folder of a run or a sweep: which file lies where, who may write there, and how checkpoints are read."""
 
 from __future__ import annotations
 
 import fcntl
+import io
 import json
 import os
+import shutil
+import tempfile
+import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from kddp_ext.files import hash_json, leftovers, with_digest, without_digest, write_json, write_text
-from kddp_ext.workflow.config import RunConfig, differences, load_config
-from kddp_ext.workflow.errors import WorkflowError
-from kddp_ext.workflow.job import STAGES
-from kddp_ext.workflow.read_files import read_bytes
+import torch
+from torch import nn
 
-_MOST_BYTES = 2**26  # of a file of results
+from kddp_ext.files import atomic_write, leftovers, parse_json, remove_leftovers, write_json, write_text
+from kddp_ext.workflow.config import SweepConfig, differences
+from kddp_ext.workflow.errors import WorkflowError
+from kddp_ext.workflow.jobs import TEACHER, Point, Stage, points
+
+CHECKPOINT_VERSION = 1
+_CHECKPOINT_FIELDS = {"version", "stage", "architecture", "model", "optimizer", "pruner", "history", "epochs"}
+# The settings, besides all of `teacher`, that decide a teacher's weights.
+_TEACHER_SETTINGS = ("dataset", "data_seed", "validation", "augment", "precision", "compile")
 
 
 class RunFolder:
-    """Paths of one run, runs/NAME.
+    """The files of a run or a sweep, runs/NAME.
 
     Args:
         path: the folder.
@@ -29,15 +38,14 @@ class RunFolder:
     def __init__(self, path: Path) -> None:
         self.path = path
         self.config = path / "config.json"
-        self.sweep = path / "sweep.json"
         self.report = path / "report.md"
-        self.timing = path / "timing.json"
-        self.timing_report = path / "timing.md"
-        # Beside the runs: whatever runs lie there share them.
+        self.picture = path / "report.png"
+        self.timing = path / "timing.md"
+        # All runs beside this one share the teachers' logits.
         self.teacher_logits = path.parent / "teacher_logits"
 
     def job(self, job: str) -> Path:
-        """The folder of one training; in a run its name is that of its stage."""
+        """The folder of one training."""
         return self.path / job
 
     def checkpoint(self, job: str) -> Path:
@@ -49,163 +57,213 @@ class RunFolder:
         return self.job(job) / "student.safetensors"
 
     def tensorboard(self, job: str) -> Path:
-        """The folder of the training's event files, where they were asked for."""
+        """The folder of the training's event files."""
         return self.job(job) / "tensorboard"
 
+    def metrics(self, job: str) -> Path:
+        """The metrics of each epoch, one line of JSON each."""
+        return self.job(job) / "metrics.jsonl"
+
     def result(self, job: str) -> Path:
-        """The figures of the finished training."""
+        """The figures of a finished training. Its presence marks the training as finished."""
         return self.job(job) / "result.json"
 
     def write_epochs(self, job: str, epochs: list[dict[str, Any]]) -> None:
-        """Write the metrics of each epoch, a line of JSON each."""
-        write_text(self.job(job) / "metrics.jsonl", "".join(json.dumps(epoch) + "\n" for epoch in epochs))
+        """Write the metrics of each epoch."""
+        write_text(self.metrics(job), "".join(json.dumps(epoch) + "\n" for epoch in epochs))
 
     def read_epochs(self, job: str) -> list[dict[str, Any]]:
-        """What `write_epochs` wrote.
+        """Read what `write_epochs` wrote; raises WorkflowError if the file is missing or damaged."""
+        path = self.metrics(job)
+        advice = f"Delete {self.result(job)} and resume to write both again from the checkpoint."
+        return [_parse_object(path, line, advice) for line in _read(path, advice).splitlines()]
 
-        Raises:
-            WorkflowError: the file is damaged, or not of the training that has finished here.
-        """
-        path = self.job(job) / "metrics.jsonl"
-        advice = f"Delete {self.result(job)} and resume, and both are written anew from the checkpoint."
-        epochs = [_parse(path, line, advice) for line in _read(path, advice).splitlines()]
-        result = self._read_result(job) or {}
-        digest = digest_of_epochs(epochs)
-        if result.get("metrics_sha256", digest) != digest:
-            raise WorkflowError(f"{path} is damaged: its content does not match {self.result(job)}. {advice}")
-        return epochs
-
-    def write_result(self, job: str, result: dict[str, Any], epochs: list[dict[str, Any]]) -> None:
-        """Write a training's figures, and a digest of its metrics; this is what marks it as finished."""
-        content = {"job": job, **result, "metrics_sha256": digest_of_epochs(epochs)}
-        write_json(self.result(job), with_digest(content))
+    def write_result(self, job: str, result: dict[str, Any]) -> None:
+        """Write a training's figures, which marks it as finished."""
+        write_json(self.result(job), result)
 
     def read_result(self, job: str) -> dict[str, Any] | None:
-        """A finished training's figures, None for one that is not finished.
-
-        Raises:
-            WorkflowError: the file is damaged, or of another training.
-        """
-        content = self._read_result(job)
-        return None if content is None else {key: each for key, each in content.items() if key != "metrics_sha256"}
-
-    def _read_result(self, job: str) -> dict[str, Any] | None:
+        """A finished training's figures, None for an unfinished one; raises WorkflowError if the file is damaged."""
         path = self.result(job)
-        advice = "Delete it and resume, and it is measured anew from the checkpoint."
         if not path.exists():
             return None
-        if not path.is_file():
-            raise WorkflowError(f"{path} is damaged: it is no file. {advice}")
-        try:
-            result = without_digest(_parse(path, _read(path, advice), advice))
-        except WorkflowError:
-            raise
-        except ValueError as error:
-            raise WorkflowError(f"{path} is damaged: {error}. {advice}") from error
-        if result.get("job", job) != job:
-            raise WorkflowError(f"{path} belongs to the training {result['job']}. {advice}")
+        advice = "Delete it and resume to measure again from the checkpoint."
+        result = _parse_object(path, _read(path, advice), advice)
+        if not {"test_accuracy", "parameters", "macs", "width"} <= result.keys():
+            raise WorkflowError(f"{path} is not the result of a training. {advice}")
         return result
 
+    def read_config(self) -> SweepConfig:
+        """The settings in config.json; raises WorkflowError naming the file if it cannot be used."""
+        if not self.config.is_file():
+            raise WorkflowError(f"{self.path} is not a run of kddp: it has no config.json")
+        try:
+            return SweepConfig.from_json(parse_json(self.config.read_text(encoding="utf-8")))
+        except ValueError as error:
+            raise WorkflowError(f"{self.config} does not hold the settings of a run: {error}") from error
 
-def digest_of_epochs(epochs: list[dict[str, Any]]) -> str:
-    """Of the metrics but for the seconds, which differ each time."""
-    timeless = [{key: value for key, value in epoch.items() if key != "seconds"} for epoch in epochs]
-    return hash_json({"epochs": timeless})
+    def points(self, sweep: SweepConfig) -> list[Point]:
+        """The points of a sweep, as far as its finished trainings determine them."""
+        found = {}
+        for job in (job for point in points(sweep, {}) if point.kind == "kddp" for job in point.jobs):
+            result = self.read_result(job.name) if sweep.retrain else None
+            if result is not None and result["width"] is not None:
+                found[job.name] = result["width"]
+        return points(sweep, found)
 
 
-def make_folder(path: Path, what: str) -> None:
-    """Make the folder of a run or a sweep, unless it is there.
+def open_folder(path: Path, sweep: SweepConfig, *, resume: bool) -> RunFolder:
+    """Start a run or sweep in `path`, or continue the one that is there. The caller holds the folder's lock.
 
     Raises:
-        WorkflowError: something that is no folder is there.
-        OSError: it can't be made.
-    """
-    if path.exists() and not path.is_dir():
-        raise WorkflowError(f"{path} exists and is not a {what} of kddp. Give another --name or --runs-dir.")
-    path.mkdir(parents=True, exist_ok=True)
-
-
-def open_run(path: Path, config: RunConfig, *, resume: bool) -> RunFolder:
-    """Start the run in the folder `path`, or continue it. No other process may be doing so.
-
-    Raises:
-        WorkflowError: a run is there and `resume` is not set, or it was started with another config (the
-            message names the fields), or the folder is something else.
-        OSError: the folder can't be written to.
+        WorkflowError: a run is there and `resume` is False; or it was started with other settings, which the message
+            names; or the folder holds something else.
+        OSError: the folder cannot be written to.
     """
     folder = RunFolder(path)
-    # A run that stopped before its first stage, for want of its data say, has nothing to lose.
-    begun = folder.config.is_file() and any(folder.job(stage).exists() for stage in STAGES)
-    if begun:
+    # A run that stopped before its first training, for example for lack of data, has nothing to lose.
+    if folder.config.is_file() and any(each.is_dir() and each.name[0] != "." for each in path.iterdir()):
         if not resume:
-            raise WorkflowError(f"{path} holds a run already. Continue it with --resume, or start another with --name.")
-        changed = differences(load_config(folder.config), config)
+            raise WorkflowError(f"{path} holds a run already. Continue it with --resume, or give another --name.")
+        changed = differences(folder.read_config().run, sweep.run)
         if changed:
             raise WorkflowError(
                 f"{path} was started with other settings: {'; '.join(changed)}. "
                 "Resume with the settings it was started with, or give another --name."
             )
-        return folder
-    if not folder.config.is_file() and not is_empty(path):
+    elif not folder.config.is_file() and not {*path.iterdir()} <= {*leftovers(path)}:
         raise WorkflowError(f"{path} exists and is not a run of kddp. Give another --name or --runs-dir.")
-    write_json(folder.config, with_digest(config.to_json()))
+    remove_leftovers(path)
+    write_json(folder.config, sweep.to_json())
     return folder
 
 
-def is_empty(path: Path) -> bool:
-    """Whether a folder holds nothing, or only what a process left there that was killed at its first write."""
-    return set(path.iterdir()) <= set(leftovers(path))
-
-
-class InUseError(WorkflowError):
-    """Another process works in a folder."""
+def make_folder(path: Path) -> None:
+    """Make the folder of a run unless it exists; raises WorkflowError if `path` is a file."""
+    if path.exists() and not path.is_dir():
+        raise WorkflowError(f"{path} exists and is not a run of kddp. Give another --name or --runs-dir.")
+    path.mkdir(parents=True, exist_ok=True)
 
 
 @contextmanager
-def locked(path: Path, *, wait: bool = False) -> Iterator[None]:
-    """Keep other processes out of the folder `path` for as long as the context lasts, or this one.
+def locked(path: Path, *, wait: bool = True) -> Iterator[bool]:
+    """Hold the lock of the folder `path`, which one process at a time can have.
 
     Args:
-        wait: until another process has left it.
+        wait: wait until the lock is free.
 
-    Raises:
-        InUseError: another process is in it.
+    Yields:
+        Whether the lock is held: False if another process has it and `wait` is False.
     """
     descriptor = os.open(path, os.O_RDONLY)
     try:
+        held = True
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-        except BlockingIOError as error:
-            raise InUseError(f"{path} is in use by another kddp process") from error
+        except BlockingIOError:
+            held = False
         except OSError as error:
             raise OSError(error.errno, f"cannot lock {path}: {error.strerror}") from error
-        yield
+        yield held
     finally:
         os.close(descriptor)
 
 
-def require_run(path: Path) -> RunFolder:
-    """The run in `path`; raises WorkflowError where there is none."""
-    folder = RunFolder(path)
-    if not folder.config.is_file():
-        raise WorkflowError(f"{path} is not a run of kddp: it has no config.json")
-    return folder
+def take_teacher(folder: RunFolder, source: Path, sweep: SweepConfig) -> None:
+    """Copy the finished teacher of the run in `source` into `folder`, unless `folder` has a teacher.
+
+    Raises:
+        WorkflowError: `source` has no finished teacher, or it was trained with settings other than `sweep`'s.
+    """
+    if folder.job(TEACHER).exists():
+        return
+    other = RunFolder(source)
+    if other.read_result(TEACHER) is None:
+        raise WorkflowError(f"--teacher-from: expected a run with a finished teacher, got {source}")
+    changed = differences(other.read_config().run, sweep.run)
+    changed = [each for each in changed if each.startswith(("teacher.", *_TEACHER_SETTINGS))]
+    if changed:
+        raise WorkflowError(
+            f"--teacher-from: the teacher of {source} was trained with other settings: {'; '.join(changed)}"
+        )
+    # The copy is renamed into place once it is complete. The next process removes what a killed one leaves.
+    try:
+        with tempfile.TemporaryDirectory(prefix=".teacher.", suffix=".partial", dir=folder.path) as beside:
+            os.replace(shutil.copytree(other.job(TEACHER), Path(beside) / TEACHER), folder.job(TEACHER))
+    except OSError as error:
+        reason = error.args[0][0][2] if isinstance(error, shutil.Error) else error.strerror
+        raise OSError(error.errno, f"cannot copy {other.job(TEACHER)} to {folder.path}: {reason}") from error
+
+
+def save_checkpoint(path: Path, state: dict[str, Any]) -> None:
+    """Write `state`, which holds tensors and plain values, to `path`.
+
+    Raises:
+        OSError: the file cannot be written, for example on a full disk. The previous checkpoint is kept.
+    """
+    # Serialised in memory first, so that torch.save never sees (and rewords) an error of the disk.
+    buffer = io.BytesIO()
+    torch.save({"version": CHECKPOINT_VERSION, **state}, buffer)
+    atomic_write(path, lambda file: file.write(buffer.getbuffer()))
+
+
+def load_checkpoint(path: Path, stage: Stage) -> dict[str, Any]:
+    """Read what `save_checkpoint` wrote for `stage`, with weights_only=True.
+
+    Raises:
+        WorkflowError: the file is damaged, not a checkpoint, or a checkpoint of another stage or version.
+        OSError: it cannot be read.
+    """
+    advice = f"Delete it to train the stage {stage} again; other stages are not affected."
+    if not path.is_file():
+        raise WorkflowError(f"{path} is not a file. {advice}")
+    content = path.read_bytes()
+    try:
+        with zipfile.ZipFile(io.BytesIO(content)) as archive:  # torch.load does not verify the archive's checksums
+            if (damaged := archive.testzip()) is not None:
+                raise zipfile.BadZipFile(f"the checksum of {damaged} is wrong")
+        state = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
+    except Exception as error:  # a damaged archive can raise any kind of exception
+        reason = str(error).strip().split("\n", 1)[0]
+        raise WorkflowError(f"{path} is damaged or not a checkpoint ({reason}). {advice}") from error
+    if not isinstance(state, dict) or not state.keys() >= _CHECKPOINT_FIELDS:
+        raise WorkflowError(f"{path} is not a checkpoint of kddp. {advice}")
+    if state["version"] != CHECKPOINT_VERSION:
+        raise WorkflowError(f"{path} has version {state['version']}; expected {CHECKPOINT_VERSION}. {advice}")
+    if state["stage"] != stage:
+        raise WorkflowError(f"{path} belongs to the stage {state['stage']}. {advice}")
+    return state
+
+
+def architecture(model: nn.Module) -> dict[str, list[int]]:
+    """Names and shapes of all weights and buffers."""
+    return {name: list(value.shape) for name, value in model.state_dict().items()}
+
+
+def check_architecture(path: Path, saved: dict[str, list[int]], model: nn.Module) -> None:
+    """Raise WorkflowError, naming the first difference, unless a checkpoint's architecture is that of `model`."""
+    expected = architecture(model)
+    for name in sorted(saved.keys() | expected.keys()):
+        shapes = [f"shape {tuple(each[name])}" if name in each else "no entry" for each in (saved, expected)]
+        if shapes[0] != shapes[1]:
+            raise WorkflowError(
+                f"{path} is a checkpoint of another architecture: {name} has {shapes[0]} in the file, "
+                f"{shapes[1]} in the model"
+            )
 
 
 def _read(path: Path, advice: str) -> str:
-    if not path.exists():
-        raise WorkflowError(f"{path} is missing. {advice}")
     try:
-        return read_bytes(path, "UTF-8 text", _MOST_BYTES).decode("utf-8")
-    except ValueError as error:
-        raise WorkflowError(f"{path} is damaged: {error}. {advice}") from error
+        return path.read_text(encoding="utf-8")
+    except (OSError, ValueError) as error:
+        raise WorkflowError(f"{path} cannot be read: {error}. {advice}") from error
 
 
-def _parse(path: Path, text: str, advice: str) -> dict[str, Any]:
+def _parse_object(path: Path, text: str, advice: str) -> dict[str, Any]:
     try:
-        value = json.loads(text)  # a loss may be NaN
+        value = parse_json(text)
     except ValueError as error:
         raise WorkflowError(f"{path} is damaged: {error}. {advice}") from error
     if not isinstance(value, dict):
-        raise WorkflowError(f"{path} is damaged: expected a JSON object, found {text[:40]!r}. {advice}")
+        raise WorkflowError(f"{path} is damaged: expected a JSON object, got {text[:40]!r}. {advice}")
     return value

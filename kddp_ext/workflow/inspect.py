@@ -1,4 +1,4 @@
-"""What a saved run or student file is, and how well it does: `kddp info` and `kddp evaluate`."""
+"""`kddp info` and `kddp evaluate`: what a finished run or a student file holds, and how accurate it is."""
 
 from __future__ import annotations
 
@@ -12,17 +12,16 @@ from torch import Tensor, nn
 
 import kddp_ext
 from kddp_ext.files import parse_json
-from kddp_ext.workflow.checkpoint import check_architecture, load_checkpoint
-from kddp_ext.workflow.config import RunConfig, load_config
+from kddp_ext.workflow.config import Device, RunConfig, preset
 from kddp_ext.workflow.data import ImageData
 from kddp_ext.workflow.datasets import INFO, read_dataset
 from kddp_ext.workflow.errors import WorkflowError
-from kddp_ext.workflow.folder import RunFolder, require_run
-from kddp_ext.workflow.job import STAGES, Stage
-from kddp_ext.workflow.measure import accuracy, count_parameters
+from kddp_ext.workflow.folder import RunFolder, check_architecture, load_checkpoint
+from kddp_ext.workflow.jobs import TEACHER
+from kddp_ext.workflow.measure import accuracy, count_macs, count_parameters
 from kddp_ext.workflow.models import build_student, build_teacher
-from kddp_ext.workflow.report import print_table
-from kddp_ext.workflow.runtime import Device, Runtime
+from kddp_ext.workflow.report import measure_points, print_results
+from kddp_ext.workflow.runtime import Runtime
 
 
 @dataclass(frozen=True)
@@ -30,13 +29,15 @@ class SavedModel:
     """A trained network on disk.
 
     Attributes:
+        name: name of its training.
         path: its file.
-        stage: that trained it.
-        config: of the run that trained it.
+        stage: the stage that trained it.
+        config: the settings that it was trained with.
         history: what was pruned; None for the teacher.
-        load: builds it on the CPU and loads its weights, given example images (2, C, S, S) there.
+        load: builds it on the CPU and loads its weights, given example images (2, C, S, S) on the CPU.
     """
 
+    name: str
     path: Path
     stage: str
     config: RunConfig
@@ -45,7 +46,7 @@ class SavedModel:
 
 
 def find_models(path: Path) -> list[SavedModel]:
-    """The finished networks in `path`, a run's folder or a student file.
+    """The finished networks in `path`, which is a run's folder or a student file.
 
     Raises:
         WorkflowError: `path` is neither, or a file in it is damaged.
@@ -54,11 +55,13 @@ def find_models(path: Path) -> list[SavedModel]:
         raise WorkflowError(f"{path}: no such file or folder")
     if path.is_file():
         return [_student(path)]
-    folder = require_run(path)
-    finished = [stage for stage in STAGES if folder.read_result(stage) is not None]
+    folder = RunFolder(path)
+    sweep = folder.read_config()
+    jobs = {job.name: job for point in folder.points(sweep) for job in point.jobs}
+    finished = [name for name in jobs if folder.read_result(name) is not None]
     if not finished:
-        raise WorkflowError(f"{path}: no stage of this run is finished yet. Continue it with kddp run --resume.")
-    return [_teacher(folder) if stage == "teacher" else _student_of(folder, stage) for stage in finished]
+        raise WorkflowError(f"{path}: no training of this run is finished yet. Continue it with --resume.")
+    return [_teacher(folder, sweep.run) if name == TEACHER else _student(folder.student(name)) for name in finished]
 
 
 def evaluate(path: Path, data_dir: Path | None, device: Device, console: Console) -> None:
@@ -66,54 +69,70 @@ def evaluate(path: Path, data_dir: Path | None, device: Device, console: Console
     models = find_models(path)
     config = models[0].config
     runtime = Runtime(device, config.precision)
-    raw, info = read_dataset(config.dataset, data_dir), INFO[config.dataset]
-    data = ImageData(raw, info, config, runtime.device)
+    data = ImageData(read_dataset(config.dataset, data_dir), INFO[config.dataset], config, runtime.device)
     for saved in models:
         model = runtime.place(saved.load(data.example(2).cpu()))
         correct = accuracy(model, data, data.test, runtime)
         console.print(
-            f"{saved.stage:<8} {correct:.2%} of {len(data.test):,} test images  ({saved.path})",
+            f"{saved.name:<8} {correct:.2%} of {len(data.test):,} test images  ({saved.path})",
             highlight=False,
             soft_wrap=True,
         )
 
 
 def describe(path: Path, console: Console) -> None:
-    """Print the table of a run, and the architecture of each network and what was pruned of it."""
+    """Print one page about a run or a student file: the figures first, the settings last."""
     models = find_models(path)
     config = models[0].config
-    info = INFO[config.dataset]
-    example = torch.zeros(2, info.channels, info.size, info.size)
     if path.is_dir():
-        print_table(console, RunFolder(path), f"KDDP on {info.name}", {})
+        folder = RunFolder(path)
+        sweep = folder.read_config()
+        print_results(console, sweep, measure_points(folder, folder.points(sweep)))
+    else:
+        _describe_student(models[0], console)
     for saved in models:
-        model = saved.load(example)
-        console.print(
-            f"\n[bold]{saved.stage}[/bold]: {count_parameters(model):,} parameters, {saved.path}",
-            highlight=False,
-            soft_wrap=True,
-        )
-        console.print(str(model), highlight=False, soft_wrap=True, markup=False)
-        for line in _pruned(saved.history):
-            console.print(line, highlight=False, soft_wrap=True)
-    console.print("\n[bold]settings[/bold]")
-    for option, value in config.options().items():
-        console.print(f"{option} = {value}", highlight=False, soft_wrap=True, markup=False)
+        for layer, steps in _pruned(saved).items():
+            console.print(f"{saved.name}: {layer}: {steps}", highlight=False, soft_wrap=True)
+    base = preset(config.dataset, config.preset).options()
+    changed = [f"{option} = {value}" for option, value in config.options().items() if base[option] != value]
+    title = f"\nSettings: {config.dataset}, preset {config.preset}" + (", except" if changed else "")
+    for line in [title, *(f"  {line}" for line in changed)]:
+        console.print(line, highlight=False, soft_wrap=True, markup=False)
+    console.print(f"All settings are in {path / 'config.json' if path.is_dir() else 'the header of ' + str(path)}")
 
 
-def _pruned(history: kddp_ext.PruningHistory | None) -> list[str]:
-    if history is None:
-        return []
-    return [
-        f"{layer}: {width} neurons at the start, {history.widths[layer]} now; removed "
-        + (", ".join(str(len(step.get(layer, []))) for step in history.steps) or "none")
-        for layer, width in history.original_widths.items()
-    ]
+def _describe_student(saved: SavedModel, console: Console) -> None:
+    info = INFO[saved.config.dataset]
+    model = saved.load(torch.zeros(2, info.channels, info.size, info.size))
+    macs = count_macs(model, torch.zeros(1, info.channels, info.size, info.size))
+    for line in (
+        f"{saved.path}: a student for {info.name}, trained in the stage {saved.stage}",
+        f"{count_parameters(model):,} parameters, {macs:,} multiply-adds for one image, "
+        f"{saved.path.stat().st_size / 1024:,.0f} KiB\n",
+        *(
+            f"  {name:<16} {str(module).replace(', bias=False', '')}"
+            for name, module in model.named_modules()
+            if isinstance(module, nn.Conv2d | nn.Linear)
+        ),
+        "",
+    ):
+        console.print(line, highlight=False, soft_wrap=True, markup=False)
 
 
-def _teacher(folder: RunFolder) -> SavedModel:
-    config = load_config(folder.config)
-    path = folder.checkpoint("teacher")
+def _pruned(saved: SavedModel) -> dict[str, str]:
+    """What was pruned, by layer."""
+    if saved.history is None:
+        return {}
+    found = {}
+    for layer, width in saved.history.original_widths.items():
+        removed = [str(len(step[layer])) for step in saved.history.steps if step.get(layer)]
+        steps = f"; removed {', '.join(removed)}" if removed else ""
+        found[layer] = f"{width:,} neurons at the start, {saved.history.widths[layer]:,} now{steps}"
+    return found
+
+
+def _teacher(folder: RunFolder, config: RunConfig) -> SavedModel:
+    path = folder.checkpoint(TEACHER)
 
     def load(_example: Tensor) -> nn.Module:
         state = load_checkpoint(path, "teacher")
@@ -122,15 +141,7 @@ def _teacher(folder: RunFolder) -> SavedModel:
         model.load_state_dict(state["model"])
         return model
 
-    return SavedModel(path, "teacher", config, None, load)
-
-
-def _student_of(folder: RunFolder, stage: Stage) -> SavedModel:
-    saved = _student(folder.student(stage))
-    if saved.stage != stage:
-        advice = f"Delete {folder.result(stage)} and resume, and it is written anew from the checkpoint."
-        raise WorkflowError(f"{saved.path} is a student of the stage {saved.stage}. {advice}")
-    return saved
+    return SavedModel(TEACHER, path, "teacher", config, None, load)
 
 
 def _student(path: Path) -> SavedModel:
@@ -138,7 +149,7 @@ def _student(path: Path) -> SavedModel:
         header = kddp_ext.read_student_header(path)
         metadata = header["metadata"]
         if not {"config", "stage"} <= metadata.keys():
-            raise WorkflowError(f"{path} was not written by kddp run: its header names no config and stage")
+            raise WorkflowError(f"{path} was not written by kddp run: its header has no config and stage")
         config = RunConfig.from_json(parse_json(metadata["config"], most=2**22))
         history = kddp_ext.PruningHistory.from_json(header["history"])
     except WorkflowError:
@@ -152,4 +163,4 @@ def _student(path: Path) -> SavedModel:
         except ValueError as error:
             raise WorkflowError(str(error)) from error
 
-    return SavedModel(path, metadata["stage"], config, history, load)
+    return SavedModel(path.parent.name, path, metadata["stage"], config, history, load)

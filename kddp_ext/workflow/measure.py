@@ -1,36 +1,30 @@
-"""What the report says of a model: accuracy, size, multiply-adds and latency."""
+"""What is measured of a network: accuracy, active neurons, parameters and multiply-accumulates."""
 
 from __future__ import annotations
 
-import statistics
-import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-
 import torch
 from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
 
 from kddp_ext.workflow.data import ImageData, Split
 from kddp_ext.workflow.runtime import Runtime
 
 _EVALUATION_BATCH = 1000
-_LEAST_CALLS = 5
-# Enough for a neuron to show that it fires.
-ACTIVE_IMAGES = 5000
+ACTIVE_IMAGES = 5000  # enough images to find a neuron that is active for any
 
 
 @torch.inference_mode()
 def accuracy(model: nn.Module, data: ImageData, split: Split, runtime: Runtime, *, views: bool = False) -> float:
-    """Share of the images of `split` that `model` classifies right, 0 to 1; each process of the run takes its part.
+    """The share of the images of `split` that `model` classifies correctly, 0 to 1. The processes share the images.
 
     Args:
-        views: judge the mean of the logits of six views instead of the image's own: as it is and moved by one
-            pixel along each diagonal's direction, each also mirrored (Jordan 2024, whose weights these are).
+        views: average the logits of six views of each image: the image, and the image moved by one pixel along each
+            diagonal, each also mirrored, with the weights of Jordan (2024).
     """
     model.eval()
     correct = torch.zeros((), dtype=torch.int64, device=runtime.device)
-    parts = (runtime.processes.share(part).split(_EVALUATION_BATCH) for part in (split.images, split.labels))
-    for images, labels in zip(*parts, strict=True):
+    shares = (runtime.processes.share(part).split(_EVALUATION_BATCH) for part in (split.images, split.labels))
+    for images, labels in zip(*shares, strict=True):
         with runtime.autocast():
             normalised = data.normalise(images)
             logits = _logits_of_views(model, normalised) if views else model(normalised)
@@ -41,16 +35,15 @@ def accuracy(model: nn.Module, data: ImageData, split: Split, runtime: Runtime, 
 def _logits_of_views(model: nn.Module, images: Tensor) -> Tensor:
     padded = nn.functional.pad(images, (1, 1, 1, 1), mode="reflect")
     size = images.shape[-1]
-    moved = (padded[..., :size, :size], padded[..., 2:, 2:])
-    views = ((0.5, images), *((0.25, view) for view in moved))
+    views = ((0.5, images), (0.25, padded[..., :size, :size]), (0.25, padded[..., 2:, 2:]))
     return torch.stack([w * (model(view).float() + model(view.flip(3)).float()) for w, view in views]).sum(0)
 
 
 @torch.inference_mode()
 def count_active(model: nn.Module, layer: nn.Linear, data: ImageData, runtime: Runtime) -> int:
-    """Neurons of a layer before a ReLU that fire for one of the first ACTIVE_IMAGES training images, or more.
+    """The number of neurons of `layer` whose ReLU is positive for any of the first 5000 training images.
 
-    Each process of the run looks at its part of them.
+    The processes share the images.
     """
     active = torch.zeros(layer.out_features, dtype=torch.bool, device=runtime.device)
 
@@ -69,72 +62,13 @@ def count_active(model: nn.Module, layer: nn.Linear, data: ImageData, runtime: R
 
 
 def count_parameters(model: nn.Module) -> int:
-    """Number of weights and biases."""
+    """The number of weights and biases."""
     return sum(parameter.numel() for parameter in model.parameters())
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def count_macs(model: nn.Module, image: Tensor) -> int:
-    """Multiply-adds of the convolutions and linear layers for one image, `image` (1, C, S, S)."""
-    macs = 0
-
-    def count(module: nn.Module, _inputs: tuple[Tensor, ...], output: Tensor) -> None:
-        nonlocal macs
-        if isinstance(module, nn.Conv2d):
-            macs += output.numel() * module.weight[0].numel()
-        elif isinstance(module, nn.Linear):
-            macs += output.numel() * module.in_features
-
-    counted = [module for module in model.modules() if isinstance(module, (nn.Conv2d, nn.Linear))]
-    handles = [module.register_forward_hook(count) for module in counted]
-    try:
+    """The multiply-accumulates of all matrix products and convolutions for one image, `image` (1, C, S, S)."""
+    with FlopCounterMode(display=False) as counter:
         model.eval()(image)
-    finally:
-        for handle in handles:
-            handle.remove()
-    return macs
-
-
-@torch.inference_mode()
-def forward_seconds(model: nn.Module, image: Tensor, batch_size: int, budget: float = 0.25) -> float:
-    """Median seconds of one forward pass in float32 over `batch_size` copies of `image`, (1, C, S, S).
-
-    On a processor it is that of one thread: several wait for one another, and whatever else the machine does
-    then decides the figure.
-
-    Args:
-        budget: seconds to spend on it, after a tenth of that to warm up.
-    """
-    model.eval()
-    images = image.expand(batch_size, -1, -1, -1).contiguous(memory_format=torch.channels_last)
-
-    def answer() -> None:
-        model(images)
-        if image.is_cuda:
-            torch.cuda.synchronize(image.device)
-
-    with one_thread():
-        median_seconds(answer, budget / 10)
-        return median_seconds(answer, budget)
-
-
-@contextmanager
-def one_thread() -> Iterator[None]:
-    """Have PyTorch compute on one thread for as long as the context lasts."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)
-
-
-def median_seconds(call: Callable[[], object], budget: float) -> float:
-    """Median seconds of one `call`, made again and again for `budget` seconds, and at least five times."""
-    times: list[float] = []
-    end = time.perf_counter() + budget
-    while time.perf_counter() < end or len(times) < _LEAST_CALLS:
-        start = time.perf_counter()
-        call()
-        times.append(time.perf_counter() - start)
-    return statistics.median(times)
+    return int(counter.get_total_flops()) // 2

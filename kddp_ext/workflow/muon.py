@@ -8,26 +8,24 @@ from typing import Any, overload
 import torch
 from torch import Tensor, nn
 
-# Jordan's for this family of networks.
-FILTER_MOMENTUM = 0.6
-_STEPS = 3
+FILTER_MOMENTUM = 0.6  # Jordan's value for this family of networks
 
 
 class Muon(torch.optim.Optimizer):
-    """SGD with Nesterov momentum; where a group says `orthogonalize`, its steps are orthogonal matrices.
+    """SGD with Nesterov momentum and, for groups with `orthogonalize`, orthogonal steps.
 
-    The step of a filter bank (O, I, K, K), as a matrix of O rows, keeps its singular vectors, and its singular
-    values become about 1: directions that few images ask for count as much as common ones. Such a weight is scaled
-    to the norm sqrt(O) before the step, so that the learning rate alone says how far it turns; a normalisation has
-    to follow it. From Jordan, Jin, Boza, You, Cesista, Newhouse, Bernstein: "Muon: an optimizer for hidden layers
-    in neural networks" (2024).
+    An orthogonal step of a filter bank (O, I, K, K), seen as a matrix of O rows, keeps the singular vectors of the
+    gradient and sets its singular values to about 1, so that rare directions count as much as common ones. The weight
+    is scaled to the norm sqrt(O) before each step, so that the learning rate alone determines the change of direction.
+    A normalisation must follow the layer. From Jordan, Jin, Boza, You, Cesista, Newhouse, Bernstein: "Muon: an
+    optimizer for hidden layers in neural networks" (2024).
 
     Args:
-        groups: parameters, each with the settings below that differ from the default.
+        groups: parameter groups; each may override the settings below.
         lr: learning rate.
-        momentum: share of the last step's momentum that stays.
-        weight_decay: L2 penalty on the parameters, where the steps are not orthogonal.
-        orthogonalize: whether they are.
+        momentum: factor of the previous momentum.
+        weight_decay: factor of the parameter that is added to its gradient.
+        orthogonalize: whether the steps are orthogonal.
     """
 
     def __init__(
@@ -50,7 +48,7 @@ class Muon(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:
-        """One step of every parameter that has a gradient; returns what `closure`, called first, returns."""
+        """Call `closure`, if given, then update every parameter that has a gradient; returns the closure's result."""
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -73,14 +71,14 @@ class Muon(torch.optim.Optimizer):
 
 
 def orthogonalized(matrix: Tensor) -> Tensor:
-    """`matrix` with singular values of about 1: within 0.3 of it, but for those that were tiny next to the largest.
+    """`matrix` with its singular values set to 1 ± 0.3, except values that are tiny next to the largest.
 
-    Three steps of a Newton-Schulz iteration, X <- aX + b(XX')X + c(XX')(XX')X; the polynomial is Jordan's, steep
-    at 0 rather than exact at 1.
+    Three steps of a Newton-Schulz iteration, X <- aX + b(XX')X + c(XX')(XX')X. Jordan's polynomial is steep at 0 rather
+    than exact at 1.
     """
     wide = matrix if matrix.shape[0] <= matrix.shape[1] else matrix.T
     x: Tensor = wide / (wide.norm() + 1e-7)
-    for _ in range(_STEPS):
+    for _ in range(3):
         gram = x @ x.T
         x = 3.4445 * x + (-4.7750 * gram + 2.0315 * gram @ gram) @ x
     return x if wide is matrix else x.T

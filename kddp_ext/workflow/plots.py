@@ -1,139 +1,148 @@
-"""The picture of a run: accuracy against size, width over the epochs, and the terms of the loss."""
+"""The picture of a run or a sweep: accuracy against size, the widths, and the ablations or the terms of the loss."""
 
 from __future__ import annotations
 
 import io
+import statistics
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter, LogLocator, MaxNLocator, NullFormatter
 
 from kddp_ext.files import atomic_write
-from kddp_ext.workflow.job import Stage
 
-PICTURE = "report.png"
+if TYPE_CHECKING:
+    from kddp_ext.workflow.report import Measured
 
-# Of a run's stages, and of a sweep's points that are trained alike.
-COLOURS = {"teacher": "#8a8f98", "scratch": "#3b78b5", "kd": "#e08a1e", "kddp": "#c0354a"}
-MARKERS = {"teacher": "s", "scratch": "o", "kd": "D", "kddp": "*"}
-_NAMES = {"teacher": "Teacher", "scratch": "Student alone", "kd": "KD", "kddp": "KDDP"}
+# Style of each kind of point. A small filled marker stays visible inside a large hollow one, as networks of different
+# kinds often coincide: scratch and kd have the same size, and so do kddp and kd at the width that it found.
+_STYLES: dict[str, dict[str, Any]] = {
+    "teacher": {"label": "teacher", "color": "#8a8f98", "marker": "s", "markersize": 8},
+    "scratch": {"label": "student alone", "color": "#3b78b5", "marker": "o", "markersize": 14, "fillstyle": "none"},
+    "kd": {"label": "KD", "color": "#e08a1e", "marker": "D", "markersize": 6, "linestyle": "-"},
+    "kd-at-found-width": {
+        "label": "KD at the width that KDDP found",
+        "color": "#e08a1e",
+        "marker": "D",
+        "markersize": 15,
+        "fillstyle": "none",
+    },
+    "kddp": {"label": "KDDP", "color": "#c0354a", "marker": "*", "markersize": 9},
+}
+_TERMS = {
+    "kd": ("KD", "#e08a1e"),
+    "cross_entropy": ("cross-entropy", "#3b78b5"),
+    "l1": ("L1 of activations", "#4c9a5b"),
+}
 
 
-def draw(
-    path: Path, stages: dict[Stage, dict[str, Any]], epochs: dict[Stage, list[dict[str, Any]]], title: str
-) -> None:
-    """Draw the finished stages of a run into a PNG file."""
-    figure = Figure(figsize=(13, 4.2), dpi=150, layout="constrained")
+def draw(path: Path, measured: Sequence[Measured], title: str) -> None:
+    """Draw the finished points into a PNG file. Error bars are standard deviations over seeds."""
+    ablations = [each for each in measured if each.point.kind == "ablation"]
+    kddp = [each for each in measured if each.point.kind == "kddp"]
+    figure = Figure(figsize=(16 if ablations else 14, 5), dpi=150, layout="constrained")
     figure.suptitle(title, x=0.01, ha="left", fontsize=13, fontweight="bold")
     left, middle, right = figure.subplots(1, 3)
-    _accuracy_against_parameters(left, stages)
-    _width(middle, stages, epochs.get("kddp", []))
-    _loss_terms(right, epochs.get("kddp", []))
-    save_figure(figure, path)
-
-
-def save_figure(figure: Figure, path: Path) -> None:
-    """Give all panels of `figure` the reports' frame and grid, and write it into a PNG file."""
+    _accuracy_against_parameters(left, measured)
+    _widths(middle, kddp, [each for each in measured if each.point.kind == "kd"])
+    if ablations:
+        _ablations(right, [*reversed(ablations), *(each for each in kddp if each.point.is_base)])
+    else:
+        _loss_terms(right, next((each.epochs[0] for each in kddp if each.point.is_base), []))
     for axes in figure.axes:
         axes.spines[["top", "right"]].set_visible(False)
         axes.grid(color="#e6e8eb", linewidth=0.8)
         axes.set_axisbelow(True)
+        if axes.get_legend_handles_labels()[0]:  # below the panel, where it covers nothing
+            axes.legend(frameon=False, loc="upper center", bbox_to_anchor=(0.5, -0.16), ncol=2)
     picture = io.BytesIO()
     figure.savefig(picture, format="png")
     atomic_write(path, lambda file: file.write(picture.getbuffer()))
 
 
-def _accuracy_against_parameters(axes: Axes, stages: dict[Stage, dict[str, Any]]) -> None:
-    for stage, result in stages.items():
-        size = 260 if MARKERS[stage] == "*" else 80
-        x, y = result["parameters"], 100 * result["test_accuracy"]
-        axes.scatter(x, y, s=size, color=COLOURS[stage], marker=MARKERS[stage], label=_NAMES[stage], zorder=3)
-    if {"kd", "kddp"} <= stages.keys():
-        _reduction(axes, stages["kd"], stages["kddp"])
-    describe_accuracy_against(axes, "parameters", ticks=(1, 2, 5))
-    axes.margins(0.25)
-
-
-def describe_accuracy_against(axes: Axes, size: str, ticks: tuple[int, ...]) -> None:
-    """Scales, titles and legend of a panel of accuracies against what `size` says, with so many ticks a decade."""
+def _accuracy_against_parameters(axes: Axes, measured: Sequence[Measured]) -> None:
+    axes.set_title("Accuracy against size")
+    axes.set_xlabel("parameters (log scale)")
+    axes.set_ylabel("test accuracy (%)")
     axes.set_xscale("log")
-    axes.xaxis.set_major_locator(LogLocator(subs=ticks))
+    for kind, style in _STYLES.items():
+        found = sorted((each for each in measured if each.point.kind == kind), key=lambda each: each.mean("parameters"))
+        if found:
+            axes.errorbar(
+                [each.mean("parameters") for each in found],
+                [100 * each.mean("test_accuracy") for each in found],
+                yerr=_deviations(found),
+                **{"linestyle": "none", "capsize": 3, "linewidth": 1.4, **style},
+            )
+    low, high = axes.get_xlim()
+    axes.set_xlim(low / 1.1, high * 1.1)
+    ratio = high / low
+    axes.xaxis.set_major_locator(LogLocator(subs=(1, 3) if ratio > 20 else (1, 2, 5) if ratio > 3 else range(1, 10)))
     axes.xaxis.set_major_formatter(EngFormatter(sep=""))
     axes.xaxis.set_minor_formatter(NullFormatter())
-    axes.set_title("Accuracy against size")
-    axes.set_xlabel(f"{size} (log scale)")
-    axes.set_ylabel("test accuracy (%)")
-    if axes.get_legend_handles_labels()[0]:
-        axes.legend(frameon=False, loc="best")
 
 
-def _reduction(axes: Axes, kd: dict[str, Any], kddp: dict[str, Any]) -> None:
-    """An arrow from KD to KDDP that says how much smaller it is."""
-    start, end = ((result["parameters"], 100 * result["test_accuracy"]) for result in (kd, kddp))
-    arrow = {"arrowstyle": "->", "color": COLOURS["kddp"], "shrinkA": 8, "shrinkB": 12}
-    axes.annotate("", xy=end, xytext=start, arrowprops=arrow)
-    middle = ((start[0] * end[0]) ** 0.5, (start[1] + end[1]) / 2)
-    axes.annotate(
-        f"{kd['parameters'] / kddp['parameters']:.1f}x smaller",
-        middle,
-        xytext=(0, 7),
-        textcoords="offset points",
-        ha="center",
-        color=COLOURS["kddp"],
-    )
+def _deviations(shown: Sequence[Measured]) -> list[float] | None:
+    """The standard deviations of the accuracies in percent; None where there is one seed."""
+    deviations = [100 * (each.deviation("test_accuracy") or 0.0) for each in shown]
+    return deviations if any(len(each.results) > 1 for each in shown) else None
 
 
-def _width(axes: Axes, stages: dict[Stage, dict[str, Any]], epochs: list[dict[str, Any]]) -> None:
+def _widths(axes: Axes, kddp: Sequence[Measured], kd: Sequence[Measured]) -> None:
     axes.set_title("KDDP finds the width")
     axes.set_xlabel("epoch")
+    axes.set_ylabel("neurons of the pruned layers")
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-    axes.set_ylabel("neurons of the hidden layer")
-    if not epochs:
-        return
-    steps = [epoch["epoch"] for epoch in epochs]
-    widths = [epoch["width"] for epoch in epochs]
-    if "kd" in stages:
-        # An epoch trains with the width that the check before it left.
-        start = stages["kd"]["width"]
-        steps, widths = [0, *steps], [start, *widths]
-        axes.axhline(start, color=COLOURS["kd"], linewidth=1.5, linestyle="--", label="KD")
-    axes.plot(steps, widths, color=COLOURS["kddp"], linewidth=2.2, marker="o", markersize=4, label="KDDP")
-    axes.annotate(
-        str(widths[-1]),
-        (steps[-1], widths[-1]),
-        xytext=(0, 8),
-        textcoords="offset points",
-        ha="right",
-        color=COLOURS["kddp"],
-        fontweight="bold",
-    )
+    start = max((result["width"] or 0 for each in kd for result in each.results), default=0)
+    for number, each in enumerate(kddp):
+        final = statistics.fmean(epochs[-1]["width"] for epochs in each.epochs)
+        shade = 1 - 0.65 * number / max(len(kddp), 1)
+        for index, epochs in enumerate(each.epochs):
+            weight = each.jobs[index].config.pruning.l1_weight
+            axes.plot(
+                [epoch["epoch"] for epoch in epochs],
+                [epoch["width"] for epoch in epochs],
+                color=_STYLES["kddp"]["color"],
+                alpha=shade,
+                linewidth=1.8,
+                label=f"KDDP, l1-weight {weight:g}: {final:.0f}" if index == 0 else None,
+            )
+    if start and kddp:
+        axes.axhline(start, color=_STYLES["kd"]["color"], linewidth=1.5, linestyle="--", label=f"KD: {start:,}")
     axes.set_ylim(bottom=0)
-    axes.legend(frameon=False)
 
 
 def _loss_terms(axes: Axes, epochs: list[dict[str, Any]]) -> None:
     axes.set_title("Terms of KDDP's loss")
     axes.set_xlabel("epoch")
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.set_ylabel("mean over the epoch (log scale)")
-    if not epochs:
-        return
-    steps = [epoch["epoch"] for epoch in epochs]
-    for term, name, colour in (
-        ("kd", "KD", COLOURS["kd"]),
-        ("cross_entropy", "cross-entropy", COLOURS["scratch"]),
-        ("l1", "L1 of the activations", "#4c9a5b"),
-    ):
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    for term, (name, colour) in _TERMS.items() if epochs else ():
         axes.plot(
-            steps,
-            [epoch[term] for epoch in epochs],
+            [epoch["epoch"] for epoch in epochs],
+            [epoch[term] or float("nan") for epoch in epochs],  # 0 has no place on a log scale
             color=colour,
             linewidth=2,
-            marker="o",
-            markersize=3,
             label=name,
         )
-    axes.set_yscale("log")
-    axes.legend(frameon=False)
+        axes.set_yscale("log")
+
+
+def _ablations(axes: Axes, shown: Sequence[Measured]) -> None:
+    axes.set_title("KDDP with one thing changed")
+    axes.set_xlabel("test accuracy (%); final width in brackets")
+    axes.errorbar(
+        [100 * each.mean("test_accuracy") for each in shown],
+        range(len(shown)),
+        xerr=_deviations(shown),
+        color="#7c8794",
+        marker="o",
+        linestyle="none",
+        capsize=3,
+    )
+    labels = ["unchanged" if each.point.is_base else each.point.label.removeprefix("kddp, ") for each in shown]
+    widths = ["" if each.results[0]["width"] is None else f" ({each.mean('width'):.0f})" for each in shown]
+    axes.set_yticks(range(len(shown)), [label + width for label, width in zip(labels, widths, strict=True)])

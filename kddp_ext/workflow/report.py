@@ -1,133 +1,297 @@
-"""The table of a run, on the terminal and in report.md."""
+"""The report of a run or a sweep: report.md, timing.md and the terminal's table. plots.py draws the picture."""
 
 from __future__ import annotations
 
+import statistics
+from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
-from rich.table import Table
+from rich.table import Table as RichTable
 
-from kddp_ext.files import write_text
-from kddp_ext.workflow.config import RunConfig
-from kddp_ext.workflow.folder import RunFolder
-from kddp_ext.workflow.job import STAGES, Stage
-from kddp_ext.workflow.plots import PICTURE, draw
+from kddp_ext.files import remove_leftovers, write_text
+from kddp_ext.workflow.config import SweepConfig
+from kddp_ext.workflow.datasets import INFO
+from kddp_ext.workflow.errors import WorkflowError
+from kddp_ext.workflow.folder import RunFolder, locked
+from kddp_ext.workflow.jobs import Job, Point
+from kddp_ext.workflow.measure import ACTIVE_IMAGES
+from kddp_ext.workflow.plots import draw
 
 _MEANING = {
     "teacher": "the large network",
-    "scratch": "the student alone, on the labels",
-    "kd": "the student under the teacher's guidance, at full width",
-    "kddp": "the same, with the L1 penalty and dynamic pruning",
+    "scratch": "the student trained on the labels alone",
+    "kd": "the student trained with the teacher's logits",
+    "kddp": "kd with the L1 penalty and dynamic pruning",
+    "kd-at-found-width": "kd from scratch at the widths that kddp found",
 }
-# A line break where the terminal's narrower table has one.
 _COLUMNS = (
-    "stage",
-    "test\naccuracy",
+    "network",
+    "seeds",
+    "test accuracy (%)",
+    "hidden width",
+    "active",
     "parameters",
-    "hidden\nwidth",
+    "in linear layers",
     "MACs",
-    "against\nKD",
+    "file (KiB)",
+    "accuracy against kd (points)",
+    "smaller than kd",
 )
-_TIMING_COLUMNS = ("1 image\n(ms)", "128\n(ms)", "time\n(s)")
+_ON_TERMINAL = ("network", "test accuracy (%)", "hidden width", "parameters", "MACs", "smaller than kd")
+_PHASES = ("data", "teacher", "student", "loss", "prune", "validation", "epoch")
 
 
 @dataclass(frozen=True)
-class Results:
-    """The finished stages of a run.
+class Measured:
+    """A point with the results of its finished trainings.
 
     Attributes:
-        stages: the figures of each stage.
-        epochs: the metrics of each epoch of each stage.
+        point: what was trained.
+        jobs: its finished trainings, at least one.
+        results: the figures of each.
+        epochs: the metrics of each.
     """
 
-    stages: dict[Stage, dict[str, Any]]
-    epochs: dict[Stage, list[dict[str, Any]]]
+    point: Point
+    jobs: tuple[Job, ...]
+    results: tuple[dict[str, Any], ...]
+    epochs: tuple[list[dict[str, Any]], ...]
+
+    def values(self, key: str) -> list[float]:
+        """The figure `key` of each seed; raises WorkflowError if a result does not have it."""
+        for job, result in zip(self.jobs, self.results, strict=True):
+            if not isinstance(result.get(key), int | float):
+                raise WorkflowError(f"the result of {job.name}: expected a number {key}, got {result.get(key)!r}")
+        return [float(result[key]) for result in self.results]
+
+    def mean(self, key: str) -> float:
+        """The mean of the figure `key` over the seeds."""
+        return statistics.fmean(self.values(key))
+
+    def deviation(self, key: str) -> float | None:
+        """The sample standard deviation of the figure `key` over the seeds; None for one seed."""
+        return statistics.stdev(self.values(key)) if len(self.results) > 1 else None
+
+    def by_seed(self, key: str) -> dict[int, float]:
+        """The figure `key` by seed."""
+        return {job.config.seed: value for job, value in zip(self.jobs, self.values(key), strict=True)}
 
 
-def read_results(folder: RunFolder) -> Results:
-    """What the finished stages of a run left on disk."""
-    stages = {stage: result for stage in STAGES if (result := folder.read_result(stage)) is not None}
-    return Results(stages, {stage: folder.read_epochs(stage) for stage in stages})
+@dataclass(frozen=True)
+class Table:
+    """Rows of text. The first column is left-aligned, the others are right-aligned."""
+
+    name: str
+    columns: Sequence[str]
+    rows: Sequence[Sequence[str]]
+
+    def to_markdown(self) -> str:
+        """The table in Markdown, without a final line break."""
+        rule = ["---", *["---:"] * (len(self.columns) - 1)]
+        return "\n".join(f"| {' | '.join(cells)} |" for cells in (self.columns, rule, *self.rows))
 
 
-def write_report(folder: RunFolder, config: RunConfig, title: str) -> None:
-    """Write report.md and its picture. Both are functions of the weights: they hold no time."""
-    results = read_results(folder)
-    draw(folder.path / PICTURE, results.stages, results.epochs, title)
-    columns = [column.replace("\n", " ") for column in _COLUMNS]
-    lines = [
-        f"# {title}",
-        "",
-        f"| {' | '.join(columns)} |",
-        f"|{'|'.join('---' if column == 'stage' else '---:' for column in columns)}|",
-        *(f"| {' | '.join(row)} |" for row in _rows(results)),
-        "",
-        *(f"- **{stage}**: {_meaning(stage, result)}." for stage, result in results.stages.items()),
-        "",
-        f"![Accuracy against parameters, width and loss over the epochs]({PICTURE})",
-        "",
-        "Accuracy is that of the last epoch's weights on the test images, which nothing else used. MACs are",
-        "the multiply-adds of the convolutions and linear layers for one image. Against KD: how many times",
-        "fewer parameters. What was measured with a clock is in timing.md.",
-        "",
-        *settings_section(config),
-    ]
-    write_text(folder.report, "\n".join(lines) + "\n")
+def title_of(sweep: SweepConfig) -> str:
+    """The title of a run's report."""
+    return f"KDDP on {INFO[sweep.run.dataset].name}"
 
 
-def print_table(console: Console, folder: RunFolder, title: str, timing: dict[str, Any]) -> None:
-    """Print the table of a run, with what `timing` (see timing.py) holds of it."""
-    table = Table(
-        title=title,
-        title_style="bold",
-        title_justify="left",
-        box=SIMPLE_HEAD,
-        pad_edge=False,
-        collapse_padding=True,
-    )
-    for column in (*_COLUMNS, *(_TIMING_COLUMNS if timing else ())):
-        table.add_column(column, justify="left" if column == "stage" else "right", no_wrap=True)
-    for row in _rows(read_results(folder)):
-        times = _times(row[0], timing) if timing else []
-        table.add_row(*row, *times, style="bold" if row[0] == "kddp" else None)
+def measure_points(folder: RunFolder, points: Sequence[Point]) -> list[Measured]:
+    """The points that have at least one finished training."""
+    measured = []
+    for point in points:
+        results = {job: result for job in point.jobs if (result := folder.read_result(job.name)) is not None}
+        if results:
+            epochs = tuple(folder.read_epochs(job.name) for job in results)
+            measured.append(Measured(point, tuple(results), tuple(results.values()), epochs))
+    return measured
+
+
+def rebuild_report(path: Path, console: Console) -> None:
+    """Write the report again from the trainings that are finished; nothing is trained or measured.
+
+    Raises:
+        WorkflowError: `path` is not a run, or a file in it is damaged.
+    """
+    folder = RunFolder(path)
+    write_report(folder, folder.read_config(), console)
+    console.print(f"The report is {folder.report}", highlight=False, soft_wrap=True)
+
+
+def write_report(folder: RunFolder, sweep: SweepConfig, console: Console) -> None:
+    """Write report.md, report.png and timing.md, and print the table.
+
+    The first two depend on the trained weights alone: they are the same, byte for byte, however often a run was
+    interrupted. All times are in timing.md.
+    """
+    measured = measure_points(folder, folder.points(sweep))
+    with locked(folder.path):
+        remove_leftovers(folder.path)
+        draw(folder.picture, measured, title_of(sweep))
+        write_text(folder.timing, "\n".join(_timing_lines(measured)) + "\n")
+        write_text(folder.report, "\n".join(_report_lines(folder, sweep, measured)) + "\n")
+    print_results(console, sweep, measured)
+
+
+def sweep_tables(measured: Sequence[Measured]) -> list[Table]:
+    """The tables of a report: all networks; KDDP and KD at equal width; the ablations."""
+    kd = _full_kd(measured)
+    ablations = [each for each in measured if each.point.kind == "ablation"]
+    tables = [Table("students", _COLUMNS, [_row(each, kd) for each in _main(measured)])]
+    if any(each.point.kind == "kd-at-found-width" for each in measured) and (pairs := _pairs(measured)):
+        tables.append(Table("same-width", ("KDDP", "hidden width", "KDDP", "KD", "difference by seed"), pairs))
+    if ablations:
+        base = [each for each in measured if each.point.is_base]
+        tables.append(Table("ablations", _COLUMNS, [_row(each, kd) for each in (*base, *ablations)]))
+    return tables
+
+
+def print_results(console: Console, sweep: SweepConfig, measured: Sequence[Measured]) -> None:
+    """Print the main columns of the first table, then the warnings."""
+    table = RichTable(title=title_of(sweep), title_style="bold", title_justify="left", box=SIMPLE_HEAD, pad_edge=False)
+    for name in _ON_TERMINAL:
+        first = name == "network"
+        table.add_column(name.replace(" ", "\n", 1), justify="left" if first else "right", no_wrap=not first)
+    kd = _full_kd(measured)
+    for each in _main(measured):
+        cells = dict(zip(_COLUMNS, _row(each, kd), strict=True))
+        table.add_row(*(cells[name] for name in _ON_TERMINAL), style="bold" if each.point.kind == "kddp" else None)
     console.print(table)
+    for warning in warnings_of(measured):
+        console.print(f"warning: {warning}", style="yellow", highlight=False, soft_wrap=True)
 
 
-def _meaning(stage: Stage, result: dict[str, Any]) -> str:
-    if "test_accuracy_with_views" not in result:
-        return _MEANING[stage]
-    return f"{_MEANING[stage]}; {result['test_accuracy_with_views']:.2%} with six views of each test image"
+def warnings_of(measured: Sequence[Measured]) -> list[str]:
+    """What the finished trainings warn of, each with the training's name; each training once."""
+    return list(
+        dict.fromkeys(
+            f"{job.name}: {warning}"
+            for each in measured
+            for job, result in zip(each.jobs, each.results, strict=True)
+            for warning in result.get("warnings", ())
+        )
+    )
 
 
-def _rows(results: Results) -> list[list[str]]:
-    kd = results.stages.get("kd")
-    return [_row(stage, result, kd) for stage, result in results.stages.items()]
-
-
-def _row(stage: Stage, result: dict[str, Any], kd: dict[str, Any] | None) -> list[str]:
-    student = stage != "teacher" and kd is not None
+def _report_lines(folder: RunFolder, sweep: SweepConfig, measured: Sequence[Measured]) -> list[str]:
+    lines = [f"# {title_of(sweep)}", ""]
+    for warning in warnings_of(measured):
+        lines += [f"> **Warning.** {warning}", ""]
+    tables = sweep_tables(measured)
+    for table in tables:
+        lines += [*([f"## {table.name}", ""] if len(tables) > 1 else []), table.to_markdown(), ""]
+    kinds = dict.fromkeys(each.point.kind for each in measured if each.point.kind in _MEANING)
+    lines += [f"- **{kind}**: {_MEANING[kind]}." for kind in kinds]
+    views = next((each.results[0].get("test_accuracy_with_views") for each in measured if each.point.jobs), None)
+    if views is not None:
+        lines += ["", f"With six views of each test image the teacher's accuracy is {views:.2%}."]
     return [
-        stage,
-        f"{result['test_accuracy']:.2%}",
-        f"{result['parameters']:,}",
-        "" if result["width"] is None else f"{result['width']:,}",
-        _millions(result["macs"]),
-        f"{kd['parameters'] / result['parameters']:.2f}x" if student and kd is not None else "",
+        *lines,
+        "",
+        f"![Accuracy against parameters, widths over the epochs]({folder.picture.name})",
+        "",
+        "Test accuracy is measured with the weights of the last epoch, on images that nothing else used; with several",
+        "seeds it is the mean ± the standard deviation. A neuron of the hidden layer is active if it fires for one of",
+        f"{ACTIVE_IMAGES:,} training images. MACs are the multiply-adds of the convolutions and linear layers for one",
+        "image. The last two columns compare with KD at the full width: the difference in percentage points by",
+        "seed, and how many times fewer parameters. Times are in timing.md.",
+        "",
+        "## Settings",
+        "",
+        "```",
+        *(f"{option} = {value}" for option, value in sweep.options().items()),
+        "```",
     ]
 
 
-def _times(stage: str, timing: dict[str, Any]) -> list[str]:
-    latency, seconds = timing["latency_ms"][stage], timing["seconds"][stage]
-    return [f"{latency['1']:.3f}", f"{latency['128']:.2f}", f"{seconds['epoch']:.0f}"]
+def _timing_lines(measured: Sequence[Measured]) -> list[str]:
+    """Seconds of each training by phase."""
+    rows = {}
+    for job, epochs in (pair for each in measured for pair in zip(each.jobs, each.epochs, strict=True)):
+        seconds = {phase: sum(epoch["seconds"].get(phase, 0.0) for epoch in epochs) for phase in _PHASES}
+        rows[job.name] = [job.name, *(f"{seconds[phase]:.2f}" if seconds[phase] else "" for phase in _PHASES)]
+    return ["# Where the time went", "", Table("", ("seconds", *_PHASES[:-1], "all"), [*rows.values()]).to_markdown()]
 
 
-def _millions(number: int) -> str:
-    return f"{number / 1e6:.3f}M" if number < 1e6 else f"{number / 1e6:.2f}M"
+def percent(values: Sequence[float]) -> str:
+    """Mean ± standard deviation, such as "81.23 ± 0.14"."""
+    mean = f"{100 * statistics.fmean(values):.2f}"
+    return f"{mean} ± {100 * statistics.stdev(values):.2f}" if len(values) > 1 else mean
 
 
-def settings_section(config: RunConfig) -> list[str]:
-    """The lines of a report that list every setting."""
-    settings = (f"{option} = {value}" for option, value in config.options().items())
-    return ["## Settings", "", "```", *settings, "```"]
+def _signed(differences: Sequence[float]) -> str:
+    text = percent(differences)
+    return text if text.startswith("-") else f"+{text}"
+
+
+def _row(measured: Measured, kd: Measured | None) -> list[str]:
+    is_teacher = measured.point.kind == "teacher"
+    return [
+        measured.point.label,
+        str(len(measured.results)),
+        percent(measured.values("test_accuracy")),
+        _width(measured),
+        _width(measured, "active"),
+        f"{measured.mean('parameters'):,.0f}",
+        f"{measured.mean('linear_parameters'):,.0f}",
+        f"{measured.mean('macs') / 1e6:.{2 if measured.mean('macs') > 1e6 else 3}f}M",
+        "" if is_teacher else f"{measured.mean('bytes') / 1024:,.0f}",
+        *(("", "") if kd is None or is_teacher or measured is kd else _against(measured, kd)),
+    ]
+
+
+def _main(measured: Sequence[Measured]) -> list[Measured]:
+    return [each for each in measured if each.point.kind not in ("kd-at-found-width", "ablation")]
+
+
+def _full_kd(measured: Sequence[Measured]) -> Measured | None:
+    """KD of the student that KDDP starts from."""
+    students = [each.jobs[0].config.student for each in measured if each.point.kind in ("scratch", "kddp")]
+    found = (each for each in measured if each.point.kind == "kd" and each.jobs[0].config.student in students)
+    return next(found, None)
+
+
+def _against(measured: Measured, kd: Measured) -> tuple[str, str]:
+    """The difference in accuracy over the seeds that both have, and how many times fewer parameters."""
+    kd_accuracy = kd.by_seed("test_accuracy")
+    differences = [
+        accuracy - kd_accuracy[seed]
+        for seed, accuracy in measured.by_seed("test_accuracy").items()
+        if seed in kd_accuracy
+    ]
+    fewer = kd.mean("parameters") / measured.mean("parameters")
+    return _signed(differences) if differences else "", "" if fewer == 1 else f"{fewer:.2f}x"
+
+
+def _width(measured: Measured, key: str = "width") -> str:
+    if any(result[key] is None for result in measured.results):
+        return ""
+    widths = [int(width) for width in measured.values(key)]
+    if len(set(widths)) == 1:
+        return f"{widths[0]:,}"
+    return f"{statistics.fmean(widths):,.0f} ({min(widths):,}–{max(widths):,})"
+
+
+def _pairs(measured: Sequence[Measured]) -> list[list[str]]:
+    """KDDP, and KD at the width that it found, by seed."""
+    kd = {
+        (result["width"], job.config.seed): result["test_accuracy"]
+        for each in measured
+        if each.point.kind in ("kd", "kd-at-found-width")
+        for job, result in zip(each.jobs, each.results, strict=True)
+    }
+    rows = []
+    for each in (each for each in measured if each.point.kind == "kddp"):
+        results = {
+            (result["width"], job.config.seed): result for job, result in zip(each.jobs, each.results, strict=True)
+        }
+        pairs = [(result["test_accuracy"], kd[key]) for key, result in results.items() if key in kd]
+        if pairs:
+            ours, theirs = zip(*pairs, strict=True)
+            differences = [one - other for one, other in pairs]
+            rows.append([each.point.label, _width(each), percent(ours), percent(theirs), _signed(differences)])
+    return rows

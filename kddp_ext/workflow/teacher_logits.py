@@ -1,10 +1,9 @@
-"""The teacher's logits for every view of the training images, computed once and kept on disk."""
+"""The teacher's logits for every view of the training images, computed once and cached on disk."""
 
 from __future__ import annotations
 
 import hashlib
 import json
-import math
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,12 +11,12 @@ from pathlib import Path
 import safetensors
 import safetensors.torch
 import torch
+from rich.progress import Progress
 from torch import Tensor, nn
 
 from kddp_ext.files import atomic_write, hash_tensors, remove_leftovers
 from kddp_ext.workflow.data import ImageData
 from kddp_ext.workflow.folder import locked
-from kddp_ext.workflow.progress import Progress
 from kddp_ext.workflow.runtime import Runtime
 
 _BATCH = 1000
@@ -29,43 +28,39 @@ class CacheUse:
     """What the cache did in this process.
 
     Attributes:
-        computed: views that the teacher was asked for.
-        computing: seconds that took.
-        read: epochs that were served from disk or memory instead.
-        saved: seconds that computing those had taken.
+        computed: number of views that the teacher computed.
+        seconds: how long that took.
+        read: number of epochs whose logits were in the cache.
     """
 
     computed: int = 0
-    computing: float = 0.0
+    seconds: float = 0.0
     read: int = 0
-    saved: float = 0.0
 
     def __str__(self) -> str:
-        return (
-            f"teacher's logits: {self.computed} views computed in {self.computing:.0f} s; "
-            f"{self.read} epochs read them from disk, which saved {self.saved:.0f} s"
-        )
+        views, epochs = (f"{n} {noun}{'s' * (n != 1)}" for n, noun in ((self.computed, "view"), (self.read, "epoch")))
+        return f"teacher's logits: {views} computed in {self.seconds:.0f} s, {epochs} served from the cache"
 
 
 class TeacherLogits:
     """Logits of the training split, one memory-mapped file for each view of the images.
 
-    The key of a file is a hash of everything that its content depends on: the teacher's weights, the images
-    themselves, the seed and number of the augmented view, and the precision. So runs and sweeps can share a
-    folder, and a file is right or not found. Its header holds a digest of the logits: a damaged file is
-    computed again. Files are renamed into place once they are whole. Without augmentation one file serves
-    every epoch. Of several processes of a run each asks the teacher for its share, and the first writes the file.
+    A file's name is a hash of everything that its content depends on: the teacher's weights, the images, the seed and
+    number of the augmented view, and the precision. So runs and sweeps can share a folder, and a file is never stale.
+    Its header holds a hash of the logits; a damaged file is computed again. Files are renamed into place when they are
+    complete. Without augmentation one file serves every epoch. If several processes share a training, each computes its
+    share of the logits, and the first process writes the file.
 
     Args:
         teacher: the trained network.
-        data: its training images.
-        shift: the most pixels that their views are moved by.
-        folder: where the files are kept; made when the first is written.
+        data: the training images.
+        shift: largest shift of augmented images in pixels.
+        folder: where the files are; made when the first one is written.
         runtime: device and precision.
         progress: shows a bar while logits are computed.
 
     Attributes:
-        use: what was computed and what was saved.
+        use: what the cache did.
     """
 
     def __init__(
@@ -85,20 +80,21 @@ class TeacherLogits:
             "normalisation": [list(data.info.mean), list(data.info.std)],
             "precision": f"{runtime.device.type} {runtime.dtype}",
         }
-        self._latest: tuple[str, Tensor, float] | None = None
+        self._latest: tuple[str, Tensor] | None = None
 
     def view(self, view: int) -> Tensor:
-        """Logits for the view numbered `view`, float32 (N, classes), row i for training image i."""
+        """Logits for the view numbered `view`, float32 (N, classes); row i is for training image i."""
         name = self._name(view)
+        if self._latest is not None and self._latest[0] == name:
+            self.use.read += 1
+            return self._latest[1]
         path = self._folder / f"{name}.safetensors"
-        kept = self._latest is not None and self._latest[0] == name
-        found = self._latest[1:] if self._latest is not None and kept else self._found(path)
-        if found is None:
-            found = self._compute(path, view)
+        logits = self._read(path)
+        if logits is None:
+            logits = self._compute(path, view)
         else:
             self.use.read += 1
-            self.use.saved += found[1]
-        self._latest = (name, found[0].to(self._runtime.device), found[1])
+        self._latest = (name, logits.to(self._runtime.device))
         return self._latest[1]
 
     def _name(self, view: int) -> str:
@@ -106,56 +102,57 @@ class TeacherLogits:
         text = json.dumps({**self._key, "augmentation": augmentation}, sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()[:32]
 
-    def _compute(self, path: Path, view: int) -> tuple[Tensor, float]:
+    def _compute(self, path: Path, view: int) -> Tensor:
         processes = self._runtime.processes
-        processes.first(lambda: self._folder.mkdir(parents=True, exist_ok=True))
-        with processes.first_holds(locked(self._folder, wait=True)):  # of two runs that need it, one computes it
-            found = self._found(path)
-            if found is not None:
-                return found
-            processes.first(lambda: remove_leftovers(self._folder))
+        processes.on_rank_zero(lambda: self._folder.mkdir(parents=True, exist_ok=True))
+        with processes.held_on_rank_zero(locked(self._folder)):  # if two runs need it, only one computes it
+            logits = self._read(path)
+            if logits is not None:
+                return logits
+            processes.on_rank_zero(lambda: remove_leftovers(self._folder))
             started = time.perf_counter()
             logits = self._ask_teacher(view)
-            seconds = time.perf_counter() - started
-            processes.first(lambda: _write(path, logits, seconds))
-        self.use.computed += 1
-        self.use.computing += seconds
-        return logits, seconds
+            self.use.computed += 1
+            self.use.seconds += time.perf_counter() - started
+            processes.on_rank_zero(lambda: write_logits(path, logits))
+        return logits
 
-    def _found(self, path: Path) -> tuple[Tensor, float] | None:
-        """What is in the file; nothing unless every process of the run can read it."""
-        found = _read(path, (len(self._data.train), self._data.info.classes))
-        return found if self._runtime.processes.all(found is not None) else None
+    def _read(self, path: Path) -> Tensor | None:
+        """The logits in the file; None unless every process of the run can read them."""
+        logits = read_logits(path, (len(self._data.train), self._data.info.classes))
+        return logits if self._runtime.processes.all(logits is not None) else None
 
     @torch.inference_mode()
     def _ask_teacher(self, view: int) -> Tensor:
         processes, count = self._runtime.processes, len(self._data.train)
         logits = torch.zeros(count, self._data.info.classes, dtype=torch.float32, device=self._runtime.device)
-        with self._progress.bar("teacher's logits", count) as bar:
+        task = self._progress.add_task("teacher's logits", total=count, note="")
+        try:
             for number, indices in enumerate(torch.arange(count, device=self._runtime.device).split(_BATCH)):
                 if number % processes.count == processes.rank:
                     images = self._data.training_images(indices, view, self._shift)
                     with self._runtime.autocast():
                         logits[indices] = self._teacher(images).float()
-                bar.advance(len(indices))
-        return processes.sum(logits)  # each row is of one process, and zero on the others
+                self._progress.advance(task, len(indices))
+        finally:
+            self._progress.remove_task(task)
+        return processes.sum(logits)  # each row is zero on all processes but one
 
 
-def _write(path: Path, logits: Tensor, seconds: float) -> None:
-    header = {"sha256": hash_tensors({"logits": logits}), "seconds": f"{seconds:.3f}"}
-    content = safetensors.torch.save({"logits": logits.cpu()}, header)
+def write_logits(path: Path, logits: Tensor) -> None:
+    """Write a file of logits, with their hash in its header."""
+    content = safetensors.torch.save({"logits": logits.cpu()}, {"sha256": hash_tensors({"logits": logits})})
     atomic_write(path, lambda file: file.write(content))
 
 
-def _read(path: Path, shape: tuple[int, int]) -> tuple[Tensor, float] | None:
-    """The logits of a whole and undamaged file, mapped into memory, and the seconds that they had taken."""
+def read_logits(path: Path, shape: tuple[int, int]) -> Tensor | None:
+    """The float32 logits of shape `shape` in a file, mapped into memory; None if it is missing or damaged."""
     if not path.is_file():
         return None
     try:
         with safetensors.safe_open(path, framework="pt") as file:
             header, logits = file.metadata() or {}, file.get_tensor("logits")
-        seconds = float(header.get("seconds", "nan"))
     except (safetensors.SafetensorError, ValueError):
         return None
-    fits = logits.shape == shape and logits.dtype == torch.float32 and math.isfinite(seconds)
-    return (logits, seconds) if fits and header.get("sha256") == hash_tensors({"logits": logits}) else None
+    intact = header.get("sha256") == hash_tensors({"logits": logits})
+    return logits if intact and logits.shape == shape and logits.dtype == torch.float32 else None

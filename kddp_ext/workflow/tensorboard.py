@@ -1,4 +1,4 @@
-"""The metrics of a training as TensorBoard's event files."""
+"""A training's metrics as TensorBoard event files."""
 
 from __future__ import annotations
 
@@ -10,21 +10,18 @@ from typing import Any
 
 from kddp_ext.workflow.errors import WorkflowError
 
-Write = Callable[[dict[str, Any]], None]
-
 
 @contextmanager
-def event_files(folder: Path, epochs: list[dict[str, Any]], images: int) -> Iterator[Write]:
-    """A function that adds the metrics of an epoch, as it is in metrics.jsonl, to the event files in `folder`.
+def event_files(folder: Path, epochs: list[dict[str, Any]], images: int) -> Iterator[Callable[[dict[str, Any]], None]]:
+    """A function that adds the metrics of an epoch, as in metrics.jsonl, to the event files in `folder`.
 
-    The epochs that are done already are written first, and readers are told to forget what former files say of
-    them. So none is there twice after a run was resumed, and none is missing where only the resumed run was asked
-    for event files.
+    Finished epochs are written first, and readers are told to discard what earlier files say of them. So after a resume
+    every epoch is there exactly once, even if only the resumed run was asked for event files.
 
     Args:
-        folder: made when it is not there.
-        epochs: the metrics of the epochs that are done.
-        images: how many an epoch trains on.
+        folder: made if it does not exist.
+        epochs: the metrics of the finished epochs.
+        images: number of images that an epoch trains on.
 
     Raises:
         WorkflowError: tensorboard is not installed.
@@ -53,8 +50,8 @@ def event_files(folder: Path, epochs: list[dict[str, Any]], images: int) -> Iter
 
 @contextmanager
 def _naming(folder: Path) -> Iterator[None]:
-    """Have the writer's errors name the folder. It raises here what its thread met, which would print it besides."""
-    hook, threading.excepthook = threading.excepthook, _say_nothing
+    """Make the writer's errors name the folder, and keep its thread from printing the error as well."""
+    hook, threading.excepthook = threading.excepthook, lambda _: None
     try:
         yield
     except OSError as error:
@@ -63,12 +60,8 @@ def _naming(folder: Path) -> Iterator[None]:
         threading.excepthook = hook
 
 
-def _say_nothing(_arguments: threading.ExceptHookArgs) -> None:
-    pass
-
-
 def require_tensorboard() -> None:
-    """Raise WorkflowError, naming the option and the extra, where tensorboard is not installed."""
+    """Raise WorkflowError, naming the option and the extra, if tensorboard is not installed."""
     try:
         import torch.utils.tensorboard  # noqa: F401
     except ImportError as error:
@@ -78,23 +71,16 @@ def require_tensorboard() -> None:
 
 
 def scalars(metrics: dict[str, Any], images: int) -> dict[str, float]:
-    """The curves of one epoch by their tags; TensorBoard shows what is before the slash as a group.
-
-    Args:
-        metrics: as in metrics.jsonl.
-        images: how many the epoch trained on.
-    """
+    """The values of one epoch by tag. TensorBoard groups tags by the part before the slash."""
     values = {
-        "loss/loss": metrics["loss"],
-        "loss/kd": metrics["kd"],
-        "loss/cross_entropy": metrics["cross_entropy"],
-        "loss/l1": metrics["l1"],
+        **{f"loss/{term}": metrics[term] for term in ("loss", "kd", "cross_entropy", "l1")},
         "accuracy/train": metrics["train_accuracy"],
         "size/parameters": metrics["parameters"],
         "speed/images_per_second": images / max(metrics["seconds"]["epoch"], 1e-9),
+        **{f"seconds/{phase}": seconds for phase, seconds in metrics["seconds"].items()},
     }
     if metrics["validation_accuracy"] is not None:
         values["accuracy/validation"] = metrics["validation_accuracy"]
     if "width" in metrics:
         values["size/width"] = metrics["width"]
-    return values | {f"seconds/{phase}": seconds for phase, seconds in metrics["seconds"].items()}
+    return values

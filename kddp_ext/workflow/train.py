@@ -1,4 +1,4 @@
-"""The training loop: one for all four stages."""
+"""The training loop. All four stages use it; a recipe says how they differ."""
 
 from __future__ import annotations
 
@@ -16,12 +16,14 @@ import kddp_ext
 from kddp_ext.workflow.config import PruningTime, RunConfig, TeacherConfig
 from kddp_ext.workflow.data import ImageData
 from kddp_ext.workflow.errors import WorkflowError
-from kddp_ext.workflow.job import Stage
+from kddp_ext.workflow.jobs import Stage
 from kddp_ext.workflow.measure import accuracy, count_parameters
-from kddp_ext.workflow.models.teacher import FastTeacher
+from kddp_ext.workflow.models import FastTeacher
 from kddp_ext.workflow.muon import FILTER_MOMENTUM, Muon
 from kddp_ext.workflow.runtime import PhaseClock, Runtime
 from kddp_ext.workflow.teacher_logits import TeacherLogits
+
+_TERMS = ("loss", "kd", "cross_entropy", "l1", "correct")
 
 
 @dataclass(frozen=True)
@@ -30,22 +32,18 @@ class Recipe:
 
     Attributes:
         stage: its name.
-        seed: of the order of the images.
+        seed: seed of the order of the images.
         epochs: passes over the training images.
-        batch_size: images per step, of all processes together.
-        learning_rate: the value for a position in the training, 0 at its start to 1 at its end.
+        batch_size: images per step, summed over all processes.
+        learning_rate: the learning rate by position in the training, from 0 (start) to 1 (end).
         optimizer: makes the optimizer of a model's parameters.
-        alpha: weight of the teacher; 0 trains on the labels alone.
-        temperature: of the distillation.
-        divergence: the loss's arguments that name and shape the divergence.
-        l1_weight: of the penalty on the activations of the layers that are pruned, at its full height.
-        l1_warmup: epochs over which it rises to that, linearly.
-        l1_until: position from which on there is none.
-        label_smoothing: of the labels.
-        shift: the most pixels that augmented images move by.
-        frozen_from: parameters by name, and the epoch, counted from 0, from which on they learn no more.
-        views: how many views of the images the epochs take in turn; 0 for a new one in each.
-        prune_when: after every epoch but the last, or once, after that.
+        loss: settings of the loss. An alpha of 0 trains without the teacher; l1_weight is the highest weight.
+        l1_warmup: epochs over which the weight rises linearly from 0.
+        l1_until: position from which on the weight is 0.
+        frozen_from: epoch, counted from 0, from which a parameter is no longer trained, by the parameter's name.
+        shift: largest shift of augmented images in pixels.
+        views: number of views of the images that the epochs cycle through; 0 draws a new view in each.
+        prune_when: prune after every epoch except the last, or once after the last.
     """
 
     stage: Stage
@@ -54,26 +52,22 @@ class Recipe:
     batch_size: int
     learning_rate: Callable[[float], float]
     optimizer: Callable[[nn.Module], torch.optim.Optimizer]
-    alpha: float = 0.0
-    temperature: float = 1.0
-    divergence: Mapping[str, Any] = field(default_factory=dict)
-    l1_weight: float = 0.0
+    loss: kddp_ext.LossSettings
     l1_warmup: int = 0
     l1_until: float = 1.0
-    label_smoothing: float = 0.0
     frozen_from: Mapping[str, int] = field(default_factory=dict)
     shift: int = 0
     views: int = 0
     prune_when: PruningTime = "every-epoch"
 
     def l1_weight_at(self, position: float) -> float:
-        """The penalty's weight at a position in the training, 0 at its start to 1 at its end."""
+        """The penalty's weight by position in the training, from 0 (start) to 1 (end)."""
         if position >= self.l1_until:
             return 0.0
-        return self.l1_weight * min(1.0, position * self.epochs / self.l1_warmup if self.l1_warmup else 1.0)
+        return self.loss.l1_weights(1)[0] * min(1.0, position * self.epochs / self.l1_warmup if self.l1_warmup else 1.0)
 
     def view(self, epoch: int) -> int:
-        """The number of the view that `epoch` trains on."""
+        """Number of the view that `epoch` trains on."""
         return epoch % self.views if self.views else epoch
 
 
@@ -83,11 +77,11 @@ class Training:
 
     Attributes:
         model: the network, on the run's device.
-        network: what a step calls: the model itself, or what compiles or distributes it.
-        optimizer: holds its parameters.
-        pruner: present in the stage that prunes.
+        network: what a step calls: the model, or the wrapper that compiles or distributes it.
+        optimizer: the optimizer of its parameters.
+        pruner: the pruner; None in stages that do not prune.
         epochs: the metrics of each finished epoch.
-        compiled: whether `network` is what `compiled` returned.
+        compiled: whether `network` was returned by `compiled`.
     """
 
     model: nn.Module
@@ -99,7 +93,7 @@ class Training:
 
 
 def teacher_recipe(config: RunConfig) -> Recipe:
-    """SGD with a triangular learning rate, or Muon with one that falls all along."""
+    """SGD with a triangular learning rate, or Muon with a linearly decaying one."""
     teacher = config.teacher
     schedule = triangle if teacher.optimizer == "sgd" else lambda position: 1 - position
     return Recipe(
@@ -109,7 +103,7 @@ def teacher_recipe(config: RunConfig) -> Recipe:
         batch_size=teacher.batch_size,
         learning_rate=lambda position: teacher.learning_rate * schedule(position),
         optimizer=lambda model: _teacher_optimizer(model, teacher),
-        label_smoothing=teacher.label_smoothing,
+        loss=kddp_ext.LossSettings(alpha=0.0, label_smoothing=teacher.label_smoothing),
         frozen_from=FastTeacher.frozen_from if teacher.architecture == "fast" else {},
         shift=teacher.shift,
     )
@@ -127,10 +121,9 @@ def _teacher_optimizer(model: nn.Module, teacher: TeacherConfig) -> torch.optim.
         elif name.endswith("bias"):
             groups[teacher.bias_learning_rate].append(parameter)
         else:
-            last = name.startswith("classifier")
-            groups[teacher.classifier_learning_rate if last else 1.0].append(parameter)
-    others = [
-        {"params": parameters, "scale": scale, "weight_decay": teacher.weight_decay / scale}  # decay follows the rate
+            groups[teacher.classifier_learning_rate if name.startswith("classifier") else 1.0].append(parameter)
+    others = [  # the decay of a step does not depend on the group's factor
+        {"params": parameters, "scale": scale, "weight_decay": teacher.weight_decay / scale}
         for scale, parameters in groups.items()
     ]
     if orthogonal:
@@ -142,8 +135,8 @@ def _teacher_optimizer(model: nn.Module, teacher: TeacherConfig) -> torch.optim.
 
 
 def student_recipe(config: RunConfig, stage: Stage) -> Recipe:
-    """Adam with a cosine schedule, the same for every student but for the terms of the loss."""
-    student = config.student
+    """Adam with a cosine schedule. The students' recipes differ only in the terms of the loss."""
+    student, pruning = config.student, config.pruning
     return Recipe(
         stage=stage,
         seed=config.seed,
@@ -153,26 +146,20 @@ def student_recipe(config: RunConfig, stage: Stage) -> Recipe:
         optimizer=lambda model: torch.optim.Adam(
             model.parameters(), lr=student.learning_rate, weight_decay=student.weight_decay, fused=True
         ),
-        alpha=0.0 if stage == "scratch" else config.distillation.alpha,
-        temperature=config.distillation.temperature,
-        divergence={
-            "divergence": config.distillation.divergence,
-            "jsd_beta": config.distillation.jsd_beta,
-            "dkd_target_weight": config.distillation.dkd_target_weight,
-            "dkd_non_target_weight": config.distillation.dkd_non_target_weight,
-            "standardize_logits": config.distillation.standardize_logits,
-        },
-        l1_weight=config.pruning.l1_weight if stage == "kddp" else 0.0,
-        l1_warmup=config.pruning.l1_warmup,
-        l1_until=config.pruning.l1_until,
+        loss=config.distillation.loss(
+            alpha=0.0 if stage == "scratch" else config.distillation.alpha,
+            l1_weight=pruning.l1_weight if stage == "kddp" else 0.0,
+        ),
+        l1_warmup=pruning.l1_warmup,
+        l1_until=pruning.l1_until,
         shift=student.shift,
         views=student.views,
-        prune_when=config.pruning.when,
+        prune_when=pruning.when,
     )
 
 
 def triangle(position: float, peak: float = 0.23, start: float = 0.2) -> float:
-    """Rises from `start` to 1 at `peak`, then falls to 0 at 1."""
+    """Rises linearly from `start` to 1 at `peak`, then falls linearly to 0 at 1."""
     if position < peak:
         return start + (1 - start) * position / peak
     return (1 - position) / (1 - peak)
@@ -188,16 +175,16 @@ def train(
     advance: Callable[[int], None],
     epoch_done: Callable[[dict[str, Any]], None],
 ) -> None:
-    """Train until `recipe.epochs` are done, from wherever `training` stands.
+    """Train until `recipe.epochs` epochs are done, starting after the last finished epoch of `training`.
 
     Args:
-        training: changed in place; `epochs` grows by one entry an epoch.
-        teacher: its logits for each view, or None to train on the labels alone.
+        training: changed in place; `epochs` grows by one entry per epoch.
+        teacher: the teacher's logits; None trains on the labels alone.
         advance: called with the number of images after each step.
-        epoch_done: called with the metrics of each epoch, once `training` is ready to be saved.
+        epoch_done: called with the metrics of each epoch, when `training` can be saved.
 
     Raises:
-        WorkflowError: the loss is no longer finite.
+        WorkflowError: the loss is not finite.
     """
     for epoch in range(len(training.epochs), recipe.epochs):
         for name, start in recipe.frozen_from.items():
@@ -216,7 +203,7 @@ def train_epoch(
     epoch: int,
     advance: Callable[[int], None],
 ) -> dict[str, Any]:
-    """One pass over the training images, then the pruning; returns its metrics. Raises as `train` does."""
+    """Make one pass over the training images, then prune. Returns the epoch's metrics; raises as `train` does."""
     clock = PhaseClock(runtime.device)
     started = time.perf_counter()
     view = recipe.view(epoch)
@@ -231,26 +218,32 @@ def train_epoch(
         position = (epoch + step / len(batches)) / recipe.epochs
         with clock.phase("data"):
             images, labels = data.training_images(indices, view, recipe.shift), data.train.labels[indices]
-            guidance = None if teacher_logits is None else teacher_logits[indices]
-        totals += _train_step(training, recipe, runtime, clock, position, images, labels, guidance)
+            targets = None if teacher_logits is None else teacher_logits[indices]
+        totals += _train_step(training, recipe, runtime, clock, position, images, labels, targets)
         advance(len(indices) * processes.count)
 
-    # The epoch's one transfer to the host: each step's sums stayed on the device.
+    processes.average_buffers(training.model)
+    # The epoch's only transfer to the host: until here the sums stay on the device.
     totals = processes.sum(totals) / processes.count
     means = dict(zip(_TERMS, (totals / len(batches)).tolist(), strict=True))
-    processes.together(lambda: _require_finite(means["loss"], recipe, epoch))
+    processes.all_or_raise(lambda: _require_finite(means["loss"], recipe, epoch))
     if training.pruner is not None:
         with clock.phase("prune"):
-            pruned = _prune(training.pruner, recipe, epoch)
-        if pruned and training.compiled:
+            report = _prune(training.pruner, recipe, epoch)
+        if report is not None and report.neurons_pruned and training.compiled:
             training.network = compiled(training.model)
     with clock.phase("validation"):
         validation = accuracy(training.model, data, data.validation, runtime) if len(data.validation) else None
-    seconds = {"epoch": round(time.perf_counter() - started, 4), **clock.seconds()}
-    return _metrics(training, epoch, means, len(batches[0]), validation, seconds)
-
-
-_TERMS = ("loss", "kd", "cross_entropy", "l1", "correct")
+    metrics: dict[str, Any] = {
+        "epoch": epoch + 1,
+        **{term: means[term] for term in _TERMS[:-1]},
+        "train_accuracy": means["correct"] / len(batches[0]),
+        "validation_accuracy": validation,
+        "parameters": count_parameters(training.model),
+    }
+    if training.pruner is not None:
+        metrics["width"] = sum(training.pruner.widths.values())
+    return {**metrics, "seconds": {"epoch": round(time.perf_counter() - started, 4), **clock.seconds()}}
 
 
 def _train_step(
@@ -263,7 +256,7 @@ def _train_step(
     labels: Tensor,
     teacher_logits: Tensor | None,
 ) -> Tensor:
-    """One step of the optimizer; returns what `_TERMS` names, on the device: nothing here waits for it."""
+    """Make one step of the optimizer; returns the values of `_TERMS` on the device, without waiting for it."""
     for group in training.optimizer.param_groups:
         group["lr"] = recipe.learning_rate(position) * group.get("scale", 1.0)
     with clock.phase("student"), runtime.autocast():
@@ -274,12 +267,8 @@ def _train_step(
             teacher_logits,
             labels,
             () if training.pruner is None else training.pruner.activations,
-            temperature=recipe.temperature,
-            alpha=recipe.alpha,
-            l1_weight=recipe.l1_weight_at(position),
-            label_smoothing=recipe.label_smoothing,
             return_terms=True,
-            **recipe.divergence,
+            **{**vars(recipe.loss), "l1_weight": recipe.l1_weight_at(position)},
         )
     with clock.phase("student"):
         training.optimizer.zero_grad()
@@ -289,49 +278,28 @@ def _train_step(
 
 
 def compiled(model: nn.Module) -> Callable[[Tensor], Tensor]:
-    """`model` through torch.compile, for the shapes that it has now.
+    """`model` through torch.compile, for its current shapes.
 
-    What was compiled before is forgotten: so a run that was resumed computes with the same kernels as one that was
-    not interrupted, and after many prunes torch's limit of recompilations, beyond which it runs the model as it is,
-    is not reached.
+    The compiler's cache is cleared first. So a resumed run uses the same kernels as an uninterrupted one, and many
+    prunes do not reach torch's limit of recompilations, after which it would run the model without compiling it.
     """
     torch.compiler.reset()
     return torch.compile(model, dynamic=False)
 
 
-def _prune(pruner: kddp_ext.DynamicPruner, recipe: Recipe, epoch: int) -> bool:
-    """Whether something was removed."""
-    last = epoch + 1 == recipe.epochs
-    # Not every-epoch's last: what is removed there could no longer be made up for.
-    if last == (recipe.prune_when == "at-the-end"):
-        return pruner.prune().neurons_pruned > 0
-    pruner.reset()  # a check judges the epoch before it alone
-    return False
+def _prune(pruner: kddp_ext.DynamicPruner, recipe: Recipe, epoch: int) -> kddp_ext.PruneReport | None:
+    """Prune, if this epoch's end is a check."""
+    is_last = epoch + 1 == recipe.epochs
+    # 'every-epoch' skips the last epoch, because nothing trains after it.
+    if is_last == (recipe.prune_when == "at-the-end"):
+        return pruner.prune()
+    pruner.reset()  # a check uses only the statistics of the epoch before it
+    return None
 
 
 def _require_finite(loss: float, recipe: Recipe, epoch: int) -> None:
     if not math.isfinite(loss):
         raise WorkflowError(
-            f"{recipe.stage}: the loss is {loss} after epoch {epoch + 1}: the training diverged. "
+            f"{recipe.stage}: the training diverged: the loss is {loss} after epoch {epoch + 1}. "
             "Try a smaller learning rate."
         )
-
-
-def _metrics(
-    training: Training,
-    epoch: int,
-    means: dict[str, float],
-    batch_size: int,
-    validation: float | None,
-    seconds: dict[str, float],
-) -> dict[str, Any]:
-    metrics: dict[str, Any] = {
-        "epoch": epoch + 1,
-        **{term: means[term] for term in _TERMS[:-1]},
-        "train_accuracy": means["correct"] / batch_size,
-        "validation_accuracy": validation,
-        "parameters": count_parameters(training.model),
-    }
-    if training.pruner is not None:
-        metrics["width"] = sum(training.pruner.widths.values())
-    return {**metrics, "seconds": seconds}

@@ -1,8 +1,9 @@
-"""What a run's process does first, the faults that it will meet: here, where that process can import it."""
+"""What the process of a run does first to meet a fault later. A module, so that the process can import it."""
 
 from __future__ import annotations
 
 import ctypes
+import errno
 import os
 import resource
 import shutil
@@ -15,9 +16,14 @@ from fault_calls import die_at, fail_from
 from fault_runs import shorten
 
 
-def killed_shortened(number: int) -> None:
+def killed_at(number: int) -> None:
     shorten()
     die_at(number)
+
+
+def full_disk_from(number: int) -> None:
+    shorten()
+    fail_from(number, errno.ENOSPC)
 
 
 def ignore_interrupts() -> None:
@@ -25,34 +31,20 @@ def ignore_interrupts() -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
-def stdout_on(number: int) -> None:
-    shorten()
-    os.dup2(number, 1)
-
-
 def full_stdout() -> None:
-    stdout_on(os.open("/dev/full", os.O_WRONLY))
+    shorten()
+    os.dup2(os.open("/dev/full", os.O_WRONLY), 1)
 
 
 def broken_pipe() -> None:
+    shorten()
     reading, writing = os.pipe()
     os.close(reading)
-    stdout_on(writing)
-
-
-def close_all() -> None:
-    shorten()
-    for number in range(3):
-        os.close(number)
+    os.dup2(writing, 1)
 
 
 def full_stderr() -> None:
     os.dup2(os.open("/dev/full", os.O_WRONLY), 2)
-
-
-def full_shortened(number: int, error: int) -> None:
-    shorten()
-    fail_from(number, error)
 
 
 def limit_files() -> None:
@@ -61,13 +53,12 @@ def limit_files() -> None:
 
 
 def without_privileges() -> None:
-    """Root may do everything. Without capabilities it may do to its files what their modes say, as anyone else."""
+    """Drop root's capabilities, so that permissions count for it as for anyone else."""
     shorten()
     if os.geteuid() == 0:
         version, this_process = 0x20080522, 0  # linux/capability.h
-        none = bytes(24)
         system = ctypes.CDLL(None, use_errno=True)
-        if system.capset(struct.pack("Ii", version, this_process), none) != 0:
+        if system.capset(struct.pack("Ii", version, this_process), bytes(24)) != 0:
             raise OSError(ctypes.get_errno(), "cannot drop capabilities")
 
 
@@ -81,13 +72,13 @@ def as_rank(rank: int, port: int, killed_at: int | None) -> None:
 
 def stop_after_an_epoch(copy: Path) -> None:
     """Have a run end after its first epoch, and leave its checkpoint in `copy`."""
-    from kddp_ext.workflow import stages
+    from kddp_ext.workflow import runs
 
-    save = stages.save_checkpoint
+    save = runs.save_checkpoint
 
     def once(path: Path, state: dict[str, Any]) -> None:
         save(path, state)
         shutil.copy(path, copy)
         raise SystemExit(3)
 
-    stages.save_checkpoint = once
+    runs.save_checkpoint = once

@@ -1,7 +1,7 @@
-"""Imported once, by the process of which the runs of fault_runs.py are forks."""
+"""Imported once by the process that forks the runs of fault_runs.py."""
 
 import fault_calls  # noqa: F401
-import pytest  # noqa: F401  # what the tests' own process began with is begun with in each fork
+import pytest  # noqa: F401  # the process of the tests has imported it too
 from fault_runs import quicken
 
 quicken()

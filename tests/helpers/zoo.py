@@ -7,8 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from kddp_ext.workflow.models.cnn import PlainStudent
-from kddp_ext.workflow.models.teacher import FastTeacher
+from kddp_ext.workflow.models import FastTeacher, PlainStudent
 
 CLASSES = 3
 

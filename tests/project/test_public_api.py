@@ -15,7 +15,7 @@ from unittest import mock
 import kddp_ext
 from kddp_ext.pruning import history, state
 from kddp_ext.saving.student_file import VERSION as STUDENT_VERSION
-from kddp_ext.workflow import checkpoint, cli, config
+from kddp_ext.workflow import cli, config, folder
 
 SNAPSHOT = Path(__file__).parent / "public_api.txt"
 STABILITY = Path(__file__).parents[2] / "docs" / "stability.md"
@@ -131,7 +131,7 @@ def test_the_page_has_the_versions_of_the_formats():
         "student file": STUDENT_VERSION,
         "pruning history": str(history.VERSION),
         "a pruner's state": str(state.STATE_VERSION),
-        "a run's checkpoint": str(checkpoint._VERSION),
+        "a run's checkpoint": str(folder.CHECKPOINT_VERSION),
         "a run's config.json": str(config.CONFIG_VERSION),
     }
 

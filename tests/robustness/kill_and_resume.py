@@ -1,12 +1,12 @@
-"""Kills runs, resumes them, and compares how they end, bit for bit, with a run that was left alone:
+"""Kills runs, resumes them, and compares how they end, bit for bit, with an undisturbed run:
 
     python tests/robustness/kill_and_resume.py [--kills 100] [--seed 0] [--signal KILL]      at random moments
     … --at-every-call kill [--from 1] [--to N]  at each call that changes a file
-    … --at-every-call full-disk [--from 1] [--to N] which all fail from that one on
+    … --at-every-call full-disk [--from 1] [--to N] and all calls after it fail
 
-The random moments are drawn so that every phase of a run has its share: the kill waits until the run's folder shows
-that the phase has begun, and then as long as a part of it takes. Every other run is killed again while it is resumed,
-and again. Where a kill really fell is read from the folder afterwards, and counted.
+The random moments cover all phases of a run equally: a kill waits until the run's folder shows that the phase has
+begun, and then for a part of its length. Every second run is killed several times, each time after a resume.
+Afterwards the folder tells into which phase the kill fell.
 """
 
 from __future__ import annotations
@@ -26,13 +26,14 @@ from pathlib import Path
 from typing import Any
 
 from fault_calls import die_at, fail_from
-from fault_runs import PHASES, Process, differences, ending, nothing, phase_of, shorten, start, unfinished_files
+from fault_runs import PHASES, Process, nothing, phase_of, shorten, start
+from run_files import differences, ending, unfinished_files
 
 _MOST_KILLS = 5  # of one run
 
 
 def follow(process: Process, runs: Path) -> dict[str, float]:
-    """When each phase began, in seconds, of a run that is left alone; and under "end" when it ended."""
+    """When each phase of an undisturbed run began, and under "end" when the run ended, in seconds."""
     began, started = {}, time.monotonic()
     while process.running():
         began.setdefault(phase_of(runs), time.monotonic() - started)
@@ -41,27 +42,27 @@ def follow(process: Process, runs: Path) -> dict[str, float]:
 
 
 def seconds(began: dict[str, float]) -> dict[str, float]:
-    """How long each phase took; the logits, which come between the epochs of kd, as long as the first of them."""
+    """How long each phase took. The logits are computed between the epochs of kd."""
     order = [phase for phase in PHASES if phase != "logits"] + ["end"]
     took = {phase: began[after] - began[phase] for phase, after in itertools.pairwise(order)}
     return {**took, "logits": 0.01}
 
 
 def kill_in(process: Process, runs: Path, phase: str, after: float, number: signal.Signals) -> bool:
-    """Send the signal `after` seconds into `phase`, or into a later one; whether the run was still there."""
+    """Send the signal `after` seconds into `phase` or a later one; returns whether the run was still running."""
     while process.running() and PHASES.index(phase_of(runs)) < PHASES.index(phase):
         time.sleep(0.0005)
     end = time.monotonic() + after
     while process.running() and time.monotonic() < end:
         time.sleep(0.0005)
-    while number != signal.SIGKILL and process.running() and not process.speaks():
-        time.sleep(0.0005)  # what has not begun has nothing to say
+    while number != signal.SIGKILL and process.running() and not process.has_printed():
+        time.sleep(0.0005)  # before that the handlers may not be set
     process.signal(number)
     return process.wait().code != 0
 
 
 def check_goodbye(process: Process, number: signal.Signals) -> None:
-    """A run that is interrupted, and not killed, says how to go on; and only that."""
+    """Check that an interrupted run prints one line that says how to continue."""
     ended = process.wait()
     if number == signal.SIGKILL:
         assert ended.code == -signal.SIGKILL
@@ -72,10 +73,10 @@ def check_goodbye(process: Process, number: signal.Signals) -> None:
 
 
 class Moments:
-    """Draws where to kill: each phase once before any comes again.
+    """Draws where to kill: every phase once before any comes again.
 
     Args:
-        seed: of the drawing.
+        seed: seed of the draws.
         took: the seconds that each phase takes.
     """
 
@@ -83,11 +84,11 @@ class Moments:
         self._draw, self._took, self._left = random.Random(seed), took, list[str]()
 
     def kills(self, run: int) -> int:
-        """How often to kill the run of this number: once, or several times, each time while it is resumed."""
+        """How often to kill the run with this number."""
         return self._draw.randint(2, _MOST_KILLS) if run % 2 else 1
 
     def after(self, now: str) -> tuple[str, float] | None:
-        """A phase that comes after `now` or is that, and how many seconds into it; None where all of these were."""
+        """A phase, `now` or later, and how many seconds to wait in it; None if every such phase has been drawn."""
         if not self._left:
             self._left = self._draw.sample(PHASES, len(PHASES))
         later = [phase for phase in self._left if PHASES.index(phase) >= PHASES.index(now)]
@@ -98,7 +99,7 @@ class Moments:
 
 
 def kill_once_or_more(runs: Path, kills: int, moments: Moments, number: signal.Signals) -> tuple[list[str], int]:
-    """Start a run and kill it; the phases that the kills fell in, and how many in the middle of a write."""
+    """Start a run and kill it; returns the phases of the kills, and how many fell into the middle of a write."""
     fell: list[str] = []
     in_a_write = 0
     while len(fell) < kills and (moment := moments.after(phase_of(runs))) is not None:
@@ -124,17 +125,17 @@ def kill_at_random(folder: Path, options: argparse.Namespace) -> int:
         runs.mkdir()
         fell, in_a_write = kill_once_or_more(runs, moments.kills(run), moments, signal.Signals[f"SIG{options.signal}"])
         different = finish(runs, expected)
-        print(f"{', '.join(fell) or 'it was done'}: {', '.join(different) or 'the same ending'}", flush=True)
+        print(f"{', '.join(fell) or 'it had ended'}: {', '.join(different) or 'identical ending'}", flush=True)
         killed.update(fell)
         run, same, again, in_writes = run + 1, same + (not different), again + (len(fell) > 1), in_writes + in_a_write
     print(f"kills by phase: {', '.join(f'{phase} {killed[phase]}' for phase in PHASES)}")
     print(f"{killed.total()} kills, {in_writes} of them in the middle of a write")
-    print(f"{run} runs, {again} of them killed again while resumed; {same} endings identical to the run left alone")
+    print(f"{run} runs, {again} of them killed again while resumed; {same} endings identical to the undisturbed run")
     return 0 if same == run else 1
 
 
 def finish(runs: Path, expected: dict[str, Any], prepare: Callable[[], None] = nothing) -> list[str]:
-    """Resume the run in `runs`; the names of what differs in the end."""
+    """Resume the run in `runs`; returns the names of the files that differ in the end."""
     ended = start(runs, "--resume", prepare=prepare).wait()
     if ended.code:
         return [f"it ended with {ended.code}: {ended.err}"]
@@ -142,13 +143,13 @@ def finish(runs: Path, expected: dict[str, Any], prepare: Callable[[], None] = n
 
 
 def met_at(number: int, fault: str) -> None:
-    """Have this process meet a fault at the call of this number."""
+    """Have this process meet a fault at its call with this number."""
     shorten()
     {"kill": die_at, "full-disk": fail_from}[fault](number)
 
 
 def check_end(process: Process, fault: str) -> bool:
-    """Whether the run met the fault; where it found the disk full, it says so in one line that names a file."""
+    """Whether the run met the fault. If the disk was full, one line must name a file."""
     ended = process.wait()
     if ended.code == 0:
         return False
@@ -185,14 +186,14 @@ def fault_at_calls(folder: Path, options: argparse.Namespace) -> int:
             print(f"call {number}: {', '.join(different)}", flush=True)
         shutil.rmtree(runs)
     print(f"{options.at_every_call} by phase: {', '.join(f'{phase} {phases[phase]}' for phase in PHASES)}")
-    print(f"{met} runs, one for each call; {same} endings identical to the run that was left alone")
+    print(f"{met} runs, one for each call; {same} endings identical to the undisturbed run")
     return 0 if same == met else 1
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kills", type=int, default=100)
-    parser.add_argument("--seed", type=int, default=0, help="of the moments")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the moments")
     parser.add_argument("--signal", choices=("KILL", "INT", "TERM"), default="KILL")
     parser.add_argument("--at-every-call", choices=("kill", "full-disk"))
     parser.add_argument("--from", type=int, default=1, dest="first", help="the first of the calls")

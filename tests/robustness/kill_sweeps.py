@@ -1,9 +1,9 @@
-"""Kills the processes that share sweeps, and compares what is left, bit for bit, with a sweep that was left alone:
+"""Kills processes that share a sweep, and compares what is left, bit for bit, with an undisturbed sweep:
 
     python tests/robustness/kill_sweeps.py [--kills 60] [--seed 0] [--processes 2]
 
-The processes of a sweep work at once. One of them, then another, is killed at a moment that is drawn, and started again
-with --resume; after some kills all may finish. Sweeps go on being killed until there were enough kills.
+Several processes work on a sweep. Random ones are killed at random moments and started again with --resume; after some
+kills they may finish. New sweeps follow until there were enough kills.
 """
 
 from __future__ import annotations
@@ -15,11 +15,11 @@ import sys
 import tempfile
 import time
 from pathlib import Path
-from typing import Any
 
-from fault_runs import Process, Run, content_of, differences, unfinished_files
+from fault_runs import Process, Run
+from run_files import differences, ending, unfinished_files
 
-from kddp_ext.workflow import sweep as sweeps
+from kddp_ext.workflow import runs as workflow_runs
 
 OPTIONS = ["--teacher.channels", "4", "--teacher.epochs", "2", "--student.channels", "2", "--student.epochs", "3"]
 OPTIONS += ["--student.width", "24", "--student.batch-size", "250", "--teacher.batch-size", "250", "--validation", "50"]
@@ -31,27 +31,21 @@ _FEWEST_KILLS, _MOST_KILLS = 4, 12  # of one sweep
 
 
 def wait_briefly() -> None:
-    """Look for work every now and then, not every two seconds."""
-    sweeps._WAIT = 0.02
+    """Look for work more often than every two seconds."""
+    workflow_runs._WAIT = 0.02
 
 
 def start(runs: Path, number: int, *more: str) -> Process:
-    """Start the process of this number at the sweep in `runs`."""
-    output = runs / f"process {number}"
+    """Start the process with this number on the sweep in `runs`."""
+    output = runs / f"output {number}"
     output.mkdir(parents=True, exist_ok=True)
     return Process(Run(("--runs-dir", str(runs), *OPTIONS, *more), wait_briefly, "sweep"), output)
 
 
-def ending(runs: Path) -> dict[str, Any]:
-    """All that a sweep leaves, but for times."""
-    files = [path for path in (runs / "sweep").rglob("*") if path.is_file()]
-    return {str(path.relative_to(runs)): content_of(path) for path in files}
-
-
 def kill_some(runs: Path, kills: int, processes: int, longest: float, draw: random.Random) -> int:
-    """Start a sweep, and kill and start its processes; how many were killed while they worked."""
+    """Start a sweep, kill its processes and start them again; returns how many were killed while they worked."""
     working = [start(runs, 0)]
-    while not (runs / "sweep" / "sweep.json").exists() and working[0].running():
+    while not (runs / "sweep" / "config.json").exists() and working[0].running():
         time.sleep(0.001)
     working += [start(runs, number, "--resume") for number in range(1, processes)]
     killed = 0
@@ -72,7 +66,7 @@ def kill_some(runs: Path, kills: int, processes: int, longest: float, draw: rand
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kills", type=int, default=60)
-    parser.add_argument("--seed", type=int, default=0, help="of the moments")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the moments")
     parser.add_argument("--processes", type=int, default=2)
     options = parser.parse_args()
     draw = random.Random(options.seed)
@@ -88,9 +82,9 @@ def main() -> int:
             runs = folder / f"sweep-{sweeps_killed}"
             now = kill_some(runs, draw.randint(_FEWEST_KILLS, _MOST_KILLS), options.processes, longest, draw)
             different = [*differences(ending(runs), expected), *map(str, unfinished_files(runs))]
-            print(f"{now} kills: {', '.join(different) or 'the same ending'}", flush=True)
+            print(f"{now} kills: {', '.join(different) or 'identical ending'}", flush=True)
             killed, sweeps_killed, same = killed + now, sweeps_killed + 1, same + (not different)
-    print(f"{killed} kills in {sweeps_killed} sweeps; {same} endings identical to the sweep left alone")
+    print(f"{killed} kills in {sweeps_killed} sweeps; {same} endings identical to the undisturbed sweep")
     return 0 if same == sweeps_killed else 1
 
 

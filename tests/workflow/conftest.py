@@ -1,4 +1,4 @@
-"""Small runs on the digits, and files of the data sets' formats that the tests write themselves."""
+"""Small runs on the digits, and small data sets."""
 
 from __future__ import annotations
 
@@ -14,16 +14,15 @@ import pytest
 import torch
 from rich.console import Console
 
-from kddp_ext.workflow import timing
-from kddp_ext.workflow.config import RunConfig, StudentConfig, TeacherConfig
+from kddp_ext.workflow.config import RunConfig, StudentConfig, SweepConfig, TeacherConfig
 from kddp_ext.workflow.data import ImageData
 from kddp_ext.workflow.datasets import DatasetInfo, RawDataset
-from kddp_ext.workflow.run import run_workflow
+from kddp_ext.workflow.runs import run_sweep
 
 
 @pytest.fixture(autouse=True)
 def one_thread() -> Iterator[None]:
-    """Runs this small are slower on several threads. What the command line sets of the process ends with the test."""
+    """Small runs are slower on several threads. Also restores what the command line changes in the process."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -31,17 +30,9 @@ def one_thread() -> Iterator[None]:
     torch.set_flush_denormal(False)
 
 
-@pytest.fixture(autouse=True, scope="session")
-def quick_latency() -> Iterator[None]:
-    """Measure each latency for a moment only."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(timing, "forward_seconds", partial(timing.forward_seconds, budget=0.001))
-        yield
-
-
 @pytest.fixture(scope="session")
 def small() -> RunConfig:
-    """A run of seconds in which KDDP has three chances to prune."""
+    """A run of seconds in which KDDP prunes three times."""
     config = RunConfig(
         teacher=TeacherConfig(channels=(8, 16), epochs=2),
         student=StudentConfig(channels=(4, 8), width=48, epochs=4, batch_size=128, learning_rate=1e-2),
@@ -51,10 +42,22 @@ def small() -> RunConfig:
     return dataclasses.replace(config, pruning=pruning)
 
 
+def train_run(console: Console, path: Path, config: RunConfig | SweepConfig, **options: object) -> None:
+    """Run a config or a sweep on the CPU."""
+    sweep = config if isinstance(config, SweepConfig) else SweepConfig.single(config)
+    run_sweep(path, sweep, console, device="cpu", **options)  # type: ignore[arg-type]
+
+
 @pytest.fixture
 def quiet() -> Console:
-    """A console that nobody reads."""
+    """A console that prints into memory."""
     return Console(file=io.StringIO(), width=120)
+
+
+@pytest.fixture
+def run(quiet: Console) -> Callable[..., None]:
+    """`run(path, config, **options)` trains and prints to `quiet`."""
+    return partial(train_run, quiet)
 
 
 @pytest.fixture(scope="session")
@@ -62,15 +65,14 @@ def _finished_once(small: RunConfig, tmp_path_factory: pytest.TempPathFactory) -
     path = tmp_path_factory.mktemp("runs") / "finished"
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
-    run_workflow(path, small, Console(file=io.StringIO()), device="cpu")
+    train_run(Console(file=io.StringIO()), path, small)
     torch.set_num_threads(threads)
     return path
 
 
 @pytest.fixture
 def finished_run(_finished_once: Path, tmp_path: Path) -> Path:
-    """Folder of a run of `small`, finished; a test may do with it what it likes."""
-    # With the teacher's logits, which lie beside it.
+    """Folder of a finished run of `small`, beside the teacher's logits. The test may change it."""
     return Path(shutil.copytree(_finished_once.parent, tmp_path / "runs")) / _finished_once.name
 
 

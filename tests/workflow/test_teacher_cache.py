@@ -1,19 +1,18 @@
-"""The teacher's logits on disk: what was computed, for this teacher and these views, or nothing."""
+"""The cache of the teacher's logits is never stale, and a damaged file is computed again."""
 
 from __future__ import annotations
 
-import io
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from rich.console import Console
-from torch import Tensor, nn
+from rich.progress import Progress
+from torch import nn
+from workflow_ranks import CountingTeacher
 
 from kddp_ext.workflow.data import ImageData
-from kddp_ext.workflow.progress import Progress
 from kddp_ext.workflow.runtime import Runtime
 from kddp_ext.workflow.teacher_logits import TeacherLogits
 
@@ -21,27 +20,12 @@ MakeCache = Callable[..., TeacherLogits]
 RUNTIME = Runtime("cpu", "float32")
 
 
-class CountingTeacher(nn.Module):
-    """A linear teacher that counts the images it has seen."""
-
-    def __init__(self, seed: int = 0) -> None:
-        super().__init__()
-        self.register_buffer("weight", torch.randn(10, 768, generator=torch.Generator().manual_seed(seed)))
-        self.seen = 0
-
-    def forward(self, images: Tensor) -> Tensor:
-        self.seen += len(images)
-        return images.flatten(1) @ self.weight.T
-
-
 @pytest.fixture
 def cache(image_data: Callable[..., ImageData], tmp_path: Path) -> Callable[..., TeacherLogits]:
-    """Makes the cache of a teacher, as a new process would."""
+    """Makes the cache of a teacher as a new process would."""
 
     def make(teacher: nn.Module, shift: int = 2, **data: Any) -> TeacherLogits:
-        return TeacherLogits(
-            teacher, image_data(**data), shift, tmp_path, RUNTIME, Progress(Console(file=io.StringIO()))
-        )
+        return TeacherLogits(teacher, image_data(**data), shift, tmp_path, RUNTIME, Progress(disable=True))
 
     return make
 
@@ -61,7 +45,7 @@ def test_a_second_run_reads_what_the_first_computed(cache: MakeCache) -> None:
 
 @pytest.mark.parametrize(
     "change",
-    [{"seed": 1}, {"augment": False}, {"shift": 1}, {"count": 61}, {"teacher": CountingTeacher(1)}, {"view": 1}],
+    [{"seed": 1}, {"augment": False}, {"shift": 1}, {"count": 61}, {"teacher": CountingTeacher(seed=1)}, {"view": 1}],
 )
 def test_nothing_stale_is_read(cache: MakeCache, change: dict[str, object]) -> None:
     cache(CountingTeacher()).view(0)

@@ -1,22 +1,21 @@
-"""`kddp run --tensorboard`: the metrics of each epoch once, however often the run was interrupted."""
+"""`--tensorboard` writes each epoch exactly once, however often the run was interrupted."""
 
 from __future__ import annotations
 
 import builtins
 import dataclasses
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
-from rich.console import Console
 from workflow_ranks import KilledError, dies_after
 
 from kddp_ext.workflow import train
 from kddp_ext.workflow.cli import main
 from kddp_ext.workflow.config import RunConfig
 from kddp_ext.workflow.folder import RunFolder
-from kddp_ext.workflow.job import STAGES
-from kddp_ext.workflow.run import run_workflow
+from kddp_ext.workflow.jobs import STAGES
 from kddp_ext.workflow.tensorboard import scalars
 
 
@@ -49,26 +48,26 @@ def assert_events_are_the_metrics(run: Path, stage: str, images: int) -> None:
 
 
 def test_events_hold_each_epoch_once(
-    config: RunConfig, tmp_path: Path, quiet: Console, monkeypatch: pytest.MonkeyPatch
+    config: RunConfig, tmp_path: Path, run: Callable[..., None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pytest.importorskip("tensorboard")
     path = tmp_path / "run"
-    # In the teacher's second epoch, then in that of scratch, which began without event files.
+    # Killed in the teacher's second epoch, then in that of scratch, which starts without event files.
     for epochs, wanted in ((1, True), (2, False)):
         with monkeypatch.context() as patch:
             patch.setattr(train, "train_epoch", dies_after(train.train_epoch, epochs))
             with pytest.raises(KilledError):
-                run_workflow(path, config, quiet, device="cpu", resume=True, tensorboard=wanted)
+                run(path, config, resume=True, tensorboard=wanted)
         assert RunFolder(path).tensorboard("teacher").exists()
     assert not RunFolder(path).tensorboard("scratch").exists()
-    run_workflow(path, config, quiet, device="cpu", resume=True, tensorboard=True)
+    run(path, config, resume=True, tensorboard=True)
     for stage in STAGES[1:]:
         assert_events_are_the_metrics(path, stage, images=896)  # 7 batches of 128
     assert "size/width" in read_events(RunFolder(path).tensorboard("kddp"))
 
 
 def test_a_run_that_was_interrupted_with_event_files(
-    config: RunConfig, tmp_path: Path, quiet: Console, monkeypatch: pytest.MonkeyPatch
+    config: RunConfig, tmp_path: Path, run: Callable[..., None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pytest.importorskip("tensorboard")
     path = tmp_path / "run"
@@ -76,7 +75,7 @@ def test_a_run_that_was_interrupted_with_event_files(
         with monkeypatch.context() as patch:
             patch.setattr(train, "train_epoch", dies_after(train.train_epoch, 1))
             with pytest.raises(KilledError):
-                run_workflow(path, config, quiet, device="cpu", resume=True, tensorboard=True)
+                run(path, config, resume=True, tensorboard=True)
     assert_events_are_the_metrics(path, "teacher", images=896)
 
 

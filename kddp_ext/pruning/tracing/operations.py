@@ -15,8 +15,9 @@ import torch
 from torch import Tensor, nn
 from torch.fx import Node
 
+from kddp_ext.activations.layout import Layout
 from kddp_ext.pruning.tracing.graph import OperationGraph, Refusal
-from kddp_ext.pruning.tracing.groups import Layout, NeuronCount, NeuronSlices, StoredTensor
+from kddp_ext.pruning.tracing.groups import NeuronCount, NeuronSlices, StoredTensor
 
 # The number of dimensions that each operation convolves or pools over.
 CONVOLUTIONS = {"conv1d": 1, "conv2d": 2, "conv3d": 3}

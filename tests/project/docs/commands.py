@@ -44,15 +44,15 @@ class Commands:
     """Checks commands; `kddp` commands are parsed by the real command line, whose work is caught."""
 
     def __init__(self, patch: pytest.MonkeyPatch) -> None:
-        from kddp_ext.workflow import inspect, rebuild, run, sweep
+        from kddp_ext.workflow import inspect, report, runs
 
         self.caught: list[str] = []
         for module, name in (
-            (run, "run_workflow"), (sweep, "run_sweep"), (rebuild, "rebuild_report"), (inspect, "evaluate"),
-            (inspect, "describe"),
+            (runs, "run_sweep"), (report, "rebuild_report"), (inspect, "evaluate"), (inspect, "describe"),
         ):  # fmt: skip
             patch.setattr(module, name, lambda *_, name=name, **__: self.caught.append(name))
-        patch.setattr("kddp_ext.workflow.cli._set_up", lambda *_: None)
+        patch.setattr("torch.set_num_threads", lambda _: None)
+        patch.setattr("kddp_ext.workflow.runtime.prepare_process", lambda: None)
         self._patch = patch
 
     def check(self, words: list[str]) -> None:

@@ -9,7 +9,6 @@ import json
 import os
 import re
 from collections.abc import Callable, Iterator
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +19,6 @@ from docs.blocks import Block, all_blocks, blocks_of
 from docs.commands import FOREIGN, Commands, commands_of
 from docs.setups import SETUPS, compiled_without_code
 
-from kddp_ext.workflow import timing
 from kddp_ext.workflow.cli import main
 
 ALL = all_blocks()
@@ -151,15 +149,13 @@ def test_commands_are_taken_apart() -> None:
 def run_of_seconds(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a finished runs/digits, smaller and shorter than the real one."""
     folder = tmp_path_factory.mktemp("run")
-    threads, before, measure = torch.get_num_threads(), Path.cwd(), timing.forward_seconds
+    threads, before = torch.get_num_threads(), Path.cwd()
     os.chdir(folder)
     try:
-        timing.forward_seconds = partial(measure, budget=0.001)
         settings = ["--teacher.channels", "4", "8", "--student.channels", "2", "4", "--student.width", "16"]
         epochs = ["--teacher.epochs", "1", "--student.epochs", "1", "--precision", "float32", "--device", "cpu"]
         assert main(["run", *settings, *epochs]) == 0
     finally:
-        timing.forward_seconds = measure
         os.chdir(before)
         torch.set_num_threads(threads)
         torch.set_flush_denormal(False)

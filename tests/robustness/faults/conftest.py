@@ -1,4 +1,4 @@
-"""What a run that nothing happened to leaves."""
+"""What an undisturbed run leaves."""
 
 from __future__ import annotations
 
@@ -6,12 +6,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from fault_runs import ending, shorten, start
+from fault_runs import shorten, start
+from run_files import ending
 
 
 @pytest.fixture(scope="session")
 def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of runs with a finished one; to be read only."""
+    """A folder with a finished run. Tests only read it."""
     runs = tmp_path_factory.mktemp("whole")
     ended = start(runs, prepare=shorten).wait()
     assert ended.code == 0, ended.err
@@ -20,5 +21,5 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def expected(whole: Path) -> dict[str, Any]:
-    """All that a run leaves."""
+    """The content of its files."""
     return ending(whole)

@@ -1,8 +1,7 @@
-"""A disk that is full, read-only or in the way: one line says which file, and nothing is lost."""
+"""If the disk is full or read-only, one line names the file, and nothing is lost."""
 
 from __future__ import annotations
 
-import errno
 import os
 import subprocess
 from collections.abc import Callable, Iterator
@@ -12,8 +11,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from fault_preparations import full_shortened, limit_files, without_privileges
-from fault_runs import Ended, differences, ending, shorten, start, unfinished_files
+from fault_preparations import full_disk_from, limit_files, without_privileges
+from fault_runs import Ended, shorten, start
+from run_files import differences, ending, unfinished_files
 
 from kddp_ext.workflow.tensorboard import event_files
 
@@ -26,17 +26,17 @@ def resumed(runs: Path, prepare: Callable[[], object] = shorten) -> dict[str, An
 
 
 def assert_one_line(ended: Ended, *parts: str) -> None:
-    """It ended with code 1 and one line, which has these parts."""
+    """Check that it ended with code 1 and one line that has these parts."""
     assert ended.code == 1, ended
     assert ended.err.startswith("kddp run: "), ended.err
     assert ended.err.count("\n") == 1, ended.err
     assert all(part in ended.err for part in parts), ended.err
 
 
-# Of about 300: in the first file, in a checkpoint, and where a student learns.
+# Of about 300 calls: in the first file, in a checkpoint, and while a student trains.
 @pytest.mark.parametrize("call", [4, 33, 150])
 def test_a_disk_that_is_full_from_some_call_on(tmp_path: Path, expected: dict[str, Any], call: int) -> None:
-    ended = start(tmp_path, prepare=partial(full_shortened, call, errno.ENOSPC)).wait()
+    ended = start(tmp_path, prepare=partial(full_disk_from, call)).wait()
     assert_one_line(ended, f"{tmp_path}/", "No space left on device")
     assert not unfinished_files(tmp_path)
     assert not differences(resumed(tmp_path), expected)
@@ -51,7 +51,7 @@ def test_a_file_that_grows_larger_than_the_system_allows(tmp_path: Path, expecte
 
 @contextmanager
 def mounted(path: Path, options: str) -> Iterator[None]:
-    """A small file system of its own at `path`."""
+    """Mount a small file system at `path`."""
     path.mkdir(exist_ok=True)
     command = ["mount", "-t", "tmpfs", "-o", options, "none", str(path)]
     try:
@@ -59,7 +59,7 @@ def mounted(path: Path, options: str) -> Iterator[None]:
     except FileNotFoundError:
         made = False
     if not made:
-        pytest.skip("may not mount a file system")
+        pytest.skip("not allowed to mount a file system")
     try:
         yield
     finally:

@@ -1,4 +1,4 @@
-"""A run that is killed, asked to end, or that nobody listens to."""
+"""A run that is killed or interrupted, or whose output cannot be written."""
 
 from __future__ import annotations
 
@@ -12,20 +12,21 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from fault_preparations import broken_pipe, close_all, full_stderr, full_stdout, ignore_interrupts, killed_shortened
-from fault_runs import Process, differences, ending, phase_of, shorten, start, unfinished_files
+from fault_preparations import broken_pipe, full_stderr, full_stdout, ignore_interrupts, killed_at
+from fault_runs import Process, phase_of, shorten, start
+from run_files import differences, ending, unfinished_files
 
 from kddp_ext.workflow.cli import main
 
 
 def test_killed_again_and_again_in_the_middle_of_its_writes(tmp_path: Path, expected: dict[str, Any]) -> None:
-    # Of about 300 calls that change files: those of the first file, of a checkpoint's, of the metrics that follow it.
-    left_over = []
+    # Of about 300 calls that change files: in the first file, in a checkpoint, in the metrics after it.
+    left = []
     for call in (4, 24, 33, 51):
-        ended = start(tmp_path, "--resume", prepare=partial(killed_shortened, call)).wait()
+        ended = start(tmp_path, "--resume", prepare=partial(killed_at, call)).wait()
         assert ended.code == -signal.SIGKILL
-        left_over += unfinished_files(tmp_path)
-    assert left_over  # or no write was under way
+        left += unfinished_files(tmp_path)
+    assert left  # otherwise no kill fell into a write
     assert start(tmp_path, "--resume", prepare=shorten).wait().code == 0
     assert not unfinished_files(tmp_path)
     assert not differences(ending(tmp_path), expected)
@@ -46,7 +47,7 @@ def test_ctrl_c_and_sigterm_say_how_to_resume(tmp_path: Path, expected: dict[str
         process.signal(number)
         ended = process.wait()
         assert ended.code == 128 + number, ended
-        assert ended.err.startswith("Interrupted. What is done is kept; continue with: kddp run --runs-dir ")
+        assert ended.err.startswith("Interrupted. Finished epochs are kept; continue with: kddp run --runs-dir ")
         assert ended.err.endswith(" --resume\n")
         assert ended.err.count("\n") == ended.err.count("--resume") == 1
         assert not unfinished_files(tmp_path)
@@ -54,7 +55,7 @@ def test_ctrl_c_and_sigterm_say_how_to_resume(tmp_path: Path, expected: dict[str
     assert not differences(ending(tmp_path), expected)
 
 
-def test_what_was_told_to_ignore_ctrl_c_does(tmp_path: Path) -> None:
+def test_an_ignored_ctrl_c_stays_ignored(tmp_path: Path) -> None:
     process = start(tmp_path, prepare=ignore_interrupts)
     wait_for(process, tmp_path, "teacher")
     process.signal(signal.SIGINT)
@@ -66,28 +67,23 @@ def test_what_was_told_to_ignore_ctrl_c_does(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("prepare", "reason"), [(full_stdout, "No space left on device"), (broken_pipe, "Broken pipe")]
 )
-def test_a_stdout_that_takes_nothing(tmp_path: Path, prepare: Any, reason: str) -> None:
+def test_a_stdout_that_cannot_be_written_to(tmp_path: Path, prepare: Any, reason: str) -> None:
     ended = start(tmp_path, prepare=prepare).wait()
     assert ended.code == 1, ended
-    said = f"kddp run: cannot write to stdout: {reason}. What is done is kept; continue with: kddp run --runs-dir "
-    assert ended.err.startswith(said)
+    message = (
+        f"kddp run: cannot write to stdout: {reason}. Finished epochs are kept; continue with: kddp run --runs-dir"
+    )
+    assert ended.err.startswith(message)
     assert ended.err.count("\n") == 1
 
 
-def test_closed_standard_files_are_not_mixed_up_with_those_of_the_run(tmp_path: Path, expected: dict[str, Any]) -> None:
-    assert start(tmp_path, prepare=close_all).wait().code == 0
-    assert not differences(ending(tmp_path), expected)
-
-
-def test_a_stderr_that_takes_nothing(tmp_path: Path) -> None:
+def test_a_stderr_that_cannot_be_written_to(tmp_path: Path) -> None:
     (tmp_path / "run").write_text("")
     ended = start(tmp_path, prepare=full_stderr).wait()
     assert (ended.code, ended.err) == (2, "")
 
 
-def test_a_broken_pipe_ends_a_command_that_only_shows_something(
-    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
-) -> None:
+def test_a_broken_pipe_at_the_last_flush(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> None:
     class Broken(io.StringIO):
         def flush(self) -> None:
             raise BrokenPipeError(errno.EPIPE, os.strerror(errno.EPIPE))

@@ -1,0 +1,196 @@
+"""The processes that torchrun starts to train one model: how they communicate, and how they fail together."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from datetime import timedelta
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from kddp_ext.workflow.errors import LostProcessError, SharedError, WorkflowError, message_of
+
+T = TypeVar("T")
+
+
+class Processes:
+    """This process among those of a run. A single process communicates nothing.
+
+    Every process must call each method that communicates, in the same order: all methods except `share`.
+
+    Args:
+        rank: the rank of this process, 0 to count - 1.
+        count: number of processes. Several must have joined torch.distributed's default group.
+        local_rank: the rank of this process among those of its machine.
+    """
+
+    def __init__(self, rank: int = 0, count: int = 1, local_rank: int = 0) -> None:
+        self.rank, self.count, self.local_rank = rank, count, local_rank
+
+    @property
+    def is_first(self) -> bool:
+        """Whether this is rank 0, which writes files and shows progress."""
+        return self.rank == 0
+
+    def share(self, rows: Tensor) -> Tensor:
+        """This process's part of `rows`: every `count`-th row."""
+        return rows[self.rank :: self.count]
+
+    def sum(self, tensor: Tensor) -> Tensor:
+        """The sum of the tensors of all processes, which have the same shape. Every process gets the same bits."""
+        if self.count == 1:
+            return tensor
+        total = tensor.clone()
+        torch.distributed.all_reduce(total)
+        return total
+
+    def average_buffers(self, model: nn.Module) -> None:
+        """Set the floating-point buffers of `model` to their mean over all processes.
+
+        On CPUs, each process normalises by the statistics of its own part of a batch, and its running statistics differ
+        from the others'. They must agree before the model is pruned, evaluated or saved.
+        """
+        for buffer in model.buffers() if self.count > 1 else ():
+            if buffer.is_floating_point():
+                buffer.copy_(self.sum(buffer) / self.count)
+
+    def gather(self, value: T) -> list[T]:
+        """The values of all processes, in the order of the ranks. They are sent as pickles."""
+        if self.count == 1:
+            return [value]
+        values: list[Any] = [None] * self.count
+        torch.distributed.all_gather_object(values, value)
+        return values
+
+    def barrier(self) -> None:
+        """Wait for all processes."""
+        self.gather(None)
+
+    def all(self, condition: bool) -> bool:
+        """Whether `condition` is true on all processes."""
+        return all(self.gather(condition))
+
+    def all_or_raise(self, action: Callable[[], T]) -> T:
+        """Call `action` on every process and return its result here, or raise on every process if it fails on one.
+
+        Raises:
+            SharedError: (a WorkflowError) every failure was a WorkflowError or an OSError. The message is that of the
+                lowest rank that failed, and names this rank unless all processes failed with the same message.
+            RuntimeError: a process raised any other exception.
+            Exception: a single process raises whatever `action` raises.
+        """
+        if self.count == 1:
+            return action()
+        result, outcome = [], None
+        failure: Exception | None = None
+        try:
+            result.append(action())
+        except (WorkflowError, OSError) as error:
+            failure, outcome = error, (message_of(error), True)
+        except Exception as error:
+            failure, outcome = error, (f"{type(error).__name__}: {error}", False)
+        outcomes = self.gather(outcome)
+        failed = [(rank, *each) for rank, each in enumerate(outcomes) if each is not None]
+        if not failed:
+            return result[0]
+        rank, message, _ = failed[0]
+        if len(set(outcomes)) > 1:
+            message = f"rank {rank}: {message}"
+        raise (SharedError if all(fixable for *_, fixable in failed) else RuntimeError)(message) from failure
+
+    def on_rank_zero(self, action: Callable[[], T]) -> T:
+        """Call `action` on rank 0 and return its result on every process. Raises as `all_or_raise` does."""
+        return self.gather(self.all_or_raise(lambda: action() if self.is_first else None))[0]  # type: ignore[return-value]
+
+    def local_rank_zero_first(self, action: Callable[[], T]) -> T:
+        """Call `action` on the first process of each machine, then on the others, and return its result here.
+
+        For an action that leaves a file for the others, such as a download. Raises as `all_or_raise` does.
+        """
+        first = self.local_rank == 0
+        results = self.all_or_raise(lambda: [action()] if first else [])
+        return self.all_or_raise(lambda: results[0] if first else action())
+
+    @contextmanager
+    def held_on_rank_zero(self, context: AbstractContextManager[T]) -> Iterator[T]:
+        """Enter `context` on rank 0 while every process is inside. Yields its value. Raises as `all_or_raise` does."""
+        with ExitStack() as stack:
+            yield self.on_rank_zero(lambda: stack.enter_context(context))
+
+    def require_same(self, what: str, value: object) -> None:
+        """Raise SharedError on every process unless all have the same `value`."""
+        values = self.gather(value)
+        for rank, other in enumerate(values):
+            if other != values[0]:
+                raise SharedError(f"rank {rank}: expected {what} of rank 0, {values[0]}, got {other}")
+
+
+def data_parallel(model: nn.Module, *, find_unused_parameters: bool) -> DistributedDataParallel:
+    """Wrap `model` so that the gradients are averaged over all processes.
+
+    On GPUs, batch normalisation uses the mean and the variance over all processes. On CPUs, where PyTorch has no
+    SyncBatchNorm, each process uses those of its own part of the batch (see `Processes.average_buffers`). The BatchNorm
+    modules are replaced, under the same names, so a pruner must have traced the model before.
+    """
+    if next(model.parameters()).is_cuda:
+        nn.SyncBatchNorm.convert_sync_batchnorm(model)
+    return DistributedDataParallel(model, forward_sync_buffers=False, find_unused_parameters=find_unused_parameters)
+
+
+@contextmanager
+def process_group(
+    *, use_gpus: bool, tell: Callable[[str], None], timeout: timedelta = timedelta(minutes=30)
+) -> Iterator[Processes]:
+    """Join the processes that torchrun started. Without torchrun, yields this process alone.
+
+    Args:
+        use_gpus: whether to use nccl besides gloo, if there are GPUs.
+        tell: shows the message of an error that all processes raise. It is called on rank 0 only, before any process
+            ends, because torchrun ends the others as soon as one has ended.
+        timeout: how long a process waits for the others before they count as lost. The default is PyTorch's: one
+            process of a machine may download a data set while the others wait.
+
+    Raises:
+        WorkflowError: the other processes cannot be reached.
+        LostProcessError: another process has ended, or can no longer be reached.
+    """
+    names = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
+    if not all(name in os.environ for name in names) or os.environ["WORLD_SIZE"] == "1":
+        yield Processes()
+        return
+    rank, count, local_rank = (int(os.environ[name]) for name in names)
+    nccl = use_gpus and torch.cuda.is_available() and torch.distributed.is_nccl_available()
+    try:
+        torch.distributed.init_process_group("cpu:gloo,cuda:nccl" if nccl else "gloo", timeout=timeout)
+    except (ValueError, RuntimeError) as error:
+        others = f"rank {rank} of {count}: the other processes cannot be reached"
+        raise WorkflowError(f"{others}: {_reason(error)}") from error
+    processes = Processes(rank, count, local_rank)
+    try:
+        yield processes
+        processes.barrier()
+    except SharedError as error:
+        if processes.is_first:
+            tell(str(error))
+        processes.barrier()
+        raise
+    except RuntimeError as error:
+        # Errors of nccl have a class. Those of gloo are plain RuntimeErrors that name its source files.
+        if not isinstance(error, torch.distributed.DistError) and "gloo/" not in str(error):
+            raise
+        raise LostProcessError(
+            f"rank {rank}: another process has ended or cannot be reached ({_reason(error)}). "
+            "Finished work is saved; restart all processes with --resume"
+        ) from error
+    torch.distributed.destroy_process_group()
+
+
+def _reason(error: Exception) -> str:
+    """The first sentence of an error of torch.distributed, without its place in the source."""
+    return re.sub(r"^\[[^]]*\] ", "", str(error).strip().split("\n", 1)[0]).split(". ", 1)[0]

@@ -1,0 +1,464 @@
+"""Runs and sweeps: every training of the job list, then the report. A run is a sweep of one seed.
+
+Any number of processes may work on one folder: each takes trainings that no other works on. The processes that torchrun
+starts share each training instead.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, Progress, ProgressColumn, Task, TextColumn, TimeRemainingColumn
+from rich.text import Text
+from torch import nn
+
+import kddp_ext
+from kddp_ext.files import remove_leftovers
+from kddp_ext.workflow.config import Device, SweepConfig
+from kddp_ext.workflow.data import ImageData
+from kddp_ext.workflow.datasets import INFO, read_dataset
+from kddp_ext.workflow.distributed import Processes, data_parallel
+from kddp_ext.workflow.errors import WorkflowError
+from kddp_ext.workflow.folder import (
+    RunFolder,
+    architecture,
+    check_architecture,
+    load_checkpoint,
+    locked,
+    make_folder,
+    open_folder,
+    save_checkpoint,
+    take_teacher,
+)
+from kddp_ext.workflow.jobs import TEACHER, Job, points
+from kddp_ext.workflow.measure import accuracy, count_active, count_macs, count_parameters
+from kddp_ext.workflow.models import build_student, build_teacher, check_networks, prepare_teacher
+from kddp_ext.workflow.report import title_of, write_report
+from kddp_ext.workflow.runtime import Runtime
+from kddp_ext.workflow.teacher_logits import TeacherLogits
+from kddp_ext.workflow.tensorboard import event_files, require_tensorboard
+from kddp_ext.workflow.train import Recipe, Training, compiled, student_recipe, teacher_recipe, train
+
+_WAIT = 2.0  # seconds between two looks for work while other processes train what is left
+_LINE_SECONDS = 10.0  # between two lines of a training where there is no terminal
+_WHITENING_IMAGES = 2000  # enough patches for their principal components
+
+
+@dataclass(frozen=True)
+class Run:
+    """What all trainings of a run share.
+
+    Attributes:
+        folder: its files.
+        data: the data set.
+        runtime: device, precision and processes.
+        progress: shows bars on a terminal, and prints lines.
+        tensorboard: whether event files are written.
+    """
+
+    folder: RunFolder
+    data: ImageData
+    runtime: Runtime
+    progress: Progress
+    tensorboard: bool = False
+
+
+def run_sweep(
+    path: Path,
+    sweep: SweepConfig,
+    console: Console,
+    *,
+    data_dir: Path | None = None,
+    resume: bool = False,
+    device: Device = "auto",
+    teacher_from: Path | None = None,
+    processes: Processes | None = None,
+    tensorboard: bool = False,
+) -> None:
+    """Train everything that is not finished, then write and print the report.
+
+    With `resume` it continues where it stopped, and also trains what a longer list of seeds, widths, weights or
+    ablations adds.
+
+    Args:
+        path: folder of the run.
+        sweep: what to train.
+        console: where progress and the table go.
+        data_dir: folder of the data set; None downloads it.
+        resume: continue the run that is in `path`, or help another process with it.
+        device: where to compute.
+        teacher_from: folder of a run whose finished teacher is used.
+        processes: the processes that share each training; all of them call this. The first one writes the files and
+            uses the console. None is this process alone.
+        tensorboard: also write each training's metrics as event files.
+
+    Raises:
+        WorkflowError: a setting or a file cannot be used; the message says which.
+        OSError: the folder cannot be written to.
+    """
+    started = time.monotonic()
+    processes = Processes() if processes is None else processes
+    if not processes.is_first:
+        console = Console(quiet=True, force_terminal=False)
+    runtime = _runtime(device, sweep, processes)
+    if tensorboard:
+        processes.on_rank_zero(require_tensorboard)
+    folder = processes.on_rank_zero(lambda: _open(path, sweep, resume=resume, teacher_from=teacher_from))
+    processes.all_or_raise(folder.read_config)  # checks that all processes see the folder
+    if processes.on_rank_zero(lambda: _unfinished(folder, sweep)):
+        data = _data(sweep, data_dir, runtime)
+        with _progress(console) as progress:
+            console.print(
+                f"{title_of(sweep)}: {len(data.train):,} images for training, {len(data.validation):,} for validation, "
+                f"{len(data.test):,} for the test; {runtime}",
+                highlight=False,
+                soft_wrap=True,
+            )
+            _train_all(Run(folder, data, runtime, progress, tensorboard), sweep)
+    processes.on_rank_zero(lambda: write_report(folder, sweep, console))
+    console.print(f"{time.monotonic() - started:.0f} s. The report is {folder.report}", highlight=False, soft_wrap=True)
+
+
+def _open(path: Path, sweep: SweepConfig, *, resume: bool, teacher_from: Path | None) -> RunFolder:
+    make_folder(path)
+    with locked(path):
+        folder = open_folder(path, sweep, resume=resume)
+        if teacher_from is not None:
+            take_teacher(folder, teacher_from, sweep)
+    return folder
+
+
+def _runtime(device: Device, sweep: SweepConfig, processes: Processes) -> Runtime:
+    def make() -> Runtime:
+        for config in {job.config for point in points(sweep, {}) for job in point.jobs}:
+            check_networks(config, INFO[config.dataset])
+        if sweep.run.compile and processes.count > 1:
+            raise WorkflowError(
+                f"--compile: expected False with {processes.count} processes, got True: torch.compile does not support "
+                "the communication of batch normalisation"
+            )
+        return Runtime(device, sweep.run.precision, processes)
+
+    processes.require_same("the settings", sweep.to_json())
+    runtime = processes.all_or_raise(make)
+    processes.require_same("the device and precision", f"{runtime.device.type} {runtime.dtype}")
+    return runtime
+
+
+def _data(sweep: SweepConfig, data_dir: Path | None, runtime: Runtime) -> ImageData:
+    config, processes = sweep.run, runtime.processes
+    raw = processes.local_rank_zero_first(lambda: read_dataset(config.dataset, data_dir))
+
+    def make() -> ImageData:
+        data = ImageData(raw, INFO[config.dataset], config, runtime.device)
+        for option, batch_size in (("teacher", config.teacher.batch_size), ("student", config.student.batch_size)):
+            images = min(batch_size, len(data.train))
+            if images % processes.count:
+                raise WorkflowError(
+                    f"--{option}.batch-size: expected a multiple of {processes.count} (the processes), got {images}"
+                )
+        return data
+
+    return processes.all_or_raise(make)
+
+
+def _train_all(run: Run, sweep: SweepConfig) -> None:
+    """Train until every job is finished, here or in another process."""
+    on_rank_zero = run.runtime.processes.on_rank_zero
+    teacher_job = points(sweep, {})[0].jobs[0]
+    with _claimed(run, teacher_job, wait=True):
+        teacher = train_teacher(run, teacher_job)
+    logits = TeacherLogits(
+        teacher, run.data, sweep.run.student.shift, run.folder.teacher_logits, run.runtime, run.progress
+    )
+    while left := on_rank_zero(lambda: _unfinished(run.folder, sweep)):
+        if not any(_train_unless_taken(run, job, logits) for job in left):
+            time.sleep(_WAIT)
+    _print(run, str(logits.use))
+
+
+def _unfinished(folder: RunFolder, sweep: SweepConfig) -> list[Job]:
+    """The jobs that are known now and not finished: the teacher, then those of the first seed."""
+    known: dict[str, Job] = {}
+    found = folder.points(sweep)
+    for seed in (None, *sweep.seeds):
+        for job in (job for point in found for job in point.jobs):
+            if job.config.seed == seed or (seed is None and job.name == TEACHER):
+                known[job.name] = job
+    return [job for job in known.values() if folder.read_result(job.name) is None]
+
+
+def _train_unless_taken(run: Run, job: Job, logits: TeacherLogits) -> bool:
+    """Train a student unless another process trains it; returns whether it was trained here."""
+    with _claimed(run, job, wait=False) as held:
+        if not held or _is_finished(run, job):
+            return False
+        train_student(run, job, logits)
+        return True
+
+
+@contextmanager
+def _claimed(run: Run, job: Job, *, wait: bool) -> Iterator[bool]:
+    """Hold the lock of a job's folder, on the first process for all; yields whether it is held."""
+    path, processes = run.folder.job(job.name), run.runtime.processes
+    processes.on_rank_zero(lambda: path.mkdir(exist_ok=True))
+    with processes.held_on_rank_zero(locked(path, wait=wait)) as held:
+        yield held
+
+
+def _is_finished(run: Run, job: Job) -> bool:
+    return run.runtime.processes.on_rank_zero(lambda: run.folder.read_result(job.name) is not None)
+
+
+def train_teacher(run: Run, job: Job) -> nn.Module:
+    """Train the teacher, or continue after its last checkpoint; returns it in evaluation mode."""
+    model = build_teacher(job.config, run.data.info)
+    first = torch.arange(min(_WHITENING_IMAGES, len(run.data.train)), device=run.runtime.device)
+    prepare_teacher(model, run.data.normalise(run.data.train.images[first]).cpu())
+    return _train_job(run, job, model, teacher_recipe(job.config), None).model.eval()
+
+
+def train_student(run: Run, job: Job, logits: TeacherLogits) -> None:
+    """Train a student, or continue after its last checkpoint."""
+    recipe = student_recipe(job.config, job.stage)
+    _train_job(run, job, build_student(job.config, run.data.info), recipe, logits if recipe.loss.alpha > 0 else None)
+
+
+def _train_job(run: Run, job: Job, model: nn.Module, recipe: Recipe, logits: TeacherLogits | None) -> Training:
+    processes = run.runtime.processes
+    training = processes.all_or_raise(lambda: _restore_or_start(run, job, run.runtime.place(model), recipe))
+    if _is_finished(run, job) and len(training.epochs) == recipe.epochs:
+        return training
+    processes.on_rank_zero(lambda: _tidy(run, job, training))
+    _distribute(run, training, recipe)
+
+    images = len(run.data.train) // recipe.batch_size * recipe.batch_size or len(run.data.train)
+    writes_events = run.tensorboard and processes.is_first
+    events = event_files(run.folder.tensorboard(job.name), training.epochs, images) if writes_events else nullcontext()
+    with events as write_events, _bar(run, job, recipe, images, training) as (advance, show):
+
+        def epoch_done(metrics: dict[str, Any]) -> None:
+            processes.on_rank_zero(lambda: _save(run, job, training))
+            if write_events is not None:
+                write_events(metrics)
+            show(metrics)
+
+        train(training, recipe, run.data, logits, run.runtime, advance=advance, epoch_done=epoch_done)
+    if job.stage != "teacher":
+        processes.on_rank_zero(lambda: _save_student(run, job, training))
+    result = _measure(run, job, training)
+    processes.on_rank_zero(lambda: run.folder.write_result(job.name, result))
+    width = f", width {result['width']:,}" if result["width"] is not None else ""
+    seconds = sum(epoch["seconds"]["epoch"] for epoch in training.epochs)
+    _print(
+        run,
+        f"{job.name:<8} {result['test_accuracy']:.2%} test accuracy, {result['parameters']:,} parameters{width}, "
+        f"{seconds:.0f} s",
+    )
+    for warning in result["warnings"]:
+        _print(run, f"warning: {job.name}: {warning}", style="yellow")
+    return training
+
+
+def _tidy(run: Run, job: Job, training: Training) -> None:
+    """Finish what a killed process began: metrics are written after the checkpoint."""
+    remove_leftovers(run.folder.job(job.name))
+    if training.epochs:
+        run.folder.write_epochs(job.name, training.epochs)
+
+
+def _distribute(run: Run, training: Training, recipe: Recipe) -> None:
+    """Average gradients over the processes, if there are several. The pruner must have traced the model before."""
+    processes = run.runtime.processes
+    if processes.count == 1:
+        return
+    processes.require_same("the finished epochs", len(training.epochs))
+    training.network = data_parallel(training.model, find_unused_parameters=bool(recipe.frozen_from))
+
+
+def _restore_or_start(run: Run, job: Job, model: nn.Module, recipe: Recipe) -> Training:
+    path = run.folder.checkpoint(job.name)
+    if not path.exists():
+        return start_training(run, job, model, recipe)
+    saved = load_checkpoint(path, job.stage)
+    try:
+        # A pruned student is a fresh one, narrowed by its history.
+        if saved["history"] is not None:
+            history = kddp_ext.PruningHistory.from_json(saved["history"])
+            history.replay(model, (run.data.example(2),))
+        check_architecture(path, saved["architecture"], model)
+        model.load_state_dict(saved["model"])
+        training = start_training(run, job, model, recipe)
+        training.optimizer.load_state_dict(saved["optimizer"])
+        if training.pruner is not None:
+            training.pruner.load_state_dict(saved["pruner"])
+        training.epochs = saved["epochs"]
+    except WorkflowError:
+        raise
+    except (ValueError, TypeError, KeyError, AttributeError, RuntimeError) as error:
+        raise WorkflowError(f"{path} does not fit this run: {error}") from error
+    return training
+
+
+def start_training(run: Run, job: Job, model: nn.Module, recipe: Recipe) -> Training:
+    """The state in which a training of `model` begins."""
+    optimizer = recipe.optimizer(model)
+    pruner = _pruner(run, job, model, optimizer) if job.stage == "kddp" else None
+    network = compiled(model) if job.config.compile else model  # after the pruner has traced the model
+    return Training(model, network, optimizer, pruner, epochs=[], compiled=job.config.compile)
+
+
+def _pruner(run: Run, job: Job, model: nn.Module, optimizer: torch.optim.Optimizer) -> kddp_ext.DynamicPruner:
+    pruning = job.config.pruning
+    return kddp_ext.DynamicPruner(
+        model,
+        optimizer,
+        example_inputs=(run.data.example(2),),
+        layers=["hidden"] if pruning.layers == "hidden" else None,
+        criterion=pruning.criterion,
+        threshold=pruning.threshold,
+        patience=1 if pruning.when == "at-the-end" else pruning.patience,  # there is only one check
+        minimum_width=pruning.minimum_width,
+        round_to=pruning.round_to,
+        compensate=pruning.compensate,
+        reconstruction_samples=pruning.reconstruction_samples if pruning.compensate else 0,
+    )
+
+
+def _save(run: Run, job: Job, training: Training) -> None:
+    pruner = training.pruner
+    save_checkpoint(
+        run.folder.checkpoint(job.name),
+        {
+            "stage": job.stage,
+            "architecture": architecture(training.model),
+            "model": training.model.state_dict(),
+            "optimizer": training.optimizer.state_dict(),
+            "pruner": None if pruner is None else pruner.state_dict(),
+            "history": None if pruner is None else pruner.history.to_json(),
+            "epochs": training.epochs,
+        },
+    )
+    run.folder.write_epochs(job.name, training.epochs)
+
+
+def _save_student(run: Run, job: Job, training: Training) -> None:
+    history = kddp_ext.PruningHistory({}) if training.pruner is None else training.pruner.history
+    metadata = {"stage": job.stage, "config": json.dumps(job.config.to_json())}
+    kddp_ext.save_student(run.folder.student(job.name), training.model, history, metadata)
+
+
+def _measure(run: Run, job: Job, training: Training) -> dict[str, Any]:
+    """The figures of the report, except times. Only this function looks at the test images."""
+    model, student = training.model, run.folder.student(job.name)
+    hidden = dict(model.named_modules()).get("hidden")
+    hidden = hidden if isinstance(hidden, nn.Linear) else None
+    result: dict[str, Any] = {
+        "stage": job.stage,
+        "test_accuracy": accuracy(model, run.data, run.data.test, run.runtime),
+        "validation_accuracy": training.epochs[-1]["validation_accuracy"],
+        "parameters": count_parameters(model),
+        "linear_parameters": sum(count_parameters(each) for each in model.modules() if isinstance(each, nn.Linear)),
+        "macs": count_macs(model, run.data.example()),
+        "bytes": student.stat().st_size if job.stage != "teacher" else None,
+        "width": None if hidden is None else hidden.out_features,
+        "active": None if hidden is None else count_active(model, hidden, run.data, run.runtime),
+        "widths": {} if training.pruner is None else training.pruner.widths,
+    }
+    if job.stage == "teacher" and run.data.augment:
+        result["test_accuracy_with_views"] = accuracy(model, run.data, run.data.test, run.runtime, views=True)
+    classes, images = run.data.info.classes, len(run.data.test)
+    return {**result, "warnings": collapse_warnings(job, result, training.epochs[-1], classes, images)}
+
+
+def collapse_warnings(
+    job: Job, result: dict[str, Any], last_epoch: dict[str, Any], classes: int, test_images: int
+) -> list[str]:
+    """Sentences that say whether a training collapsed, and the likely cause.
+
+    Two things are recognised: a layer of which every activation is zero, and an accuracy within two standard errors of
+    guessing, 1 / classes + 2 √(p (1 - p) / test_images) with p = 1 / classes.
+
+    Args:
+        result: the training's figures.
+        last_epoch: the metrics of its last epoch.
+    """
+    network = "teacher" if job.stage == "teacher" else "student"
+    advice = f"try a smaller --{network}.learning-rate (now {getattr(job.config, network).learning_rate:g})"
+    if job.stage == "kddp" and job.config.pruning.l1_weight:
+        advice = (
+            "the L1 penalty is the likely cause: try a smaller --pruning.l1-weight "
+            f"(now {job.config.pruning.l1_weight:g}) or a longer --pruning.l1-warmup"
+        )
+    elif network == "student":
+        advice += " or, if the teacher learned nothing, train it longer"
+    chance = 1 / classes
+    margin = 2 * math.sqrt(chance * (1 - chance) / test_images)
+    warnings = []
+    if result["active"] == 0 or (job.stage == "kddp" and last_epoch["l1"] == 0):
+        layer = "the hidden layer" if result["active"] == 0 else "the pruned layers"
+        warnings.append(f"every activation of {layer} is zero, so the output does not depend on the image; {advice}")
+    elif result["test_accuracy"] <= chance + margin:
+        warnings.append(
+            f"the test accuracy of {result['test_accuracy']:.1%} is no better than guessing "
+            f"({chance:.1%} ± {margin:.1%}); {advice}"
+        )
+    return warnings
+
+
+class _SpeedColumn(ProgressColumn):
+    def render(self, task: Task) -> Text:
+        return Text(f"{task.speed:,.0f} images/s" if task.speed else "", style="dim")
+
+
+def _progress(console: Console) -> Progress:
+    """Bars on a terminal; elsewhere nothing is drawn."""
+    return Progress(
+        TextColumn("{task.description:<8}"),
+        BarColumn(bar_width=12),
+        TextColumn("{task.percentage:>3.0f}% {task.fields[note]}"),
+        _SpeedColumn(),
+        TimeRemainingColumn(compact=True),
+        console=console,
+        refresh_per_second=4,
+        transient=True,
+        disable=not console.is_terminal,
+    )
+
+
+@contextmanager
+def _bar(
+    run: Run, job: Job, recipe: Recipe, images: int, training: Training
+) -> Iterator[tuple[Callable[[int], None], Callable[[dict[str, Any]], None]]]:
+    """The bar of a training: a function for finished images and one for the metrics of an epoch."""
+    done, latest = len(training.epochs) * images, time.monotonic()
+    task = run.progress.add_task(job.name, total=images * recipe.epochs, completed=done, note="")
+
+    def show(metrics: dict[str, Any]) -> None:
+        nonlocal latest
+        width = f", width {metrics['width']:,}" if "width" in metrics else ""
+        validation = metrics["validation_accuracy"]
+        score = f"train {metrics['train_accuracy']:.1%}" if validation is None else f"val {validation:.1%}"
+        note = f"epoch {metrics['epoch']}/{recipe.epochs}, {score}{width}"
+        run.progress.update(task, note=note)
+        if run.progress.disable and time.monotonic() - latest > _LINE_SECONDS:
+            latest = time.monotonic()
+            _print(run, f"{job.name:<8} {note}")
+
+    try:
+        yield lambda count: run.progress.advance(task, count), show
+    finally:
+        run.progress.remove_task(task)
+
+
+def _print(run: Run, text: str, style: str | None = None) -> None:
+    run.progress.console.print(text, style=style, highlight=False, soft_wrap=True)
