@@ -1,6 +1,5 @@
-"""What the ranks of workflow/test_processes.py run, each in a process of its own."""
+"""Functions that the ranks of workflow/test_distributed.py run, each in its own process."""
 
-import copy
 import dataclasses
 import io
 from contextlib import ExitStack
@@ -10,30 +9,34 @@ import torch
 from rich.console import Console
 from rich.progress import Progress
 from torch import nn
-from torch.nn.parallel import DistributedDataParallel
 
-import kddp_ext
 from kddp_ext.workflow import runs, teacher_logits, train
-from kddp_ext.workflow.batch_norm import join_batches
 from kddp_ext.workflow.config import SweepConfig
 from kddp_ext.workflow.data import ImageData
+from kddp_ext.workflow.distributed import Processes
 from kddp_ext.workflow.errors import SharedError, WorkflowError
-from kddp_ext.workflow.processes import Processes
 from kddp_ext.workflow.runtime import Runtime
 
 
-def run_share(rank, path, config, count=2, *, resume=False, fails=None, steps=None):
-    """A run of `config` in `path` by `count` processes, in float64.
+class GroupNorm(nn.GroupNorm):
+    """Stands in for BatchNorm2d where one and two processes are compared: it does not depend on the batch."""
 
-    Adam divides by what it has seen of a gradient: where that is rounding alone, another order of summation turns
-    the step around. In float32 such steps differ by more than an error would, on some processors.
+    def __init__(self, channels, momentum=0.1):
+        super().__init__(1, channels)
+
+
+def run_share(rank, path, config, count=2, *, resume=False, fails=None, steps=None, norm=GroupNorm):
+    """This rank's part of a run of `config` in `path` by `count` processes, in float64.
+
+    In float32, Adam would amplify the rounding of another order of summation beyond any useful bound.
 
     Args:
-        fails: (rank, name) of a process and a function of `failures` that it cannot call.
-        steps: the run is killed after so many steps.
+        fails: (rank, name): on this rank, the function `name` of `failures` fails.
+        steps: the run is killed after this number of steps.
+        norm: replaces nn.BatchNorm2d.
 
     Returns:
-        The message of a WorkflowError, what the console got, and the weights of each stage.
+        The message of a SharedError, the output, and the weights of each stage.
     """
     console, weights, message = Console(file=io.StringIO(), width=120), {}, None
     measure = runs._measure
@@ -45,8 +48,9 @@ def run_share(rank, path, config, count=2, *, resume=False, fails=None, steps=No
     with ExitStack() as patches:
         patches.callback(torch.set_default_dtype, torch.get_default_dtype())
         torch.set_default_dtype(torch.float64)
+        patches.enter_context(mock.patch.object(nn, "BatchNorm2d", norm))
         patches.enter_context(mock.patch.object(runs, "_measure", keep_weights))
-        # Drawing takes longer than such a training.
+        # Drawing would take longer than the training.
         patches.enter_context(mock.patch.object(runs, "write_report", lambda folder, *_: folder.report.write_text("")))
         if fails is not None and fails[0] == rank:
             patches.enter_context(failures(rank)[fails[1]])
@@ -63,7 +67,7 @@ def run_share(rank, path, config, count=2, *, resume=False, fails=None, steps=No
 
 
 def failures(rank):
-    """What fails, by its name, without a word to the other ranks."""
+    """Patches by name; each makes one function fail on this rank only."""
 
     def raise_workflow_error(*_args, **_options):
         raise WorkflowError(f"this is a fault of {rank}")
@@ -80,7 +84,7 @@ def failures(rank):
 
 
 class KilledError(Exception):
-    """Stands in for processes that end."""
+    """Stands in for a killed process."""
 
 
 def dies_after(function, calls):
@@ -96,30 +100,8 @@ def dies_after(function, calls):
     return call
 
 
-def batch_norm(rank, module, steps, count, autocast=False):
-    """`steps` batches through `module`, of which each rank sees every second row; then one to evaluate.
-
-    Returns:
-        Outputs, gradients with respect to the inputs and of the parameters' shares, the module's state.
-    """
-    module = copy.deepcopy(module)  # what is sent to the ranks lies in memory that they share
-    if count > 1:
-        join_batches(nn.Sequential(module), Processes(rank, count))
-    results = []
-    for inputs, upstream in steps:
-        mine = inputs[rank::count].clone().requires_grad_()
-        module.zero_grad()
-        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
-            output = module(mine)
-        output.backward(upstream[rank::count].to(output.dtype))
-        gradients = [each.grad.clone() for each in module.parameters()]
-        results.append((output.detach(), mine.grad, gradients))
-    module.eval()
-    return results, module(steps[0][0]).detach(), module.state_dict()
-
-
 class CountingTeacher(nn.Module):
-    """A linear teacher that counts the images it has seen."""
+    """A linear teacher that counts its images."""
 
     def __init__(self, seed=0):
         super().__init__()
@@ -132,7 +114,7 @@ class CountingTeacher(nn.Module):
 
 
 def ask_teacher(rank, folder, data, count=2, batch=20):
-    """The logits of two views, the first of them twice, by teachers that are new each time; and what they saw."""
+    """Logits of the views 0, 1 and 0, each by a new teacher, and the number of images that each teacher saw."""
     answers = []
     with mock.patch.object(teacher_logits, "_BATCH", batch):
         for view in (0, 1, 0):
@@ -144,41 +126,13 @@ def ask_teacher(rank, folder, data, count=2, batch=20):
     return answers
 
 
-def run_share_killed(rank, path, config, steps):
-    return run_share(rank, path, config, steps=steps)
-
-
-def run_share_resumed(rank, path, config):
-    return run_share(rank, path, config, resume=True)
-
-
-def run_share_failing(rank, path, config, failing, what, resume=False):
-    return run_share(rank, path, config, fails=(failing, what), resume=resume)
-
-
 def run_share_with_own_seed(rank, path, config):
     return run_share(rank, path, dataclasses.replace(config, seed=rank))
 
 
-def narrowed_batch_norm(rank):
-    """Whether a BatchNorm that a prune has narrowed normalises as one that was made narrow."""
-    torch.manual_seed(0)
-    model = nn.Sequential(nn.Linear(6, 9), nn.BatchNorm1d(9), nn.ReLU(), nn.Linear(9, 3))
-    nn.init.zeros_(model[1].weight[:4])
-    nn.init.constant_(model[1].bias[:4], -1)  # four neurons that never speak
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    pruner = kddp_ext.DynamicPruner(model, optimizer, example_inputs=(torch.randn(4, 6),), criterion="dead", patience=1)
-    join_batches(model, Processes(rank, 2))
-    wrapped = DistributedDataParallel(model, forward_sync_buffers=False)
-    for seed in range(2):
-        inputs = torch.randn(16, 6, generator=torch.Generator().manual_seed(seed))[rank::2]
-        loss = kddp_ext.fused_kd_l1_loss(wrapped(inputs), None, torch.arange(8) % 3, pruner.activations, alpha=0.0)
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        if seed == 0:
-            assert pruner.prune().neurons_pruned == 4
-    narrow = nn.BatchNorm1d(5)
-    narrow.load_state_dict(model[1].state_dict())
-    inputs = torch.randn(16, 5, generator=torch.Generator().manual_seed(3))
-    return torch.allclose(model[1](inputs[rank::2]), narrow(inputs)[rank::2], atol=1e-6)
+def averaged_buffers(rank):
+    """The buffers of a BatchNorm whose running mean is the rank, after they are averaged."""
+    norm = nn.BatchNorm1d(3)
+    norm.running_mean.fill_(rank)
+    Processes(rank, 2).average_buffers(norm)
+    return dict(norm.named_buffers())
