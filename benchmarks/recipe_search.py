@@ -76,7 +76,7 @@ def _train(run: Run, config: RunConfig, stage: str, logits: TeacherLogits) -> di
     recipe = student_recipe(config, stage)
     model = run.runtime.place(build_student(config, run.data.info))
     training = start_training(run, Job(stage, stage, config), model, recipe)
-    guidance = logits if recipe.alpha > 0 else None
+    guidance = logits if recipe.loss.alpha > 0 else None
     train(training, recipe, run.data, guidance, run.runtime, advance=lambda _: None, epoch_done=lambda _: None)
     widths = [epoch["width"] for epoch in training.epochs if "width" in epoch]
     return {**training.epochs[-1], "widths": widths}

@@ -3,15 +3,15 @@
 from kddp_ext.activations.statistics import NeuronStatistics, TrackedActivations
 from kddp_ext.loss.functional import LossTerms, fused_kd_l1_loss
 from kddp_ext.loss.module import FusedKDL1Loss
+from kddp_ext.loss.settings import LossSettings
 from kddp_ext.ops import build_info
 from kddp_ext.ops import pool as gradient_pool
-from kddp_ext.pruning.criteria import Criterion
 from kddp_ext.pruning.distributed import rewrap
-from kddp_ext.pruning.guards import KeptBy
 from kddp_ext.pruning.history import PruningHistory
-from kddp_ext.pruning.preview import LayerPreview, Preview
 from kddp_ext.pruning.pruner import DynamicPruner
-from kddp_ext.pruning.report import LayerReport, PruneReport
+from kddp_ext.pruning.report import LayerPreview, LayerReport, Preview, PruneReport
+from kddp_ext.pruning.selection import KeptBy
+from kddp_ext.pruning.settings import Criterion
 from kddp_ext.pruning.tracing.find import UnsupportedModelError
 from kddp_ext.saving.onnx import export_onnx
 from kddp_ext.saving.student_file import load_student, read_student_header, save_student
@@ -25,6 +25,7 @@ __all__ = [
     "KeptBy",
     "LayerPreview",
     "LayerReport",
+    "LossSettings",
     "LossTerms",
     "NeuronStatistics",
     "Preview",

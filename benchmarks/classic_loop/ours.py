@@ -87,12 +87,8 @@ class OurLoop:
             teacher_logits,
             labels,
             (),
-            temperature=recipe.temperature,
-            alpha=recipe.alpha,
-            l1_weight=recipe.l1_weight,
-            label_smoothing=recipe.label_smoothing,
             return_terms=True,
-            **recipe.divergence,
+            **vars(recipe.loss),
         )
         self._optimizer.zero_grad()
         loss.backward()

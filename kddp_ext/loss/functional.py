@@ -1,34 +1,34 @@
-"""The loss of knowledge distillation with dynamic pruning, in one native pass."""
+"""`fused_kd_l1_loss`: distillation, classification and activation penalty in one native pass."""
 
 from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
-from typing import Literal, NamedTuple, overload
+from typing import Any, Literal, NamedTuple, overload
 
 import torch
 from torch import Tensor
+from typing_extensions import Unpack
 
 from kddp_ext import ops
 from kddp_ext.activations.layout import NeuronMatrix, as_matrix
 from kddp_ext.activations.statistics import TrackedActivations
-from kddp_ext.loss import arguments
-from kddp_ext.loss.autograd import Inputs, Settings, is_tracing, native_loss
+from kddp_ext.loss.autograd import is_tracing, native_loss
+from kddp_ext.loss.settings import LossOptions, LossSettings
 from kddp_ext.ops import reference
-from kddp_ext.ops.divergences import DIVERGENCES
 
 Backend = Literal["auto", "native", "reference"]
-Divergence = Literal["forward_kl", "reverse_kl", "jsd", "dkd"]
+_LABEL_DTYPES = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 _devices_warned_of: set[str] = set()
 
 
 class LossTerms(NamedTuple):
-    """What the loss is made of, before weighting: 0-dim tensors without gradient, on the loss's device.
+    """The terms of the loss before weighting: 0-dim tensors without gradient, on the loss's device.
 
     Attributes:
-        kd: T² times the divergence, averaged over the rows that are not ignored; 0 without a teacher.
-        ce: cross entropy with the labels, averaged likewise; 0 without labels.
-        l1: Σ|a| over the neurons of all layers, averaged over the batch, and over positions where there are any.
+        kd: T² times the divergence, averaged over the rows whose label is not `ignore_index`; 0 without a teacher.
+        ce: cross entropy with the labels, averaged over the same rows; 0 without labels.
+        l1: Σ|a| over the neurons of all layers, averaged over the batch and over positions.
         correct: number of rows whose highest logit is the label's; 0 without labels.
     """
 
@@ -38,32 +38,39 @@ class LossTerms(NamedTuple):
     correct: Tensor
 
 
-# fmt: off
 @overload
 def fused_kd_l1_loss(
-    student_logits: Tensor, teacher_logits: Tensor | None, labels: Tensor | None, activations: Sequence[Tensor] = ...,
-    *, temperature: float = ..., alpha: float = ..., l1_weight: float | Sequence[float] = ...,
-    label_smoothing: float = ..., ignore_index: int = ..., divergence: Divergence = ..., jsd_beta: float = ...,
-    dkd_target_weight: float = ..., dkd_non_target_weight: float = ..., standardize_logits: bool = ...,
-    return_terms: Literal[False] = ..., backend: Backend = ...,
+    student_logits: Tensor,
+    teacher_logits: Tensor | None,
+    labels: Tensor | None,
+    activations: Sequence[Tensor] = ...,
+    *,
+    return_terms: Literal[False] = ...,
+    backend: Backend = ...,
+    **settings: Unpack[LossOptions],
 ) -> Tensor: ...
 @overload
 def fused_kd_l1_loss(
-    student_logits: Tensor, teacher_logits: Tensor | None, labels: Tensor | None, activations: Sequence[Tensor] = ...,
-    *, temperature: float = ..., alpha: float = ..., l1_weight: float | Sequence[float] = ...,
-    label_smoothing: float = ..., ignore_index: int = ..., divergence: Divergence = ..., jsd_beta: float = ...,
-    dkd_target_weight: float = ..., dkd_non_target_weight: float = ..., standardize_logits: bool = ...,
-    return_terms: Literal[True], backend: Backend = ...,
+    student_logits: Tensor,
+    teacher_logits: Tensor | None,
+    labels: Tensor | None,
+    activations: Sequence[Tensor] = ...,
+    *,
+    return_terms: Literal[True],
+    backend: Backend = ...,
+    **settings: Unpack[LossOptions],
 ) -> tuple[Tensor, LossTerms]: ...
 @overload
 def fused_kd_l1_loss(
-    student_logits: Tensor, teacher_logits: Tensor | None, labels: Tensor | None, activations: Sequence[Tensor] = ...,
-    *, temperature: float = ..., alpha: float = ..., l1_weight: float | Sequence[float] = ...,
-    label_smoothing: float = ..., ignore_index: int = ..., divergence: Divergence = ..., jsd_beta: float = ...,
-    dkd_target_weight: float = ..., dkd_non_target_weight: float = ..., standardize_logits: bool = ...,
-    return_terms: bool = ..., backend: Backend = ...,
+    student_logits: Tensor,
+    teacher_logits: Tensor | None,
+    labels: Tensor | None,
+    activations: Sequence[Tensor] = ...,
+    *,
+    return_terms: bool = ...,
+    backend: Backend = ...,
+    **settings: Unpack[LossOptions],
 ) -> Tensor | tuple[Tensor, LossTerms]: ...
-# fmt: on
 
 
 def fused_kd_l1_loss(
@@ -72,96 +79,79 @@ def fused_kd_l1_loss(
     labels: Tensor | None,
     activations: Sequence[Tensor] = (),
     *,
-    temperature: float = 4.0,
-    alpha: float = 0.9,
-    l1_weight: float | Sequence[float] = 0.0,
-    label_smoothing: float = 0.0,
-    ignore_index: int = -100,
-    divergence: Divergence = "forward_kl",
-    jsd_beta: float = 0.5,
-    dkd_target_weight: float = 1.0,
-    dkd_non_target_weight: float = 8.0,
-    standardize_logits: bool = False,
     return_terms: bool = False,
     backend: Backend = "auto",
+    **settings: Unpack[LossOptions],
 ) -> Tensor | tuple[Tensor, LossTerms]:
-    """Distillation, classification and activation penalty: one value, one pass over each input.
+    """Distillation, classification and activation penalty: one value, with one pass over each input.
 
         loss = alpha · T² · D(softmax(t/T), softmax(s/T)) + (1 - alpha) · CE(s, labels) + Σ l1_weight · Σ|a| / N
 
-    with D the divergence, KL(softmax(t/T) ‖ softmax(s/T)) unless another is named.
-    The gradient is computed in the same pass and only scaled in `backward`. The teacher's logits are constants.
-    Sums are taken in float32 and float64; gradients have the dtype of their input. The loss is differentiable once.
+    D is KL(softmax(t/T) ‖ softmax(s/T)) by default. The same pass computes the gradient, which `backward` only scales.
+    The teacher's logits are constants. Sums are accumulated in float32 and float64. The loss is differentiable once.
 
     Args:
         student_logits: (N, C) float32, float64, bfloat16 or float16, with any strides.
-        teacher_logits: (N, C), of any of these dtypes. None is allowed where alpha is 0.
-        labels: (N,) integers from 0 to C - 1, or `ignore_index`. None is allowed where alpha is 1.
-        activations: what is to be penalised, of any of these dtypes: (N, H) outputs of fully-connected layers, or
-            (N, C, *positions) of convolutions, whose channels count with the mean of |a| over positions. Those of a
-            `DynamicPruner` gather its statistics in the same pass.
-        temperature: T, what both logits are divided by; 4 is Hinton's choice for images of few classes.
-        alpha: share of the distillation term, from 0 to 1; 0.9 as RepDistiller and most others have it.
-        l1_weight: weight of the penalty, one for all activations or one for each. 0 penalises nothing.
-        label_smoothing: from 0 to 1, as in `torch.nn.functional.cross_entropy`.
-        ignore_index: rows with this label have no part in KD and CE, and a gradient of 0.
-        divergence: D. With p the teacher's distribution and q the student's: "forward_kl", KL(p ‖ q); "reverse_kl",
-            KL(q ‖ p), which prefers a student that is right where it is sure; "jsd", jsd_beta · KL(p ‖ m) +
-            (1 - jsd_beta) · KL(q ‖ m) with m = jsd_beta · p + (1 - jsd_beta) · q; "dkd", the divergence of
-            (p_y, 1 - p_y) at the label y and that over the other classes, weighted apart (needs labels).
-        jsd_beta: of "jsd", between 0 and 1; 0.5 is the symmetric divergence.
-        dkd_target_weight: of "dkd", at least 0; 1 as in the paper.
-        dkd_non_target_weight: of "dkd", at least 0; 8 is the paper's choice for CIFAR-100.
-        standardize_logits: whether D sees (x - mean) / (std + 1e-7) of each row instead of the logits, on both
-            sides, so that the student need not match the teacher's scale. The cross entropy sees them as they are.
-        return_terms: whether to return the unweighted terms too, for logging without a second computation.
-        backend: "native" for the kernels (an error where this build has none for the device), "reference" for
-            plain PyTorch, "auto" for the kernels where there are any.
+        teacher_logits: (N, C) of any of these dtypes. May be None if alpha is 0.
+        labels: (N,) integers from 0 to C - 1, or `ignore_index`. May be None if alpha is 1.
+        activations: the tensors to penalise, of any of these dtypes: (N, H) outputs of fully-connected layers, or
+            (N, C, *positions) of convolutions, where each channel counts with the mean of |a| over positions. With the
+            activations of a `DynamicPruner`, the same pass also updates the pruner's statistics.
+        return_terms: also return the unweighted terms, for logging without a second computation.
+        backend: "native" for the kernels (raises if this build has none for the device), "reference" for plain
+            PyTorch, "auto" (default) for the kernels if there are any.
+        **settings: the fields of `LossSettings`, which documents them: temperature=4.0, alpha=0.9, l1_weight=0.0,
+            label_smoothing=0.0, ignore_index=-100, divergence="forward_kl", jsd_beta=0.5, dkd_target_weight=1.0,
+            dkd_non_target_weight=8.0, standardize_logits=False.
 
     Returns:
-        The loss, 0-dim float32 (float64 where an input is), or (loss, LossTerms) with `return_terms`. Both are 0
-        where N is 0 or every row is ignored.
+        The loss, 0-dim float32 (float64 if an input is), with its gradients in the dtypes of the inputs; or (loss,
+        LossTerms) with `return_terms`. Both are 0 if N is 0 or if every row is ignored.
 
     Raises:
-        TypeError, ValueError: an argument is not as described. The message names it, what was expected and what
-            came. Only a label that is no class is not an error on a GPU, which nobody waits for: the loss is then NaN.
+        TypeError, ValueError: an argument is not as described. The message names it, what was expected and what came.
+            On GPUs an out-of-range label does not raise, because checking it would need a sync; the loss is then NaN.
 
-    The distillation term is Hinton, Vinyals and Dean 2015 (arXiv:1503.02531) with their factor T²; the penalty is
-    that of Şener and Akbaş 2022 (doi 10.29109/gujsc.1141648). The other divergences: Gu et al. 2024
-    (arXiv:2306.08543), Agarwal et al. 2024 (arXiv:2306.13649), Zhao et al. 2022 (arXiv:2203.08679), standardised
-    logits Sun et al. 2024 (arXiv:2403.01427). docs/losses.md has them all, and other libraries' conventions.
+    The distillation term is by Hinton, Vinyals and Dean 2015 (arXiv:1503.02531), with their factor T²; the penalty by
+    Şener and Akbaş 2022 (doi 10.29109/gujsc.1141648). The other divergences are by Gu et al. 2024 (arXiv:2306.08543),
+    Agarwal et al. 2024 (arXiv:2306.13649) and Zhao et al. 2022 (arXiv:2203.08679), standardised logits by Sun et al.
+    2024 (arXiv:2403.01427). docs/losses.md compares them, and the conventions of other libraries.
     """
-    arguments.check_settings(temperature, alpha, label_smoothing, ignore_index)
-    arguments.check_divergence(divergence, jsd_beta, standardize_logits, dkd_target_weight, dkd_non_target_weight)
-    arguments.check_output(return_terms, backend)
-    arguments.check_logits(student_logits, teacher_logits, labels, activations, alpha)
-    if divergence == "dkd" and labels is None:
-        raise ValueError("labels: expected a tensor, since divergence is 'dkd', got None")
-    weights = arguments.check_weights(l1_weight, len(activations))
+    return compute_loss(
+        student_logits, teacher_logits, labels, activations, LossSettings(**settings), return_terms, backend
+    )
+
+
+def compute_loss(
+    student_logits: Tensor,
+    teacher_logits: Tensor | None,
+    labels: Tensor | None,
+    activations: Sequence[Tensor],
+    settings: LossSettings,
+    return_terms: bool,
+    backend: Backend,
+) -> Tensor | tuple[Tensor, LossTerms]:
+    """`fused_kd_l1_loss` with settings that are checked already."""
+    check_output(return_terms, backend)
+    _check_tensors(student_logits, teacher_logits, labels, activations, settings)
+    if teacher_logits is not None and teacher_logits.requires_grad:
+        teacher_logits = teacher_logits.detach()
     if labels is not None and labels.dtype != torch.int64:
         labels = labels.to(torch.int64)
     matrices = _matrices(activations)
-    inputs = Inputs(student_logits, _constant(teacher_logits), labels, [matrix.values for matrix in matrices])
-    settings = Settings(
-        float(temperature),
-        float(alpha),
-        weights,
-        [float(max(matrix.samples, 1)) for matrix in matrices],
-        float(label_smoothing),
-        ignore_index,
-        DIVERGENCES.index(divergence),
-        float(jsd_beta),
-        float(dkd_target_weight),
-        float(dkd_non_target_weight),
-        standardize_logits,
-    )
+    tensors = (student_logits, teacher_logits, labels, [matrix.values for matrix in matrices])
+    l1_weights = settings.l1_weights(len(matrices))
+    samples = [float(max(matrix.samples, 1)) for matrix in matrices]
+
     tracked = activations if isinstance(activations, TrackedActivations) and torch.is_grad_enabled() else None
     if _choose_native(student_logits.device, backend):
-        loss, terms, sums = native_loss(inputs, settings, return_terms, tracked is not None)
+        loss, terms, sums = native_loss(*tensors, l1_weights, samples, settings, statistics=tracked is not None)
         if tracked is not None:
             tracked.update(matrices, sums)
     else:
-        loss, terms = _reference_loss(inputs, settings)
+        if type(labels) is Tensor and labels.is_cpu and not is_tracing():
+            _check_label_values(labels, student_logits.shape[1], settings.ignore_index)
+        loss, terms = reference.kd_l1_loss(*tensors, l1_weights, samples, *settings.operator_arguments())
         if tracked is not None:
             tracked.observe()
     return (loss, LossTerms(*terms.unbind())) if return_terms else loss
@@ -173,29 +163,117 @@ def _matrices(activations: Sequence[Tensor]) -> list[NeuronMatrix]:
     return [as_matrix(activation) for activation in activations]
 
 
-def _constant(teacher_logits: Tensor | None) -> Tensor | None:
-    return teacher_logits.detach() if teacher_logits is not None and teacher_logits.requires_grad else teacher_logits
-
-
-def _reference_loss(inputs: Inputs, settings: Settings) -> tuple[Tensor, Tensor]:
-    labels = inputs.labels
-    if type(labels) is Tensor and labels.is_cpu and not is_tracing():
-        arguments.check_label_values(labels, inputs.student_logits.shape[1], settings.ignore_index)
-    named = settings._asdict() | {"divergence": DIVERGENCES[settings.divergence]}
-    return reference.kd_l1_loss(*inputs, **named)
-
-
 def _choose_native(device: torch.device, backend: Backend) -> bool:
     if backend == "reference":
         return False
     if ops.is_native(device):
         return True
     if backend == "native":
-        raise ValueError(f"backend: this build of kddp_ext has no native kernels for {device.type!r} tensors")
+        raise ValueError(
+            "backend: expected 'auto' or 'reference', since this build of kddp_ext has no native kernels for "
+            f"{device.type!r} tensors, got 'native'"
+        )
     if device.type not in _devices_warned_of:
         _devices_warned_of.add(device.type)
         warnings.warn(
             f"kddp_ext has no native kernels for {device.type!r} in this build: the loss runs in plain PyTorch",
-            stacklevel=3,
+            stacklevel=4,
         )
     return False
+
+
+def check_output(return_terms: bool, backend: str) -> None:
+    """Raise unless `return_terms` and `backend` are as `fused_kd_l1_loss` describes them."""
+    if not isinstance(return_terms, bool):
+        raise TypeError(f"return_terms: expected a bool, got {type(return_terms).__name__}")
+    if not isinstance(backend, str) or backend not in ("auto", "native", "reference"):
+        raise ValueError(f"backend: expected 'auto', 'native' or 'reference', got {backend!r}")
+
+
+def _check_tensors(
+    student_logits: Tensor,
+    teacher_logits: Tensor | None,
+    labels: Tensor | None,
+    activations: Sequence[Tensor],
+    settings: LossSettings,
+) -> None:
+    _check_logits("student_logits", student_logits, student_logits)
+    if student_logits.shape[1] < 1:
+        raise ValueError(f"student_logits: expected at least one class, got shape {tuple(student_logits.shape)}")
+    if teacher_logits is not None:
+        _check_logits("teacher_logits", teacher_logits, student_logits)
+        if teacher_logits.shape != student_logits.shape:
+            expected, got = tuple(student_logits.shape), tuple(teacher_logits.shape)
+            raise ValueError(f"teacher_logits: expected the student's shape {expected}, got {got}")
+    elif settings.alpha != 0:
+        raise ValueError(f"teacher_logits: expected a tensor, since alpha is {settings.alpha} and not 0, got None")
+    if labels is not None:
+        _check_labels(labels, student_logits)
+    elif settings.alpha != 1:
+        raise ValueError(f"labels: expected a tensor, since alpha is {settings.alpha} and not 1, got None")
+    elif settings.divergence == "dkd":
+        raise ValueError("labels: expected a tensor, since divergence is 'dkd', got None")
+    _check_activations(activations, student_logits)
+
+
+def _check_logits(name: str, logits: Tensor, student_logits: Tensor) -> None:
+    _check_values(name, logits, student_logits)
+    if logits.dim() != 2:
+        raise ValueError(f"{name}: expected 2 dimensions, got shape {tuple(logits.shape)}")
+
+
+def _check_labels(labels: Tensor, student_logits: Tensor) -> None:
+    _check_dense("labels", labels)
+    if labels.dtype not in _LABEL_DTYPES:
+        raise TypeError(f"labels: expected an integer dtype such as int64, got {labels.dtype}")
+    if labels.shape != student_logits.shape[:1]:
+        raise ValueError(f"labels: expected shape {(student_logits.shape[0],)}, got {tuple(labels.shape)}")
+    _check_device("labels", labels, student_logits)
+
+
+def _check_activations(activations: Sequence[Tensor], student_logits: Tensor) -> None:
+    if isinstance(activations, Tensor) or not isinstance(activations, Sequence):
+        raise TypeError(f"activations: expected a sequence of tensors, got {type(activations).__name__}")
+    rows = student_logits.shape[0]
+    axes = activations.axes if isinstance(activations, TrackedActivations) else None
+    for index, activation in enumerate(activations):
+        name = f"activations[{index}]"
+        _check_values(name, activation, student_logits)
+        shape = activation.shape
+        if len(shape) < 2:
+            expected = "(rows, neurons) or (rows, channels, *positions)"
+            raise ValueError(f"{name}: expected {expected}, got shape {tuple(shape)}")
+        if (axes is None or axes[index] == 1) and shape[0] != rows:
+            raise ValueError(f"{name}: expected {rows} rows as in student_logits, got shape {tuple(shape)}")
+
+
+def _check_values(name: str, tensor: Tensor, student_logits: Tensor) -> None:
+    _check_dense(name, tensor)
+    if tensor.dtype not in ops.ELEMENT_TYPES:
+        raise TypeError(f"{name}: expected dtype float32, float64, bfloat16 or float16, got {tensor.dtype}")
+    _check_device(name, tensor, student_logits)
+
+
+def _check_dense(name: str, tensor: Any) -> None:
+    if not isinstance(tensor, Tensor):
+        raise TypeError(f"{name}: expected a tensor, got {type(tensor).__name__}")
+    if tensor.layout is not torch.strided or tensor.is_nested:
+        layout = "nested" if tensor.is_nested else tensor.layout
+        raise TypeError(f"{name}: expected a dense tensor, got layout {layout}")
+
+
+def _check_device(name: str, tensor: Tensor, student_logits: Tensor) -> None:
+    if tensor.device != student_logits.device:
+        raise ValueError(f"{name}: expected device {student_logits.device} as student_logits, got {tensor.device}")
+
+
+def _check_label_values(labels: Tensor, classes: int, ignore_index: int) -> None:
+    """The check that the CPU kernels do in their pass; PyTorch's own functions do less of it, or none."""
+    wrong = ((labels < 0) | (labels >= classes)) & (labels != ignore_index)
+    rows = wrong.nonzero().flatten()
+    if len(rows):
+        row = int(rows[0])
+        raise ValueError(
+            f"labels: expected values from 0 to {classes - 1} or ignore_index={ignore_index}, got {int(labels[row])} "
+            f"in row {row}"
+        )

@@ -2,94 +2,85 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Generic, Literal, cast, overload
+from typing import TYPE_CHECKING, Any, Generic, Literal, cast, overload
 
 from torch import Tensor, nn
-from typing_extensions import TypeVar
+from typing_extensions import TypeVar, Unpack
 
-from kddp_ext.loss import arguments
-from kddp_ext.loss.functional import Backend, Divergence, LossTerms, fused_kd_l1_loss
+from kddp_ext.loss.functional import Backend, LossTerms, check_output, compute_loss
+from kddp_ext.loss.settings import LossOptions, LossSettings
 
-Result = TypeVar("Result", default=Tensor)  # what a call returns, which `return_terms` decides
+Result = TypeVar("Result", default=Tensor)  # the type of a call's result, which `return_terms` decides
+_SETTINGS = frozenset(field.name for field in dataclasses.fields(LossSettings))
 
 
 class FusedKDL1Loss(nn.Module, Generic[Result]):
-    """`fused_kd_l1_loss` as a module; it takes the same settings and has no parameters.
+    """`fused_kd_l1_loss` as a module without parameters.
 
-    The settings are attributes too, and mean what they mean to the function: `temperature`, `alpha`, `l1_weight`,
-    `label_smoothing`, `ignore_index`, `divergence`, `jsd_beta`, `dkd_target_weight`, `dkd_non_target_weight`,
-    `standardize_logits`, `return_terms`, `backend`.
+    Args:
+        return_terms: as of `fused_kd_l1_loss`.
+        backend: as of `fused_kd_l1_loss`.
+        **settings: the fields of `LossSettings`.
+
+    Attributes:
+        settings: the settings as one `LossSettings`. Its fields are attributes of the module, too: read
+            `criterion.alpha`, or set `criterion.alpha = 0.5` for a schedule, which checks the new value.
 
     Raises:
-        TypeError, ValueError: a setting is not as described there, apart from what depends on the tensors.
+        TypeError, ValueError: a setting is not as described there.
     """
 
-    # fmt: off
     @overload
     def __init__(
         self: FusedKDL1Loss[Tensor],
-        temperature: float = ..., alpha: float = ..., l1_weight: float | Sequence[float] = ...,
-        label_smoothing: float = ..., ignore_index: int = ..., divergence: Divergence = ..., jsd_beta: float = ...,
-        dkd_target_weight: float = ..., dkd_non_target_weight: float = ..., standardize_logits: bool = ...,
-        return_terms: Literal[False] = ..., backend: Backend = ...,
+        *,
+        return_terms: Literal[False] = ...,
+        backend: Backend = ...,
+        **settings: Unpack[LossOptions],
     ) -> None: ...
     @overload
     def __init__(
         self: FusedKDL1Loss[tuple[Tensor, LossTerms]],
-        temperature: float = ..., alpha: float = ..., l1_weight: float | Sequence[float] = ...,
-        label_smoothing: float = ..., ignore_index: int = ..., divergence: Divergence = ..., jsd_beta: float = ...,
-        dkd_target_weight: float = ..., dkd_non_target_weight: float = ..., standardize_logits: bool = ...,
-        *, return_terms: Literal[True], backend: Backend = ...,
+        *,
+        return_terms: Literal[True],
+        backend: Backend = ...,
+        **settings: Unpack[LossOptions],
     ) -> None: ...
     @overload
     def __init__(
         self: FusedKDL1Loss[Tensor | tuple[Tensor, LossTerms]],
-        temperature: float = ..., alpha: float = ..., l1_weight: float | Sequence[float] = ...,
-        label_smoothing: float = ..., ignore_index: int = ..., divergence: Divergence = ..., jsd_beta: float = ...,
-        dkd_target_weight: float = ..., dkd_non_target_weight: float = ..., standardize_logits: bool = ...,
-        return_terms: bool = ..., backend: Backend = ...,
+        *,
+        return_terms: bool = ...,
+        backend: Backend = ...,
+        **settings: Unpack[LossOptions],
     ) -> None: ...
-    # fmt: on
 
     def __init__(
-        self,
-        temperature: float = 4.0,
-        alpha: float = 0.9,
-        l1_weight: float | Sequence[float] = 0.0,
-        label_smoothing: float = 0.0,
-        ignore_index: int = -100,
-        divergence: Divergence = "forward_kl",
-        jsd_beta: float = 0.5,
-        dkd_target_weight: float = 1.0,
-        dkd_non_target_weight: float = 8.0,
-        standardize_logits: bool = False,
-        return_terms: bool = False,
-        backend: Backend = "auto",
+        self, *, return_terms: bool = False, backend: Backend = "auto", **settings: Unpack[LossOptions]
     ) -> None:
         super().__init__()
-        arguments.check_settings(temperature, alpha, label_smoothing, ignore_index)
-        arguments.check_divergence(divergence, jsd_beta, standardize_logits, dkd_target_weight, dkd_non_target_weight)
-        arguments.check_weights(l1_weight, len(l1_weight) if isinstance(l1_weight, Sequence) else 0)
-        arguments.check_output(return_terms, backend)
-        self.divergence: Divergence = divergence
-        self.jsd_beta = jsd_beta
-        self.dkd_target_weight = dkd_target_weight
-        self.dkd_non_target_weight = dkd_non_target_weight
-        self.standardize_logits = standardize_logits
-        self.temperature = temperature
-        self.alpha = alpha
-        self.l1_weight = l1_weight
-        self.label_smoothing = label_smoothing
-        self.ignore_index = ignore_index
+        check_output(return_terms, backend)
+        self.settings = LossSettings(**settings)
         self.return_terms = return_terms
         self.backend: Backend = backend
 
+    def __getattr__(self, name: str) -> Any:
+        if name in _SETTINGS:
+            return getattr(self.settings, name)
+        return super().__getattr__(name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name in _SETTINGS:
+            name, value = "settings", dataclasses.replace(self.settings, **{name: value})
+        super().__setattr__(name, value)
+
     def extra_repr(self) -> str:
-        return (
-            f"temperature={self.temperature}, alpha={self.alpha}, l1_weight={self.l1_weight}, "
-            f"divergence={self.divergence!r}, standardize_logits={self.standardize_logits}"
+        settings = (
+            f"{field.name}={getattr(self.settings, field.name)!r}" for field in dataclasses.fields(LossSettings)
         )
+        return ", ".join([*settings, f"return_terms={self.return_terms}", f"backend={self.backend!r}"])
 
     def forward(
         self,
@@ -99,27 +90,12 @@ class FusedKDL1Loss(nn.Module, Generic[Result]):
         activations: Sequence[Tensor] = (),
     ) -> Result:
         """The loss, or (loss, LossTerms) with `return_terms`."""
-        result = fused_kd_l1_loss(
-            student_logits,
-            teacher_logits,
-            labels,
-            activations,
-            temperature=self.temperature,
-            alpha=self.alpha,
-            l1_weight=self.l1_weight,
-            label_smoothing=self.label_smoothing,
-            ignore_index=self.ignore_index,
-            divergence=self.divergence,
-            jsd_beta=self.jsd_beta,
-            dkd_target_weight=self.dkd_target_weight,
-            dkd_non_target_weight=self.dkd_non_target_weight,
-            standardize_logits=self.standardize_logits,
-            return_terms=self.return_terms,
-            backend=self.backend,
+        result = compute_loss(
+            student_logits, teacher_logits, labels, activations, self.settings, self.return_terms, self.backend
         )
         return cast("Result", result)
 
-    if TYPE_CHECKING:  # that of nn.Module returns anything
+    if TYPE_CHECKING:  # nn.Module's own __call__ returns Any
 
         def __call__(
             self,

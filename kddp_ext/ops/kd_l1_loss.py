@@ -1,4 +1,4 @@
-"""The fused loss and the neurons' statistics as operators."""
+"""The fused loss, the neuron statistics and the scaling of gradients as operators."""
 
 from __future__ import annotations
 
@@ -12,14 +12,12 @@ from kddp_ext.ops import reference
 from kddp_ext.ops.gradient_pool import pool
 from kddp_ext.ops.library import ELEMENT_TYPES, is_native, library, native, scales_natively, workspace_on
 
-_STATISTICS_ROWS = 5
-_ABSENT = (0, 0, 0)
-_PLAIN = (Tensor, torch.nn.Parameter)
-
+# From `temperature` to `standardize_logits`: the order of `LossSettings.operator_arguments`.
 library.define(
     "kd_l1_loss(Tensor student_logits, Tensor? teacher_logits, Tensor? labels, Tensor[] activations, "
-    "float temperature, float alpha, float[] l1_weights, float[] samples, float label_smoothing, int ignore_index, "
-    "int divergence, float jsd_beta, float dkd_target_weight, float dkd_non_target_weight, bool standardize_logits, "
+    "float[] l1_weights, float[] samples, "
+    "float temperature, float alpha, float label_smoothing, int ignore_index, int divergence, float jsd_beta, "
+    "float dkd_target_weight, float dkd_non_target_weight, bool standardize_logits, "
     "bool logits_gradient, bool activation_gradients, bool scaled_gradients, bool statistics) "
     "-> (Tensor loss, Tensor terms, Tensor statistics, Tensor logits_gradient, Tensor[] activation_gradients)"
 )
@@ -28,15 +26,84 @@ library.define("scale_gradients(Tensor[] gradients, Tensor grad_loss, float[] fa
 library.define("scale_gradients_(Tensor(a!)[] gradients, Tensor grad_loss, float[] factors) -> ()")
 
 LossOutputs = tuple[Tensor, Tensor, Tensor, Tensor, list[Tensor]]
+_STATISTICS_ROWS = 5
+_ABSENT = (0, 0, 0)
+_NEUTRAL_SETTINGS = (1.0, 0.0, 0.0, 0, 0, 0.5, 1.0, 8.0, False)  # for the statistics, which need no loss
+_PLAIN_TYPES = (Tensor, torch.nn.Parameter)
 
 
-def _rows_side_by_side(matrix: Tensor) -> Tensor:
-    """The matrix itself where the kernels can read it (any stride between rows), else a contiguous copy."""
-    return matrix if matrix.stride(1) == 1 or matrix.shape[1] <= 1 else matrix.contiguous()
+def kd_l1_loss(
+    student_logits: Tensor,
+    teacher_logits: Tensor | None,
+    labels: Tensor | None,
+    activations: Sequence[Tensor],
+    *arguments: Any,
+) -> LossOutputs:
+    """The operator `kddp::kd_l1_loss`; `arguments` are those of its schema from `l1_weights` on.
+
+    If nothing could intercept the call, it skips PyTorch's dispatcher, which takes 15 to 25% of the time of a small
+    batch (128 × 10 logits, 128 × 1024 activations). Modes, tensor subclasses, transforms, the compiler, the tracer and
+    the profiler all see the operator.
+    """
+    tensors = (student_logits, teacher_logits, labels, *activations)
+    if _nothing_intercepts() and all(map(_is_plain, tensors)):
+        return _kd_l1_loss(student_logits, teacher_logits, labels, activations, *arguments)
+    detached = [activation.detach() for activation in activations]
+    outputs: LossOutputs = kd_l1_loss_operator(student_logits.detach(), teacher_logits, labels, detached, *arguments)
+    return outputs
 
 
-def _matrix(matrix: Tensor) -> tuple[int, int, int]:
-    return (matrix.data_ptr(), ELEMENT_TYPES[matrix.dtype], matrix.stride(0))
+def _nothing_intercepts() -> bool:
+    return not (
+        torch.compiler.is_compiling()
+        or torch._C._get_tracing_state()
+        or torch._C._len_torch_dispatch_stack()
+        or torch._C._is_torch_function_mode_enabled()
+        or torch._C._are_functorch_transforms_active()
+        or torch._C._autograd._profiler_enabled()
+    )
+
+
+def _is_plain(tensor: Tensor | None) -> bool:
+    # The dispatcher resolves tensors whose memory holds the negative of their values, such as conj().imag.
+    return tensor is None or (type(tensor) in _PLAIN_TYPES and tensor.is_cpu and not tensor.is_neg())
+
+
+def _kd_l1_loss(
+    student_logits: Tensor,
+    teacher_logits: Tensor | None,
+    labels: Tensor | None,
+    activations: Sequence[Tensor],
+    l1_weights: Sequence[float],
+    samples: Sequence[float],
+    *arguments: Any,
+) -> LossOutputs:
+    *settings, with_logits_gradient, _, scaled_gradients, with_statistics = arguments
+    outputs = _loss_outputs(student_logits, teacher_logits, labels, activations, l1_weights, samples, *arguments)
+    loss, terms, statistics, logits_gradient, activation_gradients = outputs
+    # These names keep copies alive while the kernel uses their addresses.
+    student = _readable(student_logits)
+    teacher = None if teacher_logits is None else _readable(teacher_logits)
+    labels = None if labels is None else labels.contiguous()
+    readable = [_readable(activation) for activation in activations]
+    module, place = native(student)
+    module.kd_l1_loss(
+        *student.shape,
+        _matrix(student),
+        _ABSENT if teacher is None else _matrix(teacher),
+        0 if labels is None else labels.data_ptr(),
+        _layers(readable, l1_weights, samples, activation_gradients, statistics if with_statistics else None),
+        statistics.shape[-1],
+        *settings,
+        scaled_gradients,
+        logits_gradient.data_ptr() if with_logits_gradient else 0,
+        ELEMENT_TYPES[loss.dtype],
+        loss.data_ptr(),
+        terms.data_ptr(),
+        workspace_on(student.device),
+        place,
+    )
+    return outputs
 
 
 def _loss_outputs(
@@ -44,27 +111,21 @@ def _loss_outputs(
     teacher_logits: Tensor | None,
     _labels: Tensor | None,
     activations: Sequence[Tensor],
-    *settings: Any,
+    *arguments: Any,
 ) -> LossOutputs:
-    """Outputs of `kd_l1_loss` for its arguments, not yet filled. What is not wanted is empty."""
-    logits_gradient, activation_gradients, _, statistics = settings[-4:]
-    dtype, device = _result_type(student_logits, teacher_logits, activations), student_logits.device
-    sums = (_STATISTICS_ROWS, sum([a.shape[1] for a in activations])) if statistics else (0,)
+    """The outputs of the operator for its arguments, not filled yet. Optional outputs that are not wanted are empty."""
+    with_logits_gradient, with_activation_gradients, _, with_statistics = arguments[-4:]
+    inputs = (student_logits, teacher_logits, *activations)
+    is_double = any(tensor is not None and tensor.dtype == torch.float64 for tensor in inputs)
+    dtype, device = torch.float64 if is_double else torch.float32, student_logits.device
+    columns = sum([activation.shape[1] for activation in activations])
     return (
         torch.empty((), dtype=dtype, device=device),
         torch.empty(4, dtype=dtype, device=device),
-        torch.empty(sums, dtype=torch.float64, device=device),
-        _gradient_of(student_logits) if logits_gradient else student_logits.new_empty(0),
-        [_gradient_of(a) for a in activations] if activation_gradients else [],
+        torch.empty((_STATISTICS_ROWS, columns) if with_statistics else (0,), dtype=torch.float64, device=device),
+        _gradient_of(student_logits) if with_logits_gradient else student_logits.new_empty(0),
+        [_gradient_of(activation) for activation in activations] if with_activation_gradients else [],
     )
-
-
-def _result_type(student: Tensor, teacher: Tensor | None, activations: Sequence[Tensor]) -> torch.dtype:
-    """That of the loss and its terms: float64 where an input is, else float32."""
-    for tensor in (student, teacher, *activations):
-        if tensor is not None and tensor.dtype == torch.float64:
-            return torch.float64
-    return torch.float32
 
 
 def _gradient_of(tensor: Tensor) -> Tensor:
@@ -73,79 +134,13 @@ def _gradient_of(tensor: Tensor) -> Tensor:
     return torch.empty_like(tensor, memory_format=torch.contiguous_format)
 
 
-def _kd_l1_loss(
-    student_logits: Tensor,
-    teacher_logits: Tensor | None,
-    labels: Tensor | None,
-    activations: Sequence[Tensor],
-    temperature: float,
-    alpha: float,
-    l1_weights: Sequence[float],
-    samples: Sequence[float],
-    label_smoothing: float,
-    ignore_index: int,
-    divergence: int,
-    jsd_beta: float,
-    dkd_target_weight: float,
-    dkd_non_target_weight: float,
-    standardize_logits: bool,
-    logits_gradient: bool,
-    activation_gradients: bool,
-    scaled_gradients: bool,
-    statistics: bool,
-) -> LossOutputs:
-    flags = (logits_gradient, activation_gradients, scaled_gradients, statistics)
-    outputs = _loss_outputs(student_logits, teacher_logits, labels, activations, *flags)
-    loss, terms, sums, of_logits, of_activations = outputs
-    settings = (
-        *(temperature, alpha, l1_weights, samples, label_smoothing, ignore_index, divergence, jsd_beta),
-        *(dkd_target_weight, dkd_non_target_weight, standardize_logits),
-    )
-    _run(
-        (student_logits, teacher_logits, labels, activations),
-        settings,
-        scaled_gradients,
-        (loss, terms, sums if statistics else None, of_logits if logits_gradient else None, of_activations),
-    )
-    return outputs
+def _readable(matrix: Tensor) -> Tensor:
+    """The matrix itself if its rows are contiguous, whatever their stride, else a contiguous copy."""
+    return matrix if matrix.stride(1) == 1 or matrix.shape[1] <= 1 else matrix.contiguous()
 
 
-def _run(
-    inputs: tuple[Tensor, Tensor | None, Tensor | None, Sequence[Tensor]],
-    settings: tuple[Any, ...],
-    scaled_gradients: bool,
-    outputs: tuple[Tensor, Tensor | None, Tensor | None, Tensor | None, list[Tensor]],
-) -> None:
-    """Fill the outputs. What is None, or of the activations' gradients an empty list, is not wanted."""
-    student, teacher, labels, activations = inputs
-    loss, terms, sums, of_logits, of_activations = outputs
-    temperature, alpha, l1_weights, samples = settings[:4]
-    # Bound to names, for a copy must outlive the call that is given its address.
-    student = _rows_side_by_side(student)
-    teacher = None if teacher is None else _rows_side_by_side(teacher)
-    labels = None if labels is None else labels.contiguous()
-    readable = [_rows_side_by_side(a) for a in activations]
-    rows, classes = student.shape
-    module, place = native(student)
-    module.kd_l1_loss(
-        rows,
-        classes,
-        _matrix(student),
-        _ABSENT if teacher is None else _matrix(teacher),
-        0 if labels is None else labels.data_ptr(),
-        _layers(readable, l1_weights, samples, of_activations, sums),
-        0 if sums is None else sums.shape[1],
-        temperature,
-        alpha,
-        *settings[4:],
-        scaled_gradients,
-        0 if of_logits is None else of_logits.data_ptr(),
-        ELEMENT_TYPES[loss.dtype],
-        loss.data_ptr(),
-        0 if terms is None else terms.data_ptr(),
-        workspace_on(student.device),
-        place,
-    )
+def _matrix(matrix: Tensor) -> tuple[int, int, int]:
+    return (matrix.data_ptr(), ELEMENT_TYPES[matrix.dtype], matrix.stride(0))
 
 
 _Layer = tuple[tuple[int, int, int], int, int, float, float, int, int]
@@ -158,7 +153,7 @@ def _layers(
     gradients: Sequence[Tensor],
     statistics: Tensor | None,
 ) -> list[_Layer]:
-    """What `_core` wants to know of each layer; its statistics are columns of the one block `statistics`."""
+    """The description of each layer for `_core`. The layer's statistics are columns of the block `statistics`."""
     layers = []
     column = 0
     for index, activation in enumerate(activations):
@@ -170,25 +165,64 @@ def _layers(
     return layers
 
 
-def _neuron_statistics(activation: Tensor) -> Tensor:
-    readable = _rows_side_by_side(activation)
-    statistics = activation.new_empty((_STATISTICS_ROWS, activation.shape[1]), dtype=torch.float64)
-    unused = statistics.new_empty(1)  # the loss of nothing
-    module, place = native(activation)
-    # fmt: off
-    module.kd_l1_loss(
-        activation.shape[0], 0, _ABSENT, _ABSENT, 0,
-        _layers([readable], [0.0], [1.0], [], statistics), activation.shape[1],
-        1.0, 0.0, 0.0, 0, 0, 0.5, 1.0, 8.0, False,
-        False, 0, ELEMENT_TYPES[unused.dtype], unused.data_ptr(), 0,
-        workspace_on(activation.device), place,
-    )
-    # fmt: on
+def neuron_statistics(activation: Tensor) -> Tensor:
+    """Sums over the samples of an activation, one column for each neuron.
+
+    Args:
+        activation: (N, H) float32, float64, bfloat16 or float16, with any strides.
+
+    Returns:
+        (5, H) float64: Σ|a|, Σa, Σa², the number of nonzeros, max|a|.
+    """
+    if not is_native(activation.device):
+        return reference.neuron_statistics(activation)
+    statistics: Tensor = _neuron_statistics_operator(activation.detach())
     return statistics
 
 
-def _neuron_statistics_fake(activation: Tensor) -> Tensor:
+def _neuron_statistics(activation: Tensor) -> Tensor:
+    readable = _readable(activation)
+    statistics = _neuron_statistics_output(activation)
+    loss = statistics.new_empty(1)  # that of no logits, which nobody reads
+    layers = _layers([readable], [0.0], [1.0], [], statistics)
+    rows, neurons = activation.shape
+    module, place = native(activation)
+    module.kd_l1_loss(
+        *(rows, 0, _ABSENT, _ABSENT, 0, layers, neurons),
+        *_NEUTRAL_SETTINGS,
+        *(False, 0, ELEMENT_TYPES[loss.dtype], loss.data_ptr(), 0),
+        *(workspace_on(activation.device), place),
+    )
+    return statistics
+
+
+def _neuron_statistics_output(activation: Tensor) -> Tensor:
     return activation.new_empty((_STATISTICS_ROWS, activation.shape[1]), dtype=torch.float64)
+
+
+def scale_gradients(
+    gradients: Sequence[Tensor], grad_loss: Tensor, factors: Sequence[float] | None = None, *, in_place: bool = False
+) -> Sequence[Tensor]:
+    """Each gradient times `grad_loss` times its factor; on a GPU in one launch.
+
+    Args:
+        gradients: contiguous, as `kd_l1_loss` returns them.
+        grad_loss: a 0-dim tensor on their device; the host does not read it.
+        factors: one for each gradient; None stands for 1.
+        in_place: overwrite the gradients and return them; a GPU then skips those that are scaled by 1.
+
+    Returns:
+        One tensor for each gradient, of its shape and dtype.
+    """
+    if torch.compiler.is_compiling() or (not in_place and not scales_natively(grad_loss.device)):
+        scales = [grad_loss] * len(gradients) if factors is None else [grad_loss * factor for factor in factors]
+        return [gradient * scale for gradient, scale in zip(gradients, scales, strict=True)]
+    factors = [1.0] * len(gradients) if factors is None else factors
+    if in_place:
+        _scale_gradients_in_place_operator(gradients, grad_loss, factors)
+        return gradients
+    scaled: list[Tensor] = _scale_gradients_operator(gradients, grad_loss, factors)
+    return scaled
 
 
 def _scale_gradients(gradients: Sequence[Tensor], grad_loss: Tensor, factors: Sequence[float]) -> list[Tensor]:
@@ -227,118 +261,18 @@ def _scaled_outputs(gradients: Sequence[Tensor], _grad_loss: Tensor, _factors: S
     return [torch.empty_like(gradient) for gradient in gradients]
 
 
-torch.library.register_fake("kddp::scale_gradients", _scaled_outputs, lib=library)
-torch.library.register_fake("kddp::scale_gradients_", lambda *_: None, lib=library)
-
 for _device in ("CPU", "CUDA"):
     library.impl("kd_l1_loss", _kd_l1_loss, _device)
     library.impl("neuron_statistics", _neuron_statistics, _device)
     library.impl("scale_gradients", _scale_gradients, _device)
     library.impl("scale_gradients_", _scale_gradients_in_place, _device)
 torch.library.register_fake("kddp::kd_l1_loss", _loss_outputs, lib=library)
-torch.library.register_fake("kddp::neuron_statistics", _neuron_statistics_fake, lib=library)
+torch.library.register_fake("kddp::neuron_statistics", _neuron_statistics_output, lib=library)
+torch.library.register_fake("kddp::scale_gradients", _scaled_outputs, lib=library)
+torch.library.register_fake("kddp::scale_gradients_", lambda *_: None, lib=library)
 
-# Bound once: looking an operator up by its name costs more than a small batch's loss.
+# Looking an operator up by its name at each call would take longer than the loss of a small batch.
 kd_l1_loss_operator = torch.ops.kddp.kd_l1_loss.default
 _neuron_statistics_operator = torch.ops.kddp.neuron_statistics.default
 _scale_gradients_operator = torch.ops.kddp.scale_gradients.default
 _scale_gradients_in_place_operator = torch.ops.kddp.scale_gradients_.default
-
-
-def kd_l1_loss(
-    inputs: tuple[Tensor, Tensor | None, Tensor | None, Sequence[Tensor]],
-    settings: tuple[Any, ...],
-    flags: tuple[bool, bool, bool, bool],
-    with_terms: bool,
-) -> tuple[Tensor, Any, Any, Any, list[Tensor]]:
-    """The operator `kddp::kd_l1_loss`, without PyTorch's dispatcher where nothing there could take part.
-
-    For a small batch the dispatcher and the tensors that nobody wants take a third of the time. Modes, tensor
-    subclasses, transforms, the compiler and the profiler all see the operator.
-
-    Args:
-        inputs: student_logits, teacher_logits, labels, activations.
-        settings: the operator's, from temperature to standardize_logits.
-        flags: the operator's, from logits_gradient on.
-        with_terms: whether the terms are wanted.
-
-    Returns:
-        As the operator; what is not wanted may be None.
-    """
-    student, teacher, labels, activations = inputs
-    if not (_nothing_intercepts() and _is_plain(student) and _is_plain(teacher) and _is_plain(labels)) or not all(
-        map(_is_plain, activations)
-    ):
-        detached = [activation.detach() for activation in activations]
-        outputs: LossOutputs = kd_l1_loss_operator(student.detach(), teacher, labels, detached, *settings, *flags)
-        return outputs
-    logits_gradient, activation_gradients, scaled, statistics = flags
-    dtype = _result_type(student, teacher, activations)
-    wanted = (
-        torch.empty((), dtype=dtype),
-        torch.empty(4, dtype=dtype) if with_terms else None,
-        _empty_statistics(activations) if statistics else None,
-        pool.empty(student.shape, student.dtype) if logits_gradient else None,
-        [pool.empty(a.shape, a.dtype) for a in activations] if activation_gradients else [],
-    )
-    _run(inputs, settings, scaled, wanted)
-    return wanted
-
-
-def _empty_statistics(activations: Sequence[Tensor]) -> Tensor:
-    return torch.empty((_STATISTICS_ROWS, sum([a.shape[1] for a in activations])), dtype=torch.float64)
-
-
-def _is_plain(tensor: Tensor | None) -> bool:
-    # One whose memory holds the negative of its values, such as conj().imag, is resolved by the dispatcher.
-    return tensor is None or (type(tensor) in _PLAIN and tensor.is_cpu and not tensor.is_neg())
-
-
-def _nothing_intercepts() -> bool:
-    return not (
-        torch.compiler.is_compiling()
-        or torch._C._len_torch_dispatch_stack()
-        or torch._C._is_torch_function_mode_enabled()
-        or torch._C._are_functorch_transforms_active()
-        or torch._C._autograd._profiler_enabled()
-    )
-
-
-def neuron_statistics(activation: Tensor) -> Tensor:
-    """Sums over the samples of an activation, a column each neuron.
-
-    Args:
-        activation: (N, H) float32, float64, bfloat16 or float16, with any strides.
-
-    Returns:
-        (5, H) float64: Σ|a|, Σa, Σa², the count of nonzeros, max|a|.
-    """
-    if not is_native(activation.device):
-        return reference.neuron_statistics(activation)
-    statistics: Tensor = _neuron_statistics_operator(activation.detach())
-    return statistics
-
-
-def scale_gradients(
-    gradients: Sequence[Tensor], grad_loss: Tensor, factors: Sequence[float] | None = None, *, in_place: bool = False
-) -> Sequence[Tensor]:
-    """Each gradient times `grad_loss` times its factor; on a GPU in one launch.
-
-    Args:
-        gradients: contiguous, as `kd_l1_loss` returns them.
-        grad_loss: a 0-dim tensor on their device, which stays there.
-        factors: one for each gradient; None, 1 for all.
-        in_place: whether the gradients are overwritten and returned; a GPU then leaves alone what is scaled by 1.
-
-    Returns:
-        One for each gradient, of its shape and dtype.
-    """
-    if torch.compiler.is_compiling() or (not in_place and not scales_natively(grad_loss.device)):
-        scales = [grad_loss] * len(gradients) if factors is None else [grad_loss * factor for factor in factors]
-        return [gradient * scale for gradient, scale in zip(gradients, scales, strict=True)]
-    factors = [1.0] * len(gradients) if factors is None else factors
-    if in_place:
-        _scale_gradients_in_place_operator(gradients, grad_loss, factors)
-        return gradients
-    scaled: list[Tensor] = _scale_gradients_operator(gradients, grad_loss, factors)
-    return scaled

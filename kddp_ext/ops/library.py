@@ -1,4 +1,4 @@
-"""What the native operators share: the modules, PyTorch's registry of operators, how tensors are described to them."""
+"""What all operators share: the native modules, PyTorch's operator registry, and descriptions of tensors."""
 
 from __future__ import annotations
 
@@ -6,45 +6,43 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-import torch  # before _core: the OpenMP runtime that torch has loaded then serves both
+import torch  # before _core, so that both use the OpenMP runtime that torch loads
 from torch import Tensor
 
 try:
     from kddp_ext import _core
 except ImportError as error:
     raise ImportError(
-        "kddp_ext: the native module _core cannot be imported. Install the package (pip install .), and start Python "
-        "outside of its source folder, which has no compiled module and would be found first"
+        "kddp_ext: cannot import the native module _core. Install the package (pip install .), and start Python "
+        "outside its source folder: that folder has no compiled module, and Python finds it first"
     ) from error
 
 from kddp_ext.ops import cuda
 
-__all__ = ["ELEMENT_TYPES", "build_info", "core", "is_native", "library", "native", "scales_natively", "workspace_on"]
+__all__ = ["ELEMENT_TYPES", "build_info", "is_native", "library", "native", "scales_natively", "storage_key"]
 
-core = _core
 library = torch.library.Library("kddp", "DEF")
 
-# Codes of csrc/include/kddp/types.h.
+# The codes of csrc/include/kddp/types.h.
 ELEMENT_TYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
 
-# Set by `stand_in`.
-_stand_in: tuple[Any, Any] | None = None
+_stand_in: tuple[Any, Any] | None = None  # set by `stand_in`
 
 
 def native(tensor: Tensor) -> tuple[Any, Any]:
-    """The module whose kernels serve `tensor`, and its last argument: how many threads, or where on a GPU.
+    """The module with the kernels for `tensor`, and their last argument: the number of threads, or the CUDA launch.
 
     Raises:
         RuntimeError: CUDA cannot be used, with the reason.
     """
     if tensor.is_cuda:
         return cuda.module(tensor.device), cuda.place(tensor.device)
-    return _stand_in or (core, torch.get_num_threads())
+    return _stand_in or (_core, torch.get_num_threads())
 
 
 @contextmanager
 def stand_in(module: Any, place: Any) -> Iterator[None]:
-    """Tensors on the CPU go to the kernels of `module` meanwhile, an emulated GPU's, which are told `place`."""
+    """Let the kernels of `module`, an emulated GPU, serve CPU tensors here. `place` is their last argument."""
     global _stand_in
     _stand_in = (module, place)
     try:
@@ -54,33 +52,49 @@ def stand_in(module: Any, place: Any) -> Iterator[None]:
 
 
 def scales_natively(device: torch.device) -> bool:
-    """Whether gradients on `device` are scaled by a kernel; on the CPU PyTorch does that as well."""
+    """Whether a kernel scales gradients on `device`. On the CPU PyTorch does it equally well."""
     return (device.type == "cuda" and cuda.is_built()) or _stand_in is not None
 
 
 def workspace_on(device: torch.device) -> Callable[[int], Tensor]:
-    """What the native modules get their workspace from."""
+    """The allocator that native modules call for their workspace, with a number of bytes."""
     return lambda size: torch.empty(size, dtype=torch.uint8, device=device)
 
 
 def is_native(device: torch.device) -> bool:
-    """Whether this build has kernels for tensors on `device`. On ROCm, "cuda" is another device by that name."""
+    """Whether this build has kernels for tensors on `device`. With ROCm, "cuda" devices count too, and raise later."""
     return device.type == "cpu" or (device.type == "cuda" and cuda.is_built())
 
 
+def storage_key(tensor: Tensor) -> tuple[torch.device, int]:
+    """A key that is equal for tensors in the same storage, and different otherwise while both tensors are alive."""
+    return tensor.device, tensor.untyped_storage().data_ptr() or id(tensor)
+
+
+def sliced_shape(tensor: Tensor, rows: int, columns: int, kept_rows: int, kept_columns: int) -> tuple[int, ...]:
+    """Shape of `tensor`, seen as (rows, columns, inner), after a selection of rows and columns.
+
+    Behind a flatten each column is a block of the tensor's second dimension, so that dimension shrinks in proportion.
+    """
+    if tensor.dim() <= 1:
+        return (tensor.numel() // (rows * columns) * kept_rows * kept_columns,)
+    return (kept_rows, tensor.shape[1] // columns * kept_columns, *tensor.shape[2:])
+
+
 class BuildInfo(cuda.CudaBuild):
-    """What `build_info` returns, which says more of it."""
+    """The result of `build_info`, which documents the keys."""
 
     cpu: str
     compiler: str
 
 
 def build_info() -> BuildInfo:
-    """What was built and what serves this process.
+    """What was built, and which kernels this process uses.
 
     Returns:
-        As "cpu" the instruction set in use (set the environment variable KDDP_CPU_ISA before the first call to choose
-        another), as "cuda" whether the CUDA kernels were built, as "cuda_architectures" for which (as CMake names them;
-        empty without), as "cuda_compiler" by what ("" without), as "compiler" what built the native module of the CPU.
+        A dictionary. "cpu" is the instruction set in use; set the environment variable KDDP_CPU_ISA before the first
+        call to choose another. "compiler" is the compiler of the CPU module. "cuda" says whether CUDA kernels were
+        built, "cuda_architectures" for which architectures (CMake's names; empty without CUDA), and "cuda_compiler" by
+        which compiler ("" without CUDA).
     """
-    return {"cpu": core.instruction_set(), **cuda.build_info(), "compiler": core.compiler}
+    return {"cpu": _core.instruction_set(), **cuda.build_info(), "compiler": _core.compiler}

@@ -1,4 +1,4 @@
-"""The native operations in plain PyTorch: what they are tested against, and what runs where there is no kernel."""
+"""The native operations in plain PyTorch: the tests compare with them, and devices without kernels run them."""
 
 from __future__ import annotations
 
@@ -8,8 +8,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kddp_ext.ops import divergences
-from kddp_ext.ops.divergences import standardized
+from kddp_ext.ops.library import sliced_shape
+
+FORWARD_KL, REVERSE_KL, JSD, DKD = range(4)  # as in csrc/include/kddp/kd_l1_loss.h
+_EPSILON = 1e-7  # added to the standard deviation, as Sun et al. do
 
 
 def kd_l1_loss(
@@ -17,75 +19,149 @@ def kd_l1_loss(
     teacher_logits: Tensor | None,
     labels: Tensor | None,
     activations: Sequence[Tensor],
-    *,
-    temperature: float,
-    alpha: float,
     l1_weights: Sequence[float],
     samples: Sequence[float],
+    temperature: float,
+    alpha: float,
     label_smoothing: float,
     ignore_index: int,
-    divergence: str = "forward_kl",
-    jsd_beta: float = 0.5,
-    dkd_target_weight: float = 1.0,
-    dkd_non_target_weight: float = 8.0,
-    standardize_logits: bool = False,
+    divergence: int,
+    jsd_beta: float,
+    dkd_target_weight: float,
+    dkd_non_target_weight: float,
+    standardize_logits: bool,
 ) -> tuple[Tensor, Tensor]:
     """`kddp_ext.fused_kd_l1_loss` in plain PyTorch, differentiable by autograd.
 
-    Arguments are those of the fused loss, already validated: activations are matrices, with a weight each and a number
-    of samples that its sum is divided by.
+    The arguments are those of the operator `kddp::kd_l1_loss` and must be valid: each activation is a matrix with a
+    weight and a number of samples by which its sum is divided.
 
     Returns:
-        The loss (0-dim), and (4,) detached: kd, ce, l1, correct. Both are float32, or float64 where an
-        input is.
+        The loss (0-dim), and (4,) without gradient: kd, ce, l1, correct. Both are float32, or float64 if an input is.
     """
     inputs = [student_logits, *activations] + ([] if teacher_logits is None else [teacher_logits])
     dtype = torch.float64 if any(x.dtype == torch.float64 for x in inputs) else torch.float32
     student = student_logits.to(dtype)
-    rows = student.shape[0]
-    valid = torch.ones(rows, dtype=torch.bool, device=student.device)
+    valid = torch.ones(student.shape[0], dtype=torch.bool, device=student.device)
     if labels is not None:
         valid = labels != ignore_index
     count = valid.sum().clamp(min=1)
-    student = torch.where(valid[:, None], student, 0)  # whatever an ignored row holds, it has no effect
+    student = torch.where(valid[:, None], student, 0)  # an ignored row has no effect, whatever it contains
 
     kd = ce = l1 = correct = loss = student.new_zeros(())
     if teacher_logits is not None:
         teacher = torch.where(valid[:, None], teacher_logits.detach().to(dtype), 0)
-        sides = [standardized(x) if standardize_logits else x for x in (teacher, student)]
-        p, q = (x / temperature for x in sides)
-        if divergence == "forward_kl":
-            of_rows = divergences.forward_kl(p, q)
-        elif divergence == "reverse_kl":
-            of_rows = divergences.reverse_kl(p, q)
-        elif divergence == "jsd":
-            of_rows = divergences.jensen_shannon(p, q, jsd_beta)
+        p, q = ((standardized(x) if standardize_logits else x) / temperature for x in (teacher, student))
+        if divergence == FORWARD_KL:
+            by_row = forward_kl(p, q)
+        elif divergence == REVERSE_KL:
+            by_row = reverse_kl(p, q)
+        elif divergence == JSD:
+            by_row = jensen_shannon(p, q, jsd_beta)
         else:
             assert labels is not None
-            target = torch.where(valid, labels, 0)
-            of_rows = divergences.decoupled_kl(p, q, target, dkd_target_weight, dkd_non_target_weight)
-        kd = temperature**2 * torch.where(valid, of_rows, 0).sum() / count
+            by_row = decoupled_kl(p, q, torch.where(valid, labels, 0), dkd_target_weight, dkd_non_target_weight)
+        kd = temperature**2 * torch.where(valid, by_row, 0).sum() / count
     if labels is not None:
         ce = F.cross_entropy(
             student, labels, ignore_index=ignore_index, label_smoothing=label_smoothing, reduction="sum"
         )
         ce = ce / count
         correct = ((student.detach().argmax(1) == labels) & valid).sum().to(dtype)
-    # A term of weight 0 is left out, for an infinite one would turn the sum to NaN.
+    # A term of weight 0 is left out, because an infinite one would turn the sum into NaN.
     if alpha != 0:
         loss = loss + alpha * kd
     if alpha != 1:
         loss = loss + (1 - alpha) * ce
-    for activation, weight, count_of_neuron in zip(activations, l1_weights, samples, strict=True):
-        penalty = activation.to(dtype).abs().sum() / count_of_neuron
+    for activation, weight, samples_of_layer in zip(activations, l1_weights, samples, strict=True):
+        penalty = activation.to(dtype).abs().sum() / samples_of_layer
         l1 = l1 + penalty
         if weight != 0:
             loss = loss + weight * penalty
     return loss, torch.stack([kd, ce, l1, correct]).detach()
 
 
+# The divergences take logits that are divided by the temperature, (N, C), the teacher's first, and return (N,). With p
+# the teacher's softmax and q the student's, a class whose probability is 0 in the weighting distribution contributes 0,
+# whatever its logarithm. Gradients are finite wherever the softmax exists. docs/losses.md has the formulas.
+
+
+def standardized(logits: Tensor) -> Tensor:
+    """(x - mean) / (std + 1e-7) of each row, with std divided by C - 1. Sun et al. 2024 (arXiv:2403.01427).
+
+    The result is 0 if all logits of a row are equal; the derivative of std is 0 there, as in PyTorch.
+    """
+    # Shifting and scaling into [-1, 0] does not change the result. It keeps equal logits equal and squares finite.
+    highest, lowest = (f(logits.detach(), 1, keepdim=True) for f in (torch.amax, torch.amin))
+    scale = torch.where(highest == lowest, 1, highest - lowest)
+    scaled = (logits - highest) / scale
+    centered = scaled - scaled.mean(1, keepdim=True)
+    variance = centered.square().sum(1, keepdim=True) / max(logits.shape[1] - 1, 1)
+    constant = variance == 0  # the square root has no derivative at 0
+    deviation = torch.where(constant, 0, torch.where(constant, 1, variance).sqrt())
+    return centered / (deviation + _EPSILON / scale)
+
+
+def forward_kl(teacher: Tensor, student: Tensor) -> Tensor:
+    """KL(p ‖ q). Hinton, Vinyals and Dean 2015 (arXiv:1503.02531)."""
+    return _kl(F.log_softmax(teacher, 1), F.log_softmax(student, 1))
+
+
+def reverse_kl(teacher: Tensor, student: Tensor) -> Tensor:
+    """KL(q ‖ p). Gu et al. 2024 (arXiv:2306.08543).
+
+    It is infinite if only the teacher excludes a class. No gradient exists there; this returns 0 as the gradient.
+    """
+    log_p, log_q = F.log_softmax(teacher, 1), F.log_softmax(student, 1)
+    excluded = (log_p == -torch.inf) & (log_q.exp() > 0)
+    divergence = _kl(log_q, torch.where(excluded, 0, log_p))
+    return torch.where(excluded.any(1), torch.inf, divergence)
+
+
+def jensen_shannon(teacher: Tensor, student: Tensor, beta: float) -> Tensor:
+    """β KL(p ‖ m) + (1 - β) KL(q ‖ m) with m = β p + (1 - β) q. Agarwal et al. 2024 (arXiv:2306.13649)."""
+    log_p, log_q = F.log_softmax(teacher, 1), F.log_softmax(student, 1)
+    mixture = beta * log_p.exp() + (1 - beta) * log_q.exp()
+    log_m = torch.where(mixture == 0, 1, mixture).log()
+    return beta * _kl(log_p, log_m) + (1 - beta) * _kl(log_q, log_m)
+
+
+def decoupled_kl(
+    teacher: Tensor, student: Tensor, labels: Tensor, target_weight: float, non_target_weight: float
+) -> Tensor:
+    """target_weight · KL((p_y, 1 - p_y) ‖ (q_y, 1 - q_y)) + non_target_weight · KL over the other classes.
+
+    Zhao et al. 2022 (arXiv:2203.08679). The result is 0 if there is no other class, or if both sides exclude all other
+    classes. A part of weight 0 is left out, because it may be infinite.
+    """
+    target = F.one_hot(labels, teacher.shape[1]).bool()
+    others = [torch.where(target, -torch.inf, x) for x in (teacher, student)]
+    no_others = torch.stack([x.amax(1) == -torch.inf for x in others]).all(0)
+    others = [torch.where(no_others[:, None], 0, x) for x in others]
+    divergence = torch.where(torch.zeros_like(no_others), student[:, 0], 0)  # 0, but differentiable
+    if target_weight != 0:
+        divergence = divergence + target_weight * _kl(*map(_binary, (teacher, student), others, (labels, labels)))
+    if non_target_weight != 0:
+        divergence = divergence + non_target_weight * forward_kl(*others)
+    return torch.where(no_others, 0, divergence)
+
+
+def _binary(logits: Tensor, others: Tensor, labels: Tensor) -> Tensor:
+    """(N, 2) log-probabilities of the label's class and of all others. `others` are the logits without the label's."""
+    margin = logits.gather(1, labels[:, None]) - torch.logsumexp(others, 1, keepdim=True)
+    return torch.cat([F.logsigmoid(margin), F.logsigmoid(-margin)], 1)
+
+
+def _kl(log_x: Tensor, log_y: Tensor) -> Tensor:
+    """Σ x (log x - log y), where x = 0 contributes 0, also to the derivative."""
+    x = log_x.exp()
+    is_zero = x == 0
+    ratio = torch.where(is_zero, 0, log_x) - torch.where(is_zero, 0, log_y)
+    return torch.where(is_zero, 0, x * ratio).sum(1)
+
+
 def neuron_statistics(activation: Tensor) -> Tensor:
-    """Sums over the samples of `activation`, (N, H): (5, H) float64, rows as `statistics.STATISTICS` names them."""
+    """Sums over the samples of `activation`, (N, H): (5, H) float64, rows as `STATISTICS` names them."""
     a = activation.detach().to(torch.float64)
     magnitude = a.abs()
     highest = magnitude.amax(0) if len(a) else a.new_zeros(a.shape[1])
@@ -115,14 +191,3 @@ def gather_slices(
         block = blocks[0] if keep_rows is None else blocks[0].index_select(0, keep_rows)
         shift = block.index_select(1, pruned_columns).to(torch.float64).sum(2) @ pruned_means
     return gathered, shift
-
-
-def sliced_shape(tensor: Tensor, rows: int, columns: int, kept_rows: int, kept_columns: int) -> tuple[int, ...]:
-    """Shape of `tensor`, seen as (rows, columns, inner), after rows and columns have been taken from it.
-
-    The columns of a matrix behind a flatten are blocks of its second dimension, so that dimension shrinks in
-    proportion.
-    """
-    if tensor.dim() <= 1:
-        return (tensor.numel() // (rows * columns) * kept_rows * kept_columns,)
-    return (kept_rows, tensor.shape[1] // columns * kept_columns, *tensor.shape[2:])

@@ -1,7 +1,7 @@
-"""Removing neurons from a model, its copies and its optimizers: planned and checked whole, then applied or not at all.
+"""Removes neurons from a model, its copies and its optimizers: plans and checks everything, then applies it.
 
-The plan allocates every new tensor before anything changes. Applying it only swaps tensors and integers, and
-keeps an undo log: an error on the way puts back what was there.
+The plan allocates every new tensor before anything changes. Applying it only swaps tensors and attributes and records
+how to undo each step, so an error restores the previous state.
 """
 
 from __future__ import annotations
@@ -16,24 +16,24 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from kddp_ext import ops
-from kddp_ext.pruning.optimizer_state import sliceable_state
+from kddp_ext.activations.layout import Layout
 from kddp_ext.pruning.reconstruction import Reconstruction
-from kddp_ext.pruning.tracing.graph import StoredTensor
-from kddp_ext.pruning.tracing.groups import Layout, NeuronGroup, all_but
+from kddp_ext.pruning.tracing.graph import unwrapped
+from kddp_ext.pruning.tracing.groups import NeuronGroup, NeuronSlices, StoredTensor, all_but
 
 
 @dataclass(frozen=True)
 class Removal:
-    """Neurons of one group that go.
+    """Neurons of one group to be removed.
 
     Attributes:
         group: the group.
         keep: ascending int64 indices of the neurons that stay, at least one.
-        means: float64, the average activation of each neuron, (width,), or of each of its entries in what the next
-            layer reads, (width, entries), where what the pruned ones contributed on average is to be added to that
-            layer; None for no compensation.
-        reconstruction: how the pruned neurons follow from those that stay, whose weights in the next layer then take
-            over what varied; None where the means are all. Only together with means.
+        means: float64, the mean activation of each neuron, (width,), or of each of its entries in the value that the
+            next layer reads, (width, entries). The mean contribution of the removed neurons is added to that layer.
+            None: no compensation.
+        reconstruction: how the remaining neurons replace the variation of the removed ones, through their weights in
+            the next layer; None where only the means are compensated. It needs `means`.
     """
 
     group: NeuronGroup
@@ -43,7 +43,7 @@ class Removal:
 
     @property
     def pruned(self) -> Tensor:
-        """Ascending int64 indices of the neurons that go."""
+        """Ascending int64 indices of the neurons to be removed."""
         return all_but(self.keep, self.group.width)
 
 
@@ -55,22 +55,17 @@ class _Cut:
     layout: Layout
 
     @property
-    def size(self) -> int:
-        """Entries that the dimension has before."""
-        return self.removal.group.width * self.layout.entries
-
-    @property
     def keep(self) -> Tensor:
         """Ascending int64 indices of the entries that stay."""
         return self.layout.indices(self.removal.keep, self.removal.group.width)
 
     @property
     def pruned(self) -> Tensor:
-        """Ascending int64 indices of the entries that go."""
+        """Ascending int64 indices of the entries to be removed."""
         return self.layout.indices(self.removal.pruned, self.removal.group.width)
 
     def means(self, neurons: Tensor) -> Tensor | None:
-        """The average values of the entries of `neurons`, float64; None for no compensation."""
+        """The mean values of the entries of `neurons`, float64; None without compensation."""
         if self.removal.means is None:
             return None
         means = self.removal.means[neurons]
@@ -81,46 +76,48 @@ class _Cut:
 
 @dataclass
 class _TensorPlan:
-    """What one parameter or buffer becomes, with its gradient and what the optimizer keeps of it."""
+    """The new values of one parameter or buffer, of its gradient, and of its tensors in optimizer states."""
 
     tensor: Tensor
     new: Tensor
     new_grad: Tensor | None
-    new_state: list[tuple[dict[Any, Any], Any, Tensor]]  # an optimizer's state of the tensor, its key, the value
+    new_state: list[tuple[dict[Any, Any], Any, Tensor]]  # an optimizer's state of the tensor, the key, the new value
+
+
+_Attribute = tuple[object, str, Any]  # an object, the name of its attribute, the new value
 
 
 class CompactionPlan:
-    """Everything that a compaction changes, ready to be applied. Made by `plan_compaction`."""
+    """Everything that a compaction changes, ready to be applied. `plan_compaction` makes it."""
 
-    def __init__(
-        self,
-        tensors: list[_TensorPlan],
-        attributes: list[tuple[object, str, Any]],
-    ) -> None:
+    def __init__(self, tensors: list[_TensorPlan], attributes: list[_Attribute]) -> None:
         self._tensors = tensors
         self._attributes = attributes
 
-    @torch.inference_mode(False)  # what is made in that mode no later step could be trained with
+    @torch.inference_mode(False)  # tensors made in inference mode could not be trained
     def apply(
         self,
-        also: Sequence[tuple[object, str, Any]] = (),
+        also: Sequence[_Attribute] = (),
         *,
         refresh: Sequence[Callable[[], object]] = (),
         confirm: Callable[[], object] | None = None,
     ) -> None:
-        """Carry the plan out. On any error, an interrupt included, everything is put back.
+        """Apply the plan. Any error, including KeyboardInterrupt, restores the previous state.
 
         Args:
-            also: further attributes, (object, name, value), to be set last: they change with the model or not
-                at all.
-            refresh: functions that bring what else depends on the tensors in line with them, called after the
-                change, and again where it was put back.
-            confirm: called at the very end; an error of it puts everything back as well.
+            also: further attributes to set, after those of the plan.
+            refresh: functions that update whatever else depends on the tensors; called after the change, and again
+                after a change is undone.
+            confirm: called last; its error undoes the change too.
         """
         undo: list[Callable[[], object]] = [*refresh]
         try:
             for plan in self._tensors:
-                self._apply_tensor(plan, undo)
+                undo.append(partial(set_data, plan.tensor, plan.tensor.data, plan.tensor.grad))
+                set_data(plan.tensor, plan.new, plan.new_grad)
+                for state, key, value in plan.new_state:
+                    undo.append(partial(state.__setitem__, key, state[key]))
+                    state[key] = value
             for holder, attribute, value in [*self._attributes, *also]:
                 undo.append(partial(setattr, holder, attribute, getattr(holder, attribute)))
                 setattr(holder, attribute, value)
@@ -133,26 +130,22 @@ class CompactionPlan:
                 step()
             raise
 
-    def _apply_tensor(self, plan: _TensorPlan, undo: list[Callable[[], object]]) -> None:
-        undo.append(partial(set_data, plan.tensor, plan.tensor.data, plan.tensor.grad))
-        set_data(plan.tensor, plan.new, plan.new_grad)
-        for state, key, value in plan.new_state:
-            undo.append(partial(state.__setitem__, key, state[key]))
-            state[key] = value
-
 
 def set_data(tensor: Tensor, data: Tensor, grad: Tensor | None) -> None:
-    """Give a parameter or buffer data of another shape; its identity and its hooks stay.
+    """Give a parameter or buffer data of another shape; its identity and hooks stay.
 
-    A live graph holds the node that accumulates the parameter's gradient, and that node remembers the shape:
-    the next backward would fail. Data of another dtype makes torch drop the node (`VariableHooks::set_data`
-    in torch/csrc/autograd/variable.cpp), and it makes a new one when it next needs one.
+    A live graph holds the node that accumulates the parameter's gradient. This node remembers the shape, so the next
+    backward would fail. torch drops the node when the tensor is given data of another dtype (`VariableHooks::set_data`
+    in torch/csrc/autograd/variable.cpp), and makes a new one when needed.
     """
     other = torch.float32 if data.dtype == torch.float64 else torch.float64
     tensor.grad = None
     tensor.data = torch.empty(0, dtype=other, device=data.device)
     tensor.data = data
     tensor.grad = grad
+
+
+# --- The plan
 
 
 @torch.inference_mode(False)
@@ -162,34 +155,33 @@ def plan_compaction(
     optimizers: Sequence[Optimizer] = (),
     copies: Sequence[nn.Module] = (),
 ) -> CompactionPlan:
-    """Plan the removal of neurons, changing nothing.
+    """Plan the removal of neurons; nothing is changed.
 
     Args:
         model: the model that the removals' groups were traced from.
         removals: at most one for each group.
-        optimizers: their state of the changed parameters is sliced alike; parameters that none of them holds are
-            fine.
-        copies: modules of the model's structure with tensors of their own, to be sliced alike. What their own
-            weights make of the pruned neurons' averages is added to their own biases.
+        optimizers: their state of the changed parameters is sliced too; they need not hold all parameters.
+        copies: modules of the model's structure with their own tensors, which are sliced too. The mean contribution of
+            removed neurons through a copy's weights is added to the copy's biases.
 
     Raises:
-        ValueError: a tensor of the model, of a copy or of an optimizer's state is not of the shape that the
-            groups say; the message names it.
+        ValueError: a tensor of the model, of a copy or of an optimizer's state has another shape than the groups say;
+            the message names it.
     """
     tensors, attributes = _plan_module(model, removals, optimizers, role="model")
     for index, each in enumerate(copies):
-        its_tensors, its_attributes = _plan_module(each, removals, (), role=f"copies[{index}]")
-        tensors += its_tensors
-        attributes += its_attributes
+        copied_tensors, copied_attributes = _plan_module(each, removals, (), role=f"copies[{index}]")
+        tensors += copied_tensors
+        attributes += copied_attributes
     return CompactionPlan(tensors, attributes)
 
 
 def _plan_module(
     model: nn.Module, removals: Sequence[Removal], optimizers: Sequence[Optimizer], *, role: str
-) -> tuple[list[_TensorPlan], list[tuple[object, str, Any]]]:
-    """The tensors and the attributes of one module; `role` is what it is called in messages."""
+) -> tuple[list[_TensorPlan], list[_Attribute]]:
+    """The changes to one module; messages call it `role`."""
     cuts: dict[StoredTensor, dict[int, _Cut]] = {}
-    attributes: list[tuple[object, str, Any]] = []
+    attributes: list[_Attribute] = []
     for removal in removals:
         for slices in removal.group.slices:
             cuts.setdefault(slices.stored, {})[slices.layout.axis] = _Cut(removal, slices.layout)
@@ -200,63 +192,47 @@ def _plan_module(
     plans: dict[StoredTensor, _TensorPlan] = {}
     shifts: list[tuple[StoredTensor, Tensor]] = []
     for stored, by_axis in cuts.items():
-        tensor = _tensor(model, stored, by_axis, role=role)
+        for cut in by_axis.values():
+            tensor = NeuronSlices(stored, cut.layout).tensor(model, cut.removal.group, role=role)
         plans[stored], shift = _plan_tensor(stored, tensor, by_axis, optimizers)
         columns = by_axis[1].removal if 1 in by_axis else None
         reader = columns.group.reader(stored) if columns is not None and columns.means is not None else None
         if reader is not None and columns is not None and columns.reconstruction is not None:
-            shift = shift - _take_over(plans[stored].new, tensor, by_axis)
+            shift = shift - apply_reconstruction(plans[stored].new, tensor, by_axis)
         if reader is not None and reader.shift is not None:
             shifts.append((reader.shift, shift))
     for target, shift in shifts:
         if target not in plans:
-            tensor = _tensor(model, target, {}, role=role)
+            tensor = target.of(model)
             plans[target] = _TensorPlan(tensor, tensor.data, tensor.grad, [])
         plans[target].new = _shifted(target, plans[target].new, shift, role=role)
     return list(plans.values()), attributes
 
 
-def _tensor(model: nn.Module, stored: StoredTensor, by_axis: Mapping[int, _Cut], *, role: str) -> Tensor:
-    tensor = getattr(model.get_submodule(stored.module), stored.attribute)
-    for axis, cut in by_axis.items():
-        if not isinstance(tensor, Tensor) or tensor.dim() <= axis or tensor.shape[axis] != cut.size:
-            group = cut.removal.group
-            raise ValueError(
-                f"{role}: {stored.name} was traced with {group.width} neurons of {group.name} "
-                f"along dimension {axis}, and is now {getattr(tensor, 'shape', tensor)}; make a new pruner "
-                "after changing the model"
-            )
-    assert isinstance(tensor, Tensor)
-    return tensor
-
-
 def _plan_tensor(
     stored: StoredTensor, tensor: Tensor, by_axis: Mapping[int, _Cut], optimizers: Sequence[Optimizer]
 ) -> tuple[_TensorPlan, Tensor]:
-    """The sliced tensor, gradient and optimizer state; and W2[:, p] · E[h_p], (kept rows,) float64."""
+    """The sliced tensor with its gradient and optimizer state; and W2[:, p] · E[h_p], (kept rows,) float64."""
     states = [
         (optimizer.state[tensor], key, value)
         for optimizer in optimizers
         for key, value in sliceable_state(stored, tensor, optimizer).items()
     ]
-    together = [value for _, _, value in states if _lies_beside(value, tensor)]
-    tensors = [tensor.data, *([] if tensor.grad is None else [tensor.grad]), *together]
-    gathered, shift = _gather(tensors, by_axis)
+    # One call gathers everything of the tensor's shape. Factored moments have length 1 along some dimensions, which
+    # stay; other state may be on another device.
+    alike = [value for _, _, value in states if value.shape == tensor.shape and value.device == tensor.device]
+    gathered, shift = _gather([tensor.data, *([] if tensor.grad is None else [tensor.grad]), *alike], by_axis)
     new, *rest = gathered
     new_grad = rest.pop(0) if tensor.grad is not None else None
     new_state = []
     for state, key, value in states:
-        if _lies_beside(value, tensor):
+        if value.shape == tensor.shape and value.device == tensor.device:
             sliced = rest.pop(0)
-        else:  # factored moments have length 1 along some dimensions: those stay; others were moved to another device
-            sliced_axes = {axis: cut for axis, cut in by_axis.items() if value.shape[axis] != 1}
-            sliced = _gather([value], sliced_axes, compensate=False)[0][0]
+        else:
+            present = {axis: cut for axis, cut in by_axis.items() if value.shape[axis] != 1}
+            sliced = _gather([value], present, compensate=False)[0][0]
         new_state.append((state, key, sliced))
     return _TensorPlan(tensor, new, new_grad, new_state), shift
-
-
-def _lies_beside(value: Tensor, tensor: Tensor) -> bool:
-    return value.shape == tensor.shape and value.device == tensor.device
 
 
 def _gather(
@@ -279,11 +255,20 @@ def _gather(
     ], shift
 
 
-def _take_over(new: Tensor, weight: Tensor, by_axis: Mapping[int, _Cut]) -> Tensor:
-    """Add to `new`, the sliced `weight`, what makes the neurons that stay do the work of the pruned.
+def _memory_format(tensor: Tensor) -> torch.memory_format:
+    """channels_last for the filters of a channels_last model."""
+    if not tensor.is_contiguous():
+        for dimensions, memory_format in ((4, torch.channels_last), (5, torch.channels_last_3d)):
+            if tensor.dim() == dimensions and tensor.is_contiguous(memory_format=memory_format):
+                return memory_format
+    return torch.contiguous_format
+
+
+def apply_reconstruction(new: Tensor, weight: Tensor, by_axis: Mapping[int, _Cut]) -> Tensor:
+    """Add W2[:, p] A to `new`, the sliced `weight`, so that the remaining neurons replace the removed ones.
 
     Returns:
-        (kept rows,) float64, what is thereby added on average to what the layer computes.
+        (kept rows,) float64, what this adds on average to the output of the layer.
     """
     cut, device = by_axis[1], weight.device
     reconstruction, means = cut.removal.reconstruction, cut.means(cut.removal.keep)
@@ -299,28 +284,110 @@ def _take_over(new: Tensor, weight: Tensor, by_axis: Mapping[int, _Cut]) -> Tens
         projected = gone @ left
         new.addmm_(projected, right)
         return projected.double() @ (reconstruction.right.to(device) @ means.to(device))
-    # (rows, outer, neurons, inner · filter): a neuron's entries and the taps of its filter are taken over alike.
+    # (rows, outer, neurons, inner · filter): all entries of a neuron and all taps of its filter change alike.
     gone = gone.reshape(len(gone), cut.layout.outer, left.shape[0], -1).transpose(2, 3)
     change = ((gone @ left) @ right).transpose(2, 3)
     new.copy_((new.to(dtype) + change.reshape(new.shape)).to(new.dtype))
     return change.double().reshape(len(gone), means.numel(), -1).sum(2) @ means.to(device)
 
 
-def _memory_format(tensor: Tensor) -> torch.memory_format:
-    """Filters of a channels_last model stay so."""
-    if not tensor.is_contiguous():
-        for dimensions, memory_format in ((4, torch.channels_last), (5, torch.channels_last_3d)):
-            if tensor.dim() == dimensions and tensor.is_contiguous(memory_format=memory_format):
-                return memory_format
-    return torch.contiguous_format
-
-
 def _shifted(target: StoredTensor, values: Tensor, shift: Tensor, *, role: str) -> Tensor:
-    """A bias takes the shift up; a running mean, which is subtracted, takes up its opposite."""
-    shift = shift.to(values.device)
-    shifted = (values.double() - shift if target.attribute == "running_mean" else values.double() + shift).to(
-        values.dtype
-    )
+    """Add the shift to a bias, or subtract it from a running mean, which is itself subtracted."""
+    sign = -1 if target.attribute == "running_mean" else 1
+    shifted = (values.double() + sign * shift.to(values.device)).to(values.dtype)
     if not bool(shifted.isfinite().all()):
-        raise ValueError(f"{role}: compensating for pruned neurons makes {target.name} infinite or NaN")
+        raise ValueError(f"{role}: compensating for removed neurons makes {target.name} infinite or NaN")
     return shifted
+
+
+# --- Optimizers
+
+
+def require_sliceable_optimizer(optimizer: Optimizer) -> None:
+    """Raise a ValueError for an optimizer whose state is not stored parameter by parameter."""
+    if isinstance(optimizer, torch.optim.LBFGS):
+        raise ValueError("optimizer: LBFGS keeps one flat history of all parameters, which cannot be sliced")
+    if isinstance(optimizer, torch.optim.SparseAdam):
+        raise ValueError("optimizer: SparseAdam takes sparse gradients only, but those of pruned layers are dense")
+    if any(kind.__name__ == "ZeroRedundancyOptimizer" for kind in type(optimizer).__mro__):
+        raise ValueError(
+            "optimizer: ZeroRedundancyOptimizer keeps each parameter's state on one rank only, so the other ranks "
+            "cannot slice it; use a plain optimizer on every rank"
+        )
+
+
+def sliceable_state(stored: StoredTensor, tensor: Tensor, optimizer: Optimizer) -> dict[Any, Tensor]:
+    """The tensors in an optimizer's state of the parameter `tensor` that have its dimensions, by key; no scalars.
+
+    Raises:
+        ValueError: the state has a value, and nothing tells how it follows the parameter's shape.
+    """
+    sliceable = {}
+    for key, value in optimizer.state.get(tensor, {}).items():
+        if value is None or isinstance(value, int | float | str) or (isinstance(value, Tensor) and value.dim() == 0):
+            continue
+        if not isinstance(value, Tensor) or value.layout != torch.strided or not _fits(value.shape, tensor.shape):
+            kind = f"a tensor of shape {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
+            raise ValueError(
+                f"optimizer: {type(optimizer).__name__} keeps {key!r} of {stored.name}, {kind}, and the pruner does "
+                f"not know how it follows the parameter's shape {tuple(tensor.shape)}; nothing was pruned"
+            )
+        sliceable[key] = value
+    return sliceable
+
+
+def _fits(shape: torch.Size, parameter: torch.Size) -> bool:
+    return len(shape) == len(parameter) and all(a in (1, b) for a, b in zip(shape, parameter, strict=True))
+
+
+# --- Copies
+
+
+def checked_copies(model: nn.Module, copies: Sequence[nn.Module]) -> tuple[nn.Module, ...]:
+    """The copies without their wrappers, proven to have the model's structure and their own tensors.
+
+    Raises:
+        TypeError: it is not a sequence of modules.
+        ValueError: a copy has other modules or tensors than the model, or shares a tensor with the model or another
+            copy. The message names the copy (`copies[0]`) and the tensor.
+    """
+    if isinstance(copies, nn.Module | str) or not isinstance(copies, Sequence):
+        raise TypeError(f"copies: expected a list of modules, such as [ema_model], got {type(copies).__name__}")
+    owners = {ops.storage_key(tensor): "the model" for tensor in _tensors(model).values()} if copies else {}
+    found = []
+    for index, copy in enumerate(copies):
+        role = f"copies[{index}]"
+        if not isinstance(copy, nn.Module):
+            raise TypeError(f"{role}: expected a torch.nn.Module, got {type(copy).__name__}")
+        inner = unwrapped(copy)
+        _check_structure(model, inner, role)
+        for name, tensor in _tensors(inner).items():
+            owner = owners.setdefault(ops.storage_key(tensor), role)
+            if owner != role:
+                raise ValueError(f"{role}: it shares {name} with {owner}; a copy needs its own tensors")
+        found.append(inner)
+    return tuple(found)
+
+
+def _check_structure(model: nn.Module, copy: nn.Module, role: str) -> None:
+    kinds, copied_kinds = (
+        {name: type(module) for name, module in each.named_modules(remove_duplicate=False)} for each in (model, copy)
+    )
+    for name in [*kinds, *copied_kinds]:
+        if kinds.get(name) is not copied_kinds.get(name):
+            got, expected = (found[name].__name__ if name in found else "nothing" for found in (copied_kinds, kinds))
+            raise ValueError(f"{role}: {name or 'it'} is {got}, but {expected} in the model")
+    tensors, copied_tensors = _tensors(model), _tensors(copy)
+    for name in [*tensors, *copied_tensors]:
+        if name not in tensors or name not in copied_tensors:
+            raise ValueError(f"{role}: {name} is {'missing in it' if name in tensors else 'not in the model'}")
+        if tensors[name].shape != copied_tensors[name].shape:
+            shapes = tuple(copied_tensors[name].shape), tuple(tensors[name].shape)
+            raise ValueError(f"{role}: {name} has shape {shapes[0]}, but {shapes[1]} in the model")
+
+
+def _tensors(module: nn.Module) -> dict[str, Tensor]:
+    return {
+        **dict(module.named_parameters(remove_duplicate=False)),
+        **dict(module.named_buffers(remove_duplicate=False)),
+    }

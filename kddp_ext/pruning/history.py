@@ -1,4 +1,4 @@
-"""What was pruned, in the coordinates of the original network, so that a fresh one can be shrunk alike."""
+"""The history of everything that was pruned; a fresh network can be shrunk in the same way from it."""
 
 from __future__ import annotations
 
@@ -13,19 +13,22 @@ from torch import nn
 from kddp_ext.files import parse_json
 from kddp_ext.pruning.compaction import Removal, plan_compaction
 from kddp_ext.pruning.tracing.find import find_neurons
+from kddp_ext.pruning.tracing.groups import count_neurons
 
 FORMAT, VERSION = "kddp_ext.pruning_history", 1
-_MOST_CHARACTERS = 2**24  # of JSON: room for two million pruned neurons
+_MOST_CHARACTERS = 2**24  # of JSON: enough for two million pruned neurons
+
+_brief = reprlib.repr  # shows the first few of what may be millions of items
 
 
 class PruningHistory:
-    """The pruned neurons of each layer, step by step, numbered as in the network before any pruning.
+    """The pruned neurons of each layer, step by step, by their indices before any pruning.
 
     Args:
         original_widths: number of neurons by layer, before any pruning.
 
     Attributes:
-        original_widths: the same.
+        original_widths: the argument.
         steps: for each step, the pruned neurons (ascending original indices) by layer.
     """
 
@@ -33,8 +36,10 @@ class PruningHistory:
         self.original_widths: dict[str, int] = {}
         for layer, width in original_widths.items():
             if not isinstance(layer, str) or not _is_int(width) or width < 1:
-                found = f"{_brief(layer)}: {_brief(width)}"
-                raise ValueError(f"original_widths: expected widths of at least 1 by layer name, got {found}")
+                raise ValueError(
+                    "original_widths: expected widths of at least 1 by layer name, got "
+                    f"{_brief(layer)}: {_brief(width)}"
+                )
             self.original_widths[layer] = width
         self.steps: list[dict[str, list[int]]] = []
 
@@ -43,16 +48,16 @@ class PruningHistory:
             return NotImplemented
         return self.original_widths == other.original_widths and self.steps == other.steps
 
-    __hash__ = None  # type: ignore[assignment]  # it grows
+    __hash__ = None  # type: ignore[assignment]  # it is mutable
 
     def __repr__(self) -> str:
         layers = ", ".join(f"{name} {width}→{self.widths[name]}" for name, width in self.original_widths.items())
-        return f"PruningHistory({layers}; {len(self.steps)} steps)"
+        return f"PruningHistory({layers}; {len(self.steps)} step{'' if len(self.steps) == 1 else 's'})"
 
     @property
     def widths(self) -> dict[str, int]:
         """Number of neurons by layer, after all steps."""
-        widths = dict(self.original_widths)  # counted, for a file may claim any width
+        widths = dict(self.original_widths)  # no lists of neurons are made, because a file may claim any width
         for step in self.steps:
             for layer, indices in step.items():
                 widths[layer] -= len(indices)
@@ -63,7 +68,7 @@ class PruningHistory:
         return sorted(index for step in self.steps for index in step.get(layer, []))
 
     def kept(self, layer: str) -> list[int]:
-        """Original indices of the neurons that `layer` still has, in their order."""
+        """Original indices of the neurons that `layer` still has, ascending."""
         gone = set(self.pruned(layer))
         return [index for index in range(self.original_widths[layer]) if index not in gone]
 
@@ -74,17 +79,17 @@ class PruningHistory:
             pruned: original indices by layer.
 
         Raises:
-            ValueError: a layer or an index is unknown, pruned before, or repeated, or a layer would be
-                emptied. Nothing is recorded then.
+            ValueError: a layer or an index is unknown, an index was pruned before or is repeated, or a layer would lose
+                all neurons. Nothing is recorded then.
         """
         self._add_step(pruned, {layer: set(self.pruned(layer)) for layer in pruned})
 
     def _add_step(self, pruned: Mapping[str, Sequence[int]], gone: dict[str, set[int]]) -> None:
-        """Record one step, given what each layer has lost, to which it is added."""
+        """Record one step, and add it to `gone`, the neurons that each layer has lost."""
         step = {}
         for layer, indices in pruned.items():
             if layer not in self.original_widths:
-                raise ValueError(f"pruned: no layer {layer!r}; the history is of {_brief(list(self.original_widths))}")
+                raise ValueError(f"pruned: no layer {layer!r}; the history has {_brief(list(self.original_widths))}")
             width, lost = self.original_widths[layer], gone.setdefault(layer, set())
             for index in indices:
                 if not _is_int(index) or not 0 <= index < width:
@@ -93,35 +98,29 @@ class PruningHistory:
                     raise ValueError(f"pruned: neuron {index} of {layer} is pruned twice")
                 lost.add(index)
             if len(lost) == width:
-                raise ValueError(f"pruned: {layer} would lose all of its {width} neurons")
+                raise ValueError(f"pruned: {layer} would lose its {count_neurons(width)}, and one must stay")
             if len(indices):
                 step[layer] = sorted(indices)
         if step:
             self.steps.append(step)
 
     def copy(self) -> PruningHistory:
-        """A history of its own, with the same steps."""
+        """An independent history with the same steps."""
         other = PruningHistory(self.original_widths)
         other.steps = [dict(step) for step in self.steps]
         return other
 
     def to_json(self) -> str:
         """The history as JSON text, with its format and version."""
-        return json.dumps(
-            {
-                "format": FORMAT,
-                "version": VERSION,
-                "original_widths": self.original_widths,
-                "steps": self.steps,
-            }
-        )
+        content = {"format": FORMAT, "version": VERSION, "original_widths": self.original_widths, "steps": self.steps}
+        return json.dumps(content)
 
     @classmethod
     def from_json(cls, text: str) -> PruningHistory:
-        """Read what `to_json` wrote.
+        """Read the result of `to_json`.
 
         Raises:
-            ValueError: the text is no history, is of another version, or contradicts itself.
+            ValueError: the text is not a history, is of another version, or contradicts itself.
         """
         try:
             content = parse_json(text, most=_MOST_CHARACTERS)
@@ -137,17 +136,17 @@ class PruningHistory:
         if not isinstance(steps, list):
             raise ValueError(f"text: expected a list of steps, got {_brief(steps)}")
         history = cls(widths)
-        gone: dict[str, set[int]] = {}  # kept from step to step, or many steps take the square of their time
+        gone: dict[str, set[int]] = {}  # one dict for all steps, so that the time grows linearly with their number
         for step in steps:
             if not isinstance(step, dict) or not all(isinstance(indices, list) for indices in step.values()):
-                raise ValueError(f"text: expected each step to hold lists of neurons by layer, got {_brief(step)}")
+                raise ValueError(f"text: expected each step to have lists of neurons by layer, got {_brief(step)}")
             history._add_step(step, gone)
         return history
 
     def replay(self, model: nn.Module, example_inputs: tuple[Any, ...]) -> None:
-        """Shrink a fresh model, as its constructor made it, to the widths of this history.
+        """Shrink a fresh model to the widths of this history.
 
-        Its parameters keep the values of the neurons that stay; nothing is compensated.
+        Its parameters keep the values of the remaining neurons; nothing is compensated.
 
         Args:
             model: of the architecture that was pruned, at its original widths.
@@ -155,20 +154,20 @@ class PruningHistory:
 
         Raises:
             UnsupportedModelError: the model cannot be traced.
-            ValueError: a layer is missing, cannot be pruned, or is not of its original width (because the
-                history has been replayed onto it before). The model is left as it was.
+            ValueError: a layer is missing, cannot be pruned, or does not have its original width (for instance because
+                the history was replayed on it before). The model is not changed.
         """
         found = find_neurons(model, example_inputs)
         removals = []
         for layer, width in self.original_widths.items():
             if layer not in found.groups:
-                reason = found.refused.get(layer, "it has no such Linear layer")
-                raise ValueError(f"model: the history is of a layer {layer!r} that cannot be pruned here: {reason}")
+                reason = found.refused.get(layer, "it has no such layer")
+                raise ValueError(f"model: the history has a layer {layer!r} that cannot be pruned here: {reason}")
             group = found.groups[layer]
             if group.width != width:
                 raise ValueError(
-                    f"model: {layer} has {group.width} neurons where the history starts from {width}; replay "
-                    "it once, on a model as its constructor makes it"
+                    f"model: {layer} has {count_neurons(group.width)} but the history starts from {width}; replay it "
+                    "once, on a model with its original widths"
                 )
             kept = self.kept(layer)
             if len(kept) < width:
@@ -178,7 +177,3 @@ class PruningHistory:
 
 def _is_int(value: object) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
-
-
-def _brief(value: object) -> str:
-    return reprlib.repr(value)  # which looks at the first few of what may be millions

@@ -1,4 +1,4 @@
-"""Forward hooks that keep the value each layer's neurons had in the latest forward pass."""
+"""Forward hooks that keep the activations of each layer's neurons from the latest forward pass."""
 
 from __future__ import annotations
 
@@ -8,17 +8,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from kddp_ext.pruning.tracing.groups import NeuronGroup
+from kddp_ext.pruning.tracing.groups import NeuronGroup, count_neurons
 
-# Where a dropout leaves its input on its output, for the reader behind it; both are gone with the graph.
+# A dropout's hook stores its input under this attribute of its output, for the reader behind it.
 _BEFORE_DROPOUT = "_kddp_before_dropout"
 
 
-class Taps:
-    """The hooks of one pruner, and the latest value of each group.
+class ActivationHooks:
+    """The hooks of one pruner, and the latest activations of each group.
 
-    The hooks hold the values, not the pruner, so a model does not keep a pruner alive; a copied or unpickled
-    model gets hooks that do nothing, for its values are not those of the model that is pruned.
+    The hooks hold the activations and not the pruner, so a model does not keep a pruner alive. A copied or unpickled
+    model gets hooks that do nothing, because its activations are not those of the model that is pruned.
     """
 
     def __init__(self, model: nn.Module, groups: Iterable[NeuronGroup]) -> None:
@@ -33,30 +33,30 @@ class Taps:
             self._handles.append(reader.register_forward_pre_hook(hook, with_kwargs=True))
 
     def value(self, group: NeuronGroup) -> tuple[Tensor, int] | None:
-        """The value of the latest forward pass, and the dimension that the neurons are; None before any.
+        """The activations of the latest forward pass and the dimension of the neurons; None before a forward pass.
 
-        Neurons with several entries along a dimension get one of their own, entries before and behind it.
+        Where neurons have several entries along a dimension, it is split into outer entries, neurons and inner entries.
         """
         value, layout = self._hooks[group.name].value, group.value
         if value is None:
             return None
         if value.dim() != group.dimensions or value.shape[layout.axis] != group.width * layout.entries:
             raise RuntimeError(
-                f"activations: what {group.readers[0].module} reads was traced with {group.dimensions} dimensions and "
-                f"{group.width * layout.entries} entries along dimension {layout.axis}, and is now of shape "
-                f"{tuple(value.shape)}"
+                f"activations: {group.readers[0].module} was traced with an input of {group.dimensions} dimensions and "
+                f"{count_neurons(group.width)}, which have {group.width * layout.entries} entries along dimension "
+                f"{layout.axis}; now its shape is {tuple(value.shape)}"
             )
         if layout.entries == 1:
             return value, layout.axis
         return value.unflatten(layout.axis, (layout.outer, group.width, layout.inner)), layout.axis + 1
 
     def clear(self) -> None:
-        """Forget the values."""
+        """Forget the activations."""
         for hook in self._hooks.values():
             hook.value = None
 
     def remove(self) -> None:
-        """Take the hooks off the model."""
+        """Remove the hooks from the model."""
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
@@ -64,7 +64,7 @@ class Taps:
 
 
 class _InertHook:
-    """What a copy of a hook is."""
+    """A copy of a hook: it does nothing."""
 
     def __call__(self, *arguments: Any) -> None:
         return None
@@ -81,7 +81,7 @@ class _ReaderHook(_Hook):
         self._dropouts = dropouts
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if torch.compiler.is_exporting():  # another pruner traces the model: there are no values
+        if torch.compiler.is_exporting():  # another pruner traces the model with fake tensors
             return
         value = args[0] if args else kwargs["input"]
         for _ in range(self._dropouts):

@@ -1,34 +1,36 @@
-"""DynamicPruner: observes a student's neurons while it trains, and removes those that do nothing."""
+"""DynamicPruner: observes the neurons of a student while it trains, and removes those that do nothing."""
 
 from __future__ import annotations
 
 import weakref
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
 
+import torch
 from torch import nn
 from torch.optim import Optimizer
 
 from kddp_ext.activations.statistics import NeuronStatistics, TrackedActivations
-from kddp_ext.pruning.budget import ModelSize
-from kddp_ext.pruning.compaction import CompactionPlan, plan_compaction
-from kddp_ext.pruning.copies import checked_copies, unwrapped
-from kddp_ext.pruning.criteria import Criterion
-from kddp_ext.pruning.distributed import require_rewrappable, rewrap, wrappers_of
+from kddp_ext.pruning.compaction import (
+    CompactionPlan,
+    Removal,
+    checked_copies,
+    plan_compaction,
+    require_sliceable_optimizer,
+)
+from kddp_ext.pruning.distributed import Ranks, agree, apply_on_all, gather, require_rewrappable, rewrap, wrappers_of
 from kddp_ext.pruning.history import PruningHistory
-from kddp_ext.pruning.hooks import Taps
-from kddp_ext.pruning.observation import LayerObservation
-from kddp_ext.pruning.preview import Preview
-from kddp_ext.pruning.ranks import Confirmation, Ranks, observe_together, plan_together
-from kddp_ext.pruning.report import PruneReport
-from kddp_ext.pruning.schedule import Schedule
-from kddp_ext.pruning.selection import LayerDecision, decide
-from kddp_ext.pruning.settings import PruningSettings
+from kddp_ext.pruning.hooks import ActivationHooks
+from kddp_ext.pruning.reconstruction import reconstruct
+from kddp_ext.pruning.report import Preview, PruneReport
+from kddp_ext.pruning.selection import LayerDecision, LayerObservation, ModelSize, decide
+from kddp_ext.pruning.settings import Criterion, PruningSettings, Schedule
 from kddp_ext.pruning.state import PrunerState
-from kddp_ext.pruning.tracing.find import find_neurons
-from kddp_ext.pruning.validation import check_model, checked_optimizers, choose_layers
+from kddp_ext.pruning.tracing.find import TracedNeurons, UnsupportedModelError, find_neurons
+from kddp_ext.pruning.tracing.graph import unwrapped
+from kddp_ext.pruning.tracing.groups import NeuronGroup
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -36,66 +38,68 @@ if TYPE_CHECKING:
 
 
 class DynamicPruner:
-    """Finds the inactive neurons of a model's hidden Linear layers while it trains, and removes them.
+    """Finds the inactive neurons of a model's hidden layers while it trains, and removes them.
 
-    Pass `activations` to `kddp_ext.fused_kd_l1_loss` at every step, and call `prune()` every so often (once
-    an epoch, say). `prune()` makes the layers physically smaller, with their gradients and the optimizer's
-    state; parameters keep their identity, so the training loop goes on unchanged. A copy of a pruner (copy.deepcopy,
-    pickle) is closed: make a new one for a copied model.
+    Pass `activations` to `kddp_ext.fused_kd_l1_loss` at every step, and call `prune()` regularly, for example once an
+    epoch. `prune()` makes the layers physically smaller, together with their gradients and the optimizer's state. All
+    parameters keep their identity, so the training loop needs no change. A copy of a pruner (copy.deepcopy, pickle) is
+    closed; make a new pruner for a copied model.
 
     Args:
-        model: the student, also inside of torch.compile or DistributedDataParallel, which is brought in line after
-            a prune. Its layers are found by tracing; nothing of it is changed but for forward hooks.
-        optimizer: the optimizer whose state is sliced along, or a list where several train the model; None where
-            there is none.
-        example_inputs: positional arguments for the model's forward, as a tuple; two samples are enough.
-        criterion: "contribution" (default: what varies in the next layer because of the neuron; blind neither
-            to constant neurons nor to rescaling between layers), "mean_activation", "apoz" or "dead"; or a
-            function `f(statistics: NeuronStatistics, outgoing: Tensor) -> Tensor` of a layer's H neurons, where
-            `outgoing` is ‖W2[:,j]‖₂ of the weights that read each, (H,) float64, and the result their
-            activities, (H,), finite and not negative. It must depend on nothing else.
-        threshold: a neuron is inactive at a check when its activity is below this, in (0, 1]. Relative to the
-            layer's most active neuron for "contribution" and "mean_activation", a share of the samples for
-            "apoz", unused by "dead", any positive number for a function. Default 0.01.
-        patience: a neuron is removed when it was inactive at so many checks in a row. Default 2, so that one
-            unlucky interval removes nothing.
-        minimum_width: no layer gets narrower than this. Default 1.
-        round_to: widths are rounded up to a multiple of this by keeping the most active of the neurons to be
-            removed. Default 1; 8 or 16 suit matrix units.
-        maximum_share: at most this share of a layer's present neurons goes in one prune, the least active
-            first, in (0, 1]; rounded down, so nothing goes of a layer where it is less than one neuron.
-            Default 1.0: all that are due.
-        target_parameters: once the model has so few parameters, nothing more goes; a prune that gets there
-            removes only the least active neurons of all layers that it takes. Default None: no such bound.
-        target_macs: the same for multiply-accumulates of one sample. With both, pruning stops when both hold.
-        compensate: add what removed neurons contributed on average to the next layer's bias (or, where it has
-            none and a BatchNorm follows, to that). Default True.
-        reconstruction_samples: how many of the latest values of each layer are kept, from which what varied in the
-            removed neurons is expressed through those that stay and added to their weights in the next layer
-            (ridge regression). Default 256: a few batches' worth. 0 compensates the average alone.
-        layers: names of the layers to prune; by default all that can be.
-        copies: modules of the model's structure that are pruned with it, such as a moving average of its
-            weights (torch.optim.swa_utils.AveragedModel, or a plain copy). Default: none.
-        process_group: the processes that prune together, each with its share of the samples: all must call
-            `prune()`. Default None: those of the model's DistributedDataParallel, else all of
-            torch.distributed, where it is initialised. False: this process prunes by itself.
-        interval: `step()` prunes at every so many calls. Default None: only `prune()` does.
-        start: `step()` does not prune before so many calls. What was seen in the intervals before is not
-            judged. Default 0.
-        l1_weight: what the property `l1_weight` rises to, for the loss. Default 0.0.
-        l1_warmup: over how many calls of `step()` it rises. Default 0: it is there at once.
+        model: the student. It may be wrapped in torch.compile or DistributedDataParallel; a wrapper is updated after
+            each prune. The prunable layers are found by tracing. Nothing is added to the model except forward hooks.
+        optimizer: the optimizer whose state is sliced with the parameters, a list where several optimizers train the
+            model, or None.
+        example_inputs: positional arguments for the model's forward, as a tuple; a batch of two samples is enough.
+        criterion: how active a neuron is. "contribution" (default) measures how much the next layer's input varies with
+            the neuron; it ignores constant neurons and is invariant to rescaling between layers. The others are
+            "mean_activation", "apoz", "dead", or a function `f(statistics: NeuronStatistics, outgoing: Tensor) ->
+            Tensor` for a layer of H neurons. `outgoing` is ‖W2[:,j]‖₂ of the weights that read each neuron, (H,)
+            float64; the result are the activities, (H,), finite and not negative. The function must depend on its
+            arguments only.
+        threshold: a neuron is inactive at a check when its activity is below this, in (0, 1]. It is relative to the
+            layer's most active neuron for "contribution" and "mean_activation", a share of the samples for "apoz",
+            unused by "dead", and any positive number for a function. Default 0.01.
+        patience: a neuron is removed when it was inactive at this many consecutive checks. Default 2, so that a single
+            unusual interval removes nothing.
+        minimum_width: no layer becomes narrower than this. Default 1.
+        round_to: widths are rounded up to a multiple of this; the most active of the neurons to be removed are kept.
+            Default 1. 8 or 16 suit matrix units.
+        maximum_share: at most this share of a layer's present neurons is removed by one prune, the least active first,
+            in (0, 1]. The number is rounded down, so nothing is removed where it is less than one neuron. Default 1.0:
+            no limit.
+        target_parameters: no neurons are removed once the model has at most this many parameters. The prune that gets
+            there removes only as many neurons as necessary, the least active of all layers. Default None: no target.
+        target_macs: the same for the multiply-accumulates of one sample. With both targets, pruning stops when both are
+            met.
+        compensate: add the mean contribution of removed neurons to the next layer's bias, or to the BatchNorm behind a
+            layer without bias. Default True.
+        reconstruction_samples: the number of recent values of each neuron that are kept. From them, a ridge regression
+            expresses the variation of removed neurons through the remaining ones, and the result is added to the next
+            layer's weights. Default 256, which are a few batches' worth. 0 compensates only the mean.
+        layers: names of the layers to prune. Default: all prunable layers.
+        copies: modules of the model's structure that are pruned with it, such as a moving average of its weights
+            (torch.optim.swa_utils.AveragedModel, or a plain copy). Default: none.
+        process_group: the processes that prune together, each with its share of the samples; all must call `prune()`.
+            Default None: those of the model's DistributedDataParallel, or all of torch.distributed where it is
+            initialised. False: this process prunes by itself.
+        interval: `step()` prunes at every `interval`-th call. Default None: only `prune()` prunes.
+        start: `step()` does not prune before this many calls, and discards the statistics of the intervals before.
+            Default 0.
+        l1_weight: the final value of the property `l1_weight`, for the loss. Default 0.0.
+        l1_warmup: the number of calls of `step()` over which `l1_weight` rises linearly from 0. Default 0: no warmup.
 
     Attributes:
-        settings: the arguments that its decisions depend on. May be replaced between checks:
-            `pruner.settings = dataclasses.replace(pruner.settings, threshold=0.02)`. More `reconstruction_samples` are
-            kept from the next check on.
-        schedule: the arguments that count steps; may be replaced likewise.
-        refused: the reason by layer name, for each Linear and convolution that cannot be pruned.
+        settings: the arguments that decisions depend on. They may be replaced between checks:
+            `pruner.settings = dataclasses.replace(pruner.settings, threshold=0.02)`. A larger `reconstruction_samples`
+            takes effect after the next check.
+        schedule: the arguments that count steps; they may be replaced too.
+        refused: by layer name, the reason why a Linear layer or convolution cannot be pruned.
 
     Raises:
         TypeError, ValueError: an argument is wrong; the message names it.
-        UnsupportedModelError: (a ValueError) a layer asked for, or every layer, cannot be pruned; the message
-            says why for each.
+        UnsupportedModelError: (a ValueError) a requested layer, or every layer, cannot be pruned; the message gives the
+            reason for each.
     """
 
     def __init__(
@@ -122,19 +126,19 @@ class DynamicPruner:
         l1_weight: float = 0.0,
         l1_warmup: int = 0,
     ) -> None:
-        check_model(model)
+        _check_model(model)
         model = unwrapped(model)
-        self._optimizers = checked_optimizers(optimizer, model)
+        self._optimizers = _checked_optimizers(optimizer, model)
         if not isinstance(example_inputs, tuple):
             raise TypeError(
-                "example_inputs: expected a tuple of the forward's positional arguments, such as "
-                f"(images[:2],), got {type(example_inputs).__name__}"
+                "example_inputs: expected a tuple of the forward's positional arguments, such as (images[:2],), got "
+                f"{type(example_inputs).__name__}"
             )
         self.model = model
         self.optimizer = optimizer
         self._copies = checked_copies(model, copies)
         self._process_group = process_group
-        self._ranks("process_group")  # its errors belong here
+        self._ranks("process_group")  # raises where the argument is wrong
         self.settings = PruningSettings(
             criterion=criterion,
             threshold=threshold,
@@ -151,15 +155,15 @@ class DynamicPruner:
 
         found = find_neurons(model, example_inputs)
         self.refused = found.refused
-        groups = choose_layers(model, found.groups, found.refused, layers)
+        groups = _choose_layers(model, found, layers)
         self._positions = found.positions
-        self._state = PrunerState.fresh(model, groups, samples=self.settings.samples)
-        self._taps: Taps | None = Taps(model, groups)
-        weakref.finalize(self, self._taps.remove)
+        self._state = PrunerState.fresh(model, groups, self.settings)
+        self._hooks: ActivationHooks | None = ActivationHooks(model, groups)
+        weakref.finalize(self, self._hooks.remove)
 
     def __getstate__(self) -> dict[str, Any]:
-        """A copy, or one from a pickle, is closed: the hooks on its model are those of no pruner."""
-        return {**self.__dict__, "_taps": None}
+        """A copy or an unpickled pruner is closed, because its model has no hooks of this pruner."""
+        return {**self.__dict__, "_hooks": None}
 
     def __repr__(self) -> str:
         widths = ", ".join(f"{name} {width}" for name, width in self.widths.items())
@@ -167,12 +171,12 @@ class DynamicPruner:
 
     @property
     def widths(self) -> dict[str, int]:
-        """Number of neurons by layer, now."""
+        """Present number of neurons by layer."""
         return self._state.widths
 
     @property
     def history(self) -> PruningHistory:
-        """What has been pruned since the model's constructor, or since this pruner was made."""
+        """Everything that was pruned since the model was constructed, or since this pruner was made."""
         return self._state.history
 
     @property
@@ -182,29 +186,28 @@ class DynamicPruner:
 
     @property
     def l1_weight(self) -> float:
-        """The weight to give the L1 penalty in the loss now: it rises linearly with the calls of `step()`."""
+        """The present weight of the L1 penalty for the loss; it rises linearly with the calls of `step()`."""
         return self.schedule.l1_weight_after(self._state.steps)
 
     @property
     def activations(self) -> TrackedActivations:
-        """The neurons' values in the latest forward pass, for each layer of `widths`.
+        """The neurons' activations in the latest forward pass, for each layer of `widths`.
 
-        They are what the next layer reads, taken before a Dropout in front of it, and part of the autograd graph:
-        (N, H) of a Linear, (..., H) where it is applied along a sequence, (N, C, *positions) of a convolution; their
-        `axes` say which dimension the neurons are. Positions count as samples.
+        They are the values that the next layer reads, taken before a Dropout in front of it, and part of the autograd
+        graph. Shapes: (N, H) for a Linear layer, (..., H) where it is applied along a sequence, (N, C, *positions) for
+        a convolution. `axes` tells which dimension the neurons are. Positions count as samples.
 
         Raises:
-            RuntimeError: no forward pass since the pruner was made or last pruned, or the pruner is closed.
+            RuntimeError: there was no forward pass since the pruner was made or last pruned, or the pruner is closed.
         """
-        taps = self._open_taps("activations")
+        hooks = self._open_hooks("activations")
         values, axes = [], []
         for group, statistics in zip(self._state.groups, self._state.statistics, strict=True):
-            seen = taps.value(group)
+            seen = hooks.value(group)
             if seen is None:
                 raise RuntimeError(
-                    f"activations: no forward pass has reached {group.name} since the pruner was made or last "
-                    "pruned; call the model first (a compiled model must not have been called before the pruner "
-                    "was made)"
+                    f"activations: no forward pass has reached {group.name} since the pruner was made or last pruned; "
+                    "call the model first (a compiled model must not have been called before the pruner was made)"
                 )
             value, axis = seen
             statistics.to(value.device)  # the model may have been moved
@@ -213,124 +216,219 @@ class DynamicPruner:
         return TrackedActivations(values, self._state.statistics, axes)
 
     def prune(self) -> PruneReport:
-        """Check every layer, and remove the neurons that were inactive at `patience` checks in a row.
+        """Check every layer, and remove the neurons that were inactive at `patience` consecutive checks.
 
-        The statistics start afresh afterwards. Where anything fails, the model, the optimizer and the pruner
-        are as they were.
+        The statistics start afresh afterwards. If anything fails, the model, the optimizer and the pruner stay as they
+        were.
 
         Returns:
-            What was done; `print` it.
+            What was done; `print` it. Its `warnings` tell where a layer has collapsed.
 
         Raises:
-            RuntimeError: there are no statistics since the last check, or the pruner is closed. Where several
-                processes prune together: one of them failed, or differs from the others. Nothing is changed on
-                any of them then, and all raise the same error, which names the rank.
-            ValueError: a layer's statistics or weights are not finite, or a tensor of the model or the
-                optimizer does not have the expected shape.
-            TypeError, ValueError: a criterion of your own returned no activities.
+            RuntimeError: there are no statistics since the last check, or the pruner is closed. Where several processes
+                prune together: one of them failed or differs from the others; nothing is changed on any of them, and
+                all raise the same error, which names the rank.
+            ValueError: a layer's statistics or weights are not finite, or a tensor of the model or the optimizer does
+                not have the expected shape.
+            TypeError, ValueError: the user's criterion returned no valid activities.
         """
-        return self._prune(self._state, self._open_taps("prune"))
+        return self._prune(self._state, self._open_hooks("prune"))
 
     def step(self) -> PruneReport | None:
         """Count a training step: call it once after each `optimizer.step()`.
 
-        At every `interval`-th call from `start` on it prunes, as `prune()` does. Where that fails, the step is
-        not counted.
+        From step `start` on, every `interval`-th call prunes like `prune()`. If that fails, the step is not counted.
 
         Returns:
-            What a prune did; None where it was no step to prune at.
+            What a prune did; None at a step without one.
         """
-        taps = self._open_taps("step")
+        hooks = self._open_hooks("step")
         state = replace(self._state, steps=self._state.steps + 1)
         if self.schedule.check_due(state.steps):
-            return self._prune(state, taps)
-        if self.schedule.interval_ends(state.steps):  # before start: what is judged later is the last interval
+            return self._prune(state, hooks)
+        if self.schedule.interval_ends(state.steps):  # before `start`: the next interval begins with no statistics
             self.reset()
         self._state = state
         return None
 
     def preview(self, threshold: float | None = None) -> Preview:
-        """What a prune now would do if every inactive neuron had been so for long enough; nothing is changed.
+        """What a prune now would do if every inactive neuron had been inactive for long enough; nothing is changed.
 
         Args:
-            threshold: to try instead of the pruner's own.
+            threshold: to be tried instead of the pruner's own.
 
         Returns:
             The widths, the model's size and the predicted change of the outputs; `print` it.
 
         Raises:
-            RuntimeError, ValueError: as of `prune`.
+            RuntimeError, ValueError: as `prune` does.
         """
-        self._open_taps("preview")
-        tried = self.settings.threshold if threshold is None else threshold
-        settings = replace(self.settings, threshold=tried, patience=1)
+        self._open_hooks("preview")
+        threshold = self.settings.threshold if threshold is None else threshold
+        settings = replace(self.settings, threshold=threshold, patience=1)
         size = ModelSize(self.model, self._state.groups, self._positions)
         decisions = decide(self._state.observe(self.model, caller="preview"), settings, size)
         return Preview.of(decisions, size, settings.threshold)
 
     def reset(self) -> None:
-        """Forget the statistics since the last check."""
+        """Discard the statistics since the last check."""
         for statistics in self._state.statistics:
             statistics.reset()
 
     def close(self) -> None:
-        """Take the hooks off the model. The history stays readable."""
-        if self._taps is not None:
-            self._taps.remove()
-        self._taps = None
+        """Remove the hooks from the model. The history stays readable."""
+        if self._hooks is not None:
+            self._hooks.remove()
+        self._hooks = None
 
     def state_dict(self) -> dict[str, Any]:
         """Statistics, patience counters, steps, first scales and history, as plain tensors, numbers and strings.
 
-        To resume, rebuild the model with `PruningHistory.from_json(state["history"]).replay(...)`, make
-        optimizer and pruner for it, and load their states.
+        To resume, rebuild the model with `PruningHistory.from_json(state["history"]).replay(...)`, make an optimizer
+        and a pruner for it, and load their states.
         """
         return self._state.to_dict()
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Restore what `state_dict` returned, for a model of the same widths.
+        """Restore the result of `state_dict`, for a model of the same widths.
 
         Raises:
-            ValueError: the state is of another version, of other layers or of other widths. Nothing is
-                changed then.
+            ValueError: the state is of another version, of other layers or of other widths. Nothing is changed.
         """
         self._state = self._state.restored(state)
 
-    def _prune(self, state: PrunerState, taps: Taps) -> PruneReport:
+    def _prune(self, state: PrunerState, hooks: ActivationHooks) -> PruneReport:
+        """Observe, gather, select, plan, apply."""
         ranks, wrappers = self._ranks("prune")
         observe = partial(state.observe, self.model, caller="prune")
-        observations = observe_together(  # 1. the statistics are complete
-            ranks, observe, model=self.model, settings=self.settings, steps=state.steps
+        observations = gather(ranks, observe, model=self.model, settings=self.settings, steps=state.steps)
+        plan = agree(ranks, partial(self._plan, observations, state, wrappers), lambda planned: planned.decisions)
+        refresh = [partial(rewrap, wrapper) for wrapper in wrappers if plan.report.neurons_pruned]
+        apply_on_all(
+            ranks,
+            lambda confirm: plan.compaction.apply([(self, "_state", plan.state)], refresh=refresh, confirm=confirm),
         )
-        plan = partial(self._plan, observations, state, wrappers)
-        _, (compaction, new_state, report) = plan_together(ranks, plan)  # 2. nothing is changed yet
-        refresh = [partial(rewrap, wrapper) for wrapper in wrappers if report.neurons_pruned]
-        with Confirmation(ranks) as confirmation:  # 3. all of it, or nothing
-            compaction.apply([(self, "_state", new_state)], refresh=refresh, confirm=confirmation.done)
-        taps.clear()
-        return report
+        hooks.clear()
+        return plan.report
 
     def _plan(
-        self,
-        observations: Sequence[LayerObservation],
-        state: PrunerState,
-        wrappers: Sequence[DistributedDataParallel],
-    ) -> tuple[Sequence[LayerDecision], tuple[CompactionPlan, PrunerState, PruneReport]]:
+        self, observations: Sequence[LayerObservation], state: PrunerState, wrappers: Sequence[DistributedDataParallel]
+    ) -> _Plan:
+        """Select the neurons and prepare their removal; nothing is changed."""
         size = ModelSize(self.model, state.groups, self._positions)
-        decisions = decide(observations, self.settings, size)  # a function of its arguments alone
-        removals = [decision.removal for decision in decisions if decision.pruned.numel()]
+        decisions = decide(observations, self.settings, size)
+        if self.settings.compensate and self.settings.reconstruction_samples:
+            decisions = tuple(fit_reconstruction(decision) for decision in decisions)
         for wrapper in wrappers:
             require_rewrappable(wrapper)
         checked_copies(self.model, self._copies)
+        removals = [_removal(decision) for decision in decisions if decision.pruned.numel()]
         compaction = plan_compaction(self.model, removals, self._optimizers, self._copies)
-        return decisions, (compaction, state.after(decisions, self.settings.samples), PruneReport.of(decisions, size))
+        return _Plan(decisions, compaction, state.after(decisions, self.settings), PruneReport.of(decisions, size))
 
     def _ranks(self, caller: str) -> tuple[Ranks, Sequence[DistributedDataParallel]]:
-        """The processes that prune together now, and the wrappers to be brought in line."""
+        """The processes that prune together now, and the wrappers to be updated."""
         wrappers = wrappers_of([self.model, *self._copies])
         return Ranks.of(self._process_group, wrappers, caller=caller), wrappers
 
-    def _open_taps(self, caller: str) -> Taps:
-        if self._taps is None:
-            raise RuntimeError(f"{caller}: the pruner is closed, as every copy of one is")
-        return self._taps
+    def _open_hooks(self, caller: str) -> ActivationHooks:
+        if self._hooks is None:
+            raise RuntimeError(f"{caller}: the pruner is closed; copies of a pruner are always closed")
+        return self._hooks
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """Everything that a prune is about to do."""
+
+    decisions: tuple[LayerDecision, ...]
+    compaction: CompactionPlan
+    state: PrunerState
+    report: PruneReport
+
+
+def fit_reconstruction(decision: LayerDecision) -> LayerDecision:
+    """Fit the removed neurons to the remaining ones, which costs an eigendecomposition for each pruned layer."""
+    ring, readers = decision.observation.statistics.ring, decision.group.readers
+    if ring is None or not decision.pruned.numel():
+        return decision
+    reconstruction = reconstruct(
+        ring.samples,
+        decision.keep,
+        decision.pruned,
+        decision.observation.outgoing,
+        constant=all(reader.shift is not None for reader in readers),
+        padded=any(reader.padded for reader in readers),
+    )
+    return replace(decision, reconstruction=reconstruction)
+
+
+def _removal(decision: LayerDecision) -> Removal:
+    if not decision.compensate:
+        return Removal(decision.group, decision.keep)
+    statistics = decision.observation.statistics
+    means = statistics.mean if decision.group.positions is None else statistics.position_mean
+    return Removal(decision.group, decision.keep, means, decision.reconstruction)
+
+
+# --- Arguments
+
+
+def _check_model(model: nn.Module) -> None:
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
+    if isinstance(model, nn.DataParallel):
+        raise UnsupportedModelError(
+            "model: DataParallel computes in replicas that cannot be observed; use DistributedDataParallel"
+        )
+    if isinstance(model, torch.jit.ScriptModule):
+        raise UnsupportedModelError("model: a scripted module cannot be changed; pass the module it was made from")
+    if any(nn.parameter.is_lazy(each) for each in (*model.parameters(), *model.buffers())):
+        raise UnsupportedModelError("model: its lazy modules have no parameters yet; call it on a batch first")
+
+
+def _checked_optimizers(optimizer: Optimizer | Sequence[Optimizer] | None, model: nn.Module) -> tuple[Optimizer, ...]:
+    """The optimizers, each able to follow changes of this model."""
+    if optimizer is None or isinstance(optimizer, Optimizer):
+        optimizers: Sequence[Optimizer] = () if optimizer is None else (optimizer,)
+    elif isinstance(optimizer, Sequence) and all(isinstance(each, Optimizer) for each in optimizer):
+        optimizers = optimizer
+    else:
+        got = f"{optimizer!r}" if isinstance(optimizer, list | tuple) else type(optimizer).__name__
+        raise TypeError(f"optimizer: expected a torch.optim.Optimizer, a list of them or None, got {got}")
+    for each in optimizers:
+        require_sliceable_optimizer(each)
+        held = {id(parameter) for group in each.param_groups for parameter in group["params"]}
+        if not any(id(parameter) in held for parameter in model.parameters()):
+            raise ValueError(
+                f"optimizer: {type(each).__name__} holds none of the model's parameters; was it made for another model?"
+            )
+    return tuple(optimizers)
+
+
+def _choose_layers(model: nn.Module, found: TracedNeurons, layers: Sequence[str] | None) -> tuple[NeuronGroup, ...]:
+    """The groups of the named layers, or all groups, in the order of the forward pass."""
+    groups, refused = found.groups, found.refused
+    if layers is None:
+        if groups:
+            return tuple(groups.values())
+        reasons = "".join(f"\n  {name}: {reason}" for name, reason in refused.items())
+        raise UnsupportedModelError(
+            f"model: it has no layer that can be pruned{reasons or ', because it has no Linear layer or convolution'}"
+        )
+    if isinstance(layers, str) or not isinstance(layers, Sequence) or not all(isinstance(n, str) for n in layers):
+        raise TypeError(f"layers: expected a list of layer names or None, got {layers!r}")
+    if not layers or len(set(layers)) < len(layers):
+        raise ValueError(f"layers: expected at least one name and no repeated ones, got {layers!r}")
+    modules = dict(model.named_modules(remove_duplicate=False))
+    producers = {name for group in groups.values() for name in group.producers}
+    for name in layers:
+        if name not in producers:
+            if name in refused:
+                reason = refused[name]
+            elif name not in modules:
+                reason = f"the model has no such module; its prunable layers are {', '.join(groups) or 'none'}"
+            else:
+                reason = f"it is a {type(modules[name]).__name__}; only Linear layers and convolutions can be pruned"
+            raise UnsupportedModelError(f"layers: {name} cannot be pruned: {reason}")
+    return tuple(group for group in groups.values() if not set(layers).isdisjoint(group.producers))

@@ -1,9 +1,8 @@
-"""What pruned neurons computed, expressed through those that stay: h_p ≈ E[h_p] + A (h_k - E[h_k]).
+"""Expresses removed neurons through the remaining ones: h_p ≈ E[h_p] + A (h_k - E[h_k]).
 
-A is the ridge regression over some samples of the layer's values. With S samples of K kept neurons it is kept as two
-factors of rank S, for a wide layer has more neurons than samples. How much ridge there is, and whether the regression
-is worth anything beyond the mean, leave-one-out errors decide: neurons that cannot be predicted from the others are
-replaced by their mean alone.
+A is a ridge regression over some samples of the layer's values. With S samples it is stored as two factors of rank S,
+because a wide layer has more neurons than samples. Leave-one-out errors choose the strength of the ridge and decide
+whether the regression is better than the mean alone; neurons that cannot be predicted are replaced by their mean.
 """
 
 from __future__ import annotations
@@ -13,24 +12,24 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-# Ridges that are tried, relative to the largest eigenvalue of the samples' Gram matrix.
+# Candidate ridges, relative to the largest eigenvalue of the samples' Gram matrix.
 RIDGES = tuple(10.0**-exponent for exponent in range(9))
-# Of the error of the mean alone: above this nothing is gained that noise could not give.
+# The regression must reduce the error of the mean alone by more than noise can: to this share at most.
 _WORTHWHILE = 0.9
-# Errors are estimated over so many random mixtures of the pruned neurons.
+# Errors are estimated over this number of random combinations of the removed neurons.
 _MIXTURES = 32
 _FEWEST_SAMPLES = 16
 
 
 @dataclass(frozen=True)
 class Reconstruction:
-    """A = left @ right, (P, K).
+    """The matrix A = left @ right, (P, K), for P removed and K remaining neurons.
 
     Attributes:
         left: (P, S) float64.
-        right: (S, K) float64, its rows no longer than 1, so that both can be multiplied in float32.
-        error: leave-one-out squared error of what the pruned neurons add to the next layer, relative to that of their
-            mean (of nothing, where the next layer cannot take up a constant).
+        right: (S, K) float64; the norms of its rows are at most 1, so float32 is enough for the products.
+        error: leave-one-out squared error of the removed neurons' contribution to the next layer, relative to the error
+            of replacing them by their mean (by zero, where the next layer cannot absorb a constant).
     """
 
     left: Tensor
@@ -41,17 +40,19 @@ class Reconstruction:
 def reconstruct(
     samples: Tensor, keep: Tensor, pruned: Tensor, outgoing: Tensor, *, constant: bool = True, padded: bool = False
 ) -> Reconstruction | None:
-    """How the pruned neurons follow from the others; None where their mean does as well.
+    """Fit the removed neurons to the remaining ones; None where their mean is as good.
+
+    Costs an eigendecomposition of the (S, S) Gram matrix.
 
     Args:
         samples: (S, H), values of the layer's neurons.
-        keep: (K,) int64, neurons that stay.
-        pruned: (P,) int64, neurons that go.
-        outgoing: (H,) float64, ‖W2[:,j]‖₂: the errors of each neuron weigh as much.
-        constant: whether the next layer can take up a constant. Where not, the neurons that stay must make up for the
-            mean as well: h_p ≈ A h_k.
-        padded: whether the next layer reads zeros beyond a border, which a constant would not know of; then it is also
-            h_p ≈ A h_k, and the constant what that leaves on average.
+        keep: (K,) int64, the neurons that remain.
+        pruned: (P,) int64, the neurons to be removed.
+        outgoing: (H,) float64, ‖W2[:,j]‖₂, the weight of each neuron's error.
+        constant: whether the next layer can absorb a constant. Otherwise the fit is h_p ≈ A h_k, so that the remaining
+            neurons also replace the mean.
+        padded: whether the next layer reads zeros beyond a border. The fit is then also h_p ≈ A h_k, and the constant
+            is the mean of the residual, because a larger constant would be wrong at the border.
     """
     if not len(pruned) or len(samples) < _FEWEST_SAMPLES or not bool(samples.isfinite().all()):
         return None
@@ -67,21 +68,22 @@ def reconstruct(
     generator = torch.Generator("cpu").manual_seed(0)
     mixtures = torch.randn(len(pruned), _MIXTURES, generator=generator, dtype=torch.float64, device="cpu")
     weighted = outgoing[pruned, None] * mixtures
+    # The leave-one-out error of a mean is the deviation times S / (S - 1).
     without = (centred[:, pruned] * (len(samples) / (len(samples) - 1)) if constant else gone) @ weighted
-    of_mean = float(without.square().sum())
+    error_of_mean = float(without.square().sum())
     target = gone @ weighted
-    share = 1 / len(samples) if fitted is centred else 0.0  # of each sample in the mean
-    errors = [_left_out_error(target, eigenvalues, vectors, ridge * highest, share) for ridge in RIDGES]
+    mean_leverage = 1 / len(samples) if fitted is centred else 0.0
+    errors = [_left_out_error(target, eigenvalues, vectors, ridge * highest, mean_leverage) for ridge in RIDGES]
     best = min(range(len(RIDGES)), key=errors.__getitem__)
-    if not errors[best] < _WORTHWHILE * of_mean:
+    if not errors[best] < _WORTHWHILE * error_of_mean:
         return None
     whitened = vectors / (eigenvalues + RIDGES[best] * highest).sqrt()
-    return Reconstruction(gone.T @ whitened, whitened.T @ kept, errors[best] / of_mean)
+    return Reconstruction(gone.T @ whitened, whitened.T @ kept, errors[best] / error_of_mean)
 
 
-def _left_out_error(target: Tensor, eigenvalues: Tensor, vectors: Tensor, ridge: float, share: float) -> float:
-    """Squared error of the regression of each sample from all others (Allen's PRESS), without refitting."""
+def _left_out_error(target: Tensor, eigenvalues: Tensor, vectors: Tensor, ridge: float, mean_leverage: float) -> float:
+    """Squared error of predicting each sample from all others (Allen's PRESS), without refitting."""
     shrunk = eigenvalues / (eigenvalues + ridge)
     fitted = vectors @ (shrunk[:, None] * (vectors.T @ target))
-    leverage = vectors.square() @ shrunk + share
+    leverage = vectors.square() @ shrunk + mean_leverage
     return float(((target - fitted) / (1 - leverage).clamp(min=1e-9)[:, None]).square().sum())

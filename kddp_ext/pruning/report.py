@@ -1,35 +1,37 @@
-"""What a prune did, layer by layer."""
+"""Reports of what a prune did, and previews of what it would do."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 
-from kddp_ext.pruning.budget import ModelSize
-from kddp_ext.pruning.guards import KeptBy
-from kddp_ext.pruning.rescaling import is_rescaled, scales_relative_to
-from kddp_ext.pruning.selection import LayerDecision
+from torch import Tensor
+
+from kddp_ext.pruning.selection import KeptBy, LayerDecision, ModelSize
+from kddp_ext.pruning.tracing.groups import count_neurons
 
 
 @dataclass(frozen=True)
 class LayerReport:
-    """One layer's part of a check.
+    """One layer's part of a prune.
 
     Attributes:
         name: the layer.
         width_before: number of neurons before.
         width_after: number of neurons after.
-        pruned: original indices (as before any pruning) of the neurons removed, ascending.
-        waiting: neurons inactive at this check, but not yet at `patience` checks in a row.
-        kept_by: neurons inactive for long enough that a guard kept, by guard.
-        compensated: tensors that took up what the removed neurons contributed on average.
-        reconstruction_error: leave-one-out estimate of the squared error of what the removed neurons added to the next
-            layer, relative to that of their average alone; None where the average alone was compensated.
-        uncompensated: layers that read the removed neurons and have neither a bias nor a BatchNorm to take it
-            up.
-        activation_scale: Σ mean|h| over the neurons that stay, relative to the same at the first check; None at
-            the first check and where they were all dead then.
+        pruned: original indices (before any pruning) of the removed neurons, ascending.
+        waiting: number of neurons that were inactive at this check, but not yet at `patience` consecutive checks.
+        kept_by: number of neurons that were inactive for long enough and kept by a limit, for each limit.
+        compensated: tensors that absorbed the mean contribution of the removed neurons.
+        reconstruction_error: leave-one-out estimate of the squared error of replacing the removed neurons by the
+            remaining ones, relative to replacing them by their mean; None where only the mean was compensated.
+        uncompensated: layers that read the removed neurons and have neither a bias nor a BatchNorm to absorb the mean.
+        activation_scale: Σ mean|h| over the remaining neurons, relative to the same at the first check; None at the
+            first check, and where they were all dead then.
         outgoing_scale: the norm of the weights that read these neurons, relative to the first check; or None.
+        collapsed: True if every activation was exactly zero since the last check, or every neuron was inactive at this
+            one. The layer then passes on nothing or almost nothing, see `PruneReport.warnings`.
     """
 
     name: str
@@ -43,14 +45,14 @@ class LayerReport:
     uncompensated: tuple[str, ...]
     activation_scale: float | None = None
     outgoing_scale: float | None = None
+    collapsed: bool = False
 
     @classmethod
     def of(cls, decision: LayerDecision) -> LayerReport:
-        """The report of a decision that is carried out."""
-        readers, seen = decision.group.readers, decision.observation
-        reconstruction = decision.removal.reconstruction
-        wanted = decision.compensate and decision.pruned.numel() > 0
-        activation_scale, outgoing_scale = scales_relative_to(seen.first_scales, seen.scales, decision.keep)
+        """The report of a decision that is applied."""
+        readers, observation = decision.group.readers, decision.observation
+        compensated = decision.compensate and decision.pruned.numel() > 0
+        activation_scale, outgoing_scale = _relative_scales(observation.first_scales, observation.scales, decision.keep)
         return cls(
             name=decision.group.name,
             width_before=decision.group.width,
@@ -58,17 +60,23 @@ class LayerReport:
             pruned=tuple(decision.pruned_originals),
             waiting=int((decision.inactive & ~decision.marked).sum()),
             kept_by=decision.kept_by,
-            compensated=tuple(r.shift.name for r in readers if r.shift is not None) if wanted else (),
-            reconstruction_error=None if reconstruction is None else reconstruction.error,
-            uncompensated=tuple(r.module for r in readers if r.shift is None) if wanted else (),
+            compensated=tuple(r.shift.name for r in readers if r.shift is not None) if compensated else (),
+            reconstruction_error=None if decision.reconstruction is None else decision.reconstruction.error,
+            uncompensated=tuple(r.module for r in readers if r.shift is None) if compensated else (),
             activation_scale=activation_scale,
             outgoing_scale=outgoing_scale,
+            collapsed=decision.collapsed,
         )
 
     @property
     def is_rescaled(self) -> bool:
-        """Whether activations shrank while the weights that read them grew, each by more than a factor of 2."""
-        return is_rescaled(self.activation_scale, self.outgoing_scale)
+        """True if activations shrank and the weights that read them grew since the first check, both more than 2x.
+
+        A network that becomes sparse has smaller activations too, but no larger weights.
+        """
+        if self.activation_scale is None or self.outgoing_scale is None:
+            return False
+        return self.activation_scale < 0.5 and self.outgoing_scale > 2.0
 
 
 @dataclass(frozen=True)
@@ -76,7 +84,7 @@ class PruneReport:
     """What one call of `DynamicPruner.prune` did. `str(report)` is one readable line.
 
     Attributes:
-        layers: one report a layer, in the order of the forward pass.
+        layers: one report for each layer, in the order of the forward pass.
         parameters_before: parameters of the whole model before.
         parameters_after: and after.
         macs_before: multiply-accumulates of the whole model for one sample before.
@@ -91,40 +99,156 @@ class PruneReport:
 
     @classmethod
     def of(cls, decisions: Sequence[LayerDecision], size: ModelSize) -> PruneReport:
-        """The report of decisions that are carried out, for a model of `size` before."""
-        widths = [decision.width_after for decision in decisions]
-        return cls(
-            layers=tuple(LayerReport.of(decision) for decision in decisions),
-            parameters_before=size.parameters(),
-            parameters_after=size.parameters(widths),
-            macs_before=size.macs(),
-            macs_after=size.macs(widths),
-        )
+        """The report of decisions that are applied, for a model of `size` before."""
+        return cls(tuple(LayerReport.of(decision) for decision in decisions), *_sizes(decisions, size))
 
     @property
     def neurons_pruned(self) -> int:
-        """Number of neurons removed."""
+        """Number of removed neurons."""
         return sum(len(layer.pruned) for layer in self.layers)
+
+    @property
+    def collapsed(self) -> tuple[str, ...]:
+        """Names of the layers that have collapsed: they pass on nothing or almost nothing."""
+        return tuple(layer.name for layer in self.layers if layer.collapsed)
+
+    @property
+    def warnings(self) -> tuple[str, ...]:
+        """One sentence for each layer that has collapsed or meets the L1 penalty by rescaling, with what to do."""
+        found = [_collapse(layer) for layer in self.layers if layer.collapsed]
+        found += [_rescaling(layer) for layer in self.layers if layer.is_rescaled]
+        return tuple(found)
 
     def __str__(self) -> str:
         widths = ", ".join(_widths(layer) for layer in self.layers)
-        neurons = f"{self.neurons_pruned} neuron{'s' * (self.neurons_pruned != 1)}"
-        parts = [f"pruned {neurons} ({widths})", change("parameters", self.parameters_before, self.parameters_after)]
+        parts = [
+            f"pruned {count_neurons(self.neurons_pruned)} ({widths})",
+            _change("parameters", self.parameters_before, self.parameters_after),
+        ]
         waiting = sum(layer.waiting for layer in self.layers)
         if waiting:
             parts.append(f"{waiting} inactive for less than patience")
-        for guard in fields(KeptBy):
-            kept = sum(getattr(layer.kept_by, guard.name) for layer in self.layers)
+        for limit in fields(KeptBy):
+            kept = sum(getattr(layer.kept_by, limit.name) for layer in self.layers)
             if kept:
-                parts.append(f"{kept} kept by {guard.name}")
+                parts.append(f"{kept} kept by {limit.name}")
         readers = [reader for layer in self.layers for reader in layer.uncompensated]
         if readers:
-            parts.append(f"not compensated, for want of a bias: {', '.join(readers)}")
-        parts.extend(_rescaled(layer) for layer in self.layers if layer.is_rescaled)
-        return "; ".join(parts)
+            parts.append(f"not compensated, because they have no bias: {', '.join(readers)}")
+        return "; ".join([*parts, *(f"warning: {warning}" for warning in self.warnings)])
 
 
-def change(what: str, before: int, after: int) -> str:
+@dataclass(frozen=True)
+class LayerPreview:
+    """One layer's part of a preview.
+
+    Attributes:
+        name: the layer.
+        width: present number of neurons.
+        inactive: number of neurons that are inactive by the statistics since the last check.
+        width_after: number of neurons that a prune at patience 1 would leave.
+        kept_by: number of inactive neurons that a limit would keep, for each limit.
+        output_change: predicted change of the outputs of the layers that read the neurons, root mean square over the
+            samples, relative to their present standard deviation. inf where they are constant and would change.
+    """
+
+    name: str
+    width: int
+    inactive: int
+    width_after: int
+    kept_by: KeptBy
+    output_change: float
+
+
+@dataclass(frozen=True)
+class Preview:
+    """What a prune now would do at patience 1. `str(preview)` is a table.
+
+    Attributes:
+        threshold: a neuron below it counts as inactive.
+        layers: one entry for each layer, in the order of the forward pass.
+        parameters_before: parameters of the whole model now.
+        parameters_after: and after.
+        macs_before: multiply-accumulates of the whole model for one sample now.
+        macs_after: and after.
+    """
+
+    threshold: float
+    layers: tuple[LayerPreview, ...]
+    parameters_before: int
+    parameters_after: int
+    macs_before: int
+    macs_after: int
+
+    @classmethod
+    def of(cls, decisions: Sequence[LayerDecision], size: ModelSize, threshold: float) -> Preview:
+        """The preview of decisions made at `threshold` and patience 1, for a model of `size` now."""
+        return cls(threshold, tuple(_preview(decision) for decision in decisions), *_sizes(decisions, size))
+
+    def __str__(self) -> str:
+        rows: list[tuple[str, ...]] = [("layer", "neurons", "inactive", "kept", "left", "output change")]
+        for layer in self.layers:
+            counts = (layer.width, layer.inactive, layer.kept_by.total, layer.width_after)
+            change = f"{layer.output_change:.2%}" if math.isfinite(layer.output_change) else "inf"
+            rows.append((layer.name, *map(str, counts), change))
+        lengths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+        table = ["  ".join([row[0].ljust(lengths[0]), *map(str.rjust, row[1:], lengths[1:])]).rstrip() for row in rows]
+        parameters = _change("parameters", self.parameters_before, self.parameters_after)
+        macs = _change("MACs", self.macs_before, self.macs_after)
+        last = f"{parameters}; {macs}; output changes are predicted for uncorrelated neurons"
+        return "\n".join([f"a prune at threshold {self.threshold:g}, patience 1:", *table, last])
+
+
+def _preview(decision: LayerDecision) -> LayerPreview:
+    return LayerPreview(
+        name=decision.group.name,
+        width=decision.group.width,
+        inactive=int(decision.inactive.sum()),
+        width_after=decision.width_after,
+        kept_by=decision.kept_by,
+        output_change=_output_change(decision),
+    )
+
+
+def _output_change(decision: LayerDecision) -> float:
+    """The relative change of the outputs of the layer's readers, predicted from the statistics alone.
+
+    The contributions of uncorrelated neurons add up as squares. A removed neuron loses ‖W2[:,j]‖² · var(h_j) where its
+    mean is compensated, else ‖W2[:,j]‖² · E[h_j²]. The result is the root of this sum relative to the sum of
+    ‖W2[:,j]‖² · var(h_j) over all neurons.
+    """
+    observation, pruned = decision.observation, decision.pruned
+    variances = (observation.outgoing * observation.statistics.std).square()
+    not_compensated = observation.outgoing_unshifted if decision.compensate else observation.outgoing
+    means = (not_compensated * observation.statistics.mean).square()
+    lost, whole = float((variances + means)[pruned].sum()), float(variances.sum())
+    if lost == 0:
+        return 0.0
+    return math.sqrt(lost / whole) if whole > 0 else math.inf
+
+
+def _relative_scales(first: Tensor | None, now: Tensor, keep: Tensor) -> tuple[float | None, float | None]:
+    """Σ mean|h| and the norm of the outgoing weights over the neurons `keep`, now relative to the first check.
+
+    None at the first check, and where the first value was 0.
+    """
+    if first is None:
+        return None, None
+    first_activation, first_outgoing = first[0, keep].sum(), first[1, keep].square().sum().sqrt()
+    activation, outgoing = now[0, keep].sum(), now[1, keep].square().sum().sqrt()
+    return (
+        float(activation / first_activation) if first_activation > 0 else None,
+        float(outgoing / first_outgoing) if first_outgoing > 0 else None,
+    )
+
+
+def _sizes(decisions: Sequence[LayerDecision], size: ModelSize) -> tuple[int, int, int, int]:
+    """Parameters before and after, MACs before and after."""
+    widths = [decision.width_after for decision in decisions]
+    return size.parameters(), size.parameters(widths), size.macs(), size.macs(widths)
+
+
+def _change(what: str, before: int, after: int) -> str:
     """A count before and after, with the change in percent."""
     if after == before:
         return f"{what} {after:,}"
@@ -137,9 +261,16 @@ def _widths(layer: LayerReport) -> str:
     return f"{layer.name}: {layer.width_before} → {layer.width_after}"
 
 
-def _rescaled(layer: LayerReport) -> str:
+def _collapse(layer: LayerReport) -> str:
     return (
-        f"{layer.name}: activations shrank to {layer.activation_scale:.2g}x while the weights that read them grew "
-        f"{layer.outgoing_scale:.2g}x: the penalty is met by rescaling, not by sparsity; weight decay on the next "
-        "layer, or a norm without weights of its own in front of it, prevents that"
+        f"layer {layer.name} has collapsed: all of its activations are zero or below the threshold, most likely "
+        "because l1_weight or the learning rate is too high; lower them and restart from before the collapse"
+    )
+
+
+def _rescaling(layer: LayerReport) -> str:
+    return (
+        f"the L1 penalty on {layer.name} is met by rescaling instead of sparsity: activations shrank to "
+        f"{layer.activation_scale:.2g}x while the weights that read them grew {layer.outgoing_scale:.2g}x; use weight "
+        "decay on the next layer, or a norm without weights in front of it"
     )

@@ -1,42 +1,329 @@
-"""Which neurons stay: from what was observed of each layer to what becomes of it.
+"""Decides which neurons are removed: what is observed, how active each neuron is, what limits apply, who goes.
 
-`decide` is a function of its arguments alone, so that whoever has the same observations comes to the same
-decisions.
+`decide` depends on its arguments only, so processes with the same observations come to the same decisions.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from functools import cached_property
+import math
+from bisect import bisect_left
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import astuple, dataclass, replace
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from kddp_ext.pruning.budget import ModelSize, affordable
-from kddp_ext.pruning.compaction import Removal
-from kddp_ext.pruning.criteria import activities
-from kddp_ext.pruning.guards import KeptBy, removable
-from kddp_ext.pruning.observation import LayerObservation
-from kddp_ext.pruning.reconstruction import reconstruct
-from kddp_ext.pruning.settings import PruningSettings
-from kddp_ext.pruning.tracing.groups import NeuronGroup, all_but
+from kddp_ext.activations.statistics import NeuronStatistics
+from kddp_ext.pruning.reconstruction import Reconstruction
+from kddp_ext.pruning.settings import Criterion, PruningSettings
+from kddp_ext.pruning.tracing.groups import NeuronGroup, NeuronSlices, Reader, StoredTensor, all_but, count_neurons
+
+# --- What is observed
+
+
+@dataclass(frozen=True)
+class LayerObservation:
+    """Everything that the decision about a layer of H neurons depends on. All tensors are on the CPU.
+
+    Attributes:
+        group: the neurons.
+        statistics: the sums over the samples since the last check.
+        outgoing: (H,) float64, ‖W2[:,j]‖₂ over all layers that read neuron j.
+        outgoing_unshifted: (H,) float64, the same over the layers that cannot absorb a mean.
+        inactive_checks: (H,) int64, the number of consecutive checks before this one at which the neuron was inactive.
+        original: (H,) int64, the indices of the neurons before any pruning.
+        first_scales: (2, H) float64, `scales` at the first check; None at the first check.
+    """
+
+    group: NeuronGroup
+    statistics: NeuronStatistics
+    outgoing: Tensor
+    outgoing_unshifted: Tensor
+    inactive_checks: Tensor
+    original: Tensor
+    first_scales: Tensor | None
+
+    @property
+    def scales(self) -> Tensor:
+        """mean|h_j| and ‖W2[:,j]‖₂ of each neuron, (2, H) float64; used to notice a penalty met by rescaling."""
+        return torch.stack([self.statistics.mean_abs, self.outgoing])
+
+
+def check_statistics(statistics: NeuronStatistics, layer: str, caller: str) -> None:
+    """Raise where a layer's statistics are missing or not finite.
+
+    Raises:
+        RuntimeError: there are no statistics since the last check; the message names `caller`, a public method.
+        ValueError: some are infinite or NaN.
+    """
+    if statistics.rows == 0:
+        raise RuntimeError(
+            f"{caller}: there are no statistics of {layer} since the last check; pass pruner.activations to "
+            "fused_kd_l1_loss at each step, or call pruner.activations.observe()"
+        )
+    if not bool(statistics.values.isfinite().all()):
+        raise ValueError(
+            f"{caller}: some activations of {layer} were infinite or NaN since the last check; pruner.reset() discards "
+            "these statistics"
+        )
+
+
+def norms_of_readers(model: nn.Module, group: NeuronGroup, caller: str) -> tuple[Tensor, Tensor]:
+    """`outgoing` and `outgoing_unshifted` of a `LayerObservation`.
+
+    Raises:
+        ValueError: a weight is not finite or has another width.
+    """
+    norms = {reader: outgoing_norms([_columns(model, group, reader)]).cpu() for reader in group.readers}
+    outgoing = _join_norms(list(norms.values()), group.width)
+    if not bool(outgoing.isfinite().all()):
+        raise ValueError(f"{caller}: the weights that read {group.name} are infinite or NaN")
+    return outgoing, _join_norms([norm for reader, norm in norms.items() if reader.shift is None], group.width)
+
+
+def _columns(model: nn.Module, group: NeuronGroup, reader: Reader) -> Tensor:
+    """The weights that read the neurons, with one column for each neuron: (rows, width)."""
+    weight = NeuronSlices(reader.weight, reader.layout).tensor(model, group).detach()
+    if weight.dim() == 2 and reader.layout.entries == 1:
+        return weight
+    return weight.reshape(len(weight), reader.layout.outer, group.width, -1).movedim(2, -1).flatten(0, -2)
+
+
+def outgoing_norms(weights: Sequence[Tensor]) -> Tensor:
+    """‖W2[:,j]‖₂ over all layers that read neuron j, float64 (H,); each of `weights` is (outputs, H)."""
+    # In blocks of a few rows: torch converts and sums a large matrix along its rows an order of magnitude slower.
+    blocks = [rows.double().square().sum(0) for weight in weights for rows in weight.detach().split(64)]
+    return torch.stack(blocks).sum(0).sqrt()
+
+
+def _join_norms(norms: list[Tensor], width: int) -> Tensor:
+    """The norms of stacked columns, computed from the norms of the parts."""
+    if not norms:
+        return torch.zeros(width, dtype=torch.float64, device="cpu")
+    return norms[0] if len(norms) == 1 else torch.stack(norms).square().sum(0).sqrt()
+
+
+# --- How active each neuron is
+
+
+def contribution(statistics: NeuronStatistics, outgoing: Tensor) -> Tensor:
+    """‖W2[:,j]‖₂ · std(h_j), relative to the layer's largest: how much the next layer's input varies with neuron j.
+
+    Scaling W1 down and W2 up does not change it. A constant neuron contributes nothing, since the next bias can
+    replace it.
+    """
+    return _relative(outgoing * statistics.std)
+
+
+def mean_activation(statistics: NeuronStatistics, outgoing: Tensor) -> Tensor:
+    """mean|h_j|, relative to the layer's largest."""
+    return _relative(statistics.mean_abs)
+
+
+def apoz(statistics: NeuronStatistics, outgoing: Tensor) -> Tensor:
+    """1 - APoZ: the share of samples in which h_j is not exactly zero (Hu et al., 2016, arXiv:1607.03250)."""
+    return statistics.active_fraction
+
+
+def dead(statistics: NeuronStatistics, outgoing: Tensor) -> Tensor:
+    """1 where h_j was nonzero in any sample, else 0."""
+    return (statistics.nonzero > 0).to(torch.float64)
+
+
+# By the names in settings.CRITERIA.
+_FUNCTIONS: dict[str, Criterion] = {
+    "contribution": contribution,
+    "mean_activation": mean_activation,
+    "apoz": apoz,
+    "dead": dead,
+}
+
+
+def _relative(activity: Tensor) -> Tensor:
+    highest = activity.max()
+    return activity / highest if highest > 0 else torch.ones_like(activity)  # no neuron is less active than the others
+
+
+def activities(criterion: str | Criterion, statistics: NeuronStatistics, outgoing: Tensor, *, layer: str) -> Tensor:
+    """The activities of a layer's neurons, (H,) float64, by a built-in criterion or the user's own criterion.
+
+    Raises:
+        TypeError, ValueError: the user's criterion returned no valid activities; the message names `layer`.
+    """
+    if isinstance(criterion, str):
+        return _FUNCTIONS[criterion](statistics, outgoing)
+    width = statistics.width
+    with torch.no_grad():  # the function gets copies, so that it cannot change the decision in another way
+        activity = criterion(statistics.select(torch.arange(width, device="cpu")), outgoing.clone())
+    if not isinstance(activity, Tensor):
+        raise TypeError(f"criterion: expected a tensor of activities for {layer}, got {type(activity).__name__}")
+    if activity.shape != (width,) or activity.is_complex():
+        raise ValueError(
+            f"criterion: expected one real activity for each of the {count_neurons(width)} of {layer}, got "
+            f"{activity.dtype} of shape {tuple(activity.shape)}"
+        )
+    activity = activity.detach().to("cpu", torch.float64, copy=True)
+    wrong = ~activity.isfinite() | (activity < 0)
+    if bool(wrong.any()):
+        raise ValueError(
+            f"criterion: expected finite activities of at least 0 for {layer}, got {float(activity[wrong][0])}"
+        )
+    return activity
+
+
+# --- What limits the removal
+
+
+@dataclass(frozen=True)
+class KeptBy:
+    """How many neurons that were inactive for long enough are kept, by the limit that keeps them.
+
+    The limits apply in this order; each counts the neurons that the limits before it would remove.
+
+    Attributes:
+        minimum_width: the layer would become narrower than this.
+        maximum_share: more than this share of the layer would go in one prune.
+        round_to: the remaining width would not be a multiple of this.
+        budget: the model is small enough without them, by `target_parameters` and `target_macs`.
+    """
+
+    minimum_width: int = 0
+    maximum_share: int = 0
+    round_to: int = 0
+    budget: int = 0
+
+    @property
+    def total(self) -> int:
+        """By all limits together."""
+        return int(sum(astuple(self)))
+
+
+def removable(
+    marked: Tensor, activity: Tensor, *, minimum_width: int = 1, maximum_share: float = 1.0, round_to: int = 1
+) -> tuple[Tensor, KeptBy]:
+    """The marked neurons that the limits of their own layer let go, weakest first.
+
+    The remaining width is at least `minimum_width`, at least 1 - `maximum_share` of the present width, and a multiple
+    of `round_to` unless nothing is removed. The most active of the marked neurons stay, the first among equals.
+
+    Returns:
+        int64 indices in the order of removal; and what keeps the other marked neurons.
+    """
+    width = marked.numel()
+    candidates = marked.nonzero().flatten().flip(0)
+    weakest_first = candidates[activity[candidates].argsort(stable=True)]
+    by_width = min(len(candidates), max(0, width - minimum_width))
+    # 0.29 · 100 is 28.999999999999996 in floating point and must count as 29.
+    by_share = min(by_width, math.floor(maximum_share * width + 1e-9))
+    rounded_up = -(-(width - by_share) // round_to) * round_to
+    by_rounding = width - min(width, rounded_up)
+    kept_by = KeptBy(len(candidates) - by_width, by_width - by_share, by_share - by_rounding)
+    return weakest_first[:by_rounding], kept_by
+
+
+class ModelSize:
+    """Parameters and multiply-accumulates of a model, at the present widths of its groups or at any others.
+
+    No model is built. A tensor shrinks along each dimension that belongs to a group in proportion to the group's width;
+    a weight between two groups shrinks with both.
+
+    Args:
+        model: the model, at the widths of `groups`.
+        groups: its neurons.
+        positions: by the weight's name in the state_dict, the number of positions of a sample to which it is applied;
+            weights that are missing here count as parameters only.
+
+    Raises:
+        ValueError: a tensor is missing or has another shape than the groups say.
+    """
+
+    def __init__(self, model: nn.Module, groups: Sequence[NeuronGroup], positions: Mapping[str, float]) -> None:
+        self._widths = [group.width for group in groups]
+        slicing: dict[int, list[int]] = {}  # by the id of a tensor, the indices of the groups that slice it
+        for index, group in enumerate(groups):
+            for slices in group.slices:
+                slicing.setdefault(id(slices.tensor(model, group)), []).append(index)
+        # (elements, positions, groups) of each tensor
+        self._parameters = [(each.numel(), 1, slicing.get(id(each), [])) for each in model.parameters()]
+        weights = [(StoredTensor(*_split_name(name)).of(model), count) for name, count in positions.items()]
+        self._weights = [(each.numel(), count, slicing.get(id(each), [])) for each, count in weights]
+
+    def parameters(self, widths: Sequence[int] | None = None) -> int:
+        """Number of parameters of the whole model where the groups have `widths`; by default their present ones."""
+        return self._total(self._parameters, widths)
+
+    def macs(self, widths: Sequence[int] | None = None) -> int:
+        """Multiply-accumulates of the whole model for one sample where the groups have `widths`."""
+        return self._total(self._weights, widths)
+
+    def _total(self, tensors: Sequence[tuple[int, float, list[int]]], widths: Sequence[int] | None) -> int:
+        left = self._widths if widths is None else widths
+        total = 0.0
+        for elements, count, groups in tensors:
+            whole = math.prod(self._widths[group] for group in groups)
+            total += elements * math.prod(left[group] for group in groups) // whole * count
+        return round(total)
+
+
+def _split_name(name: str) -> tuple[str, str]:
+    module, _, attribute = name.rpartition(".")
+    return module, attribute
+
+
+def affordable(
+    activities: Sequence[Tensor], widths: Sequence[int], round_to: int, fits: Callable[[list[int]], bool]
+) -> list[int]:
+    """How many removable neurons of each layer go until the model fits: as few as possible, weakest first.
+
+    The neurons of all layers are ranked by activity. Among equals, the first layer and the lowest index stay. With
+    `round_to` above 1, as many neurons go at once as it takes to reach the next multiple, ranked by the strongest.
+
+    Args:
+        activities: of the removable neurons of each layer, ascending.
+        widths: present number of neurons of each layer.
+        round_to: widths must become a multiple of this.
+        fits: tells whether the model is small enough at given widths; it must stay True at smaller widths.
+
+    Returns:
+        One number for each layer; all removable neurons where the model does not fit even then.
+    """
+    steps = []
+    for layer, (activity, width) in enumerate(zip(activities, widths, strict=True)):
+        gone = 0
+        for count in range(width % round_to or round_to, len(activity) + 1, round_to):
+            steps.append((float(activity[count - 1]), -layer, count, count - gone))
+            gone = count
+    steps.sort()
+
+    def counts(number: int) -> list[int]:
+        gone = [0] * len(widths)
+        for _, layer, _, size in steps[:number]:
+            gone[-layer] += size
+        return gone
+
+    def enough(number: int) -> bool:
+        return fits([width - gone for width, gone in zip(widths, counts(number), strict=True)])
+
+    return counts(bisect_left(range(len(steps)), True, key=enough))
+
+
+# --- The decision
 
 
 @dataclass(frozen=True)
 class LayerDecision:
-    """What becomes of a layer of H neurons.
+    """The decision about a layer of H neurons.
 
     Attributes:
-        observation: what it rests on.
+        observation: what the decision depends on.
         activity: (H,) float64, by the criterion.
         inactive: (H,) bool, inactive at this check.
-        marked: (H,) bool, inactive at enough checks in a row.
-        inactive_checks: (H,) int64, the count with this check.
-        pruned: ascending int64 indices of the neurons that go.
-        kept_by: how many of the marked stay, and why.
-        compensate: whether what they contributed on average is added to the next layer.
-        reconstruct: whether what varied in them is taken over by those that stay, where there are samples.
+        marked: (H,) bool, inactive at `patience` consecutive checks.
+        inactive_checks: (H,) int64, the number of these checks, including this one.
+        pruned: ascending int64 indices of the neurons to be removed.
+        kept_by: how many of the marked neurons are kept, and why.
+        compensate: whether the mean contribution of the removed neurons is added to the next layer.
+        reconstruction: how the remaining neurons replace the variation of the removed ones; None where they do not.
     """
 
     observation: LayerObservation
@@ -47,7 +334,7 @@ class LayerDecision:
     pruned: Tensor
     kept_by: KeptBy
     compensate: bool
-    reconstruct: bool
+    reconstruction: Reconstruction | None = None
 
     @property
     def group(self) -> NeuronGroup:
@@ -61,69 +348,59 @@ class LayerDecision:
 
     @property
     def width_after(self) -> int:
-        """How many stay."""
+        """Number of neurons that stay."""
         return self.group.width - self.pruned.numel()
 
     @property
     def pruned_originals(self) -> list[int]:
-        """Indices of the neurons that go, as before any pruning, ascending."""
+        """Indices before any pruning of the neurons to be removed, ascending."""
         return [int(index) for index in self.observation.original[self.pruned]]
 
-    @cached_property
-    def removal(self) -> Removal:
-        """What the compaction is to do."""
-        if not self.compensate:
-            return Removal(self.group, self.keep)
-        statistics = self.observation.statistics
-        means = statistics.mean if self.group.positions is None else statistics.position_mean
-        reconstruction = None
-        if self.reconstruct and statistics.ring is not None:
-            reconstruction = reconstruct(
-                statistics.ring.samples,
-                self.keep,
-                self.pruned,
-                self.observation.outgoing,
-                constant=all(reader.shift is not None for reader in self.group.readers),
-                padded=any(reader.padded for reader in self.group.readers),
-            )
-        return Removal(self.group, self.keep, means, reconstruction)
+    @property
+    def collapsed(self) -> bool:
+        """True if all activations were exactly zero since the last check, or every neuron was inactive at it."""
+        return not bool(self.observation.statistics.max_abs.any()) or bool(self.inactive.all())
 
 
 def decide(
     observations: Sequence[LayerObservation], settings: PruningSettings, size: ModelSize
 ) -> tuple[LayerDecision, ...]:
-    """What becomes of each layer.
-
-    Args:
-        observations: of every layer, in the order of the forward pass.
-        settings: the criterion, its bound and the guards.
-        size: the model's size at any widths.
+    """Decide about each layer, in the order of the forward pass.
 
     Raises:
-        TypeError, ValueError: the user's criterion returned no activities; the message names the layer.
+        TypeError, ValueError: the user's criterion returned no valid activities; the message names the layer.
     """
-    decisions, removables = [], []
-    for observation in observations:
-        decision, weakest_first = _decide_alone(observation, settings)
-        decisions.append(decision)
-        removables.append(weakest_first)
-    counts = _affordable(decisions, removables, settings, size)
+    alone = [_decide_alone(observation, settings) for observation in observations]
+    counts = [len(weakest_first) for _, weakest_first in alone]
+    if settings.target_parameters is not None or settings.target_macs is not None:
+
+        def fits(widths: Sequence[int]) -> bool:
+            parameters, macs = settings.target_parameters, settings.target_macs
+            return (parameters is None or size.parameters(widths) <= parameters) and (
+                macs is None or size.macs(widths) <= macs
+            )
+
+        counts = affordable(
+            [decision.activity[weakest_first] for decision, weakest_first in alone],
+            [decision.group.width for decision, _ in alone],
+            settings.round_to,
+            fits,
+        )
     return tuple(
         replace(
             decision,
             pruned=weakest_first[:count].sort().values,
             kept_by=replace(decision.kept_by, budget=len(weakest_first) - count),
         )
-        for decision, weakest_first, count in zip(decisions, removables, counts, strict=True)
+        for (decision, weakest_first), count in zip(alone, counts, strict=True)
     )
 
 
 def _decide_alone(observation: LayerObservation, settings: PruningSettings) -> tuple[LayerDecision, Tensor]:
-    """What becomes of a layer without regard to others, and the neurons that go then, weakest first."""
-    activity = activities(
-        settings.criterion, observation.statistics, observation.outgoing, layer=observation.group.name
-    )
-    inactive = activity < settings.activity_bound
+    """The decision about one layer without a budget, and the neurons that it removes, weakest first."""
+    layer = observation.group.name
+    activity = activities(settings.criterion, observation.statistics, observation.outgoing, layer=layer)
+    inactive = activity < (1.0 if settings.criterion == "dead" else settings.threshold)
     inactive_checks = torch.where(inactive, observation.inactive_checks + 1, 0)
     marked = inactive_checks >= settings.patience
     weakest_first, kept_by = removable(
@@ -142,27 +419,5 @@ def _decide_alone(observation: LayerObservation, settings: PruningSettings) -> t
         pruned=weakest_first,
         kept_by=kept_by,
         compensate=settings.compensate,
-        reconstruct=settings.samples > 0,
     )
     return decision, weakest_first
-
-
-def _affordable(
-    decisions: Sequence[LayerDecision], removables: Sequence[Tensor], settings: PruningSettings, size: ModelSize
-) -> list[int]:
-    """How many of each layer's removable neurons the budget lets go."""
-    if settings.target_parameters is None and settings.target_macs is None:
-        return [len(weakest_first) for weakest_first in removables]
-
-    def fits(widths: Sequence[int]) -> bool:
-        parameters, macs = settings.target_parameters, settings.target_macs
-        return (parameters is None or size.parameters(widths) <= parameters) and (
-            macs is None or size.macs(widths) <= macs
-        )
-
-    return affordable(
-        [decision.activity[weakest_first] for decision, weakest_first in zip(decisions, removables, strict=True)],
-        [decision.group.width for decision in decisions],
-        settings.round_to,
-        fits,
-    )

@@ -1,16 +1,30 @@
-"""What a `DynamicPruner` decides by: its arguments, checked once."""
+"""The arguments of `DynamicPruner` that are plain values, checked once."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from math import inf
+from numbers import Integral, Real
 
-from kddp_ext.pruning.criteria import CRITERIA, Criterion
-from kddp_ext.pruning.validation import at_least_one, positive, share, whole_number
+from torch import Tensor
+
+from kddp_ext.activations.statistics import NeuronStatistics
+
+CRITERIA = ("contribution", "mean_activation", "apoz", "dead")
+
+Criterion = Callable[[NeuronStatistics, Tensor], Tensor]
+"""A function that gives each of a layer's H neurons an activity, (H,), finite and not negative.
+
+The higher the activity, the more is lost with the neuron. Its arguments, both on the CPU, are the sums over the samples
+since the last check and ‖W2[:,j]‖₂ of the weights that read each neuron, (H,) float64. The built-in criteria give
+activities in [0, 1]; docs/pruning.md compares them.
+"""
 
 
 @dataclass(frozen=True)
 class PruningSettings:
-    """The arguments of `DynamicPruner` that its decisions depend on; described there.
+    """The arguments of `DynamicPruner` that its decisions depend on, described there.
 
     Raises:
         TypeError, ValueError: one is wrong; the message names it.
@@ -30,29 +44,94 @@ class PruningSettings:
     def __post_init__(self) -> None:
         if self.criterion not in CRITERIA if isinstance(self.criterion, str) else not callable(self.criterion):
             raise ValueError(
-                f"criterion: expected one of {', '.join(CRITERIA)}, or a function of a layer's statistics and "
-                f"the norms of its outgoing weights, got {self.criterion!r}"
+                f"criterion: expected one of {', '.join(CRITERIA)}, or a function of a layer's statistics and the "
+                f"norms of its outgoing weights, got {self.criterion!r}"
             )
         if not isinstance(self.compensate, bool):
             raise TypeError(f"compensate: expected True or False, got {self.compensate!r}")
-        # A function's activities need not be relative to anything.
-        bound = share if isinstance(self.criterion, str) else positive
-        object.__setattr__(self, "threshold", bound("threshold", self.threshold))
-        object.__setattr__(self, "maximum_share", share("maximum_share", self.maximum_share))
+        # The activities of a user's function need not be relative to anything.
+        relative = isinstance(self.criterion, str)
+        threshold = (
+            _share("threshold", self.threshold) if relative else _finite("threshold", self.threshold, zero=False)
+        )
+        object.__setattr__(self, "threshold", threshold)
+        object.__setattr__(self, "maximum_share", _share("maximum_share", self.maximum_share))
         for name in ("patience", "minimum_width", "round_to"):
-            object.__setattr__(self, name, at_least_one(name, getattr(self, name)))
-        samples = whole_number("reconstruction_samples", self.reconstruction_samples, at_least=0)
-        object.__setattr__(self, "reconstruction_samples", samples)
+            object.__setattr__(self, name, whole_number(name, getattr(self, name), at_least=1))
         for name in ("target_parameters", "target_macs"):
             if getattr(self, name) is not None:
-                object.__setattr__(self, name, at_least_one(name, getattr(self, name)))
+                object.__setattr__(self, name, whole_number(name, getattr(self, name), at_least=1))
+        samples = whole_number("reconstruction_samples", self.reconstruction_samples, at_least=0)
+        object.__setattr__(self, "reconstruction_samples", samples)
 
-    @property
-    def samples(self) -> int:
-        """How many values of each neuron are to be kept."""
-        return self.reconstruction_samples if self.compensate else 0
 
-    @property
-    def activity_bound(self) -> float:
-        """A neuron is inactive where its activity is below this."""
-        return 1.0 if self.criterion == "dead" else self.threshold
+@dataclass(frozen=True)
+class Schedule:
+    """The arguments of `DynamicPruner` that count training steps, described there.
+
+    Raises:
+        TypeError, ValueError: one is wrong; the message names it.
+    """
+
+    interval: int | None = None
+    start: int = 0
+    l1_weight: float = 0.0
+    l1_warmup: int = 0
+
+    def __post_init__(self) -> None:
+        if self.interval is not None:
+            object.__setattr__(self, "interval", whole_number("interval", self.interval, at_least=1))
+        object.__setattr__(self, "start", whole_number("start", self.start, at_least=0))
+        object.__setattr__(self, "l1_weight", _finite("l1_weight", self.l1_weight, zero=True))
+        object.__setattr__(self, "l1_warmup", whole_number("l1_warmup", self.l1_warmup, at_least=0))
+        if self.start and self.interval is None:
+            raise ValueError(f"start: {self.start} delays the checks that step() makes, but interval is None")
+        if self.l1_warmup and not self.l1_weight:
+            raise ValueError(f"l1_warmup: l1_weight rises over {self.l1_warmup} steps, but it is 0")
+
+    def interval_ends(self, steps: int) -> bool:
+        """True if an interval ends with this step, counted from 1."""
+        return self.interval is not None and steps % self.interval == 0
+
+    def check_due(self, steps: int) -> bool:
+        """True if the pruner checks after this step, counted from 1."""
+        return self.interval_ends(steps) and steps >= self.start
+
+    def l1_weight_after(self, steps: int) -> float:
+        """The weight of the L1 penalty in the loss that follows `steps` steps."""
+        return self.l1_weight * min(1.0, steps / self.l1_warmup) if self.l1_warmup else self.l1_weight
+
+
+def whole_number(name: str, value: object, *, at_least: int) -> int:
+    """`value` as an int of at least `at_least` and below 2**63, which tensors can hold."""
+    if isinstance(value, bool) or not isinstance(value, Integral):
+        raise TypeError(f"{name}: expected a whole number, got {value!r}")
+    number = int(value)
+    if number < at_least:
+        raise ValueError(f"{name}: expected at least {at_least}, got {value}")
+    if number >= 2**63:
+        raise ValueError(f"{name}: expected less than 2**63, got more")
+    return number
+
+
+def _share(name: str, value: object) -> float:
+    number = _number(name, value)
+    if not 0 < number <= 1:  # also refuses NaN
+        raise ValueError(f"{name}: expected more than 0 and at most 1, got {value!r}")
+    return number
+
+
+def _finite(name: str, value: object, *, zero: bool) -> float:
+    number = _number(name, value)
+    if not 0 <= number < inf or (number == 0 and not zero):
+        raise ValueError(f"{name}: expected a finite number {'of at least' if zero else 'above'} 0, got {value!r}")
+    return number
+
+
+def _number(name: str, value: object) -> float:
+    if isinstance(value, bool) or not isinstance(value, Real):
+        raise TypeError(f"{name}: expected a number, got {value!r}")
+    try:
+        return float(value)
+    except OverflowError as error:
+        raise ValueError(f"{name}: expected a finite number, got one that no float can hold") from error

@@ -1,7 +1,8 @@
-"""What a pruner knows between checks: replaced as one by each prune, saved and restored whole."""
+"""The state of a pruner between checks: each prune replaces it as a whole, and checkpoints save and restore it."""
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -11,22 +12,23 @@ from torch import Tensor, nn
 
 from kddp_ext.activations.statistics import NeuronStatistics
 from kddp_ext.pruning.history import PruningHistory
-from kddp_ext.pruning.observation import LayerObservation, observe_layer
-from kddp_ext.pruning.selection import LayerDecision
-from kddp_ext.pruning.tracing.groups import NeuronGroup
+from kddp_ext.pruning.selection import LayerDecision, LayerObservation, check_statistics, norms_of_readers
+from kddp_ext.pruning.settings import PruningSettings
+from kddp_ext.pruning.tracing.groups import NeuronGroup, StoredTensor, count_neurons
 
-# Version 1 had neither steps nor first scales: one that is loaded has seen 0 steps and compares from its next check.
+# Version 1 had no steps and no first scales. A loaded one starts at 0 steps, and its next check is the first to compare
+# scales with.
 STATE_VERSION, LOADABLE_VERSIONS = 2, (1, 2)
 
 
 @dataclass(frozen=True)
 class LayerState:
-    """What a pruner knows of one layer of H neurons.
+    """The state of one layer of H neurons.
 
     Attributes:
         group: the neurons.
-        statistics: the sums since the last check, where the activations are.
-        inactive_checks: (H,) int64, at how many checks in a row the neuron was inactive.
+        statistics: the sums since the last check, on the device of the activations.
+        inactive_checks: (H,) int64, the number of consecutive checks at which the neuron was inactive.
         first_scales: (2, H) float64, mean|h_j| and ‖W2[:,j]‖₂ at the first check; None before it.
     """
 
@@ -35,46 +37,59 @@ class LayerState:
     inactive_checks: Tensor
     first_scales: Tensor | None = None
 
-    @property
-    def samples(self) -> int:
-        """How many values of each neuron are kept beside the sums."""
-        return 0 if self.statistics.ring is None else self.statistics.ring.values.shape[0]
+    def observe(self, model: nn.Module, kept: Sequence[int], caller: str) -> LayerObservation:
+        """Observe the layer, whose neurons have the original indices `kept`; everything is copied to the CPU."""
+        check_statistics(self.statistics, self.group.name, caller)
+        statistics = copy.deepcopy(self.statistics)
+        statistics.to(torch.device("cpu"))
+        return LayerObservation(
+            self.group,
+            statistics,
+            *norms_of_readers(model, self.group, caller),
+            self.inactive_checks,
+            torch.tensor(kept, device="cpu"),
+            self.first_scales,
+        )
 
-    def after(self, decision: LayerDecision, samples: int) -> LayerState:
-        """What is known once `decision` is carried out; the statistics start afresh, with room for so many samples."""
-        keep, seen = decision.keep, decision.observation
+    def after(self, decision: LayerDecision, settings: PruningSettings) -> LayerState:
+        """The state after `decision` is applied, with fresh statistics."""
+        keep, scales = decision.keep, decision.observation.first_scales
+        if scales is None:
+            scales = decision.observation.scales
         group = replace(self.group, width=decision.width_after)
         return LayerState(
             group=group,
-            statistics=_no_statistics(group, self.statistics.values.device, samples),
+            statistics=_fresh_statistics(group, self.statistics.values.device, settings),
             inactive_checks=decision.inactive_checks[keep],
-            first_scales=(seen.scales if seen.first_scales is None else seen.first_scales)[:, keep],
+            first_scales=scales[:, keep],
         )
 
     def restored(self, state: Mapping[str, Any]) -> LayerState:
-        """This layer's part of what `PrunerState.to_dict` saved."""
+        """The part of this layer in the result of `PrunerState.to_dict`."""
         name, width = self.group.name, self.group.width
         checks = state["inactive_checks"].get(name)
         if name not in state["statistics"] or not isinstance(checks, Tensor) or checks.shape != (width,):
-            raise ValueError(f"state: expected statistics and counters of the {width} neurons of {name}")
-        statistics = _no_statistics(self.group, self.statistics.values.device, self.samples)
+            raise ValueError(f"state: expected statistics and counters of the {count_neurons(width)} of {name}")
+        samples = 0 if self.statistics.ring is None else self.statistics.ring.values.shape[0]
+        device, positions = self.statistics.values.device, self.group.positions
+        statistics = NeuronStatistics(width, device, positions=positions, samples=samples)
         statistics.load_state_dict(state["statistics"][name])
         first_scales = state.get("first_scales", {}).get(name)
         if first_scales is not None:
             if not isinstance(first_scales, Tensor) or first_scales.shape != (2, width):
-                raise ValueError(f"state: expected two first scales of each of the {width} neurons of {name}")
+                raise ValueError(f"state: expected two first scales for each of the {count_neurons(width)} of {name}")
             first_scales = first_scales.to("cpu", torch.float64, copy=True)
         return LayerState(self.group, statistics, checks.to("cpu", torch.int64, copy=True), first_scales)
 
 
 @dataclass(frozen=True)
 class PrunerState:
-    """All that a prune changes in the pruner.
+    """Everything in the pruner that a prune changes.
 
     Attributes:
         layers: in the order of the forward pass.
-        history: what was pruned.
-        steps: how often `step()` was called.
+        history: everything that was pruned.
+        steps: number of calls of `step()`.
     """
 
     layers: tuple[LayerState, ...]
@@ -82,17 +97,14 @@ class PrunerState:
     steps: int = 0
 
     @classmethod
-    def fresh(cls, model: nn.Module, groups: Sequence[NeuronGroup], samples: int) -> PrunerState:
-        """The state of a pruner that has seen nothing; of each layer it is to keep so many samples."""
-        layers = tuple(
-            LayerState(
-                group,
-                _no_statistics(group, _device(model, group), samples),
-                torch.zeros(group.width, dtype=torch.int64, device="cpu"),
-            )
-            for group in groups
-        )
-        return cls(layers, PruningHistory({group.name: group.width for group in groups}))
+    def fresh(cls, model: nn.Module, groups: Sequence[NeuronGroup], settings: PruningSettings) -> PrunerState:
+        """The state of a pruner before any observation."""
+        layers = []
+        for group in groups:
+            device = StoredTensor(group.name, "weight").of(model).device
+            checks = torch.zeros(group.width, dtype=torch.int64, device="cpu")
+            layers.append(LayerState(group, _fresh_statistics(group, device, settings), checks))
+        return cls(tuple(layers), PruningHistory({group.name: group.width for group in groups}))
 
     @property
     def groups(self) -> tuple[NeuronGroup, ...]:
@@ -110,46 +122,34 @@ class PrunerState:
         return {group.name: group.width for group in self.groups}
 
     def observe(self, model: nn.Module, *, caller: str) -> tuple[LayerObservation, ...]:
-        """What a check looks at, layer by layer; see `observe_layer` for its errors."""
-        return tuple(
-            observe_layer(
-                model,
-                layer.group,
-                layer.statistics,
-                inactive_checks=layer.inactive_checks,
-                original=torch.tensor(self.history.kept(layer.group.name), device="cpu"),
-                first_scales=layer.first_scales,
-                caller=caller,
-            )
-            for layer in self.layers
-        )
+        """Observe every layer for a public method; raises the errors of `check_statistics` and `norms_of_readers`."""
+        return tuple(layer.observe(model, self.history.kept(layer.group.name), caller) for layer in self.layers)
 
-    def after(self, decisions: Sequence[LayerDecision], samples: int) -> PrunerState:
-        """The state once `decisions` are carried out, with room for so many samples of each layer."""
+    def after(self, decisions: Sequence[LayerDecision], settings: PruningSettings) -> PrunerState:
+        """The state after `decisions` are applied."""
         history = self.history.copy()
         history.add_step({decision.group.name: decision.pruned_originals for decision in decisions})
-        layers = tuple(layer.after(decision, samples) for layer, decision in zip(self.layers, decisions, strict=True))
+        layers = tuple(layer.after(decision, settings) for layer, decision in zip(self.layers, decisions, strict=True))
         return PrunerState(layers, history, self.steps)
 
     def to_dict(self) -> dict[str, Any]:
         """The state as plain tensors, numbers and strings."""
         layers = {layer.group.name: layer for layer in self.layers}
+        scales = {name: layer.first_scales for name, layer in layers.items()}
         return {
             "version": STATE_VERSION,
             "history": self.history.to_json(),
             "steps": self.steps,
             "statistics": {name: layer.statistics.state_dict() for name, layer in layers.items()},
             "inactive_checks": {name: layer.inactive_checks.clone() for name, layer in layers.items()},
-            "first_scales": {
-                name: layer.first_scales.clone() for name, layer in layers.items() if layer.first_scales is not None
-            },
+            "first_scales": {name: tensor.clone() for name, tensor in scales.items() if tensor is not None},
         }
 
     def restored(self, state: Mapping[str, Any]) -> PrunerState:
-        """What `to_dict` saved, for a model of the same widths; this state is not changed.
+        """The state that `to_dict` returned, for a model of the same widths; this object is not changed.
 
         Raises:
-            ValueError: it is of another version, of other layers or of other widths.
+            ValueError: the state is of another version, of other layers or of other widths.
         """
         version = state.get("version") if isinstance(state, Mapping) else None
         if version not in LOADABLE_VERSIONS:
@@ -162,8 +162,8 @@ class PrunerState:
         history = PruningHistory.from_json(state["history"])
         if history.widths != self.widths:
             raise ValueError(
-                f"state: it is of a model with widths {history.widths}, and this one has {self.widths}; "
-                "replay the state's history on a fresh model before making the pruner"
+                f"state: it is of a model with widths {history.widths}, but this one has {self.widths}; replay the "
+                "state's history on a fresh model before making the pruner"
             )
         steps = state.get("steps", 0)
         if not isinstance(steps, int) or steps < 0:
@@ -171,11 +171,6 @@ class PrunerState:
         return PrunerState(tuple(layer.restored(state) for layer in self.layers), history, steps)
 
 
-def _no_statistics(group: NeuronGroup, device: torch.device, samples: int) -> NeuronStatistics:
+def _fresh_statistics(group: NeuronGroup, device: torch.device, settings: PruningSettings) -> NeuronStatistics:
+    samples = settings.reconstruction_samples if settings.compensate else 0
     return NeuronStatistics(group.width, device, positions=group.positions, samples=samples)
-
-
-def _device(model: nn.Module, group: NeuronGroup) -> torch.device:
-    weight = model.get_submodule(group.name).weight
-    assert isinstance(weight, Tensor)
-    return weight.device

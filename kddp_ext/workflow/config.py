@@ -11,12 +11,14 @@ from typing import Annotated, Any, Literal, NamedTuple, TypeVar, get_args, get_o
 
 from tyro.conf import FlagConversionOff, arg
 
+from kddp_ext import LossSettings
 from kddp_ext.workflow.errors import WorkflowError
 
 Config = TypeVar("Config")
 Dataset = Literal["digits", "fashion-mnist", "cifar10"]
 Preset = Literal["quick", "default"]
 Precision = Literal["auto", "float32", "bfloat16"]
+Divergence = Literal["forward_kl", "reverse_kl", "jsd", "dkd"]
 Device = Literal["auto", "cpu", "cuda"]
 Criterion = Literal["contribution", "mean_activation", "apoz", "dead"]
 TeacherArchitecture = Literal["fast", "resnet20", "resnet56", "resnet110"]
@@ -60,9 +62,7 @@ PositiveFloat = Annotated[float, _POSITIVE]
 NaturalInt = Annotated[int, _NOT_NEGATIVE]
 NaturalFloat = Annotated[float, _NOT_NEGATIVE]
 BelowOne = Annotated[float, Bound("a number from 0 to below 1", lambda value: 0 <= value < 1)]
-Share = Annotated[float, Bound("a number from 0 to 1", lambda value: 0 <= value <= 1)]
 PositiveShare = Annotated[float, Bound("a number above 0, at most 1", lambda value: 0 < value <= 1)]
-OpenShare = Annotated[float, Bound("a number between 0 and 1", lambda value: 0 < value < 1)]
 
 
 @dataclass(frozen=True)
@@ -128,20 +128,28 @@ class StudentConfig:
 class DistillationConfig:
     """The distillation loss: alpha * KD + (1 - alpha) * cross-entropy."""
 
-    temperature: PositiveFloat = 4.0
+    temperature: float = LossSettings.temperature
     """Divides the logits of teacher and student; the KD term is multiplied by its square."""
-    alpha: Share = 0.9
+    alpha: float = LossSettings.alpha
     """Weight of the KD term, 0 to 1."""
-    divergence: Literal["forward_kl", "reverse_kl", "jsd", "dkd"] = "forward_kl"
+    divergence: Divergence = LossSettings.divergence
     """Divergence between the two softened distributions; docs/losses.md compares them."""
-    jsd_beta: OpenShare = 0.5
+    jsd_beta: float = LossSettings.jsd_beta
     """jsd: the teacher's share of the mixture, between 0 and 1."""
-    dkd_target_weight: NaturalFloat = 1.0
+    dkd_target_weight: float = LossSettings.dkd_target_weight
     """dkd: weight of the divergence at the label."""
-    dkd_non_target_weight: NaturalFloat = 8.0
+    dkd_non_target_weight: float = LossSettings.dkd_non_target_weight
     """dkd: weight of the divergence over the other classes."""
-    standardize_logits: bool = False
+    standardize_logits: bool = LossSettings.standardize_logits
     """Z-score each row of logits of teacher and student before the softmax."""
+
+    def loss(self, **others: Any) -> LossSettings:
+        """These settings as `kddp_ext.LossSettings`, with `others` added or replaced."""
+        try:
+            return LossSettings(**{**dataclasses.asdict(self), **others})
+        except (TypeError, ValueError) as error:
+            name, _, reason = str(error).partition(":")
+            raise WorkflowError(f"--distillation.{option_name(name)}:{reason}") from error
 
 
 @dataclass(frozen=True)
@@ -232,6 +240,7 @@ class RunConfig(_Settings):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        self.distillation.loss()  # checks its settings
         if self.teacher.optimizer == "muon" and self.teacher.architecture != "fast":
             raise WorkflowError(
                 f"--teacher.optimizer: muon needs --teacher.architecture fast, got {self.teacher.architecture}"

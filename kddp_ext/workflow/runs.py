@@ -230,7 +230,7 @@ def train_teacher(run: Run, job: Job) -> nn.Module:
 def train_student(run: Run, job: Job, logits: TeacherLogits) -> None:
     """Train a student, or continue after its last checkpoint."""
     recipe = student_recipe(job.config, job.stage)
-    _train_job(run, job, build_student(job.config, run.data.info), recipe, logits if recipe.alpha > 0 else None)
+    _train_job(run, job, build_student(job.config, run.data.info), recipe, logits if recipe.loss.alpha > 0 else None)
 
 
 def _train_job(run: Run, job: Job, model: nn.Module, recipe: Recipe, logits: TeacherLogits | None) -> Training:

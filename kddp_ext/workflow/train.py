@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
 import time
 from collections import defaultdict
@@ -38,8 +37,7 @@ class Recipe:
         batch_size: images per step, summed over all processes.
         learning_rate: the learning rate by position in the training, from 0 (start) to 1 (end).
         optimizer: makes the optimizer of a model's parameters.
-        loss: keyword arguments of `kddp_ext.fused_kd_l1_loss`. An alpha of 0 trains without the teacher.
-        l1_weight: highest weight of the penalty on the activations of the pruned layers.
+        loss: settings of the loss. An alpha of 0 trains without the teacher; l1_weight is the highest weight.
         l1_warmup: epochs over which the weight rises linearly from 0.
         l1_until: position from which on the weight is 0.
         frozen_from: epoch, counted from 0, from which a parameter is no longer trained, by the parameter's name.
@@ -54,8 +52,7 @@ class Recipe:
     batch_size: int
     learning_rate: Callable[[float], float]
     optimizer: Callable[[nn.Module], torch.optim.Optimizer]
-    loss: Mapping[str, Any]
-    l1_weight: float = 0.0
+    loss: kddp_ext.LossSettings
     l1_warmup: int = 0
     l1_until: float = 1.0
     frozen_from: Mapping[str, int] = field(default_factory=dict)
@@ -63,16 +60,11 @@ class Recipe:
     views: int = 0
     prune_when: PruningTime = "every-epoch"
 
-    @property
-    def alpha(self) -> float:
-        """Weight of the teacher; 0 trains on the labels alone."""
-        return float(self.loss["alpha"])
-
     def l1_weight_at(self, position: float) -> float:
         """The penalty's weight by position in the training, from 0 (start) to 1 (end)."""
         if position >= self.l1_until:
             return 0.0
-        return self.l1_weight * min(1.0, position * self.epochs / self.l1_warmup if self.l1_warmup else 1.0)
+        return self.loss.l1_weights(1)[0] * min(1.0, position * self.epochs / self.l1_warmup if self.l1_warmup else 1.0)
 
     def view(self, epoch: int) -> int:
         """Number of the view that `epoch` trains on."""
@@ -111,7 +103,7 @@ def teacher_recipe(config: RunConfig) -> Recipe:
         batch_size=teacher.batch_size,
         learning_rate=lambda position: teacher.learning_rate * schedule(position),
         optimizer=lambda model: _teacher_optimizer(model, teacher),
-        loss={"alpha": 0.0, "label_smoothing": teacher.label_smoothing},
+        loss=kddp_ext.LossSettings(alpha=0.0, label_smoothing=teacher.label_smoothing),
         frozen_from=FastTeacher.frozen_from if teacher.architecture == "fast" else {},
         shift=teacher.shift,
     )
@@ -154,8 +146,10 @@ def student_recipe(config: RunConfig, stage: Stage) -> Recipe:
         optimizer=lambda model: torch.optim.Adam(
             model.parameters(), lr=student.learning_rate, weight_decay=student.weight_decay, fused=True
         ),
-        loss={**dataclasses.asdict(config.distillation), **({"alpha": 0.0} if stage == "scratch" else {})},
-        l1_weight=pruning.l1_weight if stage == "kddp" else 0.0,
+        loss=config.distillation.loss(
+            alpha=0.0 if stage == "scratch" else config.distillation.alpha,
+            l1_weight=pruning.l1_weight if stage == "kddp" else 0.0,
+        ),
         l1_warmup=pruning.l1_warmup,
         l1_until=pruning.l1_until,
         shift=student.shift,
@@ -273,9 +267,8 @@ def _train_step(
             teacher_logits,
             labels,
             () if training.pruner is None else training.pruner.activations,
-            l1_weight=recipe.l1_weight_at(position),
             return_terms=True,
-            **recipe.loss,
+            **{**vars(recipe.loss), "l1_weight": recipe.l1_weight_at(position)},
         )
     with clock.phase("student"):
         training.optimizer.zero_grad()

@@ -61,10 +61,10 @@ def test_opcheck_of_the_loss(batch, flags):
         teacher,
         labels,
         [activation],
-        3.0,
-        0.6,
         [0.01],
         [9.0],
+        3.0,
+        0.6,
         0.1,
         -100,
         0,
@@ -81,7 +81,7 @@ def test_opcheck_of_the_loss(batch, flags):
 @standardized_or_not
 def test_opcheck_of_each_divergence(batch, divergence, standardize_logits):
     student, teacher, labels, activation = batch
-    settings = (3.0, 0.6, [0.01], [9.0], 0.1, -100, divergence, 0.3, 1.0, 8.0, standardize_logits)
+    settings = ([0.01], [9.0], 3.0, 0.6, 0.1, -100, divergence, 0.3, 1.0, 8.0, standardize_logits)
     opcheck(
         ops.kd_l1_loss_operator,
         (student, teacher, labels, [activation], *settings, True, True, False, True),
@@ -99,11 +99,11 @@ def test_opcheck_of_absent_inputs(batch):
     student, teacher, labels, _ = batch
     opcheck(
         ops.kd_l1_loss_operator,
-        (student, None, labels, [], 3.0, 0.0, [], [], 0.0, -100, 0, 0.5, 1.0, 8.0, False, True, False, False, False),
+        (student, None, labels, [], [], [], 3.0, 0.0, 0.0, -100, 0, 0.5, 1.0, 8.0, False, True, False, False, False),
     )
     opcheck(
         ops.kd_l1_loss_operator,
-        (student, teacher, None, [], 3.0, 1.0, [], [], 0.0, -100, 0, 0.5, 1.0, 8.0, False, True, False, False, False),
+        (student, teacher, None, [], [], [], 3.0, 1.0, 0.0, -100, 0, 0.5, 1.0, 8.0, False, True, False, False, False),
     )
 
 

@@ -5,7 +5,7 @@ import torch
 from loss_cases import DIVERGENCES
 
 import kddp_ext
-from kddp_ext.ops.divergences import standardized
+from kddp_ext.ops.reference import standardized
 
 T = 2.5
 LABELS = torch.tensor([1, 4, 0, -100, 2])

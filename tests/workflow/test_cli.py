@@ -127,8 +127,11 @@ def test_options_override_the_preset(started: Calls, tmp_path: Path) -> None:
     ("arguments", "message"),
     [
         ("run --distillation.alpha 1.5", "--distillation.alpha: expected a number from 0 to 1, got 1.5"),
-        ("run --distillation.jsd-beta 1", "--distillation.jsd-beta: expected a number between 0 and 1, got 1.0"),
-        ("run --distillation.temperature nan", "--distillation.temperature: expected a positive number, got nan"),
+        (
+            "run --distillation.dkd-target-weight -1",
+            "--distillation.dkd-target-weight: expected a finite number of at least 0, got -1.0",
+        ),
+        ("run --distillation.temperature nan", "--distillation.temperature: expected a finite number above 0, got nan"),
         ("run --pruning.l1-weight -1", "--pruning.l1-weight: expected a number of at least 0, got -1.0"),
         ("run --pruning.threshold 0", "--pruning.threshold: expected a number above 0, at most 1, got 0.0"),
         ("run --student.epochs 0", "--student.epochs: expected a positive number, got 0"),

@@ -1,1 +1,1 @@
-"""Which neurons a model has, found by tracing it."""
+"""Finds the neurons of a model by tracing its forward pass."""

@@ -1,7 +1,7 @@
-"""Finding neurons: which slices of which tensors belong to each output unit of a layer.
+"""Finds neurons: the slices of tensors that belong to each output of a layer.
 
-A neuron is a row of its layer's weight, an entry of the bias and of every BatchNorm on the way, and a column
-of the weight of every layer that reads it; a channel of a convolution likewise. `find_neurons` proves that from the
+A neuron is a row of its layer's weight, an entry of the bias and of every BatchNorm that follows, and a column of the
+weight of every layer that reads it. The same holds for a channel of a convolution. `find_neurons` proves this from the
 graph of the forward pass, or says why it cannot.
 """
 
@@ -20,20 +20,22 @@ from kddp_ext.pruning.tracing.groups import NeuronGroup
 from kddp_ext.pruning.tracing.operations import shape_of
 from kddp_ext.pruning.tracing.verify import difference, one_neuron_fewer
 
+_FoundAndRefused = tuple[dict[str, NeuronGroup], dict[str, str]]  # both by layer name
+
 
 class UnsupportedModelError(ValueError):
-    """A model, or a layer asked for by name, whose neurons cannot be proven prunable."""
+    """A model or a requested layer cannot be proven prunable."""
 
 
 @dataclass(frozen=True)
 class TracedNeurons:
-    """What `find_neurons` found.
+    """The result of `find_neurons`.
 
     Attributes:
         groups: by layer name, in the order of the forward pass.
-        refused: reason by layer name, for every other Linear and convolution.
-        positions: of each weight of a Linear or convolution, by its name in the state_dict, at how many positions of
-            a sample it is applied: the layer's multiplications a sample are its elements times this.
+        refused: by layer name, the reason why any other Linear layer or convolution cannot be pruned.
+        positions: by the name of a layer's weight in the state_dict, the number of positions of a sample to which the
+            weight is applied. The layer's MACs for one sample are the weight's elements times this number.
     """
 
     groups: dict[str, NeuronGroup]
@@ -42,12 +44,12 @@ class TracedNeurons:
 
 
 def find_neurons(model: nn.Module, example_inputs: tuple[Any, ...]) -> TracedNeurons:
-    """Trace the model in training and in evaluation mode; a layer is accepted where both agree.
+    """Trace the model in training and in evaluation mode, and return the groups that are the same in both.
 
-    What was found is proven by tracing the model again with one neuron fewer in each layer: see `narrowing`.
+    Each group is then verified by tracing the model with one neuron fewer, see verify.py.
 
     Args:
-        model: the model; nothing of it is changed.
+        model: the model; it is not changed.
         example_inputs: positional arguments for its forward; a BatchNorm needs at least two samples.
 
     Raises:
@@ -57,38 +59,37 @@ def find_neurons(model: nn.Module, example_inputs: tuple[Any, ...]) -> TracedNeu
         graphs = [OperationGraph(model, example_inputs, training=mode) for mode in (True, False)]
     except Refusal as refusal:
         raise UnsupportedModelError(str(refusal)) from refusal
-    groups, refused = _agreed(*[_trace(graph) for graph in graphs])
-    refuted = _refuted(graphs, example_inputs, [group for group in groups.values() if group.width > 1])
-    for name, why in refuted.items():
-        refused.update(dict.fromkeys(groups[name].producers, why))
+    groups, refused = _same_in_both(*[_follow_all(graph) for graph in graphs])
+    refuted = _refute(graphs, example_inputs, [group for group in groups.values() if group.width > 1])
+    for name, reason in refuted.items():
+        refused.update(dict.fromkeys(groups[name].producers, reason))
     groups = {name: group for name, group in groups.items() if name not in refuted}
     pruned = {module for group in groups.values() for module in group.modules}
     for name, module in model.named_modules():
-        if isinstance(module, nn.Linear | nn.modules.conv._ConvNd) and name not in pruned:
-            refused.setdefault(name, f"the forward pass does not reach it as a {_kind(module)}")
-    refused = {name: why for name, why in refused.items() if name not in pruned}
+        if isinstance(module, nn.Linear | nn.modules.conv._ConvNd):
+            kind = "Linear layer" if isinstance(module, nn.Linear) else "convolution"
+            refused.setdefault(name, f"the forward pass does not reach it as a {kind}")
+    refused = {name: reason for name, reason in refused.items() if name not in pruned}
     return TracedNeurons(groups, refused, _positions(graphs[1], example_inputs))
 
 
-def _kind(module: nn.Module) -> str:
-    return "Linear" if isinstance(module, nn.Linear) else "convolution"
+def _follow_all(graph: OperationGraph) -> _FoundAndRefused:
+    """Follow every Linear layer and convolution of one graph."""
+    groups: dict[str, NeuronGroup] = {}
+    refused: dict[str, str] = {}
+    for node in filter(is_layer, graph.nodes):
+        name = layer_name(graph, node)
+        if any(name in group.producers[1:] for group in groups.values()):
+            continue
+        try:
+            groups[name] = follow(graph, node)
+        except Refusal as refusal:
+            refused.setdefault(name, str(refusal))
+    return {name: group for name, group in groups.items() if name not in refused}, refused
 
 
-def _positions(graph: OperationGraph, example_inputs: tuple[Any, ...]) -> dict[str, float]:
-    samples = next((value.shape[0] for value in example_inputs if isinstance(value, Tensor) and value.dim()), 1)
-    applied: Counter[str] = Counter()
-    for node in graph.nodes:
-        stored = graph.stored(node.args[1]) if is_layer(node) else None
-        if stored is not None:
-            applied[stored.name] += shape_of(node).numel() // graph.tensor(stored).shape[0]
-    return {name: count / max(samples, 1) for name, count in applied.items()}
-
-
-_Agreed = tuple[dict[str, NeuronGroup], dict[str, str]]
-
-
-def _agreed(training: _Agreed, evaluation: _Agreed) -> _Agreed:
-    """The groups that are the same in both modes, and why the others are refused."""
+def _same_in_both(training: _FoundAndRefused, evaluation: _FoundAndRefused) -> _FoundAndRefused:
+    """The groups that are the same in both modes, and the reasons against the others."""
     groups: dict[str, NeuronGroup] = {}
     refused = {**training[1]}
     for name, reason in evaluation[1].items():
@@ -104,26 +105,25 @@ def _agreed(training: _Agreed, evaluation: _Agreed) -> _Agreed:
     return groups, refused
 
 
-def _refuted(
-    graphs: list[OperationGraph], example_inputs: tuple[Any, ...], groups: list[NeuronGroup]
-) -> dict[str, str]:
-    """Why some of the groups are refused after all: the model depends on how many neurons they have."""
-    reason = _dependence(graphs, example_inputs, groups)
+def _refute(graphs: list[OperationGraph], inputs: tuple[Any, ...], groups: list[NeuronGroup]) -> dict[str, str]:
+    """By group name, the reason why the model depends on the number of its neurons; empty for most models."""
+    reason = _dependence(graphs, inputs, groups)
     if reason is None:
         return {}
-    alone = {group.name: _dependence(graphs, example_inputs, [group]) for group in groups}
+    alone = {group.name: _dependence(graphs, inputs, [group]) for group in groups}
     refuted = {name: why for name, why in alone.items() if why is not None}
     return refuted or {group.name: reason for group in groups}
 
 
-def _dependence(graphs: list[OperationGraph], example_inputs: tuple[Any, ...], groups: list[NeuronGroup]) -> str | None:
+def _dependence(graphs: list[OperationGraph], inputs: tuple[Any, ...], groups: list[NeuronGroup]) -> str | None:
+    """What changes in the forward pass with one neuron fewer in each of `groups`; None where nothing does."""
     if not groups:
         return None
     for graph in graphs:
         try:
             with one_neuron_fewer(graph.model, groups):
-                narrow = OperationGraph(graph.model, example_inputs, training=graph.training)
-                found = _trace(narrow)[0]
+                narrow = OperationGraph(graph.model, inputs, training=graph.training)
+                found, _ = _follow_all(narrow)
         except Refusal as refusal:
             return f"with one neuron fewer, {refusal}"
         changed = difference(graph, narrow)
@@ -134,16 +134,11 @@ def _dependence(graphs: list[OperationGraph], example_inputs: tuple[Any, ...], g
     return None
 
 
-def _trace(graph: OperationGraph) -> _Agreed:
-    """Every Linear and convolution of one graph."""
-    groups: dict[str, NeuronGroup] = {}
-    refused: dict[str, str] = {}
-    for node in graph.nodes:
-        name = layer_name(graph, node) if is_layer(node) else ""
-        if not is_layer(node) or any(name in group.producers[1:] for group in groups.values()):
-            continue
-        try:
-            groups[name] = follow(graph, node)
-        except Refusal as refusal:
-            refused.setdefault(name, str(refusal))
-    return {name: group for name, group in groups.items() if name not in refused}, refused
+def _positions(graph: OperationGraph, example_inputs: tuple[Any, ...]) -> dict[str, float]:
+    samples = next((value.shape[0] for value in example_inputs if isinstance(value, Tensor) and value.dim()), 1)
+    applied: Counter[str] = Counter()
+    for node in filter(is_layer, graph.nodes):
+        stored = graph.stored(node.args[1])
+        if stored is not None:
+            applied[stored.name] += shape_of(node).numel() // stored.of(graph.model).shape[0]
+    return {name: count / max(samples, 1) for name, count in applied.items()}

@@ -1,4 +1,4 @@
-"""Following the neurons of one layer through the graph, from the layer to those that read them."""
+"""Follows the neurons of one layer through the graph to the layers that read them."""
 
 from __future__ import annotations
 
@@ -7,8 +7,9 @@ from collections.abc import Sequence
 from torch import nn
 from torch.fx import Node
 
-from kddp_ext.pruning.tracing.graph import OperationGraph, Refusal, StoredTensor
-from kddp_ext.pruning.tracing.groups import Layout, NeuronCount, NeuronGroup, Reader
+from kddp_ext.activations.layout import Layout
+from kddp_ext.pruning.tracing.graph import OperationGraph, Refusal
+from kddp_ext.pruning.tracing.groups import NeuronCount, NeuronGroup, Reader, StoredTensor
 from kddp_ext.pruning.tracing.operations import (
     CONVOLUTIONS,
     POINTWISE,
@@ -21,31 +22,32 @@ from kddp_ext.pruning.tracing.operations import (
     shape_of,
 )
 
+_LAYERS = (nn.Linear, nn.modules.conv._ConvNd)
 _DROPOUTS = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d)
-# A constant that is added to each channel passes these as it is: of maxima, and of means over real entries alone.
+# A constant added to a channel passes unchanged through a maximum, and through a mean without padding.
 _SHIFT_PASSES = tuple(name for name in POOLINGS if not name.startswith("avg"))
 
 
 def is_layer(node: Node) -> bool:
-    """Whether `node` applies a weight that mixes all that it reads: a Linear or a convolution."""
+    """True for a Linear layer or a convolution, depthwise or not."""
     return operation_name(node) == "linear" or operation_name(node) in CONVOLUTIONS
 
 
-def is_depthwise(node: Node) -> bool:
-    """Whether `node` is a convolution that keeps channels apart."""
+def is_grouped(node: Node) -> bool:
+    """True for a convolution with several groups of channels."""
     return operation_name(node) in CONVOLUTIONS and groups_of(node) > 1
 
 
 def layer_name(graph: OperationGraph, node: Node) -> str:
     """Name of the module whose weight `node` applies."""
     stored, caller = graph.stored(node.args[1]), graph.module(node)
-    if stored is None or _is_layer_module(graph.model.get_submodule(caller)):
+    if stored is None or isinstance(graph.model.get_submodule(caller), _LAYERS):
         return caller
-    return stored.module if _is_layer_module(graph.model.get_submodule(stored.module)) else stored.name
+    return stored.module if isinstance(graph.model.get_submodule(stored.module), _LAYERS) else stored.name
 
 
 def follow(graph: OperationGraph, layer: Node) -> NeuronGroup:
-    """The group of the neurons that `layer` computes, with the layers that gate them.
+    """The group of the neurons that `layer` and the layers that gate it compute.
 
     Raises:
         Refusal: they cannot be proven prunable.
@@ -53,14 +55,15 @@ def follow(graph: OperationGraph, layer: Node) -> NeuronGroup:
     producers = [layer]
     path = _walk(graph, producers)
     while path.factors:
-        found = {producer for factor in path.factors for producer in _producers_behind(graph, factor)}
-        if found <= set(producers):
-            raise Refusal(foreign_operand(graph, _user_on_way(path, path.factors[0])))
-        producers = [node for node in graph.nodes if node in found.union(producers)]
+        gates = {producer for factor in path.factors for producer in _producers_behind(graph, factor)}
+        if gates <= set(producers):
+            factor = path.factors[0]
+            raise Refusal(foreign_operand(graph, next(user for user in factor.users if user in path.at)))
+        producers = [node for node in graph.nodes if node in gates.union(producers)]
         path = _walk(graph, producers)
     if not path.readers:
         raise Refusal("nothing reads its neurons")
-    return _group(graph, path, producers)
+    return _group(path, producers)
 
 
 def _walk(graph: OperationGraph, producers: list[Node]) -> NeuronPath:
@@ -75,17 +78,16 @@ def _walk(graph: OperationGraph, producers: list[Node]) -> NeuronPath:
 
 
 def _start(path: NeuronPath, layer: Node) -> None:
-    """The slices of the layer that computes the neurons."""
+    """Add the slices of a layer that computes the neurons."""
     graph, shape = path.graph, shape_of(layer)
     weight = path.add_slices(layer.args[1], "weight", Layout(0))
     assert weight is not None
-    module = graph.model.get_submodule(weight.module)
-    if not _is_layer_module(module) or weight.attribute != "weight":
+    if not isinstance(graph.model.get_submodule(weight.module), _LAYERS) or weight.attribute != "weight":
         raise Refusal(f"the weight {weight.name} belongs to no nn.Linear or convolution; make it one")
-    if is_depthwise(layer):
+    if is_grouped(layer):
         raise Refusal(
-            f"its {groups_of(layer)} groups of channels must all stay of one size; depthwise ones are pruned with the "
-            "layer in front of them, where that can be"
+            f"its {groups_of(layer)} groups of channels must keep equal sizes; a depthwise convolution is pruned with "
+            "the layer in front of it, where that is possible"
         )
     path.add_slices(argument_of(layer, 2, "bias", None), "bias", Layout(0))
     linear = operation_name(layer) == "linear"
@@ -97,34 +99,31 @@ def _start(path: NeuronPath, layer: Node) -> None:
 
 
 def _producers_behind(graph: OperationGraph, factor: Node) -> set[Node]:
-    """The layers that compute `factor` entry by entry."""
-    if is_layer(factor) and not is_depthwise(factor):
+    """The layers that compute `factor`, through elementwise operations only."""
+    if is_layer(factor) and not is_grouped(factor):
         return {factor}
-    passes = operation_name(factor) in (*POINTWISE, "batch_norm", "prelu") or is_depthwise(factor)
+    passes = operation_name(factor) in (*POINTWISE, "batch_norm", "prelu") or is_grouped(factor)
     sources = [node for node in factor.all_input_nodes if graph.stored(node) is None]
     if not passes or not sources or any(shape_of(source) != shape_of(factor) for source in sources):
         raise Refusal(
-            f"they are multiplied by what {operation_name(factor)} in {graph.place(factor)} computes, and no Linear or "
-            "convolution computes that entry by entry"
+            f"they are multiplied by the result of {operation_name(factor)} in {graph.place(factor)}, which is not an "
+            "elementwise function of the outputs of a Linear layer or convolution"
         )
     return {producer for source in sources for producer in _producers_behind(graph, source)}
 
 
-def _user_on_way(path: NeuronPath, factor: Node) -> Node:
-    return next(user for user in factor.users if user in path.at)
-
-
-def _group(graph: OperationGraph, path: NeuronPath, producers: list[Node]) -> NeuronGroup:
-    # Statistics are of one value, so all readers must read the same (each through a dropout of its own, if any).
+def _group(path: NeuronPath, producers: list[Node]) -> NeuronGroup:
+    graph = path.graph
+    # Statistics are of one value, so all readers must read the same one, each possibly through its own dropout.
     sources = [_before_dropout(graph, reader) for reader in path.readers]
     value, dropouts = sources[0]
     if any(source is not value for source, _ in sources):
         readers = " and ".join(graph.module(reader) for reader in path.readers)
-        raise Refusal(f"{readers} read different functions of its neurons; only one common value can be observed")
+        raise Refusal(f"{readers} read different functions of its neurons, and only one value can be observed")
     names = tuple(layer_name(graph, producer) for producer in producers)
     width = shape_of(producers[0])[path.at[producers[0]].axis]
     if any(shape_of(producer)[path.at[producer].axis] != width for producer in producers):
-        raise Refusal(f"{' and '.join(names)} are multiplied, and have different numbers of neurons")
+        raise Refusal(f"the outputs of {' and '.join(names)} are multiplied and have different numbers of neurons")
     return NeuronGroup(
         name=names[0],
         producers=names,
@@ -147,13 +146,13 @@ def _weight_layout(path: NeuronPath, reader: Node) -> Layout:
 
 
 def _before_dropout(graph: OperationGraph, reader: Node) -> tuple[Node, list[str]]:
-    """The value that `reader` reads, before nn.Dropout modules directly in front of it, and their names."""
+    """The value that `reader` reads, taken before the nn.Dropout modules directly in front of it; and their names."""
     source, names = reader.args[0], []
     assert isinstance(source, Node)
     while operation_name(source) in ("dropout", "feature_dropout"):
         name = graph.module(source)
         module = graph.model.get_submodule(name)
-        # An in-place dropout overwrites the value; a functional one offers nothing to hook.
+        # An in-place dropout overwrites the value, and a function call has no module to hook.
         if not isinstance(module, _DROPOUTS) or module.inplace:
             break
         names.append(name)
@@ -163,7 +162,7 @@ def _before_dropout(graph: OperationGraph, reader: Node) -> tuple[Node, list[str
 
 
 def _shift(graph: OperationGraph, reader: Node) -> StoredTensor | None:
-    """What a constant added to the output of `reader` can be folded into."""
+    """The tensor that can absorb a constant added to the output of `reader`."""
     candidate = argument_of(reader, 2, "bias", None)
     if candidate is None:
         norm = _norm_behind(reader)
@@ -179,14 +178,14 @@ def _shift(graph: OperationGraph, reader: Node) -> StoredTensor | None:
 def _is_padded(reader: Node) -> bool:
     if operation_name(reader) not in CONVOLUTIONS:
         return False
-    padding = argument_of(reader, 4, "padding", 0)  # sizes, or "valid" or "same"
+    padding = argument_of(reader, 4, "padding", 0)  # sizes, "valid" or "same"
     if isinstance(padding, str):
         return padding == "same"
     return any(padding) if isinstance(padding, Sequence) else bool(padding)
 
 
 def _norm_behind(reader: Node) -> Node | None:
-    """The BatchNorm that alone reads the output of `reader`, directly or through pooling."""
+    """The BatchNorm that is the only user of the output of `reader`, directly or through pooling."""
     value = reader
     while len(value.users) == 1:
         user = next(iter(value.users))
@@ -198,7 +197,3 @@ def _norm_behind(reader: Node) -> Node | None:
             return None
         value = user
     return None
-
-
-def _is_layer_module(module: nn.Module) -> bool:
-    return isinstance(module, nn.Linear | nn.modules.conv._ConvNd)

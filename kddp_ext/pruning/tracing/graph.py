@@ -1,6 +1,6 @@
-"""The model as a graph of aten operations, and which stored tensor each of them reads.
+"""The model as a graph of aten operations, with the stored tensor that each of them reads.
 
-torch.export rather than torch.fx: it brings functional and module spelling to the same operations, follows
+torch.export is used instead of torch.fx because it maps functional and module spelling to the same operations, follows
 Python control flow by running it, and sees inside the containers of torch.nn.
 """
 
@@ -10,43 +10,32 @@ import warnings
 from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.fx import Node
+from torch.nn.parallel import DistributedDataParallel
+from torch.optim.swa_utils import AveragedModel
 
 from kddp_ext import ops
+from kddp_ext.pruning.tracing.groups import StoredTensor
 
 
-class Refusal(Exception):  # noqa: N818 - it never reaches a user
-    """Why the neurons of a layer cannot be proven prunable; `UnsupportedModelError` is made of it."""
-
-
-@dataclass(frozen=True)
-class StoredTensor:
-    """A parameter or a buffer, by the module that holds it."""
-
-    module: str
-    attribute: str
-
-    @property
-    def name(self) -> str:
-        """Its name in the model's state_dict."""
-        return f"{self.module}.{self.attribute}" if self.module else self.attribute
+class Refusal(Exception):  # noqa: N818 - users see UnsupportedModelError instead
+    """The reason why the neurons of a layer cannot be proven prunable."""
 
 
 class OperationGraph:
-    """One run of a model's forward pass, in training or in evaluation mode, as aten operations.
+    """One run of a model's forward pass, in training or evaluation mode, as aten operations.
 
-    The run is on fake tensors: no arithmetic happens, and parameters, buffers, attributes, train/eval modes
-    and the random state are left as they were.
+    The run uses fake tensors: nothing is computed, and parameters, buffers, attributes, modes and the random state stay
+    as they are.
 
     Args:
         model: the model.
-        example_inputs: the positional arguments of its forward.
-        training: the mode every module is traced in.
+        example_inputs: positional arguments of its forward.
+        training: the mode of every module during the run.
 
     Raises:
         Refusal: torch.export cannot follow the forward pass.
@@ -70,31 +59,27 @@ class OperationGraph:
         names = {**signature.inputs_to_parameters, **signature.inputs_to_buffers}
         self.nodes: list[Node] = list(program.graph.nodes)
         self.constants: dict[str, Any] = dict(program.constants)
-        self._stored = {node: names[node.name] for node in self.nodes if node.name in names}
-        self._holders = _holders(model)
-        # A module registered under several names goes by its first, whichever one torch.export chose.
+        # A module registered under several names goes by the first one, whichever torch.export chose.
         self._names: dict[nn.Module, str] = {module: name for name, module in model.named_modules()}
+        self._stored: dict[Node, StoredTensor] = {}
+        self._users: dict[int, list[Node]] = defaultdict(list)  # by the id of a stored tensor
+        for node in self.nodes:
+            if node.name in names:
+                module, _, attribute = names[node.name].rpartition(".")
+                self._stored[node] = StoredTensor(self._names[model.get_submodule(module)], attribute)
+                self._users[id(self._stored[node].of(model))].extend(node.users)
+        self._holders = _holders(model)
 
     def stored(self, node: Any) -> StoredTensor | None:
-        """The parameter or buffer that `node` stands for, None where it is a computed value."""
-        name = self._stored.get(node)
-        if name is None:
-            return None
-        module, _, attribute = name.rpartition(".")
-        return StoredTensor(self._names[self.model.get_submodule(module)], attribute)
-
-    def tensor(self, stored: StoredTensor) -> Tensor:
-        """The tensor itself."""
-        value = getattr(self.model.get_submodule(stored.module), stored.attribute)
-        assert isinstance(value, Tensor)
-        return value
+        """The parameter or buffer behind `node`; None where `node` is computed."""
+        return self._stored.get(node)
 
     def own(self, node: Any, role: str) -> StoredTensor:
-        """The stored tensor behind `node`, proven to be read by this one operation and held by one module.
+        """The stored tensor behind `node`, proven to be held by one module and read by one operation.
 
         Args:
             node: an argument of an operation.
-            role: what it is, for the message: "weight of fc1".
+            role: what the tensor is, for the message: "weight of fc1".
 
         Raises:
             Refusal: it is computed, shared, or read more than once.
@@ -102,35 +87,31 @@ class OperationGraph:
         stored = self.stored(node)
         if stored is None:
             raise Refusal(
-                f"the {role} is computed in the forward pass (parametrized, weight-normed or masked?), so no "
-                "stored tensor can be sliced; remove the parametrization first"
+                f"the {role} is computed in the forward pass (by a parametrization, weight norm or mask?), so there is "
+                "no stored tensor to slice; remove the parametrization first"
             )
-        tensor = self.tensor(stored)
+        tensor = stored.of(self.model)
         if type(tensor) not in (Tensor, nn.Parameter) or tensor.layout != torch.strided:
             raise Refusal(f"the {role} is a {type(tensor).__name__}; only plain dense tensors can be sliced")
         holders = self._holders[ops.storage_key(tensor)]
         if len(holders) > 1:
             raise Refusal(f"the {role} is shared (tied) between {' and '.join(sorted(holders))}; untie it first")
-        readers = [user for other in self._stored for user in other.users if self._reads(other, tensor)]
-        if len(readers) > 1:
-            places = sorted({self.place(reader) for reader in readers})
+        users = self._users[id(tensor)]
+        if len(users) > 1:
+            places = sorted({self.place(user) for user in users})
             raise Refusal(
-                f"the {role} is used {len(readers)} times in one forward pass (in {', '.join(places)}); give "
-                "each use a module of its own"
+                f"the {role} is used {len(users)} times in one forward pass (in {', '.join(places)}); use a separate "
+                "module for each"
             )
         return stored
 
-    def _reads(self, node: Node, tensor: Tensor) -> bool:
-        stored = self.stored(node)
-        return stored is not None and self.tensor(stored) is tensor
-
     def module(self, node: Node) -> str:
-        """Name of the innermost module whose forward runs `node`; the model itself is ''."""
+        """Name of the innermost module whose forward runs `node`; '' for the model itself."""
         stack = node.meta.get("nn_module_stack") or {"": ("", "")}
         return self._names[self.model.get_submodule(str(list(stack.values())[-1][0]))]
 
     def place(self, node: Node) -> str:
-        """The same, to be read by people: "act (GELU)"."""
+        """The same for an error message: "act (GELU)"."""
         name = self.module(node)
         kind = type(self.model.get_submodule(name)).__name__
         return f"{name} ({kind})" if name else f"the forward of {kind}"
@@ -138,9 +119,9 @@ class OperationGraph:
 
 @contextmanager
 def unchanged_modules(model: nn.Module) -> Iterator[None]:
-    """Put attributes, modes, parameters and buffers back at the end, whatever was assigned in between.
+    """Restore attributes, modes, parameters and buffers at the end.
 
-    A forward pass that keeps something on `self` would otherwise keep a fake tensor.
+    Without it, a forward pass that stores a value on `self` would leave a fake tensor there.
     """
     before = [(module, dict(module.__dict__)) for module in model.modules()]
     stores: list[dict[str, Any]] = [store for m, _ in before for store in (m._parameters, m._buffers)]
@@ -157,15 +138,26 @@ def unchanged_modules(model: nn.Module) -> Iterator[None]:
 
 
 def uncompiled(model: nn.Module) -> nn.Module:
-    """The module that torch.compile wrapped, whose names are the constructor's; any other module itself.
+    """The module inside torch.compile's wrapper, which has the constructor's names; any other module itself.
 
     Raises:
-        TypeError: it is no module.
+        TypeError: `model` is not a module.
     """
     inner = getattr(model, "_orig_mod", model)
     if not isinstance(inner, nn.Module):
         raise TypeError(f"model: expected a torch.nn.Module, got {type(inner).__name__}")
     return inner
+
+
+def unwrapped(module: nn.Module) -> nn.Module:
+    """The module inside torch.compile, DistributedDataParallel and AveragedModel, in any order of nesting."""
+    while True:
+        inner = uncompiled(module)
+        if isinstance(inner, DistributedDataParallel | AveragedModel):
+            inner = inner.module
+        if inner is module:
+            return module
+        module = inner
 
 
 def _set_mode(model: nn.Module, training: bool) -> None:
@@ -176,11 +168,10 @@ def _set_mode(model: nn.Module, training: bool) -> None:
 
 
 def _holders(model: nn.Module) -> dict[tuple[torch.device, int], set[str]]:
-    """Names of all stored tensors by the memory they lie in; a module registered twice counts once."""
+    """Names of all stored tensors, by their memory; a module registered twice counts once."""
     holders: dict[tuple[torch.device, int], set[str]] = defaultdict(set)
     for prefix, module in model.named_modules():
-        own = [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]
-        for name, tensor in own:
+        for name, tensor in [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]:
             if type(tensor) in (Tensor, nn.Parameter) and tensor.layout == torch.strided:
-                holders[ops.storage_key(tensor)].add(f"{prefix}.{name}" if prefix else name)
+                holders[ops.storage_key(tensor)].add(StoredTensor(prefix, name).name)
     return holders

@@ -2,67 +2,39 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from kddp_ext.pruning.tracing.graph import StoredTensor
+from kddp_ext.activations.layout import Layout
 
 
 @dataclass(frozen=True)
-class Layout:
-    """How neurons lie along one dimension of a tensor.
+class StoredTensor:
+    """A parameter or buffer, named by the module that holds it."""
 
-    The dimension has outer · neurons · inner entries, and entry (o · neurons + j) · inner + i belongs to neuron j. A
-    channel that is flattened with its positions has inner = positions; flattened behind them, outer = positions.
-
-    Attributes:
-        axis: the dimension.
-        outer: how often all neurons come, one after the other.
-        inner: entries of a neuron side by side.
-    """
-
-    axis: int
-    outer: int = 1
-    inner: int = 1
+    module: str
+    attribute: str
 
     @property
-    def entries(self) -> int:
-        """Entries of each neuron."""
-        return self.outer * self.inner
+    def name(self) -> str:
+        """Its name in the model's state_dict."""
+        return f"{self.module}.{self.attribute}" if self.module else self.attribute
 
-    def indices(self, neurons: Tensor, width: int) -> Tensor:
-        """The entries, ascending int64, of `neurons`, ascending among `width`."""
-        if self.entries == 1:
-            return neurons
-        outer = torch.arange(self.outer, device=neurons.device).view(-1, 1, 1) * width
-        inner = torch.arange(self.inner, device=neurons.device)
-        return ((outer + neurons.view(-1, 1)) * self.inner + inner).flatten()
+    def of(self, model: nn.Module) -> Tensor:
+        """The tensor in `model`.
 
-    def reshaped(self, before: Sequence[int], after: Sequence[int]) -> Layout | None:
-        """Where the neurons of a tensor of shape `before` lie once it is reshaped to `after`; None where apart."""
-        width = before[self.axis] // self.entries
-        ahead = math.prod(before[: self.axis]) * self.outer
-        behind = self.inner * math.prod(before[self.axis + 1 :])
-        found = []
-        for axis, size in enumerate(after):
-            prefix, suffix = math.prod(after[:axis]), math.prod(after[axis + 1 :])
-            if prefix and suffix and ahead % prefix == 0 and behind % suffix == 0:
-                layout = Layout(axis, ahead // prefix, behind // suffix)
-                if layout.entries * width == size:
-                    found.append(layout)
-        # Only a single neuron can be found in several dimensions; then it stays as it was, if it can.
-        return min(found, key=lambda layout: (layout.outer != self.outer, layout.axis)) if found else None
-
-
-def all_but(neurons: Tensor, width: int) -> Tensor:
-    """The other neurons of `width`, ascending int64 on the CPU, without regard to the order of `neurons`."""
-    others = torch.ones(width, dtype=torch.bool, device="cpu")
-    others[neurons] = False
-    return others.nonzero().flatten()
+        Raises:
+            ValueError: the model no longer has it.
+        """
+        try:
+            tensor = getattr(model.get_submodule(self.module), self.attribute)
+        except AttributeError:
+            tensor = None
+        if not isinstance(tensor, Tensor):
+            raise ValueError(f"model: it no longer has {self.name}; make a new pruner after changing the model")
+        return tensor
 
 
 @dataclass(frozen=True)
@@ -72,10 +44,24 @@ class NeuronSlices:
     stored: StoredTensor
     layout: Layout
 
+    def tensor(self, model: nn.Module, group: NeuronGroup, *, role: str = "model") -> Tensor:
+        """The tensor in `model`, whose shape is checked against the width of `group`.
+
+        Raises:
+            ValueError: it is missing or has another shape; the message calls the model `role`.
+        """
+        tensor, axis = self.stored.of(model), self.layout.axis
+        if tensor.dim() <= axis or tensor.shape[axis] != group.width * self.layout.entries:
+            raise ValueError(
+                f"{role}: {self.stored.name} was traced with {count_neurons(group.width)} of {group.name} along "
+                f"dimension {axis} and now has shape {tuple(tensor.shape)}; make a new pruner after changing the model"
+            )
+        return tensor
+
 
 @dataclass(frozen=True)
 class NeuronCount:
-    """A module's attribute that holds the number of neurons, times `entries`."""
+    """A module attribute that holds the number of neurons, multiplied by `entries`."""
 
     module: str
     attribute: str
@@ -84,14 +70,14 @@ class NeuronCount:
 
 @dataclass(frozen=True)
 class Reader:
-    """A Linear or a convolution that reads the neurons.
+    """A Linear layer or convolution that reads the neurons.
 
     Attributes:
         module: its name.
-        layout: how the neurons lie along dimension 1 of its weight.
-        shift: what takes up the average contribution of pruned neurons: the layer's own bias, or the running
-            mean of the BatchNorm behind a layer without bias. None where there is neither.
-        padded: whether it is a convolution that reads zeros beyond the border.
+        layout: the layout of the neurons along dimension 1 of its weight.
+        shift: the tensor that can absorb the mean contribution of removed neurons: the layer's own bias, or the
+            running mean of the BatchNorm behind a layer without bias. None where there is neither.
+        padded: True for a convolution with zero padding.
     """
 
     module: str
@@ -101,24 +87,24 @@ class Reader:
 
     @property
     def weight(self) -> StoredTensor:
-        """The (outputs, neurons · entries, ...) weight."""
+        """Its (outputs, neurons · entries, ...) weight."""
         return StoredTensor(self.module, "weight")
 
 
 @dataclass(frozen=True)
 class NeuronGroup:
-    """The neurons of one layer, or of several that are multiplied with each other, and all that belongs to them.
+    """The neurons of one layer, or of several layers whose outputs are multiplied, and everything that belongs to them.
 
     Attributes:
-        name: the first of the layers whose outputs they are.
-        producers: those layers, in the order of the forward pass; more than one where they gate each other.
-        width: how many neurons there are now.
+        name: the first layer that computes them.
+        producers: all layers that compute them, in the order of the forward pass; several where layers gate each other.
+        width: present number of neurons.
         slices: the stored tensors that have slices of each neuron.
-        counts: the attributes that hold the width.
-        readers: the layers that read them, all the same value.
-        value: how they lie in that value.
-        dimensions: how many dimensions that value has.
-        dropouts: nn.Dropout modules directly before the first reader: the value is observed before these.
+        counts: the module attributes that hold the width.
+        readers: the layers that read the neurons; all of them read the same value.
+        value: the layout of the neurons in that value.
+        dimensions: number of dimensions of that value.
+        dropouts: nn.Dropout modules directly in front of the first reader; the value is observed before them.
     """
 
     name: str
@@ -132,16 +118,28 @@ class NeuronGroup:
     dropouts: tuple[str, ...] = field(compare=False)
 
     def reader(self, stored: StoredTensor) -> Reader | None:
-        """The reader whose weight `stored` is."""
+        """The reader whose weight is `stored`."""
         return next((reader for reader in self.readers if reader.weight == stored), None)
 
     @property
     def positions(self) -> int | None:
-        """Entries of a neuron that the readers weight apart, as behind a flatten; None where there is one."""
+        """Number of entries of a neuron that the readers weight separately, as behind a flatten; None for one entry."""
         return self.value.entries if self.value.entries > 1 else None
 
     @property
     def modules(self) -> frozenset[str]:
-        """Names of the modules whose outputs are the neurons: producers, norms, depthwise layers."""
+        """Names of the modules whose outputs are the neurons: producers, norms, depthwise convolutions."""
         readers = {reader.module for reader in self.readers}
         return frozenset(slices.stored.module for slices in self.slices) - (readers - set(self.producers))
+
+
+def all_but(neurons: Tensor, width: int) -> Tensor:
+    """The other indices below `width`, ascending int64 on the CPU; `neurons` may come in any order."""
+    others = torch.ones(width, dtype=torch.bool, device="cpu")
+    others[neurons] = False
+    return others.nonzero().flatten()
+
+
+def count_neurons(count: int) -> str:
+    """Return "1 neuron", "2 neurons", and so on."""
+    return f"{count} neuron{'' if count == 1 else 's'}"

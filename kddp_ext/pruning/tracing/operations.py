@@ -1,7 +1,7 @@
-"""What each operation does with the neurons of a value it reads: one handler an operation, in one table.
+"""What each operation does to the neurons of a value that it reads: a table with one handler for each operation.
 
-A handler either follows the neurons into the operation's result, or ends there because the operation reads
-them (the next Linear or convolution), or refuses. An operation that is not in the table is refused, never guessed.
+A handler follows the neurons into the operation's result, or ends because the operation reads them (the next Linear
+layer or convolution), or refuses them. An operation that is not in the table is always refused.
 """
 
 from __future__ import annotations
@@ -15,10 +15,11 @@ import torch
 from torch import Tensor, nn
 from torch.fx import Node
 
-from kddp_ext.pruning.tracing.graph import OperationGraph, Refusal, StoredTensor
-from kddp_ext.pruning.tracing.groups import Layout, NeuronCount, NeuronSlices
+from kddp_ext.activations.layout import Layout
+from kddp_ext.pruning.tracing.graph import OperationGraph, Refusal
+from kddp_ext.pruning.tracing.groups import NeuronCount, NeuronSlices, StoredTensor
 
-# Of each, how many dimensions it convolves or pools.
+# The number of dimensions that each operation convolves or pools over.
 CONVOLUTIONS = {"conv1d": 1, "conv2d": 2, "conv3d": 3}
 POOLINGS = {
     f"{kind}{n}d": n for n in (1, 2, 3) for kind in ("max_pool", "avg_pool", "adaptive_avg_pool", "adaptive_max_pool")
@@ -27,15 +28,15 @@ POOLINGS = {
 
 @dataclass
 class NeuronPath:
-    """The way of some layers' neurons through the graph, as far as it has been followed.
+    """The path of some layers' neurons through the graph, as far as it has been followed.
 
     Attributes:
         graph: the graph.
-        at: for each value that holds entries of each neuron, how they lie in it.
+        at: the layout of the neurons in each value on the path.
         slices: stored tensors that have slices of each neuron.
         counts: module attributes that hold the number of neurons.
         readers: the operations that sum over the neurons: Linear layers and convolutions.
-        factors: values that the neurons are multiplied with, entry by entry, and that are not on their way yet.
+        factors: values outside the path that the neurons are multiplied with elementwise.
     """
 
     graph: OperationGraph
@@ -46,7 +47,7 @@ class NeuronPath:
     factors: list[Node] = field(default_factory=list)
 
     def add_slices(self, argument: Any, role: str, layout: Layout) -> StoredTensor | None:
-        """Record that the stored tensor behind `argument`, if there is one, has slices of each neuron."""
+        """Record that the stored tensor behind `argument`, unless it is None, has slices of each neuron."""
         if argument is None:
             return None
         stored = self.graph.own(argument, role)
@@ -54,41 +55,45 @@ class NeuronPath:
         return stored
 
     def step(self, node: Node) -> None:
-        """Follow the neurons through `node`, which reads at least one value that holds them."""
+        """Follow the neurons through `node`, which reads at least one value on the path."""
         if node.op == "output":
             if self.readers:
-                raise Refusal("a value on their way also leaves the model as an output; do not return it")
+                raise Refusal("a value that holds its neurons is also an output of the model; do not return it")
             raise Refusal("its neurons are the model's outputs")
         name = operation_name(node)
         handler = HANDLERS.get(name)
         if handler is None:
             place = self.graph.place(node)
             raise Refusal(
-                f"the operation {name} in {place} is not known to keep neurons apart; leave this layer "
-                "unpruned or move the operation behind the next Linear or convolution"
+                f"the pruner does not know whether the operation {name} in {place} keeps neurons separate; leave this "
+                "layer unpruned or move the operation behind the next Linear layer or convolution"
             )
         handler(self, node)
 
     def source(self, node: Node) -> Node:
-        """The first argument of `node`, proven to be the value that holds the neurons."""
+        """The first argument of `node`, proven to be a value on the path."""
         source = node.args[0]
         if not isinstance(source, Node) or source not in self.at:
-            raise Refusal(f"{operation_name(node)} in {self.graph.place(node)} takes a setting from the neurons")
+            raise self.refusal(node, "reads its settings from the neurons")
         return source
+
+    def refusal(self, node: Node, reason: str) -> Refusal:
+        """A refusal because of `node`."""
+        return Refusal(f"{operation_name(node)} in {self.graph.place(node)} {reason}")
 
 
 Handler = Callable[[NeuronPath, Node], None]
 
 
 def operation_name(node: Node) -> str:
-    """'relu' for aten.relu.default and for its in-place form aten.relu_.default."""
+    """'relu' for aten.relu.default and for the in-place aten.relu_.default."""
     if isinstance(node.target, torch._ops.OpOverload):
         return node.target._schema.name.removeprefix("aten::").rstrip("_")
     return "getitem" if node.target is operator.getitem else str(node.target)
 
 
 def shape_of(node: Node) -> torch.Size:
-    """Shape of a tensor-valued node; of several tensors, that of the first."""
+    """Shape of the value of `node`; of the first where it has several."""
     value = node.meta["val"]
     value = value[0] if isinstance(value, tuple | list) else value
     assert isinstance(value, Tensor)
@@ -103,12 +108,12 @@ def groups_of(convolution: Node) -> int:
 
 
 def argument_of(node: Node, position: int, name: str, default: Any) -> Any:
-    """An argument by position or name."""
+    """An argument that may be passed by position or by name."""
     return node.args[position] if len(node.args) > position else node.kwargs.get(name, default)
 
 
 def _pointwise(path: NeuronPath, node: Node) -> None:
-    """Entry by entry, over one value or several of the same neurons: each neuron stays where it is."""
+    """An elementwise operation on one or several values of the same neurons keeps their layout."""
     carried = [source for source in node.all_input_nodes if source in path.at]
     for other in node.all_input_nodes:
         if other in path.at or shape_of(other).numel() == 1:
@@ -117,48 +122,48 @@ def _pointwise(path: NeuronPath, node: Node) -> None:
             raise Refusal(foreign_operand(path.graph, node))
         path.factors.append(other)
     if any(shape_of(source) != shape_of(node) for source in carried):
-        raise Refusal(f"{operation_name(node)} in {path.graph.place(node)} broadcasts the neurons; keep the shape")
+        raise path.refusal(node, "broadcasts the neurons; keep their shape")
     layouts = {path.at[source] for source in carried}
     if len(layouts) > 1:
-        raise Refusal(f"{operation_name(node)} in {path.graph.place(node)} mixes different neurons")
+        raise path.refusal(node, "combines different neurons")
     path.at[node] = layouts.pop()
 
 
 def foreign_operand(graph: OperationGraph, node: Node) -> str:
-    """Why the neurons cannot be followed through `node`, which pairs them with another tensor's entries."""
+    """The reason why neurons cannot be followed through `node`, which combines them with another tensor."""
     name, place = operation_name(node), graph.place(node)
     if name == "mul":
         return (
-            f"mul in {place} multiplies them by another tensor (a gate that no Linear or convolution of their own "
-            "computes, a scale?), which is not supported"
+            f"mul in {place} multiplies them by another tensor (a scale, or a gate that no Linear layer or convolution "
+            "computes?), which is not supported"
         )
     if name in ("add", "sub", "rsub"):
-        return f"{name} in {place} adds another tensor to them (a residual sum?): they belong to a shared stream"
+        return f"{name} in {place} adds another tensor to them (a residual sum?), which is not supported"
     return f"{name} in {place} combines them with another tensor, which is not supported"
 
 
 def _type_as(path: NeuronPath, node: Node) -> None:
-    """Only the first argument's values go on; of the other, the dtype is read."""
+    """Only the first argument contributes values; the second gives the dtype."""
     source = node.args[0]
     if isinstance(source, Node) and source in path.at:
         path.at[node] = path.at[source]
 
 
 def _assertion(path: NeuronPath, node: Node) -> None:
-    """torch.export's check of dtype and device before a cast: it computes nothing."""
+    """torch.export checks dtype and device before a cast; nothing is computed."""
 
 
 def _reshape(path: NeuronPath, node: Node) -> None:
-    """view, flatten and their like. One that spells out the number of neurons fails with one neuron fewer."""
+    """view, flatten and similar. A hard-coded number of neurons is found when the model is traced with one fewer."""
     source = path.source(node)
     layout = path.at[source].reshaped(shape_of(source), shape_of(node))
     if layout is None:
-        raise Refusal(f"{operation_name(node)} in {path.graph.place(node)} rearranges the neurons")
+        raise path.refusal(node, "rearranges the neurons")
     path.at[node] = layout
 
 
 def _permute(path: NeuronPath, node: Node) -> None:
-    """Dimensions change places; each neuron's entries stay together."""
+    """Dimensions change places."""
     source = path.source(node)
     count = len(shape_of(source))
     order = list(range(count))
@@ -174,130 +179,130 @@ def _permute(path: NeuronPath, node: Node) -> None:
 
 
 def _batch_norm(path: NeuronPath, node: Node) -> None:
-    """One scale, shift and pair of running statistics an entry of dimension 1."""
+    """One scale, one shift and two running statistics for each entry of dimension 1."""
     source, *tensors = node.args[:5]
-    place = path.graph.place(node)
     if not isinstance(source, Node) or source not in path.at or path.at[source].axis != 1:
-        raise Refusal(f"batch_norm in {place} normalises over dimension 1, but the neurons lie along another")
+        raise path.refusal(node, "normalises over dimension 1, but the neurons are along another dimension")
     name = path.graph.module(node)
     module = path.graph.model.get_submodule(name)
     if not isinstance(module, nn.modules.batchnorm._BatchNorm):
-        raise Refusal(f"batch_norm in {place} is applied by hand; use nn.BatchNorm1d or nn.BatchNorm2d")
+        raise path.refusal(node, "is a function call; use nn.BatchNorm1d or nn.BatchNorm2d")
     layout = path.at[source]
     for argument in tensors:
         stored = path.add_slices(argument, f"batch norm of {name}", Layout(0, layout.outer, layout.inner))
         if stored is not None and stored.module != name:
-            raise Refusal(f"batch_norm in {place} reads {stored.name}, which another module holds")
+            raise path.refusal(node, f"reads {stored.name} of another module")
     path.counts.append(NeuronCount(name, "num_features", layout.entries))
     path.at[node] = layout
 
 
 def _prelu(path: NeuronPath, node: Node) -> None:
-    """One slope for all neurons, or one an entry of dimension 1."""
+    """One slope for all neurons, or one for each entry of dimension 1."""
     source, slope = path.source(node), node.args[1]
     layout = path.at[source]
     if not isinstance(slope, Node):
-        raise Refusal(f"prelu in {path.graph.place(node)} takes its slopes from the neurons")
+        raise path.refusal(node, "computes its slopes from the neurons")
     if shape_of(slope).numel() > 1:
         name = path.graph.module(node)
         module = path.graph.model.get_submodule(name)
         if layout.axis != 1 or not isinstance(module, nn.PReLU):
-            raise Refusal(f"prelu in {path.graph.place(node)} has a slope for each entry of another dimension")
+            raise path.refusal(node, "has a slope for each entry of another dimension")
         path.add_slices(slope, f"slope of {name}", Layout(0, layout.outer, layout.inner))
         path.counts.append(NeuronCount(name, "num_parameters", layout.entries))
     path.at[node] = layout
 
 
 def _linear(path: NeuronPath, node: Node) -> None:
-    """The next layer: it sums over the neurons, and their way ends."""
-    place = path.graph.place(node)
+    """The next layer sums over the neurons, so the path ends."""
     if any(argument in path.at for argument in node.args[1:] if isinstance(argument, Node)):
-        raise Refusal(f"linear in {place} uses them as its weight or bias")
+        raise path.refusal(node, "uses the neurons as its weight or bias")
     source = path.source(node)
     if path.at[source].axis != len(shape_of(source)) - 1:
-        raise Refusal(f"linear in {place} sums over another dimension than theirs")
+        raise path.refusal(node, "sums over another dimension than the neurons'")
     _read(path, node, "in_features", path.at[source])
 
 
 def _convolution(path: NeuronPath, node: Node) -> None:
-    """The next layer; or, where it is depthwise, a filter for each channel, which passes it on."""
-    name, place = operation_name(node), path.graph.place(node)
+    """The next layer, which ends the path; or a depthwise convolution, which filters each channel separately."""
+    name = operation_name(node)
     if any(argument in path.at for argument in node.args[1:] if isinstance(argument, Node)):
-        raise Refusal(f"{name} in {place} uses them as its weight or bias")
+        raise path.refusal(node, "uses the neurons as its weight or bias")
     source = path.source(node)
     channel = len(shape_of(source)) - CONVOLUTIONS[name] - 1
     if path.at[source] != Layout(channel):
-        raise Refusal(f"{name} in {place} reads channels, but the neurons lie along another dimension")
+        raise path.refusal(node, "reads channels, but the neurons are along another dimension")
     groups, outputs = groups_of(node), shape_of(node)[channel]
     if groups == 1:
         _read(path, node, "in_channels", path.at[source])
         return
     if not groups == shape_of(source)[channel] == outputs:
-        raise Refusal(
-            f"{name} in {place} has {groups} groups of channels, which all must stay of one size; only depthwise "
-            "convolutions with one filter a channel can lose single channels"
+        raise path.refusal(
+            node,
+            f"has {groups} groups of channels, which must keep equal sizes; single channels can only be removed from "
+            "depthwise convolutions with one filter for each channel",
         )
     module = path.graph.module(node)
     if not isinstance(path.graph.model.get_submodule(module), nn.modules.conv._ConvNd):
-        raise Refusal(f"{name} in {place} is applied by hand; call an nn.Conv module instead")
+        raise path.refusal(node, "is a function call; use an nn.Conv module")
     for argument, role in ((node.args[1], "weight"), (argument_of(node, 2, "bias", None), "bias")):
         stored = path.add_slices(argument, f"{role} of {module}", Layout(0))
         if stored is not None and stored.module != module:
-            raise Refusal(f"{name} in {place} reads {stored.name} by hand; call an nn.Conv module instead")
+            raise path.refusal(node, f"reads {stored.name} of another module; use an nn.Conv module")
     path.counts += [NeuronCount(module, attribute) for attribute in ("in_channels", "out_channels", "groups")]
     path.at[node] = Layout(channel)
 
 
 def _read(path: NeuronPath, node: Node, attribute: str, layout: Layout) -> None:
-    graph, place = path.graph, path.graph.place(node)
+    graph = path.graph
     name = graph.module(node)
     stored = graph.own(node.args[1], f"weight of {name or 'the next layer'}")
     wanted = nn.Linear if attribute == "in_features" else nn.modules.conv._ConvNd
     if not isinstance(graph.model.get_submodule(name), wanted) or stored != StoredTensor(name, "weight"):
-        raise Refusal(f"{operation_name(node)} in {place} reads {stored.name} by hand; call an nn module instead")
+        raise path.refusal(node, f"is a function call that reads {stored.name}; use a module")
     path.slices.append(NeuronSlices(stored, Layout(1, layout.outer, layout.inner)))
     path.counts.append(NeuronCount(name, attribute, layout.entries))
     path.readers.append(node)
 
 
 def _pooling(path: NeuronPath, node: Node) -> None:
-    """Over positions, channel by channel."""
+    """Pooling over positions, for each channel separately."""
     source = path.source(node)
     pooled = POOLINGS[operation_name(node).removesuffix("_with_indices")]
     if path.at[source].axis >= len(shape_of(source)) - pooled:
-        raise Refusal(f"{operation_name(node)} in {path.graph.place(node)} pools over the neurons")
+        raise path.refusal(node, "pools over the neurons")
     path.at[node] = path.at[source]
 
 
 def _getitem(path: NeuronPath, node: Node) -> None:
-    """The values of a pooling that also returns where they were."""
+    """The values of a pooling that also returns indices."""
     if node.args[1] == 0:
         path.at[node] = path.at[path.source(node)]
     elif node.users:
-        raise Refusal(f"the indices of the pooling in {path.graph.place(node)} are read")
+        raise Refusal(f"the indices of the pooling in {path.graph.place(node)} are used")
 
 
 def _reduction(path: NeuronPath, node: Node) -> None:
-    """A mean, sum or maximum over other dimensions than the neurons'."""
+    """A mean, sum or maximum over dimensions other than the neurons'."""
     source = path.source(node)
     count, layout = len(shape_of(source)), path.at[source]
     dims = argument_of(node, 1, "dim", None)
     over = {axis % count for axis in ([dims] if isinstance(dims, int) else dims or range(count))}
     if layout.axis in over or (isinstance(dims, list) and not dims):
-        raise Refusal(f"{operation_name(node)} in {path.graph.place(node)} sums over the neurons")
+        raise path.refusal(node, "sums over the neurons")
     kept = argument_of(node, 2, "keepdim", False)
     shift = 0 if kept else sum(axis < layout.axis for axis in over)
     path.at[node] = Layout(layout.axis - shift, layout.outer, layout.inner)
 
 
 def _mixes_neurons(path: NeuronPath, node: Node) -> None:
-    raise Refusal(
-        f"{operation_name(node)} in {path.graph.place(node)} computes each neuron from all of them, so "
-        "removing one would change the others; use BatchNorm there or leave this layer unpruned"
+    raise path.refusal(
+        node,
+        "computes each neuron from all of them, so removing one would change the others; use BatchNorm or leave "
+        "this layer unpruned",
     )
 
 
-# Each entry of the result depends on the same entry of the inputs alone.
+# Each entry of the result depends only on the same entry of the inputs.
 POINTWISE = """
     relu relu6 gelu silu mish tanh sigmoid hardtanh hardswish hardsigmoid leaky_relu elu selu celu softplus
     log_sigmoid threshold hardshrink softshrink abs neg exp expm1 log log1p sqrt rsqrt square reciprocal

@@ -1,7 +1,7 @@
-"""The proof of a trace: with one neuron fewer in each layer, the model must run and do the same.
+"""Verifies a trace: with one neuron fewer in each layer, the model must run the same operations.
 
-A graph holds the numbers that Python computed, so it cannot tell a constant from one that depends on the width
-(1/sqrt(width), an assertion of a size). The graph of the same model one neuron narrower can.
+A graph holds the numbers that Python computed, so it cannot tell a constant from a number that depends on the width
+(1/sqrt(width), an asserted size). Comparing it with the graph of the narrowed model can.
 """
 
 from __future__ import annotations
@@ -18,13 +18,10 @@ from kddp_ext.pruning.tracing.graph import OperationGraph, unchanged_modules
 from kddp_ext.pruning.tracing.groups import NeuronGroup, NeuronSlices
 from kddp_ext.pruning.tracing.operations import CONVOLUTIONS, groups_of, operation_name, shape_of
 
-# Their sizes are checked where the neurons pass them.
-_RESHAPES = ("view", "reshape")
-
 
 @contextmanager
 def one_neuron_fewer(model: nn.Module, groups: Sequence[NeuronGroup]) -> Iterator[None]:
-    """Within it, every tensor and every size of `groups` is smaller by one neuron; all are put back at the end."""
+    """Narrow every tensor and size of `groups` by one neuron inside the context; restore them at the end."""
     with unchanged_modules(model):
         for group in groups:
             for slices in group.slices:
@@ -38,7 +35,7 @@ def one_neuron_fewer(model: nn.Module, groups: Sequence[NeuronGroup]) -> Iterato
 def _shorten(model: nn.Module, slices: NeuronSlices) -> None:
     module, attribute, axis = model.get_submodule(slices.stored.module), slices.stored.attribute, slices.layout.axis
     tensor = getattr(module, attribute)
-    # A view, for only the shape matters: nothing is copied.
+    # Only the shape matters, so a view is enough.
     shorter = tensor.detach().narrow(axis, 0, tensor.shape[axis] - slices.layout.entries)
     if attribute in module._parameters:
         module._parameters[attribute] = nn.Parameter(shorter, tensor.requires_grad)
@@ -47,7 +44,7 @@ def _shorten(model: nn.Module, slices: NeuronSlices) -> None:
 
 
 def difference(wide: OperationGraph, narrow: OperationGraph) -> str | None:
-    """The first operation in which two graphs differ by more than the shapes of their tensors; None where none does."""
+    """The first difference between two graphs, other than the shapes of their tensors; None where there is none."""
     for before, after in zip_longest(wide.nodes, narrow.nodes):
         if before is None or after is None:
             return "it runs more or fewer operations"
@@ -63,10 +60,10 @@ def difference(wide: OperationGraph, narrow: OperationGraph) -> str | None:
 
 def _numbers(node: Node) -> str:
     name, arguments = operation_name(node), node.args
-    if name in _RESHAPES:
+    if name in ("view", "reshape"):  # these sizes were checked when the neurons were followed
         return ""
     if name in CONVOLUTIONS and groups_of(node) == shape_of(node)[-1 - CONVOLUTIONS[name]]:
-        arguments = arguments[:6]  # without the groups, of which a depthwise convolution has one a channel
+        arguments = arguments[:6]  # without `groups`, which is the number of channels of a depthwise convolution
     return repr((arguments, node.kwargs))
 
 

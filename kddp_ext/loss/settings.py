@@ -1,0 +1,158 @@
+"""The settings of the loss, which check themselves."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from numbers import Real
+from typing import Any, Literal, TypedDict, get_args
+
+Divergence = Literal["forward_kl", "reverse_kl", "jsd", "dkd"]
+DIVERGENCES: tuple[Divergence, ...] = get_args(Divergence)  # in the order of csrc/include/kddp/kd_l1_loss.h
+
+
+class LossOptions(TypedDict, total=False):
+    """The fields of `LossSettings` as keyword arguments."""
+
+    temperature: float
+    alpha: float
+    l1_weight: float | Sequence[float]
+    label_smoothing: float
+    ignore_index: int
+    divergence: Divergence
+    jsd_beta: float
+    dkd_target_weight: float
+    dkd_non_target_weight: float
+    standardize_logits: bool
+
+
+@dataclass(frozen=True)
+class LossSettings:
+    """The settings of `fused_kd_l1_loss`.
+
+    Attributes:
+        temperature: T; both logits are divided by it. The default 4 is Hinton's choice for images of few classes.
+        alpha: weight of the distillation term, from 0 to 1; the cross entropy has weight 1 - alpha. The default 0.9 is
+            that of RepDistiller and most other implementations.
+        l1_weight: weight of the activation penalty: one number for all activations, or a sequence with one number for
+            each. The default 0 disables the penalty.
+        label_smoothing: from 0 to 1, as in `torch.nn.functional.cross_entropy`. Default 0.
+        ignore_index: rows with this label contribute nothing to KD and CE, and their gradient is 0. Default -100, as in
+            `torch.nn.functional.cross_entropy`.
+        divergence: D, with p the teacher's distribution and q the student's. "forward_kl" (default) is KL(p ‖ q).
+            "reverse_kl" is KL(q ‖ p), which favours a student that is confident where the teacher is. "jsd" is the
+            generalised Jensen-Shannon divergence jsd_beta · KL(p ‖ m) + (1 - jsd_beta) · KL(q ‖ m) with
+            m = jsd_beta · p + (1 - jsd_beta) · q. "dkd" is decoupled distillation: the divergence between
+            (p_y, 1 - p_y) and (q_y, 1 - q_y) at the label y, and the divergence over the other classes, with a weight
+            each; it needs labels.
+        jsd_beta: β of "jsd", between 0 and 1. The default 0.5 gives the symmetric divergence.
+        dkd_target_weight: weight of the label's part of "dkd", at least 0. The default 1 is the paper's.
+        dkd_non_target_weight: weight of the other classes' part of "dkd", at least 0. The default 8 is the paper's
+            choice for CIFAR-100.
+        standardize_logits: whether D uses (x - mean) / (std + 1e-7) of each row instead of the logits, for both
+            networks, so that the student need not match the scale of the teacher's logits. The cross entropy always
+            uses the logits. Default False.
+
+    Raises:
+        TypeError, ValueError: a setting is not as described. The message names it, what was expected and what came.
+    """
+
+    temperature: float = 4.0
+    alpha: float = 0.9
+    l1_weight: float | Sequence[float] = 0.0
+    label_smoothing: float = 0.0
+    ignore_index: int = -100
+    divergence: Divergence = "forward_kl"
+    jsd_beta: float = 0.5
+    dkd_target_weight: float = 1.0
+    dkd_non_target_weight: float = 8.0
+    standardize_logits: bool = False
+
+    def __post_init__(self) -> None:
+        check_number("temperature", self.temperature)
+        if not 0 < self.temperature < math.inf:
+            raise ValueError(f"temperature: expected a finite number above 0, got {self.temperature}")
+        _check_fraction("alpha", self.alpha)
+        _check_weights(self.l1_weight)
+        _check_fraction("label_smoothing", self.label_smoothing)
+        _check_ignore_index(self.ignore_index)
+        if not isinstance(self.divergence, str) or self.divergence not in DIVERGENCES:
+            raise ValueError(f"divergence: expected one of {', '.join(DIVERGENCES)}, got {self.divergence!r}")
+        check_number("jsd_beta", self.jsd_beta)
+        if not 0 < self.jsd_beta < 1:
+            raise ValueError(
+                "jsd_beta: expected a number between 0 and 1 (use 'forward_kl' instead of 0, 'reverse_kl' instead of "
+                f"1), got {self.jsd_beta}"
+            )
+        _check_weight("dkd_target_weight", self.dkd_target_weight)
+        _check_weight("dkd_non_target_weight", self.dkd_non_target_weight)
+        if not isinstance(self.standardize_logits, bool):
+            raise TypeError(f"standardize_logits: expected a bool, got {type(self.standardize_logits).__name__}")
+
+    def operator_arguments(self) -> tuple[Any, ...]:
+        """All settings but l1_weight, in the order of the operator `kddp::kd_l1_loss`."""
+        return (
+            float(self.temperature),
+            float(self.alpha),
+            float(self.label_smoothing),
+            self.ignore_index,
+            DIVERGENCES.index(self.divergence),
+            float(self.jsd_beta),
+            float(self.dkd_target_weight),
+            float(self.dkd_non_target_weight),
+            self.standardize_logits,
+        )
+
+    def l1_weights(self, layers: int) -> list[float]:
+        """`l1_weight` as one number for each of `layers` activations.
+
+        Raises:
+            ValueError: l1_weight is a sequence of another length.
+        """
+        weight = self.l1_weight
+        if not isinstance(weight, Sequence):
+            return [float(weight)] * layers
+        if len(weight) != layers:
+            raise ValueError(f"l1_weight: expected one weight for each of {layers} activations, got {len(weight)}")
+        return [float(each) for each in weight]
+
+
+def check_number(name: str, value: Any) -> None:
+    """Raise unless `value` is a real number that a float can hold."""
+    if isinstance(value, float):
+        return
+    if not isinstance(value, Real):
+        raise TypeError(f"{name}: expected a number, got {type(value).__name__}")
+    try:
+        float(value)
+    except OverflowError as error:
+        raise ValueError(f"{name}: expected a number that a float can hold, got a larger one") from error
+
+
+def _check_fraction(name: str, value: Any) -> None:
+    check_number(name, value)
+    if not 0 <= value <= 1:
+        raise ValueError(f"{name}: expected a number from 0 to 1, got {value}")
+
+
+def _check_weight(name: str, value: Any) -> None:
+    check_number(name, value)
+    if not 0 <= value < math.inf:
+        raise ValueError(f"{name}: expected a finite number of at least 0, got {value}")
+
+
+def _check_weights(l1_weight: Any) -> None:
+    if isinstance(l1_weight, Sequence) and not isinstance(l1_weight, str | bytes):
+        for weight in l1_weight:
+            _check_weight("l1_weight", weight)
+    else:
+        _check_weight("l1_weight", l1_weight)
+
+
+def _check_ignore_index(ignore_index: Any) -> None:
+    if not isinstance(ignore_index, int):
+        raise TypeError(f"ignore_index: expected an integer, got {type(ignore_index).__name__}")
+    if not -(2**63) <= ignore_index < 2**63:
+        bits = ignore_index.bit_length()
+        raise ValueError(f"ignore_index: expected a 64-bit integer, as labels are, got one of {bits} bits")
