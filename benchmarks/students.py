@@ -18,12 +18,12 @@ from rich.console import Console
 
 from benchmarks import machine
 from benchmarks.arguments import at_least
+from benchmarks.latency import compare_latencies, missing_packages
 from benchmarks.settings import Settings
 from benchmarks.table import Table, kibibytes, times, write_markdown
 from benchmarks.timing import Quartiles
 from kddp_ext.files import write_json
 from kddp_ext.workflow.errors import WorkflowError
-from kddp_ext.workflow.latency import compare_latencies, missing_packages
 
 JSON_VERSION = 1
 ENGINES = {"pytorch": "PyTorch", "onnxruntime": "ONNX Runtime"}
@@ -33,16 +33,15 @@ RUN_FILES = ("student.safetensors", "checkpoint.pt")  # what every stage of a ru
 def main() -> int:
     """0 where all was measured, 2 where a file is no student's."""
     arguments = _parse()
-    described = machine.describe(Settings(1, arguments.seconds, arguments.rounds, False, arguments.smoke))
+    settings = Settings(1, arguments.seconds, arguments.rounds, False, arguments.smoke)
+    described = machine.describe(settings)
     described["onnxruntime"] = machine.version_of("onnxruntime")
     head = f"{machine.summary(described)}, ONNX Runtime {described['onnxruntime']}"
     console = Console()
     console.print(head)
     try:
         with console.status("measuring"):
-            results = compare_latencies(
-                arguments.files, arguments.batches, rounds=arguments.rounds, seconds=arguments.seconds
-            )
+            results = compare_latencies(arguments.files, arguments.batches, settings)
     except WorkflowError as error:
         print(error, file=sys.stderr)
         return 2
@@ -89,7 +88,7 @@ def latencies(results: list[dict[str, Any]]) -> Table:
 
 
 def _note(results: list[dict[str, Any]]) -> str:
-    note = "Median over the rounds; in brackets the range of the rounds' ratios."
+    note = "Median over the rounds; in brackets the quartiles of the rounds' ratios."
     missing = missing_packages()
     if missing:
         return f"{note} ONNX Runtime is left out: {', '.join(missing)} missing (pip install 'kddp_ext[onnx]')."
@@ -113,7 +112,7 @@ def _parse() -> argparse.Namespace:
     parser.add_argument("files", nargs="+", type=Path, metavar="FILE", help="of a student, or the folder of a run")
     parser.add_argument("--batches", type=_numbers, default=[1, 128], help="images in a call (default 1,128)")
     parser.add_argument("--rounds", type=at_least(1), default=9, help="turns that each student gets (default 9)")
-    parser.add_argument("--seconds", type=float, default=0.05, help="of each turn (default 0.05)")
+    parser.add_argument("--seconds", type=float, default=0.5, help="for each student, over all turns (default 0.5)")
     parser.add_argument("--json", metavar="FILE", help="write the figures to this file")
     parser.add_argument("--markdown", metavar="FILE", help="write the tables to this file, or into its marked places")
     parser.add_argument("--smoke", action="store_true", help="one short turn: does everything run?")
@@ -124,7 +123,7 @@ def _parse() -> argparse.Namespace:
 
 
 def _numbers(text: str) -> list[int]:
-    return [int(number) for number in text.split(",")]
+    return [at_least(1)(number) for number in text.split(",")]
 
 
 if __name__ == "__main__":

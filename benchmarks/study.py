@@ -13,11 +13,12 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from benchmarks.latency import compare_latencies
+from benchmarks.settings import Settings
 from benchmarks.table import Table, write_markdown
 from kddp_ext.files import write_json
 from kddp_ext.workflow import report
 from kddp_ext.workflow.folder import RunFolder
-from kddp_ext.workflow.latency import compare_latencies
 from kddp_ext.workflow.report import Measured, measure_points
 
 
@@ -75,7 +76,8 @@ def _latencies(sweep: Path) -> Table:
     """Of the first seed's student of every point with a width of its own."""
     folder = RunFolder(sweep)
     points = [each for each in _measured(sweep) if each.point.kind in ("kd", "kddp")]
-    measured = compare_latencies([folder.student(each.jobs[0].name) for each in points])
+    files = [folder.student(each.jobs[0].name) for each in points]
+    measured = compare_latencies(files, (1, 128), Settings(1, 0.5, 9, False, False))
     rows = []
     for point, figures in zip(points, measured, strict=True):
         rows.append([point.point.label, str(point.results[0]["width"]), *_cells(figures)])

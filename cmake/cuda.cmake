@@ -1,66 +1,147 @@
-# The CUDA kernels as a module of their own, where KDDP_CUDA wants them: AUTO where a CUDA compiler is found, ON always
-# (an error where there is none), OFF never.
+# The CUDA kernels, as the module _cuda. KDDP_CUDA=AUTO builds them for the GPUs of this machine, if there are any; ON
+# builds them for all GPUs that the installed nvcc supports, or for those that CMAKE_CUDA_ARCHITECTURES or CUDAARCHS
+# name; OFF leaves them out.
 if(NOT KDDP_CUDA MATCHES "^(AUTO|ON|OFF)$")
-  message(FATAL_ERROR "KDDP_CUDA: expected AUTO, ON or OFF, got ${KDDP_CUDA}")
+  message(FATAL_ERROR "KDDP_CUDA is ${KDDP_CUDA}: expected AUTO, ON or OFF")
 endif()
 if(KDDP_CUDA STREQUAL "OFF")
+  message(STATUS "KDDP_CUDA=OFF: building without CUDA kernels")
   return()
 endif()
 
-include(CheckLanguage)
-check_language(CUDA)
-if(NOT CMAKE_CUDA_COMPILER)
-  if(KDDP_CUDA STREQUAL "ON")
-    message(FATAL_ERROR "KDDP_CUDA=ON: no CUDA compiler was found; set CUDACXX, or build with KDDP_CUDA=OFF")
-  endif()
-  message(STATUS "KDDP_CUDA=AUTO: no CUDA compiler was found, so the CUDA kernels are left out")
-  return()
-endif()
-
-# `native` where a GPU is visible; else machine code of each generation, and PTX that newer ones can translate. Three
-# compilations serve the seven of them, for nothing in the kernels asks for the features of one.
-if(NOT DEFINED CMAKE_CUDA_ARCHITECTURES)
-  if(NOT "$ENV{CUDAARCHS}" STREQUAL "")
-    set(CMAKE_CUDA_ARCHITECTURES "$ENV{CUDAARCHS}")
-  elseif(EXISTS /dev/nvidia0)
-    set(CMAKE_CUDA_ARCHITECTURES native)
+function(find_nvcc result)
+  if(NOT "$ENV{CUDACXX}" STREQUAL "")
+    set(nvcc "$ENV{CUDACXX}")
+  elseif(CMAKE_CUDA_COMPILER)
+    set(nvcc "${CMAKE_CUDA_COMPILER}")
   else()
-    set(CMAKE_CUDA_ARCHITECTURES OFF)
-    set(architectures 75-real 80-real 86-real 89-real 90-real 100-real 120-real 100-virtual)
-    set(generate_code "SHELL:-gencode arch=compute_75,code=sm_75"
-                      "SHELL:-gencode arch=compute_80,code=[sm_80,sm_86,sm_89,sm_90]"
-                      "SHELL:-gencode arch=compute_100,code=[sm_100,sm_120,compute_100]")
+    find_program(KDDP_NVCC nvcc HINTS ENV CUDA_HOME ENV CUDA_PATH ENV CUDAToolkit_ROOT /usr/local/cuda PATH_SUFFIXES bin)
+    set(nvcc "${KDDP_NVCC}")
   endif()
+  execute_process(COMMAND "${nvcc}" --version RESULT_VARIABLE failed OUTPUT_QUIET ERROR_QUIET)
+  set(${result} "${nvcc}" PARENT_SCOPE)
+  if(NOT failed EQUAL 0)
+    set(${result} "" PARENT_SCOPE)
+  endif()
+endfunction()
+
+# The architectures of this machine's GPUs, such as 80;90. Empty without a GPU or a driver.
+function(find_gpu_architectures result)
+  execute_process(COMMAND nvidia-smi --query-gpu=compute_cap --format=csv,noheader
+                  RESULT_VARIABLE failed OUTPUT_VARIABLE capabilities ERROR_QUIET OUTPUT_STRIP_TRAILING_WHITESPACE)
+  set(found)
+  if(failed EQUAL 0)
+    string(REGEX MATCHALL "[0-9]+\\.[0-9]+" capabilities "${capabilities}")
+    string(REPLACE "." "" found "${capabilities}")
+    list(REMOVE_DUPLICATES found)
+  endif()
+  set(${result} "${found}" PARENT_SCOPE)
+endfunction()
+
+function(list_supported_architectures nvcc result)
+  execute_process(COMMAND "${nvcc}" --list-gpu-code OUTPUT_VARIABLE listed ERROR_QUIET)
+  string(REGEX MATCHALL "sm_[0-9]+" listed "${listed}")
+  string(REPLACE "sm_" "" listed "${listed}")
+  set(${result} "${listed}" PARENT_SCOPE)
+endfunction()
+
+# The project's architectures that nvcc supports: machine code for each, and PTX of the newest, which drivers translate
+# for newer GPUs. The kernels use no feature of a single architecture, so that one compilation serves several.
+function(choose_architectures supported result_options result_names)
+  set(options)
+  set(names)
+  foreach(group "75" "80;86;89;90" "100;120")
+    list(GET group 0 virtual)
+    set(code)
+    foreach(architecture ${group})
+      if(architecture IN_LIST supported)
+        list(APPEND code sm_${architecture})
+        list(APPEND names ${architecture}-real)
+      endif()
+    endforeach()
+    if(virtual IN_LIST supported)
+      list(JOIN code "," code)
+      list(APPEND options "SHELL:-gencode arch=compute_${virtual},code=[${code}]")
+      set(newest ${virtual})
+    endif()
+  endforeach()
+  if(NOT options)
+    message(FATAL_ERROR "KDDP_CUDA=ON: nvcc lists none of the architectures 75, 80 and 100 (nvcc --list-gpu-code); "
+                        "set CMAKE_CUDA_ARCHITECTURES")
+  endif()
+  list(APPEND options "SHELL:-gencode arch=compute_${newest},code=compute_${newest}")
+  set(${result_options} "${options}" PARENT_SCOPE)
+  set(${result_names} ${names} ${newest}-virtual PARENT_SCOPE)
+endfunction()
+
+find_nvcc(nvcc)
+if(NOT DEFINED CMAKE_CUDA_ARCHITECTURES AND NOT "$ENV{CUDAARCHS}" STREQUAL "")
+  set(CMAKE_CUDA_ARCHITECTURES "$ENV{CUDAARCHS}")
 endif()
-if(CMAKE_CUDA_ARCHITECTURES)
-  set(architectures ${CMAKE_CUDA_ARCHITECTURES})
+if(KDDP_CUDA STREQUAL "AUTO")
+  find_gpu_architectures(gpus)
+  set(reason)
+  if(NOT gpus)
+    set(reason "no GPU was found")
+  elseif(NOT nvcc)
+    set(reason "nvcc was not found")
+  elseif(NOT DEFINED CMAKE_CUDA_ARCHITECTURES)
+    list_supported_architectures("${nvcc}" supported)
+    set(CMAKE_CUDA_ARCHITECTURES ${gpus})
+    list(REMOVE_ITEM gpus ${supported})
+    if(gpus)
+      set(reason "nvcc does not support a GPU of architecture ${gpus}")
+    endif()
+  endif()
+  if(reason)
+    message(STATUS "KDDP_CUDA=AUTO: building without CUDA kernels, because ${reason}; to build them anyway: "
+                   "pip install . -C cmake.define.KDDP_CUDA=ON")
+    return()
+  endif()
+elseif(NOT nvcc)
+  message(FATAL_ERROR "KDDP_CUDA=ON: nvcc was not found; install the CUDA toolkit, or set CUDACXX to the path of nvcc")
+endif()
+
+set(architectures ${CMAKE_CUDA_ARCHITECTURES})
+if(NOT DEFINED CMAKE_CUDA_ARCHITECTURES)
+  list_supported_architectures("${nvcc}" supported)
+  choose_architectures("${supported}" generate_code architectures)
+  set(CMAKE_CUDA_ARCHITECTURES OFF)
 endif()
 string(REPLACE ";" " " architectures "${architectures}")
+message(STATUS "KDDP_CUDA=${KDDP_CUDA}: building CUDA kernels for ${architectures} with ${nvcc}")
+set(CMAKE_CUDA_COMPILER "${nvcc}")
 set(CMAKE_CUDA_RUNTIME_LIBRARY Static)
 set(CMAKE_CUDA_STANDARD 17)
 set(CMAKE_CUDA_STANDARD_REQUIRED ON)
 enable_language(CUDA)
 find_package(CUDAToolkit REQUIRED)
-message(STATUS "KDDP_CUDA=${KDDP_CUDA}: the CUDA kernels are built for ${architectures}")
 
-# Apart from what includes pybind11, whose path is another in each of pip's build environments.
-add_library(kernels_cuda OBJECT
-  csrc/cuda/kd_l1_loss.cu csrc/cuda/kd_l1_loss_float32.cu csrc/cuda/kd_l1_loss_bfloat16.cu
-  csrc/cuda/kd_l1_loss_float16.cu csrc/cuda/kd_l1_loss_float64.cu
-  csrc/cuda/scale.cu csrc/cuda/compaction.cu csrc/cuda/occupancy.cu)
 set(host_flags -Wall -Wextra)
 if(KDDP_WARNINGS_AS_ERRORS)
   list(APPEND host_flags -Werror)
-  target_compile_options(kernels_cuda PRIVATE -Werror=all-warnings)
+  set(nvcc_flags -Werror=all-warnings)
 endif()
 list(JOIN host_flags "," host_flags)
-# 128: a loop that cannot be reached, behind the return of an `if constexpr`.
-# --threads: two architectures of a file at once, or the last file would have one core while the others rest.
-target_compile_options(kernels_cuda PRIVATE ${generate_code} --expt-relaxed-constexpr -diag-suppress=128 --threads=2
-                       -Xcompiler=${host_flags},-fvisibility=hidden)
+# 128: a loop that cannot be reached, because an `if constexpr` before it returns.
+# --threads=2 compiles two architectures of a file at once; otherwise the last file would use one core.
+list(APPEND nvcc_flags ${generate_code} --expt-relaxed-constexpr -diag-suppress=128 --threads=2
+     -Xcompiler=${host_flags},-fvisibility=hidden)
 
+# The kernels do not include pybind11, whose path differs between pip's build environments, so compiler caches find them.
 pybind11_add_module(_cuda NO_EXTRAS python_bindings/cuda.cpp)
-target_link_libraries(_cuda PRIVATE kernels_cuda CUDA::cudart_static)
+add_library(kernels_cuda OBJECT csrc/cuda/kd_l1_loss.cu csrc/cuda/scale.cu csrc/cuda/gather.cu csrc/cuda/occupancy.cu)
+set(kernel_libraries kernels_cuda)
+foreach(type float32 bfloat16 float16 float64)
+  add_library(kernels_cuda_${type} OBJECT csrc/cuda/loss_kernels.cu)
+  target_compile_definitions(kernels_cuda_${type} PRIVATE KDDP_LOGITS=${type})
+  list(APPEND kernel_libraries kernels_cuda_${type})
+endforeach()
+foreach(library ${kernel_libraries})
+  target_compile_options(${library} PRIVATE ${nvcc_flags})
+  target_link_libraries(_cuda PRIVATE ${library})
+endforeach()
+target_link_libraries(_cuda PRIVATE CUDA::cudart_static)
 target_compile_definitions(_cuda PRIVATE
   KDDP_CUDA_COMPILER="${CMAKE_CUDA_COMPILER_ID} ${CMAKE_CUDA_COMPILER_VERSION}"
   KDDP_CUDA_ARCHITECTURES="${architectures}")

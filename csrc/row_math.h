@@ -1,9 +1,9 @@
-// The mathematics of one row of logits, for every backend: plain formulas over numbers or vectors of numbers.
+// The mathematics of one row of logits, shared by the CPU and CUDA backends.
 //
-// A row is worked in pieces. Each has references of its own near its highest logits, r_s and r_t, so that it is read
-// once: with u = (s - r_s) / T and v = (t - r_t) / T, a kernel sums what PieceSums lists, merge() brings the pieces to
-// the references of the row, and finish_row() turns the sums into the row's terms and into the coefficients of its
-// gradient.
+// A row is processed in chunks. Each chunk subtracts its own references r_s and r_t, which are close to its highest
+// logits, so one read of the chunk is enough. With u = (s - r_s) / T and v = (t - r_t) / T, a kernel computes the sums
+// of ChunkSums; merge() rescales the sums of all chunks to the references of the row; finish_row() turns the sums of
+// the row into its loss terms and the coefficients of its gradient.
 #pragma once
 
 #include <cmath>
@@ -15,7 +15,7 @@ namespace kddp {
 #if defined(__CUDACC__)
 #define KDDP_INLINE __host__ __device__ inline
 #else
-#define KDDP_INLINE static inline  // each instruction set has its own, which the linker cannot mix (cpu/vector.h)
+#define KDDP_INLINE static inline  // internal linkage: one copy for each instruction set (cpu/simd.h)
 #endif
 
 constexpr double log2_e = 1.44269504088896340736, ln_2 = 0.693147180559945309417;
@@ -24,23 +24,24 @@ static inline bool computes_in_double(const KdL1Loss& job) {
     return job.student.type == ElementType::float64 || (job.teacher.data && job.teacher.type == ElementType::float64);
 }
 
-// How e^s comes from e^(s/T): where T is 2 or 4 by squaring, else by an exponential of its own.
-enum class Untempered : int { absent, same, square, fourth, separate };
+// How the cross entropy gets e^s: e^(s/T) itself (T = 1), its square (T = 2), its fourth power (T = 4), or a separate
+// exponential. `absent`: there are no labels.
+enum class ExpReuse : int { absent, same, square, fourth, separate };
 
-static inline Untempered choose_untempered(const KdL1Loss& job) {
-    if (!job.labels) return Untempered::absent;
-    if (job.standardize_logits && job.teacher.data) return Untempered::separate;
-    if (job.temperature == 1) return Untempered::same;
-    // Doubles lose too much in squares; and without a teacher nothing else wants e^(s/T).
-    if (!job.teacher.data || computes_in_double(job)) return Untempered::separate;
-    if (job.temperature == 2) return Untempered::square;
-    return job.temperature == 4 ? Untempered::fourth : Untempered::separate;
+static inline ExpReuse choose_exp_reuse(const KdL1Loss& job) {
+    if (!job.labels) return ExpReuse::absent;
+    if (job.standardize_logits && job.teacher.data) return ExpReuse::separate;
+    if (job.temperature == 1) return ExpReuse::same;
+    // Squaring costs too many of a double's digits. Without a teacher e^(s/T) has no other use.
+    if (!job.teacher.data || computes_in_double(job)) return ExpReuse::separate;
+    if (job.temperature == 2) return ExpReuse::square;
+    return job.temperature == 4 ? ExpReuse::fourth : ExpReuse::separate;
 }
 
-// The two shapes that the gradient of a divergence takes away from the label, with e_s = e^u and e_t = e^v:
+// The two forms of a divergence's gradient, the label's own term excluded, with e_s = e^u and e_t = e^v:
 //   difference: first e_s - second e_t        forward_kl, dkd
 //   weighted:   first e_s (w + second)        reverse_kl with w = u - v, jsd with w = log(q / m)
-// w may be huge where its mean, -second, is as huge: their difference is taken first.
+// `second` is minus the mean of w. Both can be huge, so w + second is computed before the product.
 enum class GradientForm { difference, weighted };
 
 KDDP_INLINE constexpr GradientForm gradient_form(Divergence divergence) {
@@ -48,17 +49,17 @@ KDDP_INLINE constexpr GradientForm gradient_form(Divergence divergence) {
                                                                                  : GradientForm::difference;
 }
 
-// What the formulas need of a call.
-struct RowRule {
+// The parameters of a call that the formulas use.
+struct RowParams {
     Divergence divergence;
     bool with_teacher, with_labels, standardize;
     double classes, temperature, alpha, label_smoothing, jsd_beta, target_weight, non_target_weight;
     double value_scale;     // 1 / valid rows
-    double gradient_scale;  // the same, or what of it the forward applies
+    double gradient_scale;  // value_scale, times the rows with KdL1Loss::scaled_gradients
 };
 
-// The rule of a call, for the host: what its rows are scaled by is known later.
-static inline RowRule row_rule(const KdL1Loss& job) {
+// The parameters of a call. The caller sets both scales, once it has counted the valid rows.
+static inline RowParams row_params(const KdL1Loss& job) {
     return {job.divergence,
             job.teacher.data != nullptr,
             job.labels != nullptr,
@@ -74,41 +75,41 @@ static inline RowRule row_rule(const KdL1Loss& job) {
             0};
 }
 
-// Mean and standard deviation of a row (divided by classes - 1, as torch.std has it).
+// Mean and standard deviation of a row (with classes - 1 in the denominator, as torch.std).
 struct Moments {
     double mean = 0, deviation = 0;
 };
 
-// What standardised logits are divided by: the epsilon is that of Sun et al. 2024.
+// The divisor of standardized logits, with the epsilon of Sun et al. 2024.
 KDDP_INLINE double divisor_of(Moments moments) { return moments.deviation + 1e-7; }
 
-struct PieceSums {
+struct ChunkSums {
     double student_reference, teacher_reference;
-    double highest;                       // of the student's logits
+    double highest;                       // highest logit of the student
     double student, teacher;              // sum e^u, sum e^v
     double untempered;                    // sum e^(s - r_s)
-    double dot;                           // sum e^v (v - u), where the form is weighted sum e^u (u - v)
+    double dot;                           // sum e^v (v - u), in the weighted form sum e^u (u - v)
     double logits;                        // sum s
     double student_moment, other_moment;  // sum e^u (s - r_s), sum (e^v or e^u w) (s - r_s)
 };
 
-// What jsd sums in its second round, over the whole row's p, q and m.
+// The sums of jsd's second pass, which uses p, q and m of the whole row.
 struct MixtureSums {
     double kl_teacher = 0, kl_student = 0;  // KL(p || m), KL(q || m)
     double weighted_moment = 0;             // sum q w (s - r_s)
 };
 
-// By how much the references of a piece lie below those of the row, and the factors that follow.
+// Differences between the references of a chunk and those of its row, and the factors that result from them.
 struct Rebase {
     double student, teacher;                    // in logits
-    double student_tempered, teacher_tempered;  // in nats of the tempered distributions
+    double student_tempered, teacher_tempered;  // divided by the temperature
     double student_factor, teacher_factor, untempered_factor;
 };
 
-KDDP_INLINE Rebase rebase(const PieceSums& piece, const PieceSums& row, double inverse_student,
+KDDP_INLINE Rebase rebase(const ChunkSums& chunk, const ChunkSums& row, double inverse_student,
                           double inverse_teacher) {
-    Rebase by{piece.student_reference - row.student_reference,
-              piece.teacher_reference - row.teacher_reference,
+    Rebase by{chunk.student_reference - row.student_reference,
+              chunk.teacher_reference - row.teacher_reference,
               0,
               0,
               1,
@@ -126,48 +127,48 @@ KDDP_INLINE Rebase rebase(const PieceSums& piece, const PieceSums& row, double i
     return by;
 }
 
-// Adds a piece to its row, whose references are set.
-KDDP_INLINE void merge(const PieceSums& piece, const Rebase& by, GradientForm form, PieceSums& row) {
+// Adds the sums of a chunk to those of its row, whose references are set.
+KDDP_INLINE void merge(const ChunkSums& chunk, const Rebase& by, GradientForm form, ChunkSums& row) {
     const double student = by.student_factor, teacher = by.teacher_factor;
-    const double apart = by.student_tempered - by.teacher_tempered;
-    row.student += student * piece.student;
-    row.teacher += teacher * piece.teacher;
-    row.untempered += by.untempered_factor * piece.untempered;
-    row.logits += piece.logits;
-    const double moment = piece.student_moment + by.student * piece.student;
+    const double delta = by.student_tempered - by.teacher_tempered;
+    row.student += student * chunk.student;
+    row.teacher += teacher * chunk.teacher;
+    row.untempered += by.untempered_factor * chunk.untempered;
+    row.logits += chunk.logits;
+    const double moment = chunk.student_moment + by.student * chunk.student;
     row.student_moment += student * moment;
-    // A factor of 0 takes with it whatever may be infinite behind it.
+    // The sums may be infinite where the factor is 0; the product must be 0 then.
     if (form == GradientForm::difference && teacher != 0) {
-        row.dot += teacher * (piece.dot - apart * piece.teacher);
-        row.other_moment += teacher * (piece.other_moment + by.student * piece.teacher);
+        row.dot += teacher * (chunk.dot - delta * chunk.teacher);
+        row.other_moment += teacher * (chunk.other_moment + by.student * chunk.teacher);
     } else if (form == GradientForm::weighted && student != 0) {
-        row.dot += student * (piece.dot + apart * piece.student);
-        row.other_moment += student * (piece.other_moment + by.student * piece.dot + apart * moment);
+        row.dot += student * (chunk.dot + delta * chunk.student);
+        row.other_moment += student * (chunk.other_moment + by.student * chunk.dot + delta * moment);
     }
 }
 
-// Coefficients of the gradient of a row: GradientForm's, and those of what is added to it.
+// Coefficients of the gradient of a row.
 struct RowGradient {
-    double first, second;
-    double untempered;  // times e^(s - r_s)
-    double constant;    // subtracted everywhere
-    double label;       // subtracted at the label
-    double projection;  // times s - mean, subtracted: through the standard deviation of standardised logits
+    double first, second;  // see GradientForm
+    double untempered;     // times e^(s - r_s)
+    double constant;       // subtracted from every class
+    double label;          // subtracted from the label's class
+    double projection;     // times s - mean, subtracted: the path through the standard deviation of standardized logits
 };
 
 struct RowValues {
     double kd, ce;
 };
 
-// Rounding may leave a little less than nothing of what cannot be negative.
+// Clamps small negative values caused by rounding.
 KDDP_INLINE double not_negative(double divergence) { return divergence < 0 ? 0 : divergence; }
 
-// KL(p || q) of one row, from dot, Z_p and Z_q.
+// KL(p || q) of one row from dot and the normalizers of p and q.
 KDDP_INLINE double kl_divergence(double dot, double sum_p, double sum_q) {
     return not_negative(dot / sum_p + std::log(sum_q / sum_p));
 }
 
-// A choice between two, of which the first is x nats above the other: both probabilities and their logarithms.
+// Softmax over two classes whose logits differ by x = first - second: probabilities and their logarithms.
 struct BinaryChoice {
     double first, second, log_first, log_second;
 };
@@ -180,18 +181,18 @@ KDDP_INLINE BinaryChoice binary_choice(double x) {
             is_first ? log_unlikely : -log_total};
 }
 
-// x log(x / y) from x and logarithms, 0 where x is 0.
+// x log(x / y) from x and both logarithms; 0 if x is 0.
 KDDP_INLINE double kl_term(double x, double log_x, double log_y) { return x == 0 ? 0 : x * (log_x - log_y); }
 
-// Of the label in a row whose sums leave it out (dkd): logits above the highest of the others, tempered.
+// dkd only, whose sums exclude the label: the label's logit minus the reference, divided by the temperature.
 struct TargetMargins {
     double student, teacher;
 };
 
-// kd of a row and its part of the gradient. `scale` is alpha T / n: the derivative of the tempered logits.
-KDDP_INLINE double decoupled(const RowRule& rule, const PieceSums& row, TargetMargins target, double scale,
+// dkd of a row and its coefficients of the gradient. `scale` is alpha T / n.
+KDDP_INLINE double decoupled(const RowParams& params, const ChunkSums& row, TargetMargins target, double scale,
                              RowGradient& gradient) {
-    if (row.student == 0 && row.teacher == 0) {  // the label has the row for itself, on both sides
+    if (row.student == 0 && row.teacher == 0) {  // no other class has a probability, on either side
         gradient = {};
         return 0;
     }
@@ -200,66 +201,66 @@ KDDP_INLINE double decoupled(const RowRule& rule, const PieceSums& row, TargetMa
     const double binary = kl_term(teacher.first, teacher.log_first, student.log_first) +
                           kl_term(teacher.second, teacher.log_second, student.log_second);
     const double excess = student.first - teacher.first;
-    gradient.first = scale * (rule.non_target_weight - rule.target_weight * excess) / row.student;
-    gradient.second = scale * rule.non_target_weight / row.teacher;
-    gradient.label = -scale * rule.target_weight * excess;
-    // A part of weight 0 may be infinite.
+    gradient.first = scale * (params.non_target_weight - params.target_weight * excess) / row.student;
+    gradient.second = scale * params.non_target_weight / row.teacher;
+    gradient.label = -scale * params.target_weight * excess;
+    // A part of weight 0 may be infinite, so it is skipped.
     double divergence = 0;
-    if (rule.target_weight != 0) divergence += rule.target_weight * not_negative(binary);
-    if (rule.non_target_weight != 0)
-        divergence += rule.non_target_weight * kl_divergence(row.dot, row.teacher, row.student);
+    if (params.target_weight != 0) divergence += params.target_weight * not_negative(binary);
+    if (params.non_target_weight != 0)
+        divergence += params.non_target_weight * kl_divergence(row.dot, row.teacher, row.student);
     return divergence;
 }
 
-KDDP_INLINE double divergence_of_row(const RowRule& rule, const PieceSums& row, const MixtureSums& mixture,
+KDDP_INLINE double divergence_of_row(const RowParams& params, const ChunkSums& row, const MixtureSums& mixture,
                                      TargetMargins target, double scale, RowGradient& gradient) {
     gradient.first = scale / row.student;
     double divergence;
-    switch (rule.divergence) {
+    switch (params.divergence) {
         case Divergence::reverse_kl:
             divergence = kl_divergence(row.dot, row.student, row.teacher);
             gradient.second = -row.dot / row.student;
-            // Where the teacher alone excludes a class there is no gradient.
+            // The gradient is 0 if the teacher alone excludes a class.
             if (divergence == HUGE_VAL) gradient.first = gradient.second = 0;
             return divergence;
         case Divergence::jsd:
-            divergence = rule.jsd_beta * mixture.kl_teacher + (1 - rule.jsd_beta) * mixture.kl_student;
-            gradient.first *= 1 - rule.jsd_beta;
+            divergence = params.jsd_beta * mixture.kl_teacher + (1 - params.jsd_beta) * mixture.kl_student;
+            gradient.first *= 1 - params.jsd_beta;
             gradient.second = -mixture.kl_student;
-            if (divergence != divergence) gradient.first = divergence;  // the teacher's side may not show in q
+            if (divergence != divergence) gradient.first = divergence;  // NaN of the teacher may not appear in q
             return not_negative(divergence);
         case Divergence::dkd:
-            return decoupled(rule, row, target, scale, gradient);
+            return decoupled(params, row, target, scale, gradient);
         default:
             gradient.second = scale / row.teacher;
             return kl_divergence(row.dot, row.teacher, row.student);
     }
 }
 
-// Takes the gradient with respect to z = (s - mean) / (std + epsilon) to the logits s. Every divergence is blind to
-// a shift of z, so its gradient sums to 0 and the mean passes nothing on.
-KDDP_INLINE void through_standardization(const RowRule& rule, const PieceSums& row, const MixtureSums& mixture,
+// Turns the gradient with respect to z = (s - mean) / (std + epsilon) into that with respect to s. No divergence
+// depends on a shift of z, so its gradient sums to 0 and the mean contributes nothing.
+KDDP_INLINE void through_standardization(const RowParams& params, const ChunkSums& row, const MixtureSums& mixture,
                                          Moments student, double target_logit, RowGradient& gradient) {
     double along = gradient.first * row.student_moment - gradient.second * row.other_moment;  // sum g (s - r_s)
-    if (rule.divergence == Divergence::reverse_kl)
+    if (params.divergence == Divergence::reverse_kl)
         along = gradient.first * (row.other_moment + gradient.second * row.student_moment);
-    if (rule.divergence == Divergence::jsd)
+    if (params.divergence == Divergence::jsd)
         along = gradient.first * (row.student * mixture.weighted_moment + gradient.second * row.student_moment);
-    if (rule.divergence == Divergence::dkd) along -= gradient.label * (target_logit - row.student_reference);
+    if (params.divergence == Divergence::dkd) along -= gradient.label * (target_logit - row.student_reference);
     const double divisor = divisor_of(student);
     gradient.first /= divisor, gradient.label /= divisor;
-    if (gradient_form(rule.divergence) == GradientForm::difference) gradient.second /= divisor;
+    if (gradient_form(params.divergence) == GradientForm::difference) gradient.second /= divisor;
     if (student.deviation > 0)
-        gradient.projection = along / ((rule.classes - 1) * student.deviation * divisor * divisor);
+        gradient.projection = along / ((params.classes - 1) * student.deviation * divisor * divisor);
 }
 
-// Cross entropy against (1 - smoothing) onehot(label) + smoothing / C, and its part of the gradient. Of dkd the sums
-// leave the label out.
-KDDP_INLINE double cross_entropy(const RowRule& rule, const PieceSums& row, double label_logit, double scale,
+// Cross entropy against (1 - smoothing) onehot(label) + smoothing / C, and its coefficients of the gradient. With dkd
+// the sums exclude the label.
+KDDP_INLINE double cross_entropy(const RowParams& params, const ChunkSums& row, double label_logit, double scale,
                                  RowGradient& gradient) {
     const double margin = label_logit - row.student_reference;
     double log_sum = std::log(row.untempered), at_label = 0;
-    if (rule.divergence == Divergence::dkd && rule.with_teacher) {
+    if (params.divergence == Divergence::dkd && params.with_teacher) {
         const double higher = log_sum > margin ? log_sum : margin, lower = log_sum > margin ? margin : log_sum;
         if (higher == higher) log_sum = higher + std::log1p(std::exp(lower - higher));
         at_label = std::exp(margin - log_sum);
@@ -267,48 +268,48 @@ KDDP_INLINE double cross_entropy(const RowRule& rule, const PieceSums& row, doub
     } else {
         gradient.untempered = scale / row.untempered;
     }
-    gradient.constant = scale * rule.label_smoothing / rule.classes;
-    gradient.label += scale * (1 - rule.label_smoothing - at_label);
+    gradient.constant = scale * params.label_smoothing / params.classes;
+    gradient.label += scale * (1 - params.label_smoothing - at_label);
     const double nll = log_sum - margin;
-    if (rule.label_smoothing == 0) return nll;
-    const double mean_margin = row.logits / rule.classes - row.student_reference;
-    return (1 - rule.label_smoothing) * nll + rule.label_smoothing * (log_sum - mean_margin);
+    if (params.label_smoothing == 0) return nll;
+    const double mean_margin = row.logits / params.classes - row.student_reference;
+    return (1 - params.label_smoothing) * nll + params.label_smoothing * (log_sum - mean_margin);
 }
 
-// Terms and gradient of a row from its merged sums, in two parts: what the teacher says, which sets the gradient, then
-// what the label adds to it. A term of weight 0 has no gradient, not 0 times one that may be infinite.
-KDDP_INLINE double finish_divergence(const RowRule& rule, const PieceSums& row, const MixtureSums& mixture,
+// Terms and gradient of a row from its merged sums: the divergence sets the gradient, then the cross entropy adds to
+// it. A term of weight 0 contributes no gradient, even if its own gradient is infinite.
+KDDP_INLINE double finish_divergence(const RowParams& params, const ChunkSums& row, const MixtureSums& mixture,
                                      Moments student, TargetMargins target, double label_logit, RowGradient& gradient) {
     gradient = {};
-    if (!rule.with_teacher) return 0;
-    const double scale = rule.alpha * rule.temperature * rule.gradient_scale;
-    const double divergence = divergence_of_row(rule, row, mixture, target, scale, gradient);
-    if (rule.standardize) through_standardization(rule, row, mixture, student, label_logit, gradient);
-    if (rule.alpha == 0) gradient = {};
-    return divergence * rule.temperature * rule.temperature * rule.value_scale;
+    if (!params.with_teacher) return 0;
+    const double scale = params.alpha * params.temperature * params.gradient_scale;
+    const double divergence = divergence_of_row(params, row, mixture, target, scale, gradient);
+    if (params.standardize) through_standardization(params, row, mixture, student, label_logit, gradient);
+    if (params.alpha == 0) gradient = {};
+    return divergence * params.temperature * params.temperature * params.value_scale;
 }
 
-KDDP_INLINE double finish_cross_entropy(const RowRule& rule, const PieceSums& row, double label_logit,
+KDDP_INLINE double finish_cross_entropy(const RowParams& params, const ChunkSums& row, double label_logit,
                                         RowGradient& gradient) {
-    if (!rule.with_labels) return 0;
-    const double scale = (1 - rule.alpha) * rule.gradient_scale;
+    if (!params.with_labels) return 0;
+    const double scale = (1 - params.alpha) * params.gradient_scale;
     RowGradient of_labels{0, 0, 0, 0, gradient.label, 0};
-    const double entropy = cross_entropy(rule, row, label_logit, scale, of_labels);
-    if (rule.alpha != 1) {
+    const double entropy = cross_entropy(params, row, label_logit, scale, of_labels);
+    if (params.alpha != 1) {
         gradient.untempered = of_labels.untempered;
         gradient.constant = of_labels.constant;
         gradient.label = of_labels.label;
     }
-    return rule.value_scale * entropy;
+    return params.value_scale * entropy;
 }
 
-KDDP_INLINE RowValues finish_row(const RowRule& rule, const PieceSums& row, const MixtureSums& mixture, Moments student,
-                                 TargetMargins target, double label_logit, RowGradient& gradient) {
-    const double kd = finish_divergence(rule, row, mixture, student, target, label_logit, gradient);
-    return {kd, finish_cross_entropy(rule, row, label_logit, gradient)};
+KDDP_INLINE RowValues finish_row(const RowParams& params, const ChunkSums& row, const MixtureSums& mixture,
+                                 Moments student, TargetMargins target, double label_logit, RowGradient& gradient) {
+    const double kd = finish_divergence(params, row, mixture, student, target, label_logit, gradient);
+    return {kd, finish_cross_entropy(params, row, label_logit, gradient)};
 }
 
-// d loss / d s away from the label. Value may be a number or a vector; `other` is e^v or w, as the form has it.
+// The divergence's part of d loss / d s. Value is a number or a vector; `other` is e^v or w, depending on the form.
 template <GradientForm form, class Value, class T>
 KDDP_INLINE Value divergence_gradient(Value exp_student, Value other, T first, T second) {
     if constexpr (form == GradientForm::weighted) return first * exp_student * (other + second);

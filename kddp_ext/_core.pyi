@@ -46,6 +46,5 @@ def gather_slices(
     keep_columns: int,
     kept_columns: int,
     compensation: _Compensation,
-    allocate: Callable[[int], Tensor],
     threads: int,
 ) -> None: ...

@@ -103,23 +103,6 @@ def hash_tensors(tensors: Mapping[str, Tensor]) -> str:
     return digest.hexdigest()
 
 
-def with_digest(value: dict[str, Any]) -> dict[str, Any]:
-    """`value`, made of what JSON knows, and under "sha256" the SHA-256 of it: of its JSON with sorted keys."""
-    return {**value, "sha256": hash_json(value)}
-
-
-def without_digest(value: dict[str, Any]) -> dict[str, Any]:
-    """What `with_digest` was given; a value that has no digest is taken as it is.
-
-    Raises:
-        ValueError: the value has changed since.
-    """
-    rest = {key: each for key, each in value.items() if key != "sha256"}
-    if "sha256" in value and value["sha256"] != hash_json(rest):
-        raise ValueError("its content does not match its sha256")
-    return rest
-
-
 def remove_leftovers(folder: str | os.PathLike[str]) -> None:
     """Remove the `leftovers` in `folder`. The caller must make sure that no other process writes there."""
     for path in leftovers(folder):

@@ -1,5 +1,4 @@
-// The operations of `_core` on a GPU. In the place of the threads a call says where it runs: the device, the stream,
-// and the counters that belong to both. Only kddp_ext/ops calls these.
+// The CUDA operations as the Python module _cuda. Each call runs on a device and stream, with the counters of both.
 #include <cuda_runtime.h>
 
 #include <stdexcept>
@@ -7,12 +6,9 @@
 #include <tuple>
 #include <vector>
 
-#include "compaction_arguments.h"
-#include "cuda/compaction.h"
-#include "cuda/kd_l1_loss.h"
+#include "cuda/backend.h"
 #include "cuda/occupancy.h"
-#include "cuda/scale.h"
-#include "loss_arguments.h"
+#include "operations.h"
 
 #if !defined(KDDP_CUDA_MODULE)
 #define KDDP_CUDA_MODULE _cuda
@@ -23,15 +19,15 @@ namespace {
 
 void check(cudaError_t error, const char* what) {
     if (error == cudaSuccess) return;
-    cudaGetLastError();  // what is told here is not to be told again by the next launch
+    cudaGetLastError();  // clears the error, so that the next launch does not report it again
     throw std::runtime_error(std::string("kddp_ext: ") + what + " failed with " + cudaGetErrorName(error) + ": " +
                              cudaGetErrorString(error));
 }
 
-// device, stream, counters, and whatever keeps the counters alive during the call
-using PlaceArguments = std::tuple<int, Address, Address, py::object>;
+// device, stream, counters, and the object that owns the counters
+using ContextArguments = std::tuple<int, Address, Address, py::object>;
 
-// Makes a device the current one as long as this lives.
+// Makes a device current during its lifetime.
 class DeviceGuard {
   public:
     explicit DeviceGuard(int device) {
@@ -57,58 +53,57 @@ class DeviceGuard {
 // One call on a device and stream.
 class Cuda {
   public:
-    using Place = PlaceArguments;
+    using Context = ContextArguments;
 
-    explicit Cuda(const PlaceArguments& place)
-        : guard_(std::get<0>(place)),
-          place_{reinterpret_cast<cudaStream_t>(std::get<1>(place)), pointer<unsigned>(std::get<2>(place))} {
+    explicit Cuda(const ContextArguments& context)
+        : guard_(std::get<0>(context)),
+          context_{reinterpret_cast<cudaStream_t>(std::get<1>(context)), pointer<unsigned>(std::get<2>(context))} {
         check(guard_.error(), "choosing the device");
     }
 
     static int64_t workspace(const kddp::KdL1Loss& job) { return kddp::cuda_kd_l1_loss_workspace(job); }
-    static int64_t workspace(const kddp::Compaction&) { return 0; }
 
     kddp::Status run(const kddp::KdL1Loss& job) const {
-        kddp::cuda_kd_l1_loss(job, place_);
+        kddp::cuda_kd_l1_loss(job, context_);
         check(cudaGetLastError(), "the launch of the loss");
         return {};
     }
-    void run(const kddp::Compaction& job) const {
-        kddp::cuda_gather_slices(job, place_);
-        check(cudaGetLastError(), "the launch of the compaction");
+    void run(const kddp::GatherSlices& job) const {
+        kddp::cuda_gather_slices(job, context_);
+        check(cudaGetLastError(), "the launch of the gather");
     }
     void run(const std::vector<kddp::ScaledTensor>& tensors, Address scalar, kddp::ElementType scalar_type) const {
         kddp::cuda_scale(tensors.data(), static_cast<int64_t>(tensors.size()), pointer<const void>(scalar), scalar_type,
-                         place_);
+                         context_);
         check(cudaGetLastError(), "the launch of the backward");
     }
 
   private:
     DeviceGuard guard_;
-    kddp::CudaPlace place_;
+    kddp::LaunchContext context_;
 };
 
 // source, target, elements, element type, factor
 using ScaledArguments = std::tuple<Address, Address, int64_t, int, double>;
 
-// target = source * factor * scalar for every tensor; the scalar stays where it is.
+// target = source * factor * scalar for every tensor; the scalar stays on the device.
 void scale(const std::vector<ScaledArguments>& arguments, Address scalar, int scalar_type,
-           const PlaceArguments& place) {
+           const ContextArguments& context) {
     std::vector<kddp::ScaledTensor> tensors;
     tensors.reserve(arguments.size());
     for (const auto& [source, target, count, type, factor] : arguments)
         tensors.push_back(
             {pointer<const void>(source), pointer<void>(target), count, static_cast<kddp::ElementType>(type), factor});
-    const Cuda backend(place);
+    const Cuda backend(context);
     const py::gil_scoped_release unlocked;
     backend.run(tensors, scalar, static_cast<kddp::ElementType>(scalar_type));
 }
 
-// Name of the error that a launch on the device would end with, or nothing.
+// The name of the error that a launch on the device would raise, or an empty string.
 std::string device_error(int device) {
     const DeviceGuard guard(device);
     const cudaError_t error = guard.error() == cudaSuccess ? kddp::find_kernels() : guard.error();
-    cudaGetLastError();  // what has been told is not to be told again
+    cudaGetLastError();  // clears the error
     return error == cudaSuccess ? "" : cudaGetErrorName(error);
 }
 

@@ -28,7 +28,7 @@ TABLE = re.compile(r"(?<=<!-- table -->\n).*(?=<!-- end of table -->)", re.DOTAL
 MOST_BYTES = 3_000_000
 # What a combination has to pass, and what takes a few minutes more.
 SMOKE = ("loss/test_values.py", "loss/test_arguments.py", "loss/test_autograd.py", "ops/test_gather_slices.py")
-SMOKE += ("pruning/test_pruner.py", "pruning/test_zoo.py", "saving/test_student_file.py", "workflow/test_run.py")
+SMOKE += ("pruning/test_pruner.py", "pruning/test_find.py", "saving/test_student_file.py", "workflow/test_run.py")
 SUITE = ("activations", "loss", "ops", "pruning", "saving", "workflow", "native/test_native.py")
 TEST_PACKAGES = ("pytest>=8", "pytest-timeout>=2.3", "hypothesis>=6.100", "pybind11>=2.13", "pillow>=10")
 

@@ -28,9 +28,9 @@ def build() -> Any:
     Raises:
         ImportError: the tests, or what they need, are not there.
     """
-    for folder in (str(ROOT / "tests" / "helpers"), str(ROOT / "tests" / "native")):
-        if folder not in sys.path:
-            sys.path.insert(0, folder)
+    folder = str(ROOT / "tests" / "helpers")
+    if folder not in sys.path:
+        sys.path.insert(0, folder)
     import backends  # type: ignore[import-not-found]
 
     return backends.Emulated(ROOT / "build" / "emulator")

@@ -1,30 +1,28 @@
-// A tile of one layer's activations: its share of the L1 penalty, the penalty's gradient, the neurons'
-// statistics.
+// A tile of one layer's activations: its part of the L1 penalty, the penalty's gradient, the neurons' statistics.
 #pragma once
 
-#include "cpu/pieces.h"
-#include "cpu/sizes.h"
+#include "cpu/simd.h"
 #include "kddp/activation_l1.h"
 
 namespace kddp {
 namespace {
 
-// With statistics, a tile is at most so wide: its accumulators stay in the second-level cache.
+// The widest tile with statistics, whose accumulators stay in the second-level cache.
 constexpr int64_t tile_columns = 1024;
 
-// With statistics, so many rows are added up before the accumulators are touched, a few of them at a time.
+// With statistics, the rows that are summed before the accumulators are updated, and those loaded at a time.
 constexpr int64_t rows_in_group = 8, rows_at_once = 4;
 
 struct Tile {
     int64_t first_row, last_row, first_column, last_column;
 };
 
-// Sums over the tile's rows, a column each.
+// Sums over the tile's rows, by column.
 struct alignas(64) TileSums {
     double of[statistics_rows][tile_columns];
 };
 
-// Adds a vector to as many doubles.
+// Adds a vector to doubles in memory.
 template <class T>
 KDDP_ALWAYS_INLINE inline void accumulate(double* to, Vector<T> v) {
     Vector<double> half[2];
@@ -43,25 +41,25 @@ KDDP_ALWAYS_INLINE inline void keep_highest(double* to, Vector<T> v) {
         store<double>(to + lanes<double>, maximum<double>(load<double>(to + lanes<double>), half[1]));
 }
 
-// What one vector of columns adds up over a group of rows. Sum and squares are those of a - origin, with the origin one
-// of a neuron's activations: what float rounds is then a part of the deviation, and nothing where that is 0.
+// Sums of one vector of columns over a group of rows. `sum` and `squares` are those of a - origin, with one of the
+// neuron's activations as the origin: rounding errors are then relative to the deviation, and 0 if that is 0.
 template <class T>
 struct ColumnSums {
     Vector<T> absolute{}, sum{}, squares{}, nonzero{}, highest{};
 
     template <int count>
     KDDP_ALWAYS_INLINE void add(const Vector<T> (&a)[count], Vector<T> origin) {
-        Vector<T> magnitude[count], apart[count];
+        Vector<T> magnitude[count], delta[count];
 #pragma GCC unroll 4
         for (int k = 0; k < count; ++k) {
             magnitude[k] = kddp::absolute<T>(a[k]);
             nonzero += a[k] != 0 ? broadcast<T>(1) : Vector<T>{};
             highest = maximum<T>(magnitude[k], highest);
-            apart[k] = a[k] - origin;
-            squares += apart[k] * apart[k];
+            delta[k] = a[k] - origin;
+            squares += delta[k] * delta[k];
         }
         absolute += sum_in_pairs(magnitude);
-        sum += sum_in_pairs(apart);
+        sum += sum_in_pairs(delta);
     }
 
     KDDP_ALWAYS_INLINE static Vector<T> sum_in_pairs(const Vector<T> (&v)[4]) { return (v[0] + v[1]) + (v[2] + v[3]); }
@@ -76,7 +74,7 @@ struct ColumnSums {
     }
 };
 
-// scale * sign(a): the scale with a's sign, or 0 where a is 0 or not a number.
+// scale * sign(a); 0 if a is 0 or NaN.
 template <class T>
 inline Vector<T> scaled_sign(Vector<T> a, T scale) {
     using Bits = typename VectorTraits<T>::Bits;
@@ -85,45 +83,40 @@ inline Vector<T> scaled_sign(Vector<T> a, T scale) {
     return absolute<T>(a) > 0 ? signed_scale : Vector<T>{};
 }
 
-// What a layer's loops need of it.
+// A layer as its loops see it.
 template <class T, class Element>
 struct ActivationRows {
     const Element* activation;
     Element* gradient;
     int64_t row_stride, neurons;
     T scale;           // the gradient's magnitude
-    bool past_caches;  // every whole vector of the gradient is aligned then
+    bool past_caches;  // requires whole vectors of the gradient to be aligned
 };
 
 template <class T, class Element>
-inline void write_gradient(const ActivationRows<T, Element>& rows, Element* to, Vector<T> a) {
+KDDP_ALWAYS_INLINE inline void write_gradient(const ActivationRows<T, Element>& rows, Element* to, Vector<T> a,
+                                              int64_t first, int64_t last) {
     const Vector<T> gradient = scaled_sign<T>(a, rows.scale);
+    if (first != 0 || last != lanes<T>) return store_partial<T>(to, gradient, first, last);
     rows.past_caches ? stream_elements<T>(to, gradient) : store_elements<T>(to, gradient);
 }
 
-// Sum of |a| over activations that lie side by side, from `first` on.
+// Sum of |a| over contiguous activations.
 template <class T, class Element, bool with_gradient>
 double activation_run(const ActivationRows<T, Element> rows, const Element* from, Element* to, int64_t count) {
     constexpr int64_t vector_bytes = lanes<T> * sizeof(Element);
     const int64_t head =
         rows.past_caches ? int64_t(reinterpret_cast<uintptr_t>(to) % vector_bytes / sizeof(Element)) : 0;
     Vector<T> sum{};
-    over_vectors<T>(
-        Piece{0, count, head},
-        [&](int64_t i) {
-            const Vector<T> a = load_elements<T>(from - head + i);
-            sum += absolute<T>(a);
-            if constexpr (with_gradient) write_gradient<T>(rows, to - head + i, a);
-        },
-        [&](int64_t i, int64_t first, int64_t last) {
-            const Vector<T> a = load_partial<T>(from - head + i, first, last, T(0));
-            sum += absolute<T>(a);
-            if constexpr (with_gradient) store_partial<T>(to - head + i, scaled_sign<T>(a, rows.scale), first, last);
-        });
+    for_each_vector<T>(Chunk{0, count, head}, [&](int64_t i, int64_t first, int64_t last) KDDP_ALWAYS_INLINE {
+        const Vector<T> a = load_lanes<T>(from - head + i, first, last, T(0));
+        sum += absolute<T>(a);
+        if constexpr (with_gradient) write_gradient<T>(rows, to - head + i, a, first, last);
+    });
     return sum_of_lanes<T>(sum);
 }
 
-// Runs are short enough that float adds them up well.
+// Longer sums would lose too many digits in float.
 template <class T>
 constexpr int64_t longest_run = 128 * lanes<T>;
 
@@ -144,7 +137,7 @@ double activation_tile_alone(const ActivationRows<T, Element>& rows, Tile tile) 
     return total;
 }
 
-// What sums and squares are taken around: of a neuron's activations in two rows the smaller, where it is a number.
+// The origin of sums and squares: the smaller of a neuron's activations in two rows, if it is finite.
 inline double origin_of(double first, double second) {
     const double smaller = std::abs(first) < std::abs(second) ? first : second;
     return std::isfinite(smaller) ? smaller : 0;
@@ -156,49 +149,43 @@ KDDP_ALWAYS_INLINE inline Vector<T> origin_of(Vector<T> first, Vector<T> second)
     return absolute<T>(smaller) < infinity<T> ? smaller : Vector<T>{};
 }
 
-// One vector of columns of `count` rows; `columns` columns of it where `partial`.
-template <class T, class Element, bool with_gradient, bool partial, int count>
+// One vector of columns, of which `columns` exist, in `count` rows.
+template <class T, class Element, bool with_gradient, int count>
 KDDP_ALWAYS_INLINE inline void add_rows(const ActivationRows<T, Element>& rows, int64_t row, int64_t column,
                                         int64_t columns, Vector<T> origin, ColumnSums<T>& sums) {
     Vector<T> a[count];
 #pragma GCC unroll 4
     for (int k = 0; k < count; ++k) {
         const Element* from = rows.activation + (row + k) * rows.row_stride + column;
-        a[k] = partial ? load_partial<T>(from, 0, columns, T(0)) : load_elements<T>(from);
+        a[k] = load_lanes<T>(from, 0, columns, T(0));
     }
     sums.add(a, origin);
     if constexpr (with_gradient) {
 #pragma GCC unroll 4
         for (int k = 0; k < count; ++k) {
             Element* to = rows.gradient + (row + k) * rows.neurons + column;
-            if constexpr (partial)
-                store_partial<T>(to, scaled_sign<T>(a[k], rows.scale), 0, columns);
-            else
-                write_gradient<T>(rows, to, a[k]);
+            write_gradient<T>(rows, to, a[k], 0, columns);
         }
     }
 }
 
-// One vector of columns of a group of rows, or of a row alone. Returns the sums of |a|.
-template <class T, class Element, bool with_gradient, bool partial>
+// One vector of columns, of which `columns` exist, in a group of rows or in one row. Returns the sums of |a|.
+template <class T, class Element, bool with_gradient>
 KDDP_ALWAYS_INLINE inline Vector<T> add_group(const ActivationRows<T, Element>& rows, Tile tile, int64_t row,
-                                              int64_t last_row, int64_t column, TileSums& sums) {
-    const int64_t columns = tile.last_column - column;
+                                              int64_t last_row, int64_t column, int64_t columns, TileSums& sums) {
     const auto activations = [&](int64_t of_row) {
-        const Element* from = rows.activation + of_row * rows.row_stride + column;
-        return partial ? load_partial<T>(from, 0, columns, T(0)) : load_elements<T>(from);
+        return load_lanes<T>(rows.activation + of_row * rows.row_stride + column, 0, columns, T(0));
     };
     const Vector<T> origin = origin_of<T>(activations(tile.first_row), activations(tile.last_row - 1));
     ColumnSums<T> of_group;
     for (; row + rows_at_once <= last_row; row += rows_at_once)
-        add_rows<T, Element, with_gradient, partial, rows_at_once>(rows, row, column, columns, origin, of_group);
-    for (; row < last_row; ++row)
-        add_rows<T, Element, with_gradient, partial, 1>(rows, row, column, columns, origin, of_group);
+        add_rows<T, Element, with_gradient, rows_at_once>(rows, row, column, columns, origin, of_group);
+    for (; row < last_row; ++row) add_rows<T, Element, with_gradient, 1>(rows, row, column, columns, origin, of_group);
     of_group.add_to(sums, column - tile.first_column);
     return of_group.absolute;
 }
 
-// From sums and squares of a - origin those of a.
+// Turns sums and squares of a - origin into those of a.
 template <class T, class Element>
 void undo_origin(const ActivationRows<T, Element>& rows, Tile tile, TileSums& sums) {
     const int64_t count = tile.last_row - tile.first_row;
@@ -214,7 +201,7 @@ void undo_origin(const ActivationRows<T, Element>& rows, Tile tile, TileSums& su
             sum += double(count) * origin;
             continue;
         }
-        sum = squares = 0;  // float does not hold the square of 1e20
+        sum = squares = 0;  // the square of 1e20 overflowed float
         for (int64_t row = 0; row < count; ++row) sum += activation(row), squares += activation(row) * activation(row);
     }
 }
@@ -228,9 +215,11 @@ double activation_tile_with_statistics(const ActivationRows<T, Element> rows, Ti
         Vector<T> absolute{};
         int64_t column = tile.first_column;
         for (; column < whole; column += lanes<T>)
-            absolute += add_group<T, Element, with_gradient, false>(rows, tile, row, end, column, sums);
-        if (column < tile.last_column)
-            absolute += add_group<T, Element, with_gradient, true>(rows, tile, row, end, column, sums);
+            absolute += add_group<T, Element, with_gradient>(rows, tile, row, end, column, lanes<T>, sums);
+        if (column < tile.last_column) {
+            const int64_t columns = tile.last_column - column;
+            absolute += add_group<T, Element, with_gradient>(rows, tile, row, end, column, columns, sums);
+        }
         total += sum_of_lanes<T>(absolute);
     }
     undo_origin(rows, tile, sums);
@@ -240,8 +229,8 @@ double activation_tile_with_statistics(const ActivationRows<T, Element> rows, Ti
 template <class T, class Element>
 double choose_outputs(const ActivationLayer& layer, Tile tile, double scale, bool large, TileSums& sums) {
     constexpr int64_t vector_bytes = lanes<T> * sizeof(Element);
-    // With statistics, row after row of a column is written, and part of a line that goes past the caches alone takes
-    // several times as long as all of it.
+    // With statistics, the columns of a vector are written row by row; writing part of a cache line past the caches
+    // takes several times as long as writing all of it.
     const bool whole_lines = vector_bytes == line_bytes && layer.neurons % lanes<T> == 0 &&
                              reinterpret_cast<uintptr_t>(layer.gradient) % vector_bytes == 0;
     const ActivationRows<T, Element> rows{static_cast<const Element*>(layer.activation.data),
@@ -256,8 +245,8 @@ double choose_outputs(const ActivationLayer& layer, Tile tile, double scale, boo
     return activation_tile_alone<T, Element, false>(rows, tile);
 }
 
-// Of any element type. `scale` is the gradient's magnitude; a `large` gradient is written past the caches; `sums` must
-// be zero.
+// Processes a tile of any element type. `scale` is the gradient's magnitude; a `large` gradient is written past the
+// caches. `sums` must be zero.
 inline double activation_tile(const ActivationLayer& layer, Tile tile, double scale, bool large, TileSums& sums) {
     switch (layer.activation.type) {
         case ElementType::float64:

@@ -1,14 +1,12 @@
-// The fused loss on the CPU: one parallel loop over blocks of logits rows and tiles of activations together.
+// The fused loss on the CPU: one parallel loop over blocks of rows of logits and tiles of activations.
 //
-// Compiled once for each instruction set. Blocks and tiles depend on the sizes alone and their sums are
-// combined in order, so the result does not depend on the number of threads.
+// Compiled once for each instruction set. Blocks, tiles and chunks depend on the sizes alone and their sums are added
+// in order, so the result does not depend on the number of threads.
 #include "kddp/kd_l1_loss.h"
 
 #include "cpu/activation_tile.h"
-#include "cpu/huge_pages.h"
-#include "cpu/kernels.h"
+#include "cpu/isa.h"
 #include "cpu/logits_row.h"
-#include "cpu/sizes.h"
 
 #if defined(_OPENMP)
 #include <omp.h>
@@ -17,10 +15,10 @@
 namespace kddp {
 namespace {
 
-// A gradient that the caches cannot hold until it is read is written past them.
-inline bool worth_past_caches(int64_t bytes) { return bytes >= 4 << 20; }
+// Larger gradients do not stay in the caches until they are read, and are written past them.
+bool worth_past_caches(int64_t bytes) { return bytes >= 4 << 20; }
 
-inline int thread_number() {
+int thread_number() {
 #if defined(_OPENMP)
     return omp_get_thread_num();
 #else
@@ -28,17 +26,17 @@ inline int thread_number() {
 #endif
 }
 
-// How the work is cut, and where in the workspace its parts leave their sums.
+// How the work is divided, and where in the workspace its parts store their sums.
 struct Schedule {
     explicit Schedule(const KdL1Loss& job) : job(job) {
         block_rows = clamp(65536 / (job.classes > 0 ? job.classes : 1), 1, 64);
         shares_rows = job.threads > 1 && job.student.data && job.rows < job.threads &&
-                      job.classes >= 2 * piece_classes(job.classes);
+                      job.classes >= 2 * chunk_classes(job.classes);
         if (shares_rows) block_rows = 1;
         logits_blocks = job.student.data ? divide_up(job.rows, block_rows) : 0;
         int64_t most_rows = 0;
         for (int64_t i = 0; i < job.activations.layer_count; ++i)
-            if (job.activations.layers[i].rows > most_rows) most_rows = job.activations.layers[i].rows;
+            most_rows = std::max(most_rows, job.activations.layers[i].rows);
         statistics_parts = clamp(most_rows / 64, 1, 8);
         for (int64_t i = 0; i < job.activations.layer_count; ++i) tiles += tiles_of(job.activations.layers[i]);
 
@@ -51,7 +49,7 @@ struct Schedule {
         bytes = statistics_offset + round_up_to_line(partial * int64_t(sizeof(double)));
     }
 
-    // Whole rows where nothing is summed by column, for memory is read fastest from end to end.
+    // Whole rows if there are no statistics by column, because memory is read fastest sequentially.
     static int64_t columns_of_tile(const ActivationLayer& layer) {
         return layer.statistics ? tile_columns : (layer.neurons > 0 ? layer.neurons : 1);
     }
@@ -66,25 +64,25 @@ struct Schedule {
 
     template <class T>
     void size_scratch() {
-        kept_bytes = round_up_to_line(buffer_places<T>(job.classes) * int64_t(sizeof(T)));
-        kept_streams = choose_untempered(job) == Untempered::separate ? 3 : 2;
-        const bool mixes = job.divergence == Divergence::jsd, reads_again = job.standardize_logits || mixes;
-        const int64_t of_piece = piece_classes(job.classes);
-        logits_bytes = reads_again ? of_piece * int64_t(sizeof(T)) : 0;
-        const int64_t pieces = divide_up(job.classes + lanes<T>, of_piece);
-        sums_bytes = round_up_to_line(pieces * int64_t(sizeof(PieceSums)));
-        mixture_bytes = mixes ? round_up_to_line(pieces * int64_t(sizeof(MixtureSums))) : 0;
+        kept_bytes = round_up_to_line(kept_places<T>(job.classes) * int64_t(sizeof(T)));
+        kept_streams = choose_exp_reuse(job) == ExpReuse::separate || job.standardize_logits ? 3 : 2;
+        const bool mixes = job.divergence == Divergence::jsd, rereads = job.standardize_logits || mixes;
+        const int64_t of_chunk = chunk_classes(job.classes);
+        logits_bytes = rereads ? of_chunk * int64_t(sizeof(T)) : 0;
+        const int64_t chunks = divide_up(job.classes + lanes<T>, of_chunk);
+        sums_bytes = round_up_to_line(chunks * int64_t(sizeof(ChunkSums)));
+        mixture_bytes = mixes ? round_up_to_line(chunks * int64_t(sizeof(MixtureSums))) : 0;
         scratch_bytes = kept_streams * kept_bytes + 2 * logits_bytes + sums_bytes + mixture_bytes;
     }
 
-    // What a thread works its rows in.
+    // The working memory of this thread.
     template <class T>
     RowScratch<T> scratch() const {
         const int64_t kept = scratch_bytes * thread_number(), logits = kept + kept_streams * kept_bytes;
         const int64_t sums = logits + 2 * logits_bytes;
         return {{at<T>(kept), at<T>(kept + kept_bytes), at<T>(kept + 2 * kept_bytes)},
                 {at<T>(logits), at<T>(logits + logits_bytes), nullptr},
-                at<PieceSums>(sums),
+                at<ChunkSums>(sums),
                 at<MixtureSums>(sums + sums_bytes)};
     }
 
@@ -96,23 +94,11 @@ struct Schedule {
     const KdL1Loss& job;
     int64_t block_rows, logits_blocks, statistics_parts, tiles = 0;
     int64_t kept_bytes, kept_streams, logits_bytes, sums_bytes, mixture_bytes, scratch_bytes;
-    bool shares_rows;  // all threads work at one row, for there are fewer rows than threads
+    bool shares_rows;  // all threads work on one row, because there are fewer rows than threads
     int64_t terms_offset, tiles_offset, statistics_offset, bytes;
 };
 
-template <class T>
-void logits_block(const Schedule& schedule, const LogitsRows<T>& rows, int64_t block) {
-    const RowScratch<T> scratch = schedule.scratch<T>();
-    const int64_t first = block * schedule.block_rows;
-    RowTerms sum;
-    for (int64_t row = first; row < first + schedule.block_rows && row < schedule.job.rows; ++row) {
-        const RowTerms terms = rows(row, scratch);
-        sum.kd += terms.kd, sum.ce += terms.ce, sum.correct += terms.correct;
-    }
-    schedule.at<RowTerms>(schedule.terms_offset)[block] = sum;
-}
-
-// Tile `index` of all layers' tiles, which are numbered layer by layer.
+// Tile `index`; the tiles of all layers are numbered layer by layer.
 void activation_part(const Schedule& schedule, int64_t index) {
     const KdL1Loss& job = schedule.job;
     const ActivationLayer* layer = job.activations.layers;
@@ -141,7 +127,7 @@ void activation_part(const Schedule& schedule, int64_t index) {
                     (tile.last_column - column) * sizeof(double));
 }
 
-// Adds up, in their order, what the parts of the rows left for one column of the statistics block.
+// Adds the partial sums of one column of the statistics block, in order.
 void combine_statistics(const Schedule& schedule, int64_t column) {
     const int64_t stride = schedule.job.activations.statistics_stride;
     const double* partial = schedule.at<double>(schedule.statistics_offset);
@@ -160,20 +146,19 @@ void write_results(const Schedule& schedule) {
     const KdL1Loss& job = schedule.job;
     RowTerms sum;
     for (int64_t block = 0; block < schedule.logits_blocks; ++block) {
-        const RowTerms& terms = schedule.at<RowTerms>(schedule.terms_offset)[block];
-        sum.kd += terms.kd, sum.ce += terms.ce, sum.correct += terms.correct;
+        sum += schedule.at<RowTerms>(schedule.terms_offset)[block];
     }
     double loss = 0, l1 = 0;
     if (job.alpha != 0) loss += job.alpha * sum.kd;
     if (job.alpha != 1) loss += (1 - job.alpha) * sum.ce;
-    const double* of_tile = schedule.at<double>(schedule.tiles_offset);
+    const double* tile_sums = schedule.at<double>(schedule.tiles_offset);
     for (int64_t i = 0; i < job.activations.layer_count; ++i) {
         const ActivationLayer& layer = job.activations.layers[i];
-        double of_layer = 0;
-        for (int64_t tile = 0; tile < schedule.tiles_of(layer); ++tile) of_layer += *of_tile++;
-        of_layer /= layer.samples;
-        l1 += of_layer;
-        if (layer.l1_weight != 0) loss += layer.l1_weight * of_layer;
+        double l1_of_layer = 0;
+        for (int64_t tile = 0; tile < schedule.tiles_of(layer); ++tile) l1_of_layer += *tile_sums++;
+        l1_of_layer /= layer.samples;
+        l1 += l1_of_layer;
+        if (layer.l1_weight != 0) loss += layer.l1_weight * l1_of_layer;
     }
     const double terms[] = {sum.kd, sum.ce, l1, sum.correct};
     if (job.result_type == ElementType::float64) {
@@ -185,17 +170,16 @@ void write_results(const Schedule& schedule) {
     }
 }
 
-// Labels are checked before anything is written.
+// Checks all labels, before anything is written.
 Status count_valid_rows(const KdL1Loss& job, int64_t& valid) {
     valid = job.rows;
     if (!job.labels) return {};
     for (int64_t row = 0; row < job.rows; ++row) {
         const int64_t label = job.labels[row];
-        if (label == job.ignore_index) {
+        if (label == job.ignore_index)
             --valid;
-        } else if (label < 0 || label >= job.classes) {
+        else if (label < 0 || label >= job.classes)
             return {Status::label_out_of_range, row, label};
-        }
     }
     return {};
 }
@@ -213,18 +197,197 @@ void advise_outputs(const KdL1Loss& job) {
     }
 }
 
+// The loops for each call
+
+// T: the type computed in. Element: the type of the gradient that the loops write.
+template <class T_, class Element_, class Form_>
+struct LossTraits {
+    using T = T_;
+    using Element = Element_;
+    using Form = Form_;
+};
+
+template <auto value>
+using Constant = std::integral_constant<decltype(value), value>;
+
+template <class Body>
+void dispatch_distillation(const KdL1Loss& job, Body body) {
+    if (!job.teacher.data) return body(Constant<Distillation::none>{});
+    switch (job.divergence) {
+        case Divergence::reverse_kl:
+            return body(Constant<Distillation::reverse>{});
+        case Divergence::jsd:
+            return body(Constant<Distillation::mixture>{});
+        default:
+            return body(Constant<Distillation::forward>{});
+    }
+}
+
+// Calls body(form) with the LossForm of a call.
+template <class Body>
+void dispatch_form(const KdL1Loss& job, Body body) {
+    dispatch_distillation(job, [&](auto distillation) {
+        if constexpr (distillation.value == Distillation::none)
+            return body(LossForm<Distillation::none, CrossEntropy::power, false>{});
+        else if (job.standardize_logits)
+            return job.labels ? body(LossForm<distillation.value, CrossEntropy::separate, true>{})
+                              : body(LossForm<distillation.value, CrossEntropy::absent, true>{});
+        else if (!job.labels)
+            return body(LossForm<distillation.value, CrossEntropy::absent, false>{});
+        else if (choose_exp_reuse(job) == ExpReuse::separate)
+            return body(LossForm<distillation.value, CrossEntropy::separate, false>{});
+        else
+            return body(LossForm<distillation.value, CrossEntropy::power, false>{});
+    });
+}
+
+// Calls body(traits) with the LossTraits of a call.
+template <class Body>
+void dispatch(const KdL1Loss& job, Body body) {
+    dispatch_form(job, [&](auto form) {
+        using Form = decltype(form);
+#if defined(KDDP_BFLOAT16_ONLY)
+        return body(LossTraits<float, BFloat16, Form>{});
+#else
+        if (computes_in_double(job)) return body(LossTraits<double, double, Form>{});
+        switch (job.student.type) {
+            case ElementType::bfloat16:
+                return body(LossTraits<float, BFloat16, Form>{});
+            case ElementType::float16:
+                return body(LossTraits<float, Float16, Form>{});
+            default:
+                return body(LossTraits<float, float, Form>{});
+        }
+#endif
+    });
+}
+
 template <class T>
-void run(const KdL1Loss& job, int64_t valid_rows) {
+ReadChunk<T> convert_chunk_of(ElementType type) {
+    switch (type) {
+        case ElementType::float64:
+            return convert_chunk<T, double>;
+        case ElementType::bfloat16:
+            return convert_chunk<T, BFloat16>;
+        case ElementType::float16:
+            return convert_chunk<T, Float16>;
+        default:
+            return convert_chunk<T, float>;
+    }
+}
+
+// The loops that read logits of type Element.
+template <class T, class Element, class Form, bool keep>
+void set_reading_kernels(RowKernels<T>& kernels) {
+    constexpr bool shifts = Form::distillation == Distillation::forward && !Form::standardized &&
+                            Form::cross_entropy != CrossEntropy::separate && has_exp2_of_shifted<T>;
+    kernels.highest_of = highest_of<T, Element>;
+    kernels.exponentiate[0] = exponentiate_chunk<T, Element, Form, false, keep>;
+    if constexpr (!keep) kernels.recompute_gradient[0] = recompute_gradient<T, Element, Form, false>;
+    if constexpr (shifts) {
+        kernels.exponentiate[1] = exponentiate_chunk<T, Element, Form, true, keep>;
+        if constexpr (!keep) kernels.recompute_gradient[1] = recompute_gradient<T, Element, Form, true>;
+    }
+}
+
+// A term of weight 0 has no gradient, rather than 0 times a gradient that may be infinite.
+template <class T, class Element, Distillation distillation>
+auto write_gradient_of(const KdL1Loss& job) {
+    // add_projection has made the power that standardized logits add.
+    const bool standardized = distillation != Distillation::none && job.standardize_logits;
+    if ((!job.labels || job.alpha == 1) && !standardized) return write_gradient<T, Element, distillation, -1>;
+    if constexpr (sizeof(T) == 4) {
+        if (choose_exp_reuse(job) == ExpReuse::square) return write_gradient<T, Element, distillation, 1>;
+        if (choose_exp_reuse(job) == ExpReuse::fourth) return write_gradient<T, Element, distillation, 2>;
+    }
+    return write_gradient<T, Element, distillation, 0>;
+}
+
+template <class Traits>
+RowKernels<typename Traits::T> row_kernels(const KdL1Loss& job, Traits) {
+    using T = typename Traits::T;
+    using Element = typename Traits::Element;
+    using Form = typename Traits::Form;
+    const ElementType student = job.student.type, teacher = job.teacher.type;
+    RowKernels<T> kernels{};
+    kernels.convert_student = kernels.read_student = convert_chunk_of<T>(student);
+    kernels.convert_teacher = kernels.read_teacher = convert_chunk_of<T>(teacher);
+
+    // Logits are read where they are if both sides have one type and nothing modifies them, as dkd does, or sums them.
+    const bool dkd = job.teacher.data && job.divergence == Divergence::dkd;
+    const bool same_types = !job.teacher.data || teacher == student;
+    constexpr bool reads_16_bits =
+        sizeof(Element) == 2 && Form::distillation == Distillation::forward && !Form::standardized;
+    // Long rows are exponentiated twice instead of being stored, unless a term has the weight 0 (see below).
+    const bool weightless = (job.teacher.data && job.alpha == 0) || (job.labels && job.alpha == 1);
+    const bool keep = job.classes <= longest_kept_row || weightless || !same_types || dkd;
+    const auto read_in_place = [&](auto element) {
+        using Read = decltype(element);
+        if (!dkd && student == type_of_element<Read>) kernels.read_student = view_chunk<T, Read>;
+        if (!dkd && teacher == type_of_element<Read>) kernels.read_teacher = view_chunk<T, Read>;
+        constexpr bool twice = Form::distillation == Distillation::forward && !Form::standardized && sizeof(T) == 4;
+        if constexpr (twice && std::is_same_v<Read, Element>)
+            if (!keep) return set_reading_kernels<T, Read, Form, false>(kernels);
+        set_reading_kernels<T, Read, Form, true>(kernels);
+    };
+    if constexpr (reads_16_bits) {
+        if (same_types && !dkd && job.label_smoothing == 0)
+            read_in_place(Element{});
+        else
+            read_in_place(T{});
+    } else {
+        read_in_place(T{});
+    }
+    if constexpr (Form::distillation == Distillation::mixture) kernels.mix = mix_chunk<T, Form::standardized>;
+
+    // jsd has replaced the teacher's exponentials by weights like those of reverse_kl.
+    constexpr Distillation side =
+        Form::distillation == Distillation::mixture ? Distillation::reverse : Form::distillation;
+    kernels.write_gradient = job.alpha == 0 ? write_gradient_of<T, Element, Distillation::none>(job)
+                                            : write_gradient_of<T, Element, side>(job);
+    if constexpr (sizeof(T) == 8) {
+        if (student == ElementType::float32) kernels.convert_gradient = convert_gradient<float>;
+        if (student == ElementType::bfloat16) kernels.convert_gradient = convert_gradient<BFloat16>;
+        if (student == ElementType::float16) kernels.convert_gradient = convert_gradient<Float16>;
+    }
+    return kernels;
+}
+
+template <class T>
+void logits_block(const Schedule& schedule, const LogitsRows<T>& rows, int64_t block) {
+    const RowScratch<T> scratch = schedule.scratch<T>();
+    const auto serial = [&](int64_t chunks, auto run_chunk) {
+        for (int64_t k = 0; k < chunks; ++k) run_chunk(k, scratch);
+    };
+    const int64_t first = block * schedule.block_rows, last = smaller(first + schedule.block_rows, schedule.job.rows);
+    RowTerms sum;
+    for (int64_t row = first; row < last; ++row) sum += rows(row, scratch, serial);
+    schedule.at<RowTerms>(schedule.terms_offset)[block] = sum;
+}
+
+// One row at a time, its chunks distributed over all threads.
+template <class T>
+void shared_rows(const Schedule& schedule, const LogitsRows<T>& rows) {
+    const auto parallel = [&](int64_t chunks, auto run_chunk) {
+#pragma omp parallel num_threads(schedule.job.threads)
+        {
+            const RowScratch<T> scratch = schedule.scratch<T>();
+#pragma omp for
+            for (int64_t k = 0; k < chunks; ++k) run_chunk(k, scratch);
+            finish_streams();
+        }
+    };
+    for (int64_t row = 0; row < schedule.job.rows; ++row)
+        schedule.at<RowTerms>(schedule.terms_offset)[row] = rows(row, schedule.scratch<T>(), parallel);
+}
+
+template <class T>
+void run(const KdL1Loss& job, const RowKernels<T>& kernels, int64_t valid_rows) {
     advise_outputs(job);
     const Schedule schedule(job);
-    const LogitsRows<T> rows(job, valid_rows, writes_past_caches(job), schedule.shares_rows);
-    int64_t first_part = 0;
-    if (schedule.shares_rows) {
-        for (; first_part < job.rows; ++first_part)
-            schedule.at<RowTerms>(schedule.terms_offset)[first_part] =
-                rows.together(first_part, schedule.scratch<T>(), [&] { return schedule.scratch<T>(); });
-    }
-    const int64_t parts = schedule.logits_blocks + schedule.tiles;
+    const LogitsRows<T> rows(job, kernels, valid_rows, writes_past_caches(job), schedule.shares_rows);
+    if (schedule.shares_rows) shared_rows(schedule, rows);
+    const int64_t first_part = schedule.shares_rows ? job.rows : 0, parts = schedule.logits_blocks + schedule.tiles;
     const bool combine =
         schedule.statistics_parts > 1 && job.activations.layer_count && job.activations.layers[0].statistics;
     const int64_t columns = combine ? job.activations.statistics_stride : 0;
@@ -244,19 +407,25 @@ void run(const KdL1Loss& job, int64_t valid_rows) {
     write_results(schedule);
 }
 
-int64_t workspace(const KdL1Loss& job) { return Schedule(job).bytes; }
+// Without a teacher the temperature has no effect; 1 then serves all of them with one loop.
+KdL1Loss simplified(KdL1Loss job) {
+    if (!job.teacher.data) job.temperature = 1;
+    return job;
+}
 
-Status forward(const KdL1Loss& job) {
+int64_t workspace(const KdL1Loss& job) { return Schedule(simplified(job)).bytes; }
+
+Status forward(const KdL1Loss& given) {
+    const KdL1Loss job = simplified(given);
     int64_t valid_rows;
     const Status status = count_valid_rows(job, valid_rows);
-    if (status.code != Status::ok) return status;
-    computes_in_double(job) ? run<double>(job, valid_rows) : run<float>(job, valid_rows);
-    return {};
+    if (status.code == Status::ok) dispatch(job, [&](auto traits) { run(job, row_kernels(job, traits), valid_rows); });
+    return status;
 }
 
 }  // namespace
 
-// The names of this translation unit's instruction set come from the build.
-const Kernels KDDP_ISA_KERNELS = {KDDP_ISA_NAME, workspace, forward, &KDDP_ISA_COMPACTION};
+// The build names these after the instruction set.
+const Kernels KDDP_ISA_KERNELS = {KDDP_ISA_NAME, workspace, forward};
 
 }  // namespace kddp

@@ -1,119 +1,148 @@
-// A row of logits: its terms of the loss and its gradient, piece by piece (row_math.h says why).
+// One row of logits: its loss terms and its gradient, chunk by chunk (row_math.h explains the mathematics).
 //
-// Up to `longest_kept_row` classes, the exponentials of all pieces are kept until the gradient is written. Of a longer
-// row only a piece is kept, and read and exponentiated once more for the gradient.
+// Up to `longest_kept_row` classes, the exponentials of all chunks are kept until the gradient is written. Longer rows
+// keep those of one chunk only, and exponentiate every chunk again for the gradient.
 #pragma once
 
 #include <algorithm>
 
-#include "cpu/row_moments.h"
-#include "cpu/row_scratch.h"
+#include "cpu/softmax_chunk.h"
 #include "kddp/kd_l1_loss.h"
 
 namespace kddp {
 namespace {
 
-// Inlined twice, a formula may be contracted to fused multiplications in two ways, and a row worked by one thread would
-// differ from one worked by several in a last bit.
-#define KDDP_ONE_COPY __attribute__((noinline))
+// Longer rows do not fit the second-level cache as exponentials.
+constexpr int64_t longest_kept_row = 32768;
+
+// Classes in a chunk. A chunk of a kept row fits the first-level cache; longer rows have larger ones, to merge fewer.
+constexpr int64_t longest_chunk = 4096;
+constexpr int64_t chunk_classes(int64_t classes) { return classes <= longest_kept_row ? 1024 : longest_chunk; }
+
+// From this many classes on, the places of a row are aligned with the addresses of its gradient.
+constexpr int64_t shortest_aligned_row = 256;
+
+// The loops that serve a call. Loops with two versions: [0] subtracts the references from the logits, [1] shifts the
+// exponent instead, which only some references and calls allow.
+template <class T>
+struct RowKernels {
+    ReadChunk<T> read_student, read_teacher;        // as `exponentiate` wants its logits
+    ReadChunk<T> convert_student, convert_teacher;  // to T
+    T (*highest_of)(const void* logits, Chunk, int64_t places);
+    Highest<T> (*exponentiate[2])(const void* student, const void* teacher, const RowBuffers<T>&, const Chunk&,
+                                  const LogitScale<T>&, const NextLogits&, ChunkSums&);
+    void (*mix)(const void* student, const void* teacher, RowBuffers<T>, Chunk, LogitScale<T>, MixtureScale<T>,
+                MixtureSums&);
+    void (*write_gradient)(RowBuffers<T>, Chunk, const ChunkGradient<T>&);
+    // Converts what `write_gradient` wrote, if it is of another type than the student's; otherwise absent.
+    void (*convert_gradient)(const T* from, int64_t count, void* to);
+    // Replaces `write_gradient` if `exponentiate` does not keep what it computes; otherwise absent.
+    void (*recompute_gradient[2])(const void* student, const void* teacher, Chunk, LogitScale<T>, const ChunkSums&,
+                                  const ChunkGradient<T>&);
+};
+
+// Places of a thread's buffer of exponentials.
+template <class T>
+constexpr int64_t kept_places(int64_t classes) {
+    return classes <= longest_kept_row ? round_up_to_lanes<T>(classes + lanes<T>) : longest_chunk;
+}
+
+struct RowTerms {
+    double kd = 0, ce = 0, correct = 0;
+
+    void operator+=(const RowTerms& other) { kd += other.kd, ce += other.ce, correct += other.correct; }
+};
+
+// What the chunks of a row share.
+struct RowState {
+    double student_to_nats, teacher_to_nats;  // 1 / T, for standardized logits also divided by the row's deviation
+    Moments student;
+    const ChunkSums* sums;  // of the row
+    ChunkSums merged;       // if it has several chunks
+    MixtureSums mixture;
+    RowGradient gradient;
+};
+
+// Working memory of a thread.
+template <class T>
+struct RowScratch {
+    RowBuffers<T> kept;    // exponentials: of a row, or of one chunk
+    RowBuffers<T> logits;  // the logits of a chunk, for passes that read it again; no `untempered`
+    ChunkSums* sums;       // of each chunk
+    MixtureSums* mixture;  // of each chunk
+};
 
 template <class T>
 class LogitsRows {
   public:
-    // Where threads share a row, none of them keeps it.
-    LogitsRows(const KdL1Loss& job, int64_t valid_rows, bool past_caches, bool shared)
+    // `shared`: the chunks of a row are distributed over threads, so no thread keeps the row.
+    LogitsRows(const KdL1Loss& job, const RowKernels<T>& kernels, int64_t valid_rows, bool past_caches, bool shared)
         : job_(job),
+          kernels_(kernels),
+          params_(params_of(job, valid_rows)),
+          exp_reuse_(choose_exp_reuse(job)),
+          chunk_classes_(chunk_classes(job.classes)),
           kept_(job.classes <= longest_kept_row && !shared),
-          steps_(choose_steps<T>(job)),
-          piece_classes_(piece_classes(job.classes)),
-          rule_(rule_of(job, valid_rows)),
           past_caches_(past_caches) {}
 
-    // Terms of one row, each already divided by the number of valid rows; its gradient is written on the way.
-    RowTerms operator()(int64_t row, RowScratch<T> scratch) const {
-        if (ignored(row)) {
-            write_zeros(row);
+    // Writes the gradient of a row and returns its terms, divided by the number of valid rows. `for_each_chunk(count,
+    // f)` calls f(k, scratch) for k from 0 to count - 1, in any order or in parallel. The sums of the chunks are those
+    // of `scratch`.
+    template <class ForEachChunk>
+    RowTerms operator()(int64_t row, const RowScratch<T>& scratch, ForEachChunk for_each_chunk) const {
+        if (job_.labels && job_.labels[row] == job_.ignore_index) {
+            if (job_.logits_gradient) std::memset(gradient(row, 0), 0, job_.classes * size_of(job_.student.type));
             return {};
         }
         RowState state;
         begin(row, scratch, state);
-        const int64_t pieces = pieces_of(row);
-        for (int64_t k = 0; k < pieces; ++k) exponentiate(row, k, state, buffers_of(k, scratch), scratch.sums[k]);
-        merge_sums(scratch.sums, pieces, state);
+        const int64_t chunks = chunks_of(row);
+        for_each_chunk(chunks, [&](int64_t k, const RowScratch<T>& own) {
+            exponentiate(row, k, state, buffers_of(k, own), scratch.sums[k]);
+        });
+        merge_sums(scratch.sums, chunks, state);
         if (mixes()) {
-            for (int64_t k = 0; k < pieces; ++k) scratch.mixture[k] = mix(row, k, state, scratch);
-            merge_mixture(scratch.mixture, pieces, state);
+            for_each_chunk(chunks, [&](int64_t k, const RowScratch<T>& own) {
+                scratch.mixture[k] = mix(row, k, state, scratch.sums[k], own);
+            });
+            merge_mixture(scratch.mixture, chunks, state);
         }
         const RowTerms terms = finish(row, state);
         if (job_.logits_gradient)
-            for (int64_t k = 0; k < pieces; ++k) write(row, k, state, scratch);
-        return terms;
-    }
-
-    // The same by all threads together, each with `scratch_of_thread()`; the pieces' sums are those of `shared`.
-    template <class ScratchOfThread>
-    RowTerms together(int64_t row, const RowScratch<T>& shared, ScratchOfThread scratch_of_thread) const {
-        if (ignored(row)) {
-            write_zeros(row);
-            return {};
-        }
-        RowState state;
-        begin(row, shared, state);
-        const int64_t pieces = pieces_of(row);
-        RowTerms terms;
-#pragma omp parallel num_threads(job_.threads)
-        {
-            RowScratch<T> scratch = scratch_of_thread();
-            scratch.sums = shared.sums, scratch.mixture = shared.mixture;
-#pragma omp for
-            for (int64_t k = 0; k < pieces; ++k) exponentiate(row, k, state, scratch.kept, scratch.sums[k]);
-#pragma omp single
-            merge_sums(scratch.sums, pieces, state);
-            if (mixes()) {
-#pragma omp for
-                for (int64_t k = 0; k < pieces; ++k) scratch.mixture[k] = mix(row, k, state, scratch);
-#pragma omp single
-                merge_mixture(scratch.mixture, pieces, state);
-            }
-#pragma omp single
-            terms = finish(row, state);
-            if (job_.logits_gradient) {
-#pragma omp for
-                for (int64_t k = 0; k < pieces; ++k) write(row, k, state, scratch);
-                finish_streams();
-            }
-        }
+            for_each_chunk(chunks,
+                           [&](int64_t k, const RowScratch<T>& own) { write(row, k, state, scratch.sums[k], own); });
         return terms;
     }
 
   private:
-    static RowRule rule_of(const KdL1Loss& job, int64_t valid_rows) {
-        RowRule rule = row_rule(job);
-        rule.value_scale = 1.0 / double(valid_rows > 0 ? valid_rows : 1);
-        rule.gradient_scale = rule.value_scale * (job.scaled_gradients ? double(job.rows) : 1.0);
-        return rule;
+    static RowParams params_of(const KdL1Loss& job, int64_t valid_rows) {
+        RowParams params = row_params(job);
+        params.value_scale = 1.0 / double(valid_rows > 0 ? valid_rows : 1);
+        params.gradient_scale = params.value_scale * (job.scaled_gradients ? double(job.rows) : 1.0);
+        return params;
     }
 
-    bool ignored(int64_t row) const { return job_.labels && job_.labels[row] == job_.ignore_index; }
-    bool mixes() const { return rule_.with_teacher && rule_.divergence == Divergence::jsd; }
-    bool leaves_label_out() const { return rule_.with_teacher && rule_.divergence == Divergence::dkd; }
+    bool mixes() const { return params_.with_teacher && params_.divergence == Divergence::jsd; }
+    bool excludes_label() const { return params_.with_teacher && params_.divergence == Divergence::dkd; }
+    bool weighted() const {
+        return params_.with_teacher && gradient_form(params_.divergence) == GradientForm::weighted;
+    }
     int64_t label_of(int64_t row) const { return job_.labels ? job_.labels[row] : -1; }
 
-    // Places before the row's first class in its buffer.
+    // The place of the row's first class.
     int64_t head_of(int64_t row) const {
         return job_.classes < shortest_aligned_row ? 0 : row * job_.classes % lanes<T>;
     }
 
-    int64_t pieces_of(int64_t row) const { return (head_of(row) + job_.classes + piece_classes_ - 1) / piece_classes_; }
+    int64_t chunks_of(int64_t row) const { return divide_up(head_of(row) + job_.classes, chunk_classes_); }
 
-    Piece piece_of(int64_t row, int64_t k) const {
-        const int64_t head = head_of(row), start = k == 0 ? 0 : k * piece_classes_ - head;
-        const int64_t room = piece_classes_ - (k == 0 ? head : 0), left = job_.classes - start;
-        return {start, left < room ? left : room, k == 0 ? head : 0};
+    Chunk chunk_of(int64_t row, int64_t k) const {
+        const int64_t head = k == 0 ? head_of(row) : 0, start = k == 0 ? 0 : k * chunk_classes_ - head_of(row);
+        return {start, smaller(chunk_classes_ - head, job_.classes - start), head};
     }
 
     RowBuffers<T> buffers_of(int64_t k, const RowScratch<T>& scratch) const {
-        return kept_ ? scratch.kept + k * piece_classes_ : scratch.kept;
+        return kept_ ? scratch.kept + k * chunk_classes_ : scratch.kept;
     }
 
     const char* element(const Matrix& matrix, int64_t row, int64_t column) const {
@@ -124,257 +153,258 @@ class LogitsRows {
         return static_cast<char*>(job_.logits_gradient) + (row * job_.classes + column) * size_of(job_.student.type);
     }
 
-    void write_zeros(int64_t row) const {
-        if (job_.logits_gradient) std::memset(gradient(row, 0), 0, job_.classes * size_of(job_.student.type));
-    }
-
-    Tempering<T> tempering(const RowState& state) const {
+    LogitScale<T> scale_of(const RowState& state) const {
         return {T(state.student_to_nats * log2_e), T(state.teacher_to_nats * log2_e), T(state.student_to_nats),
-                T(state.teacher_to_nats)};
+                T(state.teacher_to_nats), squarings()};
     }
 
-    // Both sides' logits, in the buffers where they have to be converted. What they have of the label where dkd
-    // leaves it out is made the least.
+    int squarings() const { return exp_reuse_ == ExpReuse::fourth ? 2 : exp_reuse_ == ExpReuse::square ? 1 : 0; }
+
     struct Logits {
         const void* student;
         const void* teacher;
     };
-    Logits read(int64_t row, Piece piece, RowBuffers<T> buffers, double* sum = nullptr) const {
-        Logits logits{steps_.read_student(element(job_.student, row, piece.start), piece, buffers.student), nullptr};
-        if (rule_.with_teacher)
-            logits.teacher = steps_.read_teacher(element(job_.teacher, row, piece.start), piece, buffers.teacher);
-        if (sum) *sum = sum_of_piece(static_cast<const T*>(logits.student), piece);
-        const int64_t label = label_of(row) - piece.start;
-        if (leaves_label_out() && label >= 0 && label < piece.count)
-            buffers.student[piece.head + label] = buffers.teacher[piece.head + label] = filling<T>;
+
+    // The logits of a chunk; those that must be converted go to the buffers. dkd pads the label's.
+    Logits read(int64_t row, Chunk chunk, RowBuffers<T> buffers) const {
+        Logits logits{kernels_.read_student(element(job_.student, row, chunk.start), chunk, buffers.student), nullptr};
+        if (params_.with_teacher)
+            logits.teacher = kernels_.read_teacher(element(job_.teacher, row, chunk.start), chunk, buffers.teacher);
         return logits;
     }
 
-    KDDP_ONE_COPY void begin(int64_t row, const RowScratch<T>& scratch, RowState& state) const {
-        state.student_to_nats = state.teacher_to_nats = 1 / job_.temperature;
-        if (rule_.standardize) {
-            const Moments teacher = moments_of(job_.teacher, steps_.convert_teacher, row, scratch.logits.teacher);
-            state.student = moments_of(job_.student, steps_.convert_student, row, scratch.logits.student);
-            state.student_to_nats /= divisor_of(state.student);
-            state.teacher_to_nats /= divisor_of(teacher);
-        }
+    void pad_label(int64_t row, Chunk chunk, RowBuffers<T> buffers) const {
+        const int64_t label = label_of(row) - chunk.start;
+        if (excludes_label() && label >= 0 && label < chunk.count)
+            buffers.student[chunk.head + label] = buffers.teacher[chunk.head + label] = padding<T>;
     }
 
-    Moments moments_of(const Matrix& matrix, ReadPiece<T> convert, int64_t row, T* buffer) const {
+    KDDP_NOINLINE void begin(int64_t row, const RowScratch<T>& scratch, RowState& state) const {
+        state.student_to_nats = state.teacher_to_nats = 1 / job_.temperature;
+        if (!params_.standardize) return;
+        state.student = moments_of(job_.student, kernels_.convert_student, row, scratch.logits.student);
+        const Moments teacher = moments_of(job_.teacher, kernels_.convert_teacher, row, scratch.logits.teacher);
+        state.student_to_nats /= divisor_of(state.student);
+        state.teacher_to_nats /= divisor_of(teacher);
+    }
+
+    Moments moments_of(const Matrix& matrix, ReadChunk<T> convert, int64_t row, T* buffer) const {
         RunningMoments running;
-        for (int64_t k = 0; k < pieces_of(row); ++k) {
-            const Piece piece = piece_of(row, k);
-            const void* values = convert(element(matrix, row, piece.start), piece, buffer);
-            running.add(static_cast<const T*>(values), piece);
+        for (int64_t k = 0; k < chunks_of(row); ++k) {
+            const Chunk chunk = chunk_of(row, k);
+            const void* values = convert(element(matrix, row, chunk.start), chunk, buffer);
+            running.add(static_cast<const T*>(values), chunk);
         }
         return running.moments();
     }
 
-    KDDP_ONE_COPY void exponentiate(int64_t row, int64_t k, const RowState& state, RowBuffers<T> buffers,
-                                    PieceSums& sums) const {
-        const Piece piece = piece_of(row, k);
-        const Tempering<T> by = tempering(state);
-        sums.logits = 0;
-        Logits logits = read(row, piece, buffers, rule_.label_smoothing != 0 ? &sums.logits : nullptr);
-        // The first few vectors tell where the highest logits are about; where they mislead, the piece is done again.
-        // The weighted form takes differences of what a reference away from the highest logit would round.
-        const bool weighted = rule_.with_teacher && gradient_form(rule_.divergence) == GradientForm::weighted;
-        const int64_t looked_at = weighted ? longest_piece : 4;
-        set_references({steps_.highest_of(logits.student, piece, looked_at),
-                        rule_.with_teacher ? steps_.highest_of(logits.teacher, piece, looked_at) : T(0)},
-                       by, sums);
-        const Highest<T> highest =
-            loops_for(sums, by).exponentiate(logits.student, logits.teacher, buffers, piece, by, next_of(row, k), sums);
-        const bool misled =
-            !near(highest.student, sums.student_reference, state.student_to_nats) ||
-            (rule_.with_teacher && !near(highest.teacher, sums.teacher_reference, state.teacher_to_nats));
-        if (misled || !std::isfinite(sums.dot)) {
-            logits = read(row, piece, buffers);
-            set_references(highest, by, sums);
-            loops_for(sums, by).exponentiate_safely(logits.student, logits.teacher, buffers, piece, by, next_of(row, k),
-                                                    sums);
+    KDDP_NOINLINE void exponentiate(int64_t row, int64_t k, const RowState& state, RowBuffers<T> buffers,
+                                    ChunkSums& sums) const {
+        const Chunk chunk = chunk_of(row, k);
+        const LogitScale<T> scale = scale_of(state);
+        Logits logits = read(row, chunk, buffers);
+        // kd_l1_loss.cpp has the student's logits read as T where label_smoothing needs their sum.
+        sums.logits = job_.label_smoothing != 0 ? sum_of_chunk(static_cast<const T*>(logits.student), chunk) : 0;
+        pad_label(row, chunk, buffers);
+        // The first vectors show where the highest logits are; if not, the chunk is done again. The weighted form takes
+        // differences that a reference away from the highest logit would round.
+        const int64_t places = weighted() ? longest_chunk : 4 * lanes<T>;
+        set_references({kernels_.highest_of(logits.student, chunk, places),
+                        params_.with_teacher ? kernels_.highest_of(logits.teacher, chunk, places) : T(0)},
+                       scale, sums);
+        const Highest<T> highest = kernels_.exponentiate[shifts(sums, scale)](logits.student, logits.teacher, buffers,
+                                                                              chunk, scale, next_of(row, k), sums);
+        if (!reference_ok(highest.student, sums.student_reference, state.student_to_nats) ||
+            (params_.with_teacher && !reference_ok(highest.teacher, sums.teacher_reference, state.teacher_to_nats))) {
+            logits = read(row, chunk, buffers);
+            pad_label(row, chunk, buffers);
+            set_references(highest, scale, sums);
+            kernels_.exponentiate[shifts(sums, scale)](logits.student, logits.teacher, buffers, chunk, scale,
+                                                       next_of(row, k), sums);
         }
         sums.highest = double(highest.student);
     }
 
-    // Near the highest logits, at a shift of the exponent where there is one. Where every logit is -inf, their
-    // differences from a finite reference are so too, and the filling is below it.
-    void set_references(Highest<T> highest, const Tempering<T>& by, PieceSums& sums) const {
-        constexpr T lowest = filling<T> / 2;
+    // References must be finite: a row of -inf then has differences of -inf, and padding stays below it.
+    void set_references(Highest<T> highest, const LogitScale<T>& scale, ChunkSums& sums) const {
+        constexpr T lowest = padding<T> / 2;
         sums.student_reference = highest.student > lowest ? highest.student : lowest;
         sums.teacher_reference = highest.teacher > lowest ? highest.teacher : lowest;
-        if (!shifts(sums, by)) return;
-        sums.student_reference = nearest_shift(sums.student_reference, by.student_to_exponent);
-        sums.teacher_reference = nearest_shift(sums.teacher_reference, by.teacher_to_exponent);
+        if (!shifts(sums, scale)) return;
+        sums.student_reference =
+            shift_of(sums.student_reference, scale.student_to_exponent) / scale.student_to_exponent;
+        sums.teacher_reference =
+            shift_of(sums.teacher_reference, scale.teacher_to_exponent) / scale.teacher_to_exponent;
     }
 
-    // The exponential of a class alone is to be 1, so that nothing is rounded.
-    bool shifts(const PieceSums& references, const Tempering<T>& by) const {
-        return steps_.by_shift.exponentiate && job_.classes > 1 &&
-               may_shift(references.student_reference, by.student_to_exponent) &&
-               may_shift(references.teacher_reference, by.teacher_to_exponent);
+    // Whether the references are shifts of the exponent. A single class is not shifted, so that its exponential is 1.
+    bool shifts(const ChunkSums& references, const LogitScale<T>& scale) const {
+        return kernels_.exponentiate[1] && job_.classes > 1 &&
+               may_shift(references.student_reference, scale.student_to_exponent) &&
+               may_shift(references.teacher_reference, scale.teacher_to_exponent);
     }
 
-    const LogitsLoops<T>& loops_for(const PieceSums& references, const Tempering<T>& by) const {
-        return shifts(references, by) ? steps_.by_shift : steps_.by_difference;
+    // Whether exponentials around this reference neither overflow nor lose digits.
+    static bool reference_ok(T highest, double reference, double to_nats) {
+        const double delta = std::abs(double(highest) - reference);
+        return delta <= 20 && delta * to_nats <= 20;
     }
 
-    // Whether exponentials around this reference neither overflow nor lose what counts: of e^20 the exponent's rounding
-    // is still that of the exponential.
-    static bool near(T highest, double reference, double to_nats) {
-        const double apart = std::abs(double(highest) - reference);
-        return apart <= 20 && apart * to_nats <= 20;
-    }
-
-    // The next piece of this row, or the first of the next.
+    // The next chunk of this row, or the first chunk of the next row.
     NextLogits next_of(int64_t row, int64_t k) const {
-        const bool ends = k + 1 == pieces_of(row);
+        const bool ends = k + 1 == chunks_of(row);
         const int64_t next_row = ends && row + 1 < job_.rows ? row + 1 : row;
-        const int64_t start = ends ? 0 : piece_of(row, k + 1).start;
+        const int64_t start = ends ? 0 : chunk_of(row, k + 1).start;
         return {element(job_.student, next_row, start), element(job_.teacher, next_row, start),
                 lanes<T> * size_of(job_.student.type), lanes<T> * size_of(job_.teacher.type)};
     }
 
-    KDDP_ONE_COPY void merge_sums(const PieceSums* sums, int64_t pieces, RowState& state) const {
+    KDDP_NOINLINE void merge_sums(const ChunkSums* sums, int64_t chunks, RowState& state) const {
         state.sums = sums;
-        if (pieces == 1) return;
-        PieceSums& row = state.merged;
+        if (chunks == 1) return;
+        ChunkSums& row = state.merged;
         row = {};
         row.student_reference = row.teacher_reference = row.highest = -infinity<double>;
-        for (int64_t k = 0; k < pieces; ++k) {
+        for (int64_t k = 0; k < chunks; ++k) {
             row.student_reference = std::max(row.student_reference, sums[k].student_reference);
             row.teacher_reference = std::max(row.teacher_reference, sums[k].teacher_reference);
             row.highest = std::max(row.highest, sums[k].highest);
         }
         state.sums = &row;
-        const GradientForm form = gradient_form(rule_.divergence);
-        for (int64_t k = 0; k < pieces; ++k) merge(sums[k], rebased(sums[k], state), form, row);
+        const GradientForm form = gradient_form(params_.divergence);
+        for (int64_t k = 0; k < chunks; ++k) merge(sums[k], rebased(sums[k], state), form, row);
     }
 
-    Rebase rebased(const PieceSums& piece, const RowState& state) const {
-        return rebase(piece, *state.sums, state.student_to_nats, state.teacher_to_nats);
+    Rebase rebased(const ChunkSums& chunk, const RowState& state) const {
+        return rebase(chunk, *state.sums, state.student_to_nats, state.teacher_to_nats);
     }
 
-    KDDP_ONE_COPY MixtureSums mix(int64_t row, int64_t k, const RowState& state, const RowScratch<T>& scratch) const {
-        const Piece piece = piece_of(row, k);
+    KDDP_NOINLINE MixtureSums mix(int64_t row, int64_t k, const RowState& state, const ChunkSums& of_chunk,
+                                  const RowScratch<T>& scratch) const {
+        const Chunk chunk = chunk_of(row, k);
         const RowBuffers<T> buffers = buffers_of(k, scratch);
-        PieceSums again;
-        if (!kept_) exponentiate(row, k, state, buffers, again);
-        const Logits logits = read(row, piece, scratch.logits);
-        const Rebase by = rebased(scratch.sums[k], state);
+        ChunkSums unused;
+        if (!kept_) exponentiate(row, k, state, buffers, unused);
+        const Logits logits = read(row, chunk, scratch.logits);
+        const Rebase by = rebased(of_chunk, state);
         const T student_probability = T(by.student_factor / state.sums->student);
         const T teacher_probability = T(by.teacher_factor / state.sums->teacher);
-        // Of the probabilities as they are rounded: what is off alike in all classes would not average out.
-        const double log_scales_apart = std::log2(double(teacher_probability) / double(student_probability)) +
-                                        (by.student_tempered - by.teacher_tempered) * log2_e;
-        const MixtureScale<T> scale{T(state.sums->student_reference),
-                                    T(state.sums->teacher_reference),
-                                    student_probability,
-                                    teacher_probability,
-                                    T(log_scales_apart),
-                                    T(1 - job_.jsd_beta),
-                                    T(job_.jsd_beta)};
+        // From the rounded probabilities: a rounding shared by all classes would not average out.
+        const double log_ratio = std::log2(double(teacher_probability) / double(student_probability)) +
+                                 (by.student_tempered - by.teacher_tempered) * log2_e;
         MixtureSums sums;
-        const auto mix_piece_of = rule_.standardize ? mix_piece<T, true> : mix_piece<T, false>;
-        mix_piece_of(logits.student, logits.teacher, buffers, piece, tempering(state), scale, sums);
+        kernels_.mix(logits.student, logits.teacher, buffers, chunk, scale_of(state),
+                     {T(state.sums->student_reference), T(state.sums->teacher_reference), student_probability,
+                      teacher_probability, T(log_ratio), T(1 - job_.jsd_beta), T(job_.jsd_beta)},
+                     sums);
         return sums;
     }
 
-    KDDP_ONE_COPY static void merge_mixture(const MixtureSums* pieces, int64_t count, RowState& state) {
-        MixtureSums& row = state.mixture;
-        row = {};
+    KDDP_NOINLINE static void merge_mixture(const MixtureSums* chunks, int64_t count, RowState& state) {
+        state.mixture = {};
         for (int64_t k = 0; k < count; ++k) {
-            row.kl_teacher += pieces[k].kl_teacher, row.kl_student += pieces[k].kl_student;
-            row.weighted_moment += pieces[k].weighted_moment;
+            state.mixture.kl_teacher += chunks[k].kl_teacher, state.mixture.kl_student += chunks[k].kl_student;
+            state.mixture.weighted_moment += chunks[k].weighted_moment;
         }
     }
 
-    KDDP_ONE_COPY RowTerms finish(int64_t row, RowState& state) const {
-        T student[lanes<T>], teacher[lanes<T>];
+    KDDP_NOINLINE RowTerms finish(int64_t row, RowState& state) const {
         const int64_t label = label_of(row);
         TargetMargins target{};
+        double label_logit = 0;
         if (label >= 0) {
-            steps_.convert_student(element(job_.student, row, label), {0, 1, 0}, student);
-            if (leaves_label_out()) {
-                steps_.convert_teacher(element(job_.teacher, row, label), {0, 1, 0}, teacher);
-                target = {(double(student[0]) - state.sums->student_reference) * state.student_to_nats,
-                          (double(teacher[0]) - state.sums->teacher_reference) * state.teacher_to_nats};
-            }
+            label_logit = logit(job_.student, kernels_.convert_student, row, label);
+            if (excludes_label())
+                target = {(label_logit - state.sums->student_reference) * state.student_to_nats,
+                          (logit(job_.teacher, kernels_.convert_teacher, row, label) - state.sums->teacher_reference) *
+                              state.teacher_to_nats};
         }
-        const double label_logit = label >= 0 ? double(student[0]) : 0;
         const RowValues values =
-            finish_row(rule_, *state.sums, state.mixture, state.student, target, label_logit, state.gradient);
+            finish_row(params_, *state.sums, state.mixture, state.student, target, label_logit, state.gradient);
         const bool highest = label >= 0 && label_logit >= state.sums->highest;
-        return {values.kd, values.ce, double(highest && !appears_before(row, label, student[0]))};
+        return {values.kd, values.ce, double(highest && !appears_before(row, label, T(label_logit)))};
     }
 
-    // Of several highest logits the first is the prediction, as in argmax.
+    double logit(const Matrix& matrix, ReadChunk<T> convert, int64_t row, int64_t column) const {
+        T vector[lanes<T>];
+        convert(element(matrix, row, column), {0, 1, 0}, vector);
+        return double(vector[0]);
+    }
+
+    // Among several highest logits the first is the prediction, as in argmax.
     bool appears_before(int64_t row, int64_t end, T value) const {
         T buffer[64];
-        static_assert(sizeof buffer >= KDDP_VECTOR_BYTES, "a piece is at least a vector");
         for (int64_t start = 0; start < end; start += 64) {
-            const int64_t count = start + 64 < end ? 64 : end - start;
-            const Piece piece{start, count, 0};
-            if (highest_of<T, T>(steps_.convert_student(element(job_.student, row, start), piece, buffer), piece, 64) ==
-                value)
-                return true;
+            const Chunk chunk{start, smaller(64, end - start), 0};
+            kernels_.convert_student(element(job_.student, row, start), chunk, buffer);
+            for (int64_t i = 0; i < chunk.count; ++i)
+                if (buffer[i] == value) return true;
         }
         return false;
     }
 
-    KDDP_ONE_COPY void write(int64_t row, int64_t k, const RowState& state, const RowScratch<T>& scratch) const {
-        const Piece piece = piece_of(row, k);
+    KDDP_NOINLINE void write(int64_t row, int64_t k, const RowState& state, const ChunkSums& sums,
+                             const RowScratch<T>& scratch) const {
+        const Chunk chunk = chunk_of(row, k);
         const RowBuffers<T> buffers = buffers_of(k, scratch);
-        const void* logits = nullptr;
-        if (rule_.standardize)
-            logits = steps_.convert_student(element(job_.student, row, piece.start), piece, scratch.logits.student);
-        PieceGradient<T> coefficients;
-        set_coefficients(row, piece, scratch.sums[k], state, logits, coefficients);
-        const Tempering<T> by = tempering(state);
-        if (const auto write_again = loops_for(scratch.sums[k], by).write_again) {
-            const Logits again = read(row, piece, buffers);
-            write_again(again.student, again.teacher, piece, by, scratch.sums[k], coefficients,
-                        gradient(row, piece.start));
+        const LogitScale<T> scale = scale_of(state);
+        ChunkGradient<T> of;
+        set_coefficients(row, chunk, sums, state, of);
+        if (const auto recompute = kernels_.recompute_gradient[shifts(sums, scale)]) {
+            const Logits logits = read(row, chunk, buffers);
+            recompute(logits.student, logits.teacher, chunk, scale, sums, of);
             return;
         }
-        PieceSums sums;
+        ChunkSums unused;
         if (!kept_ && mixes())
-            mix(row, k, state, scratch);
+            mix(row, k, state, sums, scratch);
         else if (!kept_)
-            exponentiate(row, k, state, buffers, sums);
-        steps_.write_gradient(buffers, piece, coefficients, gradient(row, piece.start));
+            exponentiate(row, k, state, buffers, unused);
+        of.powers = exp_reuse_ == ExpReuse::separate || params_.standardize ? buffers.untempered : buffers.student;
+        if (params_.standardize && job_.alpha != 0) {
+            const char* from = element(job_.student, row, chunk.start);
+            const void* logits = kernels_.convert_student(from, chunk, scratch.logits.student);
+            add_projection(static_cast<const T*>(logits), buffers.untempered, chunk, of.untempered,
+                           T(state.gradient.projection), T(state.student.mean));
+            of.untempered = 1;
+        }
+        if (!kernels_.convert_gradient) return kernels_.write_gradient(buffers, chunk, of);
+        T* in_place = buffers.student + chunk.head;
+        of.target = in_place;
+        of.past_caches = false;
+        kernels_.write_gradient(buffers, chunk, of);
+        kernels_.convert_gradient(in_place, chunk.count, gradient(row, chunk.start));
     }
 
-    void set_coefficients(int64_t row, Piece piece, const PieceSums& sums, const RowState& state, const void* logits,
-                          PieceGradient<T>& to) const {
+    // The coefficients of the row's gradient, rescaled to the references of a chunk.
+    void set_coefficients(int64_t row, Chunk chunk, const ChunkSums& sums, const RowState& state,
+                          ChunkGradient<T>& to) const {
         const RowGradient& of = state.gradient;
         double first = of.first, second = of.second, untempered = of.untempered;
         if (&sums != state.sums) {
             const Rebase by = rebased(sums, state);
-            const bool weighted = gradient_form(rule_.divergence) == GradientForm::weighted;
             first *= by.student_factor;
             untempered *= by.untempered_factor;
-            if (!weighted) second *= by.teacher_factor;
-            if (weighted && !mixes() && first != 0) second += by.student_tempered - by.teacher_tempered;
+            if (!weighted()) second *= by.teacher_factor;
+            if (weighted() && !mixes() && first != 0) second += by.student_tempered - by.teacher_tempered;
         }
+        const int64_t label = label_of(row) - chunk.start;
         to.first = T(first);
         to.second = T(second);
         to.untempered = T(untempered);
         to.constant = T(of.constant);
         to.label = T(of.label);
-        to.projection = T(of.projection);
-        to.mean = rule_.standardize ? T(state.student.mean) : T(0);
-        to.logits = logits;
-        const int64_t label = label_of(row) - piece.start;
-        to.label_place = label >= 0 && label < piece.count && of.label != 0 ? piece.head + label : -1;
+        to.label_place = label >= 0 && label < chunk.count && of.label != 0 ? chunk.head + label : -1;
+        to.target = gradient(row, chunk.start);
         to.past_caches = past_caches_;
     }
 
     const KdL1Loss& job_;
+    const RowKernels<T> kernels_;
+    const RowParams params_;
+    const ExpReuse exp_reuse_;
+    const int64_t chunk_classes_;
     const bool kept_;
-    const RowSteps<T> steps_;
-    const int64_t piece_classes_;
-    const RowRule rule_;
     const bool past_caches_;
 };
 

@@ -1,4 +1,4 @@
-// Units of activations, a warp each: their share of the L1 penalty, its gradient, and the neurons' statistics.
+// Units of activations, one warp each: their share of the L1 penalty, its gradient, and the neurons' statistics.
 #pragma once
 
 #include "cuda/elements.cuh"
@@ -6,15 +6,14 @@
 
 namespace kddp {
 
-// With statistics, a thread sums so many neighbouring columns.
-constexpr int statistics_columns = 2;
+constexpr int statistics_columns = 2;  // neighbouring columns that a thread sums, with statistics
 
 struct Unit {
     int64_t first_row, last_row, first_column, last_column;
     int part, column_part;
 };
 
-__device__ __forceinline__ Unit unit_of(const LayerLaunch& layer, int64_t number) {
+KDDP_DEVICE Unit unit_of(const LayerLaunch& layer, int64_t number) {
     Unit unit;
     unit.part = static_cast<int>(number / layer.column_parts);
     unit.column_part = static_cast<int>(number % layer.column_parts);
@@ -25,26 +24,25 @@ __device__ __forceinline__ Unit unit_of(const LayerLaunch& layer, int64_t number
     return unit;
 }
 
-// scale * sign(a), 0 where a is 0 or not a number.
+// scale * sign(a); 0 where a is 0 or NaN.
 template <class T>
-__device__ __forceinline__ T scaled_sign(T a, T scale) {
+KDDP_DEVICE T scaled_sign(T a, T scale) {
     return a > 0 ? scale : a < 0 ? -scale : T(0);
 }
 
 template <class T>
-__device__ __forceinline__ T magnitude(T a) {
+KDDP_DEVICE T magnitude(T a) {
     return a < 0 ? -a : a;
 }
 
-// Columns between a thread's elements: neighbours where they are read at once, else a warp's width, so that what the
-// warp reads at once are neighbours.
-__device__ __forceinline__ int step_of(const LayerLaunch& layer) { return layer.aligned ? 1 : 32; }
+// The distance between a thread's columns: 1 where it loads them in one access, else a warp's width, so that the lanes
+// of a warp load neighbouring columns.
+KDDP_DEVICE int step_of(const LayerLaunch& layer) { return layer.aligned ? 1 : 32; }
 
-// Reads n elements of a row, `step` columns apart, and writes their gradient; what is not within the `left` columns to
-// the row's end is 0.
+// Reads n elements of a row, `step` columns from one another, and writes their gradient. Elements behind the `left`
+// columns to the row's end are 0.
 template <class T, ElementType type, int n>
-__device__ __forceinline__ void read_activations(const char* from, char* to, int step, int left, T scale,
-                                                 T (&values)[n]) {
+KDDP_DEVICE void read_activations(const char* from, char* to, int step, int left, T scale, T (&values)[n]) {
     constexpr int bytes = static_cast<int>(size_of(type));
     if (step == 1 && left >= n) {
         load_run<T, type, n>(from, values);
@@ -64,9 +62,9 @@ __device__ __forceinline__ void read_activations(const char* from, char* to, int
     }
 }
 
-// Sum of |a| of one thread. Runs of a row are summed in T, short enough that float adds them up well.
+// A thread's sum of |a|. It sums runs of a row in T, short enough for float to be accurate, and the runs in double.
 template <class T, ElementType type>
-__device__ __forceinline__ double sum_of_unit(const LayerLaunch& layer, const Unit& unit) {
+KDDP_DEVICE double sum_of_unit(const LayerLaunch& layer, const Unit& unit) {
     constexpr int bytes = static_cast<int>(size_of(type)), n = 16 / bytes, longest_run = 16;
     const int width = static_cast<int>(unit.last_column - unit.first_column);
     const int step = step_of(layer), lane = static_cast<int>(threadIdx.x % 32);
@@ -83,10 +81,10 @@ __device__ __forceinline__ double sum_of_unit(const LayerLaunch& layer, const Un
             T values[n];
             read_activations<T, type, n>(from + int64_t(column) * bytes, to ? to + int64_t(column) * bytes : nullptr,
                                          step, width - column, T(layer.scale), values);
-            T of_vector = 0;
+            T vector_sum = 0;
 #pragma unroll
-            for (int i = 0; i < n; ++i) of_vector += magnitude(values[i]);
-            sum += of_vector;
+            for (int i = 0; i < n; ++i) vector_sum += magnitude(values[i]);
+            sum += vector_sum;
             if (++run < longest_run) continue;
             total += double(sum);
             sum = 0, run = 0;
@@ -94,36 +92,36 @@ __device__ __forceinline__ double sum_of_unit(const LayerLaunch& layer, const Un
         total += double(sum);
         from += layer.row_stride * bytes;
         if (to) to += layer.columns * bytes;
-        __syncwarp();  // lanes of different rows would touch more sectors
+        __syncwarp();  // lanes in different rows would touch more sectors
     }
     return total;
 }
 
-// What a thread adds up of one column. The sums that a variance is made of are in double: a constant neuron's is 0.
+// A thread's sums of one column. The sums of a variance are in double, so that a constant neuron has a variance of 0.
 template <class T>
 struct ColumnSums {
     double absolute = 0, sum = 0, squares = 0;
     T run = 0, highest = 0;
     int nonzero = 0;
 
-    __device__ __forceinline__ void add(T a) {
+    KDDP_DEVICE void add(T a) {
         const double exact = double(a);
         run += magnitude(a);
         sum += exact, squares += exact * exact;
         nonzero += a != 0;
         highest = larger(highest, magnitude(a));
     }
-    __device__ __forceinline__ void end_run() { absolute += double(run), run = 0; }
+    KDDP_DEVICE void end_run() { absolute += double(run), run = 0; }
 };
 
-constexpr int rows_of_statistics = static_cast<int>(statistics_rows);
+constexpr int statistic_count = static_cast<int>(statistics_rows);
 
-__device__ __forceinline__ double* statistic(double* block, int64_t stride, int row, int64_t column) {
+KDDP_DEVICE double* statistic(double* block, int64_t stride, int row, int64_t column) {
     return block + row * stride + column;
 }
 
-// The last unit of a run of columns adds up, in order, what the parts of the rows have left for it.
-__device__ __forceinline__ void combine_parts(const LossLaunch& launch, const LayerLaunch& layer, const Unit& unit) {
+// The last unit of a column part adds up, in order, the statistics that the row parts have left.
+KDDP_DEVICE void combine_parts(const LossLaunch& launch, const LayerLaunch& layer, const Unit& unit) {
     unsigned ticket = 0;
     __threadfence();
     __syncwarp();
@@ -133,12 +131,12 @@ __device__ __forceinline__ void combine_parts(const LossLaunch& launch, const La
     if (static_cast<int>(ticket) != layer.row_parts - 1) return;
     __threadfence();
     for (int64_t column = unit.first_column + threadIdx.x % 32; column < unit.last_column; column += 32) {
-        for (int k = 0; k < statistics_rows; ++k) {
+        for (int k = 0; k < statistic_count; ++k) {
             double value = 0;
             for (int part = 0; part < layer.row_parts; ++part) {
                 const double other =
-                    load_workspace(statistic(layer.partial, layer.columns, part * rows_of_statistics + k, column));
-                value = k == statistics_rows - 1 ? (other > value ? other : value) : value + other;
+                    load_workspace(statistic(layer.partial, layer.columns, part * statistic_count + k, column));
+                value = k == statistic_count - 1 ? (other > value ? other : value) : value + other;
             }
             store_global(statistic(layer.statistics, launch.statistics_stride, k, column), value);
         }
@@ -146,9 +144,9 @@ __device__ __forceinline__ void combine_parts(const LossLaunch& launch, const La
 }
 
 template <class T>
-__device__ __forceinline__ void read_column_sums(const LayerLaunch& layer, const Unit& unit, int column, int left,
-                                                 ColumnSums<T> (&sums)[statistics_columns]) {
-    constexpr int n = statistics_columns, rows_in_run = 8;
+KDDP_DEVICE void read_column_sums(const LayerLaunch& layer, const Unit& unit, int column, int left,
+                                  ColumnSums<T> (&sums)[statistics_columns]) {
+    constexpr int n = statistics_columns, rows_per_run = 8;
     const int bytes = static_cast<int>(size_of(layer.type));
     const int step = step_of(layer);
     const int64_t first = unit.first_column + column;
@@ -158,29 +156,25 @@ __device__ __forceinline__ void read_column_sums(const LayerLaunch& layer, const
     for (int rows = static_cast<int>(unit.last_row - unit.first_row); rows > 0; --rows) {
         T values[n];
         const T scale = T(layer.scale);
-        if constexpr (sizeof(T) == 8) {
+        if constexpr (sizeof(T) == 8)
             read_activations<T, ElementType::float64, n>(from, to, step, left, scale, values);
-        } else if (layer.type == ElementType::float32) {
-            read_activations<T, ElementType::float32, n>(from, to, step, left, scale, values);
-        } else if (layer.type == ElementType::bfloat16) {
-            read_activations<T, ElementType::bfloat16, n>(from, to, step, left, scale, values);
-        } else {
-            read_activations<T, ElementType::float16, n>(from, to, step, left, scale, values);
-        }
+        else
+            with_type<T>(layer.type,
+                         [&](auto type) { read_activations<T, type.value, n>(from, to, step, left, scale, values); });
 #pragma unroll
         for (int i = 0; i < n; ++i) {
             sums[i].add(values[i]);
-            if (rows % rows_in_run == 1) sums[i].end_run();
+            if (rows % rows_per_run == 1) sums[i].end_run();
         }
         from += layer.row_stride * bytes;
         if (to) to += layer.columns * bytes;
-        __syncwarp();  // as above
+        __syncwarp();  // as in sum_of_unit
     }
 }
 
-// Row k of the statistics of a thread's columns.
+// Stores one statistic of a thread's columns.
 template <class Values>
-__device__ __forceinline__ void store_statistic(double* row, int step, int left, Values values) {
+KDDP_DEVICE void store_statistic(double* row, int step, int left, Values values) {
     constexpr int n = statistics_columns;
     if (step == 1 && left >= n && reinterpret_cast<uintptr_t>(row) % 16 == 0) {
         double pair[n];
@@ -194,9 +188,9 @@ __device__ __forceinline__ void store_statistic(double* row, int step, int left,
         if (i * step < left) store_global(row + i * step, values(i));
 }
 
-// Of one unit; gives the thread's share of the penalty.
+// Computes the statistics of a unit and returns the thread's sum of |a|.
 template <class T>
-__device__ __forceinline__ double statistics_of_unit(const LossLaunch& launch, int index, int64_t number) {
+KDDP_DEVICE double statistics_of_unit(const LossLaunch& launch, int index, int64_t number) {
     const int lane = static_cast<int>(threadIdx.x % 32);
     ColumnSums<T> sums[statistics_columns];
     {
@@ -206,12 +200,12 @@ __device__ __forceinline__ double statistics_of_unit(const LossLaunch& launch, i
         const int left = static_cast<int>(unit.last_column - unit.first_column) - column;
         read_column_sums(layer, unit, column, left, sums);
     }
-    const LayerLaunch& layer = again(launch).layers[index];
+    const LayerLaunch& layer = opaque(launch).layers[index];
     const Unit unit = unit_of(layer, number);
-    const bool parts = layer.row_parts > 1;
+    const bool has_parts = layer.row_parts > 1;
     double* block =
-        parts ? statistic(layer.partial, layer.columns, unit.part * rows_of_statistics, 0) : layer.statistics;
-    const int64_t stride = parts ? layer.columns : launch.statistics_stride;
+        has_parts ? statistic(layer.partial, layer.columns, unit.part * statistic_count, 0) : layer.statistics;
+    const int64_t stride = has_parts ? layer.columns : launch.statistics_stride;
     const int column = layer.aligned ? lane * statistics_columns : lane, step = step_of(layer);
     const int left = static_cast<int>(unit.last_column - unit.first_column) - column;
     double total = 0;
@@ -223,14 +217,14 @@ __device__ __forceinline__ double statistics_of_unit(const LossLaunch& launch, i
         store_statistic(first + 3 * stride, step, left, [&](int i) { return double(sums[i].nonzero); });
         store_statistic(first + 4 * stride, step, left, [&](int i) { return double(sums[i].highest); });
 #pragma unroll
-        for (const ColumnSums<T>& of_column : sums) total += of_column.absolute;  // 0 of what is behind the row
+        for (const ColumnSums<T>& column_sums : sums) total += column_sums.absolute;  // 0 behind the row's end
     }
-    if (parts) combine_parts(launch, layer, unit);
+    if (has_parts) combine_parts(launch, layer, unit);
     return total;
 }
 
-// `number`: of the layer's units.
-__device__ __forceinline__ double run_unit(const LossLaunch& launch, int index, int64_t number) {
+// Runs unit `number` of a layer and returns the thread's sum of |a|.
+KDDP_DEVICE double run_unit(const LossLaunch& launch, int index, int64_t number) {
     const LayerLaunch& layer = launch.layers[index];
     const bool in_double = layer.type == ElementType::float64;
     if (layer.statistics)
@@ -243,15 +237,15 @@ __device__ __forceinline__ double run_unit(const LossLaunch& launch, int index, 
     return sum;
 }
 
-// Every warp of the launch takes units in turn.
-__device__ __forceinline__ void run_activations(const LossLaunch& launch) {
+// The warps of the launch take units in turn.
+KDDP_DEVICE void run_activations(const LossLaunch& launch) {
     const int64_t warps = blockDim.x / 32;
     int index = 0;
 #pragma unroll 1
     for (int64_t number = blockIdx.x * warps + threadIdx.x / 32; number < launch.units; number += gridDim.x * warps) {
         while (index + 1 < launch.layer_count && number >= launch.layers[index + 1].first_unit) ++index;
-        const double of_thread = run_unit(again(launch), index, number - launch.layers[index].first_unit);
-        const double sum = sum_of_lanes<32>(of_thread);
+        const double thread_sum = run_unit(opaque(launch), index, number - launch.layers[index].first_unit);
+        const double sum = sum_of_lanes<32>(thread_sum);
         if (threadIdx.x % 32 == 0) store_global(launch.unit_sums + number, sum);
     }
 }

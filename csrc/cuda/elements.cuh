@@ -1,109 +1,89 @@
-// Element types: what is computed in, and how several elements lie in a few words.
+// Element types: conversion between the words that memory holds and the type that a kernel computes in.
 #pragma once
-
-#include <type_traits>
 
 #include "cuda/memory.cuh"
 #include "kddp/types.h"
 
 namespace kddp {
 
-#if defined(KDDP_EMULATOR)
 template <class To, class From>
-inline To bits_as(From from) {
+KDDP_DEVICE To bit_cast(From from) {
+    static_assert(sizeof(To) == sizeof(From), "a bit_cast keeps the size");
     To to;
-    static_assert(sizeof to == sizeof from, "the same bits");
-    std::memcpy(&to, &from, sizeof to);
+    memcpy(&to, &from, sizeof to);
     return to;
 }
-inline float float_of(unsigned bits) { return bits_as<float>(bits); }
-inline unsigned bits_of(float x) { return bits_as<unsigned>(x); }
-inline double double_of(unsigned low, unsigned high) { return bits_as<double>(uint64_t(high) << 32 | low); }
-inline unsigned low_bits_of(double x) { return unsigned(bits_as<uint64_t>(x)); }
-inline unsigned high_bits_of(double x) { return unsigned(bits_as<uint64_t>(x) >> 32); }
-#else
-__device__ __forceinline__ float float_of(unsigned bits) { return __uint_as_float(bits); }
-__device__ __forceinline__ unsigned bits_of(float x) { return __float_as_uint(x); }
-__device__ __forceinline__ double double_of(unsigned low, unsigned high) {
-    return __hiloint2double(static_cast<int>(high), static_cast<int>(low));
-}
-__device__ __forceinline__ unsigned low_bits_of(double x) { return static_cast<unsigned>(__double2loint(x)); }
-__device__ __forceinline__ unsigned high_bits_of(double x) { return static_cast<unsigned>(__double2hiint(x)); }
-#endif
 
-// Element i of what was loaded.
+// Element i of loaded words.
 template <class T, ElementType type, int count>
-__device__ __forceinline__ T element_of(const Words<count>& from, int i) {
-    if constexpr (type == ElementType::float32) return T(float_of(from.words[i]));
-    if constexpr (type == ElementType::float64) return T(double_of(from.words[2 * i], from.words[2 * i + 1]));
+KDDP_DEVICE T element_of(const Words<count>& from, int i) {
+    if constexpr (type == ElementType::float32) return T(bit_cast<float>(from.words[i]));
+    if constexpr (type == ElementType::float64)
+        return T(bit_cast<double>(uint64_t(from.words[2 * i + 1]) << 32 | from.words[2 * i]));
     if constexpr (type == ElementType::bfloat16)
-        return T(float_of(i % 2 ? from.words[i / 2] & 0xffff0000u : from.words[i / 2] << 16));
+        return T(bit_cast<float>(i % 2 ? from.words[i / 2] & 0xffff0000u : from.words[i / 2] << 16));
     if constexpr (type == ElementType::float16)
         return T(__half2float(__ushort_as_half(static_cast<unsigned short>(from.words[i / 2] >> (i % 2 * 16)))));
 }
 
-template <ElementType type, class T>
-__device__ __forceinline__ unsigned half_bits(T value) {
-    if constexpr (type == ElementType::bfloat16)
-        return __bfloat16_as_ushort(__float2bfloat16_rn(static_cast<float>(value)));
-    else
-        return __half_as_ushort(__float2half_rn(static_cast<float>(value)));
-}
-
-// Puts element i into words that are 0 there.
+// Stores element i into words whose bits are still 0 there.
 template <ElementType type, class T, int count>
-__device__ __forceinline__ void put_element(Words<count>& to, int i, T value) {
+KDDP_DEVICE void put_element(Words<count>& to, int i, T value) {
     if constexpr (type == ElementType::float32) {
-        to.words[i] = bits_of(static_cast<float>(value));
+        to.words[i] = bit_cast<unsigned>(static_cast<float>(value));
     } else if constexpr (type == ElementType::float64) {
-        to.words[2 * i] = low_bits_of(value), to.words[2 * i + 1] = high_bits_of(value);
+        const auto bits = bit_cast<uint64_t>(static_cast<double>(value));
+        to.words[2 * i] = static_cast<unsigned>(bits), to.words[2 * i + 1] = static_cast<unsigned>(bits >> 32);
+    } else if constexpr (type == ElementType::bfloat16) {
+        to.words[i / 2] |= unsigned(__bfloat16_as_ushort(__float2bfloat16_rn(static_cast<float>(value))))
+                           << (i % 2 * 16);
     } else {
-        to.words[i / 2] |= half_bits<type>(value) << (i % 2 * 16);
+        to.words[i / 2] |= unsigned(__half_as_ushort(__float2half_rn(static_cast<float>(value)))) << (i % 2 * 16);
     }
 }
 
-// A run of n elements at an address that is aligned to as many bytes as it has, or to 16.
+// Loads n contiguous elements. The address is aligned to their size together, or to 16 bytes if that is less.
 template <class T, ElementType type, int n>
-__device__ __forceinline__ void load_run(const char* from, T* to) {
-    constexpr int bytes = n * static_cast<int>(size_of(type)), at_once = bytes < 16 ? bytes : 16;
-    constexpr int of_load = at_once / static_cast<int>(size_of(type));
+KDDP_DEVICE void load_run(const char* from, T* to) {
+    constexpr int bytes = n * static_cast<int>(size_of(type)), access_bytes = bytes < 16 ? bytes : 16;
+    constexpr int access_elements = access_bytes / static_cast<int>(size_of(type));
 #pragma unroll
-    for (int k = 0; k < bytes / at_once; ++k) {
-        const auto words = load_input<at_once>(from + k * at_once);
+    for (int k = 0; k < bytes / access_bytes; ++k) {
+        const auto words = load_input<access_bytes>(from + k * access_bytes);
 #pragma unroll
-        for (int i = 0; i < of_load; ++i) to[k * of_load + i] = element_of<T, type>(words, i);
+        for (int i = 0; i < access_elements; ++i) to[k * access_elements + i] = element_of<T, type>(words, i);
     }
 }
 
 template <class T, ElementType type>
-__device__ __forceinline__ T load_element(const char* from) {
+KDDP_DEVICE T load_element(const char* from) {
     return element_of<T, type>(load_input<static_cast<int>(size_of(type))>(from), 0);
 }
 
 template <class T, ElementType type, int n>
-__device__ __forceinline__ void store_run(char* to, const T* from) {
-    constexpr int bytes = n * static_cast<int>(size_of(type)), at_once = bytes < 16 ? bytes : 16;
-    constexpr int of_store = at_once / static_cast<int>(size_of(type));
+KDDP_DEVICE void store_run(char* to, const T* from) {
+    constexpr int bytes = n * static_cast<int>(size_of(type)), access_bytes = bytes < 16 ? bytes : 16;
+    constexpr int access_elements = access_bytes / static_cast<int>(size_of(type));
 #pragma unroll
-    for (int k = 0; k < bytes / at_once; ++k) {
-        Words<at_once / 4> words{};
+    for (int k = 0; k < bytes / access_bytes; ++k) {
+        Words<access_bytes / 4> words{};
 #pragma unroll
-        for (int i = 0; i < of_store; ++i) put_element<type>(words, i, from[k * of_store + i]);
-        store_words<at_once>(to + k * at_once, words);
+        for (int i = 0; i < access_elements; ++i) put_element<type>(words, i, from[k * access_elements + i]);
+        store_words<access_bytes>(to + k * access_bytes, words);
     }
 }
 
 template <class T, ElementType type>
-__device__ __forceinline__ void store_element(char* to, T value) {
+KDDP_DEVICE void store_element(char* to, T value) {
     Words<static_cast<int>(size_of(type) + 3) / 4> words{};
     put_element<type>(words, 0, value);
     store_words<static_cast<int>(size_of(type))>(to, words);
 }
 
-// Calls `function` with the type as a constant. Uniform: one branch is taken by all threads. What is computed in float
-// has no elements of float64.
+// Calls function(type) with the type as a compile-time constant. All threads take the same branch. Kernels that compute
+// in float have no float64 elements.
 template <class T, class Function>
-__device__ __forceinline__ void with_type(ElementType type, Function function) {
+KDDP_DEVICE void with_type(ElementType type, Function function) {
     if constexpr (sizeof(T) == 8)
         if (type == ElementType::float64) return function(std::integral_constant<ElementType, ElementType::float64>());
     switch (type) {

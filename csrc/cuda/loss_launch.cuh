@@ -1,22 +1,21 @@
-// One launch of the fused loss: its argument, what all of its blocks do together, and how it ends.
+// One launch of the fused loss: its argument, what all blocks do together, and how it ends.
 //
-// Blocks stay for the whole launch and take rows of logits, then units of activations, in turn. Each leaves its sums in
-// the workspace; the last to finish adds them up in order.
+// A block lives for the whole launch. It takes rows of logits in turn, then units of activations, and leaves its sums
+// in the workspace. The last block to finish adds up all sums in a fixed order.
 #pragma once
 
-#include "cuda/memory.cuh"
-#include "cuda/warp.cuh"
-#include "kddp/kd_l1_loss.h"
+#include "cuda/backend.h"
+#include "cuda/reductions.cuh"
 #include "row_math.h"
 
 namespace kddp {
 
-// A layer of activations as its units of work see it: rectangles of rows and columns, a warp each.
+// A layer of activations, cut into units of work: rectangles of rows and columns, one warp each.
 struct LayerLaunch {
     const char* data;
     char* gradient;
     double* statistics;
-    double* partial;  // statistics of each part of the rows, where there are several
+    double* partial;  // statistics of each row part, if there are several
     int64_t row_stride, columns;
     int64_t rows, unit_rows, unit_columns;
     int64_t first_unit;  // of the launch
@@ -24,10 +23,10 @@ struct LayerLaunch {
     ElementType type;
     int row_parts, column_parts;
     int first_counter;
-    int aligned;  // whether a thread may read all at once: 16 bytes, or with statistics, those of its columns
+    int aligned;  // a thread may load in one access: 16 bytes, or with statistics the columns that it sums
 };
 
-constexpr int layers_of_launch = 20;
+constexpr int layers_per_launch = 20;
 
 struct RowTerms {
     double kd, ce, correct;
@@ -35,42 +34,41 @@ struct RowTerms {
 
 struct LossLaunch {
     int64_t rows;
-    int classes_of_slice, slices;  // of a row, where several blocks share it
-    unsigned row_groups;           // blocks, or groups of blocks that share a row, that take rows in turn
+    int slice_classes, slices;  // blocks that share a row take a slice each
+    unsigned row_groups;        // blocks, or groups of blocks that share a row, that take rows in turn
     int64_t classes;
-    int vectors_of_side, vectors_of_team;  // of 16 bytes, in shared memory
-    bool rows_adjoin;                      // in all matrices, and do not all begin with a sector
+    int side_vectors, team_vectors;  // of 16 bytes, in shared memory
+    bool rows_contiguous;            // in all matrices, and not all rows begin at a sector
     Matrix student, teacher;
     int64_t student_elements, teacher_elements;  // from the first of the matrix to behind its last
     const int64_t* labels;
     int64_t ignore_index;
-    RowRule rule;
+    RowParams params;
     bool scaled_gradients, count_labels;
-    Untempered untempered;
+    ExpReuse exp_reuse;
     char* gradient;
     double alpha, row_count, inverse_temperature;
     ElementType result_type;
     void* loss;
     void* terms;
-    LayerLaunch layers[layers_of_launch];
+    LayerLaunch layers[layers_per_launch];
     int layer_count;
     int64_t statistics_stride, units;
     RowTerms* block_terms;
     double* unit_sums;
-    double* carried;         // l1 and its weighted sum of earlier launches of the call
-    bool carries, finishes;  // whether there were any, and whether this one is the last
+    double* carried;        // l1 and its weighted sum, from earlier launches of the call
+    bool carries, is_last;  // whether there were any, and whether this launch is the call's last
     char* slices_workspace;
-    unsigned long long* label_counter;  // blocks that have counted << 40, valid labels
+    unsigned long long* label_counter;  // blocks that have counted << 40 | valid labels
     unsigned* done_counter;
-    unsigned* counters;  // of the statistics' parts
+    unsigned* counters;  // of the statistics' row parts
     unsigned* slice_counters;
 };
 
-// The same launch, of which the compiler does not know it: so it keeps nothing in registers that it has worked out of
-// the launch before.
-__device__ __forceinline__ const LossLaunch& again(const LossLaunch& launch) {
+// Reloads `launch` through an opaque index so the compiler cannot keep derived values in registers.
+KDDP_DEVICE const LossLaunch& opaque(const LossLaunch& launch) {
 #if defined(KDDP_EMULATOR)
-    return launch;  // NOLINT(bugprone-return-const-ref-from-parameter): the kernel's argument outlives all of it
+    return launch;  // NOLINT(bugprone-return-const-ref-from-parameter): the kernel's argument outlives the call
 #else
     unsigned zero;
     asm volatile("mov.u32 %0, 0;" : "=r"(zero));
@@ -78,18 +76,17 @@ __device__ __forceinline__ const LossLaunch& again(const LossLaunch& launch) {
 #endif
 }
 
-// Labels that a block keeps: of its first rows.
-constexpr int kept_labels = 64;
+constexpr int cached_labels = 64;  // labels of a block's first rows, in shared memory
 
-constexpr int counters_at_front = 8;  // label_counter, done_counter
+constexpr int front_counters = 8;  // label_counter, done_counter
 constexpr int slice_counter_count = 1024;
-constexpr int part_counter_count = static_cast<int>(counters_bytes / 4) - counters_at_front - slice_counter_count;
+constexpr int part_counter_count = static_cast<int>(counters_bytes / 4) - front_counters - slice_counter_count;
 
-// Counts the labels of this block's rows, or where blocks share a row, its part of them, and adds it to what the other
-// blocks count. Each waits for the sum when it finishes its first row, by which time it is there. The labels of the
-// block's first rows are kept, where no other block shares these; every thread may read them behind this.
+// Counts the valid labels of this block's rows, or its share of them where blocks share rows, and adds them to a
+// counter. A block needs the total only when it finishes its first row. Also caches the labels of the block's first
+// rows, unless blocks share rows; every thread may read them afterwards.
 template <int teams>
-__device__ __forceinline__ void count_labels(const LossLaunch& launch, SharedArray<int64_t> kept) {
+KDDP_DEVICE void count_labels(const LossLaunch& launch, SharedArray<int64_t> cache) {
     if (!launch.count_labels) return;
     KDDP_SHARED(unsigned, counts, 32);
     const int lane = static_cast<int>(threadIdx.x % 32), warp = static_cast<int>(threadIdx.x / 32);
@@ -99,7 +96,7 @@ __device__ __forceinline__ void count_labels(const LossLaunch& launch, SharedArr
         const int64_t row = (blockIdx.x + i / teams * gridDim.x) * teams + i % teams;
         if (row >= launch.rows) break;
         const int64_t label = load_global(launch.labels + row);
-        if (i < kept_labels) kept.store(static_cast<int>(i), label);
+        if (i < cached_labels) cache.store(static_cast<int>(i), label);
         count += label != launch.ignore_index;
     }
     count = sum_of_lanes<32>(count);
@@ -110,44 +107,44 @@ __device__ __forceinline__ void count_labels(const LossLaunch& launch, SharedArr
     if (lane == 0) atomicAdd(launch.label_counter, (1ull << 40) + count);
 }
 
-// Rows whose label is not to be ignored, at least 1.
-__device__ __forceinline__ double valid_rows(const LossLaunch& launch) {
+// Rows whose label is not ignored, at least 1. Waits until all blocks have counted.
+KDDP_DEVICE double valid_rows(const LossLaunch& launch) {
     double count = launch.row_count;
     if (launch.count_labels) {
-        unsigned long long seen = read_counter(launch.label_counter);
-        while ((seen >> 40) < gridDim.x) {
-            wait_a_little();
-            seen = read_counter(launch.label_counter);
+        unsigned long long counted = load_acquire(launch.label_counter);
+        while ((counted >> 40) < gridDim.x) {
+            back_off();
+            counted = load_acquire(launch.label_counter);
         }
-        count = static_cast<double>(seen & ((1ull << 40) - 1));
+        count = static_cast<double>(counted & ((1ull << 40) - 1));
     }
     return count > 0 ? count : 1;
 }
 
-// Whether this block is the last of the launch; of all threads.
-__device__ __forceinline__ bool is_last_block(unsigned* counter) {
+// Whether this block is the last one of the launch to come here. All threads call it.
+KDDP_DEVICE bool is_last_block(unsigned* counter) {
     KDDP_SHARED(unsigned, ticket, 1);
     __threadfence();
     __syncthreads();
     if (threadIdx.x == 0) ticket.store(0, atomicInc(counter, gridDim.x - 1));
     __syncthreads();
-    const bool last = ticket.load(0) == gridDim.x - 1;
-    if (last) __threadfence();
-    return last;
+    const bool is_last = ticket.load(0) == gridDim.x - 1;
+    if (is_last) __threadfence();
+    return is_last;
 }
 
 template <class T>
-__device__ __forceinline__ void store_results(const LossLaunch& launch, double loss, const double* terms) {
+KDDP_DEVICE void store_results(const LossLaunch& launch, double loss, const double* terms) {
     store_global(static_cast<T*>(launch.loss), T(loss));
     if (!launch.terms) return;
 #pragma unroll
     for (int i = 0; i < 4; ++i) store_global(static_cast<T*>(launch.terms) + i, T(terms[i]));
 }
 
-// The last block adds up what all have left. A term of weight 0 is left out.
-__device__ __forceinline__ void write_results(const LossLaunch& launch) {
+// Run by the last block: adds up the sums of all blocks and units. A term of weight 0 is left out.
+KDDP_DEVICE void write_results(const LossLaunch& launch) {
     KDDP_SHARED(double, scratch, 32);
-    // Neighbouring threads read neighbouring numbers, each always the same of a block's three.
+    // Neighbouring threads read neighbouring numbers; a thread always reads the same of a block's three terms.
     const unsigned readers = blockDim.x / 3 * 3, which = threadIdx.x % 3;
     double term = 0;
     for (unsigned i = threadIdx.x; i < gridDim.x * 3 && threadIdx.x < readers; i += readers)
@@ -169,7 +166,7 @@ __device__ __forceinline__ void write_results(const LossLaunch& launch) {
     if (threadIdx.x != 0) return;
     store_global(launch.label_counter, 0ull);
     for (unsigned i = 0; launch.slices > 1 && i < launch.row_groups; ++i) store_global(launch.slice_counters + i, 0u);
-    if (!launch.finishes) {
+    if (!launch.is_last) {
         store_global(launch.carried, l1), store_global(launch.carried + 1, weighted);
         return;
     }
@@ -183,8 +180,8 @@ __device__ __forceinline__ void write_results(const LossLaunch& launch) {
         store_results<float>(launch, loss, terms);
 }
 
-// The end of every block. `terms` are a thread's own.
-__device__ __forceinline__ void finish_launch(const LossLaunch& launch, const RowTerms& terms) {
+// Every block ends here. `terms` are the thread's own.
+KDDP_DEVICE void finish_launch(const LossLaunch& launch, const RowTerms& terms) {
     KDDP_SHARED(double, scratch, 32);
     if (launch.student.data) {
         const double kd = sum_of_block(terms.kd, scratch), ce = sum_of_block(terms.ce, scratch);

@@ -1,4 +1,4 @@
-// What the runtime knows of a device and of a kernel on it, kept for the calls that follow.
+// What the CUDA runtime knows about a device and about a kernel on it, cached for later calls.
 #include <map>
 #include <mutex>
 #include <tuple>
@@ -21,7 +21,7 @@ int attribute(cudaDeviceAttr which, int device) {
     return value;
 }
 
-// Of what a block may have, the kernels whose rows need most of it declare so much themselves, or less.
+// An upper bound of the static shared memory of the kernels that use the most dynamic shared memory.
 constexpr int static_shared_bytes = 4096;
 
 __global__ void probe(int) {}
@@ -34,37 +34,36 @@ cudaError_t find_kernels() {
     return cudaFuncGetAttributes(&attributes, reinterpret_cast<const void*>(kernel));
 }
 
-int most_dynamic_shared_bytes() {
+int max_dynamic_shared_bytes() {
     static std::mutex mutex;
-    static std::map<int, int> known;
+    static std::map<int, int> cache;
     const int device = current_device();
     const std::scoped_lock lock(mutex);
-    const auto found = known.find(device);
-    if (found != known.end()) return found->second;
-    return known[device] = attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin, device) - static_shared_bytes;
+    const auto [entry, is_new] = cache.try_emplace(device);
+    if (is_new) entry->second = attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin, device) - static_shared_bytes;
+    return entry->second;
 }
 
 int resident_blocks(const void* kernel, int threads, int shared_bytes) {
     static std::mutex mutex;
-    static std::map<std::tuple<int, const void*, int, int>, int> known;
+    static std::map<std::tuple<int, const void*, int, int>, int> cache;
     const int device = current_device();
     const std::scoped_lock lock(mutex);
-    const auto key = std::make_tuple(device, kernel, threads, shared_bytes);
-    const auto found = known.find(key);
-    if (found != known.end()) return found->second;
+    const auto [entry, is_new] = cache.try_emplace({device, kernel, threads, shared_bytes});
+    if (!is_new) return entry->second;
     if (shared_bytes > 0) {
-        // With what the kernel declares itself it may not exceed what a block may have: that would be an error.
+        // The limit counts static shared memory too: setting more than the rest is an error.
         cudaFuncAttributes attributes{};
         cudaFuncGetAttributes(&attributes, kernel);
-        const int most = attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
+        const int limit = attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
         cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                             most - static_cast<int>(attributes.sharedSizeBytes));
+                             limit - static_cast<int>(attributes.sharedSizeBytes));
     }
-    int of_multiprocessor = 0;
-    cudaOccupancyMaxActiveBlocksPerMultiprocessor(&of_multiprocessor, kernel, threads,
+    int per_multiprocessor = 0;
+    cudaOccupancyMaxActiveBlocksPerMultiprocessor(&per_multiprocessor, kernel, threads,
                                                   static_cast<size_t>(shared_bytes));
-    const int blocks = of_multiprocessor * attribute(cudaDevAttrMultiProcessorCount, device);
-    return known[key] = blocks > 0 ? blocks : 1;
+    const int blocks = per_multiprocessor * attribute(cudaDevAttrMultiProcessorCount, device);
+    return entry->second = blocks > 0 ? blocks : 1;
 }
 
 }  // namespace kddp

@@ -1,17 +1,17 @@
-// What the current device offers to a launch; asked for once.
+// What the current device offers to a launch. The answers are cached.
 #pragma once
 
 #include <cuda_runtime.h>
 
 namespace kddp {
 
-// What a launch on the current device would end with, where there is no driver or no kernel for its architecture.
+// The error that a launch on the current device would end with: no driver, or no kernel for its architecture.
 cudaError_t find_kernels();
 
-// Dynamic shared memory that a block may have.
-int most_dynamic_shared_bytes();
+// Dynamic shared memory that a block may use.
+int max_dynamic_shared_bytes();
 
-// Blocks of a kernel that run at once on the device, at least 1. Allows the kernel so much shared memory.
+// Blocks of a kernel that the device runs at once, at least 1. Also raises the kernel's limit of shared memory.
 int resident_blocks(const void* kernel, int threads, int shared_bytes);
 
 }  // namespace kddp

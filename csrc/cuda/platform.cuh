@@ -1,4 +1,5 @@
-// Who compiles: nvcc for a GPU, or a C++ compiler for the emulator of the tests. The one place that knows.
+// The compiler: nvcc for a GPU, or a C++ compiler for the emulator of the tests. Only this file, memory.cuh and
+// opaque() tell them apart.
 #pragma once
 
 #include <cuda_bf16.h>
@@ -6,8 +7,6 @@
 #include <cuda_runtime.h>
 
 #include <cstring>
-
-#include "cuda/place.h"
 
 #if defined(KDDP_EMULATOR)
 
@@ -18,14 +17,16 @@
 
 #else
 
-// Errors are looked for once, after the launch.
+// Errors are checked once, after the launch.
 #define KDDP_LAUNCH(kernel, grid, block, dynamic_shared_bytes, stream, argument) \
     (kernel)<<<grid, block, dynamic_shared_bytes, stream>>>(argument)
-// All blocks run at once, so that they may wait for each other.
+// All blocks run at once, so that they may wait for one another.
 #define KDDP_LAUNCH_COOPERATIVE(kernel, grid, block, dynamic_shared_bytes, stream, argument) \
     ::kddp::launch_cooperative(kernel, grid, block, dynamic_shared_bytes, stream, argument)
 
 #endif
+
+#define KDDP_DEVICE __device__ __forceinline__
 
 namespace kddp {
 
@@ -38,8 +39,8 @@ void launch_cooperative(void (*kernel)(Argument), dim3 grid, dim3 block, int sha
 }
 #endif
 
-// 2^x in one instruction: within two roundings, results below 2^-126 are 0.
-__device__ __forceinline__ float exp2_of(float x) {
+// 2^x in one instruction: at most two roundings off; results below 2^-126 become 0.
+KDDP_DEVICE float fast_exp2(float x) {
 #if defined(KDDP_EMULATOR)
     const float result = exp2f(x);
     return result < 1.17549435e-38f ? 0.0f : result;
@@ -49,24 +50,25 @@ __device__ __forceinline__ float exp2_of(float x) {
     return result;
 #endif
 }
-__device__ __forceinline__ double exp2_of(double x) { return exp2(x); }
-// Within two units in the last place, of numbers up to 1.
-__device__ __forceinline__ float quotient_of(float x, float y) { return __fdividef(x, y); }
-__device__ __forceinline__ double quotient_of(double x, double y) { return x / y; }
-// a b - c d, rounded but where it is no longer than its terms: what the second product is rounded by comes back.
-__device__ __forceinline__ float difference_of_products(float a, float b, float c, float d) {
+KDDP_DEVICE double fast_exp2(double x) { return exp2(x); }
+// For numbers up to 1, at most two units in the last place off.
+KDDP_DEVICE float fast_divide(float x, float y) { return __fdividef(x, y); }
+KDDP_DEVICE double fast_divide(double x, double y) { return x / y; }
+// a b - c d, with the rounding error of the second product added back, so that the result is accurate to its own size
+// and not only to that of the products.
+KDDP_DEVICE float difference_of_products(float a, float b, float c, float d) {
     const float product = __fmul_rn(c, d);
     return __fmaf_rn(a, b, -product) - __fmaf_rn(c, d, -product);
 }
-__device__ __forceinline__ double difference_of_products(double a, double b, double c, double d) {
+KDDP_DEVICE double difference_of_products(double a, double b, double c, double d) {
     const double product = __dmul_rn(c, d);
     return __fma_rn(a, b, -product) - __fma_rn(c, d, -product);
 }
-__device__ __forceinline__ float log2_of(float x) { return log2f(x); }
-__device__ __forceinline__ double log2_of(double x) { return log2(x); }
+KDDP_DEVICE float log2_of(float x) { return log2f(x); }
+KDDP_DEVICE double log2_of(double x) { return log2(x); }
 
-// What another block may be changing.
-__device__ __forceinline__ unsigned read_counter(unsigned* counter) {
+// Reads, with acquire order, a counter that other blocks may be changing.
+KDDP_DEVICE unsigned load_acquire(unsigned* counter) {
 #if defined(KDDP_EMULATOR)
     return atomicAdd(counter, 0u);
 #else
@@ -75,7 +77,7 @@ __device__ __forceinline__ unsigned read_counter(unsigned* counter) {
     return value;
 #endif
 }
-__device__ __forceinline__ unsigned long long read_counter(unsigned long long* counter) {
+KDDP_DEVICE unsigned long long load_acquire(unsigned long long* counter) {
 #if defined(KDDP_EMULATOR)
     return atomicAdd(counter, 0ull);
 #else
@@ -85,9 +87,9 @@ __device__ __forceinline__ unsigned long long read_counter(unsigned long long* c
 #endif
 }
 
-// threadIdx.x and blockIdx.x, of which the compiler does not know that they stay the same: so it keeps nothing in
-// registers that it has worked out of them before.
-__device__ __forceinline__ int thread_of_block() {
+// threadIdx.x and blockIdx.x as values that the compiler does not know to be constant, so that it cannot keep what it
+// derived from them in registers.
+KDDP_DEVICE int opaque_thread() {
 #if defined(KDDP_EMULATOR)
     return static_cast<int>(threadIdx.x);
 #else
@@ -96,7 +98,7 @@ __device__ __forceinline__ int thread_of_block() {
     return thread;
 #endif
 }
-__device__ __forceinline__ int block_of_grid() {
+KDDP_DEVICE int opaque_block() {
 #if defined(KDDP_EMULATOR)
     return static_cast<int>(blockIdx.x);
 #else
@@ -106,15 +108,15 @@ __device__ __forceinline__ int block_of_grid() {
 #endif
 }
 
-// What a thread has read of memory it reads again behind this.
-__device__ __forceinline__ void forget_memory() {
+// Makes the compiler reload from memory whatever the thread has read before.
+KDDP_DEVICE void compiler_barrier() {
 #if !defined(KDDP_EMULATOR)
     asm volatile("" ::: "memory");
 #endif
 }
 
-// Between two looks at what another block is to change.
-__device__ __forceinline__ void wait_a_little() {
+// Pauses a loop that polls a counter.
+KDDP_DEVICE void back_off() {
 #if defined(KDDP_EMULATOR)
     emulator::yield();
 #else

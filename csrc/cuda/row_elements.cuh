@@ -1,6 +1,6 @@
-// What is computed of each class of a row: its exponentials, their sums, its gradient.
+// What is computed for each class of a row: exponentials, their sums, and the gradient.
 //
-// The references are the same for all threads that share a row, so that their sums can simply be added.
+// All threads that share a row use the same references, so their sums can be added without rescaling.
 #pragma once
 
 #include "cuda/elements.cuh"
@@ -8,23 +8,27 @@
 
 namespace kddp {
 
-// What a row's exponentials take of its logits.
+// How a row's logits become exponents.
 template <class T>
-struct Tempering {
+struct LogitScale {
     T student_reference, teacher_reference;
     T student_to_exponent, teacher_to_exponent;  // log2(e) / T
     T student_to_nats, teacher_to_nats;          // 1 / T
+
+    KDDP_DEVICE void set_nats(double student, double teacher) {
+        student_to_nats = T(student), teacher_to_nats = T(teacher);
+        student_to_exponent = T(student * log2_e), teacher_to_exponent = T(teacher * log2_e);
+    }
+    template <class To>
+    KDDP_DEVICE LogitScale<To> as() const {
+        return {To(student_reference),   To(teacher_reference), To(student_to_exponent),
+                To(teacher_to_exponent), To(student_to_nats),   To(teacher_to_nats)};
+    }
 };
 
+// A finite reference: where every logit is -inf, their margins stay -inf. Padding is below it too.
 template <class T>
-__device__ __forceinline__ void set_nats(Tempering<T>& by, double student, double teacher) {
-    by.student_to_nats = T(student), by.teacher_to_nats = T(teacher);
-    by.student_to_exponent = T(student * log2_e), by.teacher_to_exponent = T(teacher * log2_e);
-}
-
-// Where every logit is -inf, their differences from a finite reference are so too, and the filling is below it.
-template <class T>
-__device__ __forceinline__ T reference_of(T highest) {
+KDDP_DEVICE T reference_of(T highest) {
     return highest > lowest_number<T> / 2 ? highest : lowest_number<T> / 2;
 }
 
@@ -35,56 +39,56 @@ struct ElementSums {
 
 template <class T>
 struct Element {
-    T student, other;  // e^u, and e^v or the weight of the gradient's form
+    T student, other;  // e^u, and e^v or the weight of the weighted gradient form
 };
 
-// x * y where x is not 0, and 0 where it is, whatever y is: 0 * log(0 / q) is 0.
+// x * y, but 0 if x is 0, even if y is infinite: 0 * log(0 / q) is 0.
 template <class T>
-__device__ __forceinline__ T product_or_zero(T x, T y) {
+KDDP_DEVICE T product_or_zero(T x, T y) {
     return x == 0 ? T(0) : x * y;
 }
 
-// e^s from e^(s/T); `margin` is s less its reference.
+// e^s from e^(s/T). `margin` is s minus its reference.
 template <class T>
-__device__ __forceinline__ T untempered_of(Untempered untempered, T tempered, T margin) {
-    if (untempered == Untempered::separate) return exp2_of(margin * T(log2_e));
+KDDP_DEVICE T untempered_of(ExpReuse exp_reuse, T tempered, T margin) {
+    if (exp_reuse == ExpReuse::separate) return fast_exp2(margin * T(log2_e));
     T power = tempered;
-    if (untempered >= Untempered::square) power *= power;
-    if (untempered >= Untempered::fourth) power *= power;
+    if (exp_reuse >= ExpReuse::square) power *= power;
+    if (exp_reuse >= ExpReuse::fourth) power *= power;
     return power;
 }
 
-// The exponentials of a class, added to the sums.
+// Computes the exponentials of a class and adds them to the sums.
 template <GradientForm form, class T>
-__device__ __forceinline__ Element<T> add_element(const LossLaunch& launch, const Tempering<T>& by, T margin,
-                                                  T teacher_margin, ElementSums<T>& sums) {
-    Element<T> e{exp2_of(margin * by.student_to_exponent), T(0)};
+KDDP_DEVICE Element<T> add_element(const LossLaunch& launch, const LogitScale<T>& scale, T margin, T teacher_margin,
+                                   ElementSums<T>& sums) {
+    Element<T> e{fast_exp2(margin * scale.student_to_exponent), T(0)};
     sums.student += e.student;
-    if (launch.rule.with_teacher) {
-        const T exp_teacher = exp2_of(teacher_margin * by.teacher_to_exponent);
+    if (launch.params.with_teacher) {
+        const T exp_teacher = fast_exp2(teacher_margin * scale.teacher_to_exponent);
         sums.teacher += exp_teacher;
         e.other = exp_teacher;
-        const bool moments = launch.rule.standardize;
-        const T apart = moments ? teacher_margin * by.teacher_to_nats - margin * by.student_to_nats
-                                : (teacher_margin - margin) * by.student_to_nats;
+        const bool moments = launch.params.standardize;
+        const T delta = moments ? teacher_margin * scale.teacher_to_nats - margin * scale.student_to_nats
+                                : (teacher_margin - margin) * scale.student_to_nats;
         if constexpr (form == GradientForm::difference) {
-            sums.dot += product_or_zero(exp_teacher, apart);
+            sums.dot += product_or_zero(exp_teacher, delta);
             if (moments) sums.other_moment += product_or_zero(exp_teacher, margin);
-        } else if (launch.rule.divergence == Divergence::reverse_kl) {
-            const T weight = e.student == 0 ? T(0) : -apart;
+        } else if (launch.params.divergence == Divergence::reverse_kl) {
+            const T weight = e.student == 0 ? T(0) : -delta;
             sums.dot += e.student * weight;
             if (moments) sums.other_moment += product_or_zero(e.student, weight * margin);
-            // An infinite one leaves its row without a gradient: times 0 it has to be 0.
+            // An infinite weight leaves its row without a gradient: made finite, it gives 0 when multiplied by 0.
             e.other = weight > -lowest_number<T> ? -lowest_number<T> : weight;
         }
         if (moments) sums.student_moment += product_or_zero(e.student, margin);
     }
-    if (launch.untempered != Untempered::absent) sums.untempered += untempered_of(launch.untempered, e.student, margin);
+    if (launch.exp_reuse != ExpReuse::absent) sums.untempered += untempered_of(launch.exp_reuse, e.student, margin);
     return e;
 }
 
-// What jsd's second round needs of the whole row. Its probabilities are those of the row times the student's sum: one
-// factor less to be kept.
+// What jsd's second pass needs of the whole row. Probabilities are multiplied by the student's sum, which saves keeping
+// one factor.
 template <class T>
 struct MixtureScale {
     T teacher_factor;      // the student's sum over the teacher's
@@ -93,10 +97,10 @@ struct MixtureScale {
 };
 
 template <class T>
-__device__ __forceinline__ MixtureScale<T> mixture_scale(const LossLaunch& launch, double student, double teacher) {
+KDDP_DEVICE MixtureScale<T> mixture_scale(const LossLaunch& launch, double student, double teacher) {
     const T factor = T(student / teacher);
-    // Of the factor as it is rounded: what is off alike in all classes would not average out.
-    return {factor, T(log2(double(factor))), T(launch.rule.jsd_beta)};
+    // The logarithm of the rounded factor: an error that is the same in all classes would not average out.
+    return {factor, T(log2(double(factor))), T(launch.params.jsd_beta)};
 }
 
 template <class T>
@@ -104,19 +108,20 @@ struct MixtureElementSums {
     T kl_teacher = 0, kl_student = 0, weighted_moment = 0;
 };
 
-// Of a class in jsd's second round. All comes of log(p / q): where p and q nearly agree, a logarithm of m would leave
-// but its rounding. With the smaller over the larger nothing overflows.
+// A class in jsd's second pass. Everything is derived from log(p / q): log m cancels catastrophically when p ≈ q.
+// Dividing the smaller by the larger cannot overflow.
 template <class T>
-__device__ __forceinline__ Element<T> mix_element(const MixtureScale<T>& scale, const Tempering<T>& by, T margin,
-                                                  T teacher_margin, MixtureElementSums<T>& sums) {
-    const T log_ratio = difference_of_products(teacher_margin, by.teacher_to_exponent, margin, by.student_to_exponent) +
-                        scale.log_teacher_factor;  // log2(p / q)
-    const T p = exp2_of(teacher_margin * by.teacher_to_exponent) * scale.teacher_factor;
-    const T q = exp2_of(margin * by.student_to_exponent);
+KDDP_DEVICE Element<T> mix_element(const MixtureScale<T>& mixture, const LogitScale<T>& scale, T margin,
+                                   T teacher_margin, MixtureElementSums<T>& sums) {
+    const T log_ratio =
+        difference_of_products(teacher_margin, scale.teacher_to_exponent, margin, scale.student_to_exponent) +
+        mixture.log_teacher_factor;  // log2(p / q)
+    const T p = fast_exp2(teacher_margin * scale.teacher_to_exponent) * mixture.teacher_factor;
+    const T q = fast_exp2(margin * scale.student_to_exponent);
     const bool teacher_larger = p > q;
-    const T of_larger = teacher_larger ? scale.teacher_share : 1 - scale.teacher_share;
-    const T smaller_over_larger = quotient_of(teacher_larger ? q : p, teacher_larger ? p : q);
-    const T log_mixture = log2_of(of_larger + (1 - of_larger) * smaller_over_larger);  // over the larger
+    const T larger_share = teacher_larger ? mixture.teacher_share : 1 - mixture.teacher_share;
+    const T smaller_over_larger = fast_divide(teacher_larger ? q : p, teacher_larger ? p : q);
+    const T log_mixture = log2_of(larger_share + (1 - larger_share) * smaller_over_larger);  // log2(m / larger)
     const T weight = q == 0 ? T(0) : (teacher_larger ? log_ratio + log_mixture : log_mixture) * T(-ln_2);
     const T teacher_ratio = teacher_larger ? -log_mixture : log_ratio - log_mixture;
     sums.kl_student += q * weight;
@@ -125,7 +130,7 @@ __device__ __forceinline__ Element<T> mix_element(const MixtureScale<T>& scale, 
     return {q, weight};
 }
 
-// The coefficients of RowGradient in the type computed in, and which of its parts there are.
+// The coefficients of RowGradient in the type that is computed in.
 template <class T>
 struct GradientScale {
     T first, second, untempered, constant, label, projection;
@@ -133,36 +138,35 @@ struct GradientScale {
 };
 
 template <class T>
-__device__ __forceinline__ GradientScale<T> gradient_scale(const RowGradient& of, double reference, double mean) {
-    return {T(of.first), T(of.second),     T(of.untempered),   T(of.constant),
-            T(of.label), T(of.projection), T(reference - mean)};
+KDDP_DEVICE GradientScale<T> gradient_scale(const RowGradient& row, double reference, double mean) {
+    return {T(row.first), T(row.second),     T(row.untempered),  T(row.constant),
+            T(row.label), T(row.projection), T(reference - mean)};
 }
 
-// d loss / d s. A term of weight 0 has no gradient, not 0 times one that may be infinite.
+// d loss / d s. A term of weight 0 has no gradient, rather than 0 times one that may be infinite.
 template <GradientForm form, class T>
-__device__ __forceinline__ T gradient_of(const LossLaunch& launch, const GradientScale<T>& scale, Element<T> e,
-                                         T margin) {
+KDDP_DEVICE T gradient_of(const LossLaunch& launch, const GradientScale<T>& scale, Element<T> e, T margin) {
     T gradient = 0;
-    if (launch.rule.with_teacher && launch.alpha != 0) {
+    if (launch.params.with_teacher && launch.alpha != 0) {
         gradient = divergence_gradient<form>(e.student, e.other, scale.first, scale.second);
-        if (launch.rule.standardize) gradient -= scale.projection * (margin + scale.reference_less_mean);
+        if (launch.params.standardize) gradient -= scale.projection * (margin + scale.reference_less_mean);
     }
-    if (launch.rule.with_labels && launch.alpha != 1)
-        gradient += scale.untempered * untempered_of(launch.untempered, e.student, margin) - scale.constant;
+    if (launch.params.with_labels && launch.alpha != 1)
+        gradient += scale.untempered * untempered_of(launch.exp_reuse, e.student, margin) - scale.constant;
     return gradient;
 }
 
-// What a label tells to do with its row.
-enum class RowKind : int { absent, computed, ignored, mislabelled };
+// What the label says about its row. `absent`: there is no such row.
+enum class RowKind : int { absent, computed, ignored, invalid_label };
 
-// `kept`: the label in shared memory, or none.
-__device__ __forceinline__ RowKind kind_of(const LossLaunch& launch, int64_t row, const int64_t* kept, int64_t& label) {
+// `cached`: the label in shared memory, or null.
+KDDP_DEVICE RowKind kind_of(const LossLaunch& launch, int64_t row, const int64_t* cached, int64_t& label) {
     label = -1;
     if (row >= launch.rows) return RowKind::absent;
     if (!launch.labels) return RowKind::computed;
-    label = kept ? SharedArray<const int64_t>{kept}.load(0) : load_global(launch.labels + row);
+    label = cached ? SharedArray<const int64_t>{cached}.load(0) : load_global(launch.labels + row);
     if (label == launch.ignore_index) return RowKind::ignored;
-    return label < 0 || label >= launch.classes ? RowKind::mislabelled : RowKind::computed;
+    return label < 0 || label >= launch.classes ? RowKind::invalid_label : RowKind::computed;
 }
 
 }  // namespace kddp

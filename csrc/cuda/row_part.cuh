@@ -1,283 +1,279 @@
-// A row of logits, or the part of it that a team works at: its passes.
+// The passes over a row of logits, or over the part of it that a team works on.
 //
-// A part is read once and kept in shared memory, where each thread finds again what itself has put there; or it is too
-// long for that and read again in each pass, of which there are two: the first takes its references from the first
-// vectors, and is done again where they mislead.
+// A cached part is read once and kept in shared memory. A part that is too long for that is read again in each of two
+// passes: the first takes its references from the first vectors, and is repeated if they turn out too far off.
 #pragma once
 
-#include "cuda/kept_row.cuh"
 #include "cuda/row_elements.cuh"
 #include "cuda/row_vectors.cuh"
-#include "cuda/team.cuh"
 
 namespace kddp {
 
-template <class Kinds, int lanes, bool keeps, GradientForm form>
+template <class Types, int lanes, bool cached, GradientForm form>
 class RowPart {
   public:
-    using T = typename Kinds::T;
-    static constexpr int n = Kinds::n;
-    // Classes that a pass takes at once: a plane of what is kept, or a vector of what is read.
-    static constexpr int planes = keeps ? KeptRow<T, n>::plane_count : 1, m = n / planes;
+    using T = typename Types::T;
+    static constexpr int n = Types::n;
+    // A chunk is what a pass handles at once: m classes, a plane of a cached vector or a whole vector that is read.
+    static constexpr int planes = cached ? CachedRow<T, n>::plane_count : 1, m = n / planes;
 
-    __device__ __forceinline__ RowPart(const LossLaunch& launch, const TeamScratch<T>& scratch,
-                                       SharedArray<uint4> memory, int vectors_at_most)
+    KDDP_DEVICE RowPart(const LossLaunch& launch, const TeamScratch<T>& scratch, SharedArray<uint4> memory,
+                        int max_vectors)
         : launch_(launch),
           scratch_(scratch),
-          a_{memory, vectors_at_most},
-          b_{{memory.data + KeptRow<T, n>::plane_count * vectors_at_most}, vectors_at_most} {}
+          student_cache_{memory, max_vectors},
+          teacher_cache_{{memory.data + CachedRow<T, n>::plane_count * max_vectors}, max_vectors} {}
 
-    // Classes start to start + count of a row; none: what follows is of no row. `label` is the row's.
-    __device__ __forceinline__ void locate(int64_t row, int64_t start, int count, int64_t label) {
+    // Selects the classes start to start + count of a row; a count of 0 selects nothing. `label` is the row's.
+    KDDP_DEVICE void locate(int64_t row, int64_t start, int count, int64_t label) {
         head_ = head_of<n>(address_of(launch_.student, row, start), launch_.student.type,
-                           keeps_gradient() ? 1 : vectors_of_sector);
+                           caches_gradient() ? 1 : vectors_per_sector);
         count_ = count;
         vectors_ = count > 0 ? (head_ + count + n - 1) / n : 0;
         student_ = source_of<n>(launch_.student, launch_.student_elements, row, start, head_, vectors_);
-        if (launch_.rule.with_teacher)
+        if (launch_.params.with_teacher)
             teacher_ = source_of<n>(launch_.teacher, launch_.teacher_elements, row, start, head_, vectors_);
-        left_out_ = false;
+        label_excluded_ = false;
         label_ = label >= start && label < start + count ? static_cast<int>(label - start) : -1;
         before_label_ = label < start ? 0 : label - start < count ? static_cast<int>(label - start) : count;
     }
 
-    // Reads what is kept.
-    __device__ __forceinline__ void begin() {
-        if constexpr (!keeps) return;
-        constexpr int at_once = Team<lanes>::is_block || n != 4 ? 1 : 2;  // as registers allow
-#pragma unroll at_once
+    // Reads the part into the cache.
+    KDDP_DEVICE void load() {
+        if constexpr (!cached) return;
+        constexpr int unrolled = Team<lanes>::is_block || n != 4 ? 1 : 2;  // as registers allow
+#pragma unroll unrolled
         for (int v = rank(); v < vectors_; v += Team<lanes>::size()) {
             T s[n], t[n];
-            read(v, s, t);
+            read_vectors(v, s, t);
 #pragma unroll
             for (int p = 0; p < planes; ++p) {
-                a_.store(p, v, s + p * m);
-                if (launch_.rule.with_teacher) b_.store(p, v, t + p * m);
+                student_cache_.store(p, v, s + p * m);
+                if (launch_.params.with_teacher) teacher_cache_.store(p, v, t + p * m);
             }
         }
     }
 
-    __device__ __forceinline__ bool leaves_label_out() const {
-        return form == GradientForm::difference && launch_.rule.with_teacher &&
-               launch_.rule.divergence == Divergence::dkd;
+    KDDP_DEVICE bool excludes_label() const {
+        return form == GradientForm::difference && launch_.params.with_teacher &&
+               launch_.params.divergence == Divergence::dkd;
     }
-    __device__ __forceinline__ bool mixes() const {
-        return form == GradientForm::weighted && launch_.rule.with_teacher &&
-               launch_.rule.divergence == Divergence::jsd;
+    KDDP_DEVICE bool is_jsd() const {
+        return form == GradientForm::weighted && launch_.params.with_teacher &&
+               launch_.params.divergence == Divergence::jsd;
     }
 
-    // Of one side's logits, less an origin, over the part's classes: the first, their sum, or that of their squares. In
+    // Of one side's logits, minus an origin, over the part's classes: the first, the sum, or the sum of squares. In
     // double, for every thread.
     enum class Total { first, sum, squares };
-    __device__ __forceinline__ double total(bool of_student, Total which, double origin) {
+    KDDP_DEVICE double total(bool of_student, Total which, double origin) {
         double values[1] = {0}, sums[1];
-        const KeptRow<T, n> side{{of_student ? a_.planes.data : b_.planes.data}, a_.vectors};
-        each_chunk(vectors_, [&](int p, int v, int first) {
+        const CachedRow<T, n> cache{{of_student ? student_cache_.memory.data : teacher_cache_.memory.data},
+                                    student_cache_.vectors};
+        for_each_position(vectors_, [&](int p, int v, int first) {
             T x[m];
-            if constexpr (keeps)
-                side.load(p, v, x);
+            if constexpr (cached)
+                cache.load(p, v, x);
             else if (of_student)
-                read_vector<Kinds, true>(student_, v, head_, count_, x);
+                read_vector<Types, true>(student_, v, head_, count_, x);
             else
-                read_vector<Kinds, false>(teacher_, v, head_, count_, x);
+                read_vector<Types, false>(teacher_, v, head_, count_, x);
 #pragma unroll
             for (int i = 0; i < m; ++i) {
-                const double apart = double(x[i]) - origin;
-                const bool counts = which == Total::first ? first + i == 0 : has(first + i);
-                if (counts) values[0] += which == Total::squares ? apart * apart : apart;
+                const double delta = double(x[i]) - origin;
+                const bool counts = which == Total::first ? first + i == 0 : is_class(first + i);
+                if (counts) values[0] += which == Total::squares ? delta * delta : delta;
             }
         });
-        Team<lanes>::wait();
+        Team<lanes>::sync();
         sums_of_team<lanes>(values, sums, true, scratch_);
         return sums[0];
     }
 
-    // Both sides' logits of the row's label. What is kept has to have been waited for.
-    __device__ __forceinline__ T student_at_label(int64_t row, int64_t label) const {
-        if constexpr (keeps) return kept(a_);
+    // The logits of the row's label. A barrier must separate this from load().
+    KDDP_DEVICE T student_at_label(int64_t row, int64_t label) const {
+        if constexpr (cached) return label_in_cache(student_cache_);
         return load_element_of<T>(launch_.student.type, address_of(launch_.student, row, label));
     }
-    __device__ __forceinline__ T teacher_at_label(int64_t row, int64_t label) const {
-        if constexpr (keeps) return kept(b_);
+    KDDP_DEVICE T teacher_at_label(int64_t row, int64_t label) const {
+        if constexpr (cached) return label_in_cache(teacher_cache_);
         return load_element_of<T>(launch_.teacher.type, address_of(launch_.teacher, row, label));
     }
 
-    // Where the label is left out, it is made the least, which of what is kept takes a store.
-    __device__ __forceinline__ void leave_label_out() {
-        left_out_ = true;
-        if (!keeps || label_ < 0) return;
+    // Excludes the label from the sums: its logit becomes the lowest number.
+    KDDP_DEVICE void exclude_label() {
+        label_excluded_ = true;
+        if (!cached || label_ < 0) return;
         if ((head_ + label_) / n % Team<lanes>::size() != rank()) return;
-        numbers(a_).store(label_place(), lowest_number<T>), numbers(b_).store(label_place(), lowest_number<T>);
+        numbers(student_cache_).store(label_index(), lowest_number<T>);
+        numbers(teacher_cache_).store(label_index(), lowest_number<T>);
     }
 
-    // The highest logits, or the highest of the first vectors, for every thread.
-    __device__ __forceinline__ void find_references(Tempering<T>& by) {
+    // The highest logits of a cached part, or of the first vectors of another, for every thread.
+    KDDP_DEVICE void find_references(LogitScale<T>& scale) {
         T student = lowest_number<T>, teacher = lowest_number<T>;
-        const int end = keeps ? vectors_ : Team<lanes>::size();
-        each_until(end < vectors_ ? end : vectors_, [&](int, int, int, const T(&s)[m], const T(&t)[m]) {
+        const int end = cached ? vectors_ : Team<lanes>::size();
+        for_each_chunk_until(end < vectors_ ? end : vectors_, [&](int, int, int, const T(&s)[m], const T(&t)[m]) {
 #pragma unroll
             for (int i = 0; i < m; ++i) student = larger(student, s[i]), teacher = larger(teacher, t[i]);
         });
         maxima_of_team<lanes>(student, teacher, scratch_);
-        set_references(student, teacher, by);
+        set_references(student, teacher, scale);
     }
 
-    // The sums of a part around the references, for the team's first warp. The last of them counts the threads that
-    // hold a class which stands before the label among the highest.
-    __device__ __forceinline__ void sum_up(Tempering<T>& by, T label_logit, double (&sums)[7], T& highest) {
-        T student = by.student_reference, teacher = by.teacher_reference;
+    // The sums of the part relative to the references, for the team's first warp. The last one counts the threads that
+    // hold a class which ranks above the label.
+    KDDP_DEVICE void sum(LogitScale<T>& scale, T label_logit, double (&sums)[7], T& highest) {
+        T student = scale.student_reference, teacher = scale.teacher_reference;
 #pragma unroll 1
-        while (add_up(by, label_logit, sums, student, teacher)) {
-            Team<lanes>::wait();
-            set_references(student, teacher, by);
+        while (!sum_once(scale, label_logit, sums, student, teacher)) {
+            Team<lanes>::sync();
+            set_references(student, teacher, scale);
         }
         highest = student;
     }
 
-    // jsd's second round, for the team's first warp: its sums times the student's.
-    __device__ __forceinline__ MixtureSums mix(const Tempering<T>& by, const MixtureScale<T>& scale) {
-        MixtureElementSums<T> of;
-        each([&](int p, int v, int, T(&s)[m], T(&t)[m]) {
+    // jsd's second pass, for the team's first warp: its sums times the student's sum.
+    KDDP_DEVICE MixtureSums sum_mixture(const LogitScale<T>& scale, const MixtureScale<T>& mixture) {
+        MixtureElementSums<T> thread;
+        for_each_chunk([&](int p, int v, int, T(&s)[m], T(&t)[m]) {
 #pragma unroll
             for (int i = 0; i < m; ++i) {
-                const T margin = keeps ? s[i] : s[i] - by.student_reference;
-                const T teacher_margin = keeps ? t[i] : t[i] - by.teacher_reference;
-                const Element<T> e = mix_element(scale, by, margin, teacher_margin, of);
-                s[i] = keeps_exponentials() ? e.student : margin, t[i] = e.other;
+                const T margin = cached ? s[i] : s[i] - scale.student_reference;
+                const T teacher_margin = cached ? t[i] : t[i] - scale.teacher_reference;
+                const Element<T> e = mix_element(mixture, scale, margin, teacher_margin, thread);
+                s[i] = caches_exponentials() ? e.student : margin, t[i] = e.other;
             }
-            if constexpr (keeps) a_.store(p, v, s), b_.store(p, v, t);
+            if constexpr (cached) student_cache_.store(p, v, s), teacher_cache_.store(p, v, t);
         });
-        const T values[] = {of.kl_teacher, of.kl_student, of.weighted_moment};
+        const T values[] = {thread.kl_teacher, thread.kl_student, thread.weighted_moment};
         double sums[3];
-        Team<lanes>::wait();
+        Team<lanes>::sync();
         sums_of_team<lanes>(values, sums, false, scratch_);
         return {sums[0] * ln_2, sums[1], sums[2]};
     }
 
-    // Writes the gradient; the part starts at `to`. `label_margin`: of a label that has been left out. All lanes of a
-    // warp come here, and go on together, so that what they store in a step goes together: at a row's ends some of them
-    // store in pieces.
-    __device__ __forceinline__ void write(const Tempering<T>& by, const GradientScale<T>& scale,
-                                          const MixtureScale<T>& mixture, T label_margin, char* to) {
+    // Writes the gradient of the part, which starts at `to`. `label_margin`: of an excluded label. All lanes of a warp
+    // call this and stay in step, so that the stores of one step are issued together: at the ends of a row some lanes
+    // need several stores.
+    KDDP_DEVICE void write(const LogitScale<T>& scale, const GradientScale<T>& gradient, const MixtureScale<T>& mixture,
+                           T label_margin, char* to) {
         if constexpr (lanes < 32)
-            if (keeps_gradient()) return keep_gradient(by, scale, label_margin);
+            if (caches_gradient()) return cache_gradient(scale, gradient, label_margin);
         const bool aligned = is_aligned<n>(to, launch_.student.type, head_);
-        const int steps_end = rank() + (lanes < 32 ? a_.vectors : vectors_);
+        const int end = rank() + (lanes < 32 ? student_cache_.vectors : vectors_);
 #pragma unroll 1
-        for (int v = rank(); v < steps_end; v += Team<lanes>::size()) {
-            if (v < vectors_) write_vector_at(v, by, scale, mixture, label_margin, to, aligned);
+        for (int v = rank(); v < end; v += Team<lanes>::size()) {
+            if (v < vectors_) write_vector_at(v, scale, gradient, mixture, label_margin, to, aligned);
             __syncwarp();
         }
     }
 
-    // Writes one value everywhere.
-    __device__ __forceinline__ void write_constant(T value, char* to, int count) {
+    // Writes one value as the gradient of every class.
+    KDDP_DEVICE void write_constant(T value, char* to, int count) {
         T values[n];
 #pragma unroll
         for (int i = 0; i < n; ++i) values[i] = value;
-        const auto address = reinterpret_cast<uintptr_t>(to) / static_cast<unsigned>(size_of(launch_.student.type));
-        head_ = static_cast<int>(address % n);
+        const auto element = reinterpret_cast<uintptr_t>(to) / static_cast<unsigned>(size_of(launch_.student.type));
+        head_ = static_cast<int>(element % n);
 #pragma unroll 1
         for (int v = rank(); first_of(v) < count; v += Team<lanes>::size())
-            write_gradient<Kinds>(to, launch_.student.type, true, first_of(v), count, values);
+            write_gradient<Types>(to, launch_.student.type, true, first_of(v), count, values);
     }
 
-    // Whether the gradient is not written but put in the place of the logits: rows_together.cuh writes it.
-    __device__ __forceinline__ bool keeps_gradient() const { return lanes < 32 && launch_.rows_adjoin; }
+    // Whether the gradient replaces the cached logits, to be written by AdjacentRows.
+    KDDP_DEVICE bool caches_gradient() const { return lanes < 32 && launch_.rows_contiguous; }
 
-    __device__ __forceinline__ static int rank() { return Team<lanes>::rank(); }
-    __device__ __forceinline__ int count() const { return count_; }
+    static KDDP_DEVICE int rank() { return Team<lanes>::rank(); }
+    KDDP_DEVICE int count() const { return count_; }
 
   private:
-    // Puts the gradient in the place of the student's logits.
-    __device__ __forceinline__ void keep_gradient(const Tempering<T>& by, const GradientScale<T>& scale,
-                                                  T label_margin) const {
-        each([&](int p, int v, int first, T(&s)[m], T(&t)[m]) {
+    KDDP_DEVICE void cache_gradient(const LogitScale<T>& scale, const GradientScale<T>& gradient,
+                                    T label_margin) const {
+        for_each_chunk([&](int p, int v, int first, T(&s)[m], T(&t)[m]) {
 #pragma unroll
             for (int i = 0; i < m; ++i) {
                 T margin;
-                const Element<T> e = once_more(by, MixtureScale<T>{}, s[i], t[i], margin);
-                s[i] = gradient_of<form>(launch_, scale, e, margin);
-                if (first + i == label_) s[i] = at_label(s[i], scale, label_margin);
+                const Element<T> e = recompute(scale, MixtureScale<T>{}, s[i], t[i], margin);
+                s[i] = gradient_of<form>(launch_, gradient, e, margin);
+                if (first + i == label_) s[i] = label_gradient(s[i], gradient, label_margin);
             }
-            a_.store(p, v, s);
+            student_cache_.store(p, v, s);
         });
     }
 
-    __device__ __forceinline__ void write_vector_at(int v, const Tempering<T>& by, const GradientScale<T>& scale,
-                                                    const MixtureScale<T>& mixture, T label_margin, char* to,
-                                                    bool aligned) const {
+    KDDP_DEVICE void write_vector_at(int v, const LogitScale<T>& scale, const GradientScale<T>& gradient,
+                                     const MixtureScale<T>& mixture, T label_margin, char* to, bool aligned) const {
         T values[n];
 #pragma unroll
         for (int p = 0; p < planes; ++p) {
             T s[m], t[m];
-            take(p, v, s, t);
+            load_chunk(p, v, s, t);
 #pragma unroll
             for (int i = 0; i < m; ++i) {
                 T margin;
-                const Element<T> e = once_more(by, mixture, s[i], t[i], margin);
-                values[p * m + i] = gradient_of<form>(launch_, scale, e, margin);
+                const Element<T> e = recompute(scale, mixture, s[i], t[i], margin);
+                values[p * m + i] = gradient_of<form>(launch_, gradient, e, margin);
             }
         }
         if (label_ >= 0 && first_of(v) <= label_ && label_ < first_of(v) + n) {
 #pragma unroll
             for (int i = 0; i < n; ++i)
-                if (first_of(v) + i == label_) values[i] = at_label(values[i], scale, label_margin);
+                if (first_of(v) + i == label_) values[i] = label_gradient(values[i], gradient, label_margin);
         }
-        write_gradient<Kinds>(to, launch_.student.type, aligned, first_of(v), count_, values);
+        write_gradient<Types>(to, launch_.student.type, aligned, first_of(v), count_, values);
     }
 
-    // Where the part's label is kept, and what of it.
-    __device__ __forceinline__ int label_place() const {
-        const int place = head_ + label_;
-        return (place % n / m * a_.vectors + place / n) * m + place % m;
+    // The index of the label in a cached row, seen as an array of numbers.
+    KDDP_DEVICE int label_index() const {
+        const int position = head_ + label_;
+        return (position % n / m * student_cache_.vectors + position / n) * m + position % m;
     }
-    static __device__ __forceinline__ SharedArray<T> numbers(const KeptRow<T, n>& values) {
-        return {reinterpret_cast<T*>(values.planes.data)};
+    static KDDP_DEVICE SharedArray<T> numbers(const CachedRow<T, n>& row) {
+        return {reinterpret_cast<T*>(row.memory.data)};
     }
-    __device__ __forceinline__ T kept(const KeptRow<T, n>& values) const {
-        return label_ < 0 ? T(0) : numbers(values).load(label_place());
-    }
-
-    __device__ __forceinline__ int first_of(int vector) const { return vector * n - head_; }
-    __device__ __forceinline__ bool has(int c) const { return c >= 0 && c < count_; }
-    __device__ __forceinline__ bool keeps_exponentials() const {
-        return !launch_.rule.standardize && launch_.untempered != Untempered::separate;
+    KDDP_DEVICE T label_in_cache(const CachedRow<T, n>& row) const {
+        return label_ < 0 ? T(0) : numbers(row).load(label_index());
     }
 
-    __device__ __forceinline__ void read(int v, T (&s)[n], T (&t)[n]) const {
-        read_vector<Kinds, true>(student_, v, head_, count_, s);
-        if (launch_.rule.with_teacher) {
-            read_vector<Kinds, false>(teacher_, v, head_, count_, t);
+    KDDP_DEVICE int first_of(int vector) const { return vector * n - head_; }
+    KDDP_DEVICE bool is_class(int c) const { return c >= 0 && c < count_; }
+    KDDP_DEVICE bool caches_exponentials() const {
+        return !launch_.params.standardize && launch_.exp_reuse != ExpReuse::separate;
+    }
+
+    KDDP_DEVICE void read_vectors(int v, T (&s)[n], T (&t)[n]) const {
+        read_vector<Types, true>(student_, v, head_, count_, s);
+        if (launch_.params.with_teacher) {
+            read_vector<Types, false>(teacher_, v, head_, count_, t);
         } else {
 #pragma unroll
             for (int i = 0; i < n; ++i) t[i] = 0;
         }
-        if (keeps || !left_out_) return;
+        if (cached || !label_excluded_) return;
 #pragma unroll
         for (int i = 0; i < n; ++i)
             if (first_of(v) + i == label_) s[i] = t[i] = lowest_number<T>;
     }
 
-    // A chunk of a vector, from what is kept or from the matrices.
-    __device__ __forceinline__ void take(int p, int v, T (&s)[m], T (&t)[m]) const {
-        if constexpr (keeps) {
-            a_.load(p, v, s);
-            if (launch_.rule.with_teacher) {
-                b_.load(p, v, t);
+    KDDP_DEVICE void load_chunk(int p, int v, T (&s)[m], T (&t)[m]) const {
+        if constexpr (cached) {
+            student_cache_.load(p, v, s);
+            if (launch_.params.with_teacher) {
+                teacher_cache_.load(p, v, t);
             } else {
 #pragma unroll
                 for (int i = 0; i < m; ++i) t[i] = 0;
             }
         } else {
-            read(v, s, t);
+            read_vectors(v, s, t);
         }
     }
 
-    // Calls function(plane, vector, first class) for this thread's chunks. The lanes of a warp begin a plane together:
-    // two of different planes could meet in a bank.
+    // Calls function(plane, vector, first class) for this thread's chunks. The lanes of a warp start each plane
+    // together: lanes in different planes could meet in a bank.
     template <class Function>
-    __device__ __forceinline__ void each_chunk(int end, Function function) const {
+    KDDP_DEVICE void for_each_position(int end, Function function) const {
 #pragma unroll 1
         for (int p = 0; p < planes; ++p) {
             if (p > 0) __syncwarp();
@@ -285,95 +281,94 @@ class RowPart {
             for (int v = rank(); v < end; v += Team<lanes>::size()) function(p, v, first_of(v) + p * m);
         }
     }
-    // Calls function(plane, vector, first class, student, teacher) with their values.
+    // Calls function(plane, vector, first class, student, teacher) with the values of each chunk.
     template <class Function>
-    __device__ __forceinline__ void each_until(int end, Function function) const {
-        each_chunk(end, [&](int p, int v, int first) {
+    KDDP_DEVICE void for_each_chunk_until(int end, Function function) const {
+        for_each_position(end, [&](int p, int v, int first) {
             T s[m], t[m];
-            take(p, v, s, t);
+            load_chunk(p, v, s, t);
             function(p, v, first, s, t);
         });
     }
     template <class Function>
-    __device__ __forceinline__ void each(Function function) const {
-        each_until(vectors_, function);
+    KDDP_DEVICE void for_each_chunk(Function function) const {
+        for_each_chunk_until(vectors_, function);
     }
 
-    __device__ __forceinline__ void set_references(T student, T teacher, Tempering<T>& by) const {
-        by.student_reference = reference_of(student);
-        by.teacher_reference = launch_.rule.with_teacher ? reference_of(teacher) : T(0);
+    KDDP_DEVICE void set_references(T student, T teacher, LogitScale<T>& scale) const {
+        scale.student_reference = reference_of(student);
+        scale.teacher_reference = launch_.params.with_teacher ? reference_of(teacher) : T(0);
     }
 
-    // Returns whether the references mislead: those that do not are within reach of the highest logits.
-    __device__ __forceinline__ bool add_up(const Tempering<T>& by, T label_logit, double (&sums)[7], T& student,
-                                           T& teacher) {
-        ElementSums<T> of;
-        bool beaten = false;
-        const bool mixture = mixes();
-        if (!keeps) student = teacher = lowest_number<T>;
-        each([&](int p, int v, int first, T(&s)[m], T(&t)[m]) {
+    // One pass of sum(). Returns false, and the highest logits, if the references are too far from them.
+    KDDP_DEVICE bool sum_once(const LogitScale<T>& scale, T label_logit, double (&sums)[7], T& student, T& teacher) {
+        ElementSums<T> thread;
+        bool outranked = false;
+        const bool mixture = is_jsd();
+        if (!cached) student = teacher = lowest_number<T>;
+        for_each_chunk([&](int p, int v, int first, T(&s)[m], T(&t)[m]) {
             const int before = before_label_ - first;
 #pragma unroll
             for (int i = 0; i < m; ++i) {
-                if (!keeps) student = larger(student, s[i]), teacher = larger(teacher, t[i]);
-                beaten |= s[i] > label_logit || (s[i] == label_logit && i < before);
-                const T margin = s[i] - by.student_reference;
-                const T teacher_margin = launch_.rule.with_teacher ? t[i] - by.teacher_reference : T(0);
-                const Element<T> e = add_element<form>(launch_, by, margin, teacher_margin, of);
-                s[i] = keeps_exponentials() && !mixture ? e.student : margin;
+                if (!cached) student = larger(student, s[i]), teacher = larger(teacher, t[i]);
+                outranked |= s[i] > label_logit || (s[i] == label_logit && i < before);
+                const T margin = s[i] - scale.student_reference;
+                const T teacher_margin = launch_.params.with_teacher ? t[i] - scale.teacher_reference : T(0);
+                const Element<T> e = add_element<form>(launch_, scale, margin, teacher_margin, thread);
+                s[i] = caches_exponentials() && !mixture ? e.student : margin;
                 t[i] = mixture ? teacher_margin : e.other;
             }
-            if constexpr (keeps) {
-                a_.store(p, v, s);
-                if (launch_.rule.with_teacher) b_.store(p, v, t);
+            if constexpr (cached) {
+                student_cache_.store(p, v, s);
+                if (launch_.params.with_teacher) teacher_cache_.store(p, v, t);
             }
         });
-        const T values[] = {of.student, of.teacher,    of.student_moment, of.other_moment,
-                            of.dot,     of.untempered, T(beaten ? 1 : 0)};
-        if (!keeps) {
-            Team<lanes>::wait();
+        const T values[] = {thread.student, thread.teacher,    thread.student_moment, thread.other_moment,
+                            thread.dot,     thread.untempered, T(outranked ? 1 : 0)};
+        if (!cached) {
+            Team<lanes>::sync();
             maxima_of_team<lanes>(student, teacher, scratch_);
-            if (misled(student, by.student_reference, by.student_to_nats) ||
-                (launch_.rule.with_teacher && misled(teacher, by.teacher_reference, by.teacher_to_nats)))
-                return true;
+            if (!reference_ok(student, scale.student_reference, scale.student_to_nats) ||
+                (launch_.params.with_teacher && !reference_ok(teacher, scale.teacher_reference, scale.teacher_to_nats)))
+                return false;
         }
-        // Of these quotients are subtracted from one another, or from numbers like them.
-        const int about_to_cancel = form == GradientForm::weighted ? 5 : launch_.rule.standardize ? 4 : 0;
-        sums_of_team<lanes>(values, sums, false, scratch_, about_to_cancel);
-        return false;
+        // Quotients of the first sums are later subtracted from one another, or from similar numbers.
+        const int cancelling = form == GradientForm::weighted ? 5 : launch_.params.standardize ? 4 : 0;
+        sums_of_team<lanes>(values, sums, false, scratch_, cancelling);
+        return true;
     }
 
-    // Whether exponentials around this reference overflow or lose what counts. The weighted form takes differences of
-    // what a reference away from the highest logit rounds.
-    static __device__ __forceinline__ bool misled(T highest, T reference, T to_nats) {
-        const T apart = magnitude_of(reference_of(highest) - reference), reach = form == GradientForm::weighted ? 1 : 8;
-        return apart > reach || apart * to_nats > reach;
+    // False if exponentials relative to this reference could overflow or lose accuracy. The weighted form allows less:
+    // its differences amplify what a distant reference rounds away.
+    static KDDP_DEVICE bool reference_ok(T highest, T reference, T to_nats) {
+        const T delta = magnitude_of(reference_of(highest) - reference), reach = form == GradientForm::weighted ? 1 : 8;
+        return !(delta > reach || delta * to_nats > reach);
     }
-    static __device__ __forceinline__ T magnitude_of(T x) { return x < 0 ? -x : x; }
+    static KDDP_DEVICE T magnitude_of(T x) { return x < 0 ? -x : x; }
 
-    // What the gradient of a class is made of, from what is kept or from its logits.
-    __device__ __forceinline__ Element<T> once_more(const Tempering<T>& by, const MixtureScale<T>& mixture, T s, T t,
-                                                    T& margin) const {
-        if constexpr (keeps) {
+    // The element of a class for the gradient, from the cached values or from the logits.
+    KDDP_DEVICE Element<T> recompute(const LogitScale<T>& scale, const MixtureScale<T>& mixture, T s, T t,
+                                     T& margin) const {
+        if constexpr (cached) {
             margin = s;
-            return {keeps_exponentials() ? s : exp2_of(s * by.student_to_exponent), t};
+            return {caches_exponentials() ? s : fast_exp2(s * scale.student_to_exponent), t};
         } else {
-            margin = s - by.student_reference;
-            const T teacher_margin = launch_.rule.with_teacher ? t - by.teacher_reference : T(0);
-            if (mixes()) {
+            margin = s - scale.student_reference;
+            const T teacher_margin = launch_.params.with_teacher ? t - scale.teacher_reference : T(0);
+            if (is_jsd()) {
                 MixtureElementSums<T> unused;
-                return mix_element(mixture, by, margin, teacher_margin, unused);
+                return mix_element(mixture, scale, margin, teacher_margin, unused);
             }
             ElementSums<T> unused;
-            return add_element<form>(launch_, by, margin, teacher_margin, unused);
+            return add_element<form>(launch_, scale, margin, teacher_margin, unused);
         }
     }
 
-    // What is subtracted at the label; where it has been left out, its gradient is made of that alone.
-    __device__ __forceinline__ T at_label(T gradient, const GradientScale<T>& scale, T label_margin) const {
-        if (!leaves_label_out()) return gradient - scale.label;
+    // The gradient at the label. An excluded label has only its own terms.
+    KDDP_DEVICE T label_gradient(T gradient, const GradientScale<T>& scale, T label_margin) const {
+        if (!excludes_label()) return gradient - scale.label;
         T own = 0;
-        if (launch_.rule.standardize && launch_.alpha != 0)
+        if (launch_.params.standardize && launch_.alpha != 0)
             own = -scale.projection * (label_margin + scale.reference_less_mean);
         if (launch_.alpha != 1) own -= scale.constant;
         return own - scale.label;
@@ -381,10 +376,10 @@ class RowPart {
 
     const LossLaunch& launch_;
     const TeamScratch<T>& scratch_;
-    const KeptRow<T, n> a_, b_;  // logits, then what the gradient is made of
+    const CachedRow<T, n> student_cache_, teacher_cache_;  // logits, later what the gradient is computed from
     RowSource student_, teacher_;
     int head_, count_, vectors_, label_, before_label_;
-    bool left_out_;
+    bool label_excluded_;
 };
 
 }  // namespace kddp

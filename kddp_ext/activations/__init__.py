@@ -1,1 +1,1 @@
-"""Activations of any layout, and the statistics that pruning needs of them."""
+"""Activations of any shape as matrices, their statistics, and their latest values."""

@@ -1,4 +1,4 @@
-"""What pruning needs to know of a layer's neurons, summed exactly while the loss reads the activations."""
+"""Statistics of a layer's neurons for pruning, summed exactly while the loss reads the activations."""
 
 from __future__ import annotations
 
@@ -13,28 +13,28 @@ from kddp_ext import ops
 from kddp_ext.activations.layout import NeuronMatrix, as_matrix
 from kddp_ext.activations.sample_ring import SampleRing
 
-# The rows of a statistics tensor, in the order in which the kernels write them.
+# The rows of a statistics tensor, in the order of the kernels.
 STATISTICS = ("sum_abs", "sum", "sum_squares", "nonzero", "max_abs")
 _SUMS, _MAX_ABS = slice(0, 4), 4
 
 
 class NeuronStatistics:
-    """Running sums over the activations of one layer, one entry a neuron.
+    """Running sums over the activations of one layer, with one entry for each neuron.
 
-    Everything is float64: sums of many batches must neither lose the small activations of a nearly dead
-    neuron nor turn the variance of a constant one into rounding noise.
+    All sums are float64. Sums over many batches must neither lose the small activations of a nearly dead neuron nor
+    turn the variance of a constant neuron into rounding noise.
 
     Args:
         width: number of neurons H.
-        device: where the sums live; that of the activations by default.
-        positions: entries that each neuron has in a sample, where their sums are to be kept apart; None where not.
-        samples: how many of the latest values of each neuron are kept beside the sums; 0 for none.
+        device: device of the sums. Default: that of the activations.
+        positions: number of entries of each neuron in a sample, if Σa is needed for each of them. Default None.
+        samples: number of latest values of each neuron to store. Default 0.
 
     Attributes:
         values: (5, H) float64, the rows named by `STATISTICS`.
-        position_sums: (H, positions) float64, Σa of each entry of a neuron; None without positions.
-        ring: the latest values, None without samples.
-        rows: number of samples summed so far; with several positions, of values of each neuron.
+        position_sums: (H, positions) float64, Σa of each entry of a neuron; None without `positions`.
+        ring: the latest values; None without `samples`.
+        rows: number of values of each neuron that were summed: samples times positions.
     """
 
     def __init__(
@@ -46,7 +46,7 @@ class NeuronStatistics:
         samples: int = 0,
     ) -> None:
         self.position_sums: Tensor | None = None
-        with torch.inference_mode(False):  # they are added to outside of that mode as well
+        with torch.inference_mode(False):  # later updates may happen outside inference mode
             self.values = torch.zeros(len(STATISTICS), width, dtype=torch.float64, device=device)
             if positions is not None:
                 self.position_sums = torch.zeros(width, positions, dtype=torch.float64, device=device)
@@ -110,18 +110,18 @@ class NeuronStatistics:
         if not self.rows:
             return torch.full_like(self.sum, torch.nan)
         variance = self.sum_squares / self.rows - self.mean.square()
-        # A constant neuron's variance is the difference of two equal numbers: what rounding leaves of it is 0.
+        # The variance of a constant neuron is a difference of two equal numbers; its rounding noise counts as 0.
         noise = self.sum_squares / self.rows * 1e-14
         return torch.where(variance > noise, variance, variance * 0).sqrt()
 
     @property
     def active_fraction(self) -> Tensor:
-        """Share of the samples in which the neuron was not exactly zero, (H,); NaN before any sample."""
+        """Fraction of the samples in which the neuron was not exactly zero, (H,); NaN before any sample."""
         return self.nonzero / self.rows if self.rows else torch.full_like(self.sum, torch.nan)
 
     def update(self, sums: Tensor, matrix: NeuronMatrix) -> None:
-        """Add what the kernels have summed over the rows of `matrix`: (5, columns) float64."""
-        outer, inner = matrix.outer, matrix.inner
+        """Add `sums`, (5, columns) float64, which the kernels computed from `matrix`."""
+        outer, inner = matrix.layout.outer, matrix.layout.inner
         if sums.shape != (len(STATISTICS), outer * self.width * inner):
             raise ValueError(
                 f"sums: expected shape {(len(STATISTICS), outer * self.width * inner)} (statistics, entries of "
@@ -141,19 +141,19 @@ class NeuronStatistics:
         self.rows += matrix.samples
 
     def matrix(self, activation: Tensor, axis: int = 1) -> NeuronMatrix:
-        """The matrix of `activation`, in which the neurons lie along `axis`, that is to be summed."""
+        """`activation`, with the neurons along `axis`, as the matrix whose sums `update` takes."""
         return as_matrix(activation, axis, keep_positions=self.position_sums is not None)
 
     def observe(self, activation: Tensor, axis: int = 1) -> None:
-        """Add the samples of `activation`, without computing a loss.
+        """Add the samples of `activation` without computing a loss.
 
         Args:
-            activation: of at least 2 dimensions; float32, float64, bfloat16 or float16.
-            axis: the dimension that the H neurons are, from the last where it is negative; all others are samples and
+            activation: at least 2 dimensions; float32, float64, bfloat16 or float16.
+            axis: the dimension of the H neurons, counted from the last if negative. All others are samples and
                 positions.
 
         Raises:
-            TypeError, ValueError: it is not of such a dtype or shape; nothing is added then.
+            TypeError, ValueError: the dtype or shape is not as described; nothing is added.
         """
         if activation.dtype not in ops.ELEMENT_TYPES:
             raise TypeError(f"activation: expected dtype float32, float64, bfloat16 or float16, got {activation.dtype}")
@@ -168,7 +168,7 @@ class NeuronStatistics:
 
     @torch.inference_mode(False)
     def to(self, device: torch.device) -> None:
-        """Move the sums to `device`, where they are not there."""
+        """Move the sums to `device`."""
         if self.values.device != device:
             self.values = self.values.to(device)
             if self.position_sums is not None:
@@ -177,7 +177,7 @@ class NeuronStatistics:
                 self.ring.values = self.ring.values.to(device)
 
     def reset(self) -> None:
-        """Forget every sample."""
+        """Remove all samples."""
         self.values.zero_()
         if self.position_sums is not None:
             self.position_sums.zero_()
@@ -187,7 +187,7 @@ class NeuronStatistics:
 
     @classmethod
     def joined(cls, parts: Sequence[NeuronStatistics]) -> NeuronStatistics:
-        """The statistics of all samples of `parts`, of the same neurons on one device, added in their order."""
+        """The statistics of the samples of all `parts`, in their order, for the same neurons on one device."""
         joined = copy.deepcopy(parts[0])
         for part in parts[1:]:
             joined.values[_SUMS] += part.values[_SUMS]
@@ -201,7 +201,7 @@ class NeuronStatistics:
         return joined
 
     def select(self, keep: Tensor) -> NeuronStatistics:
-        """The sums of the neurons `keep`, (K,) int64, in that order, without their latest values."""
+        """The sums of the neurons `keep`, (K,) int64, in that order, without the latest values."""
         selected = NeuronStatistics(int(keep.numel()), self.values.device)
         keep = keep.to(self.values.device)
         selected.values = self.values.index_select(1, keep)
@@ -220,10 +220,10 @@ class NeuronStatistics:
         return state
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restore what `state_dict` returned.
+        """Restore the result of `state_dict`.
 
         Raises:
-            ValueError: the state is of a layer of another width or of other positions; nothing is changed then.
+            ValueError: the state has another width or other positions; nothing is changed.
         """
         values, rows = state["values"], int(state["rows"])
         if values.shape != self.values.shape:
@@ -234,13 +234,11 @@ class NeuronStatistics:
         if (sums is None) != (self.position_sums is None) or (
             sums is not None and self.position_sums is not None and sums.shape != self.position_sums.shape
         ):
-            wanted = "no sums" if self.position_sums is None else f"sums of shape {tuple(self.position_sums.shape)}"
-            raise ValueError(
-                f"state: expected {wanted} of positions, got {None if sums is None else tuple(sums.shape)}"
-            )
+            shapes = [None if each is None else tuple(each.shape) for each in (self.position_sums, sums)]
+            raise ValueError(f"state: expected position_sums of shape {shapes[0]}, got {shapes[1]}")
         if self.ring is not None and "ring" in state:
             self.ring.load_state_dict(state["ring"])
-        elif self.ring is not None:  # it fills anew
+        elif self.ring is not None:  # the state has no samples
             self.ring.reset()
         if sums is not None and self.position_sums is not None:
             self.position_sums.copy_(sums)
@@ -249,14 +247,14 @@ class NeuronStatistics:
 
 
 class TrackedActivations(tuple[Tensor, ...]):
-    """The penalised activations of one forward pass, with the statistics that they add to.
+    """The penalised activations of one forward pass, with the statistics to update.
 
-    It is a tuple of tensors. `fused_kd_l1_loss` adds the batch to `statistics` in the pass that
-    computes the penalty, where gradients are being computed (so that a validation pass leaves no trace).
+    It is a tuple of tensors. `fused_kd_l1_loss` updates `statistics` in the pass that computes the penalty, but only if
+    gradients are enabled, so that validation does not change them.
 
     Attributes:
         statistics: one for each tensor.
-        axes: of each tensor the dimension that its neurons are; 1 by default. All others are samples and positions.
+        axes: the dimension of the neurons in each tensor. Default 1. All others are samples and positions.
     """
 
     statistics: tuple[NeuronStatistics, ...]
@@ -274,18 +272,18 @@ class TrackedActivations(tuple[Tensor, ...]):
         return self
 
     def __getnewargs__(self) -> tuple[Any, ...]:
-        """For copies and pickles, which make a tuple of its contents alone."""
+        """The arguments of `__new__` for copies and pickles."""
         return tuple(self), self.statistics, self.axes
 
     def matrices(self) -> list[NeuronMatrix]:
-        """Each activation as a matrix that can be summed for its statistics."""
+        """Each activation as the matrix whose sums its statistics take."""
         return [
             statistics.matrix(activation, axis)
             for activation, statistics, axis in zip(self, self.statistics, self.axes, strict=True)
         ]
 
     def update(self, matrices: Sequence[NeuronMatrix], sums: Tensor) -> None:
-        """Add what the kernels have summed of `matrices`: (5, columns of all) float64."""
+        """Add `sums`, (5, columns of all) float64, which the kernels computed from `matrices`."""
         column = 0
         for matrix, statistics in zip(matrices, self.statistics, strict=True):
             width = matrix.values.shape[1]
@@ -293,6 +291,6 @@ class TrackedActivations(tuple[Tensor, ...]):
             column += width
 
     def observe(self) -> None:
-        """Add the batch to the statistics without computing a loss."""
+        """Update the statistics without computing a loss."""
         for activation, statistics, axis in zip(self, self.statistics, self.axes, strict=True):
             statistics.observe(activation, axis)

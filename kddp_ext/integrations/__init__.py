@@ -1,1 +1,1 @@
-"""Dynamic pruning in other libraries' training loops; each module needs its library, this package none."""
+"""Callbacks for other libraries' training loops. Each module needs its library; the rest of the package does not."""

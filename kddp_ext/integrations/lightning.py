@@ -21,34 +21,33 @@ except ImportError as error:
     ) from error
 
 
-# What the module has of ours while the Trainer runs, and where it keeps what was there before.
+# The attributes that the module gets while the Trainer runs, and the attribute that holds their previous values.
 _OURS, _BEFORE = ("on_load_checkpoint", "pruner"), "_kddp_before"
 
 
 class DynamicPruning(StudentPruning, Callback):
-    """Prunes the student at the end of every n-th epoch, or every so many steps.
+    """Prunes the student at the end of every n-th epoch, or every n-th step.
 
-    While `trainer.fit` runs, the LightningModule's attribute `pruner` is the `DynamicPruner`, so that its
-    `training_step` can pass `self.pruner.activations` to `kddp_ext.fused_kd_l1_loss`. Width of each layer and
-    number of parameters are logged after every epoch, as `width/<layer>` and `parameters`.
+    While `trainer.fit` runs, the LightningModule's attribute `pruner` is the `DynamicPruner`, so that `training_step`
+    can pass `self.pruner.activations` to `kddp_ext.fused_kd_l1_loss`. After every epoch, the width of each layer and
+    the number of parameters are logged as `width/<layer>` and `parameters`.
 
-    Its state goes into the checkpoints. To resume, pass a fresh module, as its constructor makes it, to
-    `trainer.fit(module, ckpt_path=...)` (or validate, test, predict): the student is pruned as it was before
-    its weights are loaded.
+    Checkpoints contain its state. To resume, pass a fresh module to `trainer.fit(module, ckpt_path=...)` (or validate,
+    test, predict); the student is pruned as before, and then its weights are loaded.
 
     Args:
-        example_inputs: positional arguments for the student's forward, as a tuple; moved to its device.
-        every_n_epochs: how often to prune. Default 1. None, and an `interval` among the settings: by steps.
-        student: the attribute of the LightningModule that is the student; by default the module itself.
-        settings: `criterion`, `threshold`, `patience` and the like, as of `DynamicPruner`.
+        example_inputs: positional arguments for the student's forward, as a tuple; they are moved to its device.
+        every_n_epochs: how often to prune. Default 1. None, with an `interval` among the settings: by steps.
+        student: the attribute of the LightningModule that is the student. Default None: the module itself.
+        settings: `criterion`, `threshold`, `patience` and the other settings of `DynamicPruner`.
 
     Attributes:
         pruner: the `DynamicPruner`; None before training starts.
         report: what the latest prune did, a `PruneReport`; None before.
 
     Raises:
-        ValueError: (when training starts) the strategy spawns or forks processes, or no optimizer holds the
-            student's parameters; or an error of `DynamicPruner`.
+        ValueError: (when training starts) the strategy spawns or forks processes, or no optimizer holds the student's
+            parameters; or an error of `DynamicPruner`.
     """
 
     def __init__(
@@ -65,13 +64,13 @@ class DynamicPruning(StudentPruning, Callback):
 
     @property
     def state_key(self) -> str:
-        """Where a checkpoint keeps its state: one place for each student of a module."""
+        """The key of its state in a checkpoint, one for each student of a module."""
         return f"{type(self).__qualname__}{{student={self.student!r}}}"
 
     def rebuild(self, pl_module: LightningModule, checkpoint: Mapping[str, Any]) -> None:
-        """Prune a fresh module as the one of `checkpoint` was, so that the weights of the checkpoint fit.
+        """Prune a fresh module like the one of `checkpoint`, so that the weights of the checkpoint fit.
 
-        `trainer.fit(module, ckpt_path=...)` does it by itself. Without a Trainer: call this, then
+        `trainer.fit(module, ckpt_path=...)` calls it. Without a Trainer, call it before
         `module.load_state_dict(checkpoint["state_dict"])`.
         """
         state = checkpoint.get("callbacks", {}).get(self.state_key)
@@ -79,11 +78,9 @@ class DynamicPruning(StudentPruning, Callback):
             self.restore_pruning(self._student(pl_module), state["pruner"])
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Get ready for a checkpoint: callbacks hear of it after the weights are loaded, the module before."""
+        """Hook into the module's loading of a checkpoint; a callback's hook would run after the weights are loaded."""
         own = pl_module.__dict__
-        own.setdefault(
-            _BEFORE, {name: own[name] for name in _OURS if name in own}
-        )  # of several callbacks, by the first
+        own.setdefault(_BEFORE, {name: own[name] for name in _OURS if name in own})  # by the first of several callbacks
         original = pl_module.on_load_checkpoint
 
         def rebuild_first(checkpoint: dict[str, Any]) -> None:
@@ -93,21 +90,21 @@ class DynamicPruning(StudentPruning, Callback):
         pl_module.on_load_checkpoint = rebuild_first
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Make the pruner: the optimizers exist, their state is not loaded yet."""
+        """Make the pruner: the optimizers exist by now, and their state is not loaded yet."""
         if isinstance(trainer.strategy.launcher, _MultiProcessingLauncher):
             raise ValueError(
                 "trainer: strategies that spawn or fork load the weights back into the main process, where the student "
-                "is still wide; use strategy='ddp'"
+                "still has its original width; use strategy='ddp'"
             )
         student = self._student(pl_module)
         pl_module.pruner = self.start_pruning(student, _optimizers_of(student, trainer.optimizers))
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Learn at which step training starts, or goes on."""
+        """Note the step at which training starts or resumes."""
         self._global_step = trainer.global_step
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *batch: Any) -> None:
-        """Count the step, where gradients are not just accumulated."""
+        """Count the step, unless gradients were only accumulated."""
         if trainer.global_step > self._global_step:
             self._global_step = trainer.global_step
             self.step_ended()
@@ -118,12 +115,12 @@ class DynamicPruning(StudentPruning, Callback):
         pl_module.log_dict(self.pruning_figures())
 
     def state_dict(self) -> dict[str, Any]:
-        """For a checkpoint."""
+        """The state for a checkpoint."""
         state = self.pruning_state()
         return {} if state is None else {"pruner": state}
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Leave the module as it was, but for its width."""
+        """Restore the module's attributes; its width stays."""
         self.stop_pruning()
         before = pl_module.__dict__.pop(_BEFORE, None)
         if before is not None:
@@ -132,13 +129,13 @@ class DynamicPruning(StudentPruning, Callback):
             pl_module.__dict__.update(before)
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Lightning calls no teardown then."""
+        """Lightning calls no teardown after an exception."""
         self.teardown(trainer, pl_module, "fit")
 
     def _student(self, pl_module: LightningModule) -> nn.Module:
         student = pl_module if self.student is None else getattr(pl_module, self.student, None)
         if not isinstance(student, nn.Module):
-            raise ValueError(f"student: {type(pl_module).__name__} has no module of the name {self.student!r}")
+            raise ValueError(f"student: {type(pl_module).__name__} has no module named {self.student!r}")
         return uncompiled(student)
 
 

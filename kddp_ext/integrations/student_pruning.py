@@ -1,4 +1,4 @@
-"""What the callbacks share: the pruner of a student that another library trains."""
+"""The part that all callbacks share: the pruner of a student that another library trains."""
 
 from __future__ import annotations
 
@@ -15,27 +15,27 @@ from kddp_ext.pruning.settings import whole_number
 
 
 class StudentPruning:
-    """The pruner of one student, from one training to the next.
+    """The pruner of one student, over several trainings.
 
     Attributes:
-        pruner: the `DynamicPruner`; None before the first training starts. Its hooks are gone after training.
+        pruner: the `DynamicPruner`; None before the first training starts. Its hooks are removed after training.
         report: what the latest prune did; None before.
     """
 
     def __init__(self, *, example_inputs: tuple[Any, ...], every_n_epochs: int | None = 1, **settings: Any) -> None:
         if settings.get("interval") is not None and every_n_epochs is not None:
-            raise ValueError("interval: it counts steps; pass every_n_epochs=None with it, to prune by steps alone")
-        self.example_inputs = example_inputs
+            raise ValueError("interval: it counts steps; pass every_n_epochs=None with it to prune by steps only")
         if every_n_epochs is not None:
             every_n_epochs = whole_number("every_n_epochs", every_n_epochs, at_least=1)
+        self.example_inputs = example_inputs
         self.every_n_epochs = every_n_epochs
         self.settings = settings
         self.pruner: DynamicPruner | None = None
         self.report: PruneReport | None = None
-        self._state: Mapping[str, Any] | None = None  # what the next pruner goes on from
+        self._state: Mapping[str, Any] | None = None  # for the next pruner
 
     def start_pruning(self, student: nn.Module, optimizer: Optimizer | Sequence[Optimizer]) -> DynamicPruner:
-        """Make the pruner, in the state of the training before or of what was restored."""
+        """Make the pruner, in the state of the previous training or of a restored checkpoint."""
         self.stop_pruning()
         inputs = _on_device_of(student, self.example_inputs)
         pruner = DynamicPruner(student, optimizer, example_inputs=inputs, **self.settings)
@@ -45,13 +45,13 @@ class StudentPruning:
         return pruner
 
     def stop_pruning(self) -> None:
-        """Take the pruner's hooks off the student; its history and state stay."""
+        """Remove the pruner's hooks from the student; its history and state stay."""
         self._state = self.pruning_state()
         if self.pruner is not None:
             self.pruner.close()
 
     def epoch_ended(self, epochs: int) -> None:
-        """Prune if so many finished epochs make it due."""
+        """Prune if this number of finished epochs makes it due."""
         assert self.pruner is not None
         if self.every_n_epochs is not None and epochs % self.every_n_epochs == 0:
             self.report = self.pruner.prune()
@@ -59,24 +59,22 @@ class StudentPruning:
     def step_ended(self) -> None:
         """Count a step of the optimizer, for `interval` and `l1_warmup`."""
         assert self.pruner is not None
-        report = self.pruner.step()
-        if report is not None:
-            self.report = report
+        self.report = self.pruner.step() or self.report
 
     def pruning_figures(self) -> dict[str, float]:
-        """What is logged: the width of each layer, and the student's number of parameters."""
+        """The values to log: the width of each layer, and the student's number of parameters."""
         assert self.pruner is not None
         figures = {f"width/{layer}": float(width) for layer, width in self.pruner.widths.items()}
         return {**figures, "parameters": float(sum(p.numel() for p in self.pruner.model.parameters()))}
 
     def pruning_state(self) -> Mapping[str, Any] | None:
-        """What a checkpoint holds of it: tensors, numbers and strings; None before any training."""
+        """The state for a checkpoint: tensors, numbers and strings; None before any training."""
         return self._state if self.pruner is None else self.pruner.state_dict()
 
     def restore_pruning(self, student: nn.Module, state: Mapping[str, Any]) -> None:
-        """Shrink a student, as its constructor made it, to the widths of `state`, and start from that next.
+        """Shrink a fresh student to the widths of `state`, with which the next training starts.
 
-        The student that this pruner has brought to these widths is left as it is.
+        A student that this pruner has already brought to these widths is not changed.
         """
         history = PruningHistory.from_json(state["history"])
         already = self.pruner is not None and self.pruner.model is student and self.pruner.widths == history.widths
@@ -87,5 +85,5 @@ class StudentPruning:
 
 
 def _on_device_of(student: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
-    tensor = next(student.parameters())
-    return tuple(value.to(tensor.device) if isinstance(value, Tensor) else value for value in inputs)
+    device = next(student.parameters()).device
+    return tuple(value.to(device) if isinstance(value, Tensor) else value for value in inputs)

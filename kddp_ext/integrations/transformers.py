@@ -30,20 +30,20 @@ logger = logging.get_logger(__name__)
 
 
 class DynamicPruning(StudentPruning, TrainerCallback):
-    """Prunes the Trainer's model at the end of every n-th epoch, or every so many steps.
+    """Prunes the Trainer's model at the end of every n-th epoch, or every n-th step.
 
-    The Trainer's `compute_loss` passes `pruning.pruner.activations` to `kddp_ext.fused_kd_l1_loss`, where
-    `pruning` is this callback; docs/integrations.md has it whole. After every epoch the widths and the number
-    of parameters go into `trainer.state.log_history`, as `width/<layer>` and `parameters`.
+    The Trainer's `compute_loss` passes `pruning.pruner.activations` to `kddp_ext.fused_kd_l1_loss`, where `pruning` is
+    this callback; docs/integrations.md shows all of it. After every epoch, the width of each layer and the number of
+    parameters are added to `trainer.state.log_history`, as `width/<layer>` and `parameters`.
 
-    Each checkpoint folder gets a file `pruning.pt` with the history. To resume, make the model anew, give
-    `TrainingArguments` the folder as `resume_from_checkpoint`, and make the Trainer: the model is pruned as it
-    was, and `trainer.train(resume_from_checkpoint=folder)` finds that the weights fit.
+    Each checkpoint folder gets a file `pruning.pt` with the history. To resume, make a fresh model, pass the folder to
+    `TrainingArguments` as `resume_from_checkpoint`, and make the Trainer. The model is then pruned as before, and
+    `trainer.train(resume_from_checkpoint=folder)` can load the weights.
 
     Args:
-        example_inputs: positional arguments for the model's forward, as a tuple; moved to its device.
-        every_n_epochs: how often to prune. Default 1. None, and an `interval` among the settings: by steps.
-        settings: `criterion`, `threshold`, `patience` and the like, as of `DynamicPruner`.
+        example_inputs: positional arguments for the model's forward, as a tuple; they are moved to its device.
+        every_n_epochs: how often to prune. Default 1. None, with an `interval` among the settings: by steps.
+        settings: `criterion`, `threshold`, `patience` and the other settings of `DynamicPruner`.
 
     Attributes:
         pruner: the `DynamicPruner`; None before training starts.
@@ -55,11 +55,11 @@ class DynamicPruning(StudentPruning, TrainerCallback):
     """
 
     def rebuild(self, model: nn.Module, folder: str | os.PathLike[str]) -> None:
-        """Prune a fresh model as the one of a checkpoint folder was, so that the folder's weights fit.
+        """Prune a fresh model like the one of a checkpoint folder, so that the folder's weights fit.
 
         Raises:
             FileNotFoundError: the folder has no `pruning.pt`.
-            ValueError: the model is not of the architecture that was pruned, or is smaller already.
+            ValueError: the model has another architecture than the one that was pruned, or is already smaller.
         """
         state = torch.load(Path(folder) / STATE_FILE, map_location="cpu", weights_only=True)
         self.restore_pruning(uncompiled(model), state)
@@ -67,7 +67,7 @@ class DynamicPruning(StudentPruning, TrainerCallback):
     def on_init_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: nn.Module, **others: Any
     ) -> None:
-        """Shrink the model if training is to be resumed: the weights are loaded before training begins."""
+        """Prune the model if training will be resumed, since the weights are loaded before `on_train_begin`."""
         if args.resume_from_checkpoint is not None:
             self.rebuild(model, args.resume_from_checkpoint)
 
@@ -82,10 +82,10 @@ class DynamicPruning(StudentPruning, TrainerCallback):
     ) -> None:
         """Make the pruner."""
         if args.n_gpu > 1:
-            raise ValueError(f"args: expected one GPU a process, got {args.n_gpu}; launch one process for each")
+            raise ValueError(f"args: expected one GPU for each process, got {args.n_gpu}; launch one process per GPU")
         if args.load_best_model_at_end:
             raise ValueError("args: load_best_model_at_end would load a wider model's weights into the pruned one")
-        # Accelerate's wrapper hides of which kind the optimizer is.
+        # The optimizer itself is inside Accelerate's wrapper.
         self.start_pruning(uncompiled(model), getattr(optimizer, "optimizer", optimizer))
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **others: Any) -> None:
@@ -95,7 +95,7 @@ class DynamicPruning(StudentPruning, TrainerCallback):
     def on_epoch_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **others: Any
     ) -> None:
-        """Prune if it is due, and log. Where `max_steps` ends training within an epoch, that is no epoch."""
+        """Prune if it is due, and log. An epoch that `max_steps` cuts short does not count."""
         epochs = round(state.epoch)
         if abs(state.epoch - epochs) > 1e-6:
             return
@@ -105,15 +105,14 @@ class DynamicPruning(StudentPruning, TrainerCallback):
         logger.info(f"epoch {epochs}: {self.report}")
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **others: Any) -> None:
-        """Write the history beside the weights."""
-        if not args.should_save:  # another process does
-            return
-        folder = Path(args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
-        content = self.pruning_state()
-        atomic_write(folder / STATE_FILE, lambda file: torch.save(content, file))
+        """Write the history next to the weights."""
+        if args.should_save:
+            folder = Path(args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
+            content = self.pruning_state()
+            atomic_write(folder / STATE_FILE, lambda file: torch.save(content, file))
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **others: Any
     ) -> None:
-        """Take the hooks off the model."""
+        """Remove the hooks from the model."""
         self.stop_pruning()

@@ -1,7 +1,6 @@
-"""The native module for GPUs: whether it is there, whether it can run, and where.
+"""The CUDA module: whether it was built, whether it can run, and on which device and stream.
 
-A build with CUDA is imported and used on machines without a GPU: nothing here asks the driver before the first call
-for a CUDA tensor.
+A build with CUDA must work on machines without a GPU, so nothing here calls the driver before the first CUDA tensor.
 """
 
 from __future__ import annotations
@@ -20,7 +19,7 @@ _lock = threading.Lock()
 
 
 class CudaBuild(TypedDict):
-    """The part of `kddp_ext.build_info` that is about CUDA."""
+    """The CUDA part of `kddp_ext.build_info`."""
 
     cuda: bool
     cuda_architectures: list[str]
@@ -39,7 +38,7 @@ def _loaded() -> Any:
 
 
 def build_info() -> CudaBuild:
-    """What was built for GPUs."""
+    """The CUDA part of `kddp_ext.build_info`."""
     if not is_built():
         return {"cuda": False, "cuda_architectures": [], "cuda_compiler": ""}
     native = _loaded()
@@ -51,12 +50,12 @@ def _version(number: int) -> str:
 
 
 def why_not(native: Any, device: int) -> str | None:
-    """One sentence on why the kernels cannot run on a device, or None."""
+    """The reason why the kernels cannot run on a device, in one sentence; None if they can."""
     if torch.version.hip is not None:
-        return "this PyTorch is built for ROCm, for which kddp_ext has no kernels: use backend='reference'"
+        return "this PyTorch was built for ROCm, and kddp_ext has no kernels for it: use backend='reference'"
     driver, runtime = native.driver_version(), native.runtime_version()
     if driver == 0:
-        return "no NVIDIA driver was found: install one, or keep the tensors on the CPU"
+        return "found no NVIDIA driver: install one, or move the tensors to the CPU"
     if driver // 1000 < runtime // 1000:
         return (
             f"the NVIDIA driver supports CUDA {_version(driver)} and kddp_ext was built with CUDA {_version(runtime)}: "
@@ -66,8 +65,8 @@ def why_not(native: Any, device: int) -> str | None:
     if error in ("cudaErrorNoKernelImageForDevice", "cudaErrorInvalidDeviceFunction"):
         major, minor = torch.cuda.get_device_capability(device)
         return (
-            f"this build of kddp_ext has no kernels for a GPU of compute capability {major}.{minor}, only for "
-            f"{native.architectures}: build it with CMAKE_CUDA_ARCHITECTURES={major}{minor}"
+            f"this build of kddp_ext has kernels for {native.architectures} and none for compute capability "
+            f"{major}.{minor}: reinstall it with -C cmake.define.CMAKE_CUDA_ARCHITECTURES={major}{minor}"
         )
     return f"CUDA device {device} cannot be used: {error}" if error else None
 
@@ -78,10 +77,10 @@ def _checked(device: int) -> str | None:
 
 
 def module(device: torch.device) -> Any:
-    """The native module, once it is known that it can run on `device`.
+    """The CUDA module, after a check that it can run on `device`.
 
     Raises:
-        RuntimeError: it cannot, with the reason in one sentence.
+        RuntimeError: it cannot run there, with the reason.
     """
     reason = _checked(_index(device))
     if reason is not None:
@@ -90,7 +89,7 @@ def module(device: torch.device) -> Any:
 
 
 def place(device: torch.device) -> tuple[int, int, int, Tensor]:
-    """Device, the current stream on it, the counters that belong to both, and the tensor that keeps these."""
+    """Arguments of a launch: device, current stream, address of the counters, and the tensor that owns these."""
     index = _index(device)
     stream = torch.cuda.current_stream(device).cuda_stream
     counters = _counters_of(index, stream)
@@ -102,8 +101,10 @@ def _index(device: torch.device) -> int:
 
 
 def _counters_of(device: int, stream: int) -> Tensor:
-    """Counters of a launch's blocks, 0 between launches: each launch leaves them so, and none has to be preceded by
-    a fill. Two streams never share them, and a CUDA graph, which may run on any, has its own of each call."""
+    """Counters of finished blocks. Each launch leaves them at 0, so no launch needs a fill before it.
+
+    Streams do not share counters. A CUDA graph may run on any stream, so each captured call gets its own.
+    """
     with torch.cuda.device(device):
         is_capturing = torch.cuda.is_current_stream_capturing()
     if is_capturing:

@@ -1,4 +1,4 @@
-"""Taking kept rows and columns out of tensors as an operator."""
+"""`gather_slices`, which copies the kept rows and columns of several tensors, as an operator."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from kddp_ext.ops import reference
-from kddp_ext.ops.library import ELEMENT_TYPES, is_native, library, native, workspace_on
+from kddp_ext.ops.library import ELEMENT_TYPES, is_native, library, native, sliced_shape
 
 library.define(
     "gather_slices(Tensor[] tensors, Tensor? keep_rows, Tensor? keep_columns, int rows, int columns, "
@@ -25,11 +25,11 @@ def _sliced_outputs(
     _pruned_columns: Tensor | None,
     _pruned_means: Tensor | None,
 ) -> tuple[list[Tensor], Tensor]:
-    """Outputs of `gather_slices`, not yet filled, but for the zeros where no columns are pruned."""
+    """The outputs of the operator, not filled yet; the shift is zero if no columns are pruned."""
     kept_rows = rows if keep_rows is None else keep_rows.shape[0]
     kept_columns = columns if keep_columns is None else keep_columns.shape[0]
     shift = tensors[0].new_zeros(kept_rows, dtype=torch.float64)
-    shapes = [reference.sliced_shape(t, rows, columns, kept_rows, kept_columns) for t in tensors]
+    shapes = [sliced_shape(t, rows, columns, kept_rows, kept_columns) for t in tensors]
     return [t.new_empty(shape) for t, shape in zip(tensors, shapes, strict=True)], shift
 
 
@@ -45,7 +45,7 @@ def _gather_slices(
     _check(tensors, keep_rows, keep_columns, rows, columns, pruned_columns, pruned_means)
     outputs = _sliced_outputs(tensors, keep_rows, keep_columns, rows, columns, pruned_columns, pruned_means)
     targets, shift = outputs
-    # Bound to a name, for a copy must outlive the call that is given its address.
+    # This name keeps copies alive while the kernel uses their addresses.
     sources = [_readable(t, rows) for t in tensors]
     blocks = []
     for source, target in zip(sources, targets, strict=True):
@@ -61,14 +61,13 @@ def _gather_slices(
         0 if keep_columns is None else keep_columns.data_ptr(),
         columns if keep_columns is None else keep_columns.shape[0],
         _compensation(sources[0], pruned_columns, pruned_means, shift),
-        workspace_on(tensors[0].device),
         place,
     )
     return outputs
 
 
 def _readable(tensor: Tensor, rows: int) -> Tensor:
-    """The tensor itself where each of its rows is contiguous, else a contiguous copy."""
+    """The tensor itself if each of its rows is contiguous, else a contiguous copy."""
     if tensor.is_contiguous() or (tensor.shape[0] == rows and tensor[0].is_contiguous()):
         return tensor
     return tensor.contiguous()
@@ -100,30 +99,30 @@ def gather_slices(
     pruned_columns: Tensor | None = None,
     pruned_means: Tensor | None = None,
 ) -> tuple[list[Tensor], Tensor]:
-    """Take the kept rows and columns out of several tensors in one call: a parameter, its gradient, its moments.
+    """Copy the kept rows and columns of several tensors in one call: a parameter, its gradient, its moments.
 
-    What the pruned columns of the first contributed on average is summed in the same reading of it.
+    The same pass sums the mean contribution of the pruned columns of the first tensor.
 
     Args:
-        tensors: each is seen as a (rows, columns, inner) block with inner = numel / (rows · columns); any dtype. All
-            arguments are on one device.
+        tensors: any dtype, all arguments on one device. Each is a (rows, columns, inner) block with
+            inner = numel / (rows · columns).
         keep_rows: int64 indices of the rows to keep, in their new order; None keeps all.
-        keep_columns: the same of the columns.
-        rows: rows of each block; for a vector its length.
-        columns: columns of each block; for a vector 1.
-        pruned_columns: (P,) int64, columns whose mean contribution is wanted; tensors[0] is then float32, float64,
-            bfloat16 or float16.
-        pruned_means: (P,) float64, the mean of what those columns are multiplied by.
+        keep_columns: int64 indices of the columns to keep, in their new order; None keeps all.
+        rows: number of rows of each block; the length of a vector.
+        columns: number of columns of each block; 1 for a vector.
+        pruned_columns: (P,) int64, the columns whose mean contribution is summed. tensors[0] must then be float32,
+            float64, bfloat16 or float16.
+        pruned_means: (P,) float64, the mean of the values that those columns are multiplied by.
 
     Returns:
-        The smaller tensors, contiguous, with as many dimensions as before; and (kept rows,) float64:
-        Σ_p tensors[0][row, p, :].sum() · pruned_means[p], or zeros. It is summed in float64, the same whatever the
-        number of threads. A NaN or infinity among the pruned columns gives what IEEE 754 says, so an infinite weight
-        of mean 0 gives NaN; those among the kept columns are not looked at.
+        The smaller tensors, contiguous, with the same number of dimensions; and the shift, (kept rows,) float64:
+        Σ_p tensors[0][row, p, :].sum() · pruned_means[p], or zeros without pruned columns. It is summed in float64 and
+        does not depend on the number of threads. NaN and infinity in pruned columns follow IEEE 754, so an infinite
+        weight with mean 0 gives NaN. Values of kept columns do not affect it.
 
     Raises:
-        ValueError: an index is outside its range, a tensor is no such block or on another device, or the means are
-            not as said above.
+        ValueError: an index is out of range, a tensor has another number of elements or another device, or
+            pruned_means are not as described.
     """
     if not tensors or not all(is_native(t.device) for t in tensors):
         _check(tensors, keep_rows, keep_columns, rows, columns, pruned_columns, pruned_means)
@@ -170,7 +169,7 @@ def _check(
 
 
 def _check_device(name: str, tensor: Tensor, tensors: Sequence[Tensor]) -> None:
-    """The kernels are given addresses: one of another device would be read as if it were theirs."""
+    """The kernels get addresses, and would read one of another device as if it were on theirs."""
     if tensors and tensor.device != tensors[0].device:
         raise ValueError(f"{name}: expected device {tensors[0].device} as tensors[0], got {tensor.device}")
 
@@ -180,7 +179,7 @@ def _check_index(name: str, index: Tensor, size: int) -> None:
         raise ValueError(
             f"{name}: expected a contiguous vector of int64, got {index.dtype} of shape {tuple(index.shape)}"
         )
-    if index.is_meta:  # it has no numbers
+    if index.is_meta:  # it has no values
         return
     lowest, highest = map(int, index.aminmax()) if index.numel() else (0, 0)
     if lowest < 0 or highest >= size:

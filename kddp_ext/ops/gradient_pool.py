@@ -1,8 +1,8 @@
-"""Memory for gradients that is used again once nobody holds it.
+"""A pool that reuses the memory of gradients.
 
-PyTorch gives CPU memory back to the system as soon as a large tensor dies, and the system hands it out again page by
-page, cleared: for a large batch's gradient that takes longer than computing it. A training loop drops its gradients at
-every step, so the pool keeps their memory for the next.
+PyTorch returns the CPU memory of a large tensor to the system when the tensor dies, and the system hands it out again
+page by page, zeroed. For the gradient of a large batch this takes longer than computing it. A training loop drops its
+gradients at each step, so the pool keeps their memory for the next step.
 """
 
 from __future__ import annotations
@@ -14,12 +14,12 @@ from collections import defaultdict
 import torch
 from torch import Tensor
 
-_SMALLEST = 64 << 10  # the heap keeps what is smaller
+_SMALLEST = 64 << 10  # bytes; the heap reuses smaller blocks itself
 _use_count = torch._C._storage_Use_Count
 
 
 class _Kept:
-    """A tensor of the pool. Who holds its memory counts either as a tensor or as Python's object of the storage."""
+    """A tensor of the pool. Other users hold its storage through a tensor or through Python's storage object."""
 
     __slots__ = ("_holders", "_storage", "tensor")
 
@@ -36,15 +36,13 @@ class _Kept:
 
 
 class GradientPool:
-    """Tensors of which the pool keeps the memory.
-
-    Memory is free once no tensor, view, array or graph refers to it but the pool.
+    """A pool of CPU tensors whose memory is reused when no tensor, view, array or graph refers to it any more.
 
     Args:
-        limit: bytes that the pool may keep, in use or not, at least 0. A larger request is served by PyTorch alone.
+        limit: number of bytes that the pool may keep, in use or not; at least 0. PyTorch serves larger requests.
 
     Raises:
-        TypeError, ValueError: the limit is no such number, when it is set later as well.
+        TypeError, ValueError: the limit is not such a number; setting it later raises as well.
     """
 
     def __init__(self, limit: float) -> None:
@@ -55,7 +53,7 @@ class GradientPool:
 
     @property
     def limit(self) -> float:
-        """Bytes that it may keep. Lowered, it gives up what is more and not in use at once."""
+        """Number of bytes that the pool may keep. Lowering it frees unused memory above the new limit at once."""
         return self._limit
 
     @limit.setter
@@ -66,11 +64,11 @@ class GradientPool:
 
     @property
     def bytes(self) -> int:
-        """Bytes that are kept at present, in use or not."""
+        """Number of bytes in the pool, in use or not."""
         return self._bytes
 
     def empty(self, shape: torch.Size, dtype: torch.dtype) -> Tensor:
-        """A contiguous CPU tensor, not filled."""
+        """An uninitialised contiguous CPU tensor."""
         size = shape.numel() * dtype.itemsize
         if not _SMALLEST <= size <= self._limit:
             return torch.empty(shape, dtype=dtype, device="cpu")
@@ -85,7 +83,7 @@ class GradientPool:
             return self._kept[shape, dtype][-1].tensor.detach()
 
     def release(self) -> None:
-        """Forget all memory that is not in use; it is PyTorch's again."""
+        """Return all unused memory to PyTorch."""
         with self._lock:
             self._drop_unused(until=0)
 
@@ -115,4 +113,4 @@ def _checked(limit: float) -> float:
 
 
 pool = GradientPool(limit=1 << 30)
-"""The pool that the loss takes its gradients on the CPU from: up to 1 GiB. `kddp_ext.gradient_pool` is this one."""
+"""The pool for the loss's gradients on the CPU, up to 1 GiB: `kddp_ext.gradient_pool`."""

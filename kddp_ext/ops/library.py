@@ -42,7 +42,7 @@ def native(tensor: Tensor) -> tuple[Any, Any]:
 
 @contextmanager
 def stand_in(module: Any, place: Any) -> Iterator[None]:
-    """Within this context the kernels of `module` serve CPU tensors (an emulated GPU); `place` is their last argument."""
+    """Let the kernels of `module`, an emulated GPU, serve CPU tensors here. `place` is their last argument."""
     global _stand_in
     _stand_in = (module, place)
     try:
@@ -69,6 +69,16 @@ def is_native(device: torch.device) -> bool:
 def storage_key(tensor: Tensor) -> tuple[torch.device, int]:
     """A key that is equal for tensors in the same storage, and different otherwise while both tensors are alive."""
     return tensor.device, tensor.untyped_storage().data_ptr() or id(tensor)
+
+
+def sliced_shape(tensor: Tensor, rows: int, columns: int, kept_rows: int, kept_columns: int) -> tuple[int, ...]:
+    """Shape of `tensor`, seen as (rows, columns, inner), after a selection of rows and columns.
+
+    Behind a flatten each column is a block of the tensor's second dimension, so that dimension shrinks in proportion.
+    """
+    if tensor.dim() <= 1:
+        return (tensor.numel() // (rows * columns) * kept_rows * kept_columns,)
+    return (kept_rows, tensor.shape[1] // columns * kept_columns, *tensor.shape[2:])
 
 
 class BuildInfo(cuda.CudaBuild):

@@ -8,6 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from kddp_ext.ops.library import sliced_shape
+
 FORWARD_KL, REVERSE_KL, JSD, DKD = range(4)  # as in csrc/include/kddp/kd_l1_loss.h
 _EPSILON = 1e-7  # added to the standard deviation, as Sun et al. do
 
@@ -189,13 +191,3 @@ def gather_slices(
         block = blocks[0] if keep_rows is None else blocks[0].index_select(0, keep_rows)
         shift = block.index_select(1, pruned_columns).to(torch.float64).sum(2) @ pruned_means
     return gathered, shift
-
-
-def sliced_shape(tensor: Tensor, rows: int, columns: int, kept_rows: int, kept_columns: int) -> tuple[int, ...]:
-    """Shape of `tensor`, seen as (rows, columns, inner), after a selection of rows and columns.
-
-    Behind a flatten each column is a block of the tensor's second dimension, so that dimension shrinks in proportion.
-    """
-    if tensor.dim() <= 1:
-        return (tensor.numel() // (rows * columns) * kept_rows * kept_columns,)
-    return (kept_rows, tensor.shape[1] // columns * kept_columns, *tensor.shape[2:])

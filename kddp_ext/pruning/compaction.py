@@ -16,9 +16,10 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from kddp_ext import ops
+from kddp_ext.activations.layout import Layout
 from kddp_ext.pruning.reconstruction import Reconstruction
 from kddp_ext.pruning.tracing.graph import unwrapped
-from kddp_ext.pruning.tracing.groups import Layout, NeuronGroup, NeuronSlices, StoredTensor, all_but
+from kddp_ext.pruning.tracing.groups import NeuronGroup, NeuronSlices, StoredTensor, all_but
 
 
 @dataclass(frozen=True)
@@ -316,21 +317,14 @@ def require_sliceable_optimizer(optimizer: Optimizer) -> None:
 
 
 def sliceable_state(stored: StoredTensor, tensor: Tensor, optimizer: Optimizer) -> dict[Any, Tensor]:
-    """The tensors in an optimizer's state of `tensor` that have its dimensions, by key; scalars are left out.
-
-    Args:
-        stored: the place of the tensor in the model, for the message.
-        tensor: the parameter.
-        optimizer: it need not hold the parameter.
+    """The tensors in an optimizer's state of the parameter `tensor` that have its dimensions, by key; no scalars.
 
     Raises:
         ValueError: the state has a value, and nothing tells how it follows the parameter's shape.
     """
     sliceable = {}
     for key, value in optimizer.state.get(tensor, {}).items():
-        if value is None or isinstance(value, bool | int | float | str):
-            continue
-        if isinstance(value, Tensor) and value.dim() == 0:
+        if value is None or isinstance(value, int | float | str) or (isinstance(value, Tensor) and value.dim() == 0):
             continue
         if not isinstance(value, Tensor) or value.layout != torch.strided or not _fits(value.shape, tensor.shape):
             kind = f"a tensor of shape {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
@@ -351,10 +345,6 @@ def _fits(shape: torch.Size, parameter: torch.Size) -> bool:
 
 def checked_copies(model: nn.Module, copies: Sequence[nn.Module]) -> tuple[nn.Module, ...]:
     """The copies without their wrappers, proven to have the model's structure and their own tensors.
-
-    Args:
-        model: the model, without wrappers.
-        copies: as given to `DynamicPruner`.
 
     Raises:
         TypeError: it is not a sequence of modules.

@@ -47,10 +47,7 @@ class Ranks:
     def of(cls, group: ProcessGroup | Literal[False] | None, wrappers: Sequence[Any], *, caller: str) -> Ranks:
         """The ranks that a pruner belongs to now.
 
-        Args:
-            group: as given to `DynamicPruner`.
-            wrappers: the DistributedDataParallel wrappers of its model.
-            caller: the public method that needs them.
+        `group` is the argument of `DynamicPruner`, and `wrappers` are its model's DistributedDataParallel wrappers.
 
         Raises:
             TypeError: `group` is not a process group.
@@ -130,15 +127,9 @@ def gather(
 ) -> Sequence[LayerObservation]:
     """The observations of all ranks' samples.
 
-    The statistics are added in the order of the ranks, which gives the same bits on each. The norms of the weights are
-    rank 0's, because processors of different kinds may round them differently.
-
-    Args:
-        ranks: the processes.
-        observe: gives this rank's observations.
-        model: its parameters must be the same on all ranks.
-        settings: must be the same on all ranks.
-        steps: the number of steps, which must be the same on all ranks.
+    `observe` gives this rank's observations; `model`, `settings` and the number of `steps` must be the same on all. The
+    statistics are added in the order of the ranks, which gives the same bits on each. The norms of the weights are rank
+    0's, because processors of different kinds may round them differently.
 
     Raises:
         RuntimeError: on every rank, where one of them could not observe or differs from rank 0.

@@ -100,14 +100,7 @@ class PruneReport:
     @classmethod
     def of(cls, decisions: Sequence[LayerDecision], size: ModelSize) -> PruneReport:
         """The report of decisions that are applied, for a model of `size` before."""
-        widths = [decision.width_after for decision in decisions]
-        return cls(
-            layers=tuple(LayerReport.of(decision) for decision in decisions),
-            parameters_before=size.parameters(),
-            parameters_after=size.parameters(widths),
-            macs_before=size.macs(),
-            macs_after=size.macs(widths),
-        )
+        return cls(tuple(LayerReport.of(decision) for decision in decisions), *_sizes(decisions, size))
 
     @property
     def neurons_pruned(self) -> int:
@@ -190,15 +183,7 @@ class Preview:
     @classmethod
     def of(cls, decisions: Sequence[LayerDecision], size: ModelSize, threshold: float) -> Preview:
         """The preview of decisions made at `threshold` and patience 1, for a model of `size` now."""
-        widths = [decision.width_after for decision in decisions]
-        return cls(
-            threshold=threshold,
-            layers=tuple(_preview(decision) for decision in decisions),
-            parameters_before=size.parameters(),
-            parameters_after=size.parameters(widths),
-            macs_before=size.macs(),
-            macs_after=size.macs(widths),
-        )
+        return cls(threshold, tuple(_preview(decision) for decision in decisions), *_sizes(decisions, size))
 
     def __str__(self) -> str:
         rows: list[tuple[str, ...]] = [("layer", "neurons", "inactive", "kept", "left", "output change")]
@@ -255,6 +240,12 @@ def _relative_scales(first: Tensor | None, now: Tensor, keep: Tensor) -> tuple[f
         float(activation / first_activation) if first_activation > 0 else None,
         float(outgoing / first_outgoing) if first_outgoing > 0 else None,
     )
+
+
+def _sizes(decisions: Sequence[LayerDecision], size: ModelSize) -> tuple[int, int, int, int]:
+    """Parameters before and after, MACs before and after."""
+    widths = [decision.width_after for decision in decisions]
+    return size.parameters(), size.parameters(widths), size.macs(), size.macs(widths)
 
 
 def _change(what: str, before: int, after: int) -> str:

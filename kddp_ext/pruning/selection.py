@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import copy
 import math
 from bisect import bisect_left
 from collections.abc import Callable, Mapping, Sequence
@@ -50,52 +49,36 @@ class LayerObservation:
         return torch.stack([self.statistics.mean_abs, self.outgoing])
 
 
-def observe_layer(
-    model: nn.Module,
-    group: NeuronGroup,
-    statistics: NeuronStatistics,
-    *,
-    inactive_checks: Tensor,
-    original: Tensor,
-    first_scales: Tensor | None,
-    caller: str,
-) -> LayerObservation:
-    """Observe one layer; statistics and norms are copied to the CPU.
-
-    Args:
-        model: the model that the group was traced from.
-        group, statistics, inactive_checks, original, first_scales: as in `LayerObservation`.
-        caller: the public method that needs the observation, for the messages.
+def check_statistics(statistics: NeuronStatistics, layer: str, caller: str) -> None:
+    """Raise where a layer's statistics are missing or not finite.
 
     Raises:
-        RuntimeError: there are no statistics since the last check.
-        ValueError: the statistics or the weights that read the layer are not finite, or a weight has another width.
+        RuntimeError: there are no statistics since the last check; the message names `caller`, a public method.
+        ValueError: some are infinite or NaN.
     """
     if statistics.rows == 0:
         raise RuntimeError(
-            f"{caller}: there are no statistics of {group.name} since the last check; pass pruner.activations to "
+            f"{caller}: there are no statistics of {layer} since the last check; pass pruner.activations to "
             "fused_kd_l1_loss at each step, or call pruner.activations.observe()"
         )
     if not bool(statistics.values.isfinite().all()):
         raise ValueError(
-            f"{caller}: some activations of {group.name} were infinite or NaN since the last check; pruner.reset() "
-            "discards these statistics"
+            f"{caller}: some activations of {layer} were infinite or NaN since the last check; pruner.reset() discards "
+            "these statistics"
         )
+
+
+def norms_of_readers(model: nn.Module, group: NeuronGroup, caller: str) -> tuple[Tensor, Tensor]:
+    """`outgoing` and `outgoing_unshifted` of a `LayerObservation`.
+
+    Raises:
+        ValueError: a weight is not finite or has another width.
+    """
     norms = {reader: outgoing_norms([_columns(model, group, reader)]).cpu() for reader in group.readers}
     outgoing = _join_norms(list(norms.values()), group.width)
     if not bool(outgoing.isfinite().all()):
         raise ValueError(f"{caller}: the weights that read {group.name} are infinite or NaN")
-    statistics = copy.deepcopy(statistics)
-    statistics.to(torch.device("cpu"))
-    return LayerObservation(
-        group=group,
-        statistics=statistics,
-        outgoing=outgoing,
-        outgoing_unshifted=_join_norms([norm for reader, norm in norms.items() if reader.shift is None], group.width),
-        inactive_checks=inactive_checks,
-        original=original,
-        first_scales=first_scales,
-    )
+    return outgoing, _join_norms([norm for reader, norm in norms.items() if reader.shift is None], group.width)
 
 
 def _columns(model: nn.Module, group: NeuronGroup, reader: Reader) -> Tensor:
@@ -222,13 +205,6 @@ def removable(
 
     The remaining width is at least `minimum_width`, at least 1 - `maximum_share` of the present width, and a multiple
     of `round_to` unless nothing is removed. The most active of the marked neurons stay, the first among equals.
-
-    Args:
-        marked: (H,) bool.
-        activity: (H,) float64.
-        minimum_width: at least 1.
-        maximum_share: in (0, 1].
-        round_to: at least 1.
 
     Returns:
         int64 indices in the order of removal; and what keeps the other marked neurons.
@@ -389,12 +365,7 @@ class LayerDecision:
 def decide(
     observations: Sequence[LayerObservation], settings: PruningSettings, size: ModelSize
 ) -> tuple[LayerDecision, ...]:
-    """Decide about each layer.
-
-    Args:
-        observations: of every layer, in the order of the forward pass.
-        settings: the criterion, its threshold and the limits.
-        size: gives the model's size at any widths.
+    """Decide about each layer, in the order of the forward pass.
 
     Raises:
         TypeError, ValueError: the user's criterion returned no valid activities; the message names the layer.

@@ -50,8 +50,11 @@ class PruningSettings:
         if not isinstance(self.compensate, bool):
             raise TypeError(f"compensate: expected True or False, got {self.compensate!r}")
         # The activities of a user's function need not be relative to anything.
-        bound = _share if isinstance(self.criterion, str) else _positive
-        object.__setattr__(self, "threshold", bound("threshold", self.threshold))
+        relative = isinstance(self.criterion, str)
+        threshold = (
+            _share("threshold", self.threshold) if relative else _finite("threshold", self.threshold, zero=False)
+        )
+        object.__setattr__(self, "threshold", threshold)
         object.__setattr__(self, "maximum_share", _share("maximum_share", self.maximum_share))
         for name in ("patience", "minimum_width", "round_to"):
             object.__setattr__(self, name, whole_number(name, getattr(self, name), at_least=1))
@@ -79,7 +82,7 @@ class Schedule:
         if self.interval is not None:
             object.__setattr__(self, "interval", whole_number("interval", self.interval, at_least=1))
         object.__setattr__(self, "start", whole_number("start", self.start, at_least=0))
-        object.__setattr__(self, "l1_weight", _not_negative("l1_weight", self.l1_weight))
+        object.__setattr__(self, "l1_weight", _finite("l1_weight", self.l1_weight, zero=True))
         object.__setattr__(self, "l1_warmup", whole_number("l1_warmup", self.l1_warmup, at_least=0))
         if self.start and self.interval is None:
             raise ValueError(f"start: {self.start} delays the checks that step() makes, but interval is None")
@@ -118,17 +121,10 @@ def _share(name: str, value: object) -> float:
     return number
 
 
-def _positive(name: str, value: object) -> float:
+def _finite(name: str, value: object, *, zero: bool) -> float:
     number = _number(name, value)
-    if not 0 < number < inf:
-        raise ValueError(f"{name}: expected a finite number above 0, got {value!r}")
-    return number
-
-
-def _not_negative(name: str, value: object) -> float:
-    number = _number(name, value)
-    if not 0 <= number < inf:
-        raise ValueError(f"{name}: expected a finite number of at least 0, got {value!r}")
+    if not 0 <= number < inf or (number == 0 and not zero):
+        raise ValueError(f"{name}: expected a finite number {'of at least' if zero else 'above'} 0, got {value!r}")
     return number
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -11,7 +12,7 @@ from torch import Tensor, nn
 
 from kddp_ext.activations.statistics import NeuronStatistics
 from kddp_ext.pruning.history import PruningHistory
-from kddp_ext.pruning.selection import LayerDecision, LayerObservation, observe_layer
+from kddp_ext.pruning.selection import LayerDecision, LayerObservation, check_statistics, norms_of_readers
 from kddp_ext.pruning.settings import PruningSettings
 from kddp_ext.pruning.tracing.groups import NeuronGroup, StoredTensor, count_neurons
 
@@ -35,6 +36,20 @@ class LayerState:
     statistics: NeuronStatistics
     inactive_checks: Tensor
     first_scales: Tensor | None = None
+
+    def observe(self, model: nn.Module, kept: Sequence[int], caller: str) -> LayerObservation:
+        """Observe the layer, whose neurons have the original indices `kept`; everything is copied to the CPU."""
+        check_statistics(self.statistics, self.group.name, caller)
+        statistics = copy.deepcopy(self.statistics)
+        statistics.to(torch.device("cpu"))
+        return LayerObservation(
+            self.group,
+            statistics,
+            *norms_of_readers(model, self.group, caller),
+            self.inactive_checks,
+            torch.tensor(kept, device="cpu"),
+            self.first_scales,
+        )
 
     def after(self, decision: LayerDecision, settings: PruningSettings) -> LayerState:
         """The state after `decision` is applied, with fresh statistics."""
@@ -107,19 +122,8 @@ class PrunerState:
         return {group.name: group.width for group in self.groups}
 
     def observe(self, model: nn.Module, *, caller: str) -> tuple[LayerObservation, ...]:
-        """Observe every layer; see `observe_layer` for the errors."""
-        return tuple(
-            observe_layer(
-                model,
-                layer.group,
-                layer.statistics,
-                inactive_checks=layer.inactive_checks,
-                original=torch.tensor(self.history.kept(layer.group.name), device="cpu"),
-                first_scales=layer.first_scales,
-                caller=caller,
-            )
-            for layer in self.layers
-        )
+        """Observe every layer for a public method; raises the errors of `check_statistics` and `norms_of_readers`."""
+        return tuple(layer.observe(model, self.history.kept(layer.group.name), caller) for layer in self.layers)
 
     def after(self, decisions: Sequence[LayerDecision], settings: PruningSettings) -> PrunerState:
         """The state after `decisions` are applied."""

@@ -1,1 +1,1 @@
-"""Students as files."""
+"""Saves students as files: safetensors and ONNX."""

@@ -1,4 +1,4 @@
-"""A student as ONNX, written whole or not at all."""
+"""Exports a student to ONNX."""
 
 from __future__ import annotations
 
@@ -26,25 +26,37 @@ def export_onnx(
 ) -> None:
     """Write a student, pruned or not, as one ONNX file.
 
-    What is written is the evaluation mode (no dropout, running statistics), at the widths that the model has
-    now. The model is left as it is: its mode, its hooks, its tensors. A pruner that observes it leaves no trace
-    in the file.
+    The file has the model's evaluation mode (no dropout, running statistics) at its present widths. The model's mode,
+    hooks and tensors stay as they are. The hooks of a pruner do not appear in the file.
 
     Args:
         model: the student.
-        path: the file, by custom `*.onnx`; its folder must exist.
+        path: the file, usually `*.onnx`; its folder must exist.
         example_inputs: positional arguments for the model's forward, as for `DynamicPruner`.
-        dynamic_batch: the first dimension of all tensors among the inputs is the batch, of any size when the file
-            is run (default). False: all sizes are those of the example.
+        dynamic_batch: True (default): the first dimension of every input tensor is the batch, and may have any size
+            when the file is run. False: all sizes are fixed to those of the example.
 
     Raises:
         ModuleNotFoundError: onnx or onnxscript is not installed.
         TypeError, ValueError: an argument is wrong, or the student is too large for one file (2 GiB).
         torch.onnx.ONNXProgramError: (or another error of torch) the model cannot be exported.
-        OSError: the file could not be written. As with every error, what stood there before still does.
+        OSError: the file could not be written. After any error, the previous file at `path` is intact.
     """
-    _require_packages()
-    _check(model, example_inputs)
+    missing = [name for name in ("onnx", "onnxscript") if find_spec(name) is None]
+    if missing:
+        raise ModuleNotFoundError(
+            f"export_onnx: {' and '.join(missing)} missing; install with: pip install 'kddp_ext[onnx]'", name=missing[0]
+        )
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
+    if not isinstance(example_inputs, tuple):
+        raise TypeError(
+            "example_inputs: expected a tuple of the forward's positional arguments, such as (images[:2],), got "
+            f"{type(example_inputs).__name__}"
+        )
+    size = sum(tensor.nbytes for tensor in [*model.parameters(), *model.buffers()])
+    if size > LARGEST_FILE:
+        raise ValueError(f"model: its tensors take {size:,} bytes, but an ONNX file holds at most {LARGEST_FILE:,}")
     model = uncompiled(model)
     with _evaluation_mode(model), torch.no_grad():
         program = torch.onnx.export(
@@ -54,30 +66,9 @@ def export_onnx(
             verbose=False,
             dynamic_shapes=_batch_dimensions(example_inputs) if dynamic_batch else None,
         )
-    assert program is not None  # what it returns where it is given no file
+    assert program is not None  # torch returns a program where it is given no file
     content = program.model_proto.SerializeToString()
     atomic_write(path, lambda file: file.write(content))
-
-
-def _require_packages() -> None:
-    missing = [name for name in ("onnx", "onnxscript") if find_spec(name) is None]
-    if missing:
-        raise ModuleNotFoundError(
-            f"export_onnx: {' and '.join(missing)} missing; install with: pip install 'kddp_ext[onnx]'", name=missing[0]
-        )
-
-
-def _check(model: nn.Module, example_inputs: tuple[Any, ...]) -> None:
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
-    if not isinstance(example_inputs, tuple):
-        raise TypeError(
-            "example_inputs: expected a tuple of the forward's positional arguments, such as "
-            f"(images[:2],), got {type(example_inputs).__name__}"
-        )
-    size = sum(tensor.nbytes for tensor in [*model.parameters(), *model.buffers()])
-    if size > LARGEST_FILE:
-        raise ValueError(f"model: its tensors take {size:,} bytes, and an ONNX file holds at most {LARGEST_FILE:,}")
 
 
 @contextmanager
@@ -92,7 +83,7 @@ def _evaluation_mode(model: nn.Module) -> Iterator[None]:
 
 
 def _batches_of_two(example_inputs: tuple[Any, ...]) -> tuple[Any, ...]:
-    """A batch of one twice: torch.export takes a size of 1 for a constant."""
+    """Repeat a batch of one sample, because torch.export treats a size of 1 as a constant."""
     return tuple(
         torch.cat([value, value]) if isinstance(value, Tensor) and value.dim() and len(value) == 1 else value
         for value in example_inputs

@@ -1,7 +1,7 @@
-"""A student on disk: its tensors, what was pruned of it, and nothing that runs code when it is read.
+"""Saves a student as a safetensors file: its tensors and its pruning history. Reading it runs no code from the file.
 
-The file is a safetensors file. Its metadata holds the format, its version, the pruning history and the user's
-own metadata, so that a constructor and the file are enough to rebuild the student.
+The metadata of the file holds the format, its version, the history and the user's own metadata. The constructor of the
+model and the file are enough to rebuild the student.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from kddp_ext.files import atomic_write, hash_json, hash_tensors, parse_json
 from kddp_ext.pruning.history import PruningHistory
 from kddp_ext.pruning.tracing.graph import unwrapped
+from kddp_ext.pruning.tracing.groups import count_neurons
 
 FORMAT, VERSION = "kddp_ext.student", "1"
 _MOST_METADATA = 2**22  # characters of JSON
@@ -27,7 +28,7 @@ Student = TypeVar("Student", bound=nn.Module)
 
 
 class StudentHeader(TypedDict):
-    """What `read_student_header` returns, which says more of it."""
+    """The result of `read_student_header`, described there."""
 
     version: str
     history: str
@@ -39,17 +40,17 @@ class StudentHeader(TypedDict):
 def save_student(
     path: Path, model: nn.Module, history: PruningHistory, metadata: Mapping[str, str] | None = None
 ) -> None:
-    """Write a student to `path`, whole or not at all.
+    """Write a student to `path` atomically.
 
     Args:
-        path: the file, by custom `*.safetensors`.
-        model: the student as it is now.
+        path: the file, usually `*.safetensors`.
+        model: the student in its present state.
         history: `pruner.history`; `PruningHistory({})` for a student that was never pruned.
-        metadata: anything of the user's, as strings.
+        metadata: any strings of the user's.
 
     Raises:
-        TypeError: an argument is of the wrong type.
-        ValueError: the model is not of the widths that the history leads to.
+        TypeError: an argument has the wrong type.
+        ValueError: the model does not have the widths of the history.
         OSError: the file could not be written.
     """
     metadata = {} if metadata is None else dict(metadata)
@@ -64,22 +65,17 @@ def save_student(
     for layer, width in history.widths.items():
         weight = state.get(f"{layer}.weight")
         if weight is None or weight.shape[0] != width:
-            found = "no such layer" if weight is None else f"{weight.shape[0]} neurons"
-            raise ValueError(f"history: it leads to {width} neurons in {layer}, and the model has {found}")
+            found = "no such layer" if weight is None else count_neurons(weight.shape[0])
+            raise ValueError(f"history: it ends with {count_neurons(width)} in {layer}, but the model has {found}")
     tensors = {name: value.detach().cpu().contiguous().clone() for name, value in state.items()}
-    header = {
-        "format": FORMAT,
-        "version": VERSION,
-        "history": history.to_json(),
-        "metadata": json.dumps(metadata),
-    }
+    header = {"format": FORMAT, "version": VERSION, "history": history.to_json(), "metadata": json.dumps(metadata)}
     header["sha256"] = _digest(header["history"], metadata, tensors)
     content = safetensors.torch.save(tensors, header)
     atomic_write(path, lambda file: file.write(content))
 
 
 def load_student(path: Path, constructor: Callable[[], Student], example_inputs: tuple[Any, ...]) -> Student:
-    """Rebuild a student: construct it at its original widths, prune it as it was pruned, load its tensors.
+    """Rebuild a student: construct it at its original widths, replay its pruning, load its tensors.
 
     Args:
         path: a file that `save_student` wrote.
@@ -87,11 +83,14 @@ def load_student(path: Path, constructor: Callable[[], Student], example_inputs:
         example_inputs: positional arguments for the model's forward, as for `DynamicPruner`.
 
     Raises:
-        FileNotFoundError: there is no such file.
-        ValueError: the file is damaged or no student, or the constructor makes another architecture.
+        FileNotFoundError: the file does not exist.
+        ValueError: the file is damaged or not a student, or the constructor makes another architecture.
     """
     header = read_student_header(path)
-    saved = _tensors(path)
+    try:
+        saved: dict[str, Tensor] = safetensors.torch.load_file(path)
+    except safetensors.SafetensorError as error:
+        raise ValueError(f"{path}: its tensors cannot be read: {error}") from error
     if header["sha256"] not in (None, _digest(header["history"], header["metadata"], saved)):
         raise ValueError(f"{path}: the file is damaged: its content does not match its sha256")
     model = constructor()
@@ -103,40 +102,38 @@ def load_student(path: Path, constructor: Callable[[], Student], example_inputs:
         raise ValueError(f"{path}: the student does not fit the constructor's model: {error}") from error
     made = model.state_dict()
     for name in {**made, **saved}:
-        if _description(made.get(name)) != _description(saved.get(name)):
-            raise ValueError(
-                f"{path}: the constructor's model has {_description(made.get(name))} as {name}, the file has "
-                f"{_description(saved.get(name))}"
-            )
+        expected, found = (_description(tensors.get(name)) for tensors in (made, saved))
+        if expected != found:
+            raise ValueError(f"{path}: {name} is {expected} in the constructor's model, but {found} in the file")
     model.load_state_dict(saved, strict=True)
     return model
 
 
 def read_student_header(path: Path) -> StudentHeader:
-    """What a student's file says of itself, without reading its tensors.
+    """Read the header of a student's file without its tensors.
 
     Args:
         path: a file that `save_student` wrote.
 
     Returns:
-        The format's "version"; the "history", JSON text for `PruningHistory.from_json`; the "metadata", the user's
-        strings; the "tensors", (dtype, shape) by name, such as ("F32", (128, 784)); the "sha256" of all these with the
-        tensors' values, which `load_student` compares, None in a file of an earlier version.
+        "version" of the format; "history", JSON text for `PruningHistory.from_json`; "metadata", the user's strings;
+        "tensors", (dtype, shape) by name, such as ("F32", (128, 784)); "sha256" of all these with the tensors' values,
+        which `load_student` checks, or None in files of an earlier version.
 
     Raises:
-        FileNotFoundError: there is no such file.
-        ValueError: the file is damaged or no student.
+        FileNotFoundError: the file does not exist.
+        ValueError: the file is damaged or not a student.
     """
-    if os.path.exists(path) and not os.path.isfile(path):  # a pipe would be waited for
-        raise ValueError(f"{path}: expected a student's safetensors file, and it is no regular file")
+    if os.path.exists(path) and not os.path.isfile(path):  # reading a pipe would block
+        raise ValueError(f"{path}: expected a student's safetensors file, but it is not a regular file")
     try:
         with safetensors.safe_open(path, framework="pt") as file:
             header = file.metadata() or {}
-            slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118 - it is no dict
+            slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118 - not a dict
             tensors = {name: (part.get_dtype(), tuple(part.get_shape())) for name, part in slices.items()}
     except safetensors.SafetensorError as error:
         raise ValueError(
-            f"{path}: expected a student's safetensors file, and it is none or is damaged: {error}"
+            f"{path}: expected a student's safetensors file, got another or damaged one: {error}"
         ) from error
     if header.get("format") != FORMAT:
         raise ValueError(f"{path}: expected a safetensors file of format {FORMAT!r}, got {header.get('format')!r}")
@@ -158,19 +155,9 @@ def read_student_header(path: Path) -> StudentHeader:
     }
 
 
-def _tensors(path: Path) -> dict[str, Tensor]:
-    try:
-        tensors: dict[str, Tensor] = safetensors.torch.load_file(path)
-    except safetensors.SafetensorError as error:
-        raise ValueError(f"{path}: its tensors cannot be read: {error}") from error
-    return tensors
-
-
 def _digest(history: str, metadata: Mapping[str, str], tensors: Mapping[str, Tensor]) -> str:
     return hash_json({"history": history, "metadata": dict(metadata), "tensors": hash_tensors(tensors)})
 
 
 def _description(value: Tensor | None) -> str:
-    if value is None:
-        return "nothing"
-    return f"{str(value.dtype).removeprefix('torch.')} {tuple(value.shape)}"
+    return "missing" if value is None else f"{str(value.dtype).removeprefix('torch.')} {tuple(value.shape)}"

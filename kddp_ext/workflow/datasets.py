@@ -174,8 +174,8 @@ def read_binary_batch(path: Path) -> tuple[NDArray[np.uint8], NDArray[np.int64]]
 def read_pickled_batch(path: Path) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
     """Read the pixels, uint8 (10000, 3072), and labels of a pickled batch. Nothing that the pickle names is called."""
     expected = "a pickled CIFAR-10 batch"
-    # Python 2 writes a byte in up to 4 characters in protocol 0. The rest is for labels and file names.
-    content = _read_file(path, expected, CIFAR10_BATCH_IMAGES * (4 * _CIFAR10_IMAGE_BYTES + 300) + 4096)
+    most = CIFAR10_BATCH_IMAGES * (_CIFAR10_IMAGE_BYTES + 300) + 4096  # 300 bytes for a label and a file name
+    content = _read_file(path, expected, most)
     try:
         _check_opcodes(content)
         batch = _BatchUnpickler(io.BytesIO(content), encoding="bytes").load()

@@ -2,11 +2,6 @@
 
 from __future__ import annotations
 
-import statistics
-import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-
 import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
@@ -15,7 +10,6 @@ from kddp_ext.workflow.data import ImageData, Split
 from kddp_ext.workflow.runtime import Runtime
 
 _EVALUATION_BATCH = 1000
-_LEAST_CALLS = 5
 ACTIVE_IMAGES = 5000  # enough images to find a neuron that is active for any
 
 
@@ -78,48 +72,3 @@ def count_macs(model: nn.Module, image: Tensor) -> int:
     with FlopCounterMode(display=False) as counter:
         model.eval()(image)
     return int(counter.get_total_flops()) // 2
-
-
-@torch.inference_mode()
-def forward_seconds(model: nn.Module, image: Tensor, batch_size: int, budget: float = 0.25) -> float:
-    """Median seconds of one forward pass in float32 over `batch_size` copies of `image`, (1, C, S, S).
-
-    On a processor it is that of one thread: several wait for one another, and whatever else the machine does
-    then decides the figure.
-
-    Args:
-        budget: seconds to spend on it, after a tenth of that to warm up.
-    """
-    model.eval()
-    images = image.expand(batch_size, -1, -1, -1).contiguous(memory_format=torch.channels_last)
-
-    def answer() -> None:
-        model(images)
-        if image.is_cuda:
-            torch.cuda.synchronize(image.device)
-
-    with one_thread():
-        median_seconds(answer, budget / 10)
-        return median_seconds(answer, budget)
-
-
-@contextmanager
-def one_thread() -> Iterator[None]:
-    """Have PyTorch compute on one thread for as long as the context lasts."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)
-
-
-def median_seconds(call: Callable[[], object], budget: float) -> float:
-    """Median seconds of one `call`, made again and again for `budget` seconds, and at least five times."""
-    times: list[float] = []
-    end = time.perf_counter() + budget
-    while time.perf_counter() < end or len(times) < _LEAST_CALLS:
-        start = time.perf_counter()
-        call()
-        times.append(time.perf_counter() - start)
-    return statistics.median(times)

@@ -1,4 +1,4 @@
-"""What serves the loss and the compaction in a test: the CPU's kernels, the GPU's on the emulator, or a GPU."""
+"""The kernels that a test runs on: the CPU's, the GPU's on the emulator, or a GPU."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import atexit
 import contextlib
 import functools
 import importlib.util
-import shutil
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,13 +13,19 @@ from types import ModuleType
 
 import pytest
 import torch
-from emulator.build import build, compiler
-from emulator.control import Emulator
+from emulator import BuildError, Emulator, Source, build, compiler
 
 from kddp_ext.ops import library
 
 ROOT = Path(__file__).parents[2]
-SOURCES = [*sorted((ROOT / "csrc" / "cuda").glob("*.cu")), ROOT / "python_bindings" / "cuda.cpp"]
+CUDA = ROOT / "csrc" / "cuda"
+# As in cmake/cuda.cmake.
+LOGITS_TYPES = ("float32", "bfloat16", "float16", "float64")
+SOURCES: list[Source] = [
+    *(CUDA / f"{name}.cu" for name in ("kd_l1_loss", "scale", "gather", "occupancy")),
+    *((CUDA / "loss_kernels.cu", [f"-DKDDP_LOGITS={dtype}"]) for dtype in LOGITS_TYPES),
+    ROOT / "python_bindings" / "cuda.cpp",
+]
 DEFINITIONS = {
     "KDDP_CUDA_MODULE": "_emulated",
     "KDDP_CUDA_COMPILER": '"the emulator"',
@@ -29,13 +34,12 @@ DEFINITIONS = {
 
 
 class Emulated:
-    """The module `_emulated`, made of the CUDA sources, and its emulator."""
+    """The module `_emulated`, compiled from the CUDA sources, and its emulator."""
 
     def __init__(self, folder: Path, *, sanitize: bool = False) -> None:
-        flags = [*(f"-D{name}={value}" for name, value in DEFINITIONS.items())]
+        flags = [f"-D{name}={value}" for name, value in DEFINITIONS.items()]
         include = [ROOT / "csrc", ROOT / "csrc" / "include", ROOT / "python_bindings"]
-        settings = {"include": include, "flags": flags, "sanitize": sanitize}
-        path = build(SOURCES, folder, kind="module", name="_emulated", **settings)
+        path = build(SOURCES, folder, kind="module", name="_emulated", include=include, flags=flags, sanitize=sanitize)
         spec = importlib.util.spec_from_file_location("_emulated", path)
         assert spec is not None
         assert spec.loader is not None
@@ -45,16 +49,16 @@ class Emulated:
         self.counters = torch.zeros(self.module.counters_bytes, dtype=torch.uint8)
 
     def place(self, device: int = 0, stream: int = 0) -> tuple[int, int, int, torch.Tensor]:
-        """Where a call of the module runs."""
+        """The last argument of the module's functions: where a call runs."""
         return device, stream, self.counters.data_ptr(), self.counters
 
     @contextlib.contextmanager
     def serves(self) -> Iterator[None]:
-        """Tensors on the CPU go to the emulated kernels meanwhile; each launch has to leave its counters at 0."""
+        """Runs calls for CPU tensors on the emulated kernels, and checks that every launch resets its counters."""
         try:
             with library.stand_in(self.module, self.place()):
                 yield
-            assert not self.counters.any(), "a launch has left counters that are not 0"
+            assert not self.counters.any(), "a launch left counters that are not 0"
         finally:
             self.counters.zero_()
 
@@ -72,20 +76,20 @@ FACTORIES = (
 
 @contextlib.contextmanager
 def tensors_on(device: str) -> Iterator[None]:
-    """Tensors are made on a device, of the numbers that they would have on the CPU, unless one is named.
+    """Creates tensors on `device` unless a call names another, with the same values as on the CPU.
 
-    The functions are replaced, for a mode of PyTorch's would get in the way of the compiler and of opcheck.
+    Replaces PyTorch's factory functions: a torch function mode would interfere with torch.compile and opcheck.
     """
 
     def on_device(make):
         @functools.wraps(make)
-        def made_on_device(*args, **kwargs):
-            made = make(*args, **kwargs)
+        def make_on_device(*args, **kwargs):
+            tensor = make(*args, **kwargs)
             if kwargs.get("device") is not None:
-                return made
-            return made.detach().to(device).requires_grad_(made.requires_grad)
+                return tensor
+            return tensor.detach().to(device).requires_grad_(tensor.requires_grad)
 
-        return made_on_device
+        return make_on_device
 
     with pytest.MonkeyPatch.context() as patch:
         for name in FACTORIES:
@@ -97,22 +101,31 @@ _emulated: list[Emulated] = []
 
 
 def emulated(config: pytest.Config) -> Emulated:
-    """The emulated module; the first call of a session compiles it, where it has changed."""
-    if shutil.which(compiler()) is None:
-        pytest.skip("no C++ compiler: the emulated kernels cannot be built")
+    """The emulated module. The first call of a session compiles it if it has changed; skips without a compiler."""
+    require_emulator(config)
     if not _emulated:
         _emulated.append(Emulated(build_folder(config), sanitize=config.getoption("sanitized")))
     return _emulated[0]
 
 
+def require_emulator(config: pytest.Config) -> None:
+    """Skips a test if the emulator is not wanted, or cannot be compiled."""
+    if config.getoption("emulated") == "none":
+        pytest.skip("--emulated=none")
+    try:
+        compiler()
+    except BuildError as reason:
+        pytest.skip(str(reason))
+
+
 def build_folder(config: pytest.Config) -> Path:
-    """Where what is compiled is kept between runs, or, where pytest keeps nothing, between tests."""
+    """Where compiled kernels are kept between runs, or between tests if pytest has no cache."""
     cache = getattr(config, "cache", None)
-    return cache.mkdir("emulator") if cache else _scratch()
+    return cache.mkdir("emulator") if cache else _temporary_folder()
 
 
 @functools.cache
-def _scratch() -> Path:
+def _temporary_folder() -> Path:
     folder = tempfile.TemporaryDirectory(prefix="kddp-emulator-")
     atexit.register(folder.cleanup)
     return Path(folder.name)

@@ -1,4 +1,4 @@
-"""A model some of whose neurons have just died, and what must be left of it when they are removed."""
+"""A model some of whose neurons have just died, and the slices that remain without them."""
 
 import torch
 from torch import nn
@@ -13,11 +13,11 @@ NORMS = {"none": (False, False), "before": (True, False), "after": (False, True)
 
 
 def build(optimizer, norms, dtype=torch.float64, prepare=lambda model: None):
-    """A model a few steps into its training, in which the neurons DEAD have just died."""
+    """A model after three training steps, in which the neurons DEAD have just died."""
     torch.manual_seed(1)
     before, after = norms
     model = nn.Sequential(
-        nn.Linear(INPUTS, WIDTH, bias=not before),  # before a norm its gradient would be rounding noise
+        nn.Linear(INPUTS, WIDTH, bias=not before),  # in front of a norm its gradient would be rounding noise
         nn.BatchNorm1d(WIDTH) if before else nn.Identity(),
         nn.ReLU(),
         nn.BatchNorm1d(WIDTH) if after else nn.Identity(),
@@ -56,7 +56,7 @@ def step(model, optimizer, batch):
 
 
 def prune_dead(model, optimizer, x):
-    # A batch norm makes dead neurons nonzero by rounding or by its bias: std is what tells them then.
+    # Behind a batch norm dead neurons are constant, which the default criterion detects.
     pruner = DynamicPruner(model, optimizer, example_inputs=(x,), patience=1, layers=["0"])
     training = model.training
     with torch.no_grad():

@@ -15,6 +15,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+DTYPES = ("float32", "float64", "bfloat16", "float16")  # by ElementType
+
 
 class MissingError(RuntimeError):
     """What is needed to read machine code is not there; the text says what."""
@@ -57,15 +59,13 @@ class Kernel:
     def name(self) -> str:
         """Its function's name and what its template takes, in short: `kd_l1_loss_by_rows<float32, 32, keeps, 0>`."""
         name = re.search(r"kddp\d*(?:_GLOBAL__N__\w+?_)?\d+(\D\w*?)(?:I|E|PK|N)", self.symbol)
-        loss = re.search(
-            r"RowKindsI([fd])LNS_11ElementTypeE(\d)ELb\dEEELi(\d+)ELb(\d)ELNS_12GradientFormE(\d)", self.symbol
-        )
+        loss = re.search(r"ElementTypeE(\d)EEELi(\d+)ELb(\d)ELNS_12GradientFormE(\d)", self.symbol)
         if loss is None:
-            known = [k for k in ("scale_gradients", "compact_layer", "probe") if k in self.symbol]
+            known = [k for k in ("scale_gradients", "gather_layer", "probe") if k in self.symbol]
             return known[0] if known else (name.group(1) if name else self.symbol)
-        kind = {"f0": "float32", "f2": "bfloat16", "f3": "float16"}.get(loss.group(1) + loss.group(2), "float64")
-        rows = {"8": "small_teams", "32": "warps", "1024": "blocks" if loss.group(4) == "1" else "long_rows"}
-        return f"{rows[loss.group(3)]} {kind} {('difference', 'weighted')[int(loss.group(5))]}"
+        dtype, lanes, cached, form = loss.groups()
+        rows = {"8": "small_teams", "32": "warps", "1024": "blocks" if cached == "1" else "long_rows"}[lanes]
+        return f"{rows} {DTYPES[int(dtype)]} {('difference', 'weighted')[int(form)]}"
 
     def occupancy(self, threads: int, dynamic_shared_bytes: int = 0) -> float:
         """Share of a multiprocessor's threads that blocks of `threads` can fill, as NVIDIA's calculator works it out.

@@ -1,4 +1,4 @@
-"""What the ranks of test_distributed.py run, each in a process of its own."""
+"""Functions that the ranks of test_distributed.py run, each in its own process."""
 
 import copy
 from contextlib import nullcontext
@@ -16,7 +16,7 @@ import kddp_ext
 from kddp_ext.pruning.pruner import DynamicPruner
 
 INPUTS, CLASSES, ROWS = 5, 3, 16
-THRESHOLD = 0.5  # so high that each of a few prunes finds something
+THRESHOLD = 0.5  # high enough for each of a few prunes to remove neurons
 
 
 def make_student():
@@ -27,7 +27,7 @@ def make_student():
 
 
 def make_convolutions():
-    """Each position of a channel is read by weights of its own, and observed by itself."""
+    """A Linear layer reads the flattened channels, so each position is observed separately."""
     torch.manual_seed(0)
     convolution, reader = nn.Conv1d(1, 12, 3, padding=1), nn.Linear(12 * INPUTS, CLASSES)
     return nn.Sequential(nn.Unflatten(1, (1, INPUTS)), convolution, nn.ReLU(), nn.Flatten(), reader).double()
@@ -48,7 +48,7 @@ def batches(count, seed):
 
 
 def share_of(rank, batch):
-    """Every second row; all of them where there is one process."""
+    """Every second row; all rows for a single process."""
     return batch if rank is None else tuple(each[rank::2] for each in batch)
 
 
@@ -65,7 +65,7 @@ def train(
     make=make_student,
     reconstruction_samples=0,
 ):
-    """Rounds of steps and a prune each; rank None is a single process with the joined batches."""
+    """Train for some rounds, each with a prune; rank None is a single process with the joined batches."""
     student = make()
     model = student
     if rank is not None and not wrapped_after:
@@ -176,7 +176,7 @@ def same(a, b):
 
 
 def fail_on_rank_1(rank, spoil):
-    """The error on this rank, whether all is as before, and the widths after a prune without the fault."""
+    """The error on this rank, whether anything changed, and the widths after a prune without the fault."""
     prepared = Prepared(rank)
     before_spoil = prepared.snapshot()
     restore = SPOILS[spoil](prepared) if rank == 1 else lambda: None
@@ -203,12 +203,12 @@ def error_of(function):
 
 
 def fickle_activity(statistics, outgoing):
-    """Another activity on each rank."""
+    """Different activities on each rank."""
     return statistics.mean_abs if dist.get_rank() else outgoing
 
 
 def rank_1_never_prunes(rank):
-    """The error of rank 0, and whether all is as before."""
+    """The error of rank 0, and whether nothing changed."""
     prepared = Prepared(rank, process_group=dist.new_group(timeout=timedelta(seconds=1)))
     before = prepared.snapshot()
     error = error_of(prepared.pruner.prune) if rank == 0 else None
@@ -229,13 +229,13 @@ def other_layers(rank):
 
 
 def backward_through_the_old_graph(rank, ddp_options):
-    """What comes of a second backward through a graph from before a prune; then training goes on."""
+    """A second backward through a graph from before a prune; then training continues."""
     student = make_student()
     model = DistributedDataParallel(student, **ddp_options)
     optimizer = torch.optim.SGD(student.parameters(), lr=0.01)
     pruner = DynamicPruner(
         model, optimizer, example_inputs=(example(),), threshold=THRESHOLD, patience=1, compensate=False
-    )  # so that the last bias stays as it is, and with it what accumulates its gradient
+    )  # so that the last bias keeps its data and its gradient accumulator
     for batch in batches(2, seed=0):
         train_step(rank, model, optimizer, pruner, batch)
     x, teacher, labels = share_of(rank, next(batches(1, seed=1)))
@@ -249,7 +249,7 @@ def backward_through_the_old_graph(rank, ddp_options):
 
 
 def samples_of_different_number(rank):
-    """Rank 1 alone sees neuron 3 of the first layer active, in its third of all rows."""
+    """Only rank 1 sees neuron 3 of the first layer active, in its third of all rows."""
     prepared = Prepared(rank, criterion="dead")
     prepared.pruner.reset()
     with torch.no_grad():
@@ -265,10 +265,10 @@ def samples_of_different_number(rank):
     return report.layers[0].pruned
 
 
-def an_average_on_rank_0_alone(rank):
+def an_average_on_rank_0_only(rank):
     student = make_student()
     model = DistributedDataParallel(student)
-    # Of the wrapper, so that the average holds a wrapper of its own.
+    # An average of the wrapper contains its own wrapper.
     average = AveragedModel(model) if rank == 0 else None
     copies = [] if average is None else [average]
     optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
@@ -288,7 +288,7 @@ def an_average_on_rank_0_alone(rank):
 
 
 def each_by_itself(rank):
-    """Students of their own on each rank, of other weights."""
+    """Each rank has its own student with other weights."""
     student = make_student()
     with torch.no_grad():
         student[0].bias.add_(rank)
@@ -300,12 +300,12 @@ def each_by_itself(rank):
     if rank == 1:
         return error_of(together.prune), None
     error = error_of(together.prune)
-    report = apart.prune()  # rank 1 does not take part, and is not waited for
+    report = apart.prune()  # rank 1 does not take part
     return error, report.neurons_pruned
 
 
 def a_group_of_one(rank):
-    """Each rank in a group of its own: alone, and so is an outsider told."""
+    """Each rank in its own group, and the errors of wrong groups."""
     groups = [dist.new_group([each]) for each in range(2)]
     pruner = make_pruner(make_student(), groups[rank])
     pruner.model(example(4 + rank))

@@ -1,4 +1,4 @@
-"""Processes that run the same function as ranks of one gloo group, for tests of what several processes do together."""
+"""Processes that run a function as ranks of one gloo group, for tests of several processes."""
 
 import io
 import traceback
@@ -8,16 +8,16 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as multiprocessing
 
-TIMEOUT = 30  # seconds; what waits longer for another rank is a hang, and fails
+TIMEOUT = 30  # seconds that a rank may wait for another before the test fails
 
 
 class RankProcesses:
-    """Started once for many runs, each in a group of its own: what one leaves behind does not reach the next.
+    """Processes that are started once for many runs; each run has its own process group.
 
     Args:
-        folder: an empty folder, for the files by which the processes find each other.
-        size: how many.
-        timeout: seconds after which waiting for another rank is a hang, and fails.
+        folder: an empty folder for the files by which the processes find each other.
+        size: number of processes.
+        timeout: seconds that a rank may wait for another.
     """
 
     def __init__(self, folder, size=2, timeout=TIMEOUT):
@@ -32,7 +32,7 @@ class RankProcesses:
             self._processes.append(process)
 
     def run(self, function, *arguments):
-        """What `function(rank, *arguments)`, of a module that can be imported, returns on each rank."""
+        """The result of `function(rank, *arguments)` on each rank; the function's module must be importable."""
         self._runs += 1
         for end in self._ends:
             end.send((function, arguments, str(self._folder / f"run {self._runs}")))

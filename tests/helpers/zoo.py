@@ -1,6 +1,7 @@
-"""Networks of the families that users prune, small enough to be probed neuron by neuron."""
+"""Networks of the families that users prune, and small ones of many spellings, small enough to probe each neuron."""
 
 import itertools
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -11,8 +12,34 @@ from kddp_ext.workflow.models import FastTeacher, PlainStudent
 CLASSES = 3
 
 
+class Recipe(nn.Module):
+    """The given modules, and a function `recipe(model, x)` as the forward."""
+
+    def __init__(self, recipe, **modules):
+        super().__init__()
+        for name, module in modules.items():
+            setattr(self, name, module)
+        self.recipe = recipe
+
+    def forward(self, x):
+        return self.recipe(self, x)
+
+
+def recipe(forward, width=8, **modules):
+    """A constructor of a network with layers `first` and `last`, and others between them."""
+    layers = {"first": lambda: nn.Linear(6, width), "last": lambda: nn.Linear(width, CLASSES)}
+    return lambda: Recipe(forward, **{name: make() for name, make in (layers | modules).items()})
+
+
+def chain(*between, width=8, bias=True):
+    """A constructor of Linear, the modules that the functions `between` make, Linear."""
+    return lambda: nn.Sequential(
+        nn.Linear(6, width, bias=bias), *(make() for make in between), nn.Linear(width, CLASSES)
+    )
+
+
 class BasicBlock(nn.Module):
-    """Of ResNet-18: two convolutions and a shortcut, which is a convolution where the shape changes."""
+    """ResNet-18: two convolutions and a shortcut, which is a convolution where the shape changes."""
 
     def __init__(self, inputs, outputs, stride):
         super().__init__()
@@ -91,7 +118,7 @@ def vgg11(width=3, size=32, batch_norm=False):
 
 
 class InvertedResidual(nn.Module):
-    """Of MobileNetV2: expand, filter each channel, project."""
+    """MobileNetV2: expand, filter each channel, project."""
 
     def __init__(self, inputs, outputs, stride, expansion):
         super().__init__()
@@ -165,7 +192,7 @@ class ViT(nn.Module):
 
 
 class SwiGLU(nn.Module):
-    """Shazeer 2020 (arXiv:2002.05202): the way up twice, one gates the other; the way down once."""
+    """Shazeer 2020 (arXiv:2002.05202): of two projections up, one gates the other."""
 
     def __init__(self, width=6, hidden=7):
         super().__init__()
@@ -177,7 +204,7 @@ class SwiGLU(nn.Module):
 
 
 class Encoder(nn.Module):
-    """torch.nn's own transformer block."""
+    """The transformer block of torch.nn."""
 
     def __init__(self, batch_first=True, width=8):
         super().__init__()
@@ -190,7 +217,7 @@ class Encoder(nn.Module):
 
 
 class ChannelsLastFlatten(nn.Module):
-    """Its Linear reads the channels of a position side by side."""
+    """Its Linear layer reads the channels of each position side by side."""
 
     def __init__(self):
         super().__init__()
@@ -201,7 +228,7 @@ class ChannelsLastFlatten(nn.Module):
 
 
 def conv_classifier(*between, channels=5, size=6):
-    """A convolution whose channels a Linear reads, each with its positions."""
+    """A convolution whose flattened channels a Linear layer reads."""
     side = size - 2
     return nn.Sequential(nn.Conv2d(3, channels, 3), *between, nn.Flatten(), nn.Linear(channels * side * side, CLASSES))
 
@@ -228,9 +255,29 @@ def features(*shape):
     return torch.randn(*shape, generator=torch.Generator().manual_seed(4))
 
 
+def functional(model, x):
+    """Functional spelling with scalars and shapes on the way."""
+    x = F.dropout(F.relu(model.first(x)) * 2 + 1, 0.0, model.training)  # a mask would depend on the width
+    x = F.gelu(model.second(x)) * model.scale
+    return model.last(x.flatten(1).view(x.shape[0], -1))
+
+
+def casts(model, x):
+    h = model.first(x).double()
+    F.relu_(h)
+    return model.last(h.clamp(max=3).type_as(x).clone().contiguous())
+
+
+def two_heads(model, x):
+    h = torch.tanh(model.norm(model.first(x)))
+    return torch.cat([model.last(model.drop(h)), model.right(h)], 1)
+
+
 BLOCKS = [f"layer{number}.{block}.conv1" for number in range(1, 5) for block in (0, 1)]
 
-# A constructor, example inputs, and the layers that are to be found.
+VECTORS = partial(features, 5, 6)
+
+# A constructor, a function that makes example inputs, and the layers that are to be found.
 ZOO = {
     "the workflow's teacher": (
         lambda: FastTeacher(1, CLASSES, (5, 4)),
@@ -269,4 +316,46 @@ ZOO = {
     ),
     "convolutions": (conv_chain, lambda: images(8), ["0", "4", "8"]),
     "convolutions of one dimension": (conv1d, lambda: features(3, 3, 6), ["0", "3"]),
-}
+    "no activation": (chain(), VECTORS, ["0"]),
+    "without bias": (chain(nn.ReLU, bias=False), VECTORS, ["0"]),
+    "norm before": (
+        chain(lambda: nn.BatchNorm1d(8), lambda: nn.ReLU(inplace=True), lambda: nn.Dropout(0.5)), VECTORS, ["0"]
+    ),
+    "norms on both sides": (
+        chain(lambda: nn.BatchNorm1d(8), nn.SiLU, nn.Flatten, lambda: nn.BatchNorm1d(8)), VECTORS, ["0"]
+    ),
+    "norm without running statistics": (
+        chain(lambda: nn.BatchNorm1d(8, affine=False, track_running_stats=False), nn.Tanh), VECTORS, ["0"]
+    ),
+    "norm without batch counter": (chain(lambda: nn.BatchNorm1d(8, momentum=None), nn.ReLU), VECTORS, ["0"]),
+    "slope for each": (chain(lambda: nn.PReLU(8)), VECTORS, ["0"]),
+    "one slope": (chain(nn.PReLU), VECTORS, ["0"]),
+    "activations": (chain(nn.LeakyReLU, nn.Softplus, nn.Hardswish, nn.Hardtanh, nn.Mish, nn.Softsign), VECTORS, ["0"]),
+    "other activations": (chain(nn.Identity, nn.ReLU6, nn.SELU, nn.CELU, nn.LogSigmoid, nn.Tanhshrink), VECTORS, ["0"]),
+    "nested": (
+        lambda: nn.Sequential(nn.ModuleDict({"a": nn.Identity()})["a"], chain(nn.ReLU)(), nn.Linear(CLASSES, 2)),
+        VECTORS, ["1.0", "1.2"],
+    ),
+    "functional": (
+        recipe(
+            functional, second=lambda: nn.Linear(8, 7), last=lambda: nn.Linear(7, 3),
+            scale=lambda: nn.Parameter(torch.tensor([0.7])),
+        ),
+        VECTORS, ["first", "second"],
+    ),
+    "two heads": (
+        recipe(
+            two_heads, norm=lambda: nn.BatchNorm1d(8), drop=lambda: nn.Dropout(0.3),
+            right=lambda: nn.Linear(8, 2, bias=False),
+        ),
+        VECTORS, ["first"],
+    ),
+    "keeps its shape": (
+        recipe(lambda m, x: m.last((h := m.first(x)).reshape(h.shape).view(h.size(0), h.size(1)))), VECTORS, ["first"]
+    ),
+    "one neuron": (chain(nn.ReLU, width=1), VECTORS, ["0"]),
+    "swish by hand": (
+        recipe(lambda m, x: m.last(F.softsign((h := m.first(x)) * torch.sigmoid(h)))), VECTORS, ["first"]
+    ),
+    "casts": (recipe(casts), VECTORS, ["first"]),
+}  # fmt: skip

@@ -1,4 +1,4 @@
-"""What two processes run for test_processes: a library trains and prunes, and both end with the same student."""
+"""Run by two processes for test_processes: a library trains and prunes, and both end with the same student."""
 
 import os
 import sys
@@ -23,11 +23,11 @@ def samples():
 
 
 def report(model, pruner):
-    """The widths, and whether both processes have the same weights."""
+    """Print the width, the number of prunes, and whether both processes have the same weights."""
     weights = torch.cat([parameter.detach().flatten() for parameter in model.parameters()])
     others = [torch.zeros_like(weights) for _ in range(2)]
     torch.distributed.all_gather(others, weights)
-    # In one piece, for the other process writes as well.
+    # One write, because the other process writes too.
     os.write(1, f"\nRESULT {pruner.widths['0']} {len(pruner.history.steps)} {torch.equal(*others)}\n".encode())
 
 
@@ -89,5 +89,5 @@ def with_transformers():
 if __name__ == "__main__":
     warnings.simplefilter("ignore")
     {"lightning": with_lightning, "transformers": with_transformers}[sys.argv[1]]()
-    torch.distributed.barrier()  # a process may end by a thread of gloo's, and its launcher then ends the other
+    torch.distributed.barrier()  # the launcher would end the other process
     torch.distributed.destroy_process_group()

@@ -1,4 +1,4 @@
-"""Without a library its callback says what to install, and the package needs none of them."""
+"""A callback without its library says what to install, and the package needs no library."""
 
 import importlib
 import os
@@ -15,7 +15,7 @@ import kddp_ext
 def test_what_to_install(monkeypatch, library):
     for name in [name for name in sys.modules if name.split(".")[0] == library]:
         monkeypatch.delitem(sys.modules, name)
-    monkeypatch.setitem(sys.modules, library, None)  # what is None here cannot be imported
+    monkeypatch.setitem(sys.modules, library, None)  # so that it cannot be imported
     monkeypatch.delitem(sys.modules, f"kddp_ext.integrations.{library}", raising=False)
     with pytest.raises(ModuleNotFoundError, match=rf"{library} missing; .* 'kddp_ext\[{library}\]'"):
         importlib.import_module(f"kddp_ext.integrations.{library}")

@@ -1,4 +1,4 @@
-"""Two processes that a library launches prune alike, inside of DistributedDataParallel; see processes.py."""
+"""Two processes that a library launches prune alike, inside DistributedDataParallel; see processes.py."""
 
 import importlib.util
 import os
@@ -12,7 +12,7 @@ import kddp_ext
 
 SCRIPT = Path(__file__).with_name("processes.py")
 LAUNCHER = {
-    "lightning": [],  # starts the other process by itself
+    "lightning": [],  # it starts the other process itself
     "transformers": ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"],
 }
 

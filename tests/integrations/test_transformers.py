@@ -1,4 +1,4 @@
-"""The Transformers callback in a real Trainer: training goes on, smaller, and resumes as if it had not stopped."""
+"""The Transformers callback in a real Trainer: training continues with a smaller student, and resumes exactly."""
 
 from types import SimpleNamespace
 
@@ -21,7 +21,7 @@ CLASSES, PIXELS = 10, 64
 
 
 class Student(nn.Module):
-    """What a Trainer takes beside its own models: keywords in, a dictionary out."""
+    """A model for a Trainer: keywords in, a dictionary out."""
 
     def __init__(self, width=24):
         super().__init__()
@@ -36,7 +36,7 @@ class Student(nn.Module):
 
 
 class DistillationTrainer(transformers.Trainer):
-    """What docs/integrations.md shows."""
+    """The Trainer of docs/integrations.md."""
 
     def __init__(self, *args, teacher, pruning, **kwargs):
         super().__init__(*args, callbacks=[pruning], **kwargs)
@@ -94,10 +94,10 @@ def same(one, other):
     assert all(torch.equal(one[name], other[name]) for name in one)
 
 
-def test_training_goes_on_smaller(tmp_path):
+def test_training_continues_with_a_smaller_student(tmp_path):
     pruning = make_pruning()
     trainer = make_trainer(tmp_path, pruning, save_strategy="no")
-    trainer.evaluate()  # before there is a pruner
+    trainer.evaluate()  # there is no pruner yet
     trainer.train()
     student = trainer.model
     assert trainer.widths_seen[0] == 24
@@ -113,17 +113,8 @@ def test_training_goes_on_smaller(tmp_path):
     assert trainer.evaluate()["eval_loss"] > 0
 
 
-def test_every_other_epoch(tmp_path):
-    pruning = make_pruning(patience=1, every_n_epochs=2)
-    trainer = make_trainer(tmp_path, pruning, save_strategy="no", num_train_epochs=5)
-    trainer.train()
-    widths = trainer.widths_seen[::4]
-    assert widths[0] == widths[1] > widths[2] == widths[3]
-    assert len(pruning.pruner.history.steps) == 2
-
-
 @pytest.mark.parametrize("accumulated", [1, 2])
-def test_by_steps_of_the_optimizer(tmp_path, accumulated):
+def test_steps_of_the_optimizer_count(tmp_path, accumulated):
     pruning = make_pruning(patience=1, every_n_epochs=None, interval=3, l1_weight=0.1, l1_warmup=12)
     trainer = make_trainer(
         tmp_path, pruning, save_strategy="no", num_train_epochs=3, gradient_accumulation_steps=accumulated
@@ -136,7 +127,7 @@ def test_by_steps_of_the_optimizer(tmp_path, accumulated):
     assert all(i % (3 * accumulated) == 0 for i in narrowed)
 
 
-def test_an_epoch_cut_short_is_no_epoch(tmp_path):
+def test_an_epoch_that_is_cut_short_does_not_count(tmp_path):
     pruning = make_pruning(patience=1)
     make_trainer(tmp_path, pruning, save_strategy="no", max_steps=3).train()
     assert pruning.report is None
@@ -162,8 +153,7 @@ def test_resumed_training_equals_the_uninterrupted(tmp_path, stopped_after):
         same(uninterrupted.optimizer.state[one], resumed.optimizer.state[other])
 
 
-def test_without_the_history_the_weights_do_not_fit(tmp_path):
-    """The test above would notice if nothing were rebuilt."""
+def test_weights_do_not_fit_without_the_history(tmp_path):
     make_trainer(tmp_path, make_pruning()).train()
     folder = str(tmp_path / "checkpoint-16")
     with pytest.raises(RuntimeError, match="size mismatch"):
@@ -173,18 +163,8 @@ def test_without_the_history_the_weights_do_not_fit(tmp_path):
         make_trainer(tmp_path, make_pruning(), resume_from_checkpoint=folder)
 
 
-def test_a_second_training_goes_on_from_the_first(tmp_path):
-    pruning = make_pruning(patience=1)
-    trainer = make_trainer(tmp_path, pruning, save_strategy="no", num_train_epochs=2)
-    trainer.train()
-    first = pruning.pruner.history.copy()
-    trainer.train()
-    assert pruning.pruner.history.original_widths == {"body.0": 24, "body.4": 16}
-    assert pruning.pruner.history.steps[: len(first.steps)] == first.steps
-
-
 def test_several_gpus_in_one_process_are_refused():
-    with pytest.raises(ValueError, match="args: expected one GPU a process, got 2; launch one process for each"):
+    with pytest.raises(ValueError, match="args: expected one GPU for each process, got 2; launch one process per GPU"):
         make_pruning().on_train_begin(SimpleNamespace(n_gpu=2), None, None, model=Student(), optimizer=None)
 
 
@@ -194,8 +174,8 @@ def test_the_best_model_at_the_end_is_refused(tmp_path):
         trainer.train()
 
 
-def test_the_mlps_of_bert(tmp_path):
-    """Intermediate layers and pooler are pruned; attention and what the residual stream carries are refused."""
+def test_the_mlps_of_bert_are_pruned(tmp_path):
+    """Intermediate layers and the pooler are pruned; attention and residual streams are refused."""
     config = transformers.BertConfig(
         vocab_size=50, hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32,
         max_position_embeddings=20, num_labels=3,
@@ -269,7 +249,7 @@ MODELS = {
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_what_is_pruned_of_other_models(name):
+def test_mlps_of_other_models_are_pruned(name):
     make, inputs, layers = MODELS[name]
     pruner = kddp_ext.DynamicPruner(make(), example_inputs=(inputs,), criterion="dead", patience=1)
     assert list(pruner.widths) == layers

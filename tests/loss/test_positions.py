@@ -124,7 +124,7 @@ def test_sums_of_positions():
     assert torch.equal(kept.position_mean, statistics.position_mean[[1, 4]])
     statistics.reset()
     assert not statistics.position_sums.any()
-    with pytest.raises(ValueError, match=r"state: expected no sums of positions, got \(5, 6\)"):
+    with pytest.raises(ValueError, match=r"state: expected position_sums of shape None, got \(5, 6\)"):
         NeuronStatistics(5).load_state_dict(restored.state_dict())
 
 

@@ -1,9 +1,9 @@
-"""Runs the numeric suite on the native CPU module, compiled with AddressSanitizer and UBSan:
+"""Runs the numeric tests on the native CPU module compiled with AddressSanitizer and UBSan:
 
     python tests/native/sanitized_suite.py [--instruction-sets baseline avx2 avx512 avx512_bf16] [arguments of pytest]
 
-Without --instruction-sets, on the best that this processor has. New memory is filled with 0xff, which is NaN in every
-element type: what is read before it is written shows in the results.
+The default is the widest instruction set of this processor. New memory is filled with 0xff, which is NaN in every
+element type, so that reading uninitialised memory changes the results.
 """
 
 from __future__ import annotations
@@ -14,23 +14,23 @@ import tempfile
 from pathlib import Path
 
 TESTS = Path(__file__).parents[1]
-sys.path[:0] = [str(TESTS / "helpers"), str(TESTS / "native")]
+sys.path.insert(0, str(TESTS / "helpers"))
 
 from emulated_suite import NUMERIC_SUITE  # noqa: E402
-from emulator.build import SANITIZE, sanitizer_environment  # noqa: E402
+from emulator import SANITIZE, sanitizer_environment  # noqa: E402
 from native_build import INSTRUCTION_SETS, build_package, run_tests, supported  # noqa: E402
 
-# Of bindings and of whole prunings, beside the numbers.
-MORE = [TESTS / "loss" / "test_arguments.py", TESTS / "pruning" / "test_exact.py"]
+# The bindings and whole prunes.
+MORE = [TESTS / "loss" / "test_arguments.py", TESTS / "pruning" / "test_compaction.py"]
 
 
 def run(instruction_set: str, arguments: list[str]) -> int:
-    """One run of the suite; the exit code is pytest's."""
+    """Runs the suite once and returns pytest's exit code."""
     environment = sanitizer_environment()
     environment["ASAN_OPTIONS"] += ":max_malloc_fill_size=1073741824:malloc_fill_byte=255"
     environment["UBSAN_OPTIONS"] = "print_stacktrace=1"
     with tempfile.TemporaryDirectory() as folder:
-        # Not optimised: with both sanitizers that would take longer to compile than to run.
+        # -O0, because optimised compilation with both sanitizers takes longer than the tests.
         site = build_package(Path(folder), instruction_set, [*SANITIZE, "-g1", "-O0"])
         options = ["--emulated=none", "--sanitized", "--timeout=1200", *arguments]
         return run_tests(site, [*NUMERIC_SUITE, *MORE], options, environment)

@@ -1,4 +1,4 @@
-"""The native module: what serves it, what it is linked to, and the same results on every instruction set."""
+"""The native CPU module: its build information, its libraries, and its results on every instruction set."""
 
 import importlib.util
 import os
@@ -19,7 +19,7 @@ NUMERIC_SUITE = [
 
 
 def run_python(*arguments, **environment):
-    """A fresh interpreter, started where no source folder hides the installed package."""
+    """Runs a new interpreter, in a folder where the source tree does not hide the installed package."""
     return subprocess.run(
         [sys.executable, *map(str, arguments)],
         env=os.environ | environment,
@@ -30,7 +30,7 @@ def run_python(*arguments, **environment):
     )
 
 
-def test_build_info():
+def test_build_info_describes_the_build():
     info = kddp_ext.build_info()
     assert info["cpu"] in INSTRUCTION_SETS
     assert info["cuda"] is (importlib.util.find_spec("kddp_ext._cuda") is not None)
@@ -45,13 +45,13 @@ def test_every_instruction_set_passes_the_numeric_suite(name):
         assert "KDDP_CPU_ISA: expected one of" in probe.stderr
         pytest.skip(f"this processor or build has no {name}")
     if kddp_ext.build_info()["cpu"] == name:
-        pytest.skip(f"{name} serves this process: the suite has run on it")
+        pytest.skip(f"this process uses {name}, so the suite runs on it anyway")
     options = ("-q", "-x", "-p", "no:cacheprovider", "--emulated=none")
     suite = run_python("-m", "pytest", *options, *NUMERIC_SUITE, KDDP_CPU_ISA=name)
     assert suite.returncode == 0, suite.stdout[-3000:]
 
 
-def test_an_unknown_instruction_set_is_refused_at_the_first_call():
+def test_unknown_instruction_set_is_refused_at_the_first_call():
     result = run_python("-c", "import kddp_ext; kddp_ext.build_info()", KDDP_CPU_ISA="mmx")
     assert "KDDP_CPU_ISA: expected one of" in result.stderr
     assert "got 'mmx'" in result.stderr
@@ -67,12 +67,12 @@ print(*re.findall(r"\\S*/lib[gi]?omp\\S*", open("/proc/self/maps").read()))
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_one_openmp_runtime_serves_the_process():
-    """A process of its own: other packages bring runtimes too."""
+    """In a new process, because other packages may load further runtimes."""
     ended = run_python("-c", LOSS_AND_RUNTIMES)
     assert len(set(ended.stdout.split())) == 1, ended
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads an ELF file")
-def test_the_native_module_knows_nothing_of_torch():
+def test_native_module_does_not_link_torch():
     content = Path(_core.__file__).read_bytes()
     assert not re.search(rb"libtorch|libc10|_ZN(5torch|2at|3c10)", content)

@@ -1,4 +1,4 @@
-"""The native gather against plain indexing, over drawn shapes, dtypes, strides and indices; and the compensation."""
+"""The native gather equals plain indexing for random shapes, dtypes, strides and indices; so does its compensation."""
 
 import contextlib
 import math
@@ -25,7 +25,7 @@ def as_indices(values):
 
 @st.composite
 def indices(draw, size):
-    """None, or indices: often ascending as a prune makes them, or in any order, or with repetitions."""
+    """None, or indices: ascending as in a prune, in any order, or with repetitions."""
     chosen = draw(st.none() | st.lists(st.integers(0, size - 1), unique=draw(st.booleans()), max_size=2 * size))
     if chosen is None:
         return None
@@ -33,7 +33,7 @@ def indices(draw, size):
 
 
 def drawn_tensor(data, rows, columns, inner):
-    """(rows, columns · inner), contiguous, a part of wider rows, or with its rows side by side in memory."""
+    """(rows, columns · inner): contiguous, a slice of wider rows, or transposed."""
     dtype = data.draw(st.sampled_from(DTYPES))
     layout = data.draw(st.sampled_from(["contiguous", "contiguous", "wider rows", "transposed"]))
     if layout == "transposed":
@@ -51,7 +51,7 @@ def assert_same(gathered, truth):
 
 @settings(max_examples=200, deadline=None)
 @given(data=st.data(), rows=st.integers(1, 40), columns=st.integers(1, 90), inner=st.sampled_from([1, 1, 3, 9, 70]))
-def test_equals_indexing(data, rows, columns, inner):
+def test_gather_equals_indexing(data, rows, columns, inner):
     keep_rows, keep_columns = data.draw(indices(rows)), data.draw(indices(columns))
     tensors = [drawn_tensor(data, rows, columns, inner) for _ in range(data.draw(st.integers(1, 4)))]
     arguments = (tensors, keep_rows, keep_columns)
@@ -63,7 +63,7 @@ def test_equals_indexing(data, rows, columns, inner):
 
 @pytest.mark.parametrize("ascending", [True, False])
 @pytest.mark.parametrize("dtype", [torch.bool, torch.bfloat16, torch.float32, torch.complex64, torch.complex128])
-def test_rows_longer_than_a_stage_and_outputs_larger_than_the_caches(dtype, ascending):
+def test_outputs_larger_than_the_caches_are_gathered(dtype, ascending):
     generator = torch.Generator().manual_seed(0)
     rows, columns = 1023, 2 * (8 << 20) // 1000 // dtype.itemsize + 3
     weight = (torch.randn(rows, columns, generator=generator) * 9).to(dtype)
@@ -75,7 +75,7 @@ def test_rows_longer_than_a_stage_and_outputs_larger_than_the_caches(dtype, asce
         assert_same([smaller], reference.gather_slices([weight], *keeps, rows=rows, columns=columns)[0])
 
 
-def test_vectors_and_convolutions():
+def test_vectors_and_convolutions_are_gathered():
     keep = torch.tensor([4, 0])
     vector = torch.arange(6.0)
     assert ops.gather_slices([vector], keep, None, rows=6, columns=1)[0][0].tolist() == [4, 0]
@@ -87,7 +87,7 @@ def test_vectors_and_convolutions():
         assert torch.equal(smaller, kernel[keep][:, [1]])
 
 
-def test_what_autograd_or_conjugation_marks_is_gathered_as_its_values():
+def test_conjugated_tensors_that_require_grad_are_gathered_as_values():
     weight = torch.randn(3, 4, dtype=torch.complex64, requires_grad=True)
     (smaller,), _ = ops.gather_slices([weight.conj()], torch.tensor([2]), None, rows=3, columns=4)
     assert not smaller.requires_grad
@@ -102,7 +102,7 @@ def test_what_autograd_or_conjugation_marks_is_gathered_as_its_values():
     columns=st.integers(1, 90),
     inner=st.sampled_from([1, 1, 2, 9, 70]),
 )
-def test_what_the_pruned_columns_contributed(data, dtype, rows, columns, inner):
+def test_shift_is_the_contribution_of_the_pruned_columns(data, dtype, rows, columns, inner):
     weight = (torch.randn(rows, columns * inner) * 3).to(dtype)
     keep_rows, kept = data.draw(indices(rows)), data.draw(indices(columns))
     pruned = data.draw(indices(columns).filter(lambda index: index is not None))
@@ -116,7 +116,7 @@ def test_what_the_pruned_columns_contributed(data, dtype, rows, columns, inner):
     for ours, theirs, row in zip(shift.tolist(), by_reference.tolist(), of_kept_rows[:, pruned], strict=True):
         terms = (row * means[:, None]).flatten().tolist()
         magnitude = math.fsum(map(abs, terms))
-        # Each term is rounded once (here, not there), each addition once.
+        # Every term and every addition rounds once.
         assert abs(ours - math.fsum(terms)) <= (len(terms) + 1) * 2**-53 * magnitude
         assert (
             abs(theirs - math.fsum(terms)) <= (len(terms) + inner + 1) * 2**-53 * block.abs().sum() * means.abs().sum()
@@ -134,7 +134,7 @@ def threads(number):
 
 
 @pytest.mark.parametrize("dtype", FLOAT_DTYPES)
-def test_the_same_on_any_number_of_threads(dtype):
+def test_any_number_of_threads_gives_the_same_bits(dtype):
     generator = torch.Generator().manual_seed(0)
     tensors = [torch.randn(701, 600, generator=generator).to(dtype) for _ in range(3)]
     keep, pruned = torch.arange(0, 600, 2), torch.arange(1, 600, 2)
@@ -151,7 +151,7 @@ def test_the_same_on_any_number_of_threads(dtype):
 
 
 @pytest.mark.parametrize("dtype", FLOAT_DTYPES)
-def test_numbers_that_are_none(dtype):
+def test_nan_and_infinity_in_pruned_columns_follow_ieee(dtype):
     nan, infinity = math.nan, math.inf
     weight = torch.ones(5, 40, dtype=dtype)
     weight[0, 1] = nan  # kept
@@ -163,13 +163,6 @@ def test_numbers_that_are_none(dtype):
     means[2] = 0
     _, shift = ops.gather_slices([weight], None, kept, rows=5, columns=40, pruned_columns=pruned, pruned_means=means)
     torch.testing.assert_close(shift.tolist(), [19.0, nan, -infinity, nan, 19.0], equal_nan=True, rtol=0, atol=0)
-
-
-def test_a_gather_worth_threads():
-    weight = torch.randn(1000, 1200)
-    keep = torch.arange(0, 1000, 2)
-    (smaller,), _ = ops.gather_slices([weight], keep, keep, rows=1000, columns=1200)
-    assert torch.equal(smaller, weight[keep][:, keep])
 
 
 ONE = torch.tensor([1])
@@ -219,12 +212,12 @@ ONE = torch.tensor([1])
         ({"rows": 0}, r"tensors\[0\]: expected a multiple of 0 x 5 elements, got shape \(4, 5\)"),
     ],
 )
-def test_bad_arguments(changes, message):
+def test_invalid_arguments_are_refused(changes, message):
     arguments = {"tensors": [torch.zeros(4, 5)], "keep_rows": None, "keep_columns": None, "rows": 4, "columns": 5}
     with pytest.raises(ValueError, match=message):
         ops.gather_slices(**arguments | changes)
 
 
-def test_the_operator_itself_checks_its_indices():
+def test_torch_operator_checks_its_indices():
     with pytest.raises(ValueError, match="keep_rows: expected indices from 0 to 3, got 7 to 7"):
         torch.ops.kddp.gather_slices([torch.zeros(4, 5)], torch.tensor([7]), None, 4, 5, None, None)

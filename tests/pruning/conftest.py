@@ -8,7 +8,7 @@ _traces = {}
 
 @pytest.fixture
 def one_trace_each(monkeypatch):
-    """Trace each architecture once, for tests of what comes after: models of the same repr have the same trace."""
+    """Trace each architecture once: models of the same repr have the same trace."""
 
     def remembered(model, example_inputs):
         if repr(model) not in _traces:

@@ -1,4 +1,4 @@
-"""Real trainings on digits: a transformer's MLPs and a VGG's convolutions shrink, and it goes on classifying."""
+"""Real trainings on digits: a transformer's MLPs and a VGG's convolutions shrink at the same accuracy."""
 
 import pytest
 import torch
@@ -14,7 +14,7 @@ TRAINING_IMAGES, BATCH = 1400, 64
 def digits():
     data = load_digits()
     images = torch.tensor(data.images, dtype=torch.float32)[:, None] / 16
-    # The last ones are of other writers: as they stand, chance decides a point or two.
+    # Shuffled, because the last images are of other writers.
     order = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))
     return images[order], torch.tensor(data.target)[order]
 
@@ -33,7 +33,7 @@ def vgg():
 
 
 def train(constructor, epochs, l1_weight, **pruning):
-    """A model trained with its pruner, or without where no penalty is wanted; its share of right test images."""
+    """Train a model, with prunes where there is a penalty; return its pruner and its accuracy on the test images."""
     torch.manual_seed(0)
     model, (images, labels) = constructor(), digits()
     optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3, weight_decay=0.01)
@@ -60,7 +60,7 @@ def train(constructor, epochs, l1_weight, **pruning):
 
 @pytest.fixture
 def one_thread():
-    """Sums in one order, wherever it runs."""
+    """Use one thread, so that sums have the same order on every machine."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -76,7 +76,7 @@ def one_thread():
     ],
     ids=["transformer", "vgg"],
 )
-def test_a_pruned_training_is_as_good(constructor, epochs, l1_weight, threshold, layers, share):
+def test_a_pruned_training_is_as_accurate(constructor, epochs, l1_weight, threshold, layers, share):
     whole, accuracy = train(constructor, epochs, 0.0, layers=layers)
     pruned, after = train(constructor, epochs, l1_weight, layers=layers, threshold=threshold)
     print(f"\n{accuracy:.2%} whole {whole.widths}, {after:.2%} pruned {pruned.widths}")

@@ -1,4 +1,4 @@
-"""Several processes prune alike: the statistics of all, one decision, and nothing where one of them fails."""
+"""Several processes prune alike: statistics of all samples, one decision, and no change where one of them fails."""
 
 import copy
 import warnings
@@ -7,6 +7,7 @@ import pytest
 import rank_cases
 import torch
 import torch.distributed as dist
+from pruner_cases import make_pruner
 from rank_processes import RankProcesses
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
@@ -14,7 +15,6 @@ from torch.nn.parallel import DistributedDataParallel
 import kddp_ext
 from kddp_ext import UnsupportedModelError
 from kddp_ext.pruning.distributed import wrappers_of
-from kddp_ext.pruning.pruner import DynamicPruner
 
 
 @pytest.fixture(scope="module")
@@ -26,7 +26,7 @@ def ranks(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def one_process():
-    """What a single process comes to, with the batches of both ranks joined."""
+    """The result of a single process with the batches of both ranks joined."""
     return rank_cases.train(None)
 
 
@@ -49,20 +49,20 @@ def assert_trained_alike(results, expected):
 
 
 OPTIONS = {
-    "as made by default": {},
+    "default": {},
     "gradients in buckets": {"ddp_options": {"gradient_as_bucket_view": True}},
     "static graph": {"ddp_options": {"static_graph": True}},
-    "looking for unused parameters": {"ddp_options": {"find_unused_parameters": True}},
-    "many small buckets": {"ddp_options": {"bucket_cap_mb": 1e-4}},
-    "a communication hook": {"comm_hook": True},
+    "unused parameters": {"ddp_options": {"find_unused_parameters": True}},
+    "small buckets": {"ddp_options": {"bucket_cap_mb": 1e-4}},
+    "communication hook": {"comm_hook": True},
     "wrapped after the pruner was made": {"wrapped_after": True},
-    "the pruner was given the module inside": {"inner": True},
+    "pruner of the module inside": {"inner": True},
     "compiled": {"compiled": True},
 }
 
 
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=list(OPTIONS))
-def test_ranks_stay_alike_and_equal_one_process_with_all_samples(ranks, one_process, options):
+def test_ranks_equal_one_process_with_all_samples(ranks, one_process, options):
     sizes = [sum(widths) for widths in one_process["widths"]]
     assert 22 > sizes[0] > sizes[1] > sizes[2]
     results = ranks.run(rank_cases.train_with, options)
@@ -71,15 +71,17 @@ def test_ranks_stay_alike_and_equal_one_process_with_all_samples(ranks, one_proc
         assert all(calls >= 4 for result in results for calls in result["calls of the communication hook"])
 
 
-def test_accumulated_gradients(ranks):
-    """Two backward passes a step, the first of which does not synchronise."""
-    assert_trained_alike(
-        ranks.run(rank_cases.train_with, {"accumulate": True}), rank_cases.train_with(None, {"accumulate": True})
-    )
+@pytest.mark.parametrize(
+    "options", [{"accumulate": True}, {"make": rank_cases.make_convolutions, "rounds": 2}], ids=["accumulated", "conv"]
+)
+def test_accumulated_gradients_and_convolutions(ranks, options):
+    expected = rank_cases.train_with(None, options)
+    assert expected["widths"][0][0] > expected["widths"][1][0]
+    assert_trained_alike(ranks.run(rank_cases.train_with, options), expected)
 
 
-def test_what_varied_in_the_removed_is_reconstructed_alike(ranks):
-    """From samples of both ranks; a single process keeps other samples, so it comes to other weights."""
+def test_reconstruction_is_the_same_on_all_ranks(ranks):
+    """It uses samples of both ranks; a single process keeps other samples."""
     first, second = ranks.run(rank_cases.train_with, {"reconstruction_samples": 64})
     without, _ = ranks.run(rank_cases.train_with, {})
     for kind in ("student", "average", "gradients", "optimizer"):
@@ -88,16 +90,8 @@ def test_what_varied_in_the_removed_is_reconstructed_alike(ranks):
     assert any(not torch.equal(first["student"][name], tensor) for name, tensor in without["student"].items())
 
 
-def test_convolutions(ranks):
-    """What the positions of removed channels contributed on average is of all ranks' samples."""
-    options = {"make": rank_cases.make_convolutions, "rounds": 2}
-    expected = rank_cases.train_with(None, options)
-    assert 12 > expected["widths"][0][0] > expected["widths"][1][0]
-    assert_trained_alike(ranks.run(rank_cases.train_with, options), expected)
-
-
-def test_statistics_of_several_shares_are_those_of_all_samples():
-    """Of whole numbers, whose sums are exact; with the sums of positions, and with all of the latest values."""
+def test_joined_statistics_are_those_of_all_samples():
+    """Of whole numbers, whose sums are exact; with the sums of positions and the latest samples."""
     generator = torch.Generator().manual_seed(0)
     batches = [torch.randint(-9, 9, (rows, 4, 3), generator=generator).float() for rows in (5, 2, 7)]
     whole = kddp_ext.NeuronStatistics(4, positions=3, samples=10)
@@ -110,11 +104,11 @@ def test_statistics_of_several_shares_are_those_of_all_samples():
     assert torch.equal(total.values, whole.values)
     assert torch.equal(total.position_sums, whole.position_sums)
     assert total.rows == whole.rows == 3 * 14
-    kept, of_shares = total.ring.samples, torch.cat([share.ring.samples for share in shares])
-    assert len(kept) == min(10, len(of_shares))
-    assert all(any(torch.equal(row, other) for other in of_shares) for row in kept)
-    for share, its_state in zip(shares, before, strict=True):  # and the shares are what they were
-        assert rank_cases.same(share.state_dict(), its_state)
+    kept, all_samples = total.ring.samples, torch.cat([share.ring.samples for share in shares])
+    assert len(kept) == min(10, len(all_samples))
+    assert all(any(torch.equal(row, other) for other in all_samples) for row in kept)
+    for share, state in zip(shares, before, strict=True):  # the shares are not changed
+        assert rank_cases.same(share.state_dict(), state)
 
 
 FAULTS = {
@@ -141,12 +135,12 @@ def test_a_fault_of_one_rank_is_an_error_of_all_and_changes_nothing(ranks, fault
     assert first["unchanged"]
     assert second["unchanged"]
     assert second["restored"]
-    assert first["widths"] == second["widths"]  # and without the fault both prune, and train on
+    assert first["widths"] == second["widths"]  # without the fault, both prune and continue training
     assert sum(first["widths"].values()) < 22
     assert_equal_bits(first["student"], second["student"])
 
 
-def test_a_rank_that_never_prunes_ends_in_the_timeout(ranks):
+def test_a_rank_that_never_prunes_causes_a_timeout(ranks):
     (error, unchanged), _ = ranks.run(rank_cases.rank_1_never_prunes)
     assert "imeout" in error or "imed out" in error
     assert unchanged
@@ -159,7 +153,7 @@ def test_a_rank_that_never_prunes_ends_in_the_timeout(ranks):
         (rank_cases.other_layers, "rank 1 differs from rank 0 in the width of 0 (None, not 12)"),
     ],
 )
-def test_ranks_that_would_prune_otherwise(ranks, case, reason):
+def test_ranks_that_would_prune_differently(ranks, case, reason):
     (error, unchanged), (other_error, other_unchanged) = ranks.run(case)
     assert error == other_error
     assert reason in error
@@ -168,7 +162,7 @@ def test_ranks_that_would_prune_otherwise(ranks, case, reason):
 
 
 @pytest.mark.parametrize("options", [{}, {"static_graph": True}, {"gradient_as_bucket_view": True}])
-def test_a_backward_through_the_old_graph_neither_hangs_nor_reaches_the_new_buckets(ranks, options):
+def test_a_backward_through_an_old_graph_fails_and_training_continues(ranks, options):
     first, second = ranks.run(rank_cases.backward_through_the_old_graph, options)
     assert first["failed"]
     assert second["failed"]
@@ -176,25 +170,22 @@ def test_a_backward_through_the_old_graph_neither_hangs_nor_reaches_the_new_buck
 
 
 def test_ranks_may_have_different_numbers_of_samples(ranks):
-    """A neuron that is active on one rank alone is active."""
+    """A neuron that is active on one rank only is active."""
     assert ranks.run(rank_cases.samples_of_different_number) == [(5,), (5,)]
 
 
-def test_an_average_that_one_rank_keeps(ranks):
-    first, second = ranks.run(rank_cases.an_average_on_rank_0_alone)
+def test_one_rank_may_keep_an_average(ranks):
+    first, second = ranks.run(rank_cases.an_average_on_rank_0_only)
     assert first["widths"] == second["widths"]
     assert_equal_bits(first["student"], second["student"])
 
 
-def test_processes_that_prune_by_themselves(ranks):
+def test_process_groups(ranks):
     (error, pruned), (other_error, _) = ranks.run(rank_cases.each_by_itself)
     assert pruned > 0
     assert error == other_error
     assert "rank 1 differs from rank 0 in the weights 0.bias" in error
     assert error.endswith("process_group=False lets each prune by itself")
-
-
-def test_groups(ranks):
     (pruned, errors), (_, other_errors) = ranks.run(rank_cases.a_group_of_one)
     assert pruned > 0
     assert errors == other_errors
@@ -204,11 +195,11 @@ def test_groups(ranks):
         "process_group: False lets each process prune by itself, but DistributedDataParallel keeps this model the same "
         "on all of them",
     ]
-
-
-def test_a_group_of_a_process_without_torch_distributed():
     with pytest.raises(ValueError, match=r"process_group: torch\.distributed is not initialised"):
-        DynamicPruner(rank_cases.make_student(), example_inputs=(rank_cases.example(),), process_group="default")
+        prepared(rank_cases.make_student(), process_group="default")
+
+
+# --- DistributedDataParallel, in one process
 
 
 @pytest.fixture
@@ -216,6 +207,15 @@ def one_rank(tmp_path):
     dist.init_process_group("gloo", init_method=f"file://{tmp_path}/meeting", rank=0, world_size=1)
     yield
     dist.destroy_process_group()
+
+
+def prepared(model, **options):
+    """A pruner of `model` with statistics, which is about to prune."""
+    options = {"example_inputs": (rank_cases.example(),), "threshold": rank_cases.THRESHOLD, **options}
+    pruner = make_pruner(model, **options)
+    model(rank_cases.example())
+    pruner.activations.observe()
+    return pruner
 
 
 @pytest.mark.usefixtures("one_rank")
@@ -229,20 +229,22 @@ def test_rewrap_keeps_settings_hooks_and_the_object():
     ddp.register_forward_hook(lambda module, args, output: calls.append("forward"))
     student[0].weight.register_post_accumulate_grad_hook(lambda parameter: calls.append("accumulated"))
     ddp(rank_cases.example()).sum().backward()
-    settings = {key: value for key, value in ddp.__dict__.items() if isinstance(value, bool | int | float | str)}
-    of_reducer = {
-        key: value for key, value in ddp._get_ddp_logging_data().items() if "time" not in key and "iteration" not in key
-    }
+
+    def settings():
+        return {key: value for key, value in ddp.__dict__.items() if isinstance(value, bool | int | float | str)}
+
+    before, logged = settings(), ddp._get_ddp_logging_data()
     identities = [id(parameter) for parameter in ddp.parameters()]
-    history = kddp_ext.PruningHistory.from_json(narrower_history())
-    history.replay(student, (rank_cases.example(),))
+    narrower = prepared(rank_cases.make_student(), process_group=False)
+    assert narrower.prune().neurons_pruned > 0
+    narrower.history.replay(student, (rank_cases.example(),))
     assert kddp_ext.rewrap(ddp) is ddp
     assert [id(parameter) for parameter in ddp.parameters()] == identities
-    after = {key: value for key, value in ddp.__dict__.items() if isinstance(value, bool | int | float | str)}
-    assert after == {**settings, "_has_rebuilt_buckets": False}
+    assert settings() == {**before, "_has_rebuilt_buckets": False}
+    now = ddp._get_ddp_logging_data()
     for key in ("bucket_cap_bytes", "find_unused_parameters", "gradient_as_bucket_view", "comm_hook", "module_name"):
-        assert ddp._get_ddp_logging_data()[key] == of_reducer[key], key
-    assert ddp._get_ddp_logging_data()["total_parameter_size_bytes"] < of_reducer["total_parameter_size_bytes"]
+        assert now[key] == logged[key], key
+    assert now["total_parameter_size_bytes"] < logged["total_parameter_size_bytes"]
     calls.clear()
     ddp.zero_grad()
     ddp(rank_cases.example()).sum().backward()
@@ -255,69 +257,86 @@ def test_rewrap_keeps_settings_hooks_and_the_object():
 
 
 @pytest.mark.usefixtures("one_rank")
-def test_a_static_graph_is_recorded_anew():
+def test_rewrap_records_a_static_graph_again():
     with pytest.warns(UserWarning, match="find_unused_parameters"):
         ddp = DistributedDataParallel(rank_cases.make_student(), static_graph=True, find_unused_parameters=True)
-    for _ in range(2):
-        ddp(rank_cases.example()).sum().backward()
-    assert ddp._static_graph_delay_allreduce_enqueued
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        kddp_ext.rewrap(ddp)
-    assert ddp.static_graph
-    assert not ddp._static_graph_delay_allreduce_enqueued
-    for _ in range(2):
-        ddp(rank_cases.example()).sum().backward()
-    assert ddp._static_graph_delay_allreduce_enqueued
+    for rewrapped in (False, True):
+        if rewrapped:
+            with warnings.catch_warnings():
+                warnings.simplefilter("error")
+                kddp_ext.rewrap(ddp)
+            assert ddp.static_graph
+            assert not ddp._static_graph_delay_allreduce_enqueued
+        for _ in range(2):
+            ddp(rank_cases.example()).sum().backward()
+        assert ddp._static_graph_delay_allreduce_enqueued
 
 
 @pytest.mark.usefixtures("one_rank")
 def test_a_wrapped_student_is_saved_as_the_student(tmp_path):
     ddp = DistributedDataParallel(rank_cases.make_student())
-    pruner = DynamicPruner(ddp, example_inputs=(rank_cases.example(),), threshold=0.5, patience=1)
-    ddp(rank_cases.example())
-    pruner.activations.observe()
+    pruner = prepared(ddp)
     assert pruner.prune().neurons_pruned > 0
     kddp_ext.save_student(tmp_path / "student", ddp, pruner.history)
     loaded = kddp_ext.load_student(tmp_path / "student", rank_cases.make_student, (rank_cases.example(),))
     assert torch.equal(loaded(rank_cases.example()), ddp(rank_cases.example()))
 
 
-def narrower_history():
-    pruner = DynamicPruner(
-        rank_cases.make_student(),
-        example_inputs=(rank_cases.example(),),
-        threshold=rank_cases.THRESHOLD,
-        patience=1,
-        process_group=False,
+def frozen():
+    ddp = DistributedDataParallel(rank_cases.make_student())
+    ddp.module.requires_grad_(False)
+    return ddp
+
+
+def with_a_built_in_hook():
+    ddp = DistributedDataParallel(rank_cases.make_student())
+    ddp._register_builtin_comm_hook(dist.BuiltinCommHookType.FP16_COMPRESS)
+    return ddp
+
+
+def delayed():
+    student = rank_cases.make_student().float()
+    named = [("4.weight", student[4].weight), ("4.bias", student[4].bias)]
+    return DistributedDataParallel(
+        student, delay_all_reduce_named_params=named, param_to_hook_all_reduce=student[2].weight
     )
-    pruner.model(rank_cases.example())
-    pruner.activations.observe()
-    assert pruner.prune().neurons_pruned > 0
-    return pruner.history.to_json()
+
+
+def changed(name, value):
+    ddp = DistributedDataParallel(rank_cases.make_student())
+    ddp.__dict__[name] = value
+    return ddp
+
+
+def with_an_optimizer_in_backward():
+    ddp = DistributedDataParallel(rank_cases.make_student())
+    ddp.module[0].weight._in_backward_optimizers = []
+    return ddp
+
+
+def of_an_unknown_torch():
+    ddp = DistributedDataParallel(rank_cases.make_student())
+    del ddp._comm_hooks
+    return ddp
 
 
 @pytest.mark.usefixtures("one_rank")
-def test_what_cannot_be_rewrapped_is_named():
+@pytest.mark.parametrize(
+    ("make", "reason"),
+    [
+        (frozen, "every parameter is frozen"),
+        (with_a_built_in_hook, "FP16_COMPRESS was registered by a private function"),
+        (delayed, "delay_all_reduce_named_params"),
+        (lambda: changed("mixed_precision", object()), "mixed_precision keeps a second set of parameters"),
+        (with_an_optimizer_in_backward, "the optimizer runs inside the backward pass"),
+        (of_an_unknown_torch, "keeps its buckets in an unknown way"),
+    ],
+)
+def test_wrappers_that_cannot_be_rebuilt_are_refused(make, reason):
+    with pytest.raises(UnsupportedModelError, match=f"DistributedDataParallel cannot be rebuilt: .*{reason}"):
+        kddp_ext.rewrap(make())
     with pytest.raises(TypeError, match="ddp: expected a DistributedDataParallel, got Sequential"):
         kddp_ext.rewrap(rank_cases.make_student())
-    student = rank_cases.make_student()
-    ddp = DistributedDataParallel(student)
-    student.requires_grad_(False)
-    with pytest.raises(UnsupportedModelError, match="every parameter is frozen"):
-        kddp_ext.rewrap(ddp)
-    ddp = DistributedDataParallel(rank_cases.make_student())
-    ddp._register_builtin_comm_hook(dist.BuiltinCommHookType.FP16_COMPRESS)
-    with pytest.raises(UnsupportedModelError, match="FP16_COMPRESS was registered by a private function"):
-        kddp_ext.rewrap(ddp)
-    student = rank_cases.make_student()
-    last = student[4]
-    delayed = [("4.weight", last.weight), ("4.bias", last.bias)]
-    ddp = DistributedDataParallel(
-        student.float(), delay_all_reduce_named_params=delayed, param_to_hook_all_reduce=student[2].weight
-    )
-    with pytest.raises(UnsupportedModelError, match="delay_all_reduce_named_params"):
-        kddp_ext.rewrap(ddp)
 
 
 @pytest.mark.usefixtures("one_rank")
@@ -333,9 +352,6 @@ def test_wrappers_are_found_at_any_depth():
     assert wrappers_of([student]) == (outer,)
     assert wrappers_of([inside]) == (inside[1],)
     assert wrappers_of([other]) == ()
-    pruner = DynamicPruner(student, example_inputs=(rank_cases.example(),), threshold=rank_cases.THRESHOLD, patience=1)
-    student(rank_cases.example())
-    pruner.activations.observe()
     reducer = outer.reducer
-    assert pruner.prune().neurons_pruned > 0
+    assert prepared(student).prune().neurons_pruned > 0
     assert outer.reducer is not reducer

@@ -1,8 +1,10 @@
-"""The pruner in a training loop: what it observes, when it prunes, what it refuses, how it resumes."""
+"""The pruner in a training loop: what it observes, when it prunes, its state, its hooks, and PyTorch's modes."""
 
+import contextlib
 import copy
 import dataclasses
 import gc
+import io
 import pickle
 import weakref
 
@@ -13,14 +15,12 @@ from pruner_cases import INPUTS, example, kill, make_model, make_pruner, observe
 from torch import nn
 
 import kddp_ext
-from kddp_ext.pruning.pruner import DynamicPruner
-from kddp_ext.pruning.selection import KeptBy
-from kddp_ext.saving.student_file import load_student, save_student
+from kddp_ext import PruningHistory
 
 # --- what is observed
 
 
-def test_activations_are_what_the_next_linear_reads_before_its_dropout():
+def test_activations_are_what_the_next_layer_reads_before_its_dropout():
     model = make_model(dropout=0.5)
     pruner = make_pruner(model)
     x = example()
@@ -31,20 +31,17 @@ def test_activations_are_what_the_next_linear_reads_before_its_dropout():
     assert gradient.shape == activation.shape
 
 
-class SharedDropout(nn.Module):
-    """One dropout module in three places, in one of them not in front of a reader."""
+def test_a_dropout_that_is_shared_or_in_place():
+    class SharedDropout(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.drop = nn.Dropout(0.5)
+            self.first, self.second, self.last = nn.Linear(INPUTS, 8), nn.Linear(8, 7), nn.Linear(7, 3)
 
-    def __init__(self):
-        super().__init__()
-        self.drop = nn.Dropout(0.5)
-        self.first, self.second, self.last = nn.Linear(INPUTS, 8), nn.Linear(8, 7), nn.Linear(7, 3)
+        def forward(self, x):
+            x = self.drop(self.first(self.drop(x)).relu())
+            return self.last(F.relu(self.drop(self.second(x)), inplace=True))
 
-    def forward(self, x):
-        x = self.drop(self.first(self.drop(x)).relu())
-        return self.last(F.relu(self.drop(self.second(x)), inplace=True))
-
-
-def test_a_shared_dropout_is_told_apart():
     model, seen = SharedDropout(), {}
     pruner = make_pruner(model)
     assert list(pruner.widths) == ["first", "second"]
@@ -55,13 +52,11 @@ def test_a_shared_dropout_is_told_apart():
     assert torch.equal(first, seen["first"].relu())
     assert second is seen["second"]
 
-
-def test_functional_and_in_place_dropouts_are_read_behind():
     model = make_model(dropout=0.5)
     model[2].inplace = True
     pruner = make_pruner(model)
     model.train()(example())
-    assert (pruner.activations[0] == 0).any()
+    assert (pruner.activations[0] == 0).any()  # taken after an in-place dropout
 
 
 def test_positions_of_a_sequence_are_samples():
@@ -71,50 +66,43 @@ def test_positions_of_a_sequence_are_samples():
     assert pruner.activations[0].shape == (4, 3, 8)
     pruner.activations.observe()
     assert pruner.statistics["0"].rows == 12
+    model(torch.randn(4, INPUTS))
+    with pytest.raises(RuntimeError, match=r"activations: 3 was traced with an input of 3 dim.* shape is \(4, 8\)"):
+        _ = pruner.activations
 
 
-def test_the_loss_fills_the_statistics_and_a_validation_pass_does_not():
+def loss_of(model, pruner):
+    labels = torch.zeros(6, dtype=torch.int64)
+    return kddp_ext.fused_kd_l1_loss(model(example()), None, labels, pruner.activations, alpha=0.0, l1_weight=1e-3)
+
+
+def test_the_loss_adds_to_the_statistics_and_a_validation_pass_does_not():
     model = make_model()
     pruner = make_pruner(model)
-    x, labels = example(), torch.zeros(6, dtype=torch.int64)
-    kddp_ext.fused_kd_l1_loss(model(x), None, labels, pruner.activations, alpha=0.0, l1_weight=1e-3)
+    loss_of(model, pruner)
     with torch.no_grad():
-        kddp_ext.fused_kd_l1_loss(model(x), None, labels, pruner.activations, alpha=0.0, l1_weight=1e-3)
-    statistics = pruner.statistics["0"]
-    assert statistics.rows == 6
-    expected = F.relu(F.linear(x, model[0].weight, model[0].bias)).double().sum(0)
-    torch.testing.assert_close(statistics.sum, expected)
+        loss_of(model, pruner)
+    assert pruner.statistics["0"].rows == 6
+    expected = F.relu(F.linear(example(), model[0].weight, model[0].bias)).double().sum(0)
+    torch.testing.assert_close(pruner.statistics["0"].sum, expected)
 
 
-def test_activations_need_a_forward():
+def test_activations_need_a_forward_pass_and_prune_needs_statistics():
     model = make_model()
     pruner = make_pruner(model)
-    with pytest.raises(RuntimeError, match=r"activations: no forward pass has reached 0 .*call the model first"):
-        _ = pruner.activations
-    observe(pruner)
-    pruner.prune()
-    with pytest.raises(RuntimeError, match="no forward pass"):
-        _ = pruner.activations
-
-
-def test_prune_needs_statistics():
-    model = make_model()
-    pruner = make_pruner(model)
-    model(example())
-    with pytest.raises(
-        RuntimeError, match=r"no statistics of 0 .* fused_kd_l1_loss .* pruner\.activations\.observe\(\)"
-    ):
-        pruner.prune()
-    observe(pruner)
-    pruner.prune()
-    with pytest.raises(RuntimeError, match="no statistics"):
+    for _ in range(2):
+        with pytest.raises(RuntimeError, match=r"activations: no forward pass has reached 0 .*call the model first"):
+            _ = pruner.activations
+        with pytest.raises(RuntimeError, match=r"no statistics of 0 .* fused_kd_l1_loss .*activations\.observe\(\)"):
+            pruner.prune()
+        observe(pruner)
         pruner.prune()
 
 
 # --- when it prunes
 
 
-def test_patience_counts_checks_in_a_row():
+def test_patience_counts_consecutive_checks():
     model = make_model()
     pruner = make_pruner(model, patience=3, criterion="dead")
     alive = copy.deepcopy(model.state_dict())
@@ -123,70 +111,52 @@ def test_patience_counts_checks_in_a_row():
         model.load_state_dict(alive)
         kill(model, dead)
         observe(pruner)
-        before = pruner.state_dict()["inactive_checks"]["0"][2]
         report = pruner.prune()
         pruned.append(report.layers[0].pruned)
         assert pruner.widths["0"] == 8 - report.neurons_pruned
         assert report.layers[0].waiting == len(dead) - report.neurons_pruned
-        assert before <= 2
     assert pruned == [(), (), (), (), (), (2,)]
 
 
-def test_statistics_start_afresh_after_a_check():
+def test_statistics_cover_all_batches_since_the_last_check():
+    """A neuron that is active in the first batch only is alive; one that was alive before the check is dead."""
     model = make_model()
+    with torch.no_grad():
+        model[0].weight[3] = torch.eye(INPUTS)[0]
+        model[0].bias[3] = 0
     pruner = make_pruner(model, criterion="dead")
     observe(pruner)
     assert pruner.prune().neurons_pruned == 0
-    kill(model, [1, 6])  # alive before the check, dead since
-    observe(pruner)
-    assert pruner.prune().layers[0].pruned == (1, 6)
+    kill(model, [5])
+    for value in (1.0, -1.0, -1.0):
+        model(torch.full((4, INPUTS), value))
+        pruner.activations.observe()
+    assert pruner.prune().layers[0].pruned == (5,)
 
 
-def test_reports_original_indices():
+def test_reports_and_history_have_original_indices():
     model = make_model()
     pruner = make_pruner(model, criterion="dead")
-    kill(model, [0, 5])
-    observe(pruner)
-    assert pruner.prune().layers[0].pruned == (0, 5)
-    kill(model, [0, 5])  # by now the original neurons 1 and 7
-    observe(pruner)
-    report = pruner.prune()
-    assert report.layers[0].pruned == (1, 7)
+    for pruned in ((0, 5), (1, 7)):  # the second pair has indices 0 and 5 among the remaining neurons
+        kill(model, [0, 5])
+        observe(pruner)
+        assert pruner.prune().layers[0].pruned == pruned
     assert pruner.history.steps == [{"0": [0, 5]}, {"0": [1, 7]}]
     assert pruner.widths == pruner.history.widths == {"0": 4}
     assert (model[0].out_features, model[3].in_features) == (4, 4)
+    assert repr(pruner) == "DynamicPruner(0 4; criterion='dead', threshold=0.01)"
 
 
 def test_pruning_again_at_once_prunes_nothing():
     model = make_model(width=40)
-    pruner = make_pruner(model, threshold=0.4, reconstruction_samples=0)  # which moves the outgoing weights
+    pruner = make_pruner(model, threshold=0.4, reconstruction_samples=0)  # reconstruction changes outgoing weights
     observe(pruner, 50)
     assert pruner.prune().neurons_pruned > 0
     observe(pruner, 50)
-    report = pruner.prune()
-    assert report.neurons_pruned == 0
-    assert str(report).startswith("pruned 0 neurons (0: ")
+    assert pruner.prune().neurons_pruned == 0
 
 
-def test_guards_are_reported():
-    model = make_model()
-    pruner = make_pruner(model, criterion="dead", round_to=4, minimum_width=2)
-    kill(model, [0, 1, 2])
-    observe(pruner)
-    report = pruner.prune()
-    assert report.neurons_pruned == 0
-    assert report.layers[0].kept_by == KeptBy(round_to=3)
-    assert str(report) == "pruned 0 neurons (0: 8); parameters 75; 3 kept by round_to"
-    kill(model, [0, 1, 2, 3, 4, 5, 6, 7])
-    observe(pruner)
-    report = pruner.prune()
-    assert report.layers[0].pruned == (4, 5, 6, 7)
-    assert report.layers[0].kept_by == KeptBy(minimum_width=2, round_to=2)
-    assert "2 kept by minimum_width; 2 kept by round_to; warning: layer 0 has collapsed" in str(report)
-    assert pruner.widths == {"0": 4}
-
-
-def test_no_more_than_a_share_goes_at_once():
+def test_at_most_a_share_goes_in_one_prune():
     model = make_model()
     pruner = make_pruner(model, criterion="dead", maximum_share=0.4)
     for width, gone in ((8, 3), (5, 2), (3, 1), (2, 0)):
@@ -210,19 +180,7 @@ def test_settings_can_be_replaced_between_checks():
     assert pruner.prune().neurons_pruned > 0
 
 
-def test_report_counts_parameters():
-    model = make_model()
-    pruner = make_pruner(model, criterion="dead")
-    kill(model, [3])
-    observe(pruner)
-    report = pruner.prune()
-    assert report.parameters_before == 8 * INPUTS + 8 + 3 * 8 + 3
-    assert (report.macs_before, report.macs_after) == (8 * INPUTS + 3 * 8, 7 * INPUTS + 3 * 7)
-    assert report.parameters_after == 7 * INPUTS + 7 + 3 * 7 + 3 == sum(p.numel() for p in model.parameters())
-    assert str(report) == "pruned 1 neuron (0: 8 → 7); parameters 75 → 66 (-12.0%)"
-
-
-def test_only_the_layers_asked_for():
+def test_only_requested_layers_are_pruned():
     model = nn.Sequential(nn.Linear(INPUTS, 6), nn.ReLU(), nn.Linear(6, 6), nn.ReLU(), nn.Linear(6, 3))
     assert list(make_pruner(model).widths) == ["0", "2"]
     pruner = make_pruner(model, layers=["2"])
@@ -230,43 +188,27 @@ def test_only_the_layers_asked_for():
     assert pruner.refused.keys() == {"4"}
 
 
-def test_the_training_loop_of_the_readme():
-    torch.manual_seed(0)
-    student = nn.Sequential(nn.Linear(INPUTS, 30), nn.BatchNorm1d(30), nn.ReLU(), nn.Linear(30, 3))
-    teacher = nn.Linear(INPUTS, 3)
-    optimizer = torch.optim.Adam(student.parameters(), lr=0.02)
-    pruner = DynamicPruner(student, optimizer, example_inputs=(example(2),), threshold=0.05)
-    for _ in range(6):
-        for _ in range(15):
-            x = torch.randn(32, INPUTS)
-            logits = student(x)
-            with torch.no_grad():
-                teacher_logits = teacher(x)
-            loss = kddp_ext.fused_kd_l1_loss(
-                logits, teacher_logits, teacher_logits.argmax(1), pruner.activations, l1_weight=0.1
-            )
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-        pruner.prune()
-    assert pruner.widths["0"] < 30
-    assert (student(x).argmax(1) == teacher(x).argmax(1)).float().mean() > 0.8
-
-
 # --- hooks
 
 
-def test_copies_and_pickles_of_the_model_are_plain():
-    model = make_model(dropout=0.1)
+def has_hooks(model):
+    return any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
+
+
+def test_copies_of_the_model_a_second_pruner_and_an_export_do_not_disturb_the_pruner():
+    model = make_model(dropout=0.1).eval()
     pruner = make_pruner(model)
     observe(pruner)
     seen = pruner.activations[0]
     for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
         other(example())
-        assert pruner.activations[0] is seen
+    make_pruner(model)
+    program = torch.export.export(model, (example(),))
+    torch.testing.assert_close(program.module()(example()), model[3](seen))
+    assert pruner.activations[0] is seen
 
 
-def test_a_pruner_that_is_dropped_takes_its_hooks_along():
+def test_a_dropped_or_closed_pruner_removes_its_hooks():
     model = make_model(dropout=0.1)
     pruner = make_pruner(model)
     observe(pruner)
@@ -274,68 +216,166 @@ def test_a_pruner_that_is_dropped_takes_its_hooks_along():
     del pruner
     gc.collect()
     assert reference() is None
-    assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
-
-
-def test_close():
-    model = make_model(dropout=0.1)
+    assert not has_hooks(model)
     pruner = make_pruner(model)
     observe(pruner)
-    pruner.close()
-    pruner.close()
-    assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
-    with pytest.raises(RuntimeError, match="prune: the pruner is closed"):
-        pruner.prune()
+    for _ in range(2):
+        pruner.close()
+    assert not has_hooks(model)
+    for method in ("prune", "step", "preview"):
+        with pytest.raises(RuntimeError, match=f"{method}: the pruner is closed"):
+            getattr(pruner, method)()
     with pytest.raises(RuntimeError, match="activations: the pruner is closed"):
         _ = pruner.activations
-    with pytest.raises(RuntimeError, match="step: the pruner is closed"):
-        pruner.step()
-    with pytest.raises(RuntimeError, match="preview: the pruner is closed"):
-        pruner.preview()
     assert pruner.history.widths == {"0": 8}
 
 
-def test_a_second_pruner_does_not_disturb_the_first():
-    model = make_model()
-    first = make_pruner(model)
-    observe(first)
-    value = first.activations[0]
-    make_pruner(model)
-    assert first.activations[0] is value
-
-
-@pytest.mark.parametrize("wrapped", [False, True])
-def test_a_compiled_model_is_pruned_and_runs_on(wrapped, tmp_path):
-    model = make_model(dropout=0.1)
-    graphs = []
-    compiled = torch.compile(model, backend=lambda graph, inputs: graphs.append(graph) or graph, fullgraph=True)
-    optimizer = torch.optim.Adam(model.parameters())
-    pruner = make_pruner(compiled if wrapped else model, optimizer, criterion="dead")
-    assert pruner.widths == {"0": 8}
-    for dead, width in (([2], 7), ([0, 1], 5)):
-        kill(model, dead)
-        logits = compiled(example())
-        loss = kddp_ext.fused_kd_l1_loss(
-            logits, None, torch.zeros(6, dtype=torch.int64), pruner.activations, alpha=0.0, l1_weight=1e-3
-        )
-        loss.backward()
-        optimizer.step()
-        pruner.prune()
-        assert pruner.widths == {"0": width}
-    compiled(example())
-    assert len(graphs) == 3  # once, and once more after each prune
-    torch.testing.assert_close(compiled.eval()(example()), model.eval()(example()))
-    save_student(tmp_path / "student", compiled, pruner.history)
-    loaded = load_student(tmp_path / "student", make_model, (example(),))
-    assert torch.equal(loaded.eval()(example()), model(example()))
-
-
-def test_the_model_can_be_exported_while_it_is_pruned():
-    model = make_model().eval()
-    pruner = make_pruner(model)
+@pytest.mark.parametrize("copied", [copy.copy, copy.deepcopy, lambda pruner: pickle.loads(pickle.dumps(pruner))])
+def test_a_copy_of_a_pruner_is_closed(copied):
+    pruner = make_pruner(make_model())
     observe(pruner)
-    value = pruner.activations[0]
-    program = torch.export.export(model, (example(),))
-    torch.testing.assert_close(program.module()(example()), model(example()))
-    model(example())
-    assert type(pruner.activations[0]) is type(value)
+    other = copied(pruner)
+    assert other.widths == pruner.widths
+    assert other.history == pruner.history
+    with pytest.raises(RuntimeError, match="prune: the pruner is closed; copies of a pruner are always closed"):
+        other.prune()
+    other.close()
+    observe(pruner)  # the original still has its hooks
+    assert pruner.statistics["0"].rows == 12
+
+
+# --- its state
+
+
+def test_state_resumes_in_a_rebuilt_student():
+    model = make_model()
+    pruner = make_pruner(model, criterion="dead", patience=2)
+    for dead in ([1, 2], [1, 2], [0, 3]):
+        kill(model, dead)
+        observe(pruner)
+        pruner.prune()
+    observe(pruner)
+    for _ in range(3):
+        pruner.step()
+    buffer = io.BytesIO()
+    torch.save({"pruner": pruner.state_dict(), "model": model.state_dict()}, buffer)
+    buffer.seek(0)
+    checkpoint = torch.load(buffer, weights_only=True)
+
+    rebuilt = make_model()
+    PruningHistory.from_json(checkpoint["pruner"]["history"]).replay(rebuilt, (example(),))
+    rebuilt.load_state_dict(checkpoint["model"])
+    resumed = make_pruner(rebuilt, criterion="dead", patience=2)
+    resumed.load_state_dict(checkpoint["pruner"])
+    assert resumed.history == pruner.history
+    assert torch.equal(resumed.statistics["0"].values, pruner.statistics["0"].values)
+    reports = [each.prune() for each in (pruner, resumed)]
+    assert reports[0] == reports[1]
+    assert reports[0].neurons_pruned == 2
+    assert reports[0].layers[0].activation_scale is not None
+    assert resumed.state_dict()["steps"] == 3
+    for a, b in zip(model.parameters(), rebuilt.parameters(), strict=True):
+        assert torch.equal(a, b)
+
+
+COUNTERS = "expected statistics and counters of the 8 neurons of 0"
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"version": 99}, "state: expected the state of a DynamicPruner, version 1 or 2, got 99"),
+        ([], "state: expected the state of a DynamicPruner"),
+        ("version 1 alone", "state: history, inactive_checks, statistics missing"),
+        ("version 2 alone", "state: first_scales, history, inactive_checks, statistics, steps missing"),
+        ({"steps": -1}, "state: expected steps as a whole number of at least 0, got -1"),
+        ({"first_scales": {"0": torch.zeros(2, 3)}}, "expected two first scales for each of the 8 neurons of 0"),
+        ({"history": "nonsense"}, "expected the JSON of a pruning history"),
+        ({"history": PruningHistory({"0": 7}).to_json()}, "of a model with widths {'0': 7}, .* {'0': 8}; replay"),
+        ({"statistics": {}}, COUNTERS),
+        ({"inactive_checks": {"0": torch.zeros(3)}}, COUNTERS),
+        ({"statistics": {"0": {"values": torch.zeros(5, 3), "rows": 1}}}, "statistics of 8 neurons"),
+    ],
+)
+def test_a_wrong_state_is_refused_and_changes_nothing(changes, reason):
+    pruner = make_pruner(make_model())
+    observe(pruner)
+    before = pruner._state
+    state = {**pruner.state_dict(), **changes} if isinstance(changes, dict) else changes
+    if isinstance(changes, str):
+        state = {"version": int(changes.split()[1])}
+    with pytest.raises(ValueError, match=reason):
+        pruner.load_state_dict(state)
+    assert pruner._state is before
+
+
+def test_a_state_of_version_1_is_loaded():
+    """It has neither steps nor first scales; both start with the next check."""
+    state = make_pruner(make_model()).state_dict()
+    state["inactive_checks"]["0"][3] = 1
+    old = {key: value for key, value in state.items() if key in ("history", "statistics", "inactive_checks")}
+    model = make_model()
+    pruner = make_pruner(model, criterion="dead", patience=2)
+    pruner.load_state_dict({"version": 1, **old})
+    assert pruner.state_dict()["steps"] == 0
+    kill(model, [3, 4])
+    for pruned, known in (((3,), False), ((4,), True)):
+        observe(pruner)
+        (layer,) = pruner.prune().layers
+        assert layer.pruned == pruned
+        assert (layer.activation_scale is not None) == known
+        kill(model, [3])  # formerly neuron 4
+
+
+# --- inference mode and default devices
+
+
+def test_training_continues_after_pruning_or_replaying_in_inference_mode():
+    model = make_model()
+    optimizer = torch.optim.Adam(model.parameters())
+    with torch.inference_mode():
+        pruner = make_pruner(model, optimizer, criterion="dead")
+        pruner.load_state_dict(pruner.state_dict())
+    for dead in ([1, 4], [0]):
+        kill(model, dead)
+        optimizer.zero_grad()
+        loss_of(model, pruner).backward()
+        optimizer.step()
+        assert pruner.statistics["0"].rows == 6
+        with torch.inference_mode():
+            model(example())
+            assert pruner.prune().neurons_pruned == len(dead)
+    fresh = make_model()
+    with torch.inference_mode():
+        pruner.history.replay(fresh, (example(),))
+    fresh(example()).sum().backward()
+    assert fresh[0].weight.grad.shape == fresh[0].weight.shape == (5, 5)
+
+
+@contextlib.contextmanager
+def default_device(device):
+    torch.set_default_device(device)
+    try:
+        yield
+    finally:
+        torch.set_default_device(None)
+
+
+@pytest.mark.parametrize("options", [{}, {"reconstruction_samples": 0}, {"criterion": lambda s, outgoing: s.std}])
+def test_a_default_device_changes_nothing(options):
+    """ "meta" stands for a GPU: tensors that are made there by mistake have no values."""
+    widths = []
+    for device in (None, "meta"):
+        model = nn.Sequential(nn.Conv1d(2, 12, 3, padding=1), nn.ReLU(), nn.Flatten(), nn.Linear(48, 3))
+        for number, parameter in enumerate(model.parameters()):
+            nn.init.normal_(parameter, generator=torch.Generator().manual_seed(number))
+        inputs = torch.randn(40, 2, 4, generator=torch.Generator().manual_seed(9))
+        with default_device(device):
+            pruner = make_pruner(model, example_inputs=(inputs[:2],), threshold=0.5, **options)
+            model(inputs)
+            pruner.activations.observe()
+            preview, report = pruner.preview(), pruner.prune()
+        assert preview.layers[0].width_after == report.layers[0].width_after
+        assert all(parameter.device.type == "cpu" for parameter in model.parameters())
+        widths.append(pruner.widths["0"])
+    assert widths[0] == widths[1] <= 12

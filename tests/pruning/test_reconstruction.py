@@ -1,4 +1,4 @@
-"""What varied in pruned neurons is taken over by those that stay."""
+"""The remaining neurons replace the variation of removed ones."""
 
 import copy
 import dataclasses
@@ -7,9 +7,6 @@ import pytest
 import torch
 from torch import nn
 
-from kddp_ext.activations.layout import as_matrix
-from kddp_ext.activations.sample_ring import SampleRing
-from kddp_ext.activations.statistics import NeuronStatistics
 from kddp_ext.pruning.pruner import DynamicPruner
 from kddp_ext.pruning.reconstruction import reconstruct
 
@@ -20,7 +17,7 @@ def samples(count=200, rank=6, width=12, noise=0.0):
     return hidden + 3 + noise * torch.randn(count, width, generator=generator)
 
 
-def test_what_follows_from_the_others_is_reconstructed():
+def test_linearly_dependent_neurons_are_reconstructed():
     values, keep, pruned = samples(), torch.arange(8), torch.arange(8, 12)
     found = reconstruct(values, keep, pruned, torch.ones(12, dtype=torch.float64))
     centred = values.double() - values.double().mean(0)
@@ -36,7 +33,7 @@ def test_noise_is_not_fitted(seed):
     assert reconstruct(noise, torch.arange(390), torch.arange(390, 400), torch.ones(400, dtype=torch.float64)) is None
 
 
-def test_too_few_constant_or_infinite_samples_say_nothing():
+def test_too_few_constant_or_infinite_samples_give_no_reconstruction():
     keep, pruned, ones = torch.arange(8), torch.arange(8, 12), torch.ones(12, dtype=torch.float64)
     assert reconstruct(samples(15), keep, pruned, ones) is None
     assert reconstruct(torch.ones(64, 12), keep, pruned, ones) is None
@@ -44,12 +41,9 @@ def test_too_few_constant_or_infinite_samples_say_nothing():
     broken[3, 2] = torch.inf
     assert reconstruct(broken, keep, pruned, ones) is None
     assert reconstruct(samples(), torch.arange(12), torch.arange(0), ones) is None
-
-
-def test_dead_neurons_take_nothing():
-    values = samples()
-    values[:, 8:] = 0
-    assert reconstruct(values, torch.arange(8), torch.arange(8, 12), torch.ones(12, dtype=torch.float64)) is None
+    dead = samples()
+    dead[:, 8:] = 0
+    assert reconstruct(dead, keep, pruned, ones) is None
 
 
 MODELS = {
@@ -69,7 +63,7 @@ MODELS = {
 
 
 def pruned_copy(name, **options):
-    """The model before and after its neurons were pruned to a third, in evaluation mode, and inputs."""
+    """The model before and after its neurons were pruned to 8, inputs, and the report."""
     torch.manual_seed(0)
     model, shape, layer = MODELS[name]()
     model.double()
@@ -89,7 +83,7 @@ def pruned_copy(name, **options):
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_outputs_are_nearer_than_with_the_mean_alone(name):
+def test_outputs_change_less_than_with_the_mean_alone(name):
     errors = []
     for settings in ({"reconstruction_samples": 1024}, {"reconstruction_samples": 0}, {"compensate": False}):
         whole, pruned, x, report = pruned_copy(name, **settings)
@@ -107,49 +101,8 @@ def test_the_mean_of_the_outputs_stays(name):
     torch.testing.assert_close(*means, rtol=1e-6, atol=1e-6)
 
 
-def test_a_ring_keeps_the_latest():
-    ring = SampleRing(16, 3)
-    for batch in range(20):
-        ring.add(as_matrix(torch.full((10, 3), float(batch))))
-    assert ring.filled == 16
-    assert sorted(set(ring.samples[:, 0].tolist())) == [float(batch) for batch in range(12, 20)]
-    other = SampleRing(16, 3)
-    other.load_state_dict(ring.state_dict())
-    ring.add(as_matrix(torch.ones(10, 3)))
-    other.add(as_matrix(torch.ones(10, 3)))
-    assert torch.equal(ring.values, other.values)
-    with pytest.raises(ValueError, match="at most 16 samples of 4 neurons, got a tensor of shape"):
-        SampleRing(16, 4).load_state_dict(ring.state_dict())
-
-
-@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
-def test_a_ring_takes_whole_samples(memory_format):
-    """Every row is the channels of one position of one image."""
-    images = torch.arange(5 * 4 * 3 * 3.0).view(5, 4, 3, 3).contiguous(memory_format=memory_format)
-    ring = SampleRing(64, 4)
-    for _ in range(30):
-        ring.add(as_matrix(images))
-    positions = {tuple(row) for row in images.movedim(1, -1).flatten(0, -2).tolist()}
-    assert {tuple(row) for row in ring.samples.tolist()} <= positions
-    assert len({tuple(row) for row in ring.samples.tolist()}) > 20  # and not always the same ones
-
-
-def test_statistics_of_several_ranks_join():
-    parts = []
-    for rank in range(3):
-        part = NeuronStatistics(4, positions=2, samples=6)
-        part.observe(torch.randn(7 + rank, 4, 2, generator=torch.Generator().manual_seed(rank)))
-        parts.append(part)
-    joined = NeuronStatistics.joined(parts)
-    assert joined.rows == 2 * (7 + 8 + 9)
-    torch.testing.assert_close(joined.values[0], sum(part.values[0] for part in parts))
-    torch.testing.assert_close(joined.position_sums, sum(part.position_sums for part in parts))
-    assert torch.equal(joined.max_abs, torch.stack([part.max_abs for part in parts]).amax(0))
-    assert joined.ring.filled == min(6, sum(part.ring.filled for part in parts))
-
-
-def test_settings_that_are_replaced_between_checks_count():
-    """Without samples the average alone is compensated from then on; with more of them, more are kept for the next."""
+def test_replaced_settings_take_effect():
+    """Without samples only the mean is compensated, at once; more samples are kept after the next check."""
     reports, capacities = {}, {}
     for samples in (256, 0, 512):
         torch.manual_seed(0)

@@ -1,4 +1,4 @@
-"""A pruned student, exported, computes what it computes in PyTorch, and exporting changes nothing."""
+"""An exported student computes the same as in PyTorch, and exporting changes nothing."""
 
 import importlib.util
 import sys
@@ -35,8 +35,8 @@ def convolutional():
 
 
 def prune(model, shape):
-    """A training step, and a prune that removes neurons; the pruner is still open."""
-    nn.init.uniform_(model[1].weight)  # a norm that leaves its channels unlike
+    """Train one step and prune; the pruner stays open."""
+    nn.init.uniform_(model[1].weight)  # so that channels differ
     optimizer = torch.optim.Adam(model.parameters())
     example = (torch.zeros(2, *shape),)
     pruner = kddp_ext.DynamicPruner(model, optimizer, example_inputs=example, threshold=0.6, patience=1)
@@ -49,7 +49,7 @@ def prune(model, shape):
 
 @pytest.fixture(params=[perceptron, convolutional], ids=lambda make: make.__name__)
 def pruned(request):
-    """A student that lost neurons in all of its layers, its pruner, and the shape of a sample."""
+    """A student that lost neurons in all layers, its pruner, and the shape of a sample."""
     model, shape = request.param()
     return model, prune(model, shape), shape
 
@@ -140,7 +140,7 @@ def test_inputs_that_are_no_tensors_keep_their_value(tmp_path):
 def test_a_failure_leaves_the_old_file_and_the_mode(tmp_path):
     class Fails(nn.Module):
         def forward(self, values):
-            return values if values.sum() > 0 else -values  # depends on data: it cannot be exported
+            return values if values.sum() > 0 else -values  # depends on the data, so it cannot be exported
 
     path = tmp_path / "student.onnx"
     path.write_bytes(b"old")
@@ -161,7 +161,7 @@ def test_arguments(tmp_path, monkeypatch):
     with pytest.raises(TypeError, match=r"example_inputs: expected a tuple .*, got Tensor"):
         kddp_ext.export_onnx(perceptron()[0], tmp_path / "student.onnx", torch.zeros(2, 12))
     monkeypatch.setattr(export, "LARGEST_FILE", 100)
-    with pytest.raises(ValueError, match=r"model: its tensors take .* bytes, and an ONNX file holds at most 100"):
+    with pytest.raises(ValueError, match=r"model: its tensors take .* bytes, but an ONNX file holds at most 100"):
         kddp_ext.export_onnx(perceptron()[0], tmp_path / "student.onnx", (torch.zeros(2, 12),))
 
 

@@ -1,4 +1,4 @@
-"""Batches and views: functions of (seed, epoch, index), and of nothing else."""
+"""Batches and views depend on seed, epoch and index alone."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def test_the_splits_share_no_image_and_lose_none(image_data: MakeData) -> None:
     assert len(images.unique(dim=0)) == 60
 
 
-def test_a_validation_split_that_leaves_nothing_is_refused(image_data: MakeData) -> None:
+def test_a_validation_split_that_leaves_no_training_image_is_refused(image_data: MakeData) -> None:
     with pytest.raises(WorkflowError, match="--validation: expected fewer than the 60 images, got 60"):
         image_data(validation=60)
 

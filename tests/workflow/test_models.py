@@ -1,4 +1,4 @@
-"""The networks: shapes for every data set, whitening, and what is counted of them."""
+"""The networks: shapes for every data set, whitening, sizes, and pruning."""
 
 from __future__ import annotations
 
@@ -7,8 +7,6 @@ from typing import Any, get_args
 
 import pytest
 import torch
-from kddp_ext.workflow.models.resnet import PreActivationResNet
-from kddp_ext.workflow.models.vgg import VGG11
 
 import kddp_ext
 from kddp_ext.workflow.config import (
@@ -23,8 +21,16 @@ from kddp_ext.workflow.config import (
 )
 from kddp_ext.workflow.datasets import INFO
 from kddp_ext.workflow.errors import WorkflowError
-from kddp_ext.workflow.measure import count_macs, count_parameters, forward_seconds
-from kddp_ext.workflow.models import FastTeacher, PlainStudent, build_student, build_teacher, check_networks
+from kddp_ext.workflow.measure import count_macs, count_parameters
+from kddp_ext.workflow.models import (
+    VGG11,
+    FastTeacher,
+    PlainStudent,
+    PreActivationResNet,
+    build_student,
+    build_teacher,
+    check_networks,
+)
 
 # Their places in VGG11.features on images of 16x16: 8 convolutions, 4 poolings.
 VGG_CONVOLUTIONS = (0, 4, 8, 11, 15, 18, 22, 25)
@@ -43,7 +49,7 @@ def test_every_preset_builds_networks_that_fit_its_images(dataset: Dataset, name
     assert list(pruner.refused) == ["classifier"]
 
 
-def test_the_seed_decides_the_initial_weights_and_leaves_the_callers_alone() -> None:
+def test_the_seed_determines_the_weights_and_leaves_the_random_state() -> None:
     config, info = preset("digits", "quick"), INFO["digits"]
     state = torch.random.get_rng_state()
     one, same, other = (build_student(dataclasses.replace(config, seed=seed), info).hidden.weight for seed in (1, 1, 2))
@@ -67,13 +73,6 @@ def test_parameters_and_macs_are_counted_exactly() -> None:
     assert count_parameters(student) == weights
     macs = 9 * 4 * 64 + 9 * 4 * 6 * 16 + 6 * 2 * 2 * 20 + 20 * 10
     assert count_macs(student, torch.zeros(1, 1, 8, 8)) == macs
-    assert not student.hidden._forward_hooks
-
-
-def test_latency_grows_with_the_batch() -> None:
-    student = PlainStudent(1, 8, 10, (4,), 20)
-    image = torch.zeros(1, 1, 8, 8)
-    assert 0 < forward_seconds(student, image, 1, budget=0.02) < forward_seconds(student, image, 2000, budget=0.02)
 
 
 @pytest.mark.parametrize(("depth", "millions"), [(20, 0.27), (56, 0.85), (110, 1.7)])
@@ -82,7 +81,7 @@ def test_resnets_have_the_published_numbers_of_parameters(depth: int, millions: 
     network = PreActivationResNet(3, 10, depth, (16, 32, 64))
     assert count_parameters(network) / 1e6 == pytest.approx(millions, rel=0.03)
     with_weights = [each for each in network.modules() if isinstance(each, (torch.nn.Conv2d, torch.nn.Linear))]
-    assert len(with_weights) == depth + 2  # the two shortcuts that change the channels are besides
+    assert len(with_weights) == depth + 2  # the two shortcuts with weights are extra
 
 
 @pytest.mark.parametrize("dataset", get_args(Dataset))
@@ -104,7 +103,7 @@ def tiny(architecture: StudentArchitecture, channels: tuple[int, ...] = ()) -> R
     return RunConfig(student=student, pruning=PruningConfig(layers="all"))
 
 
-def test_no_channels_stand_for_the_papers_own() -> None:
+def test_the_default_channels_are_those_of_the_papers() -> None:
     info = INFO["cifar10"]
     vgg, resnet = (build_student(tiny(architecture), info) for architecture in ("vgg11", "resnet20"))
     assert isinstance(vgg, VGG11)
@@ -121,7 +120,7 @@ def test_no_channels_stand_for_the_papers_own() -> None:
     ],
     ids=["resnet20", "vgg11"],
 )
-def test_what_is_pruned_of_it_was_dead(network: torch.nn.Module, prunable: list[str]) -> None:
+def test_pruning_dead_neurons_keeps_the_output(network: torch.nn.Module, prunable: list[str]) -> None:
     images = torch.randn(8, 3, 16, 16, generator=torch.Generator().manual_seed(0))
     pruner = kddp_ext.DynamicPruner(network, example_inputs=(images,), criterion="dead", patience=1)
     assert list(pruner.widths) == prunable
@@ -136,7 +135,7 @@ def test_what_is_pruned_of_it_was_dead(network: torch.nn.Module, prunable: list[
 
 
 def silence(network: torch.nn.Module, layers: list[str]) -> None:
-    """Make the first two neurons of each layer give zero behind its activation."""
+    """Make the first two neurons of each layer zero behind its activation."""
     names = dict(network.named_modules())
     norms = {"conv1": "norm2"}
     with torch.no_grad():
@@ -158,9 +157,13 @@ def silence(network: torch.nn.Module, layers: list[str]) -> None:
         ({"student": StudentConfig(architecture="resnet20", channels=(8,))}, "--student.channels: expected 3 numbers"),
         ({"teacher": TeacherConfig(architecture="resnet56")}, "--teacher.channels: expected 3 numbers for resnet56"),
         ({"student": StudentConfig(architecture="resnet20", channels=())}, "--pruning.layers: expected all"),
-        ({"teacher": TeacherConfig(channels=(8, 8, 8))}, "--teacher.channels: 3 poolings leave nothing of the 8x8"),
+        ({"student": StudentConfig(shift=8), "augment": True}, "--student.shift: expected less than the image size 8"),
+        (
+            {"teacher": TeacherConfig(channels=(8, 8, 8))},
+            "--teacher.channels: expected fewer channels: 3 poolings",
+        ),
     ],
 )
-def test_networks_that_cannot_be_are_refused(changes: dict[str, Any], message: str) -> None:
+def test_impossible_networks_are_refused(changes: dict[str, Any], message: str) -> None:
     with pytest.raises(WorkflowError, match=message):
         check_networks(RunConfig(**changes), INFO["digits"])

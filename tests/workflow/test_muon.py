@@ -1,4 +1,4 @@
-"""Muon, against singular value decompositions and against torch's SGD."""
+"""Muon, compared with singular value decompositions and with torch's SGD."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def normal(*shape: int, seed: int = 0) -> Tensor:
 
 
 @pytest.mark.parametrize("shape", [(16, 72), (72, 16), (24, 24), (1, 9), (9, 1)])
-def test_singular_vectors_stay_and_values_come_near_one(shape: tuple[int, int]) -> None:
+def test_orthogonalized_keeps_singular_vectors_and_sets_values_near_one(shape: tuple[int, int]) -> None:
     left, _, right = torch.linalg.svd(normal(*shape), full_matrices=False)
     values = torch.linspace(1.0, 0.1, len(right), dtype=torch.float64)
     result = left.T @ orthogonalized(1e-3 * (left * values) @ right) @ right.T
@@ -29,11 +29,11 @@ def test_singular_vectors_stay_and_values_come_near_one(shape: tuple[int, int]) 
     assert 0.6 < result.diag().min() <= result.diag().max() < 1.3
 
 
-def test_nothing_to_orthogonalize_stays_nothing() -> None:
+def test_orthogonalized_zeros_are_zeros() -> None:
     assert not orthogonalized(torch.zeros(3, 5)).any()
 
 
-def test_without_orthogonal_steps_it_is_sgd() -> None:
+def test_muon_without_orthogonal_steps_is_sgd() -> None:
     start = normal(4, 3)
     mine, reference = (nn.Parameter(start.clone()) for _ in range(2))
     settings = {"lr": 0.1, "momentum": 0.8, "weight_decay": 0.05}
@@ -56,7 +56,7 @@ def test_a_filter_bank_is_scaled_and_moves_by_an_orthogonal_step() -> None:
     torch.testing.assert_close(moved.flatten(1), orthogonalized(gradient.flatten(1)))
 
 
-def test_a_saved_state_goes_on_as_if_nothing_had_been() -> None:
+def test_training_continues_exactly_from_a_saved_state() -> None:
     weights = [nn.Parameter(normal(6, 18).view(6, 2, 3, 3)), nn.Parameter(normal(5))]
     groups = [{"params": weights[:1], "orthogonalize": True}, {"params": weights[1:], "weight_decay": 0.1}]
 
@@ -77,7 +77,7 @@ def test_a_saved_state_goes_on_as_if_nothing_had_been() -> None:
         assert torch.equal(mine, expected)
 
 
-def test_every_parameter_of_the_teacher_learns_at_its_own_rate() -> None:
+def test_every_parameter_of_the_teacher_has_its_own_learning_rate() -> None:
     teacher = TeacherConfig(
         optimizer="muon", channels=(8, 16), bias_learning_rate=400.0, classifier_learning_rate=7.0, weight_decay=0.02
     )
@@ -101,6 +101,6 @@ def test_every_parameter_of_the_teacher_learns_at_its_own_rate() -> None:
     assert found == expected
 
 
-def test_networks_whose_filters_no_normalisation_follows_are_refused() -> None:
-    with pytest.raises(WorkflowError, match=r"--teacher.optimizer: muon is for fast alone, got resnet20"):
+def test_muon_is_refused_for_networks_without_normalised_filters() -> None:
+    with pytest.raises(WorkflowError, match=r"--teacher.optimizer: muon needs --teacher.architecture fast, got"):
         RunConfig(teacher=TeacherConfig(architecture="resnet20", channels=(), optimizer="muon"))

@@ -1,10 +1,9 @@
-// The distillation loss, the classification loss and the activation penalty, with their gradients, in one
-// pass.
+// The distillation loss, the cross entropy and the activation penalty, with their gradients, in one pass.
 //
 //   loss = alpha * kd + (1 - alpha) * ce + sum over layers of l1_weight * l1
 //
-// with kd = T^2 * divergence(softmax(teacher/T), softmax(student/T)) and ce averaged over the rows whose label is
-// not ignore_index, and l1 = sum |a| averaged over the layer's samples. A term of weight 0 is left out.
+// kd = T^2 * divergence(softmax(teacher/T), softmax(student/T)) and ce are means over the rows whose label is not
+// ignore_index; l1 is sum |a| divided by the layer's samples. A term of weight 0 is left out.
 #pragma once
 
 #include "kddp/activation_l1.h"
@@ -12,7 +11,7 @@
 
 namespace kddp {
 
-// Of a row's teacher distribution p and student distribution q, with y its label:
+// Divergences of a row with teacher distribution p, student distribution q and label y:
 enum class Divergence : int {
     forward_kl = 0,  // KL(p || q)
     reverse_kl = 1,  // KL(q || p)
@@ -23,9 +22,9 @@ enum class Divergence : int {
 struct KdL1Loss {
     int64_t rows;
     int64_t classes;
-    Matrix student;         // absent: the activations alone
+    Matrix student;         // absent: activations only
     Matrix teacher;         // absent: kd is 0
-    const int64_t* labels;  // (rows), absent: ce is 0
+    const int64_t* labels;  // (rows); absent: ce is 0
     ActivationL1 activations;
     double temperature;
     double alpha;
@@ -34,22 +33,22 @@ struct KdL1Loss {
     Divergence divergence;
     double jsd_beta;
     double dkd_target_weight, dkd_non_target_weight;
-    bool standardize_logits;  // kd is that of (x - mean) / (std + 1e-7) of each row, both sides
-    // float16 cannot hold gradients divided by the batch size. Where set, those of the logits come multiplied
-    // by `rows`, those of the activations as sign(a), for whoever scales them with grad_output to finish.
+    bool standardize_logits;  // kd is computed on (x - mean) / (std + 1e-7) of each row, for both sides
+    // float16 cannot represent gradients divided by the batch size. If set, the logits' gradient is multiplied by
+    // `rows` and the activations' gradient is sign(a); the backward divides when it multiplies by grad_output.
     bool scaled_gradients;
     void* logits_gradient;    // (rows, classes) contiguous, the student's type; absent: not computed
     ElementType result_type;  // float32 or float64
     void* loss;
-    void* terms;      // kd, ce, l1, correct; absent: not wanted
+    void* terms;      // kd, ce, l1, correct; absent: not computed
     void* workspace;  // kd_l1_loss_workspace bytes, aligned to 64
     int threads;
 };
 
-// Bytes of workspace that `kd_l1_loss` needs for these sizes, types and threads.
+// Bytes of workspace that `kd_l1_loss` needs for this job.
 int64_t kd_l1_loss_workspace(const KdL1Loss& job);
 
-// The same result, bit for bit, whatever the number of threads.
+// The result is the same, bit for bit, for any number of threads.
 Status kd_l1_loss(const KdL1Loss& job);
 
 }  // namespace kddp

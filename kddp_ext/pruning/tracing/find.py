@@ -140,5 +140,5 @@ def _positions(graph: OperationGraph, example_inputs: tuple[Any, ...]) -> dict[s
     for node in filter(is_layer, graph.nodes):
         stored = graph.stored(node.args[1])
         if stored is not None:
-            applied[stored.name] += shape_of(node).numel() // graph.tensor(stored).shape[0]
+            applied[stored.name] += shape_of(node).numel() // stored.of(graph.model).shape[0]
     return {name: count / max(samples, 1) for name, count in applied.items()}

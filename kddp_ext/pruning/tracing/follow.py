@@ -7,8 +7,9 @@ from collections.abc import Sequence
 from torch import nn
 from torch.fx import Node
 
+from kddp_ext.activations.layout import Layout
 from kddp_ext.pruning.tracing.graph import OperationGraph, Refusal
-from kddp_ext.pruning.tracing.groups import Layout, NeuronCount, NeuronGroup, Reader, StoredTensor
+from kddp_ext.pruning.tracing.groups import NeuronCount, NeuronGroup, Reader, StoredTensor
 from kddp_ext.pruning.tracing.operations import (
     CONVOLUTIONS,
     POINTWISE,

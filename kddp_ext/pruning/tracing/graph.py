@@ -67,16 +67,12 @@ class OperationGraph:
             if node.name in names:
                 module, _, attribute = names[node.name].rpartition(".")
                 self._stored[node] = StoredTensor(self._names[model.get_submodule(module)], attribute)
-                self._users[id(self.tensor(self._stored[node]))].extend(node.users)
+                self._users[id(self._stored[node].of(model))].extend(node.users)
         self._holders = _holders(model)
 
     def stored(self, node: Any) -> StoredTensor | None:
         """The parameter or buffer behind `node`; None where `node` is computed."""
         return self._stored.get(node)
-
-    def tensor(self, stored: StoredTensor) -> Tensor:
-        """The tensor itself."""
-        return stored.of(self.model)
 
     def own(self, node: Any, role: str) -> StoredTensor:
         """The stored tensor behind `node`, proven to be held by one module and read by one operation.
@@ -94,7 +90,7 @@ class OperationGraph:
                 f"the {role} is computed in the forward pass (by a parametrization, weight norm or mask?), so there is "
                 "no stored tensor to slice; remove the parametrization first"
             )
-        tensor = self.tensor(stored)
+        tensor = stored.of(self.model)
         if type(tensor) not in (Tensor, nn.Parameter) or tensor.layout != torch.strided:
             raise Refusal(f"the {role} is a {type(tensor).__name__}; only plain dense tensors can be sliced")
         holders = self._holders[ops.storage_key(tensor)]

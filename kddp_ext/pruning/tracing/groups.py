@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
+
+from kddp_ext.activations.layout import Layout
 
 
 @dataclass(frozen=True)
@@ -35,52 +35,6 @@ class StoredTensor:
         if not isinstance(tensor, Tensor):
             raise ValueError(f"model: it no longer has {self.name}; make a new pruner after changing the model")
         return tensor
-
-
-@dataclass(frozen=True)
-class Layout:
-    """The entries of each neuron along one dimension of a tensor.
-
-    The dimension has outer · neurons · inner entries; entry (o · neurons + j) · inner + i belongs to neuron j. A
-    channel that is flattened with its positions has inner = positions, or outer = positions in a channels-last order.
-
-    Attributes:
-        axis: the dimension.
-        outer: how many times the sequence of all neurons repeats.
-        inner: number of adjacent entries of one neuron.
-    """
-
-    axis: int
-    outer: int = 1
-    inner: int = 1
-
-    @property
-    def entries(self) -> int:
-        """Number of entries of each neuron."""
-        return self.outer * self.inner
-
-    def indices(self, neurons: Tensor, width: int) -> Tensor:
-        """The ascending entries of `neurons`, which are ascending indices below `width`; all int64."""
-        if self.entries == 1:
-            return neurons
-        outer = torch.arange(self.outer, device=neurons.device).view(-1, 1, 1) * width
-        inner = torch.arange(self.inner, device=neurons.device)
-        return ((outer + neurons.view(-1, 1)) * self.inner + inner).flatten()
-
-    def reshaped(self, before: Sequence[int], after: Sequence[int]) -> Layout | None:
-        """The layout after a reshape from `before` to `after`; None where one dimension cannot describe it."""
-        width = before[self.axis] // self.entries
-        ahead = math.prod(before[: self.axis]) * self.outer
-        behind = self.inner * math.prod(before[self.axis + 1 :])
-        found = []
-        for axis, size in enumerate(after):
-            prefix, suffix = math.prod(after[:axis]), math.prod(after[axis + 1 :])
-            if prefix and suffix and ahead % prefix == 0 and behind % suffix == 0:
-                layout = Layout(axis, ahead // prefix, behind // suffix)
-                if layout.entries * width == size:
-                    found.append(layout)
-        # Only a layer of one neuron has several candidates. The one with the same `outer` is preferred.
-        return min(found, key=lambda layout: (layout.outer != self.outer, layout.axis)) if found else None
 
 
 @dataclass(frozen=True)

@@ -15,8 +15,9 @@ import torch
 from torch import Tensor, nn
 from torch.fx import Node
 
+from kddp_ext.activations.layout import Layout
 from kddp_ext.pruning.tracing.graph import OperationGraph, Refusal
-from kddp_ext.pruning.tracing.groups import Layout, NeuronCount, NeuronSlices, StoredTensor
+from kddp_ext.pruning.tracing.groups import NeuronCount, NeuronSlices, StoredTensor
 
 # The number of dimensions that each operation convolves or pools over.
 CONVOLUTIONS = {"conv1d": 1, "conv2d": 2, "conv3d": 3}
@@ -73,8 +74,12 @@ class NeuronPath:
         """The first argument of `node`, proven to be a value on the path."""
         source = node.args[0]
         if not isinstance(source, Node) or source not in self.at:
-            raise Refusal(f"{operation_name(node)} in {self.graph.place(node)} reads its settings from the neurons")
+            raise self.refusal(node, "reads its settings from the neurons")
         return source
+
+    def refusal(self, node: Node, reason: str) -> Refusal:
+        """A refusal because of `node`."""
+        return Refusal(f"{operation_name(node)} in {self.graph.place(node)} {reason}")
 
 
 Handler = Callable[[NeuronPath, Node], None]
@@ -117,10 +122,10 @@ def _pointwise(path: NeuronPath, node: Node) -> None:
             raise Refusal(foreign_operand(path.graph, node))
         path.factors.append(other)
     if any(shape_of(source) != shape_of(node) for source in carried):
-        raise Refusal(f"{operation_name(node)} in {path.graph.place(node)} broadcasts the neurons; keep their shape")
+        raise path.refusal(node, "broadcasts the neurons; keep their shape")
     layouts = {path.at[source] for source in carried}
     if len(layouts) > 1:
-        raise Refusal(f"{operation_name(node)} in {path.graph.place(node)} combines different neurons")
+        raise path.refusal(node, "combines different neurons")
     path.at[node] = layouts.pop()
 
 
@@ -153,7 +158,7 @@ def _reshape(path: NeuronPath, node: Node) -> None:
     source = path.source(node)
     layout = path.at[source].reshaped(shape_of(source), shape_of(node))
     if layout is None:
-        raise Refusal(f"{operation_name(node)} in {path.graph.place(node)} rearranges the neurons")
+        raise path.refusal(node, "rearranges the neurons")
     path.at[node] = layout
 
 
@@ -176,18 +181,17 @@ def _permute(path: NeuronPath, node: Node) -> None:
 def _batch_norm(path: NeuronPath, node: Node) -> None:
     """One scale, one shift and two running statistics for each entry of dimension 1."""
     source, *tensors = node.args[:5]
-    place = path.graph.place(node)
     if not isinstance(source, Node) or source not in path.at or path.at[source].axis != 1:
-        raise Refusal(f"batch_norm in {place} normalises over dimension 1, but the neurons are along another dimension")
+        raise path.refusal(node, "normalises over dimension 1, but the neurons are along another dimension")
     name = path.graph.module(node)
     module = path.graph.model.get_submodule(name)
     if not isinstance(module, nn.modules.batchnorm._BatchNorm):
-        raise Refusal(f"batch_norm in {place} is a function call; use nn.BatchNorm1d or nn.BatchNorm2d")
+        raise path.refusal(node, "is a function call; use nn.BatchNorm1d or nn.BatchNorm2d")
     layout = path.at[source]
     for argument in tensors:
         stored = path.add_slices(argument, f"batch norm of {name}", Layout(0, layout.outer, layout.inner))
         if stored is not None and stored.module != name:
-            raise Refusal(f"batch_norm in {place} reads {stored.name} of another module")
+            raise path.refusal(node, f"reads {stored.name} of another module")
     path.counts.append(NeuronCount(name, "num_features", layout.entries))
     path.at[node] = layout
 
@@ -197,12 +201,12 @@ def _prelu(path: NeuronPath, node: Node) -> None:
     source, slope = path.source(node), node.args[1]
     layout = path.at[source]
     if not isinstance(slope, Node):
-        raise Refusal(f"prelu in {path.graph.place(node)} computes its slopes from the neurons")
+        raise path.refusal(node, "computes its slopes from the neurons")
     if shape_of(slope).numel() > 1:
         name = path.graph.module(node)
         module = path.graph.model.get_submodule(name)
         if layout.axis != 1 or not isinstance(module, nn.PReLU):
-            raise Refusal(f"prelu in {path.graph.place(node)} has a slope for each entry of another dimension")
+            raise path.refusal(node, "has a slope for each entry of another dimension")
         path.add_slices(slope, f"slope of {name}", Layout(0, layout.outer, layout.inner))
         path.counts.append(NeuronCount(name, "num_parameters", layout.entries))
     path.at[node] = layout
@@ -210,51 +214,51 @@ def _prelu(path: NeuronPath, node: Node) -> None:
 
 def _linear(path: NeuronPath, node: Node) -> None:
     """The next layer sums over the neurons, so the path ends."""
-    place = path.graph.place(node)
     if any(argument in path.at for argument in node.args[1:] if isinstance(argument, Node)):
-        raise Refusal(f"linear in {place} uses the neurons as its weight or bias")
+        raise path.refusal(node, "uses the neurons as its weight or bias")
     source = path.source(node)
     if path.at[source].axis != len(shape_of(source)) - 1:
-        raise Refusal(f"linear in {place} sums over another dimension than the neurons'")
+        raise path.refusal(node, "sums over another dimension than the neurons'")
     _read(path, node, "in_features", path.at[source])
 
 
 def _convolution(path: NeuronPath, node: Node) -> None:
     """The next layer, which ends the path; or a depthwise convolution, which filters each channel separately."""
-    name, place = operation_name(node), path.graph.place(node)
+    name = operation_name(node)
     if any(argument in path.at for argument in node.args[1:] if isinstance(argument, Node)):
-        raise Refusal(f"{name} in {place} uses the neurons as its weight or bias")
+        raise path.refusal(node, "uses the neurons as its weight or bias")
     source = path.source(node)
     channel = len(shape_of(source)) - CONVOLUTIONS[name] - 1
     if path.at[source] != Layout(channel):
-        raise Refusal(f"{name} in {place} reads channels, but the neurons are along another dimension")
+        raise path.refusal(node, "reads channels, but the neurons are along another dimension")
     groups, outputs = groups_of(node), shape_of(node)[channel]
     if groups == 1:
         _read(path, node, "in_channels", path.at[source])
         return
     if not groups == shape_of(source)[channel] == outputs:
-        raise Refusal(
-            f"{name} in {place} has {groups} groups of channels, which must keep equal sizes; single channels can only "
-            "be removed from depthwise convolutions with one filter for each channel"
+        raise path.refusal(
+            node,
+            f"has {groups} groups of channels, which must keep equal sizes; single channels can only be removed from "
+            "depthwise convolutions with one filter for each channel",
         )
     module = path.graph.module(node)
     if not isinstance(path.graph.model.get_submodule(module), nn.modules.conv._ConvNd):
-        raise Refusal(f"{name} in {place} is a function call; use an nn.Conv module")
+        raise path.refusal(node, "is a function call; use an nn.Conv module")
     for argument, role in ((node.args[1], "weight"), (argument_of(node, 2, "bias", None), "bias")):
         stored = path.add_slices(argument, f"{role} of {module}", Layout(0))
         if stored is not None and stored.module != module:
-            raise Refusal(f"{name} in {place} reads {stored.name} of another module; use an nn.Conv module")
+            raise path.refusal(node, f"reads {stored.name} of another module; use an nn.Conv module")
     path.counts += [NeuronCount(module, attribute) for attribute in ("in_channels", "out_channels", "groups")]
     path.at[node] = Layout(channel)
 
 
 def _read(path: NeuronPath, node: Node, attribute: str, layout: Layout) -> None:
-    graph, place = path.graph, path.graph.place(node)
+    graph = path.graph
     name = graph.module(node)
     stored = graph.own(node.args[1], f"weight of {name or 'the next layer'}")
     wanted = nn.Linear if attribute == "in_features" else nn.modules.conv._ConvNd
     if not isinstance(graph.model.get_submodule(name), wanted) or stored != StoredTensor(name, "weight"):
-        raise Refusal(f"{operation_name(node)} in {place} is a function call that reads {stored.name}; use a module")
+        raise path.refusal(node, f"is a function call that reads {stored.name}; use a module")
     path.slices.append(NeuronSlices(stored, Layout(1, layout.outer, layout.inner)))
     path.counts.append(NeuronCount(name, attribute, layout.entries))
     path.readers.append(node)
@@ -265,7 +269,7 @@ def _pooling(path: NeuronPath, node: Node) -> None:
     source = path.source(node)
     pooled = POOLINGS[operation_name(node).removesuffix("_with_indices")]
     if path.at[source].axis >= len(shape_of(source)) - pooled:
-        raise Refusal(f"{operation_name(node)} in {path.graph.place(node)} pools over the neurons")
+        raise path.refusal(node, "pools over the neurons")
     path.at[node] = path.at[source]
 
 
@@ -284,16 +288,17 @@ def _reduction(path: NeuronPath, node: Node) -> None:
     dims = argument_of(node, 1, "dim", None)
     over = {axis % count for axis in ([dims] if isinstance(dims, int) else dims or range(count))}
     if layout.axis in over or (isinstance(dims, list) and not dims):
-        raise Refusal(f"{operation_name(node)} in {path.graph.place(node)} sums over the neurons")
+        raise path.refusal(node, "sums over the neurons")
     kept = argument_of(node, 2, "keepdim", False)
     shift = 0 if kept else sum(axis < layout.axis for axis in over)
     path.at[node] = Layout(layout.axis - shift, layout.outer, layout.inner)
 
 
 def _mixes_neurons(path: NeuronPath, node: Node) -> None:
-    raise Refusal(
-        f"{operation_name(node)} in {path.graph.place(node)} computes each neuron from all of them, so "
-        "removing one would change the others; use BatchNorm instead or leave this layer unpruned"
+    raise path.refusal(
+        node,
+        "computes each neuron from all of them, so removing one would change the others; use BatchNorm or leave "
+        "this layer unpruned",
     )
 
 

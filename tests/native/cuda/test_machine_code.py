@@ -17,7 +17,7 @@ MOST_REGISTERS = {
     "long_rows float64": 160,
     **{f"{rows} float64": 128 for rows in ("warps", "blocks")},
     "scale_gradients": 64,
-    "compact_layer": 64,
+    "gather_layer": 64,
     "probe": 16,
 }
 """By the kernel's rows and dtype; float64 needs two registers for each number."""
@@ -99,7 +99,7 @@ def launch_of(request):
             logits = torch.randn(2, classes, dtype=dtype)
             kddp_ext.fused_kd_l1_loss(logits, logits, None, [torch.randn(2, 64)], alpha=1.0, l1_weight=0.1)
         call = next(call for call in emulated.emulator.calls() if call["name"] == "launch")
-        return call["block"][0], call["shared"]
+        return call["block"], call["shared"]
 
     return launch
 

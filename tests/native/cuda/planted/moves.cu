@@ -1,14 +1,13 @@
-// The compaction and the backward, of one float32 matrix each, as C functions.
-#include "cuda/compaction.h"
+// The compaction and the backward as C functions, for one float32 matrix each.
+#include "cuda/backend.h"
 #include "cuda/platform.cuh"
-#include "cuda/scale.h"
 
 extern "C" {
 
 const char* run_gather(int64_t columns, const int64_t* keep_rows, int64_t kept_rows, const int64_t* keep_columns,
                        int64_t kept_columns, const float* source, float* target) {
     const kddp::Block block{source, columns * 4, 4, target};
-    const kddp::Compaction job{&block, 1, columns, keep_rows, kept_rows, keep_columns, kept_columns, {}, nullptr, 1};
+    const kddp::GatherSlices job{&block, 1, columns, keep_rows, kept_rows, keep_columns, kept_columns, {}, 1};
     return emulator::guarded([&] { kddp::cuda_gather_slices(job, {nullptr, nullptr}); });
 }
 

@@ -1,26 +1,55 @@
-// Stands in for CUDA's header of the same name.
+// Replaces CUDA's headers cuda_fp16.h and cuda_bf16.h: conversions of 16-bit floats, rounded to nearest, ties to even.
 #pragma once
 
-#include "emulated/small_float.h"
+#include <algorithm>
 
-EMULATED_SMALL_FLOAT(__half, __half2, emulator::Half)
-using half = __half;
-using half2 = __half2;
+#include "cuda_types.h"
 
-inline __half __float2half(float x) { return __half(x); }
-inline __half __float2half_rn(float x) { return __half(x); }
-inline __half __double2half(double x) { return __half(x); }
-inline float __half2float(__half x) { return x; }
-inline __half2 __floats2half2_rn(float x, float y) { return {__half(x), __half(y)}; }
-inline __half2 __float22half2_rn(float2 v) { return {__half(v.x), __half(v.y)}; }
-inline __half2 __float2half2_rn(float x) { return {__half(x), __half(x)}; }
-inline float2 __half22float2(__half2 v) { return {v.x, v.y}; }
-inline __half2 __halves2half2(__half x, __half y) { return {x, y}; }
-inline __half2 __half2half2(__half x) { return {x, x}; }
-inline __half2 make_half2(__half x, __half y) { return {x, y}; }
-inline __half __low2half(__half2 v) { return v.x; }
-inline __half __high2half(__half2 v) { return v.y; }
+namespace emulator {
+
+// A format of 1 + exponent + mantissa = 16 bits, with IEEE 754's infinities. As in CUDA, every NaN becomes 0x7fff.
+template <int exponent_bits, int mantissa_bits>
+struct SmallFloat {
+    static constexpr int bias = (1 << (exponent_bits - 1)) - 1;
+    uint16_t bits;
+
+    static SmallFloat from(float value) {
+        if (value != value) return {0x7fff};
+        const unsigned sign = std::signbit(value) ? 0x8000u : 0u;
+        const double magnitude = std::fabs(double(value));
+        if (magnitude == 0) return {uint16_t(sign)};
+        if (magnitude >= std::ldexp(1.0, bias + 1))
+            return {uint16_t(sign | ((1u << exponent_bits) - 1) << mantissa_bits)};
+        int exponent = 0;
+        std::frexp(magnitude, &exponent);
+        // The distance to the neighbouring number, which is constant below the smallest normal number.
+        const int step = std::max(exponent - 1, 1 - bias) - mantissa_bits;
+        const auto steps = unsigned(std::nearbyint(std::ldexp(magnitude, -step)));
+        // A carry out of the mantissa raises the exponent, up to infinity.
+        return {uint16_t(sign | ((unsigned(step + mantissa_bits + bias - 1) << mantissa_bits) + steps))};
+    }
+
+    float to_float() const {
+        const unsigned exponent = (bits & 0x7fffu) >> mantissa_bits, mantissa = bits & ((1u << mantissa_bits) - 1);
+        double value;
+        if (exponent == (1u << exponent_bits) - 1)
+            value = mantissa ? NAN : HUGE_VAL;
+        else if (exponent == 0)
+            value = std::ldexp(double(mantissa), 1 - bias - mantissa_bits);
+        else
+            value = std::ldexp(double(mantissa | 1u << mantissa_bits), int(exponent) - bias - mantissa_bits);
+        return float(bits & 0x8000u ? -value : value);
+    }
+};
+
+}  // namespace emulator
+
+using __half = emulator::SmallFloat<5, 10>;
+using __nv_bfloat16 = emulator::SmallFloat<8, 7>;
+
+inline __half __float2half_rn(float x) { return __half::from(x); }
+inline float __half2float(__half x) { return x.to_float(); }
 inline unsigned short __half_as_ushort(__half x) { return x.bits; }
-inline __half __ushort_as_half(unsigned short bits) { return emulator::bits_as<__half>(bits); }
-inline short __half_as_short(__half x) { return short(x.bits); }
-inline __half __short_as_half(short bits) { return emulator::bits_as<__half>(bits); }
+inline __half __ushort_as_half(unsigned short bits) { return {bits}; }
+inline __nv_bfloat16 __float2bfloat16_rn(float x) { return __nv_bfloat16::from(x); }
+inline unsigned short __bfloat16_as_ushort(__nv_bfloat16 x) { return x.bits; }

@@ -1,4 +1,4 @@
-// Stacks, and going from one to another: by a few instructions, or where they are not written by ucontext.
+// Stacks and the switch from one to another.
 #include "fiber.h"
 
 #include <sys/mman.h>
@@ -24,25 +24,25 @@ namespace emulator {
 
 namespace {
 #if defined(EMULATOR_ADDRESS_SANITIZER)
-constexpr size_t stack_size = 256 << 10;  // frames are larger with the sanitizer's zones around variables
+constexpr size_t stack_size = 256 << 10;  // the sanitizer's zones around variables enlarge frames
 Fiber* arriving_from = nullptr;
 #else
 constexpr size_t stack_size = 64 << 10;
 #endif
-constexpr size_t stacks_of_slab = 64, most_guarded = 8192;  // a process may have 65530 mappings
+constexpr size_t stacks_per_slab = 64, max_guarded = 8192;  // a process may have 65530 mappings
 }  // namespace
 
 size_t Stacks::bytes() { return stack_size; }
 
 void Stacks::allocate() {
     const size_t page = static_cast<size_t>(sysconf(_SC_PAGESIZE)), step = stack_size + page;
-    void* slab = mmap(nullptr, step * stacks_of_slab, PROT_READ | PROT_WRITE,
+    void* slab = mmap(nullptr, step * stacks_per_slab, PROT_READ | PROT_WRITE,
                       MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
     if (slab == MAP_FAILED) throw std::bad_alloc();
     slabs_.push_back(slab);
-    for (size_t i = 0; i < stacks_of_slab; ++i) {
+    for (size_t i = 0; i < stacks_per_slab; ++i) {
         char* guard = static_cast<char*>(slab) + i * step;
-        if (guarded_ < most_guarded && mprotect(guard, page, PROT_NONE) == 0) ++guarded_;
+        if (guarded_ < max_guarded && mprotect(guard, page, PROT_NONE) == 0) ++guarded_;
         free_.push_back(guard + page);
     }
 }
@@ -56,14 +56,14 @@ char* Stacks::take() {
 
 Stacks::~Stacks() {
     const size_t step = stack_size + static_cast<size_t>(sysconf(_SC_PAGESIZE));
-    for (void* slab : slabs_) munmap(slab, step * stacks_of_slab);
+    for (void* slab : slabs_) munmap(slab, step * stacks_per_slab);
 }
 
-// The zones around variables that the thread before left on the stack: those of its last frames, if it came to its end.
+// Clears AddressSanitizer's zones that the previous thread left on the stack: those of its last frames if it ended.
 static void clean(Fiber& fiber) {
 #if defined(EMULATOR_ADDRESS_SANITIZER)
-    constexpr size_t of_last_frames = 4 << 10;
-    const size_t used = fiber.ended ? of_last_frames : fiber.stack_bytes;
+    constexpr size_t last_frames = 4 << 10;
+    const size_t used = fiber.ended ? last_frames : fiber.stack_bytes;
     __asan_unpoison_memory_region(fiber.stack + fiber.stack_bytes - used, used);
     fiber.sanitizer = nullptr;
     fiber.ended = false;
@@ -72,23 +72,8 @@ static void clean(Fiber& fiber) {
 #endif
 }
 
-#if defined(EMULATOR_USES_UCONTEXT)
-
-void prepare(Fiber& fiber, void (*entry)()) {
-    clean(fiber);
-    getcontext(&fiber.context);
-    fiber.context.uc_stack.ss_sp = fiber.stack;
-    fiber.context.uc_stack.ss_size = fiber.stack_bytes;
-    fiber.context.uc_link = nullptr;
-    makecontext(&fiber.context, entry, 0);
-}
-
-static void exchange_stacks(Fiber& from, Fiber& to) { swapcontext(&from.context, &to.context); }
-
-#else
-
-// Saves what a call keeps on the stack, exchanges the stacks and restores it. swapcontext() would also ask the kernel
-// for the signal mask, every time.
+// Saves the registers that a call preserves, exchanges the stacks and restores them. swapcontext() would also make a
+// system call for the signal mask.
 extern "C" void kddp_emulator_exchange_stacks(void** from, void* to);
 asm(R"(
 .text
@@ -116,31 +101,25 @@ kddp_emulator_exchange_stacks:
 
 void prepare(Fiber& fiber, void (*entry)()) {
     clean(fiber);
-    // Six registers, the address that `ret` takes, and a return address of 0, where traces of the stack end.
+    // Six registers, the address for `ret`, and a return address of 0, at which stack traces end.
     auto** top = reinterpret_cast<void**>(fiber.stack + fiber.stack_bytes);
     for (int i = 1; i <= 8; ++i) top[-i] = nullptr;
     top[-2] = reinterpret_cast<void*>(entry);
     fiber.stack_pointer = static_cast<void*>(top - 8);
 }
 
-static void exchange_stacks(Fiber& from, Fiber& to) {
-    kddp_emulator_exchange_stacks(&from.stack_pointer, to.stack_pointer);
-}
-
-#endif
-
 void switch_fibers(Fiber& from, Fiber& to, bool is_last) {
 #if defined(EMULATOR_ADDRESS_SANITIZER)
     arriving_from = &from;
     from.ended = is_last;
     __sanitizer_start_switch_fiber(is_last ? nullptr : &from.sanitizer, to.stack, to.stack_bytes);
-    exchange_stacks(from, to);
+    kddp_emulator_exchange_stacks(&from.stack_pointer, to.stack_pointer);
     const void* stack;
     size_t bytes;
     __sanitizer_finish_switch_fiber(from.sanitizer, &stack, &bytes);
 #else
     (void)is_last;
-    exchange_stacks(from, to);
+    kddp_emulator_exchange_stacks(&from.stack_pointer, to.stack_pointer);
 #endif
 }
 
@@ -149,7 +128,7 @@ void begin_fiber() {
     const void* stack;
     size_t bytes;
     __sanitizer_finish_switch_fiber(nullptr, &stack, &bytes);
-    // The host's own stack is known from the first switch away from it.
+    // The first switch away from the host's own stack tells where it is.
     if (!arriving_from->stack) {
         arriving_from->stack = static_cast<char*>(const_cast<void*>(stack));
         arriving_from->stack_bytes = bytes;

@@ -1,13 +1,8 @@
-// Fibers: stacks of their own within one thread of the host, switched by hand.
+// Fibers: separate stacks within one thread of the host, for x86-64.
 #pragma once
 
 #include <cstddef>
 #include <vector>
-
-#if !defined(__x86_64__) || defined(EMULATOR_UCONTEXT)
-#define EMULATOR_USES_UCONTEXT 1
-#include <ucontext.h>
-#endif
 
 namespace emulator {
 
@@ -16,13 +11,11 @@ struct Fiber {
     char* stack = nullptr;  // the lowest byte
     size_t stack_bytes = 0;
     bool ended = false;
-    void* sanitizer = nullptr;  // AddressSanitizer's
-#if defined(EMULATOR_USES_UCONTEXT)
-    ucontext_t context;
-#endif
+    void* sanitizer = nullptr;  // AddressSanitizer's state
 };
 
-// Stacks, kept for the next launch. Below each of the first few thousand is a page that may not be touched.
+// Stacks that are reused by the next launch. A page that must not be accessed lies below each of the first few
+// thousand.
 class Stacks {
   public:
     Stacks() = default;
@@ -40,11 +33,11 @@ class Stacks {
     size_t guarded_ = 0;
 };
 
-// Makes `fiber`, whose stack is set, begin with entry() when it is first switched to; entry() must not return.
+// Makes `fiber`, which has a stack, start with entry() when it is first switched to. entry() must not return.
 void prepare(Fiber& fiber, void (*entry)());
-// Goes on with `to`; returns when something switches back. `is_last`: `from` will not be gone on with.
+// Continues `to`, and returns when something switches back. `is_last`: `from` will not be continued.
 void switch_fibers(Fiber& from, Fiber& to, bool is_last);
-// The first thing on a new stack.
+// The first call on a new stack.
 void begin_fiber();
 
 }  // namespace emulator

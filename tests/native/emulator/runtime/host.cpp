@@ -1,4 +1,4 @@
-// The host's side of the runtime: arguments are checked, calls recorded, errors kept for the thread that made them.
+// The host's side of the runtime, which checks arguments and records calls, and the C interface for ctypes.
 #include <cxxabi.h>
 #include <dlfcn.h>
 
@@ -6,74 +6,65 @@
 #include <cstdlib>
 #include <deque>
 #include <map>
-#include <mutex>
-#include <set>
+#include <utility>
 
-#include "emulated/host_functions.h"
+#include "cuda_runtime.h"
 #include "state.h"
 
 namespace emulator {
 
+extern std::deque<Report> reports;
+void needs(const void* address, size_t bytes, bool is_store);
+
 namespace {
 
-constexpr int shared_by_default = 48 << 10, shared_at_most = 227 << 10, shared_of_multiprocessor = 228 << 10;
-constexpr int reserved_shared = 1 << 10, threads_of_multiprocessor = 2048, blocks_of_multiprocessor = 32;
-constexpr int registers_of_multiprocessor = 65536, registers_of_thread = 64;
-constexpr size_t most_calls = 100000;
+// Of a multiprocessor of an H100, except for the registers, which only nvcc knows.
+constexpr int default_shared = 48 << 10, max_shared = 227 << 10, multiprocessor_shared = 228 << 10;
+constexpr int reserved_shared = 1 << 10, multiprocessor_threads = 2048, multiprocessor_blocks = 32;
+constexpr int multiprocessor_registers = 65536, thread_registers = 64;
+constexpr size_t max_calls = 100000;
 
-std::mutex guard;
-std::deque<Call> recorded;
-std::map<const void*, int> dynamic_limits;  // that cudaFuncSetAttribute raised
-std::map<cudaStream_t, int> streams;        // and their devices
+std::deque<Call> calls;
+std::map<const void*, int> dynamic_limits;  // set by cudaFuncSetAttribute
 int device_count = 2, multiprocessors = 4;
 thread_local int current_device = 0;
 thread_local cudaError_t last_error = cudaSuccess;
 
-cudaError_t record(Call call, cudaError_t error) {
+cudaError_t keep_error(cudaError_t error) {
     if (error != cudaSuccess) last_error = error;
-    call.device = current_device, call.error = error;
-    const std::scoped_lock lock(guard);
-    if (recorded.size() == most_calls) recorded.pop_front();
-    recorded.push_back(std::move(call));
     return error;
 }
 
-uint64_t number_of(cudaStream_t stream) { return reinterpret_cast<uintptr_t>(stream); }
-
-// A stream that was not made here is taken for one of any device.
-bool is_of_another_device(cudaStream_t stream) {
-    const std::scoped_lock lock(guard);
-    const auto found = streams.find(stream);
-    return found != streams.end() && found->second != current_device;
+cudaError_t record(Call call, cudaError_t error) {
+    call.device = current_device, call.error = error;
+    if (calls.size() == max_calls) calls.pop_front();
+    calls.push_back(std::move(call));
+    return keep_error(error);
 }
 
-int dynamic_limit(const void* function) {
-    const std::scoped_lock lock(guard);
-    int limit = 0;
-    for (const auto& [raised, bytes] : dynamic_limits)
-        if (!function || raised == function) limit = std::max(limit, bytes);
-    return limit ? limit : shared_by_default;
+int dynamic_limit(const void* kernel) {
+    const auto raised = dynamic_limits.find(kernel);
+    return raised == dynamic_limits.end() ? default_shared : raised->second;
 }
 
 int blocks_that_fit(uint64_t threads, uint64_t shared) {
     threads = (threads + 31) / 32 * 32;
-    if (threads == 0 || threads > 1024 || shared > shared_at_most) return 0;
-    const uint64_t by_threads = threads_of_multiprocessor / threads;
-    const uint64_t by_registers = registers_of_multiprocessor / (threads * registers_of_thread);
-    const uint64_t by_shared = shared_of_multiprocessor / (shared + reserved_shared);
-    return int(std::min({by_threads, by_registers, by_shared, uint64_t(blocks_of_multiprocessor)}));
+    if (threads == 0 || threads > 1024 || shared > max_shared) return 0;
+    const uint64_t by_threads = multiprocessor_threads / threads;
+    const uint64_t by_registers = multiprocessor_registers / (threads * thread_registers);
+    const uint64_t by_shared = multiprocessor_shared / (shared + reserved_shared);
+    return int(std::min({by_threads, by_registers, by_shared, uint64_t(multiprocessor_blocks)}));
 }
 
-// A kernel's own name where its library shows it, as a launch may have it in a variable; else the text of the launch.
+// The kernel's demangled name without result type and parameters; a launch may only have the name of a variable.
 std::string name_of(const Kernel& kernel) {
-    Dl_info found;
-    if (!kernel.address || !dladdr(kernel.address, &found) || found.dli_saddr != kernel.address) return kernel.name;
+    Dl_info symbol;
+    if (!dladdr(kernel.address, &symbol) || symbol.dli_saddr != kernel.address) return kernel.name;
     int status = 0;
-    char* const demangled = abi::__cxa_demangle(found.dli_sname, nullptr, nullptr, &status);
+    char* const demangled = abi::__cxa_demangle(symbol.dli_sname, nullptr, nullptr, &status);
     if (!demangled) return kernel.name;
     std::string name = demangled;
     std::free(demangled);
-    // Without the type of the result and the parameters.
     if (name.rfind("void ", 0) == 0) name.erase(0, 5);
     size_t at = name.size();
     for (int depth = 0; at > 0;) {
@@ -84,16 +75,70 @@ std::string name_of(const Kernel& kernel) {
     return at ? name.substr(0, at) : name;
 }
 
-cudaError_t error_of_launch(const Kernel& kernel, dim3 grid, dim3 block, size_t bytes, cudaStream_t stream,
-                            bool cooperative) {
-    const uint64_t threads = uint64_t(block.x) * block.y * block.z, blocks = uint64_t(grid.x) * grid.y * grid.z;
-    if (threads == 0 || threads > 1024 || block.z > 64 || blocks == 0) return cudaErrorInvalidConfiguration;
-    if (grid.x > 0x7fffffffu || grid.y > 65535 || grid.z > 65535) return cudaErrorInvalidConfiguration;
+cudaError_t error_of_launch(const Kernel& kernel, dim3 grid, dim3 block, size_t bytes, bool cooperative) {
+    const bool is_1d = grid.y == 1 && grid.z == 1 && block.y == 1 && block.z == 1;
+    if (!is_1d || block.x == 0 || block.x > 1024 || grid.x == 0 || grid.x > 0x7fffffffu)
+        return cudaErrorInvalidConfiguration;
     if (bytes > size_t(dynamic_limit(kernel.address))) return cudaErrorInvalidValue;
-    if (is_of_another_device(stream)) return cudaErrorInvalidResourceHandle;
-    if (cooperative && blocks > uint64_t(blocks_that_fit(threads, bytes)) * uint64_t(multiprocessors))
+    if (cooperative && grid.x > unsigned(blocks_that_fit(block.x, bytes) * multiprocessors))
         return cudaErrorCooperativeLaunchTooLarge;
     return cudaSuccess;
+}
+
+std::string quoted(const std::string& text) { return "\"" + text + "\""; }
+
+// A JSON object of names and values that are JSON already.
+std::string object(const std::vector<std::pair<std::string, std::string>>& members) {
+    std::string text;
+    for (const auto& [name, json] : members) text += (text.empty() ? "{" : ", ") + quoted(name) + ": " + json;
+    return text + "}";
+}
+
+const char* json_of(bool value) { return value ? "true" : "false"; }
+
+std::string json_of(const SiteReport& site);
+std::string json_of(const Report& report);
+std::string json_of(const Call& call);
+
+template <class List>
+std::string list_of(const List& items) {
+    std::string text;
+    for (const auto& item : items) text += (text.empty() ? "" : ", ") + json_of(item);
+    return "[" + text + "]";
+}
+
+std::string json_of(const SiteReport& site) {
+    return object({{"file", quoted(site.file)},
+                   {"line", std::to_string(site.line)},
+                   {"shared", json_of(site.shared)},
+                   {"is_store", json_of(site.is_store)},
+                   {"accesses", std::to_string(site.accesses)},
+                   {"sectors", std::to_string(site.sectors)},
+                   {"bank_conflicts", std::to_string(site.bank_conflicts)}});
+}
+
+std::string json_of(const Report& report) {
+    return object({{"kernel", quoted(report.kernel)},
+                   {"grid", std::to_string(report.grid)},
+                   {"block", std::to_string(report.block)},
+                   {"dynamic_shared", std::to_string(report.dynamic_shared)},
+                   {"cooperative", json_of(report.cooperative)},
+                   {"sectors_read", std::to_string(report.sectors_read)},
+                   {"sectors_written", std::to_string(report.sectors_written)},
+                   {"shared_reads", std::to_string(report.shared_reads)},
+                   {"shared_writes", std::to_string(report.shared_writes)},
+                   {"bank_conflicts", std::to_string(report.bank_conflicts)},
+                   {"sites", list_of(report.sites)}});
+}
+
+std::string json_of(const Call& call) {
+    return object({{"name", quoted(call.name)},
+                   {"device", std::to_string(call.device)},
+                   {"stream", std::to_string(call.stream)},
+                   {"grid", std::to_string(call.grid)},
+                   {"block", std::to_string(call.block)},
+                   {"shared", std::to_string(call.shared)},
+                   {"error", std::to_string(call.error)}});
 }
 
 }  // namespace
@@ -101,233 +146,95 @@ cudaError_t error_of_launch(const Kernel& kernel, dim3 grid, dim3 block, size_t 
 cudaError_t check_launch(const Kernel& kernel, Launch& launch, dim3 grid, dim3 block, size_t bytes, cudaStream_t stream,
                          bool cooperative) {
     launch.report.kernel = name_of(kernel);
-    launch.report.grid = grid, launch.report.block = block;
+    launch.report.grid = grid.x, launch.report.block = block.x;
     launch.report.dynamic_shared = bytes, launch.report.cooperative = cooperative;
-    launch.report.device = current_device, launch.report.stream = number_of(stream);
-    const int raised = dynamic_limit(kernel.address);
-    launch.shared_limit = size_t(raised > shared_by_default ? shared_at_most : shared_by_default);
-    Call call;
-    call.name = "launch", call.kernel = launch.report.kernel, call.stream = number_of(stream);
-    call.grid = grid, call.block = block, call.shared = bytes;
-    return record(call, error_of_launch(kernel, grid, block, bytes, stream, cooperative));
+    launch.shared_limit = size_t(dynamic_limit(kernel.address) > default_shared ? max_shared : default_shared);
+    return record({"launch", 0, reinterpret_cast<uintptr_t>(stream), grid.x, block.x, bytes},
+                  error_of_launch(kernel, grid, block, bytes, cooperative));
 }
 
-std::vector<Call> calls() {
-    const std::scoped_lock lock(guard);
-    return {recorded.begin(), recorded.end()};
-}
-void clear_calls() {
-    const std::scoped_lock lock(guard);
-    recorded.clear();
-}
-void set_devices(int count, int multiprocessors_of_each) {
-    device_count = count, multiprocessors = multiprocessors_of_each;
-}
-
-namespace {
-
-cudaError_t record(const char* name, cudaError_t error = cudaSuccess, cudaStream_t stream = nullptr) {
-    Call call;
-    call.name = name, call.stream = number_of(stream);
-    return record(call, error);
-}
-
-// Not recorded: questions that change nothing.
-cudaError_t answer(cudaError_t error) {
-    if (error != cudaSuccess) last_error = error;
-    return error;
-}
-
-template <class Handle>
-cudaError_t make_handle(const char* name, Handle* handle, std::map<cudaStream_t, int>* kept) {
-    if (!handle) return record(name, cudaErrorInvalidValue);
-    static uintptr_t next = 0x1000;
-    *handle = reinterpret_cast<Handle>(next += 0x10);
-    if (kept) {
-        const std::scoped_lock lock(guard);
-        (*kept)[reinterpret_cast<cudaStream_t>(*handle)] = current_device;
-    }
-    return record(name, cudaSuccess, reinterpret_cast<cudaStream_t>(*handle));
-}
-
-int attribute_of(cudaDeviceAttr attribute) {
-    switch (attribute) {
-        case cudaDevAttrMaxThreadsPerBlock:
-            return 1024;
-        case cudaDevAttrMaxSharedMemoryPerBlock:
-            return shared_by_default;
-        case cudaDevAttrMaxSharedMemoryPerBlockOptin:
-            return shared_at_most;
-        case cudaDevAttrMaxSharedMemoryPerMultiprocessor:
-            return shared_of_multiprocessor;
-        case cudaDevAttrReservedSharedMemoryPerBlock:
-            return reserved_shared;
-        case cudaDevAttrWarpSize:
-            return 32;
-        case cudaDevAttrMultiProcessorCount:
-            return multiprocessors;
-        case cudaDevAttrMaxThreadsPerMultiProcessor:
-            return threads_of_multiprocessor;
-        case cudaDevAttrMaxBlocksPerMultiprocessor:
-            return blocks_of_multiprocessor;
-        case cudaDevAttrMaxRegistersPerBlock:
-        case cudaDevAttrMaxRegistersPerMultiprocessor:
-            return registers_of_multiprocessor;
-        case cudaDevAttrComputeCapabilityMajor:
-            return 9;
-        case cudaDevAttrCooperativeLaunch:
-            return 1;
-        case cudaDevAttrL2CacheSize:
-            return 50 << 20;
-        case cudaDevAttrGlobalMemoryBusWidth:
-            return 5120;
-        default:
-            return 0;
+const char* guarded(const std::function<void()>& run) {
+    static thread_local std::string text;
+    try {
+        run();
+        return nullptr;
+    } catch (const std::exception& error) {
+        text = error.what();
+        return text.c_str();
     }
 }
 
-}  // namespace
 }  // namespace emulator
 
 using namespace emulator;
 
-cudaError_t cudaGetLastError() {
-    const cudaError_t error = last_error;
-    last_error = cudaSuccess;
-    return error;
-}
-cudaError_t cudaPeekAtLastError() { return last_error; }
+cudaError_t cudaGetLastError() { return std::exchange(last_error, cudaSuccess); }
 
-#define KDDP_ERRORS(of)                                                                                                \
-    of(cudaSuccess, "no error") of(cudaErrorInvalidValue, "invalid argument")                                          \
-        of(cudaErrorMemoryAllocation, "out of memory") of(cudaErrorInitializationError, "initialization error")        \
-            of(cudaErrorInvalidConfiguration, "invalid configuration argument") of(                                    \
-                cudaErrorInsufficientDriver, "CUDA driver version is insufficient for CUDA runtime version")           \
-                of(cudaErrorInvalidDeviceFunction, "invalid device function") of(cudaErrorNoDevice,                    \
-                                                                                 "no CUDA-capable device is detected") \
-                    of(cudaErrorInvalidDevice, "invalid device ordinal") of(                                           \
-                        cudaErrorNoKernelImageForDevice, "no kernel image is available for execution on the device")   \
-                        of(cudaErrorInvalidResourceHandle, "invalid resource handle")                                  \
-                            of(cudaErrorLaunchOutOfResources, "too many resources requested for launch")               \
-                                of(cudaErrorLaunchFailure, "unspecified launch failure")                               \
-                                    of(cudaErrorCooperativeLaunchTooLarge, "too many blocks in cooperative launch")    \
-                                        of(cudaErrorNotSupported, "operation not supported")                           \
-                                            of(cudaErrorUnknown, "unknown error")
+#define EMULATED_ERRORS(entry)                                                      \
+    entry(cudaSuccess, "no error") entry(cudaErrorInvalidValue, "invalid argument") \
+        entry(cudaErrorInvalidConfiguration, "invalid configuration argument")      \
+            entry(cudaErrorInvalidDevice, "invalid device ordinal")                 \
+                entry(cudaErrorCooperativeLaunchTooLarge, "too many blocks in cooperative launch")
 
 const char* cudaGetErrorName(cudaError_t error) {
-#define KDDP_NAME(code, text) \
-    if (error == code) return #code;
-    KDDP_ERRORS(KDDP_NAME)
+#define EMULATED_NAME(code, text) \
+    if (error == (code)) return #code;
+    EMULATED_ERRORS(EMULATED_NAME)
     return "unrecognized error code";
 }
 const char* cudaGetErrorString(cudaError_t error) {
-#define KDDP_TEXT(code, text) \
-    if (error == code) return text;
-    KDDP_ERRORS(KDDP_TEXT)
+#define EMULATED_TEXT(code, text) \
+    if (error == (code)) return text;
+    EMULATED_ERRORS(EMULATED_TEXT)
     return "unrecognized error code";
 }
 
 cudaError_t cudaSetDevice(int device) {
-    if (device < 0 || device >= device_count)
-        return record("cudaSetDevice", device_count ? cudaErrorInvalidDevice : cudaErrorNoDevice);
+    if (device < 0 || device >= device_count) return record({"cudaSetDevice"}, cudaErrorInvalidDevice);
     current_device = device;
-    return record("cudaSetDevice");
+    return record({"cudaSetDevice"}, cudaSuccess);
 }
-cudaError_t cudaGetDevice(int* device) {
-    if (!device_count) return answer(cudaErrorNoDevice);
-    *device = current_device;
-    return cudaSuccess;
-}
-cudaError_t cudaGetDeviceCount(int* count) {
-    *count = device_count;
-    return answer(device_count ? cudaSuccess : cudaErrorNoDevice);
-}
+cudaError_t cudaGetDevice(int* device) { return *device = current_device, cudaSuccess; }
 cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int device) {
-    if (device < 0 || device >= device_count) return answer(cudaErrorInvalidDevice);
-    *value = attribute_of(attribute);
+    if (device < 0 || device >= device_count) return keep_error(cudaErrorInvalidDevice);
+    *value = attribute == cudaDevAttrMultiProcessorCount ? multiprocessors : max_shared;
     return cudaSuccess;
 }
-cudaError_t cudaDriverGetVersion(int* version) { return *version = 13000, cudaSuccess; }
-cudaError_t cudaRuntimeGetVersion(int* version) { return *version = 13000, cudaSuccess; }
-cudaError_t cudaDeviceSynchronize() { return record("cudaDeviceSynchronize"); }
-
-cudaError_t cudaStreamCreate(cudaStream_t* stream) { return make_handle("cudaStreamCreate", stream, &streams); }
-cudaError_t cudaStreamCreateWithFlags(cudaStream_t* stream, unsigned) {
-    return make_handle("cudaStreamCreateWithFlags", stream, &streams);
+cudaError_t cudaFuncSetAttribute(const void* kernel, cudaFuncAttribute, int bytes) {
+    if (bytes < 0 || bytes > max_shared) return record({"cudaFuncSetAttribute"}, cudaErrorInvalidValue);
+    dynamic_limits[kernel] = bytes;
+    return record({"cudaFuncSetAttribute"}, cudaSuccess);
 }
-cudaError_t cudaStreamDestroy(cudaStream_t stream) {
-    size_t known;
-    {
-        const std::scoped_lock lock(guard);
-        known = streams.erase(stream);
-    }
-    return record("cudaStreamDestroy", known ? cudaSuccess : cudaErrorInvalidResourceHandle, stream);
-}
-cudaError_t cudaStreamSynchronize(cudaStream_t stream) { return record("cudaStreamSynchronize", cudaSuccess, stream); }
-cudaError_t cudaStreamWaitEvent(cudaStream_t stream, cudaEvent_t, unsigned) {
-    return record("cudaStreamWaitEvent", cudaSuccess, stream);
-}
-cudaError_t cudaEventCreateWithFlags(cudaEvent_t* event, unsigned) {
-    return make_handle("cudaEventCreateWithFlags", event, nullptr);
-}
-cudaError_t cudaEventRecord(cudaEvent_t, cudaStream_t stream) { return record("cudaEventRecord", cudaSuccess, stream); }
-cudaError_t cudaEventSynchronize(cudaEvent_t) { return record("cudaEventSynchronize"); }
-cudaError_t cudaEventDestroy(cudaEvent_t) { return record("cudaEventDestroy"); }
-
-static cudaError_t allocate(const char* name, void** address, size_t bytes, cudaStream_t stream) {
-    *address = bytes ? std::malloc(bytes) : nullptr;
-    return record(name, bytes && !*address ? cudaErrorMemoryAllocation : cudaSuccess, stream);
-}
-static cudaError_t release(const char* name, void* address, cudaStream_t stream) {
-    std::free(address);
-    return record(name, cudaSuccess, stream);
-}
-static cudaError_t copy(const char* name, void* to, const void* from, size_t bytes, cudaStream_t stream) {
-    std::memmove(to, from, bytes);
-    return record(name, cudaSuccess, stream);
-}
-static cudaError_t set(const char* name, void* to, int value, size_t bytes, cudaStream_t stream) {
-    std::memset(to, value, bytes);
-    return record(name, cudaSuccess, stream);
-}
-cudaError_t cudaMalloc(void** address, size_t bytes) { return allocate("cudaMalloc", address, bytes, nullptr); }
-cudaError_t cudaMallocAsync(void** address, size_t bytes, cudaStream_t stream) {
-    return allocate("cudaMallocAsync", address, bytes, stream);
-}
-cudaError_t cudaFree(void* address) { return release("cudaFree", address, nullptr); }
-cudaError_t cudaFreeAsync(void* address, cudaStream_t stream) { return release("cudaFreeAsync", address, stream); }
-cudaError_t cudaMemcpy(void* to, const void* from, size_t bytes, cudaMemcpyKind) {
-    return copy("cudaMemcpy", to, from, bytes, nullptr);
-}
-cudaError_t cudaMemcpyAsync(void* to, const void* from, size_t bytes, cudaMemcpyKind, cudaStream_t stream) {
-    return copy("cudaMemcpyAsync", to, from, bytes, stream);
-}
-cudaError_t cudaMemset(void* to, int value, size_t bytes) { return set("cudaMemset", to, value, bytes, nullptr); }
-cudaError_t cudaMemsetAsync(void* to, int value, size_t bytes, cudaStream_t stream) {
-    return set("cudaMemsetAsync", to, value, bytes, stream);
-}
-
-cudaError_t cudaFuncSetAttribute(const void* function, cudaFuncAttribute attribute, int value) {
-    const bool is_limit = attribute == cudaFuncAttributeMaxDynamicSharedMemorySize;
-    if (!function) return record("cudaFuncSetAttribute", cudaErrorInvalidDeviceFunction);
-    if (is_limit && (value < 0 || value > shared_at_most)) return record("cudaFuncSetAttribute", cudaErrorInvalidValue);
-    if (is_limit) {
-        const std::scoped_lock lock(guard);
-        dynamic_limits[function] = value;
-    }
-    return record("cudaFuncSetAttribute");
-}
-cudaError_t cudaFuncGetAttributes(cudaFuncAttributes* attributes, const void* function) {
-    if (!function) return answer(cudaErrorInvalidDeviceFunction);
-    *attributes = {};
-    attributes->maxThreadsPerBlock = 1024, attributes->numRegs = registers_of_thread;
-    attributes->ptxVersion = attributes->binaryVersion = 90;
-    attributes->maxDynamicSharedSizeBytes = dynamic_limit(function);
+cudaError_t cudaFuncGetAttributes(cudaFuncAttributes* attributes, const void*) { return *attributes = {}, cudaSuccess; }
+cudaError_t cudaOccupancyMaxActiveBlocksPerMultiprocessor(int* blocks, const void* kernel, int threads, size_t bytes) {
+    *blocks = bytes > size_t(dynamic_limit(kernel)) ? 0 : blocks_that_fit(uint64_t(threads), bytes);
     return cudaSuccess;
 }
-cudaError_t cudaOccupancyMaxActiveBlocksPerMultiprocessor(int* blocks, const void* function, int block_size,
-                                                          size_t bytes) {
-    if (!function || !blocks || block_size <= 0) return answer(cudaErrorInvalidValue);
-    *blocks = bytes > size_t(dynamic_limit(function)) ? 0 : blocks_that_fit(uint64_t(block_size), bytes);
-    return cudaSuccess;
+
+// Texts stay valid until the next call of the same function.
+extern "C" {
+void emulator_set_seed(uint64_t seed) { set_seed(seed); }
+uint64_t emulator_seed() { return seed(); }
+void emulator_set_devices(int count, int multiprocessors_each) {
+    device_count = count, multiprocessors = multiprocessors_each;
+}
+int emulator_set_device(int device) { return cudaSetDevice(device); }
+int emulator_device() { return current_device; }
+int emulator_last_error() { return cudaGetLastError(); }
+void emulator_allow(const void* address, size_t bytes, int writable, const char* name) {
+    allow(address, bytes, writable != 0, name);
+}
+void emulator_allow_everything() { allow_everything(); }
+void emulator_needs(const void* address, size_t bytes, int is_store) { needs(address, bytes, is_store != 0); }
+void emulator_clear() { reports.clear(), calls.clear(); }
+const char* emulator_reports() {
+    static std::string text;
+    text = list_of(reports);
+    return text.c_str();
+}
+const char* emulator_calls() {
+    static std::string text;
+    text = list_of(calls);
+    return text.c_str();
+}
 }

@@ -1,4 +1,4 @@
-// A launch as it runs: blocks, warps, threads, and who may go on.
+// A running launch: its blocks, warps and threads, and which of them can run.
 #pragma once
 
 #include <array>
@@ -15,13 +15,12 @@ namespace emulator {
 struct Block;
 struct Warp;
 
-enum class Waits : uint8_t { no, at_barrier, in_warp, finished };
+enum class State : uint8_t { runs, at_barrier, in_warp_operation, finished };
 
-// A call of a warp operation.
 struct WarpCall {
     WarpOperation operation;
     unsigned mask;
-    int parameter, width;
+    int parameter;
     uint64_t value, result;
     Site site;
 };
@@ -29,124 +28,115 @@ struct WarpCall {
 struct Thread {
     Fiber fiber;
     Warp* warp;
-    uint3 index;
     int number;  // in the block
     int lane;
-    Waits waits;
-    bool predicate;          // at a barrier
+    State state;
     Site site;               // where it waits
-    const void* atomic;      // of the atomic operation under way
     uint32_t fence_time;     // of its last fence
     uint32_t acquired_time;  // of its last fence or atomic operation
     WarpCall call;
 };
 
-// Accesses of a warp's lanes that belong together.
-struct Group {
+// One access of a warp: the accesses of its lanes that belong together.
+struct WarpAccess {
     unsigned lanes = 0;
     std::array<uint64_t, 32> addresses;
 };
 
-// Groups at one place of the source: the n-th access of each lane since the warp last came together.
-struct Groups {
+// The accesses of a warp at one site. Those that the lanes make for the n-th time since the warp last synchronized
+// belong together.
+struct SiteAccesses {
     std::array<uint32_t, 32> counts{};
-    std::vector<Group> open;
+    std::vector<WarpAccess> open;
     uint32_t first = 0;  // number of open[0]
     bool in_use = false;
 };
 
 struct Warp {
     Block* block;
-    int number;
-    int first_thread, size;
-    WarpCall first_call;              // of the lanes that wait,
-    bool waits_for_one;               // and whether all of them made the same
-    unsigned ready, waiting, exited;  // lanes; those beyond the block's last thread have exited
-    int place = -1;                   // in the list of warps that have ready lanes
-    uint32_t together_time;           // when all its lanes were last ordered
-    uint32_t fenced_time;             // what was written before then is covered by a fence
+    int number, first_thread, size;
+    WarpCall first_call;              // of the waiting lanes,
+    bool same_calls;                  // and whether all of them made the same call
+    unsigned ready, waiting, exited;  // lanes; those behind the block's last thread count as exited
+    int ready_index = -1;             // in the list of warps that have ready lanes
+    uint32_t synchronized_time;       // when all its lanes were last ordered
+    uint32_t fenced_time;             // what was written before is covered by a fence
     uint32_t last_acquire, acquired_time;
-    std::vector<uint32_t> pair_times;  // [lane][other]: the time up to which lane knows other, by partial masks
-    std::vector<Groups> groups;        // by number of the site
-    std::vector<int> used_groups;
+    std::vector<SiteAccesses> accesses;  // by number of the site
+    std::vector<int> used_sites;
 };
 
-// How one thread, or several, last touched a byte.
+// Who last accessed a byte.
 struct Touch {
     uint32_t time = 0;
     uint32_t lanes = 0;
-    int16_t warp = -1;  // -2: of several warps
+    int16_t warp = -1;  // -2: several warps
     uint16_t site = 0;
 };
 
-// None of its bytes is padding: all are compared at once.
+// Without padding, so that bytes can be compared by memcmp.
 struct SharedByte {
     Touch write, read;
     uint32_t atomic = 0;  // whether the write was
 };
 static_assert(sizeof(SharedByte) == 2 * sizeof(Touch) + sizeof(uint32_t));
 
-// A variable in shared memory.
-struct Variable {
+struct SharedVariable {
     Site site;
     size_t offset, bytes;
 };
 
+// A block's shared memory.
 struct Arena {
     std::unique_ptr<unsigned char[]> storage;
     unsigned char* data = nullptr;  // aligned
     size_t capacity = 0, end = 0;   // end: of the last variable
     std::vector<SharedByte> bytes;
-    std::vector<Variable> variables;
+    std::vector<SharedVariable> variables;
 };
 
 struct Block {
-    uint3 index;
     std::vector<Thread> threads;
     std::vector<Warp> warps;
     int waiting, exited;  // at the barrier
     Thread* first_waiting;
-    BarrierResult barrier_result;
-    int predicates;     // that are true
-    int barrier_value;  // of the last barrier
-    uint32_t number;    // in the grid
+    uint32_t number;  // in the grid
     uint32_t start_time, barrier_time, fenced_time, last_acquire, acquired_time;
     bool has_fenced;
     Arena arena;
 };
 
-// A range of addresses, and which bytes of it were accessed.
+// A range of addresses that the launch has to access, and which bytes it has accessed.
 struct Need {
     uint64_t first, end;
     bool is_store;
     std::vector<bool> touched;
 };
 
-// The launch under way. One at a time in a process.
+// The running launch. A process runs one at a time.
 struct Launch {
     Report report;
-    dim3 grid, block;
     size_t shared_limit = 0;
     const std::function<void()>* body = nullptr;
-    std::vector<Block*> blocks;   // alive
-    std::vector<uint32_t> order;  // of the blocks that have not begun, last first
+    std::vector<Block*> blocks;   // running
+    std::vector<uint32_t> order;  // of the blocks that have not started, in reverse
     std::vector<Block*> finished;
     std::vector<Warp*> ready;  // warps with ready lanes
     Thread* current = nullptr;
     Fiber host;
     uint64_t random = 0;
-    unsigned stay = 0;                  // of 256: how likely the warp that ran goes on
-    unsigned preempt = 0;               // an access in so many lets others go first; 0: none
-    uint64_t idle = 0, idle_limit = 0;  // turns of waiting since anything changed
+    unsigned stay = 0;                  // probability, of 256, that the same warp continues
+    unsigned preempt = 0;               // one access in this many lets others run first; 0: none
+    uint64_t idle = 0, idle_limit = 0;  // polls since anything changed
     std::string error;
     uint32_t start_time = 0;
-    std::unordered_map<uint32_t, std::vector<uint32_t>> released;  // by the threads of blocks that are over
+    std::unordered_map<uint32_t, std::vector<uint32_t>> released;  // of each thread of finished blocks
     std::vector<Need> needs;
     std::vector<SiteReport> sites;
 };
 
 extern Launch* launching;
-// Counts what orders threads; an access happens at the time that it had then.
+// The clock that orders accesses. It advances whenever threads synchronize.
 extern uint32_t now;
 
 inline uint64_t draw(uint64_t& state) {  // splitmix64
@@ -155,7 +145,6 @@ inline uint64_t draw(uint64_t& state) {  // splitmix64
     z = (z ^ z >> 27) * 0x94d049bb133111ebu;
     return z ^ z >> 31;
 }
-
 inline unsigned bit(int lane) { return 1u << lane; }
 inline bool same_site(Site a, Site b) {
     return a.line == b.line && (a.file == b.file || std::strcmp(a.file, b.file) == 0);
@@ -165,58 +154,48 @@ inline Thread& thread_of(const Warp& warp, int lane) {
 }
 
 // scheduler.cpp
-void make_ready(Thread& thread);
-void wait(Thread& thread, Waits why, Site site);  // until another thread makes it ready
-void run_others();                                // and comes back
-void after_access(bool is_store);
-std::string describe(Site site);
-std::string describe(uint3 index);
-uint3 index_of_block(uint32_t number);
-std::string describe(const Thread& thread);  // "thread (1, 0, 0)"
-std::string lanes_text(unsigned mask);
+bool in_kernel();
+[[noreturn]] void fail(const std::string& what, Site site = {"", 0});
 Thread& current_thread(const char* what, Site site);
+void make_ready(Thread& thread);
+void wait(Thread& thread, State state, Site site);  // until another thread makes it ready
+void run_others();                                  // and returns later
+void after_access(bool is_store);
+void set_seed(uint64_t seed);
+uint64_t seed();
+std::string describe(Site site);
+std::string describe(const Thread& thread);  // "thread 1"
+std::string describe_mask(unsigned mask);
 
-// barrier.cpp
-void leave_barriers(const Thread& thread);  // when it exits
+// synchronization.cpp
+void check_exit(const Thread& thread);
+void complete_operations(Warp& warp);  // those that waited only for a lane that has exited
+// Whether what these lanes of the same block did at `time` happens before what `thread` does now.
+bool is_ordered(const Thread& thread, int warp, unsigned lanes, uint32_t time);
+void acquire(Thread& thread);
+bool has_acquired(const Thread& thread, uint32_t time);
+uint32_t released_time(const Thread& thread);  // what it wrote before is visible to other blocks
 
-// warp.cpp
-void complete_operations(Warp& warp);  // that waited only for a lane that has exited
-
-// groups.cpp
+// accesses.cpp
 int site_number(Site site, size_t bytes, bool is_store, bool is_shared);
 Site site_of(int number);
-void add_to_group(Warp& warp, int site, int lane, uint64_t address);
-void close_groups(Warp& warp);
-std::vector<SiteReport> counted_sites(const Launch& launch);
+void add_access(Warp& warp, int site, int lane, uint64_t address);
+void close_accesses(Warp& warp);
+void keep_report(Launch& launch);
 
 // shared_memory.cpp
 void begin_arena(Block& block);
 bool in_arena(const void* address);
-void shared_touch(const Thread& thread, const void* address, size_t bytes, bool is_store, bool is_atomic, Site site);
-
-// order.cpp
-// Whether what these lanes did at that time happens before what `thread` does now; all of one block.
-bool is_ordered(const Thread& thread, int warp, unsigned lanes, uint32_t time);
-void order_lanes(Warp& warp, unsigned mask, bool is_syncwarp);
-void acquire(Thread& thread);
-bool has_acquired(const Thread& thread, uint32_t time);
-uint32_t released_time(const Thread& thread);  // what it wrote before then, other blocks may see
-
-// global_order.cpp
-void forget_written();
-void check_order(const Thread& thread, uint64_t address, size_t bytes, bool is_store, int access, Site site);
-void keep_released(const Block& block);
+void touch_shared(const Thread& thread, const void* address, size_t bytes, bool is_store, bool is_atomic, Site site);
 
 // global_memory.cpp
+void forget_writes();
+void keep_released(const Block& block);
 void take_needs(Launch& launch);
 void check_needs(Launch& launch);
-void check_global(const void* address, size_t bytes, bool is_store, Site site);
 
 // host.cpp
 cudaError_t check_launch(const Kernel& kernel, Launch& launch, dim3 grid, dim3 block, size_t bytes, cudaStream_t stream,
                          bool cooperative);
-
-// report.cpp
-void keep_report(Launch& launch);
 
 }  // namespace emulator

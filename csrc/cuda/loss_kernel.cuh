@@ -1,0 +1,89 @@
+// The kernel of the loss: its rows, its activations, its end. Teams of 8 lanes, a warp or a block cache their row in
+// shared memory; rows that are too long for that are read twice by a block.
+#pragma once
+
+#include "cuda/activation_l1.cuh"
+#include "cuda/row_team.cuh"
+
+namespace kddp {
+
+constexpr int warp_team_threads = 256;
+
+// Of blocks whose rows are read twice, by the bytes of the type that is computed in.
+constexpr int long_row_threads(int64_t bytes) { return bytes == 4 ? 512 : 256; }
+
+template <class T, int lanes, bool cached>
+constexpr int max_threads = lanes != whole_block ? warp_team_threads
+                            : !cached            ? long_row_threads(sizeof(T))
+                            : sizeof(T) == 4     ? 1024
+                                                 : 512;
+
+// 65536 registers are 64 for each of 1024 threads, half of what an A100 or H100 runs at once. Double arithmetic needs
+// 128 registers for each of 512 threads. Rows that are read twice keep more loads in flight and may use all registers.
+template <class T, int lanes, bool cached>
+constexpr int min_blocks = !cached ? 1 : (sizeof(T) == 4 ? 1024 : 512) / max_threads<T, lanes, cached>;
+
+template <class Types, int lanes, bool cached, GradientForm form>
+__global__ void __launch_bounds__(max_threads<typename Types::T, lanes, cached>,
+                                  min_blocks<typename Types::T, lanes, cached>)
+    kd_l1_loss_by_rows(const __grid_constant__ LossLaunch launch) {
+    using T = typename Types::T;
+    constexpr int teams = lanes == whole_block ? 1 : warp_team_threads / lanes;
+    constexpr int teams_per_warp = lanes < 32 ? 32 / lanes : 1;
+    KDDP_SHARED(T, maxima, lanes == whole_block ? 2 * max_warps : 1);
+    KDDP_SHARED(double, sums, lanes == whole_block ? max_sums * max_warps : 1);
+    KDDP_SHARED(TeamRecord, records, teams);
+    static_assert(cached_labels % teams == 0, "the labels of whole batches are cached");
+    KDDP_SHARED(int64_t, labels, cached_labels);
+    count_labels<teams>(launch, labels);
+    if (Team<lanes>::rank() == 0) {
+        TeamRecord& record = records.data[Team<lanes>::number()];
+        record.terms = {0, 0, 0}, record.inverse_rows = 0;
+    }
+    if (launch.student.data) {
+        const TeamScratch<T> scratch{maxima, sums, records.data};
+        Slices slices(launch);
+        // All teams of a warp continue as long as one of them has a row.
+#pragma unroll 1
+        for (int turn = 0;; ++turn) {
+            const LossLaunch& now = opaque(launch);
+            const int team = Team<lanes>::number(), local_row = turn * teams + team;
+            const int64_t batch = (cached ? opaque_block() : slices.group()) + int64_t(turn) * now.row_groups;
+            const int64_t first = batch * teams + team / teams_per_warp * teams_per_warp;
+            if (first >= now.rows) break;
+            if (lanes < 32 && Team<lanes>::rank() == 0) records.data[team].turn = turn;
+            const bool label_is_cached = now.slices == 1 && local_row < cached_labels;
+            TeamRows<Types, lanes, cached, form>(now, scratch, slices)
+                .run(first + team % teams_per_warp, label_is_cached ? labels.data + local_row : nullptr);
+            if constexpr (lanes < 32) {  // no register is left to keep `turn` in
+                __syncwarp();
+                turn = records.data[Team<lanes>::number()].turn;
+                __syncwarp();
+            }
+        }
+    }
+    run_activations(opaque(launch));
+    const bool leads = Team<lanes>::rank() == 0;
+    finish_launch(opaque(launch), leads ? records.data[Team<lanes>::number()].terms : RowTerms{0, 0, 0});
+}
+
+using LossKernel = void (*)(LossLaunch);
+
+// The kernels for one type of the student's logits. float64 has no small_teams.
+struct LossKernels {
+    LossKernel small_teams, warps, blocks, long_rows;
+};
+
+template <class Types, GradientForm form>
+LossKernels kernels_of() {
+    LossKernel small_teams = nullptr;
+    if constexpr (!Types::any) small_teams = kd_l1_loss_by_rows<Types, 8, true, form>;
+    return {small_teams, kd_l1_loss_by_rows<Types, 32, true, form>, kd_l1_loss_by_rows<Types, whole_block, true, form>,
+            kd_l1_loss_by_rows<Types, whole_block, false, form>};
+}
+
+// Defined by loss_kernels.cu for each type. That of float64 takes logits of any type and computes in double.
+template <ElementType type>
+LossKernels loss_kernels(GradientForm form);
+
+}  // namespace kddp

@@ -1,0 +1,523 @@
+"""Removing neurons: exact slices, compensation, copies of the model, and nothing changed after a failure."""
+
+import copy
+
+import pytest
+import torch
+from dead_neurons import ALIVE, CLASSES, DEAD, INPUTS, NORMS, batch, build, prune_dead, sliced, step
+from pruner_cases import example, kill, make_model, make_pruner, observe, state_of
+from torch import nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+
+import kddp_ext
+from kddp_ext.pruning import compaction
+from kddp_ext.pruning.pruner import DynamicPruner
+
+pytestmark = pytest.mark.usefixtures("one_trace_each")
+
+
+# --- exact slices (test_optimizers.py covers every optimizer)
+
+
+def sgd(parameters):
+    return torch.optim.SGD(parameters, lr=0.05, momentum=0.9, nesterov=True, weight_decay=0.01)
+
+
+def adam(parameters):
+    return torch.optim.Adam(parameters, lr=0.01, amsgrad=True, weight_decay=0.01)
+
+
+@pytest.mark.parametrize("norms", NORMS.values(), ids=list(NORMS))
+def test_parameters_gradients_buffers_and_moments_are_exact_slices(norms):
+    model, optimizer, generator = build(adam, norms, torch.float32)
+    whole, whole_optimizer, _ = build(adam, norms, torch.float32)
+    x = batch(generator, torch.float32)[0]
+    whole.train()(x)
+    prune_dead(model, optimizer, x)
+    for name, tensor in model.state_dict().items():
+        if name != "4.bias":  # it is compensated
+            assert torch.equal(tensor, sliced(name, whole.state_dict()[name])), name
+    whole_parameters = dict(whole.named_parameters())
+    for name, parameter in model.named_parameters():
+        assert torch.equal(parameter.grad, sliced(name, whole_parameters[name].grad)), name
+        state, whole_state = optimizer.state[parameter], whole_optimizer.state[whole_parameters[name]]
+        assert state.keys() == whole_state.keys()
+        for key in ("exp_avg", "exp_avg_sq", "max_exp_avg_sq"):
+            assert torch.equal(state[key], sliced(name, whole_state[key])), (name, key)
+        assert torch.equal(state["step"], whole_state["step"])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
+def test_the_last_graph_may_be_alive(dtype):
+    """`loss` and `logits` of the last step are usually still in scope at the end of an epoch."""
+    model, optimizer, generator = build(sgd, NORMS["both"], dtype)
+    x, labels = batch(generator, dtype)
+    pruner = DynamicPruner(model, optimizer, example_inputs=(x,), patience=1, layers=["0"])
+    logits = model(x)
+    loss = kddp_ext.fused_kd_l1_loss(logits, None, labels, pruner.activations, alpha=0.0, l1_weight=1e-4)
+    loss.backward()
+    shapes = []
+    for parameter in model.parameters():
+        parameter.register_hook(lambda gradient: shapes.append(tuple(gradient.shape)))
+    assert pruner.prune().neurons_pruned == len(DEAD)
+    step(model, optimizer, batch(generator, dtype))
+    assert (len(ALIVE), INPUTS) in shapes
+    assert logits.grad_fn is not None
+    assert loss.grad_fn is not None
+
+
+def test_identities_flags_modes_and_hooks_stay():
+    model, optimizer, generator = build(torch.optim.AdamW, NORMS["both"])
+    model[0].weight.requires_grad_(False)
+    model[1].eval()
+    x, _ = batch(generator)
+    calls = []
+    model[0].weight.mark = "the user's own attribute"
+    model[1].weight.register_hook(lambda gradient: calls.append("gradient"))
+    model[1].weight.register_post_accumulate_grad_hook(lambda parameter: calls.append("accumulated"))
+    model[2].register_forward_hook(lambda module, args, output: calls.append("forward"))
+    identities = [id(tensor) for tensor in [*model.parameters(), *model.buffers()]]
+    modes = [module.training for module in model.modules()]
+    pruner = DynamicPruner(model, optimizer, example_inputs=(x,), patience=1, layers=["0"])
+    model(x).sum().backward()
+    pruner.activations.observe()
+    assert pruner.prune().neurons_pruned == len(DEAD)
+    assert [id(tensor) for tensor in [*model.parameters(), *model.buffers()]] == identities
+    assert [module.training for module in model.modules()] == modes
+    assert not model[0].weight.requires_grad
+    assert model[1].weight.requires_grad
+    assert model[0].weight.mark == "the user's own attribute"
+    calls.clear()
+    step(model, optimizer, batch(generator))
+    assert calls == ["forward", "gradient", "accumulated"]
+
+
+def test_a_weight_can_lose_rows_and_columns_at_once():
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Linear(INPUTS, 8), nn.ReLU(), nn.Linear(8, 7), nn.BatchNorm1d(7), nn.ReLU(), nn.Linear(7, CLASSES)
+    ).double()
+    with torch.no_grad():
+        model[3].bias.fill_(2)  # alive, except for the neurons that follow
+        for module, dead in ((model[0], [1, 2]), (model[3], [0, 6])):
+            module.weight[dead] = 0
+            module.bias[dead] = -1
+    optimizer = torch.optim.Adam(model.parameters())
+    generator = torch.Generator().manual_seed(2)
+    step(model, optimizer, batch(generator))
+    x, _ = batch(generator)
+    pruner = DynamicPruner(model, optimizer, example_inputs=(x,), criterion="dead", patience=1)
+    expected = model.eval()(x)
+    middle = model[2].weight.detach().clone()
+    moment = optimizer.state[model[2].weight]["exp_avg"].clone()
+    pruner.activations.observe()
+    assert [layer.pruned for layer in pruner.prune().layers] == [(1, 2), (0, 6)]
+    torch.testing.assert_close(model(x), expected, rtol=1e-12, atol=1e-12)
+    rows, columns = torch.tensor([1, 2, 3, 4, 5]), torch.tensor([0, 3, 4, 5, 6, 7])
+    assert torch.equal(model[2].weight, middle[rows][:, columns])
+    assert torch.equal(optimizer.state[model[2].weight]["exp_avg"], moment[rows][:, columns])
+
+
+def test_transposed_storage_and_parameters_outside_the_optimizer():
+    model, _, generator = build(adam, NORMS["none"])
+    optimizer = torch.optim.SGD(model[4].parameters(), lr=0.1, momentum=0.9)
+    step(model, optimizer, batch(generator))
+    with torch.no_grad():
+        for linear in (model[0], model[4]):
+            linear.weight.data = linear.weight.data.t().contiguous().t()
+            linear.weight.grad = linear.weight.grad.t().contiguous().t()
+    x, _ = batch(generator)
+    expected, gradient = model(x), model[0].weight.grad.clone()
+    prune_dead(model, optimizer, x)
+    torch.testing.assert_close(model(x), expected, rtol=1e-12, atol=1e-12)
+    assert torch.equal(model[0].weight.grad, gradient[ALIVE])
+    assert optimizer.state[model[4].weight]["momentum_buffer"].shape == (7, len(ALIVE))
+    step(model, optimizer, batch(generator))
+
+
+# --- compensation of the mean
+
+
+def constant_neurons(*behind):
+    """Neurons 1 and 4 of five have a constant output other than zero."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 5), nn.Sigmoid(), *behind).double()
+    with torch.no_grad():
+        model[0].weight[[1, 4]] = 0
+        model[0].bias[[1, 4]] = torch.tensor([0.3, -2.0]).double()
+    return model
+
+
+class TwoHeads(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.body, self.left, self.right = constant_neurons(), nn.Linear(5, 3).double(), nn.Linear(5, 2).double()
+
+    def forward(self, x):
+        h = self.body(x)
+        return torch.cat([self.left(h), self.right(h)], 1)
+
+
+COMPENSATED = {
+    "bias": (lambda: constant_neurons(nn.Linear(5, 3)), ("2.bias",)),
+    "bias and norm": (lambda: constant_neurons(nn.Linear(5, 6), nn.BatchNorm1d(6), nn.Linear(6, 3)), ("2.bias",)),
+    "norm without bias": (
+        lambda: constant_neurons(nn.Linear(5, 6, bias=False), nn.BatchNorm1d(6), nn.ReLU(), nn.Linear(6, 3)),
+        ("3.running_mean",),
+    ),
+    "norm without bias or affine": (
+        lambda: constant_neurons(nn.Linear(5, 6, bias=False), nn.BatchNorm1d(6, affine=False), nn.Linear(6, 3)),
+        ("3.running_mean",),
+    ),
+    "two heads": (TwoHeads, ("left.bias", "right.bias")),
+}
+
+
+def prune_constant_neurons(model, x, **options):
+    layer = "body.0" if isinstance(model, TwoHeads) else "0"
+    pruner = DynamicPruner(model, example_inputs=(x,), patience=1, layers=[layer], **options)
+    model.eval()(x)
+    pruner.activations.observe()
+    return pruner.prune()
+
+
+@pytest.mark.parametrize(("make", "compensated"), COMPENSATED.values(), ids=list(COMPENSATED))
+def test_compensation_replaces_constant_neurons_exactly(make, compensated):
+    model, x = make(), torch.randn(50, 4, dtype=torch.float64)
+    model.train()(x)
+    whole = copy.deepcopy(model)
+    report = prune_constant_neurons(model, x)
+    assert report.layers[0].pruned == (1, 4)
+    assert report.layers[0].compensated == compensated
+    for training in (False, True):
+        torch.testing.assert_close(model.train(training)(x), whole.train(training)(x), rtol=1e-12, atol=1e-12)
+
+
+def test_impossible_compensation_is_reported_and_compensation_can_be_turned_off():
+    x = torch.randn(20, 4, dtype=torch.float64)
+    report = prune_constant_neurons(constant_neurons(nn.Linear(5, 3, bias=False)), x)
+    assert report.layers[0].uncompensated == ("2",)
+    assert "not compensated, because they have no bias: 2" in str(report)
+    model = constant_neurons(nn.Linear(5, 3))
+    bias = model[2].bias.detach().clone()
+    assert prune_constant_neurons(model, x, compensate=False).layers[0].compensated == ()
+    assert torch.equal(model[2].bias, bias)
+
+
+@pytest.mark.parametrize("compensate", [True, False])
+def test_compensation_keeps_the_mean_of_the_next_layer(compensate):
+    torch.manual_seed(1)
+    model = nn.Sequential(nn.Linear(8, 64), nn.Softplus(), nn.Linear(64, 4)).double()
+    x = torch.randn(500, 8, dtype=torch.float64)
+    pruner = DynamicPruner(
+        model, example_inputs=(x[:2],), threshold=0.5, patience=1, compensate=compensate, reconstruction_samples=0
+    )
+    before = model(x).detach()
+    h, outgoing = pruner.activations[0].detach(), model[2].weight.detach().clone()
+    pruner.activations.observe()
+    pruned = list(pruner.prune().layers[0].pruned)
+    assert len(pruned) > 5
+    lost = (h - h.mean(0) if compensate else h)[:, pruned] @ outgoing[:, pruned].T
+    torch.testing.assert_close(before - model(x).detach(), lost, rtol=1e-10, atol=1e-12)
+    assert (float(lost.mean(0).abs().max()) < 1e-12) == compensate
+
+
+# --- copies of the model
+
+
+def averaged(model, *, use_buffers):
+    return AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(0.5), use_buffers=use_buffers)
+
+
+def trained_with_average(*, use_buffers):
+    model, optimizer, generator = build(torch.optim.AdamW, NORMS["both"])
+    average = averaged(model, use_buffers=use_buffers)
+    step(model, optimizer, batch(generator))
+    average.update_parameters(model)
+    return model, optimizer, average, generator
+
+
+@pytest.mark.parametrize("use_buffers", [False, True])
+def test_a_moving_average_continues(use_buffers):
+    model, optimizer, average, generator = trained_with_average(use_buffers=use_buffers)
+    whole = copy.deepcopy(average)
+    x, _ = batch(generator)
+    identities = [id(tensor) for tensor in [*average.parameters(), *average.buffers()]]
+    pruner = DynamicPruner(model, optimizer, example_inputs=(x,), patience=1, layers=["0"], copies=[average])
+    with torch.no_grad():
+        model.train()(x)
+        model[1].weight[DEAD] = 0
+        model[1].bias[DEAD] = -1
+    model(x)
+    pruner.reset()
+    pruner.activations.observe()
+    assert pruner.prune().layers[0].pruned == tuple(DEAD)
+    assert [id(tensor) for tensor in [*average.parameters(), *average.buffers()]] == identities
+    assert average.module[0].out_features == average.module[4].in_features == len(ALIVE)
+    assert average.module[1].num_features == average.module[3].num_features == len(ALIVE)
+    for name, tensor in average.module.state_dict().items():
+        if name != "4.bias":  # it is compensated
+            assert torch.equal(tensor, sliced(name, whole.module.state_dict()[name])), name
+
+    before = {name: tensor.clone() for name, tensor in average.module.state_dict().items()}
+    step(model, optimizer, batch(generator))
+    count = int(average.n_averaged)
+    average.update_parameters(model)
+    assert int(average.n_averaged) == count + 1
+    buffers = {name for name, _ in model.named_buffers()}
+    for name, tensor in average.module.state_dict().items():
+        new, old = model.state_dict()[name], before[name]
+        if tensor.is_floating_point():
+            expected = new if name in buffers and not use_buffers else 0.5 * old + 0.5 * new
+            torch.testing.assert_close(tensor, expected, msg=lambda m, n=name: f"{n}: {m}")
+    average.eval()(x)
+
+
+def test_a_copy_is_compensated_through_its_own_weights():
+    model = make_model()
+    with torch.no_grad():  # constant neurons, which can be replaced without loss
+        model[0].weight[[1, 4]] = 0
+        model[0].bias[[1, 4]] = torch.tensor([2.0, 0.5])
+    ema = copy.deepcopy(model)
+    with torch.no_grad():
+        ema[3].weight.mul_(torch.tensor([[2.0], [-1.0], [0.5]]))
+    expected, ema_expected = model(example()), ema(example())
+    pruner = make_pruner(model, copies=[ema])
+    observe(pruner)
+    assert pruner.prune().layers[0].pruned == (1, 4)
+    torch.testing.assert_close(model(example()), expected)
+    torch.testing.assert_close(ema(example()), ema_expected)
+    assert not torch.equal(ema[3].bias, model[3].bias)
+
+
+def test_copies_may_have_another_dtype_or_be_compiled_and_can_be_saved(tmp_path):
+    model = make_model(dropout=0.1)
+    plain, double, compiled = (copy.deepcopy(model) for _ in range(3))
+    double.double()
+    compiled[0].weight.grad = torch.arange(40.0).reshape(8, 5)
+    pruner = make_pruner(model, copies=(plain, double, torch.compile(compiled)), criterion="dead")
+    kill(model, [2])
+    observe(pruner)
+    assert pruner.prune().neurons_pruned == 1
+    for each in (plain, double, compiled):
+        assert each[0].weight.shape == (7, 5)
+        assert each[3].weight.shape == (3, 7)
+    assert torch.equal(compiled[0].weight.grad, torch.arange(40.0).reshape(8, 5)[[0, 1, 3, 4, 5, 6, 7]])
+    assert double[0].weight.dtype == torch.float64
+    assert double(example().double()).shape == plain(example()).shape
+    average = averaged(plain, use_buffers=False)
+    kddp_ext.save_student(tmp_path / "student", average, pruner.history)
+    loaded = kddp_ext.load_student(tmp_path / "student", make_model, (example(),))
+    assert torch.equal(loaded.eval()(example()), average.eval()(example()))
+
+
+def changed(change):
+    def make():
+        model = make_model()
+        change(model)
+        return model
+
+    return make
+
+
+WRONG = [
+    (lambda: make_model(width=9), r"copies\[0\]: 0.weight has shape \(9, 5\), but \(8, 5\) in the model"),
+    (changed(lambda m: m.append(nn.BatchNorm1d(3))), r"copies\[0\]: 4 is BatchNorm1d, but nothing in the model"),
+    (changed(lambda m: m[3].register_parameter("bias", None)), r"copies\[0\]: 3.bias is missing in it"),
+    (changed(lambda m: m.register_buffer("s", torch.ones(2))), r"copies\[0\]: s is not in the model"),
+    (changed(lambda m: m.__setitem__(1, nn.GELU())), r"copies\[0\]: 1 is GELU, but ReLU in the model"),
+]
+
+
+@pytest.mark.parametrize(("make", "reason"), WRONG)
+@pytest.mark.parametrize("wrap", [lambda model: model, AveragedModel], ids=["plain", "averaged"])
+def test_copies_of_another_structure_are_refused(make, reason, wrap):
+    with pytest.raises(ValueError, match=reason):
+        make_pruner(make_model(), copies=[wrap(make())])
+
+
+def test_wrong_copies_are_named():
+    model = make_model()
+    for wrong in (copy.deepcopy(model), "ema", None):
+        with pytest.raises(TypeError, match="copies: expected a list of modules"):
+            make_pruner(model, copies=wrong)
+    with pytest.raises(TypeError, match=r"copies\[1\]: expected a torch.nn.Module, got dict"):
+        make_pruner(model, copies=[copy.deepcopy(model), {}])
+    with pytest.raises(ValueError, match=r"copies\[0\]: it shares 0.weight with the model"):
+        make_pruner(model, copies=[model])
+    shared, other = copy.deepcopy(model), copy.deepcopy(model)
+    shared[3].bias = other[3].bias
+    with pytest.raises(ValueError, match=r"copies\[1\]: it shares 3.bias with copies\[0\]"):
+        make_pruner(model, copies=[other, shared])
+
+
+def test_a_copy_that_was_changed_is_named_and_nothing_is_pruned():
+    model = make_model()
+    fine, replaced = copy.deepcopy(model), copy.deepcopy(model)
+    pruner = make_pruner(model, copies=[fine, replaced], criterion="dead")
+    kill(model, [2])
+    observe(pruner)
+    replaced[3] = nn.Linear(7, 3)
+    before = state_of(model, fine)
+    with pytest.raises(ValueError, match=r"copies\[1\]: 3.weight has shape \(3, 7\), but \(3, 8\) in the model"):
+        pruner.prune()
+    assert state_of(model, fine) == before
+    assert pruner.widths == {"0": 8}
+
+
+def test_compensation_that_overflows_in_a_copy_is_named():
+    model = make_model()
+    with torch.no_grad():
+        model[0].weight[1] = 0
+        model[0].bias[1] = 1e30
+        model[3].weight[:, 1] = 1e-20
+    ema = copy.deepcopy(model)
+    with torch.no_grad():
+        ema[3].weight[:, 1] = 1e20
+    pruner = make_pruner(model, copies=[ema])
+    observe(pruner)
+    before = state_of(model, ema)
+    with pytest.raises(ValueError, match=r"copies\[0\]: compensating for removed neurons makes 3.bias infinite"):
+        pruner.prune()
+    assert state_of(model, ema) == before
+
+
+# --- a failure at any place changes nothing
+
+
+class InjectedError(Exception):
+    pass
+
+
+class FailsAt:
+    """Calls a function, but raises before or after the k-th call."""
+
+    def __init__(self, function, call, after, error=InjectedError):
+        self.function, self.call, self.after, self.error, self.calls = function, call, after, error, 0
+
+    def __call__(self, *args, **kwargs):
+        self.calls += 1
+        if self.calls == self.call and not self.after:
+            raise self.error
+        result = self.function(*args, **kwargs)
+        if self.calls == self.call and self.after:
+            raise self.error
+        return result
+
+
+class Trained:
+    """A model with a copy, its optimizer, and a pruner that is about to prune both hidden layers."""
+
+    def __init__(self):
+        torch.manual_seed(0)
+        self.model = nn.Sequential(
+            nn.Linear(5, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Linear(8, 6), nn.PReLU(6), nn.Linear(6, 3)
+        )
+        self.copy = copy.deepcopy(self.model)
+        self.optimizer = torch.optim.AdamW(self.model.parameters())
+        options = {"criterion": "mean_activation", "threshold": 0.9, "patience": 1, "copies": [self.copy]}
+        x = torch.randn(12, 5)
+        self.pruner = DynamicPruner(self.model, self.optimizer, example_inputs=(x,), **options)
+        self.model(x).square().mean().backward()
+        self.optimizer.step()
+        self.pruner.activations.observe()
+
+    def state(self):
+        return state_of(self.model, self.copy, optimizer=self.optimizer, pruner=self.pruner)
+
+
+PLACES = {
+    "gather": (compaction.ops, "gather_slices"),
+    "set data": (compaction, "set_data"),
+    "state": (compaction, "sliceable_state"),
+    "allocation": (torch, "empty"),
+}
+
+
+@pytest.mark.parametrize(("after", "error"), [(False, InjectedError), (True, KeyboardInterrupt)])
+@pytest.mark.parametrize(("owner", "name"), PLACES.values(), ids=list(PLACES))
+def test_a_failure_at_any_call_changes_nothing(monkeypatch, owner, name, after, error):
+    counter, counted, trained = FailsAt(getattr(owner, name), -1, False), Trained(), Trained()
+    with monkeypatch.context() as patch:
+        patch.setattr(owner, name, counter)
+        assert all(layer.pruned for layer in counted.pruner.prune().layers)
+    assert counter.calls > 0
+    before = trained.state()
+    for call in range(1, counter.calls + 1):
+        with monkeypatch.context() as patch:
+            patch.setattr(owner, name, FailsAt(getattr(owner, name), call, after, error))
+            with pytest.raises(error):
+                trained.pruner.prune()
+        assert trained.state() == before
+    assert trained.pruner.prune().neurons_pruned > 0
+
+
+ATTRIBUTES = [
+    (nn.Linear, "out_features"),
+    (nn.Linear, "in_features"),
+    (nn.BatchNorm1d, "num_features"),
+    (nn.PReLU, "num_parameters"),
+    (DynamicPruner, "_state"),
+]
+
+
+@pytest.mark.parametrize(("owner", "attribute"), ATTRIBUTES, ids=[attribute for _, attribute in ATTRIBUTES])
+def test_a_failure_at_any_attribute_changes_nothing(monkeypatch, owner, attribute):
+    trained = Trained()
+    before = trained.state()
+    plain = owner.__setattr__
+    failures = []
+
+    def refuse_once(self, name, value):
+        if name == attribute and not failures:
+            failures.append(name)
+            raise InjectedError
+        plain(self, name, value)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(owner, "__setattr__", refuse_once)
+        with pytest.raises(InjectedError):
+            trained.pruner.prune()
+    assert failures
+    assert trained.state() == before
+    assert trained.pruner.prune().neurons_pruned > 0
+
+
+def spoil_state_shape(trained):
+    trained.optimizer.state[trained.model[3].weight]["exp_avg"] = torch.zeros(3, 2)
+
+
+def spoil_state_kind(trained):
+    trained.optimizer.state[trained.model[5].weight]["history"] = [torch.zeros(3)]
+
+
+def replace_layer(trained):
+    trained.model[5] = nn.Linear(7, 3)
+
+
+def poison_statistics(trained):
+    trained.pruner.statistics["3"].values[0, 2] = torch.nan
+
+
+def poison_weight(trained):
+    with torch.no_grad():
+        trained.model[5].weight[0, 0] = torch.inf
+
+
+@pytest.mark.parametrize(
+    ("spoil", "reason"),
+    [
+        (spoil_state_shape, r"optimizer: AdamW keeps 'exp_avg' of 3.weight, a tensor of shape \(3, 2\)"),
+        (spoil_state_kind, "optimizer: AdamW keeps 'history' of 5.weight, list, .* nothing was pruned"),
+        (replace_layer, "model: 5.weight was traced with 6 neurons of 3 along dimension 1"),
+        (poison_statistics, "some activations of 3 were infinite or NaN"),
+        (poison_weight, "the weights that read 3 are infinite or NaN"),
+    ],
+)
+def test_bad_tensors_are_named_and_nothing_changes(spoil, reason):
+    trained = Trained()
+    spoil(trained)
+    before = trained.state()
+    with pytest.raises(ValueError, match=reason):
+        trained.pruner.prune()
+    assert trained.state() == before
