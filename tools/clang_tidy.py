@@ -1,4 +1,4 @@
-"""Checks the C++ and CUDA sources with clang-tidy: `python tools/clang_tidy.py [FILE ...]`; without a file, all of them.
+"""Checks the C++ and CUDA sources with clang-tidy: `python tools/clang_tidy.py [FILE ...]`; without a file, all.
 
 Clang's own warnings are on, too. CUDA sources are read as C++ through the
 headers of the tests' emulator. The CPU's loss is checked for the narrowest and the widest instruction set, without

@@ -177,7 +177,7 @@ class TeamRows {
             record.sums = {
                 student_reference, teacher_reference, double(highest), student, teacher, untempered, dot, logits,
                 student_moment,    other_moment};
-            // A label whose logit is NaN is not the top class.
+            // A label whose logit is NaN is not the top class. NOLINTNEXTLINE(misc-redundant-expression)
             record.outranked = outranked != 0 || student_logit != student_logit || record.label < 0;
         }
         if constexpr (!cached)
