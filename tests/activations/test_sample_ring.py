@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from kddp_ext.activations.layout import as_matrix
-from kddp_ext.activations.sample_ring import SampleRing
+from kddp_ext.activations.statistics import SampleRing
 
 
 def test_a_ring_keeps_the_latest():
