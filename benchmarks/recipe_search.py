@@ -1,10 +1,10 @@
-"""Trains students under other settings and prints their validation accuracy; the test images are not looked at.
+"""Trains students with other settings and prints their validation accuracy. It never uses the test images.
 
 python -m benchmarks.recipe_search --run DIR --data-dir DIR [--stage kd] [--json FILE] CHANGE [CHANGE ...]
 
-DIR is a run of `kddp run` whose teacher is finished. Each CHANGE is one training: settings by the names of their
-options, joined by commas, such as "student.learning_rate=0.002,distillation.alpha=0.7". Those that FILE holds already
-are not trained again.
+DIR is the folder of a `kddp run` whose teacher is finished. Each CHANGE is one training: option names and values, joined
+by commas, such as "student.learning_rate=0.002,distillation.alpha=0.7". Results that FILE has already are not trained
+again.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ def main() -> int:
     folder = RunFolder(arguments.run)
     config = folder.read_config().run
     if not config.validation:
-        raise SystemExit(f"{arguments.run} has no validation split to choose by")
+        raise SystemExit(f"{arguments.run} has no validation split")
     runtime = Runtime("cpu", config.precision)
     data = ImageData(read_dataset(config.dataset, arguments.data_dir), INFO[config.dataset], config, runtime.device)
     run = Run(folder, data, runtime, Progress(console=Console(stderr=True), disable=True))
@@ -59,7 +59,7 @@ def main() -> int:
 
 
 def changed(config: RunConfig, change: str) -> RunConfig:
-    """`config` with settings replaced: "" changes none. Values that are no number or text are JSON: true, [8, 16]."""
+    """`config` with the settings of `change` replaced. Values other than numbers and texts are JSON: true, [8, 16]."""
     for setting in filter(None, change.split(",")):
         option, value = setting.split("=")
         section, _, field = option.rpartition(".")
@@ -92,7 +92,7 @@ def _parse() -> argparse.Namespace:
     parser.add_argument("--data-dir", type=Path)
     parser.add_argument("--stage", choices=("scratch", "kd", "kddp"), default="kd")
     parser.add_argument("--threads", type=int, default=0)
-    parser.add_argument("--json", type=Path, default=Path("recipe_search.json"), help="where the figures are kept")
+    parser.add_argument("--json", type=Path, default=Path("recipe_search.json"), help="the file for the results")
     parser.add_argument("changes", nargs="+", metavar="CHANGE")
     return parser.parse_args()
 

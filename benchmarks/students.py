@@ -1,9 +1,9 @@
-"""How fast finished students answer on one thread, in PyTorch and in ONNX Runtime, and how large they are.
+"""The latency of finished students on one thread, in PyTorch and in ONNX Runtime, and their sizes.
 
 python -m benchmarks.students FILE.safetensors... [--batches 1,128] [--rounds N] [--seconds S] [--json FILE]
                               [--markdown FILE] [--smoke]
 
-The students are timed in turns within one process; the first one is what the others are compared with.
+The students are timed in turns within one process. The ratios compare each of them with the first.
 """
 
 from __future__ import annotations
@@ -27,11 +27,11 @@ from kddp_ext.workflow.errors import WorkflowError
 
 JSON_VERSION = 1
 ENGINES = {"pytorch": "PyTorch", "onnxruntime": "ONNX Runtime"}
-RUN_FILES = ("student.safetensors", "checkpoint.pt")  # what every stage of a run calls them
+RUN_FILES = ("student.safetensors", "checkpoint.pt")  # the names of these files are the same for every stage of a run
 
 
 def main() -> int:
-    """0 where all was measured, 2 where a file is no student's."""
+    """Returns 0, or 2 if a file is not a student file."""
     arguments = _parse()
     settings = Settings(1, arguments.seconds, arguments.rounds, False, arguments.smoke)
     described = machine.describe(settings)
@@ -57,7 +57,7 @@ def main() -> int:
 
 
 def sizes(results: list[dict[str, Any]]) -> Table:
-    """Weights, arithmetic and files."""
+    """Parameters, MACs and file sizes."""
     columns = ["student", "parameters", "MACs (million)", "student file (KiB)", "ONNX file (KiB)"]
     rows = [
         [
@@ -72,11 +72,11 @@ def sizes(results: list[dict[str, Any]]) -> Table:
 
 
 def latencies(results: list[dict[str, Any]]) -> Table:
-    """Milliseconds of a call, and how many times the first student's that is."""
+    """Milliseconds of a call, and the ratio to the first student."""
     batches = list(results[0]["latency"]["pytorch"])
     columns = ["student"]
     for batch in batches:
-        columns += [f"batch {batch} (ms)", "times the first's"]
+        columns += [f"batch {batch} (ms)", "times the first student"]
     rows = []
     for engine, title in ENGINES.items():
         for name, result in zip(names([result["path"] for result in results]), results, strict=True):
@@ -91,13 +91,13 @@ def _note(results: list[dict[str, Any]]) -> str:
     note = "Median over the rounds; in brackets the quartiles of the rounds' ratios."
     missing = missing_packages()
     if missing:
-        return f"{note} ONNX Runtime is left out: {', '.join(missing)} missing (pip install 'kddp_ext[onnx]')."
+        return f"{note} ONNX Runtime is left out, because these packages are missing: {', '.join(missing)} (pip install 'kddp_ext[onnx]')."
     largest = max(result["largest_difference"] for result in results)
-    return f"{note} ONNX Runtime's logits differ from PyTorch's by {largest:.1e} at most."
+    return f"{note} ONNX Runtime's logits differ from PyTorch's by at most {largest:.1e}."
 
 
 def names(paths: list[str]) -> list[str]:
-    """What tells the files apart: without the folder that all are in, and without a file name that every stage has."""
+    """Short names for the files, without their common folder and without the file name that all stages share."""
     shortened = [Path(path).parent if Path(path).name in RUN_FILES else Path(path).with_suffix("") for path in paths]
     common = os.path.commonpath([path.absolute().parent for path in shortened])
     return [Path(os.path.relpath(path.absolute(), common)).as_posix() for path in shortened]
@@ -109,13 +109,13 @@ def _short(value: float) -> str:
 
 def _parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.students", description=__doc__.splitlines()[0])
-    parser.add_argument("files", nargs="+", type=Path, metavar="FILE", help="of a student, or the folder of a run")
+    parser.add_argument("files", nargs="+", type=Path, metavar="FILE", help="a student file, or the folder of a run")
     parser.add_argument("--batches", type=_numbers, default=[1, 128], help="images in a call (default 1,128)")
-    parser.add_argument("--rounds", type=at_least(1), default=9, help="turns that each student gets (default 9)")
-    parser.add_argument("--seconds", type=float, default=0.5, help="for each student, over all turns (default 0.5)")
+    parser.add_argument("--rounds", type=at_least(1), default=9, help="turns of each student (default 9)")
+    parser.add_argument("--seconds", type=float, default=0.5, help="seconds for each student, over all turns (default 0.5)")
     parser.add_argument("--json", metavar="FILE", help="write the figures to this file")
-    parser.add_argument("--markdown", metavar="FILE", help="write the tables to this file, or into its marked places")
-    parser.add_argument("--smoke", action="store_true", help="one short turn: does everything run?")
+    parser.add_argument("--markdown", metavar="FILE", help="write the tables to this file, at its markers if it has any")
+    parser.add_argument("--smoke", action="store_true", help="one short turn, to check that everything runs")
     arguments = parser.parse_args()
     if arguments.smoke:
         arguments.rounds, arguments.seconds = 1, 0.001

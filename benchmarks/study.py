@@ -1,4 +1,4 @@
-"""Fills the tables and pictures of a study's page from what its trainings left on disk.
+"""Fills the tables and pictures of a study's page from the files of its trainings.
 
 python -m benchmarks.study FILE --sweep DIR [--beyond DIR] [--search FILE.json] [--latency] [--json FILE]
 """
@@ -52,7 +52,7 @@ _FIGURES = ("test_accuracy", "width", "active", "parameters", "linear_parameters
 
 
 def _trainings(measured: Measured) -> list[dict[str, Any]]:
-    """The figures of each seed, and its width after each epoch where that changes."""
+    """The figures of each seed, and the width after each epoch for KDDP."""
     trainings = []
     for job, result, epochs in zip(measured.jobs, measured.results, measured.epochs, strict=True):
         widths = [epoch["width"] for epoch in epochs if "width" in epoch]
@@ -63,7 +63,7 @@ def _trainings(measured: Measured) -> list[dict[str, Any]]:
 
 _TITLES = {
     "students": "Students: mean ± standard deviation over the seeds",
-    "same-width": "KDDP beside KD that was trained from scratch at the width that KDDP found, with the same seed",
+    "same-width": "KDDP, and KD trained from scratch at the width that KDDP found, with the same seed",
     "ablations": "KDDP with one thing changed",
 }
 
@@ -73,7 +73,7 @@ def _with_title(prefix: str, table: report.Table) -> Table:
 
 
 def _latencies(sweep: Path) -> Table:
-    """Of the first seed's student of every point with a width of its own."""
+    """The latencies of the first seed's student of every KD and KDDP point."""
     folder = RunFolder(sweep)
     points = [each for each in _measured(sweep) if each.point.kind in ("kd", "kddp")]
     files = [folder.student(each.jobs[0].name) for each in points]
@@ -105,12 +105,12 @@ def _searched(search: dict[str, dict[str, Any]]) -> Table:
 
 def _parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.study", description=__doc__.splitlines()[0])
-    parser.add_argument("file", type=Path, help="the page, with a marked place for each table")
-    parser.add_argument("--sweep", type=Path, required=True, help="folder of the sweep of cnn5")
-    parser.add_argument("--beyond", type=Path, help="folder of the sweep of another student")
-    parser.add_argument("--search", type=Path, help="what python -m benchmarks.recipe_search wrote")
+    parser.add_argument("file", type=Path, help="the page, with a marker for each table")
+    parser.add_argument("--sweep", type=Path, required=True, help="folder of the sweep with cnn5")
+    parser.add_argument("--beyond", type=Path, help="folder of the sweep with another student")
+    parser.add_argument("--search", type=Path, help="the JSON file of python -m benchmarks.recipe_search")
     parser.add_argument("--json", type=Path, help="write the figures of every training to this file")
-    parser.add_argument("--latency", action="store_true", help="measure latencies; wants a quiet machine")
+    parser.add_argument("--latency", action="store_true", help="measure latencies; the machine must be quiet")
     return parser.parse_args()
 
 
