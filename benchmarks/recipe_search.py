@@ -2,8 +2,8 @@
 
 python -m benchmarks.recipe_search --run DIR --data-dir DIR [--stage kd] [--json FILE] CHANGE [CHANGE ...]
 
-DIR is the folder of a `kddp run` whose teacher is finished. Each CHANGE is one training: option names and values, joined
-by commas, such as "student.learning_rate=0.002,distillation.alpha=0.7". Results that FILE has already are not trained
+DIR is the folder of a `kddp run` whose teacher is finished. Each CHANGE is one training: options and values, joined by
+commas, such as "student.learning_rate=0.002,distillation.alpha=0.7". Results that FILE has already are not trained
 again.
 """
 

@@ -91,7 +91,7 @@ def _note(results: list[dict[str, Any]]) -> str:
     note = "Median over the rounds; in brackets the quartiles of the rounds' ratios."
     missing = missing_packages()
     if missing:
-        return f"{note} ONNX Runtime is left out, because these packages are missing: {', '.join(missing)} (pip install 'kddp_ext[onnx]')."
+        return f"{note} ONNX Runtime needs missing packages: {', '.join(missing)} (pip install 'kddp_ext[onnx]')."
     largest = max(result["largest_difference"] for result in results)
     return f"{note} ONNX Runtime's logits differ from PyTorch's by at most {largest:.1e}."
 
@@ -112,9 +112,9 @@ def _parse() -> argparse.Namespace:
     parser.add_argument("files", nargs="+", type=Path, metavar="FILE", help="a student file, or the folder of a run")
     parser.add_argument("--batches", type=_numbers, default=[1, 128], help="images in a call (default 1,128)")
     parser.add_argument("--rounds", type=at_least(1), default=9, help="turns of each student (default 9)")
-    parser.add_argument("--seconds", type=float, default=0.5, help="seconds for each student, over all turns (default 0.5)")
+    parser.add_argument("--seconds", type=float, default=0.5, help="seconds of each student in all turns (default 0.5)")
     parser.add_argument("--json", metavar="FILE", help="write the figures to this file")
-    parser.add_argument("--markdown", metavar="FILE", help="write the tables to this file, at its markers if it has any")
+    parser.add_argument("--markdown", metavar="FILE", help="write the tables to this file, at its markers if any")
     parser.add_argument("--smoke", action="store_true", help="one short turn, to check that everything runs")
     arguments = parser.parse_args()
     if arguments.smoke:
