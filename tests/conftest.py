@@ -23,12 +23,15 @@ QUICK = (
     "loss/test_arguments.py",
     "loss/test_conventions.py",
     "loss/test_divergences.py",
+    "loss/test_values.py",
+    "ops/test_gradient_pool.py",
     "ops/test_reference.py",
     "activations/test_*.py",
-    "pruning/test_arguments.py",
-    "pruning/test_exact.py",
     "pruning/test_history.py",
+    "pruning/test_selection.py",
+    "pruning/test_settings.py",
     "saving/test_student_file.py",
+    "workflow/test_data.py",
     "workflow/test_files.py",
     "workflow/test_models.py",
     "project/test_layers.py",
@@ -44,7 +47,7 @@ SLOW_ON_THE_EMULATOR = {
     "test_rows_longer_than_a_stage_and_outputs_larger_than_the_caches", "test_a_gather_worth_threads",
     "test_half_precision_gradients_do_not_vanish_before_they_are_scaled", "test_long_rows", "test_logits_far_from_zero",
     "test_the_same_on_any_number_of_threads", "test_any_number_of_threads_gives_the_same",
-    "test_results_do_not_depend_on_the_number_of_threads", "test_a_piece_may_begin_far_below_its_highest_logit",
+    "test_a_chunk_may_begin_far_below_its_highest_logit",
     "test_gradcheck", "test_float64_equals_the_reference", "test_each_divergence_compiles_without_a_graph_break",
 }  # fmt: skip
 
@@ -74,10 +77,12 @@ def only_quick(config):
 
 
 def pytest_ignore_collect(collection_path, config):
-    """`-m quick` does not even import the other files."""
-    if only_quick(config) and collection_path.suffix == ".py" and not is_quick(collection_path):
-        return True
-    return None
+    """`-m quick` does not even import the other files and the conftest.py of other folders."""
+    if not only_quick(config):
+        return None
+    if collection_path.parent.name == "tests" and collection_path.is_dir():
+        return collection_path.name not in {pattern.partition("/")[0] for pattern in QUICK} or None
+    return (collection_path.suffix == ".py" and not is_quick(collection_path)) or None
 
 
 @pytest.hookimpl(tryfirst=True)

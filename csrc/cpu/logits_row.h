@@ -33,7 +33,7 @@ struct RowKernels {
                                   const LogitScale<T>&, const NextLogits&, ChunkSums&);
     void (*mix)(const void* student, const void* teacher, RowBuffers<T>, Chunk, LogitScale<T>, MixtureScale<T>,
                 MixtureSums&);
-    void (*write_gradient)(RowBuffers<T>, Chunk, const ChunkGradient<T>&);
+    void (*write_gradient)(const RowBuffers<T>&, const Chunk&, const ChunkGradient<T>&);
     // Converts what `write_gradient` wrote, if it is of another type than the student's; otherwise absent.
     void (*convert_gradient)(const T* from, int64_t count, void* to);
     // Replaces `write_gradient` if `exponentiate` does not keep what it computes; otherwise absent.

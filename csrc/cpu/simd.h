@@ -277,7 +277,7 @@ inline void widen(Vector<double> v, Vector<double>& low, Vector<double>& high) {
 inline void widen(Vector<float> v, Vector<double>& low, Vector<double>& high) {
 #if defined(__AVX512F__)
     // Intrinsics, because GCC compiles the conversion to four instructions and splits the vector through memory.
-    low = (Vector<double>)_mm512_maskz_cvtps_pd(0xff, _mm512_castps512_ps256((__m512)v));
+    low = (Vector<double>)_mm512_maskz_cvtps_pd(0xff, _mm512_maskz_extractf32x8_ps(0xff, (__m512)v, 0));
     high = (Vector<double>)_mm512_maskz_cvtps_pd(0xff, _mm512_maskz_extractf32x8_ps(0xff, (__m512)v, 1));
 #else
     VectorOf<float, KDDP_VECTOR_BYTES / 2>::Type half[2];
@@ -534,7 +534,7 @@ inline void write_pair<float, BFloat16>(BFloat16* to, VectorPair<float> v, bool 
     const __m512i elements = _mm512_maskz_permutexvar_epi16(~__mmask32(0), _mm512_load_si512(interleaved), halves);
     if (!past_caches) return _mm512_storeu_si512(to, elements);
     // Only halves are known to be aligned.
-    _mm256_stream_si256((__m256i*)to, _mm512_castsi512_si256(elements));
+    _mm256_stream_si256((__m256i*)to, _mm512_maskz_extracti64x4_epi64(0xff, elements, 0));
     _mm256_stream_si256((__m256i*)(to + 16), _mm512_maskz_extracti64x4_epi64(0xff, elements, 1));
 }
 #endif

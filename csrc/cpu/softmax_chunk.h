@@ -259,7 +259,8 @@ template <class T, class Element, class Form, bool shifted, bool keep>
 Highest<T> exponentiate_chunk(const void* student_logits, const void* teacher_logits, const RowBuffers<T>& to,
                               const Chunk& chunk, const LogitScale<T>& factors, const NextLogits& then,
                               ChunkSums& result) {
-    // Copies, which no store can alias.
+    // Local copies cannot be aliased by stores. The arguments are references, because a caller that has just stored
+    // their fields would stall on copying them whole.
     const RowBuffers<T> buffers = to;
     const LogitScale<T> scale = factors;
     NextLogits next = then;
@@ -450,7 +451,8 @@ void add_projection(const T* logits, T* exponentials, Chunk chunk, T untempered,
 // Writes the gradient of a chunk from the exponentials in the buffers. e^(s - r_s) takes `squarings`, and is not added
 // if they are negative.
 template <class T, class Element, Distillation distillation, int squarings>
-void write_gradient(RowBuffers<T> buffers, Chunk chunk, const ChunkGradient<T>& coefficients) {
+void write_gradient(const RowBuffers<T>& from, const Chunk& chunk, const ChunkGradient<T>& coefficients) {
+    const RowBuffers<T> buffers = from;
     const ChunkGradient<T> of = coefficients.copy();
     const auto gradient = [&](int64_t i, int64_t, int64_t) KDDP_ALWAYS_INLINE {
         Exponentials<T> e;

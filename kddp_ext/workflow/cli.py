@@ -61,11 +61,11 @@ class TrainCommand(Generic[Config]):
 
 
 @dataclass(frozen=True)
-class ReportCommand:
-    """The options of `kddp report`."""
+class PathCommand:
+    """The options of `kddp report` and `kddp info`."""
 
     path: tyro.conf.Positional[Path]
-    """Folder of a run or a sweep, finished or not."""
+    """Folder of a run or a sweep; for info also a student.safetensors file."""
 
 
 @dataclass(frozen=True)
@@ -78,14 +78,6 @@ class EvaluateCommand:
     """Folder of the data set, or its parent. Default: download the data set once."""
     device: Device = "auto"
     """auto uses a GPU if there is one."""
-
-
-@dataclass(frozen=True)
-class InfoCommand:
-    """The options of `kddp info`."""
-
-    path: tyro.conf.Positional[Path]
-    """Folder of a run or a sweep, or a student.safetensors file."""
 
 
 class StdoutError(OSError):
@@ -239,7 +231,7 @@ def _train(command: TrainCommand[Any], sweep: SweepConfig, default_name: str) ->
 
 def _report(arguments: list[str]) -> None:
     description = "Write the report of a run or a sweep again, from the trainings that are finished."
-    command = _parse(ReportCommand, arguments, "report", description)
+    command = _parse(PathCommand, arguments, "report", description)
     from kddp_ext.workflow import report
 
     report.rebuild_report(command.path, Output())
@@ -255,7 +247,7 @@ def _evaluate(arguments: list[str]) -> None:
 
 def _info(arguments: list[str]) -> None:
     description = "Show what a run or a student file is: accuracy, size, what was pruned, settings. Needs no data set."
-    command = _parse(InfoCommand, arguments, "info", description)
+    command = _parse(PathCommand, arguments, "info", description)
     from kddp_ext.workflow import inspect
 
     inspect.describe(command.path, Output())

@@ -186,7 +186,7 @@ def process_group(
             raise
         raise LostProcessError(
             f"rank {rank}: another process has ended or cannot be reached ({_reason(error)}). "
-            "Finished work is saved; restart all processes with --resume"
+            "Finished epochs are kept; start all processes again with --resume"
         ) from error
     torch.distributed.destroy_process_group()
 

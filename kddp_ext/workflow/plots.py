@@ -110,7 +110,7 @@ def _widths(axes: Axes, kddp: Sequence[Measured], kd: Sequence[Measured]) -> Non
                 linewidth=1.8,
                 label=f"KDDP, l1-weight {weight:g}: {final:.0f}" if index == 0 else None,
             )
-    if start and kddp:
+    if start and kddp and kddp[0].jobs[0].config.pruning.layers == "hidden":
         axes.axhline(start, color=_STYLES["kd"]["color"], linewidth=1.5, linestyle="--", label=f"KD: {start:,}")
     axes.set_ylim(bottom=0)
 

@@ -17,8 +17,7 @@ from typing import Any
 
 import torch
 from rich.console import Console
-from rich.progress import BarColumn, Progress, ProgressColumn, Task, TextColumn, TimeRemainingColumn
-from rich.text import Text
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import nn
 
 import kddp_ext
@@ -183,7 +182,7 @@ def _train_all(run: Run, sweep: SweepConfig) -> None:
     while left := on_rank_zero(lambda: _unfinished(run.folder, sweep)):
         if not any(_train_unless_taken(run, job, logits) for job in left):
             time.sleep(_WAIT)
-    _print(run, str(logits.use))
+    _print(run, logits.use())
 
 
 def _unfinished(folder: RunFolder, sweep: SweepConfig) -> list[Job]:
@@ -377,20 +376,21 @@ def _measure(run: Run, job: Job, training: Training) -> dict[str, Any]:
     if job.stage == "teacher" and run.data.augment:
         result["test_accuracy_with_views"] = accuracy(model, run.data, run.data.test, run.runtime, views=True)
     classes, images = run.data.info.classes, len(run.data.test)
-    return {**result, "warnings": collapse_warnings(job, result, training.epochs[-1], classes, images)}
+    return {**result, "warnings": collapse_warnings(job, result, training.epochs, classes, images)}
 
 
 def collapse_warnings(
-    job: Job, result: dict[str, Any], last_epoch: dict[str, Any], classes: int, test_images: int
+    job: Job, result: dict[str, Any], epochs: list[dict[str, Any]], classes: int, test_images: int
 ) -> list[str]:
-    """Sentences that say whether a training collapsed, and the likely cause.
+    """Say whether a training collapsed, and the likely cause.
 
-    Two things are recognised: a layer of which every activation is zero, and an accuracy within two standard errors of
-    guessing, 1 / classes + 2 √(p (1 - p) / test_images) with p = 1 / classes.
+    Two things are recognised: a layer whose activations are all zero (the hidden layer at the end, or a pruned layer at
+    the last check), and an accuracy within two standard errors of guessing, p + 2 √(p (1 - p) / test_images) with
+    p = 1 / classes.
 
     Args:
         result: the training's figures.
-        last_epoch: the metrics of its last epoch.
+        epochs: the metrics of its epochs.
     """
     network = "teacher" if job.stage == "teacher" else "student"
     advice = f"try a smaller --{network}.learning-rate (now {getattr(job.config, network).learning_rate:g})"
@@ -403,21 +403,13 @@ def collapse_warnings(
         advice += " or, if the teacher learned nothing, train it longer"
     chance = 1 / classes
     margin = 2 * math.sqrt(chance * (1 - chance) / test_images)
-    warnings = []
-    if result["active"] == 0 or (job.stage == "kddp" and last_epoch["l1"] == 0):
-        layer = "the hidden layer" if result["active"] == 0 else "the pruned layers"
-        warnings.append(f"every activation of {layer} is zero, so the output does not depend on the image; {advice}")
-    elif result["test_accuracy"] <= chance + margin:
-        warnings.append(
-            f"the test accuracy of {result['test_accuracy']:.1%} is no better than guessing "
-            f"({chance:.1%} ± {margin:.1%}); {advice}"
-        )
-    return warnings
-
-
-class _SpeedColumn(ProgressColumn):
-    def render(self, task: Task) -> Text:
-        return Text(f"{task.speed:,.0f} images/s" if task.speed else "", style="dim")
+    layers = ["hidden"] if result["active"] == 0 else epochs[-1].get("collapsed", epochs[-2:][0].get("collapsed", []))
+    if layers:
+        return [f"every activation of the layer {', '.join(layers)} is zero, or nearly so; {advice}"]
+    if result["test_accuracy"] <= chance + margin:
+        accuracy = f"the test accuracy of {result['test_accuracy']:.1%}"
+        return [f"{accuracy} is no better than guessing ({chance:.1%} ± {margin:.1%}); {advice}"]
+    return []
 
 
 def _progress(console: Console) -> Progress:
@@ -426,7 +418,6 @@ def _progress(console: Console) -> Progress:
         TextColumn("{task.description:<8}"),
         BarColumn(bar_width=12),
         TextColumn("{task.percentage:>3.0f}% {task.fields[note]}"),
-        _SpeedColumn(),
         TimeRemainingColumn(compact=True),
         console=console,
         refresh_per_second=4,

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import time
-from dataclasses import dataclass
 from pathlib import Path
 
 import safetensors
@@ -21,25 +20,6 @@ from kddp_ext.workflow.runtime import Runtime
 
 _BATCH = 1000
 _VERSION = 2
-
-
-@dataclass
-class CacheUse:
-    """What the cache did in this process.
-
-    Attributes:
-        computed: number of views that the teacher computed.
-        seconds: how long that took.
-        read: number of epochs whose logits were in the cache.
-    """
-
-    computed: int = 0
-    seconds: float = 0.0
-    read: int = 0
-
-    def __str__(self) -> str:
-        views, epochs = (f"{n} {noun}{'s' * (n != 1)}" for n, noun in ((self.computed, "view"), (self.read, "epoch")))
-        return f"teacher's logits: {views} computed in {self.seconds:.0f} s, {epochs} served from the cache"
 
 
 class TeacherLogits:
@@ -58,15 +38,12 @@ class TeacherLogits:
         folder: where the files are; made when the first one is written.
         runtime: device and precision.
         progress: shows a bar while logits are computed.
-
-    Attributes:
-        use: what the cache did.
     """
 
     def __init__(
         self, teacher: nn.Module, data: ImageData, shift: int, folder: Path, runtime: Runtime, progress: Progress
     ) -> None:
-        self.use = CacheUse()
+        self._computed, self._seconds, self._read_epochs = 0, 0.0, 0
         self._teacher = teacher.eval()
         self._data = data
         self._shift = shift
@@ -86,16 +63,22 @@ class TeacherLogits:
         """Logits for the view numbered `view`, float32 (N, classes); row i is for training image i."""
         name = self._name(view)
         if self._latest is not None and self._latest[0] == name:
-            self.use.read += 1
+            self._read_epochs += 1
             return self._latest[1]
         path = self._folder / f"{name}.safetensors"
         logits = self._read(path)
         if logits is None:
             logits = self._compute(path, view)
         else:
-            self.use.read += 1
+            self._read_epochs += 1
         self._latest = (name, logits.to(self._runtime.device))
         return self._latest[1]
+
+    def use(self) -> str:
+        """A line that says what the cache did in this process."""
+        views = f"{self._computed} view{'s' * (self._computed != 1)}"
+        epochs = f"{self._read_epochs} epoch{'s' * (self._read_epochs != 1)}"
+        return f"teacher's logits: {views} computed in {self._seconds:.0f} s, {epochs} served from the cache"
 
     def _name(self, view: int) -> str:
         augmentation = {"seed": self._data.seed, "view": view, "shift": self._shift} if self._data.augment else None
@@ -112,8 +95,8 @@ class TeacherLogits:
             processes.on_rank_zero(lambda: remove_leftovers(self._folder))
             started = time.perf_counter()
             logits = self._ask_teacher(view)
-            self.use.computed += 1
-            self.use.seconds += time.perf_counter() - started
+            self._computed += 1
+            self._seconds += time.perf_counter() - started
             processes.on_rank_zero(lambda: write_logits(path, logits))
         return logits
 

@@ -227,6 +227,7 @@ def train_epoch(
     totals = processes.sum(totals) / processes.count
     means = dict(zip(_TERMS, (totals / len(batches)).tolist(), strict=True))
     processes.all_or_raise(lambda: _require_finite(means["loss"], recipe, epoch))
+    report = None
     if training.pruner is not None:
         with clock.phase("prune"):
             report = _prune(training.pruner, recipe, epoch)
@@ -243,6 +244,8 @@ def train_epoch(
     }
     if training.pruner is not None:
         metrics["width"] = sum(training.pruner.widths.values())
+        if report is not None and report.collapsed:
+            metrics["collapsed"] = list(report.collapsed)
     return {**metrics, "seconds": {"epoch": round(time.perf_counter() - started, 4), **clock.seconds()}}
 
 

@@ -1,15 +1,22 @@
-"""The neurons' statistics: summed by the loss in its own pass, over any number of batches."""
+"""The neurons' statistics: summed by the loss in its own pass over any number of batches; copies, states, errors."""
+
+import copy
+import pickle
 
 import hypothesis.strategies as st
 import pytest
 import torch
 from hypothesis import given, settings
-from loss_cases import DTYPES, LAYOUTS, laid_out
+from loss_cases import DTYPES, LAYOUTS, with_layout
 
 import kddp_ext
 from kddp_ext import NeuronStatistics, TrackedActivations, ops
 from kddp_ext.activations.layout import NeuronMatrix
 from kddp_ext.ops import reference
+
+
+def draw(*shape, seed=0):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
 @settings(max_examples=80, deadline=None)
@@ -21,11 +28,10 @@ from kddp_ext.ops import reference
     seed=st.integers(0, 2**31),
 )
 def test_sums_equal_the_reference(rows, neurons, dtype, layout, seed):
-    activation = torch.randn(rows, neurons, generator=torch.Generator().manual_seed(seed))
-    activation = laid_out(torch.where(activation > 1, 0, activation).to(dtype), layout if rows else "contiguous")
-    truth = reference.neuron_statistics(activation)
-    sums = ops.neuron_statistics(activation)
-    # In what the loss computes in over eight rows, then in float64; sums and squares around one of the activations.
+    activation = draw(rows, neurons, seed=seed)
+    activation = with_layout(torch.where(activation > 1, 0, activation).to(dtype), layout if rows else "contiguous")
+    sums, truth = ops.neuron_statistics(activation), reference.neuron_statistics(activation)
+    # The kernels sum eight rows in the dtype of the loss, relative to one of the activations, then in float64.
     rounding = 1e-14 if dtype == torch.float64 else 3e-7
     torch.testing.assert_close(sums[0], truth[0], rtol=rounding, atol=0)
     assert ((sums[1] - truth[1]).abs() <= rounding * (truth[0] + rows * truth[4])).all()
@@ -36,66 +42,18 @@ def test_sums_equal_the_reference(rows, neurons, dtype, layout, seed):
 @pytest.mark.parametrize("rows", [5, 300])
 @pytest.mark.parametrize("first", [1.0, 1e20, float("inf"), float("nan")])
 @pytest.mark.parametrize("later", [2.0, 1e25, float("-inf"), float("nan")])
-def test_squares_where_float_has_none(rows, first, later):
-    """A column of an infinity, of a NaN and of squares that float32 does not hold, between ordinary ones."""
-    activation = torch.randn(rows, 19, generator=torch.Generator().manual_seed(rows))
+def test_sums_of_numbers_whose_squares_float32_cannot_hold(rows, first, later):
+    activation = draw(rows, 19, seed=rows)
     activation[0, 7], activation[-1, 7] = first, later
     sums, truth = ops.neuron_statistics(activation), reference.neuron_statistics(activation)
     torch.testing.assert_close(sums[:3], truth[:3], rtol=1e-6, atol=1e-3, equal_nan=True)
 
 
-def test_a_small_deviation_around_a_large_mean():
-    """Squares summed as they are would have lost it: 1e-3 around 1e3 is what float32 still holds."""
-    activation = 1e3 + 1e-2 * torch.randn(4096, 64, generator=torch.Generator().manual_seed(0))
+def test_a_small_deviation_around_a_large_mean_is_exact():
+    activation = 1e3 + 1e-2 * draw(4096, 64)
     statistics = NeuronStatistics(64)
     statistics.observe(activation)
     torch.testing.assert_close(statistics.std, activation.double().std(0, unbiased=False), rtol=1e-4, atol=0)
-
-
-def batches(count=3):
-    generator = torch.Generator().manual_seed(1)
-    for _ in range(count):
-        yield [torch.relu(torch.randn(300, width, generator=generator)) for width in (40, 7)]
-
-
-def loss_of(activations):
-    logits = torch.zeros(300, 5, requires_grad=True)
-    labels = torch.zeros(300, dtype=torch.int64)
-    return kddp_ext.fused_kd_l1_loss(logits, logits.detach(), labels, activations, l1_weight=0.1)
-
-
-@pytest.mark.parametrize("through_the_loss", [True, False])
-def test_batches_add_up(through_the_loss):
-    statistics = [NeuronStatistics(40), NeuronStatistics(7)]
-    for batch in batches():
-        tracked = TrackedActivations(batch, statistics)
-        if through_the_loss:
-            loss_of(tracked)
-        else:
-            tracked.observe()
-    for number, of_layer in enumerate(statistics):
-        together = torch.cat([batch[number] for batch in batches()]).double()
-        assert of_layer.rows == 900
-        torch.testing.assert_close(of_layer.mean, together.mean(0))
-        torch.testing.assert_close(of_layer.mean_abs, together.abs().mean(0), rtol=1e-6, atol=0)
-        torch.testing.assert_close(of_layer.std, together.std(0, unbiased=False))
-        torch.testing.assert_close(of_layer.active_fraction, (together != 0).double().mean(0))
-        assert torch.equal(of_layer.max_abs, together.abs().amax(0))
-
-
-def test_the_loss_is_the_same_with_and_without_statistics():
-    for batch in batches(1):
-        tracked = TrackedActivations(batch, [NeuronStatistics(40), NeuronStatistics(7)])
-        torch.testing.assert_close(loss_of(tracked), loss_of(batch), rtol=1e-6, atol=0)
-
-
-def test_validation_leaves_no_trace():
-    statistics = [NeuronStatistics(40), NeuronStatistics(7)]
-    with torch.no_grad():
-        for batch in batches():
-            loss_of(TrackedActivations(batch, statistics))
-    assert statistics[0].rows == 0
-    assert not statistics[0].values.any()
 
 
 @pytest.mark.parametrize("value", [0.0, 0.1, 1e3, 1e-6, -123.456])
@@ -107,32 +65,129 @@ def test_a_constant_neuron_has_no_deviation(value):
     torch.testing.assert_close(statistics.mean, torch.full((3,), float(torch.tensor(value)), dtype=torch.float64))
 
 
-def test_nothing_observed_is_not_a_number():
+WIDTHS = (40, 7)
+BATCHES = [[draw(300, width, seed=width + batch).relu() for width in WIDTHS] for batch in range(3)]
+
+
+def statistics_of_layers():
+    return [NeuronStatistics(width) for width in WIDTHS]
+
+
+def loss_of(activations):
+    logits, labels = torch.zeros(300, 5, requires_grad=True), torch.zeros(300, dtype=torch.int64)
+    return kddp_ext.fused_kd_l1_loss(logits, logits.detach(), labels, activations, l1_weight=0.1)
+
+
+@pytest.mark.parametrize("update", [loss_of, TrackedActivations.observe])
+def test_statistics_cover_all_batches(update):
+    statistics = statistics_of_layers()
+    for batch in BATCHES:
+        update(TrackedActivations(batch, statistics))
+    for of_layer, *batches in zip(statistics, *BATCHES, strict=True):
+        values = torch.cat(batches).double()
+        assert of_layer.rows == 900
+        torch.testing.assert_close(of_layer.mean, values.mean(0))
+        torch.testing.assert_close(of_layer.mean_abs, values.abs().mean(0), rtol=1e-6, atol=0)
+        torch.testing.assert_close(of_layer.std, values.std(0, unbiased=False))
+        torch.testing.assert_close(of_layer.active_fraction, (values != 0).double().mean(0))
+        assert torch.equal(of_layer.max_abs, values.abs().amax(0))
+
+
+def test_the_loss_is_the_same_with_and_without_statistics():
+    tracked = TrackedActivations(BATCHES[0], statistics_of_layers())
+    torch.testing.assert_close(loss_of(tracked), loss_of(BATCHES[0]), rtol=1e-6, atol=0)
+
+
+def test_statistics_do_not_change_without_gradients():
+    statistics = statistics_of_layers()
+    with torch.no_grad():
+        loss_of(TrackedActivations(BATCHES[0], statistics))
+    assert statistics[0].rows == 0
+    assert not statistics[0].values.any()
+
+
+def test_statistics_without_samples_are_nan():
     statistics = NeuronStatistics(2)
     for value in (statistics.mean, statistics.mean_abs, statistics.std, statistics.active_fraction):
         assert value.isnan().all()
 
 
-def test_state_selection_and_reset():
-    statistics = NeuronStatistics(40)
-    statistics.observe(next(batches())[0])
-    restored = NeuronStatistics(40)
+def test_state_selection_reset_and_joining():
+    statistics, restored = NeuronStatistics(4, samples=8), NeuronStatistics(4, samples=8)
+    statistics.observe(draw(300, 4))
     restored.load_state_dict(statistics.state_dict())
     assert torch.equal(restored.values, statistics.values)
+    assert torch.equal(restored.ring.samples, statistics.ring.samples)
     assert restored.rows == 300
-    keep = torch.tensor([3, 1, 39])
+    keep = torch.tensor([3, 1])
     assert torch.equal(statistics.select(keep).mean, statistics.mean[keep])
+    joined = NeuronStatistics.joined([statistics, restored])
+    assert joined.rows == 600
+    torch.testing.assert_close(joined.std, statistics.std)
+    assert joined.ring.filled == min(8, 2 * statistics.ring.filled)
     statistics.reset()
-    assert statistics.rows == 0
+    assert (statistics.rows, statistics.ring.filled) == (0, 0)
     assert restored.rows == 300
 
 
-def test_sums_of_another_layer_are_refused():
-    statistics = NeuronStatistics(4)
+def test_a_state_without_samples_empties_the_ring():
+    statistics, other = NeuronStatistics(4), NeuronStatistics(4, samples=8)
+    statistics.observe(draw(5, 4))
+    other.observe(100 + draw(5, 4))
+    other.load_state_dict(statistics.state_dict())
+    assert (other.rows, other.ring.filled) == (5, 0)
+
+
+def test_a_state_that_does_not_fit_changes_nothing():
+    statistics, other = NeuronStatistics(4), NeuronStatistics(4)
+    statistics.observe(draw(5, 4))
+    state = statistics.state_dict()
+    del state["rows"]
+    with pytest.raises(KeyError):
+        other.load_state_dict(state)
     with pytest.raises(ValueError, match=r"sums: expected shape \(5, 4\)"):
-        statistics.update(torch.zeros(5, 3, dtype=torch.float64), NeuronMatrix(torch.zeros(1, 3), 1))
+        other.update(torch.zeros(5, 3, dtype=torch.float64), NeuronMatrix(torch.zeros(1, 3), 1))
     with pytest.raises(ValueError, match="state: expected statistics of 4 neurons"):
-        statistics.load_state_dict(NeuronStatistics(5).state_dict())
+        other.load_state_dict(NeuronStatistics(5).state_dict())
+    assert other.rows == 0
+    assert not other.values.any()
     with pytest.raises(ValueError, match="statistics: expected one for each of 2 activations, got 1"):
         TrackedActivations([torch.zeros(1, 4)] * 2, [statistics])
+
+
+@pytest.mark.parametrize("shape", [(5, 4), (5, 3, 4), (2, 3, 5, 4)])
+def test_an_axis_may_be_counted_from_the_last(shape):
+    from_first, from_last = NeuronStatistics(4, samples=8), NeuronStatistics(4, samples=8)
+    from_first.observe(draw(*shape), len(shape) - 1)
+    from_last.observe(draw(*shape), -1)
+    assert from_last.rows == from_first.rows == draw(*shape).numel() // 4
+    assert torch.equal(from_last.values, from_first.values)
+    assert torch.equal(from_last.ring.samples, from_first.ring.samples)
+
+
+@pytest.mark.parametrize(
+    ("activation", "axis", "error", "message"),
+    [
+        (torch.ones(3, 4, dtype=torch.int64), 1, TypeError, "activation: expected dtype float32, .* got torch.int64"),
+        (torch.ones(()), 1, ValueError, r"activation: expected at least 2 dimensions, and 4 neurons .* got shape \(\)"),
+        (torch.ones(4), 0, ValueError, r"activation: expected at least 2 dimensions.* got shape \(4,\)"),
+        (torch.ones(3, 5), 1, ValueError, r"activation: .*4 neurons along dimension 1, got shape \(3, 5\)"),
+        (torch.ones(3, 4), 2, ValueError, r"activation: .*4 neurons along dimension 2, got shape \(3, 4\)"),
+    ],
+)
+def test_invalid_activations_raise_and_change_nothing(activation, axis, error, message):
+    statistics = NeuronStatistics(4)
+    with pytest.raises(error, match=message):
+        statistics.observe(activation, axis)
     assert statistics.rows == 0
+
+
+@pytest.mark.parametrize("copied", [copy.copy, copy.deepcopy, lambda each: pickle.loads(pickle.dumps(each))])
+def test_copies_of_activations_keep_their_statistics_and_axes(copied):
+    activations = TrackedActivations([draw(5, 4), draw(5, 2, 3)], [NeuronStatistics(4), NeuronStatistics(3)], [1, 2])
+    activations.observe()
+    other = copied(activations)
+    assert isinstance(other, TrackedActivations)
+    assert all(torch.equal(a, b) for a, b in zip(activations, other, strict=True))
+    assert other.axes == (1, 2)
+    assert [each.rows for each in other.statistics] == [5, 10]

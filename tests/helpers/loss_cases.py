@@ -1,12 +1,14 @@
-"""Drawn inputs of the loss, and what its results are held against."""
+"""Hypothesis strategies for the inputs of the loss, and the computations that its results are compared with."""
 
 from __future__ import annotations
 
+import functools
 import math
 from dataclasses import dataclass, field
 from typing import Any
 
 import hypothesis.strategies as st
+import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -15,7 +17,10 @@ import kddp_ext
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 DIVERGENCES = ("forward_kl", "reverse_kl", "jsd", "dkd")
-LAYOUTS = ("contiguous", "transposed", "every other row", "inner columns", "one row for all")
+LAYOUTS = ("contiguous", "transposed", "every other row", "inner columns", "one row expanded")
+
+each_divergence = pytest.mark.parametrize("divergence", DIVERGENCES)
+standardized_or_not = pytest.mark.parametrize("standardize_logits", [False, True])
 
 
 @dataclass
@@ -31,15 +36,15 @@ class Case:
 
 @dataclass
 class Result:
-    """Loss, its terms, and the gradients with respect to the student's logits and the activations."""
+    """The loss, its terms, and the gradients for the student's logits and the activations."""
 
     loss: Tensor
     terms: Tensor
     gradients: list[Tensor]
 
 
-def laid_out(matrix: Tensor, layout: str) -> Tensor:
-    """The same numbers (of the first row, for "one row for all") with other strides."""
+def with_layout(matrix: Tensor, layout: str) -> Tensor:
+    """The same values with other strides; "one row expanded" repeats the first row."""
     rows, columns = matrix.shape
     if layout == "transposed":
         return matrix.t().contiguous().t()
@@ -47,25 +52,25 @@ def laid_out(matrix: Tensor, layout: str) -> Tensor:
         return matrix.repeat_interleave(2, 0)[::2]
     if layout == "inner columns":
         return F.pad(matrix, (3, 2))[:, 3 : 3 + columns]
-    if layout == "one row for all":
+    if layout == "one row expanded":
         return matrix[:1].expand(rows, columns)
     return matrix.contiguous()
 
 
 @st.composite
 def cases(draw, dtypes=tuple(DTYPES), rows=300, classes=2000, largest_logit=1e4, **fixed):
-    """Inputs of any shape, layout, magnitude and setting; `fixed` are settings that are not drawn."""
+    """Inputs of any shape, layout and magnitude with any settings; `fixed` overrides drawn settings."""
     generator = torch.Generator().manual_seed(draw(st.integers(0, 2**31)))
     n, c, h = draw(st.integers(1, rows)), draw(st.integers(1, classes)), draw(st.integers(1, 70))
     student_type, teacher_type = DTYPES[draw(st.sampled_from(dtypes))], DTYPES[draw(st.sampled_from(dtypes))]
     scale = draw(st.sampled_from([0.1, 1.0, 10.0, 100.0, largest_logit]))
-    # A few classes far above the rest, anywhere in the row.
+    # Some rows have two classes far above the others.
     peak, peaks = draw(st.sampled_from([0.0, 0.0, 10.0, 39.0])), torch.randint(0, c, (n, 2), generator=generator)
 
     def logits(dtype):
         values = torch.randn(n, c, generator=generator).clamp(-3, 3) * scale / 3
         values = values.scatter_add(1, peaks, torch.full(peaks.shape, peak))
-        return laid_out(values.to(dtype), draw(st.sampled_from(LAYOUTS)))
+        return with_layout(values.to(dtype), draw(st.sampled_from(LAYOUTS)))
 
     labels = torch.randint(0, c, (n,), generator=generator)
     labels[torch.rand(n, generator=generator) < draw(st.sampled_from([0.0, 0.3, 1.0]))] = -100
@@ -74,7 +79,7 @@ def cases(draw, dtypes=tuple(DTYPES), rows=300, classes=2000, largest_logit=1e4,
         logits(student_type),
         logits(teacher_type),
         labels,
-        [laid_out(activation, draw(st.sampled_from(LAYOUTS)))],
+        [with_layout(activation, draw(st.sampled_from(LAYOUTS)))],
         draw(settings_of_loss()) | fixed,
     )
 
@@ -96,11 +101,10 @@ def settings_of_loss(draw):
 
 
 def evaluate(case: Case, function, dtype: torch.dtype | None = None) -> Result:
-    """Loss and gradients of `function`, after converting every input to `dtype` where one is given."""
+    """The loss and gradients of `function`, with every input converted to `dtype` if one is given."""
 
     def leaf(x: Tensor) -> Tensor:
-        # A view of the same layout: converting or detaching a leaf must not hide its strides from the loss.
-        return (x.detach() if dtype is None else x.detach().to(dtype)).requires_grad_()
+        return (x.detach() if dtype is None else x.detach().to(dtype)).requires_grad_()  # keeps the strides
 
     student, activations = leaf(case.student), [leaf(a) for a in case.activations]
     teacher = case.teacher if dtype is None else case.teacher.to(dtype)
@@ -111,25 +115,24 @@ def evaluate(case: Case, function, dtype: torch.dtype | None = None) -> Result:
     return Result(loss.detach(), torch.stack(list(terms)).detach(), filled)
 
 
-def fused(student, teacher, labels, activations, **settings):
-    return kddp_ext.fused_kd_l1_loss(
-        student, teacher, labels, activations, return_terms=True, backend="native", **settings
-    )
+fused = functools.partial(kddp_ext.fused_kd_l1_loss, return_terms=True, backend="native")
+reference = functools.partial(kddp_ext.fused_kd_l1_loss, return_terms=True, backend="reference")
 
 
-def reference(student, teacher, labels, activations, **settings):
-    return kddp_ext.fused_kd_l1_loss(
-        student, teacher, labels, activations, return_terms=True, backend="reference", **settings
-    )
+def loss_and_gradient(student, teacher, labels, activations=(), **settings):
+    """The loss and its gradient for the student's logits."""
+    leaf = student.detach().clone().requires_grad_()
+    loss = kddp_ext.fused_kd_l1_loss(leaf, teacher, labels, activations, **settings)
+    return loss.detach(), torch.autograd.grad(loss, leaf)[0]
 
 
 def composite(student, teacher, labels, activations, *, temperature, alpha, l1_weight, label_smoothing, **settings):
-    """What one writes with PyTorch's own functions, each in the dtype of its input."""
+    """The loss written with PyTorch's functions, each in the dtype of its input."""
     valid = labels != -100
     count = valid.sum().clamp(min=1)
     sides = [student, teacher.to(student.dtype)]
     if settings.pop("standardize_logits", False):
-        correction = min(1, student.shape[1] - 1)  # one class alone has no deviation
+        correction = min(1, student.shape[1] - 1)  # the sample deviation of a single class is undefined
         sides = [(x - x.mean(1, keepdim=True)) / (x.std(1, correction=correction, keepdim=True) + 1e-7) for x in sides]
     tempered = [x / temperature for x in sides]
     divergence = divergence_of_rows(*tempered, labels.clamp(min=0), **settings)
@@ -144,7 +147,7 @@ def composite(student, teacher, labels, activations, *, temperature, alpha, l1_w
 def divergence_of_rows(
     student, teacher, labels, divergence="forward_kl", jsd_beta=0.5, dkd_target_weight=1.0, dkd_non_target_weight=8.0
 ):
-    """Divergence of each row of tempered logits, from PyTorch's `kl_div`."""
+    """The divergence of each row of tempered logits, by PyTorch's `kl_div`."""
     log_q, log_p = F.log_softmax(student, 1), F.log_softmax(teacher, 1)
     if divergence == "forward_kl":
         return kl(log_p, log_q)
@@ -164,19 +167,18 @@ def kl(log_x, log_y):
 
 
 def reverse_source(log_q: Tensor, log_p: Tensor) -> Tensor:
-    """How much of log p reaches each row of the reverse gradient, q (log(q / p) - D): nothing where q is 1.
+    """The scale of the rounding errors in each row of the reverse gradient q (log(q / p) - D).
 
-    D is rounded as log(q / p) of a likely class is, from which it differs by what the other classes add. Rounding
-    may take that away, but no more.
+    For a class with q near 1, D and log(q / p) nearly cancel: only the contribution of the other classes remains.
     """
     q = log_q.exp()
     distance = torch.where(q == 0, 0, log_p.abs())
     others = (q * distance).sum(1, keepdim=True) - q * distance
-    added = q * ((1 - q) * distance + others)
-    return (added + torch.minimum(q * distance, added / torch.finfo(torch.float32).eps)).amax(1)
+    remainder = q * ((1 - q) * distance + others)
+    return (remainder + torch.minimum(q * distance, remainder / torch.finfo(torch.float32).eps)).amax(1)
 
 
 def largest_error(value: Tensor, truth: Tensor) -> float:
-    """Largest absolute difference; equal infinities differ by nothing."""
+    """The largest absolute difference; equal infinities have difference 0."""
     value, truth = value.to(torch.float64), truth.to(torch.float64)
     return float(torch.where(value == truth, 0, value - truth).abs().amax()) if value.numel() else 0.0

@@ -36,27 +36,28 @@ def observe(pruner, rows=6):
 
 
 def state_of(*modules, optimizer=None, pruner=None):
-    """Everything that a prune may change, in a form that `==` compares exactly: identities, values, sizes, states."""
+    """Everything that a prune may change, in a form that `==` compares exactly."""
     tensors = [tensor for module in modules for tensor in [*module.parameters(), *module.buffers()]]
-    gradients = [tensor.grad for tensor in tensors]
     attributes = [
         {key: value for key, value in each.__dict__.items() if isinstance(value, int | float | bool)}
         for module in modules
         for each in module.modules()
     ]
-    state = {} if optimizer is None else {id(tensor): dict(kept) for tensor, kept in optimizer.state.items()}
+    kept = {} if optimizer is None else {id(tensor): dict(state) for tensor, state in optimizer.state.items()}
     known = None if pruner is None else (pruner.state_dict(), pruner.widths)
-    identities = [(id(tensor), tensor.data_ptr(), id(tensor.grad)) for tensor in tensors]
-    return _plain([tensors, gradients, identities, attributes, state, known])
+    return {
+        "identities": [(id(tensor), tensor.data_ptr(), id(tensor.grad)) for tensor in tensors],
+        "values": plain([tensors, [tensor.grad for tensor in tensors], attributes, kept, known]),
+    }
 
 
-def _plain(value):
-    """Nested values with each tensor replaced by its shape, dtype and a copy of its bytes."""
+def plain(value):
+    """Nested values in which each tensor is replaced by its shape, dtype and bytes, so that `==` compares exactly."""
     if isinstance(value, torch.Tensor):
         content = value.detach().clone().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
         return tuple(value.shape), value.dtype, content
     if isinstance(value, dict):
-        return {key: _plain(item) for key, item in value.items()}
+        return {key: plain(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
-        return [_plain(item) for item in value]
+        return [plain(item) for item in value]
     return value

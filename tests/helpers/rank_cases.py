@@ -7,6 +7,7 @@ from functools import partial
 
 import torch
 import torch.distributed as dist
+from pruner_cases import state_of
 from rank_faults import SPOILS
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
@@ -155,41 +156,25 @@ class Prepared:
     def step(self, seed=3):
         train_step(self.rank, self.model, self.optimizer, self.pruner, next(batches(1, seed)))
 
-    def snapshot(self):
-        tensors = [*self.student.parameters(), *self.average.parameters(), *self.student.buffers()]
-        state = [value for p in self.student.parameters() for value in self.optimizer.state[p].values()]
-        sizes = [each.__dict__.get("out_features") for each in self.student]
-        identities = [(id(t), t.data_ptr(), t.shape, id(t.grad)) for t in tensors]
-        known = {**self.pruner.state_dict(), "widths": self.pruner.widths}
-        return copy.deepcopy((identities, [t.detach() for t in tensors], state, sizes, known))
-
-
-def same(a, b):
-    """Equality of nested values, tensors bit for bit, NaN equal to itself."""
-    if isinstance(a, torch.Tensor):
-        return a.shape == b.shape and torch.equal(a.nan_to_num(7e77), b.nan_to_num(7e77))
-    if isinstance(a, dict):
-        return a.keys() == b.keys() and all(same(a[key], b[key]) for key in a)
-    if isinstance(a, list | tuple):
-        return len(a) == len(b) and all(same(x, y) for x, y in zip(a, b, strict=True))
-    return a == b
+    def state(self):
+        return state_of(self.student, self.average, optimizer=self.optimizer, pruner=self.pruner)
 
 
 def fail_on_rank_1(rank, spoil):
     """The error on this rank, whether anything changed, and the widths after a prune without the fault."""
     prepared = Prepared(rank)
-    before_spoil = prepared.snapshot()
-    restore = SPOILS[spoil](prepared) if rank == 1 else lambda: None
-    before = prepared.snapshot()
+    before_spoil = prepared.state()
+    repair = SPOILS[spoil](prepared) if rank == 1 else lambda: None
+    before = prepared.state()
     error = error_of(prepared.pruner.prune)
-    unchanged = same(before, prepared.snapshot())
-    restore()
-    restored = same(before_spoil[1:], prepared.snapshot()[1:])
+    unchanged = before == prepared.state()
+    repair()
+    repaired = before_spoil["values"] == prepared.state()["values"]
     prepared.step(seed=4)  # gradients are still averaged
     prepared.pruner.prune()
     prepared.step()
     return {
-        "error": error, "unchanged": unchanged, "restored": restored, "widths": prepared.pruner.widths,
+        "error": error, "unchanged": unchanged, "repaired": repaired, "widths": prepared.pruner.widths,
         "student": tensors_of(prepared.student),
     }  # fmt: skip
 
@@ -210,22 +195,22 @@ def fickle_activity(statistics, outgoing):
 def rank_1_never_prunes(rank):
     """The error of rank 0, and whether nothing changed."""
     prepared = Prepared(rank, process_group=dist.new_group(timeout=timedelta(seconds=1)))
-    before = prepared.snapshot()
+    before = prepared.state()
     error = error_of(prepared.pruner.prune) if rank == 0 else None
     dist.barrier()
-    return error, same(before, prepared.snapshot())
+    return error, before == prepared.state()
 
 
 def decide_differently(rank):
     prepared = Prepared(rank, criterion=fickle_activity, threshold=0.25)
-    before = prepared.snapshot()
-    return error_of(prepared.pruner.prune), same(before, prepared.snapshot())
+    before = prepared.state()
+    return error_of(prepared.pruner.prune), before == prepared.state()
 
 
 def other_layers(rank):
     prepared = Prepared(rank, layers=["0", "2"][rank:])
-    before = prepared.snapshot()
-    return error_of(prepared.pruner.prune), same(before, prepared.snapshot())
+    before = prepared.state()
+    return error_of(prepared.pruner.prune), before == prepared.state()
 
 
 def backward_through_the_old_graph(rank, ddp_options):

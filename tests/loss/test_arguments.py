@@ -1,4 +1,7 @@
-"""Bad arguments: each gives an error that names the argument, what was expected and what came."""
+"""Invalid arguments raise errors that name the argument, what was expected and what came; settings check themselves."""
+
+import dataclasses
+import math
 
 import pytest
 import torch
@@ -8,6 +11,7 @@ import kddp_ext
 LOGITS = torch.zeros(4, 3)
 LABELS = torch.tensor([0, 1, 2, 0])
 ACTIVATION = torch.zeros(4, 5)
+META = torch.device("meta")
 
 
 def call(**changes):
@@ -25,93 +29,104 @@ def call(**changes):
         ({"student": torch.zeros(4, 0)}, ValueError, "student_logits: expected at least one class"),
         ({"teacher": torch.zeros(4, 2)}, ValueError, r"teacher_logits: expected the student's shape \(4, 3\), got"),
         ({"teacher": LOGITS.int()}, TypeError, "teacher_logits: expected dtype"),
-        ({"teacher": LOGITS.to("meta")}, ValueError, "teacher_logits: expected device cpu .* got meta"),
+        ({"teacher": LOGITS.to(META)}, ValueError, "teacher_logits: expected device cpu .* got meta"),
         ({"teacher": None}, ValueError, "teacher_logits: expected a tensor, since alpha is 0.9 and not 0, got None"),
         ({"labels": None}, ValueError, "labels: expected a tensor, since alpha is 0.9 and not 1, got None"),
-        ({"labels": [0, 1, 2, 0]}, TypeError, "labels: expected a tensor, got list"),
-        ({"labels": LABELS.float()}, TypeError, "labels: expected an integer dtype .* got torch.float32"),
-        ({"labels": LABELS[:3]}, ValueError, r"labels: expected shape \(4,\), got \(3,\)"),
-        ({"labels": LABELS.to("meta")}, ValueError, "labels: expected device cpu"),
-        ({"labels": LABELS + 1}, ValueError, "labels: expected values from 0 to 2 .* got 3 in row 2"),
-        (
-            {"labels": LABELS - 1},
-            ValueError,
-            "labels: expected values from 0 to 2 or ignore_index=-100, got -1 in row 0",
-        ),
-        ({"activations": ACTIVATION}, TypeError, "activations: expected a sequence of tensors, got Tensor"),
-        ({"activations": [ACTIVATION, 3]}, TypeError, r"activations\[1\]: expected a tensor, got int"),
-        ({"activations": [ACTIVATION[:2]]}, ValueError, r"activations\[0\]: expected 4 rows .* got shape \(2, 5\)"),
-        ({"activations": [ACTIVATION.to("meta")]}, ValueError, r"activations\[0\]: expected device cpu"),
-        ({"temperature": 0.0}, ValueError, "temperature: expected a finite number above 0, got 0.0"),
-        ({"temperature": float("nan")}, ValueError, "temperature: expected a finite number above 0, got nan"),
-        ({"temperature": float("inf")}, ValueError, "temperature: expected a finite number above 0, got inf"),
-        ({"alpha": 1.1}, ValueError, "alpha: expected a number from 0 to 1, got 1.1"),
-        ({"alpha": float("nan")}, ValueError, "alpha: expected a number from 0 to 1, got nan"),
-        ({"label_smoothing": -0.1}, ValueError, "label_smoothing: expected a number from 0 to 1, got -0.1"),
-        ({"ignore_index": 1.5}, TypeError, "ignore_index: expected an integer, got float"),
-        ({"l1_weight": -1e-4}, ValueError, "l1_weight: expected a finite number of at least 0, got -0.0001"),
-        ({"l1_weight": float("inf")}, ValueError, "l1_weight: expected a finite number of at least 0, got inf"),
-        ({"l1_weight": [1.0, 2.0]}, ValueError, "l1_weight: expected one weight for each of 1 activations, got 2"),
-        (
-            {"divergence": "kl"},
-            ValueError,
-            "divergence: expected one of forward_kl, reverse_kl, jsd, dkd, got 'kl'",
-        ),
-        ({"jsd_beta": 0.0}, ValueError, "jsd_beta: expected a number between 0 and 1 .*, got 0.0"),
-        ({"jsd_beta": 1.0}, ValueError, "jsd_beta: expected a number between 0 and 1 .*, got 1.0"),
-        ({"jsd_beta": float("nan")}, ValueError, "jsd_beta: expected a number between 0 and 1 .*, got nan"),
-        (
-            {"dkd_target_weight": -1.0},
-            ValueError,
-            "dkd_target_weight: expected a finite number of at least 0, got -1.0",
-        ),
-        ({"dkd_non_target_weight": float("inf")}, ValueError, "dkd_non_target_weight: expected a finite .*, got inf"),
-        ({"dkd_non_target_weight": float("nan")}, ValueError, "dkd_non_target_weight: expected a finite .*, got nan"),
-        ({"standardize_logits": 1}, TypeError, "standardize_logits: expected a bool, got int"),
         (
             {"divergence": "dkd", "labels": None, "alpha": 1.0},
             ValueError,
             "labels: expected a tensor, since divergence is 'dkd', got None",
         ),
+        ({"labels": [0, 1, 2, 0]}, TypeError, "labels: expected a tensor, got list"),
+        ({"labels": LABELS.float()}, TypeError, "labels: expected an integer dtype .* got torch.float32"),
+        ({"labels": LABELS[:3]}, ValueError, r"labels: expected shape \(4,\), got \(3,\)"),
+        ({"labels": LABELS.to(META)}, ValueError, "labels: expected device cpu"),
+        ({"labels": LABELS + 1}, ValueError, "labels: expected values from 0 to 2 .* got 3 in row 2"),
+        ({"labels": LABELS - 1}, ValueError, "labels: expected .* 0 to 2 or ignore_index=-100, got -1 in row 0"),
+        ({"activations": ACTIVATION}, TypeError, "activations: expected a sequence of tensors, got Tensor"),
+        ({"activations": [ACTIVATION, 3]}, TypeError, r"activations\[1\]: expected a tensor, got int"),
+        ({"activations": [ACTIVATION[:2]]}, ValueError, r"activations\[0\]: expected 4 rows .* got shape \(2, 5\)"),
+        ({"activations": [ACTIVATION[:, 0]]}, ValueError, r"activations\[0\]: expected .*got shape \(4,\)"),
+        ({"activations": [ACTIVATION.to(META)]}, ValueError, r"activations\[0\]: expected device cpu"),
+        ({"l1_weight": [1.0, 2.0]}, ValueError, "l1_weight: expected one weight for each of 1 activations, got 2"),
         ({"backend": "fast"}, ValueError, "backend: expected 'auto', 'native' or 'reference', got 'fast'"),
     ],
 )
-def test_bad_arguments(changes, error, message):
+def test_invalid_tensors_raise(changes, error, message):
     with pytest.raises(error, match=message):
         call(**changes)
 
 
+WEIGHT = "expected a finite number of at least 0, got"
+FRACTION = "expected a number from 0 to 1, got"
+BETA = r"expected a number between 0 and 1 \(use 'forward_kl' instead of 0, 'reverse_kl' instead of 1\), got"
+DIVERGENCE = "expected one of forward_kl, reverse_kl, jsd, dkd, got"
+
+
 @pytest.mark.parametrize(
-    ("settings", "name"),
+    ("name", "value", "error", "message"),
     [
-        ({"temperature": -1.0}, "temperature"),
-        ({"divergence": "kl"}, "divergence"),
-        ({"jsd_beta": 2.0}, "jsd_beta"),
-        ({"l1_weight": -1.0}, "l1_weight"),
-        ({"l1_weight": [0.1, float("nan")]}, "l1_weight"),
-        ({"backend": "fast"}, "backend"),
+        *[("temperature", x, ValueError, f"expected a finite number above 0, got {x}") for x in (0.0, -1.0, math.inf)],
+        ("temperature", math.nan, ValueError, "expected a finite number above 0, got nan"),
+        *[(name, x, ValueError, f"{FRACTION} {x}") for name in ("alpha", "label_smoothing") for x in (-0.1, 1.1)],
+        ("alpha", math.nan, ValueError, f"{FRACTION} nan"),
+        ("temperature", 10**400, ValueError, "expected a number that a float can hold, got a larger one"),
+        ("ignore_index", 1.5, TypeError, "expected an integer, got float"),
+        *[
+            (name, x, ValueError, f"{WEIGHT} {x}")
+            for name in ("l1_weight", "dkd_target_weight", "dkd_non_target_weight")
+            for x in (-1.0, math.inf, math.nan)
+        ],
+        ("l1_weight", [0.1, math.nan], ValueError, f"{WEIGHT} nan"),
+        ("divergence", "kl", ValueError, f"{DIVERGENCE} 'kl'"),
+        *[("jsd_beta", x, ValueError, f"{BETA} {x}") for x in (0.0, 1.0, math.nan)],
+        ("standardize_logits", 1, TypeError, "expected a bool, got int"),
     ],
 )
-def test_a_module_refuses_bad_settings_when_it_is_made(settings, name):
-    with pytest.raises(ValueError, match=name):
-        kddp_ext.FusedKDL1Loss(**settings)
+def test_invalid_settings_raise_in_function_settings_and_module(name, value, error, message):
+    criterion = kddp_ext.FusedKDL1Loss()
+    before = criterion.settings
+    for use in (
+        call,
+        kddp_ext.LossSettings,
+        kddp_ext.FusedKDL1Loss,
+        lambda **setting: setattr(criterion, *setting.copy().popitem()),
+    ):
+        with pytest.raises(error, match=f"^{name}: {message}"):
+            use(**{name: value})
+    assert criterion.settings == before
+
+
+def test_settings_of_a_module_can_be_read_and_assigned():
+    criterion = kddp_ext.FusedKDL1Loss(alpha=0.6, divergence="jsd")
+    assert criterion.settings == kddp_ext.LossSettings(alpha=0.6, divergence="jsd")
+    criterion.alpha, criterion.l1_weight = 0.5, [0.1, 0.2]
+    assert criterion.settings == kddp_ext.LossSettings(alpha=0.5, divergence="jsd", l1_weight=[0.1, 0.2])
+    for field in dataclasses.fields(kddp_ext.LossSettings):
+        value = getattr(criterion, field.name)
+        assert value == getattr(criterion.settings, field.name)
+        assert f"{field.name}={value!r}" in repr(criterion)
+    with pytest.raises(ValueError, match="backend"):
+        kddp_ext.FusedKDL1Loss(backend="fast")
+    with pytest.raises(AttributeError, match="beta"):
+        _ = criterion.beta
 
 
 @pytest.mark.parametrize("dtype", [torch.int32, torch.int16, torch.uint8, torch.int8])
-def test_labels_of_any_integer_type(dtype):
+def test_labels_of_any_integer_dtype_are_accepted(dtype):
     student = torch.randn(4, 3, generator=torch.Generator().manual_seed(0))
     assert torch.equal(call(student=student, labels=LABELS.to(dtype)), call(student=student))
 
 
-def test_a_weight_for_each_layer():
+def test_each_layer_can_have_its_own_weight():
     ones = torch.ones(4, 5)
-    separate = call(activations=[ones, ones], l1_weight=[0.1, 0.2]) - call(activations=[ones, ones])
-    torch.testing.assert_close(separate, torch.tensor(5 * 0.3))
+    penalty = call(activations=[ones, ones], l1_weight=[0.1, 0.2]) - call(activations=[ones, ones])
+    torch.testing.assert_close(penalty, torch.tensor(5 * 0.3))
 
 
-def test_devices_without_kernels_run_the_reference_and_say_so_once():
-    student = LOGITS.to("meta")
-    arguments = {"student": student, "teacher": student, "labels": LABELS.to("meta"), "activations": []}
+def test_a_device_without_kernels_uses_the_reference_and_warns_once():
+    student = LOGITS.to(META)
+    arguments = {"student": student, "teacher": student, "labels": LABELS.to(META), "activations": []}
     with pytest.warns(UserWarning, match="no native kernels for 'meta'"):
         assert call(**arguments).shape == ()
     call(**arguments)  # a second warning would be an error here

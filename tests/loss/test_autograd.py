@@ -1,18 +1,15 @@
-"""The loss as a citizen of PyTorch: gradcheck, opcheck, torch.compile, torch.func, retained graphs, autocast."""
+"""The loss under autograd, torch.compile, torch.func, opcheck and autocast."""
 
 import copy
 import warnings
 
 import pytest
 import torch
-from loss_cases import DIVERGENCES
+from loss_cases import DIVERGENCES, each_divergence, loss_and_gradient, standardized_or_not
 from torch.library import opcheck
 
 import kddp_ext
 from kddp_ext import ops
-
-each_divergence = pytest.mark.parametrize("divergence", DIVERGENCES)
-standardized_or_not = pytest.mark.parametrize("standardize_logits", [False, True])
 
 
 @pytest.fixture
@@ -28,26 +25,34 @@ def loss_of(student, teacher, labels, *activations, **settings):
     return kddp_ext.fused_kd_l1_loss(student, teacher, labels, activations, **options)
 
 
+def leaves_of(batch):
+    return [batch[index].clone().requires_grad_() for index in (0, 3)]
+
+
+def doubles(batch):
+    return [x.double() if x.is_floating_point() else x for x in batch]
+
+
 @each_divergence
 @standardized_or_not
 @pytest.mark.parametrize("temperature", [1.0, 2.0, 3.0, 4.0])
-@pytest.mark.parametrize("alpha", [0.0, 0.4, 1.0])
-def test_gradcheck(batch, temperature, alpha, divergence, standardize_logits):
-    student, teacher, labels, activation = (x.double() if x.is_floating_point() else x for x in batch)
+@pytest.mark.parametrize(
+    ("alpha", "backend"), [(0.0, "native"), (0.4, "native"), (1.0, "native"), (0.4, "reference"), (1.0, "reference")]
+)
+def test_gradcheck(batch, temperature, alpha, backend, divergence, standardize_logits):
+    student, teacher, labels, activation = (x[:4] for x in doubles(batch))
     labels[2] = -100
-    settings = {"divergence": divergence, "standardize_logits": standardize_logits, "jsd_beta": 0.3}
+    settings = {"temperature": temperature, "alpha": alpha, "divergence": divergence, "backend": backend}
 
     def function(s, a):
-        return loss_of(s, teacher, labels, a, temperature=temperature, alpha=alpha, **settings)
+        return loss_of(s, teacher, labels, a, standardize_logits=standardize_logits, jsd_beta=0.3, **settings)
 
-    inputs = (student[:4].requires_grad_(), activation[:4, :3].requires_grad_())
-    teacher, labels = teacher[:4], labels[:4]
-    assert torch.autograd.gradcheck(function, inputs)
+    assert torch.autograd.gradcheck(function, (student.requires_grad_(), activation[:, :3].requires_grad_()))
 
 
 @pytest.mark.parametrize("without", ["teacher", "labels"])
-def test_gradcheck_of_one_term(batch, without):
-    student, teacher, labels, _ = (x.double() if x.is_floating_point() else x for x in batch)
+def test_gradcheck_without_teacher_or_labels(batch, without):
+    student, teacher, labels, _ = doubles(batch)
     arguments = (None, labels) if without == "teacher" else (teacher, None)
     alpha = 0.0 if without == "teacher" else 1.0
     assert torch.autograd.gradcheck(lambda s: loss_of(s, *arguments, alpha=alpha), (student.requires_grad_(),))
@@ -56,59 +61,18 @@ def test_gradcheck_of_one_term(batch, without):
 @pytest.mark.parametrize("flags", [(True, True, False, True), (False, False, False, False), (True, False, True, False)])
 def test_opcheck_of_the_loss(batch, flags):
     student, teacher, labels, activation = batch
-    arguments = (
-        student,
-        teacher,
-        labels,
-        [activation],
-        [0.01],
-        [9.0],
-        3.0,
-        0.6,
-        0.1,
-        -100,
-        0,
-        0.5,
-        1.0,
-        8.0,
-        False,
-        *flags,
-    )
-    opcheck(ops.kd_l1_loss_operator, arguments)
-
-
-@pytest.mark.parametrize("divergence", [1, 2, 3])
-@standardized_or_not
-def test_opcheck_of_each_divergence(batch, divergence, standardize_logits):
-    student, teacher, labels, activation = batch
-    settings = ([0.01], [9.0], 3.0, 0.6, 0.1, -100, divergence, 0.3, 1.0, 8.0, standardize_logits)
+    settings = kddp_ext.LossSettings(temperature=3.0, alpha=0.6, label_smoothing=0.1)
     opcheck(
         ops.kd_l1_loss_operator,
-        (student, teacher, labels, [activation], *settings, True, True, False, True),
-        test_utils=("test_schema", "test_faketensor"),
+        (student, teacher, labels, [activation], [0.01], [9.0], *settings.operator_arguments(), *flags),
     )
+    for alpha, *sides in [(0.0, None, labels), (1.0, teacher, None)]:
+        arguments = kddp_ext.LossSettings(alpha=alpha).operator_arguments()
+        opcheck(ops.kd_l1_loss_operator, (student, *sides, [], [], [], *arguments, *flags))
 
 
-def test_opcheck_of_scaling(batch):
-    gradients, scale = [batch[0], batch[3]], torch.tensor(2.0)
-    for operator in (torch.ops.kddp.scale_gradients, torch.ops.kddp.scale_gradients_):
-        opcheck(operator, (gradients, scale, [1.0, 0.5]))
-
-
-def test_opcheck_of_absent_inputs(batch):
-    student, teacher, labels, _ = batch
-    opcheck(
-        ops.kd_l1_loss_operator,
-        (student, None, labels, [], [], [], 3.0, 0.0, 0.0, -100, 0, 0.5, 1.0, 8.0, False, True, False, False, False),
-    )
-    opcheck(
-        ops.kd_l1_loss_operator,
-        (student, teacher, None, [], [], [], 3.0, 1.0, 0.0, -100, 0, 0.5, 1.0, 8.0, False, True, False, False, False),
-    )
-
-
-def test_opcheck_of_statistics_and_compaction(batch):
-    _, _, _, activation = batch
+def test_opcheck_of_statistics_and_gather_slices(batch):
+    activation = batch[3]
     opcheck(torch.ops.kddp.neuron_statistics.default, (activation,))
     keep = torch.tensor([0, 3, 7])
     opcheck(torch.ops.kddp.gather_slices.default, ([activation], keep, keep, 9, 12, None, None))
@@ -116,43 +80,42 @@ def test_opcheck_of_statistics_and_compaction(batch):
     opcheck(torch.ops.kddp.gather_slices.default, ([activation], None, keep, 9, 12, torch.tensor([1, 2]), means))
 
 
+def assert_compiles(step, *inputs, calls=((),), **options):
+    """Without a graph break, with the results and gradients of eager execution."""
+    results = []
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # the compiler's own
+        for function in (step, torch.compile(step, fullgraph=True, **options)):
+            for arguments in calls:
+                leaves = [x.detach().clone().requires_grad_() for x in inputs]
+                outputs = function(*leaves, *arguments)
+                outputs[0].backward()
+                results.append([*(x.detach() for x in outputs), *(leaf.grad for leaf in leaves)])
+    for eager, compiled in zip(results[: len(calls)], results[len(calls) :], strict=True):
+        torch.testing.assert_close(compiled, eager)
+
+
 def test_compiles_without_a_graph_break(batch):
     student, teacher, labels, activation = batch
 
     def step(s, a, weight):
         loss, terms = kddp_ext.fused_kd_l1_loss(s * 2, teacher, labels, [a], l1_weight=weight, return_terms=True)
-        return loss * 3 + 0 * terms.kd, terms
+        return loss * 3 + 0 * terms.kd, *terms
 
-    results = []
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # the compiler's own
-        for function in (step, torch.compile(step, fullgraph=True)):
-            for weight in (0.01, 0.02):  # a schedule of the penalty must not break it either
-                s, a = student.clone().requires_grad_(), activation.clone().requires_grad_()
-                loss, terms = function(s, a, weight)
-                loss.backward()
-                results.append((loss.detach(), *(t.detach() for t in terms), s.grad, a.grad))
-    torch.testing.assert_close(results[0], results[2])
-    torch.testing.assert_close(results[1], results[3])
+    assert_compiles(step, student, activation, calls=[(0.01,), (0.02,)])
 
 
 @each_divergence
 @standardized_or_not
 def test_each_divergence_compiles_without_a_graph_break(batch, divergence, standardize_logits):
     student, teacher, labels, activation = batch
+    channels = torch.randn(9, 5, 4, 3)
 
-    def step(s):
-        return loss_of(s, teacher, labels, activation, divergence=divergence, standardize_logits=standardize_logits)
+    def step(s, a):
+        settings = {"divergence": divergence, "standardize_logits": standardize_logits}
+        return (loss_of(s, teacher, labels, activation, a, **settings),)
 
-    results = []
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # the compiler's own
-        for function in (step, torch.compile(step, fullgraph=True, backend="aot_eager")):
-            s = student.clone().requires_grad_()
-            loss = function(s)
-            loss.backward()
-            results.append((loss.detach(), s.grad))
-    torch.testing.assert_close(*results)
+    assert_compiles(step, student, channels, backend="aot_eager")
 
 
 def test_compiles_for_any_batch_size(batch):
@@ -171,54 +134,31 @@ def test_functorch_grad(batch, divergence):
     def step(s, a):
         return loss_of(s, teacher, labels, a, divergence=divergence)
 
-    of_student, of_activation = torch.func.grad(step, argnums=(0, 1))(student, activation)
-    s, a = student.clone().requires_grad_(), activation.clone().requires_grad_()
-    step(s, a).backward()
-    torch.testing.assert_close(of_student, s.grad)
-    torch.testing.assert_close(of_activation, a.grad)
-    value = torch.func.grad_and_value(lambda s: 2 * loss_of(s, teacher, labels))(student)[1]
-    torch.testing.assert_close(value, 2 * loss_of(student, teacher, labels))
-
-
-def test_backward_scales_by_what_comes_from_above(batch):
-    student, teacher, labels, activation = batch
-    gradients = []
-    for scale in (1.0, -2.5):
-        s, a = student.clone().requires_grad_(), activation.clone().requires_grad_()
-        (scale * loss_of(s, teacher, labels, a)).backward()
-        gradients.append((s.grad / scale, a.grad / scale))
-    torch.testing.assert_close(gradients[0], gradients[1])
-
-
-def test_a_retained_graph_gives_the_same_gradient_again(batch):
-    student, teacher, labels, activation = batch
-    s, a = student.clone().requires_grad_(), activation.clone().requires_grad_()
-    loss = loss_of(s, teacher, labels, a)
-    for times in (1, 2, 3):
-        loss.backward(retain_graph=True)
-        if times == 1:
-            first = s.grad.clone(), a.grad.clone()
-        torch.testing.assert_close((s.grad, a.grad), (first[0] * times, first[1] * times))
+    gradients, value = torch.func.grad_and_value(lambda s, a: 2 * step(s, a), argnums=(0, 1))(student, activation)
+    leaves = leaves_of(batch)
+    loss = 2 * step(*leaves)
+    torch.testing.assert_close(value, loss.detach())
+    torch.testing.assert_close(gradients, torch.autograd.grad(loss, leaves))
 
 
 @pytest.mark.parametrize("scale", [1.0, -2.5])
 @pytest.mark.parametrize("half", [False, True])
-def test_what_is_saved_is_overwritten_by_the_last_backward_alone(batch, scale, half):
+def test_each_backward_of_a_retained_graph_gives_the_scaled_gradient(batch, scale, half):
     student, teacher, labels, activation = (x.half() if half and x.is_floating_point() else x for x in batch)
-    s, a = student.clone().requires_grad_(), activation.clone().requires_grad_()
-    loss = loss_of(s, teacher, labels, a) * scale
-    once = torch.autograd.grad(loss, [s, a], retain_graph=True)
-    again = torch.autograd.grad(loss, [s, a], retain_graph=True)
-    (last,) = torch.autograd.grad(loss, [s])
-    assert torch.equal(once[0], again[0])
-    assert torch.equal(once[1], again[1])
-    assert torch.equal(once[0], last)
+    leaves = leaves_of((student, teacher, labels, activation))
+    loss = loss_of(leaves[0], teacher, labels, leaves[1])
+    unscaled = torch.autograd.grad(loss, leaves, retain_graph=True)
+    once = torch.autograd.grad(loss * scale, leaves, retain_graph=True)
+    again = torch.autograd.grad(loss * scale, leaves, retain_graph=True)
+    torch.testing.assert_close(once, tuple(gradient * scale for gradient in unscaled))
+    (last,) = torch.autograd.grad(loss * scale, leaves[:1])
+    assert all(torch.equal(x, y) for x, y in zip((*once, once[0]), (*again, last), strict=True))
     with pytest.raises(RuntimeError, match="a second time"):
-        torch.autograd.grad(loss, [s])
+        torch.autograd.grad(loss, leaves[:1])
 
 
 @each_divergence
-def test_a_second_derivative_is_refused(batch, divergence):
+def test_a_second_derivative_raises(batch, divergence):
     student, teacher, labels, _ = batch
     student.requires_grad_()
     scale = torch.ones((), requires_grad=True)
@@ -236,16 +176,20 @@ def test_inputs_are_not_changed(batch):
     assert all(torch.equal(x, y) for x, y in zip(batch, before, strict=True))
 
 
-def test_terms_and_teacher_have_no_gradient(batch):
+@pytest.mark.parametrize("backend", ["native", "reference"])
+@each_divergence
+def test_teacher_and_terms_have_no_gradient(batch, divergence, backend):
     student, teacher, labels, activation = batch
     teacher.requires_grad_()
-    loss, terms = kddp_ext.fused_kd_l1_loss(student.requires_grad_(), teacher, labels, [activation], return_terms=True)
+    options = {"return_terms": True, "divergence": divergence, "backend": backend}
+    loss, terms = loss_of(student.requires_grad_(), teacher, labels, activation, **options)
     loss.backward()
+    assert student.grad is not None
     assert teacher.grad is None
     assert not any(term.requires_grad for term in terms)
 
 
-def test_only_what_requires_a_gradient_gets_one(batch):
+def test_only_inputs_that_require_a_gradient_get_one(batch):
     student, teacher, labels, activation = batch
     activation.requires_grad_()
     loss_of(student, teacher, labels, activation).backward()
@@ -268,23 +212,35 @@ def test_under_autocast(batch):
     assert layer.weight.grad.dtype == torch.float32
 
 
-@pytest.mark.parametrize(
-    "settings",
-    [
-        {},
-        {"divergence": "reverse_kl", "standardize_logits": True},
-        {"divergence": "jsd", "jsd_beta": 0.2},
-        {"divergence": "dkd", "dkd_target_weight": 0.5, "dkd_non_target_weight": 2.0},
-    ],
-)
-def test_module_equals_function(batch, settings):
+def test_float64_on_one_side_is_computed_in_float64():
+    generator = torch.Generator().manual_seed(0)
+    student = torch.randn(5, 33, generator=generator)
+    teacher = torch.randn(5, 33, generator=generator, dtype=torch.float64)
+    loss, gradient = loss_and_gradient(student, teacher, torch.arange(5))
+    truth = kddp_ext.fused_kd_l1_loss(student.double(), teacher, torch.arange(5), backend="reference")
+    assert loss.dtype == torch.float64
+    torch.testing.assert_close(loss, truth, rtol=1e-13, atol=0)
+    assert gradient.dtype == torch.float32
+
+
+def test_the_module_equals_the_function(batch):
     student, teacher, labels, activation = batch
-    module = kddp_ext.FusedKDL1Loss(temperature=3.0, alpha=0.6, l1_weight=0.01, label_smoothing=0.1, **settings)
-    function = loss_of(student, teacher, labels, activation, **settings)
-    assert torch.equal(module(student, teacher, labels, [activation]), function)
-    if settings:
-        assert not torch.equal(function, loss_of(student, teacher, labels, activation))
-        assert not torch.equal(function, loss_of(student, teacher, labels, activation, divergence=module.divergence))
-    assert "temperature=3.0" in repr(module)
-    assert f"divergence={module.divergence!r}" in repr(module)
-    assert not list(module.parameters())
+    settings = {"temperature": 3.0, "alpha": 0.6, "l1_weight": 0.01, "label_smoothing": 0.1, "standardize_logits": True}
+    settings |= {"jsd_beta": 0.2, "dkd_target_weight": 0.5, "dkd_non_target_weight": 2.0}
+    results = set()
+    for divergence in DIVERGENCES:
+        module = kddp_ext.FusedKDL1Loss(divergence=divergence, **settings)
+        assert not list(module.parameters())
+        function = loss_of(student, teacher, labels, activation, divergence=divergence, **settings)
+        assert torch.equal(module(student, teacher, labels, [activation]), function)
+        for name in settings:  # each setting has its effect
+            changed = kddp_ext.FusedKDL1Loss(**({"divergence": divergence} | settings) | {name: CHANGED[name]})
+            used = divergence in NEEDED.get(name, DIVERGENCES)
+            assert torch.equal(changed(student, teacher, labels, [activation]), function) == (not used), name
+        results.add(float(function))
+    assert len(results) == len(DIVERGENCES)
+
+
+CHANGED = {"temperature": 2.0, "alpha": 0.5, "l1_weight": 0.02, "label_smoothing": 0.0, "standardize_logits": False}
+CHANGED |= {"jsd_beta": 0.7, "dkd_target_weight": 3.0, "dkd_non_target_weight": 3.0}
+NEEDED = {"jsd_beta": ["jsd"], "dkd_target_weight": ["dkd"], "dkd_non_target_weight": ["dkd"]}

@@ -1,11 +1,12 @@
-"""Other libraries' distillation losses, their formulas written out, and the call of ours that equals each.
+"""The formulas of other libraries' distillation losses, and the call of `fused_kd_l1_loss` that equals each.
 
-docs/losses.md has the table; every row of it names its test here.
+docs/losses.md has the table; each of its rows names its test here.
 """
 
 import pytest
 import torch
 import torch.nn.functional as F
+from loss_cases import loss_and_gradient
 
 import kddp_ext
 
@@ -20,16 +21,15 @@ def batch():
 
 
 def assert_equal(batch, theirs, factor=1.0, **settings):
-    """factor · our loss is their loss, in value and gradient, natively and in the reference."""
+    """`factor` times our loss equals `theirs` in value and gradient, in the kernels and in the reference."""
     student, teacher, labels = batch
     leaf = student.clone().requires_grad_()
     value = theirs(leaf, teacher, labels)
     (gradient,) = torch.autograd.grad(value, leaf)
     for backend in ("native", "reference"):
-        leaf = student.clone().requires_grad_()
-        ours = factor * kddp_ext.fused_kd_l1_loss(leaf, teacher, labels, temperature=T, backend=backend, **settings)
-        torch.testing.assert_close(ours.detach(), value.detach(), rtol=1e-10, atol=1e-12)
-        torch.testing.assert_close(torch.autograd.grad(ours, leaf)[0], gradient, rtol=1e-8, atol=1e-12)
+        ours, ours_gradient = loss_and_gradient(*batch, temperature=T, backend=backend, **settings)
+        torch.testing.assert_close(factor * ours, value.detach(), rtol=1e-10, atol=1e-12)
+        torch.testing.assert_close(factor * ours_gradient, gradient, rtol=1e-8, atol=1e-12)
 
 
 def kl(teacher, student, reduction="batchmean"):
@@ -37,33 +37,23 @@ def kl(teacher, student, reduction="batchmean"):
 
 
 def test_hinton_as_repdistiller_has_it(batch):
-    """gamma · CE + alpha · T² · KL, the KL averaged over the batch."""
-    gamma, alpha = 0.1, 0.9
-
-    def theirs(s, t, y):
-        return gamma * F.cross_entropy(s, y) + alpha * T**2 * kl(t, s)
-
-    assert_equal(batch, theirs, alpha=0.9)
+    """gamma · CE + alpha · T² · KL, with the mean of KL over the batch."""
+    assert_equal(batch, lambda s, t, y: 0.1 * F.cross_entropy(s, y) + 0.9 * T**2 * kl(t, s), alpha=0.9)
 
 
 def test_weights_that_do_not_add_up_to_one(batch):
-    """mdistiller's KD (CE weight 0.1, KD weight 0.9) and any other two weights: ours times their sum."""
-    ce_weight, kd_weight = 1.0, 3.0
+    """mdistiller's KD (CE weight 0.1, KD weight 0.9) and any other two weights: our loss times their sum."""
+    ce, kd = 1.0, 3.0
 
     def theirs(s, t, y):
-        return ce_weight * F.cross_entropy(s, y) + kd_weight * T**2 * kl(t, s)
+        return ce * F.cross_entropy(s, y) + kd * T**2 * kl(t, s)
 
-    total = ce_weight + kd_weight
-    assert_equal(batch, theirs, factor=total, alpha=kd_weight / total)
+    assert_equal(batch, theirs, factor=ce + kd, alpha=kd / (ce + kd))
 
 
 def test_torchdistill_puts_alpha_on_the_cross_entropy(batch):
     alpha = 0.3
-
-    def theirs(s, t, y):
-        return alpha * F.cross_entropy(s, y) + (1 - alpha) * T**2 * kl(t, s)
-
-    assert_equal(batch, theirs, alpha=1 - alpha)
+    assert_equal(batch, lambda s, t, y: alpha * F.cross_entropy(s, y) + (1 - alpha) * T**2 * kl(t, s), alpha=1 - alpha)
 
 
 def test_haitongli_averages_over_the_classes_as_well(batch):
@@ -71,7 +61,7 @@ def test_haitongli_averages_over_the_classes_as_well(batch):
     alpha, classes = 0.9, 31
 
     def theirs(s, t, y):
-        mean = kl(t, s, reduction="none").mean()  # what reduction="mean" gives, with a warning
+        mean = kl(t, s, reduction="none").mean()  # equals reduction="mean", which warns
         return mean * (alpha * T * T) + F.cross_entropy(s, y) * (1 - alpha)
 
     total = alpha / classes + (1 - alpha)
@@ -79,14 +69,13 @@ def test_haitongli_averages_over_the_classes_as_well(batch):
 
 
 def test_textbrewer_has_no_temperature_squared(batch):
-    """Cross entropy with the teacher's softmax, T² left out: the same gradient as KL / T², other value."""
-    student, teacher, labels = batch
+    """The cross entropy with the teacher's softmax: the gradient of KL / T², with another value."""
 
     def theirs(s, t, y):
         entropy = -(F.softmax(t / T, 1) * F.log_softmax(t / T, 1)).sum(1).mean()
         return -(F.softmax(t / T, 1) * F.log_softmax(s / T, 1)).sum(1).mean() - entropy
 
-    assert_equal((student, teacher, labels), theirs, factor=1 / T**2, alpha=1.0)
+    assert_equal(batch, theirs, factor=1 / T**2, alpha=1.0)
 
 
 @pytest.mark.parametrize("beta", [0.1, 0.5, 0.9])
@@ -97,28 +86,21 @@ def test_trl_generalised_jsd(batch, beta):
         log_q, log_p = F.log_softmax(s / T, 1), F.log_softmax(t / T, 1)
         shares = torch.log(torch.tensor([1 - beta, beta], dtype=torch.float64))
         log_m = torch.logsumexp(torch.stack([log_q + shares[0], log_p + shares[1]]), 0)
-        of_teacher = F.kl_div(log_m, log_p, reduction="batchmean", log_target=True)
-        of_student = F.kl_div(log_m, log_q, reduction="batchmean", log_target=True)
-        return beta * of_teacher + (1 - beta) * of_student
+        teacher = F.kl_div(log_m, log_p, reduction="batchmean", log_target=True)
+        student = F.kl_div(log_m, log_q, reduction="batchmean", log_target=True)
+        return beta * teacher + (1 - beta) * student
 
     assert_equal(batch, theirs, factor=1 / T**2, alpha=1.0, divergence="jsd", jsd_beta=beta)
 
 
 def test_trl_at_its_ends(batch):
     """GKD with beta 0 is the forward divergence, with beta 1 the reverse one."""
-
-    def forward(s, t, y):
-        return F.kl_div(F.log_softmax(s / T, 1), F.log_softmax(t / T, 1), reduction="batchmean", log_target=True)
-
-    def reverse(s, t, y):
-        return forward(t, s, y)
-
-    assert_equal(batch, forward, factor=1 / T**2, alpha=1.0)
-    assert_equal(batch, reverse, factor=1 / T**2, alpha=1.0, divergence="reverse_kl")
+    assert_equal(batch, lambda s, t, y: kl(t, s), factor=1 / T**2, alpha=1.0)
+    assert_equal(batch, lambda s, t, y: kl(s, t), factor=1 / T**2, alpha=1.0, divergence="reverse_kl")
 
 
 def test_mdistiller_dkd(batch):
-    """alpha · TCKD + beta · NCKD, each with T²; the label is masked by -1000 for the latter."""
+    """alpha · TCKD + beta · NCKD, each with T²; NCKD masks the label by -1000."""
     alpha, beta = 1.0, 8.0
 
     def theirs(s, t, y):
@@ -135,13 +117,11 @@ def test_mdistiller_dkd(batch):
 
 
 def test_logit_standardisation(batch):
-    """Both sides' rows less their mean, over their deviation plus 1e-7, then Hinton's loss."""
-
-    def normalised(x):
-        return (x - x.mean(1, keepdim=True)) / (1e-7 + x.std(1, keepdim=True))
+    """Each row minus its mean, divided by its deviation plus 1e-7, then Hinton's loss."""
 
     def theirs(s, t, y):
-        return 0.1 * F.cross_entropy(s, y) + 0.9 * T**2 * kl(normalised(t), normalised(s))
+        s_z, t_z = ((x - x.mean(1, keepdim=True)) / (1e-7 + x.std(1, keepdim=True)) for x in (s, t))
+        return 0.1 * F.cross_entropy(s, y) + 0.9 * T**2 * kl(t_z, s_z)
 
     assert_equal(batch, theirs, alpha=0.9, standardize_logits=True)
 
@@ -150,8 +130,7 @@ def test_keras_activity_regulariser():
     """λ · Σ|a| of a layer, divided by the batch size."""
     activation = torch.randn(6, 4, dtype=torch.float64).requires_grad_()
     logits = torch.zeros(6, 2, dtype=torch.float64)
-    weight = 0.01
-    ours = kddp_ext.fused_kd_l1_loss(logits, logits, None, [activation], alpha=1.0, l1_weight=weight)
-    theirs = weight * activation.abs().sum() / 6
+    ours = kddp_ext.fused_kd_l1_loss(logits, logits, None, [activation], alpha=1.0, l1_weight=0.01)
+    theirs = 0.01 * activation.abs().sum() / 6
     torch.testing.assert_close(ours, theirs)
     torch.testing.assert_close(*(torch.autograd.grad(x, activation)[0] for x in (ours, theirs)))

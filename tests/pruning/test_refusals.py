@@ -181,6 +181,20 @@ REFUSED = {
         model(lambda m, x: m.last(m.norm(m.first(x.view(-1, 2, INPUTS)))), norm=lambda: nn.BatchNorm1d(2)),
         "first", "batch_norm in norm .* along another",
     ),
+    "slopes from them": (
+        model(lambda m, x: m.last(F.prelu(m.first(x), m.second(x.repeat(1, 2)[:, :8]).mean(0)))),
+        "first", "prelu in .* has a slope for each entry",
+    ),
+    "summed over": (model(lambda m, x: m.last(m.first(x).sum(1, keepdim=True).expand(-1, 8))), "first", "sums over"),
+    "pooled over": (
+        model(lambda m, x: m.last(F.max_pool1d(m.first(x), 3, 1, 1))), "first", "pools over the neurons"
+    ),
+    "read as another dimension": (
+        model(lambda m, x: m.last(m.first(x.view(-1, 2, INPUTS)).transpose(1, 2).reshape(-1, 8))), "first", "rearranges"
+    ),
+    "gates of another width": (
+        model(lambda m, x: m.last(m.first(x) * m.first(x))), "first", "used 2 times"
+    ),
     "unreached": (model(lambda m, x: m.last(m.first(x))), "second", "the forward pass does not reach it as a Linear"),
     "unread": (model(lambda m, x: (m.first(x), m.last(m.second(x.repeat(1, 2)[:, :8])))[1]), "first", "nothing"),
     "another head in training": (model(only_in_training), "first", "differently|is also an output|outputs"),
@@ -193,6 +207,26 @@ REFUSED = {
 def test_layers_are_refused_with_the_reason(make, layer, reason):
     with pytest.raises(UnsupportedModelError, match=rf"(?s)layers: {layer} cannot be pruned: .*({reason})"):
         DynamicPruner(make(), example_inputs=(torch.randn(4, INPUTS),), layers=[layer])
+
+
+class MaxAndIndices(nn.Module):
+    def forward(self, x):
+        values, indices = F.max_pool2d(x, 1, return_indices=True)
+        return values * indices
+
+
+class AsFilter(nn.Module):
+    def forward(self, x):
+        return F.conv2d(torch.zeros(2, 8, 3, 3), x.mean(0).unsqueeze(1), groups=8)
+
+
+class Depthwise(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.filters = nn.Parameter(torch.ones(8, 1, 1, 1))
+
+    def forward(self, x):
+        return F.conv2d(x, self.filters, groups=8)
 
 
 CONVOLUTIONS = {
@@ -211,6 +245,11 @@ CONVOLUTIONS = {
     "a Linear over positions": (
         lambda: (nn.Conv2d(4, 8, 1), nn.Flatten(2), nn.Flatten(0, 1), nn.Linear(9, 9), nn.Linear(9, 2)),
         "sums over another dimension",
+    ),
+    "pooling indices": (lambda: (nn.Conv2d(4, 8, 1), MaxAndIndices(), nn.Conv2d(8, 8, 1)), "indices of the pooling"),
+    "as a filter": (lambda: (nn.Conv2d(4, 8, 1), AsFilter(), nn.Conv2d(8, 8, 1)), "uses the neurons as its weight"),
+    "depthwise called as a function": (
+        lambda: (nn.Conv2d(4, 8, 1), Depthwise(), nn.Conv2d(8, 8, 1)), "is a function call; use an nn.Conv module"
     ),
     "the only layer": (lambda: (nn.Conv2d(4, 2, 3),), "its neurons are the model's outputs"),
 }  # fmt: skip

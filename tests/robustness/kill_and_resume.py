@@ -25,6 +25,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+sys.path.insert(0, str(Path(__file__).parents[1] / "helpers"))
+
 from fault_calls import die_at, fail_from
 from fault_runs import PHASES, Process, nothing, phase_of, shorten, start
 from run_files import differences, ending, unfinished_files

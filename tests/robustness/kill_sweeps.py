@@ -16,6 +16,8 @@ import tempfile
 import time
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).parents[1] / "helpers"))
+
 from fault_runs import Process, Run
 from run_files import differences, ending, unfinished_files
 

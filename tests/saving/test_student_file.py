@@ -109,6 +109,7 @@ def rewritten(path, **changes):
         ({"history": None}, "its header is damaged"),
         ({"history": "{}"}, "its header is damaged: text: expected JSON with format"),
         ({"metadata": "{"}, "its header is damaged"),
+        ({"metadata": "[1]"}, "its header is damaged: expected metadata as strings by name"),
     ],
 )
 def test_foreign_and_damaged_headers(tmp_path, changes, reason):
@@ -172,3 +173,24 @@ def test_saving_checks_its_arguments(student, tmp_path):
     assert not path.exists()
     with pytest.raises(FileNotFoundError):
         load_student(path, make_model, EXAMPLE)
+
+
+def test_changed_tensors_folders_and_states_of_no_tensors_are_refused(path, tmp_path):
+    with safetensors.safe_open(path, "pt") as file:
+        header = file.metadata()
+    tensors = safetensors.torch.load_file(path)
+    tensors["0.weight"] += 1
+    path.write_bytes(safetensors.torch.save(tensors, header))
+    with pytest.raises(ValueError, match="the file is damaged: its content does not match its sha256"):
+        load_student(path, make_model, EXAMPLE)
+    with pytest.raises(ValueError, match="but it is not a regular file"):
+        read_student_header(tmp_path)
+    model = make_model()
+    model.register_module("quantizer", WithExtraState())
+    with pytest.raises(TypeError, match=r"model: quantizer\._extra_state in its state_dict is a dict"):
+        save_student(tmp_path / "s", model, PruningHistory({}))
+
+
+class WithExtraState(nn.Module):
+    def get_extra_state(self):
+        return {"levels": 4}

@@ -164,10 +164,10 @@ def test_settings_that_several_processes_cannot_use_are_refused(
     messages = [
         ranks.run(run_share, tmp_path / str(number), each)[1][0] for number, each in enumerate((odd, compiled, whole))
     ]
-    shared = "expected a batch that the 2 processes can share equally, got"
-    assert messages[0] == f"--student.batch-size: {shared} 63 images"
+    expected = "expected a multiple of 2 (the processes), got"
+    assert messages[0] == f"--student.batch-size: {expected} 63"
     assert messages[1].startswith("--compile: expected False with 2 processes, got True")
-    assert messages[2] == f"--teacher.batch-size: {shared} 999 images"
+    assert messages[2] == f"--teacher.batch-size: {expected} 999"
 
 
 def test_processes_with_other_settings_are_refused(ranks: RankProcesses, config: RunConfig, tmp_path: Path) -> None:

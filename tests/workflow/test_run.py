@@ -180,7 +180,7 @@ def test_a_penalty_that_silences_the_hidden_layer_is_said(
 ) -> None:
     config = dataclasses.replace(small, pruning=dataclasses.replace(small.pruning, l1_weight=10.0))
     run(tmp_path / "run", config)
-    warning = "kddp: every activation of the hidden layer is zero"
+    warning = "kddp: every activation of the layer hidden is zero"
     assert f"warning: {warning}" in output(quiet)
     assert f"> **Warning.** {warning}" in (tmp_path / "run" / "report.md").read_text()
     assert "try a smaller --pruning.l1-weight (now 10)" in output(quiet)
@@ -189,7 +189,7 @@ def test_a_penalty_that_silences_the_hidden_layer_is_said(
 def test_the_rule_for_an_accuracy_no_better_than_guessing(small: RunConfig) -> None:
     def warnings(stage: str, accuracy: float) -> list[str]:
         result = {"test_accuracy": accuracy, "active": 3}
-        return collapse_warnings(Job(stage, stage, small), result, {"l1": 1.0}, 10, 900)  # type: ignore[arg-type]
+        return collapse_warnings(Job(stage, stage, small), result, [{}], 10, 900)  # type: ignore[arg-type]
 
     # 1/10 and two standard errors of 900 images: 0.1 + 2 * 0.01.
     assert warnings("kd", 0.121) == []

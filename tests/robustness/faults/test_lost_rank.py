@@ -31,7 +31,7 @@ def assert_lost(process: Process, rank: int) -> None:
     assert ended.code == 1, ended
     line = ended.err.splitlines()[-1]  # torch prints warnings before it
     assert line.startswith(f"kddp run: rank {rank}: another process has ended or cannot be reached (")
-    assert line.endswith("). What is done is kept; start all of them again with --resume")
+    assert line.endswith("). Finished epochs are kept; start all processes again with --resume")
     assert "Traceback" not in ended.err
 
 

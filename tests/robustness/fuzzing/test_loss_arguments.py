@@ -1,10 +1,11 @@
-"""The loss and the pruner, given anything: a result, or an error that names the argument, on both backends alike."""
+"""Arbitrary arguments of the loss and the pruner: a result or an error that names the argument, on both backends."""
 
 from __future__ import annotations
 
 import math
 import warnings
 from collections.abc import Callable
+from dataclasses import fields
 from fractions import Fraction
 from typing import Any
 
@@ -22,8 +23,8 @@ from kddp_ext.pruning.settings import PruningSettings, Schedule
 ROWS, CLASSES = 3, 4
 FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 OTHERS = (torch.bool, torch.complex64, torch.int64, torch.int8, torch.float8_e4m3fn, torch.uint8)
-NUMBERS = ("temperature", "alpha", "l1_weight", "label_smoothing", "jsd_beta", "dkd_target_weight",
-           "dkd_non_target_weight")  # fmt: skip
+POSITIONAL = ("student_logits", "teacher_logits", "labels", "activations")
+KEYWORDS = (*(field.name for field in fields(kddp_ext.LossSettings)), "return_terms", "backend")
 
 ODD = st.sampled_from(
     [
@@ -38,7 +39,7 @@ ODD = st.sampled_from(
 
 @st.composite
 def tensors(draw: st.DrawFn, shapes: list[tuple[int, ...]]) -> Any:
-    """Mostly what is right, else another shape, dtype, layout or device, or no tensor."""
+    """Mostly a valid tensor; else another shape, dtype, layout or device, or no tensor."""
     if not draw(st.integers(0, 11)):
         return draw(ODD)
     shape = draw(st.sampled_from([*shapes * 6, (), (0,), (0, CLASSES), (ROWS, 0), (1, 1), (2, 3, 4), (ROWS,)]))
@@ -48,7 +49,7 @@ def tensors(draw: st.DrawFn, shapes: list[tuple[int, ...]]) -> Any:
         first = tensor[..., :1] if shape else tensor
         first.fill_(draw(st.sampled_from([0.0, 1.0, -3.0, math.nan, math.inf, -math.inf, 1e4])))
         tensor.requires_grad_(draw(st.booleans()))
-    if dtype == torch.float8_e4m3fn:  # which PyTorch itself can do little with
+    if dtype == torch.float8_e4m3fn:  # PyTorch supports few operations of it
         return tensor
     changes: list[Callable[[Tensor], Any]] = [
         lambda x: x.t().contiguous().t() if x.dim() == 2 else x,
@@ -67,7 +68,7 @@ def tensors(draw: st.DrawFn, shapes: list[tuple[int, ...]]) -> Any:
         lambda x: x.detach().to(torch.float32).numpy() if x.dtype in FLOATS else x,
     ]
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of PyTorch, about layouts
+        warnings.simplefilter("ignore")  # PyTorch warns about layouts
         return draw(st.sampled_from([*[lambda x: x] * len(changes), *changes]))(tensor)
 
 
@@ -82,7 +83,7 @@ def label_tensors(draw: st.DrawFn) -> Any:
 
 
 def outcome(call: Callable[[], Any]) -> Any:
-    """The loss and its terms, or the type of the error and the argument that it names."""
+    """The result of `call`, or the type of its error and the argument that the error names."""
     try:
         result = call()
     except (TypeError, ValueError) as error:
@@ -92,35 +93,26 @@ def outcome(call: Callable[[], Any]) -> Any:
     return result
 
 
-POSITIONAL = ("student_logits", "teacher_logits", "labels", "activations")
-KEYWORDS = (*NUMBERS, "ignore_index", "divergence", "standardize_logits", "return_terms", "backend")
-
-
 @st.composite
 def calls(draw: st.DrawFn) -> tuple[list[Any], dict[str, Any]]:
-    activations = draw(st.lists(tensors([(ROWS, 2), (ROWS, 2, 3)]), max_size=2) | st.just([]) | ODD)
-    positional = [
-        draw(tensors([(ROWS, CLASSES)])),
-        draw(tensors([(ROWS, CLASSES)])),
-        draw(label_tensors()),
-        activations,
-    ]
-    keywords: dict[str, Any] = draw(
-        st.fixed_dictionaries(
-            {},
-            optional={
-                "divergence": st.sampled_from(["forward_kl", "reverse_kl", "jsd", "dkd"]),
-                "standardize_logits": st.booleans(),
-                "alpha": st.sampled_from([0.0, 0.5, 1.0]),
-                "l1_weight": st.sampled_from([0.0, 0.1, [0.1], [0.1, 0.0]]),
-                "ignore_index": st.sampled_from([-100, 0, -(2**63), 2**63 - 1]),
-            },
-        )
-    )
+    activations = st.lists(tensors([(ROWS, 2), (ROWS, 2, 3)]), max_size=2) | st.just([]) | ODD
+    logits = tensors([(ROWS, CLASSES)])
+    positional = [draw(each) for each in (logits, logits, label_tensors(), activations)]
+    optional = {
+        "divergence": st.sampled_from(["forward_kl", "reverse_kl", "jsd", "dkd"]),
+        "standardize_logits": st.booleans(),
+        "alpha": st.sampled_from([0.0, 0.5, 1.0]),
+        "l1_weight": st.sampled_from([0.0, 0.1, [0.1], [0.1, 0.0]]),
+        "ignore_index": st.sampled_from([-100, 0, -(2**63), 2**63 - 1]),
+    }
+    keywords: dict[str, Any] = draw(st.fixed_dictionaries({}, optional=optional))
     if draw(st.booleans()):
-        name = draw(st.sampled_from(KEYWORDS[:-1]))
-        keywords[name] = draw(ODD)
+        keywords[draw(st.sampled_from(KEYWORDS[:-1]))] = draw(ODD)
     return positional, keywords
+
+
+def is_error(result: Any) -> bool:
+    return isinstance(result, tuple) and isinstance(result[0], type)
 
 
 @examples(250)
@@ -129,20 +121,19 @@ def test_the_loss_gives_a_result_or_names_the_argument_on_both_backends_alike(
     call: tuple[list[Any], dict[str, Any]],
 ) -> None:
     positional, keywords = call
+    results = [
+        outcome(lambda b=backend: kddp_ext.fused_kd_l1_loss(*positional, **keywords, backend=b))
+        for backend in ("native", "reference")
+    ]
+    native, reference = (result if is_error(result) else "a result" for result in results)
+    for result in (native, reference):
+        assert result == "a result" or result[1] in {*POSITIONAL, *KEYWORDS}, results
     meta = any(isinstance(each, Tensor) and each.is_meta for each in positional)
-    found = {}
-    for backend in ("native", "reference"):
-        found[backend] = outcome(lambda b=backend: kddp_ext.fused_kd_l1_loss(*positional, **keywords, backend=b))
-    kinds = {name: each if isinstance(each, tuple) and isinstance(each[0], type) else "a result"
-             for name, each in found.items()}  # fmt: skip
-    for kind in kinds.values():
-        assert kind == "a result" or kind[1] in {*POSITIONAL, *KEYWORDS}, found
-    if meta and kinds["native"] == (ValueError, "backend"):  # no kernels there: what the reference does
-        return
-    assert kinds["native"] == kinds["reference"], found
+    if not (meta and native == (ValueError, "backend")):  # there are no kernels for meta tensors
+        assert native == reference, results
 
 
-def test_a_label_out_of_range_is_named_by_both_backends() -> None:
+def test_both_backends_name_a_label_out_of_range() -> None:
     logits = torch.zeros(2, 3)
     for backend in ("native", "reference"):
         for label in (3, -1, 2**31, -(2**63), 2**63 - 1):
@@ -151,51 +142,39 @@ def test_a_label_out_of_range_is_named_by_both_backends() -> None:
 
 
 @pytest.mark.parametrize("which", ["student", "teacher", "activation", "narrow"])
-def test_a_negative_view_is_what_it_shows(which: str) -> None:
-    # Its memory holds the negative of its values; conj().imag makes such views.
+def test_a_negative_view_has_the_values_that_it_shows(which: str) -> None:
+    """Its memory contains the negative of its values; conj().imag makes such views."""
     base = torch.randn(5, 3, generator=torch.Generator().manual_seed(0))
-    shown = torch._neg_view(base) if which != "narrow" else torch.complex(base, base)[:, :1].conj().imag
-    plain = shown.clone()
-    assert shown.is_neg()
-    assert not plain.is_neg()
-    labels = torch.zeros(5, dtype=torch.int64)
+    view = torch._neg_view(base) if which != "narrow" else torch.complex(base, base)[:, :1].conj().imag
+    assert view.is_neg()
     results = []
-    for tensor in (shown, plain):
-        leaf = tensor.detach().requires_grad_()
-        student, teacher, activations = base[:, : tensor.shape[1]], base[:, : tensor.shape[1]], []
-        if which in ("student", "narrow"):
-            student = leaf
-        elif which == "teacher":
-            teacher, student = tensor, base.clone().requires_grad_()
-        else:
-            activations = [leaf]
-        loss = kddp_ext.fused_kd_l1_loss(student, teacher, labels, activations, alpha=0.5, l1_weight=0.1)
-        gradient = torch.autograd.grad(loss, student if which == "teacher" else leaf)[0]
-        results.append((loss.detach(), gradient.resolve_neg()))
+    for tensor in (view, view.clone()):
+        inputs = {name: base[:, : tensor.shape[1]].clone() for name in ("student", "teacher", "activation")}
+        inputs[which.replace("narrow", "student")] = tensor
+        student, teacher, activation = (each.detach().requires_grad_() for each in inputs.values())
+        arguments = (teacher.detach(), torch.zeros(5, dtype=torch.int64), [activation])
+        loss = kddp_ext.fused_kd_l1_loss(student, *arguments, alpha=0.5, l1_weight=0.1)
+        gradients = torch.autograd.grad(loss, [student, activation])
+        results.append((loss.detach(), *(gradient.resolve_neg() for gradient in gradients)))
     torch.testing.assert_close(results[0], results[1], rtol=0, atol=0)
 
 
 @examples(200)
 @given(name=st.sampled_from(KEYWORDS), value=ODD)
-def test_the_module_takes_or_names_its_settings(name: str, value: Any) -> None:
+def test_the_module_accepts_or_names_its_settings(name: str, value: Any) -> None:
     def use() -> Any:
         module = kddp_ext.FusedKDL1Loss(**{name: value})
         return module(torch.zeros(2, 3), torch.zeros(2, 3), torch.tensor([0, 1]), [torch.zeros(2, 5)])
 
     found = outcome(use)
-    if isinstance(found, tuple) and isinstance(found[0], type):
+    if is_error(found):
         assert found[1] == name, found
 
 
-SETTINGS = ("criterion", "threshold", "patience", "minimum_width", "round_to", "maximum_share", "target_parameters",
-            "target_macs", "compensate", "reconstruction_samples")  # fmt: skip
-SCHEDULE = ("interval", "start", "l1_weight", "l1_warmup")
-
-
 @examples(200)
-@given(name=st.sampled_from([*SETTINGS, *SCHEDULE]), value=ODD)
-def test_the_pruner_takes_or_names_its_settings(name: str, value: Any) -> None:
-    kind: Any = PruningSettings if name in SETTINGS else Schedule
+@given(kind=st.sampled_from([PruningSettings, Schedule]), data=st.data(), value=ODD)
+def test_the_pruner_accepts_or_names_its_settings(kind: Any, data: st.DataObject, value: Any) -> None:
+    name = data.draw(st.sampled_from([field.name for field in fields(kind)]))
     found = outcome(lambda: kind(**{name: value}))
     if isinstance(found, tuple):
         assert found[1] == name, found

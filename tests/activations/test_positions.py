@@ -1,0 +1,134 @@
+"""Activations with positions: channels of convolutions, layers along sequences, flattened channels."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from loss_cases import DTYPES
+
+import kddp_ext
+from kddp_ext.activations.layout import as_matrix
+from kddp_ext.activations.statistics import NeuronStatistics, TrackedActivations
+
+SHAPES = {
+    "channels": ((6, 5, 4, 3), 1),
+    "one position": ((6, 5, 1, 1), 1),
+    "one channel": ((6, 1, 4, 3), 1),
+    "signals": ((6, 5, 7), 1),
+    "volumes": ((6, 5, 2, 3, 2), 1),
+    "tokens": ((6, 4, 5), 2),
+    "tokens first": ((4, 6, 5), 2),
+    "flattened": ((6, 3, 5, 2), 2),
+}
+each_shape = pytest.mark.parametrize(("shape", "axis"), SHAPES.values(), ids=list(SHAPES))
+
+
+def draw(shape, dtype=torch.float32, seed=1):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).relu().to(dtype)
+
+
+def loss_of(values, axis, statistics, rows=6, **options):
+    student, teacher = torch.randn(2, rows, 7, generator=torch.Generator().manual_seed(2)).to(values.dtype)
+    tracked = TrackedActivations([values], [statistics], [axis])
+    options = {"l1_weight": 0.5, "return_terms": True} | options
+    return kddp_ext.fused_kd_l1_loss(student.requires_grad_(), teacher, torch.arange(rows) % 7, tracked, **options)
+
+
+def strided_copies(values):
+    """The same values in other memory layouts."""
+    yield values
+    yield torch.cat([values, values], 0)[::2].copy_(values)
+    if values.dim() == 4:
+        yield values.contiguous(memory_format=torch.channels_last)
+        yield F.pad(values, (1, 2))[..., 1:-2]
+
+
+def check(values, axis, statistics, rows=6):
+    """Hold penalty, gradient and statistics of one activation to their definitions in float64."""
+    leaf = values.detach().requires_grad_()
+    loss, terms = loss_of(leaf, axis, statistics, rows)
+    loss.backward()
+    columns = values.double().movedim(axis, -1).flatten(0, -2)
+    count = len(columns)
+    torch.testing.assert_close(terms.l1.double(), columns.abs().sum(0).sum() / max(count, 1), rtol=2e-6, atol=1e-7)
+    gradient = 0.5 / max(count, 1) * values.double().sign()
+    torch.testing.assert_close(leaf.grad.double(), gradient, rtol=2 * torch.finfo(values.dtype).eps, atol=1e-12)
+    sums = [columns.abs().sum(0), columns.sum(0), columns.square().sum(0), (columns != 0).double().sum(0)]
+    highest = columns.abs().amax(0) if count else torch.zeros_like(sums[0])
+    torch.testing.assert_close(statistics.values, torch.stack([*sums, highest]), rtol=1e-6, atol=1e-6)
+    assert statistics.rows == count
+
+
+@pytest.mark.parametrize("dtype", [*DTYPES.values(), torch.float64], ids=str)
+@each_shape
+def test_penalty_gradient_and_statistics_equal_their_definitions(kernels, shape, axis, dtype):
+    for values in strided_copies(draw(shape, dtype)):
+        check(values, axis, NeuronStatistics(shape[axis]))
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    st.integers(0, 70), st.integers(1, 40), st.integers(1, 40), st.booleans(), st.integers(0, 1000)
+)  # fmt: skip
+def test_any_sizes(rows, channels, positions, last, seed):
+    values = draw((rows, channels, positions, 1), seed=seed)
+    check(values.contiguous(memory_format=torch.channels_last) if last else values, 1, NeuronStatistics(channels), rows)
+
+
+@each_shape
+def test_native_reference_and_observe_agree(shape, axis):
+    values = draw(shape, torch.float64)
+    statistics = [NeuronStatistics(shape[axis]) for _ in range(3)]
+    native, reference = loss_of(values, axis, statistics[0]), loss_of(values, axis, statistics[1], backend="reference")
+    statistics[2].observe(values, axis)
+    torch.testing.assert_close(native[0], reference[0], rtol=1e-12, atol=0)
+    torch.testing.assert_close(native[1].l1, reference[1].l1, rtol=1e-12, atol=0)
+    for other in statistics[1:]:
+        torch.testing.assert_close(statistics[0].values, other.values, rtol=1e-12, atol=1e-12)
+        assert statistics[0].rows == other.rows
+
+
+def test_a_plain_sequence_of_activations_needs_no_pruner():
+    logits, labels = torch.zeros(2, 6, 7), torch.arange(6)
+    channels, neurons = draw((6, 5, 4, 3)), draw((6, 9))
+    _, terms = kddp_ext.fused_kd_l1_loss(*logits, labels, [channels, neurons], l1_weight=0.1, return_terms=True)
+    torch.testing.assert_close(terms.l1, channels.mean((0, 2, 3)).sum() + neurons.mean(0).sum())
+
+
+def test_matrices_are_views_if_possible():
+    channels, tokens = draw((6, 5, 4, 3)), draw((6, 4, 5))
+    last = channels.contiguous(memory_format=torch.channels_last)
+    for tensor, axis, shape in [
+        (channels, 1, (6, 60)),
+        (last, 1, (72, 5)),
+        (tokens, 2, (24, 5)),
+        (tokens[0], 1, (4, 5)),
+    ]:
+        matrix = as_matrix(tensor, axis).values
+        assert matrix.shape == shape
+        assert matrix.data_ptr() == tensor.data_ptr()
+
+
+def test_sums_of_positions():
+    values = draw((6, 3, 5, 2), torch.float64)
+    statistics = NeuronStatistics(5, positions=6)
+    batches = [batch.repeat(2, 1, 1, 1)[:6] for batch in (values[:4], values[4:])]
+    for batch in batches:
+        loss_of(batch, 2, statistics)
+    mean = torch.cat(batches).mean(0).transpose(0, 1).flatten(1)
+    torch.testing.assert_close(statistics.position_mean, mean, rtol=1e-12, atol=0)
+    torch.testing.assert_close(statistics.position_mean.mean(1), statistics.mean, rtol=1e-12, atol=0)
+    restored = NeuronStatistics(5, positions=6)
+    restored.load_state_dict(statistics.state_dict())
+    assert torch.equal(restored.position_sums, statistics.position_sums)
+    selected = statistics.select(torch.tensor([1, 4]))
+    assert torch.equal(selected.position_mean, statistics.position_mean[[1, 4]])
+    joined = NeuronStatistics.joined([statistics, restored])
+    assert torch.equal(joined.position_sums, 2 * statistics.position_sums)
+    statistics.reset()
+    assert not statistics.position_sums.any()
+    with pytest.raises(
+        ValueError, match=r"state: expected (no sums of positions|position_sums of shape None), got \(5, 6\)"
+    ):
+        NeuronStatistics(5).load_state_dict(restored.state_dict())
