@@ -6,6 +6,8 @@
 #include <functional>
 #include <stdexcept>
 #include <string>
+#include <tuple>
+#include <utility>
 #include <vector>
 
 #include "cuda_types.h"
@@ -91,11 +93,17 @@ void fence(Site site);
 void begin_atomic(const void* address, size_t bytes, Site site);
 void end_atomic(bool changed);
 
+// Launches a function with a copy of its arguments, as <<<>>> does.
+template <class... Parameters, class... Arguments>
+void launch_kernel(bool cooperative, const char* name, void (*kernel)(Parameters...), dim3 grid, dim3 block,
+                   size_t bytes, cudaStream_t stream, Arguments&&... arguments) {
+    const std::tuple<std::decay_t<Parameters>...> copy(std::forward<Arguments>(arguments)...);
+    launch({name, reinterpret_cast<const void*>(kernel)}, grid, block, bytes, stream, cooperative,
+           [&] { std::apply(kernel, copy); });
+}
+
 }  // namespace emulator
 
-// kernel<<<grid, block, bytes, stream>>>(argument), with a copy of the argument.
-#define EMULATOR_LAUNCH_AS(cooperative, kernel, grid, block, bytes, stream, ...)                                \
-    emulator::launch({#kernel, reinterpret_cast<const void*>(kernel)}, grid, block, bytes, stream, cooperative, \
-                     [call = std::bind(kernel, ##__VA_ARGS__)]() mutable { call(); })
-#define EMULATOR_LAUNCH(...) EMULATOR_LAUNCH_AS(false, __VA_ARGS__)
-#define EMULATOR_LAUNCH_COOPERATIVE(...) EMULATOR_LAUNCH_AS(true, __VA_ARGS__)
+// kernel<<<grid, block, bytes, stream>>>(arguments...)
+#define EMULATOR_LAUNCH(kernel, ...) emulator::launch_kernel(false, #kernel, kernel, __VA_ARGS__)
+#define EMULATOR_LAUNCH_COOPERATIVE(kernel, ...) emulator::launch_kernel(true, #kernel, kernel, __VA_ARGS__)

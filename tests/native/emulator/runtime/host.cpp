@@ -13,9 +13,6 @@
 
 namespace emulator {
 
-extern std::deque<Report> reports;
-void needs(const void* address, size_t bytes, bool is_store);
-
 namespace {
 
 // Of a multiprocessor of an H100, except for the registers, which only nvcc knows.

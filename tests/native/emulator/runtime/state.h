@@ -2,6 +2,7 @@
 #pragma once
 
 #include <array>
+#include <deque>
 #include <memory>
 #include <string>
 #include <unordered_map>
@@ -181,6 +182,7 @@ int site_number(Site site, size_t bytes, bool is_store, bool is_shared);
 Site site_of(int number);
 void add_access(Warp& warp, int site, int lane, uint64_t address);
 void close_accesses(Warp& warp);
+extern std::deque<Report> reports;
 void keep_report(Launch& launch);
 
 // shared_memory.cpp
@@ -191,6 +193,7 @@ void touch_shared(const Thread& thread, const void* address, size_t bytes, bool 
 // global_memory.cpp
 void forget_writes();
 void keep_released(const Block& block);
+void needs(const void* address, size_t bytes, bool is_store);
 void take_needs(Launch& launch);
 void check_needs(Launch& launch);
 
