@@ -310,9 +310,12 @@ def preset(dataset: Dataset, name: Preset) -> RunConfig:
             dataset="digits",
             preset=name,
             precision="float32",  # a network this small gains nothing from bfloat16
-            teacher=TeacherConfig(epochs=6 if quick else 12),
-            student=StudentConfig(epochs=8 if quick else 20),
-            pruning=PruningConfig(l1_weight=5e-3 if quick else 0.015),
+            teacher=TeacherConfig(channels=(64, 128), epochs=6 if quick else 12),
+            student=StudentConfig(
+                channels=(4, 8), epochs=10 if quick else 20, batch_size=16 if quick else 32, learning_rate=6e-3
+            ),
+            distillation=DistillationConfig(alpha=0.6 if quick else 0.9),
+            pruning=PruningConfig(l1_weight=0.01, l1_until=0.5),
         )
     if dataset == "fashion-mnist":
         return RunConfig(
