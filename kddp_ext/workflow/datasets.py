@@ -7,18 +7,21 @@ import io
 import os
 import pickle
 import pickletools
+import shutil
 import stat
 import tempfile
 import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from http.client import HTTPException
 from pathlib import Path
 from typing import Any
+from urllib.request import urlopen
 
 import numpy as np
 import pooch
 from numpy.typing import NDArray
-from rich.progress import Progress
+from rich.progress import wrap_file
 
 from kddp_ext.workflow.config import Dataset
 from kddp_ext.workflow.errors import DataFileError, WorkflowError
@@ -264,6 +267,7 @@ def _check_labels(path: Path, labels: NDArray[np.uint8]) -> NDArray[np.int64]:
 
 # Downloads
 
+_TIMEOUT = 30  # seconds without any data
 _CIFAR10_URL = "https://www.cs.toronto.edu/~kriz/cifar-10-python.tar.gz"
 _CIFAR10_SHA256 = "6d958be074577803d12ecdefd02955f39262c83c16fe9348329d7fe0b5c001ce"
 _FASHION_MNIST_URL = "http://fashion-mnist.s3-website.eu-central-1.amazonaws.com/"
@@ -307,35 +311,19 @@ def download(url: str, sha256: str, folder: Path, processor: Callable[..., Any] 
     pooch.get_logger().setLevel("WARNING")
     try:
         pooch.retrieve(url, sha256, url.rpartition("/")[2], folder, processor, _fetch)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, HTTPException) as error:
         raise WorkflowError(
             f"cannot download {url} into {folder}: {error}. Download it by hand and name its folder with --data-dir."
         ) from error
 
 
-def _fetch(url: str, file: Any, caller: Any) -> None:
-    with Progress(transient=True) as progress:
-        bar = _ProgressBar(progress, f"downloading {url}")
-        pooch.HTTPDownloader(progressbar=bar, chunk_size=2**16)(url, file, caller)
+def _fetch(url: str, path: str, _caller: object) -> None:
+    """The downloader for pooch, with a bar."""
+    with urlopen(url, timeout=_TIMEOUT) as response, open(path, "wb") as file:
+        length = int(response.headers.get("Content-Length", 0))
+        with wrap_file(response, length, description=f"downloading {url}", transient=True) as content:
+            shutil.copyfileobj(content, file)
 
 
 def _cache_folder() -> Path:
     return Path(os.environ.get("KDDP_CACHE") or pooch.os_cache("kddp_ext"))
-
-
-class _ProgressBar:
-    """Shows pooch's progress with rich. Pooch sets `total`, in bytes, and calls the methods."""
-
-    def __init__(self, progress: Progress, label: str) -> None:
-        self._progress = progress
-        self._task = progress.add_task(label, total=None)
-        self.total: int | None = None
-
-    def update(self, count: int) -> None:
-        self._progress.update(self._task, total=self.total, advance=count)
-
-    def reset(self) -> None:
-        self._progress.reset(self._task)
-
-    def close(self) -> None:
-        self._progress.refresh()

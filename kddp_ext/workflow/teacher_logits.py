@@ -101,9 +101,9 @@ class TeacherLogits:
         return logits
 
     def _read(self, path: Path) -> Tensor | None:
-        """The logits in the file; None unless every process of the run can read them."""
+        """The logits in the file; None unless every process can read them."""
         logits = read_logits(path, (len(self._data.train), self._data.info.classes))
-        return logits if self._runtime.processes.all(logits is not None) else None
+        return logits if all(self._runtime.processes.gather(logits is not None)) else None
 
     @torch.inference_mode()
     def _ask_teacher(self, view: int) -> Tensor:
