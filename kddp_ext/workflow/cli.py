@@ -65,15 +65,13 @@ class PathCommand:
     """The options of `kddp report` and `kddp info`."""
 
     path: tyro.conf.Positional[Path]
-    """Folder of a run or a sweep; for info also a student.safetensors file."""
+    """Folder of a run or a sweep; for info and evaluate also a student.safetensors file."""
 
 
 @dataclass(frozen=True)
-class EvaluateCommand:
+class EvaluateCommand(PathCommand):
     """The options of `kddp evaluate`."""
 
-    path: tyro.conf.Positional[Path]
-    """Folder of a run or a sweep, or a student.safetensors file."""
     data_dir: Annotated[Path | None, tyro.conf.arg(metavar="DIR", help_behavior_hint="")] = None
     """Folder of the data set, or its parent. Default: download the data set once."""
     device: Device = "auto"
@@ -95,14 +93,6 @@ class Output(Console):
     def on_broken_pipe(self) -> None:
         """Raise the error again; rich would end the process."""
         raise
-
-
-class Interrupted(KeyboardInterrupt):
-    """SIGINT or SIGTERM; `number` says which."""
-
-    def __init__(self, number: int) -> None:
-        super().__init__()
-        self.number = number
 
 
 def entry_point() -> NoReturn:
@@ -147,7 +137,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt as interrupt:
         if os.environ.get("RANK", "0") == "0":  # one of torchrun's processes prints it
             _print_error(f"Interrupted.{_how_to_resume(arguments)}")
-        return 128 + (interrupt.number if isinstance(interrupt, Interrupted) else signal.SIGINT)
+        return 128 + (interrupt.args or [signal.SIGINT])[0]
 
 
 def _dispatch(arguments: list[str]) -> int:
@@ -255,15 +245,9 @@ def _info(arguments: list[str]) -> None:
 
 def _parse(kind: Any, arguments: list[str], name: str, description: str, default: Any = None) -> Any:
     options = {} if default is None else {"default": default}
+    config = (tyro.conf.FlagCreatePairsOff, tyro.conf.HelptextFromCommentsOff)
     with _stdout_errors():
-        return tyro.cli(
-            kind,
-            args=arguments,
-            prog=f"kddp {name}",
-            description=description,
-            config=(tyro.conf.FlagCreatePairsOff, tyro.conf.HelptextFromCommentsOff),
-            **options,
-        )
+        return tyro.cli(kind, args=arguments, prog=f"kddp {name}", description=description, config=config, **options)
 
 
 def _chosen_preset(arguments: list[str]) -> RunConfig:
@@ -282,7 +266,7 @@ def _chosen_preset(arguments: list[str]) -> RunConfig:
 
 @contextmanager
 def _interruptible() -> Iterator[None]:
-    """Make SIGINT and SIGTERM raise `Interrupted` inside the context; a second signal ends the process.
+    """Make SIGINT and SIGTERM raise KeyboardInterrupt with their number; a second signal ends the process.
 
     Signals keep their handlers where they are ignored and in the processes of torchrun, since a process that waits for
     another one inside a library would not see the exception.
@@ -291,12 +275,12 @@ def _interruptible() -> Iterator[None]:
     def interrupt(number: int, _frame: FrameType | None) -> None:
         for each in former:
             signal.signal(each, signal.SIG_DFL)
-        raise Interrupted(number)
+        raise KeyboardInterrupt(number)
 
-    former = {}
-    if not _started_by_torchrun():
-        handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-        former = {number: handler for number, handler in handlers.items() if handler not in (signal.SIG_IGN, None)}
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    former = {number: handler for number, handler in handlers.items() if handler not in (signal.SIG_IGN, None)}
+    if _started_by_torchrun():
+        former = {}
     for number in former:
         signal.signal(number, interrupt)
     try:

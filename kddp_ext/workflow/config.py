@@ -44,12 +44,7 @@ CONFIG_VERSION = 3
 
 
 class Bound(NamedTuple):
-    """The range of a number.
-
-    Attributes:
-        text: the range as an error message says it.
-        holds: whether a finite number is in the range.
-    """
+    """The range of a number: its text in error messages, and whether it holds for a finite number."""
 
     text: str
     holds: Callable[[float], bool]
@@ -198,11 +193,7 @@ class _Settings:
 
     @classmethod
     def from_json(cls: type[Config], values: Any) -> Config:
-        """Rebuild what `to_json` returned.
-
-        Raises:
-            WorkflowError: the values are of another version, or a field is missing, unknown or out of range.
-        """
+        """Rebuild what `to_json` returned; raises WorkflowError naming what is missing, unknown or out of range."""
         if not isinstance(values, dict):
             raise WorkflowError(f"expected a JSON object, got {reprlib.repr(values)}")
         values = dict(values)

@@ -29,14 +29,9 @@ from kddp_ext.workflow.errors import DataFileError, WorkflowError
 
 @dataclass(frozen=True)
 class DatasetInfo:
-    """The shape and the statistics of a data set.
+    """A data set's name, the side of its square images in pixels, its numbers of channels (1 or 3) and classes.
 
-    Attributes:
-        name: its name in reports.
-        size: side length of the square images, in pixels.
-        channels: 1 for grey images, 3 for colour.
-        classes: number of classes.
-        mean, std: of the training pixels, for each channel, on the scale 0 to 255.
+    `mean` and `std` are those of the training pixels, for each channel, on the scale 0 to 255.
     """
 
     name: str
@@ -65,11 +60,7 @@ INFO: dict[Dataset, DatasetInfo] = {
 
 
 def read_dataset(dataset: Dataset, data_dir: Path | None) -> RawDataset:
-    """Read a data set from `data_dir`, or from the user's cache, into which it is downloaded the first time.
-
-    Args:
-        dataset: its name.
-        data_dir: the folder of its files, or the folder above; the digits come with scikit-learn and ignore it.
+    """Read a data set from `data_dir` or its usual folder below, or from a cache, which downloads it the first time.
 
     Raises:
         DataFileError: a file is missing, truncated or has other content than expected. The message names it.
@@ -303,11 +294,7 @@ def download_cifar10() -> Path:
 
 
 def download(url: str, sha256: str, folder: Path, processor: Callable[..., Any] | None = None) -> None:
-    """Download `url` into `folder`, unless the file is there, then apply pooch's `processor`.
-
-    Raises:
-        WorkflowError: there is no connection, or the content has another hash; such content is deleted.
-    """
+    """Download `url` into `folder` unless it is there, check its hash, then apply pooch's `processor`."""
     pooch.get_logger().setLevel("WARNING")
     try:
         pooch.retrieve(url, sha256, url.rpartition("/")[2], folder, processor, _fetch)

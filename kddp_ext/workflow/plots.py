@@ -87,8 +87,9 @@ def _accuracy_against_parameters(axes: Axes, measured: Sequence[Measured]) -> No
 
 def _deviations(shown: Sequence[Measured]) -> list[float] | None:
     """The standard deviations of the accuracies in percent; None where there is one seed."""
-    deviations = [100 * (each.deviation("test_accuracy") or 0.0) for each in shown]
-    return deviations if any(len(each.results) > 1 for each in shown) else None
+    accuracies = [[100 * value for value in each.values("test_accuracy")] for each in shown]
+    deviations = [statistics.stdev(values) if len(values) > 1 else 0.0 for values in accuracies]
+    return deviations if any(len(values) > 1 for values in accuracies) else None
 
 
 def _widths(axes: Axes, kddp: Sequence[Measured], kd: Sequence[Measured]) -> None:

@@ -34,15 +34,13 @@ from kddp_ext.workflow.folder import (
     check_architecture,
     load_checkpoint,
     locked,
-    make_folder,
     open_folder,
     save_checkpoint,
-    take_teacher,
 )
 from kddp_ext.workflow.jobs import TEACHER, Job, points
 from kddp_ext.workflow.measure import accuracy, count_active, count_macs, count_parameters
 from kddp_ext.workflow.models import FastTeacher, build_student, build_teacher, check_networks
-from kddp_ext.workflow.report import title_of, write_report
+from kddp_ext.workflow.report import say, title_of, write_report
 from kddp_ext.workflow.runtime import Runtime
 from kddp_ext.workflow.teacher_logits import TeacherLogits
 from kddp_ext.workflow.tensorboard import event_files, require_tensorboard
@@ -101,29 +99,19 @@ def run_sweep(
     runtime = _runtime(device, sweep, processes)
     if tensorboard:
         processes.on_rank_zero(require_tensorboard)
-    folder = processes.on_rank_zero(lambda: _open(path, sweep, resume=resume, teacher_from=teacher_from))
+    folder = processes.on_rank_zero(lambda: open_folder(path, sweep, resume=resume, teacher_from=teacher_from))
     processes.all_or_raise(folder.read_config)  # checks that all processes see the folder
     if processes.on_rank_zero(lambda: _unfinished(folder, sweep)):
         data = _data(sweep, data_dir, runtime)
         with _progress(console) as progress:
-            console.print(
+            say(
+                console,
                 f"{title_of(sweep)}: {len(data.train):,} images for training, {len(data.validation):,} for validation, "
                 f"{len(data.test):,} for the test; {runtime}",
-                highlight=False,
-                soft_wrap=True,
             )
             _train_all(Run(folder, data, runtime, progress, tensorboard), sweep)
     processes.on_rank_zero(lambda: write_report(folder, sweep, console))
-    console.print(f"{time.monotonic() - started:.0f} s. The report is {folder.report}", highlight=False, soft_wrap=True)
-
-
-def _open(path: Path, sweep: SweepConfig, *, resume: bool, teacher_from: Path | None) -> RunFolder:
-    make_folder(path)
-    with locked(path):
-        folder = open_folder(path, sweep, resume=resume)
-        if teacher_from is not None:
-            take_teacher(folder, teacher_from, sweep)
-    return folder
+    say(console, f"{time.monotonic() - started:.0f} s. The report is {folder.report}")
 
 
 def _runtime(device: Device, sweep: SweepConfig, processes: Processes) -> Runtime:
@@ -430,4 +418,4 @@ def _bar(
 
 
 def _print(run: Run, text: str, style: str | None = None) -> None:
-    run.progress.console.print(text, style=style, highlight=False, soft_wrap=True)
+    say(run.progress.console, text, style)
