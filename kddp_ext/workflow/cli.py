@@ -18,7 +18,7 @@ import tyro
 from rich.console import Console
 
 from kddp_ext.workflow.config import Dataset, Device, Preset, RunConfig, SweepConfig, preset
-from kddp_ext.workflow.errors import LostProcessError, SharedError, WorkflowError, message_of
+from kddp_ext.workflow.errors import LostProcessError, OptionError, SharedError, WorkflowError, message_of
 
 Config = TypeVar("Config", RunConfig, SweepConfig)
 
@@ -36,6 +36,9 @@ Start with `kddp run`. It uses small scanned digits, needs no download, and take
 """
 _SYSTEM_ERROR, _USAGE_ERROR = 1, 2
 
+_DATA_HELP = "Folder of the data set, or its parent. Default: download the data set once."
+DataDir = Annotated[Path | None, tyro.conf.arg(metavar="DIR", help=_DATA_HELP, help_behavior_hint="")]
+
 
 @dataclass(frozen=True)
 class TrainCommand(Generic[Config]):
@@ -46,8 +49,7 @@ class TrainCommand(Generic[Config]):
     """Name of the run and of its folder. Default: the data set, and the preset or "sweep"."""
     runs_dir: Annotated[Path, tyro.conf.arg(metavar="DIR")] = Path("runs")
     """Folder that contains the runs' folders."""
-    data_dir: Annotated[Path | None, tyro.conf.arg(metavar="DIR", help_behavior_hint="")] = None
-    """Folder of the data set, or its parent. Default: download the data set once."""
+    data_dir: DataDir = None
     teacher_from: Annotated[Path | None, tyro.conf.arg(metavar="DIR", help_behavior_hint="")] = None
     """Folder of a run whose finished teacher is used. Its teacher's settings must be the same."""
     resume: Annotated[bool, tyro.conf.arg(help_behavior_hint="")] = False
@@ -72,8 +74,7 @@ class PathCommand:
 class EvaluateCommand(PathCommand):
     """The options of `kddp evaluate`."""
 
-    data_dir: Annotated[Path | None, tyro.conf.arg(metavar="DIR", help_behavior_hint="")] = None
-    """Folder of the data set, or its parent. Default: download the data set once."""
+    data_dir: DataDir = None
     device: Device = "auto"
     """auto uses a GPU if there is one."""
 
@@ -192,7 +193,7 @@ def _sweep(arguments: list[str]) -> None:
 
 def _train(command: TrainCommand[Any], sweep: SweepConfig, default_name: str) -> None:
     if command.threads < 0:
-        raise WorkflowError(f"--threads: expected a number of at least 0, got {command.threads}")
+        raise OptionError("threads", "a number of at least 0", command.threads)
     # Torch and matplotlib load here, so that --help and a mistyped option do not wait for them.
     import torch
 

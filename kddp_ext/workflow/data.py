@@ -10,7 +10,7 @@ from torch import Tensor
 
 from kddp_ext.workflow.config import RunConfig
 from kddp_ext.workflow.datasets import DatasetInfo, RawDataset
-from kddp_ext.workflow.errors import WorkflowError
+from kddp_ext.workflow.errors import OptionError
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,7 @@ class ImageData:
     def __init__(self, raw: RawDataset, info: DatasetInfo, config: RunConfig, device: torch.device) -> None:
         images, labels = torch.from_numpy(raw.train_images), torch.from_numpy(raw.train_labels)
         if config.validation >= len(labels):
-            raise WorkflowError(f"--validation: expected fewer than the {len(labels)} images, got {config.validation}")
+            raise OptionError("validation", f"fewer than the {len(labels)} images", config.validation)
         shuffled = torch.randperm(len(labels), generator=torch.Generator().manual_seed(config.data_seed))
         validation, train = shuffled[: config.validation], shuffled[config.validation :]
         self.info = info

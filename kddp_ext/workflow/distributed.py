@@ -19,14 +19,10 @@ T = TypeVar("T")
 
 
 class Processes:
-    """This process among those of a run. A single process communicates nothing.
+    """This process among the `count` of a run. Several must have joined torch.distributed's default group.
 
-    Every process must call each method that communicates, in the same order: all methods except `share`.
-
-    Args:
-        rank: the rank of this process, 0 to count - 1.
-        count: number of processes. Several must have joined torch.distributed's default group.
-        local_rank: the rank of this process among those of its machine.
+    Every process must call all methods except `share`, in the same order. A single process communicates nothing.
+    `local_rank` is the rank of this process among those of its machine.
     """
 
     def __init__(self, rank: int = 0, count: int = 1, local_rank: int = 0) -> None:
@@ -128,12 +124,7 @@ def process_group(
         use_gpus: whether to use nccl besides gloo, if there are GPUs.
         tell: shows the message of an error that all processes raise. It is called on rank 0 only, before any process
             ends, because torchrun ends the others as soon as one has ended.
-        timeout: how long a process waits for the others before they count as lost. The default is PyTorch's: one
-            process of a machine may download a data set while the others wait.
-
-    Raises:
-        WorkflowError: the other processes cannot be reached.
-        LostProcessError: another process has ended, or can no longer be reached.
+        timeout: how long a process waits for the others, which may download a data set, before they count as lost.
     """
     names = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
     if not all(name in os.environ for name in names) or os.environ["WORLD_SIZE"] == "1":

@@ -75,10 +75,6 @@ class RunFolder:
         advice = f"Delete {self.result(job)} and resume to write both again from the checkpoint."
         return [_parse_object(path, line, advice) for line in _read(path, advice).splitlines()]
 
-    def write_result(self, job: str, result: dict[str, Any]) -> None:
-        """Write a training's figures, which marks it as finished."""
-        write_json(self.result(job), result)
-
     def read_result(self, job: str) -> dict[str, Any] | None:
         """A finished training's figures, None for an unfinished one; raises WorkflowError if the file is damaged."""
         path = self.result(job)

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from kddp_ext.workflow.config import RunConfig, StudentArchitecture, TeacherArchitecture
 from kddp_ext.workflow.datasets import DatasetInfo
-from kddp_ext.workflow.errors import WorkflowError
+from kddp_ext.workflow.errors import OptionError, WorkflowError
 
 _RESNET_DEPTHS = {"resnet20": 20, "resnet56": 56, "resnet110": 110}
 
@@ -47,21 +47,14 @@ def build_student(config: RunConfig, info: DatasetInfo) -> nn.Module:
 
 
 def check_networks(config: RunConfig, info: DatasetInfo) -> None:
-    """Check that the networks of `config` can be built for the data set, and pruned as configured.
-
-    Raises:
-        WorkflowError: an augmentation moves images by their whole side; the number of channels does not fit the
-            architecture; pooling leaves no pixels; or the hidden layer shall be pruned and there is none.
-    """
+    """Raise WorkflowError unless `config`'s networks can be built for the data set, and pruned as configured."""
     for name, network in (("teacher", config.teacher), ("student", config.student)):
         architecture, channels = network.architecture, network.channels
         if config.augment and network.shift >= info.size:
-            raise WorkflowError(f"--{name}.shift: expected less than the image size {info.size}, got {network.shift}")
+            raise OptionError(f"{name}.shift", f"less than the image size {info.size}", network.shift)
         if channels and architecture not in ("fast", "cnn") and len(channels) != len(_CHANNELS[architecture]):
-            raise WorkflowError(
-                f"--{name}.channels: expected {len(_CHANNELS[architecture])} numbers for {architecture}, or none for "
-                f"its default, got {channels}"
-            )
+            expected = f"{len(_CHANNELS[architecture])} numbers for {architecture}, or none for its default"
+            raise OptionError(f"{name}.channels", expected, channels)
         # Each entry of these two is followed by a pooling; the whitening of 2x2 patches removes one pixel before.
         size = info.size - 1 if architecture == "fast" else info.size
         if architecture in ("fast", "cnn") and size >> len(channels) == 0:
@@ -144,14 +137,7 @@ class FastBlock(nn.Module):
 
 
 class HiddenLayerNetwork(nn.Module):
-    """Convolutions, then one hidden fully-connected layer, which KDDP prunes, and a linear classifier.
-
-    Args:
-        features: the layers before the hidden one.
-        inputs: number of values that `features` returns for an image.
-        width: neurons of the hidden layer.
-        classes: number of logits.
-    """
+    """`features`, which return `inputs` values for an image, a hidden layer, which KDDP prunes, and a classifier."""
 
     def __init__(self, features: list[nn.Module], inputs: int, width: int, classes: int) -> None:
         super().__init__()

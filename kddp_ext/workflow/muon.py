@@ -19,13 +19,7 @@ class Muon(torch.optim.Optimizer):
     is scaled to the norm sqrt(O) before each step, so that the learning rate alone determines the change of direction.
     A normalisation must follow the layer. From Jordan, Jin, Boza, You, Cesista, Newhouse, Bernstein: "Muon: an
     optimizer for hidden layers in neural networks" (2024).
-
-    Args:
-        groups: parameter groups; each may override the settings below.
-        lr: learning rate.
-        momentum: factor of the previous momentum.
-        weight_decay: factor of the parameter that is added to its gradient.
-        orthogonalize: whether the steps are orthogonal.
+    Each group may override the settings.
     """
 
     def __init__(

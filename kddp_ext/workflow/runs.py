@@ -15,19 +15,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 import kddp_ext
-from kddp_ext.files import remove_leftovers
+from kddp_ext.files import remove_leftovers, write_json
 from kddp_ext.workflow.config import Device, SweepConfig
 from kddp_ext.workflow.data import ImageData
 from kddp_ext.workflow.datasets import INFO, read_dataset
 from kddp_ext.workflow.distributed import Processes
-from kddp_ext.workflow.errors import WorkflowError
+from kddp_ext.workflow.errors import OptionError, WorkflowError
 from kddp_ext.workflow.folder import (
     RunFolder,
     architecture,
@@ -140,9 +139,8 @@ def _data(sweep: SweepConfig, data_dir: Path | None, runtime: Runtime) -> ImageD
         for option, batch_size in (("teacher", config.teacher.batch_size), ("student", config.student.batch_size)):
             images = min(batch_size, len(data.train))
             if images % processes.count:
-                raise WorkflowError(
-                    f"--{option}.batch-size: expected a multiple of {processes.count} (the processes), got {images}"
-                )
+                expected = f"a multiple of {processes.count} (the processes)"
+                raise OptionError(f"{option}.batch-size", expected, images)
         return data
 
     return processes.all_or_raise(make)
@@ -226,7 +224,7 @@ def _train_job(run: Run, job: Job, model: nn.Module, recipe: Recipe, logits: Tea
     if job.stage != "teacher":
         processes.on_rank_zero(lambda: _save_student(run, job, training))
     result = _measure(run, job, training)
-    processes.on_rank_zero(lambda: run.folder.write_result(job.name, result))
+    processes.on_rank_zero(lambda: write_json(run.folder.result(job.name), result))
     width = f", width {result['width']:,}" if result["width"] is not None else ""
     seconds = sum(epoch["seconds"]["epoch"] for epoch in training.epochs)
     _print(
@@ -282,27 +280,23 @@ def _restore_or_start(run: Run, job: Job, model: nn.Module, recipe: Recipe) -> T
 
 def start_training(run: Run, job: Job, model: nn.Module, recipe: Recipe) -> Training:
     """The state in which a training of `model` begins."""
-    optimizer = recipe.optimizer(model)
-    pruner = _pruner(run, job, model, optimizer) if job.stage == "kddp" else None
+    optimizer, pruning, pruner = recipe.optimizer(model), job.config.pruning, None
+    if job.stage == "kddp":
+        pruner = kddp_ext.DynamicPruner(
+            model,
+            optimizer,
+            example_inputs=(run.data.example(2),),
+            layers=["hidden"] if pruning.layers == "hidden" else None,
+            criterion=pruning.criterion,
+            threshold=pruning.threshold,
+            patience=1 if pruning.when == "at-the-end" else pruning.patience,  # there is only one check
+            minimum_width=pruning.minimum_width,
+            round_to=pruning.round_to,
+            compensate=pruning.compensate,
+            reconstruction_samples=pruning.reconstruction_samples if pruning.compensate else 0,
+        )
     network = compiled(model) if job.config.compile else model  # after the pruner has traced the model
     return Training(model, network, optimizer, pruner, epochs=[], compiled=job.config.compile)
-
-
-def _pruner(run: Run, job: Job, model: nn.Module, optimizer: torch.optim.Optimizer) -> kddp_ext.DynamicPruner:
-    pruning = job.config.pruning
-    return kddp_ext.DynamicPruner(
-        model,
-        optimizer,
-        example_inputs=(run.data.example(2),),
-        layers=["hidden"] if pruning.layers == "hidden" else None,
-        criterion=pruning.criterion,
-        threshold=pruning.threshold,
-        patience=1 if pruning.when == "at-the-end" else pruning.patience,  # there is only one check
-        minimum_width=pruning.minimum_width,
-        round_to=pruning.round_to,
-        compensate=pruning.compensate,
-        reconstruction_samples=pruning.reconstruction_samples if pruning.compensate else 0,
-    )
 
 
 def _save(run: Run, job: Job, training: Training) -> None:

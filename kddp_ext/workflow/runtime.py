@@ -48,13 +48,10 @@ class Runtime:
         self.dtype = torch.bfloat16 if bfloat16 else torch.float32
 
     def __str__(self) -> str:
-        parts = [f"{str(self.dtype).removeprefix('torch.')} on {self.device.type}"]
+        text, threads = f"{str(self.dtype).removeprefix('torch.')} on {self.device.type}", torch.get_num_threads()
         if self.processes.count > 1:
-            parts.append(f"{self.processes.count} processes")
-        if self.device.type == "cpu":
-            threads = torch.get_num_threads()
-            parts.append(f"{threads} thread{'' if threads == 1 else 's'}")
-        return ", ".join(parts)
+            text += f", {self.processes.count} processes"
+        return text + (f", {threads} thread{'s' * (threads != 1)}" if self.device.type == "cpu" else "")
 
     def place(self, model: Model) -> Model:
         """Move `model` to the device, with its convolutions in channels-last layout."""

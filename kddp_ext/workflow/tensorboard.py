@@ -23,7 +23,6 @@ def event_files(folder: Path, epochs: list[dict[str, Any]], images: int) -> Iter
         epochs: the metrics of the finished epochs.
         images: number of images that an epoch trains on.
     """
-    require_tensorboard()
     from torch.utils.tensorboard import SummaryWriter
 
     with _naming(folder):

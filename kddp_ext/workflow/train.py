@@ -168,14 +168,9 @@ def train(
 ) -> None:
     """Train until `recipe.epochs` epochs are done, starting after the last finished epoch of `training`.
 
-    Args:
-        training: changed in place; `epochs` grows by one entry per epoch.
-        teacher: the teacher's logits; None trains on the labels alone.
-        advance: called with the number of images after each step.
-        epoch_done: called with the metrics of each epoch, when `training` can be saved.
-
-    Raises:
-        WorkflowError: the loss is not finite.
+    Without `teacher` it trains on the labels alone. `advance` is called with the number of images after each step, and
+    `epoch_done` with the metrics of each epoch, when `training` can be saved. Raises WorkflowError if the loss is not
+    finite.
     """
     for epoch in range(len(training.epochs), recipe.epochs):
         for name, start in recipe.frozen_from.items():
