@@ -18,7 +18,7 @@ import tyro
 from rich.console import Console
 
 from kddp_ext.workflow.config import Dataset, Device, Preset, RunConfig, SweepConfig, preset
-from kddp_ext.workflow.errors import LostProcessError, SharedError, WorkflowError, message_of
+from kddp_ext.workflow.errors import LostProcessError, OptionError, SharedError, WorkflowError, message_of
 
 Config = TypeVar("Config", RunConfig, SweepConfig)
 
@@ -36,6 +36,9 @@ Start with `kddp run`. It uses small scanned digits, needs no download, and take
 """
 _SYSTEM_ERROR, _USAGE_ERROR = 1, 2
 
+_DATA_HELP = "Folder of the data set, or its parent. Default: download the data set once."
+DataDir = Annotated[Path | None, tyro.conf.arg(metavar="DIR", help=_DATA_HELP, help_behavior_hint="")]
+
 
 @dataclass(frozen=True)
 class TrainCommand(Generic[Config]):
@@ -46,8 +49,7 @@ class TrainCommand(Generic[Config]):
     """Name of the run and of its folder. Default: the data set, and the preset or "sweep"."""
     runs_dir: Annotated[Path, tyro.conf.arg(metavar="DIR")] = Path("runs")
     """Folder that contains the runs' folders."""
-    data_dir: Annotated[Path | None, tyro.conf.arg(metavar="DIR", help_behavior_hint="")] = None
-    """Folder of the data set, or its parent. Default: download the data set once."""
+    data_dir: DataDir = None
     teacher_from: Annotated[Path | None, tyro.conf.arg(metavar="DIR", help_behavior_hint="")] = None
     """Folder of a run whose finished teacher is used. Its teacher's settings must be the same."""
     resume: Annotated[bool, tyro.conf.arg(help_behavior_hint="")] = False
@@ -65,17 +67,14 @@ class PathCommand:
     """The options of `kddp report` and `kddp info`."""
 
     path: tyro.conf.Positional[Path]
-    """Folder of a run or a sweep; for info also a student.safetensors file."""
+    """Folder of a run or a sweep; for info and evaluate also a student.safetensors file."""
 
 
 @dataclass(frozen=True)
-class EvaluateCommand:
+class EvaluateCommand(PathCommand):
     """The options of `kddp evaluate`."""
 
-    path: tyro.conf.Positional[Path]
-    """Folder of a run or a sweep, or a student.safetensors file."""
-    data_dir: Annotated[Path | None, tyro.conf.arg(metavar="DIR", help_behavior_hint="")] = None
-    """Folder of the data set, or its parent. Default: download the data set once."""
+    data_dir: DataDir = None
     device: Device = "auto"
     """auto uses a GPU if there is one."""
 
@@ -95,14 +94,6 @@ class Output(Console):
     def on_broken_pipe(self) -> None:
         """Raise the error again; rich would end the process."""
         raise
-
-
-class Interrupted(KeyboardInterrupt):
-    """SIGINT or SIGTERM; `number` says which."""
-
-    def __init__(self, number: int) -> None:
-        super().__init__()
-        self.number = number
 
 
 def entry_point() -> NoReturn:
@@ -147,7 +138,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt as interrupt:
         if os.environ.get("RANK", "0") == "0":  # one of torchrun's processes prints it
             _print_error(f"Interrupted.{_how_to_resume(arguments)}")
-        return 128 + (interrupt.number if isinstance(interrupt, Interrupted) else signal.SIGINT)
+        return 128 + (interrupt.args or [signal.SIGINT])[0]
 
 
 def _dispatch(arguments: list[str]) -> int:
@@ -202,7 +193,7 @@ def _sweep(arguments: list[str]) -> None:
 
 def _train(command: TrainCommand[Any], sweep: SweepConfig, default_name: str) -> None:
     if command.threads < 0:
-        raise WorkflowError(f"--threads: expected a number of at least 0, got {command.threads}")
+        raise OptionError("threads", "a number of at least 0", command.threads)
     # Torch and matplotlib load here, so that --help and a mistyped option do not wait for them.
     import torch
 
@@ -255,15 +246,9 @@ def _info(arguments: list[str]) -> None:
 
 def _parse(kind: Any, arguments: list[str], name: str, description: str, default: Any = None) -> Any:
     options = {} if default is None else {"default": default}
+    config = (tyro.conf.FlagCreatePairsOff, tyro.conf.HelptextFromCommentsOff)
     with _stdout_errors():
-        return tyro.cli(
-            kind,
-            args=arguments,
-            prog=f"kddp {name}",
-            description=description,
-            config=(tyro.conf.FlagCreatePairsOff, tyro.conf.HelptextFromCommentsOff),
-            **options,
-        )
+        return tyro.cli(kind, args=arguments, prog=f"kddp {name}", description=description, config=config, **options)
 
 
 def _chosen_preset(arguments: list[str]) -> RunConfig:
@@ -282,7 +267,7 @@ def _chosen_preset(arguments: list[str]) -> RunConfig:
 
 @contextmanager
 def _interruptible() -> Iterator[None]:
-    """Make SIGINT and SIGTERM raise `Interrupted` inside the context; a second signal ends the process.
+    """Make SIGINT and SIGTERM raise KeyboardInterrupt with their number; a second signal ends the process.
 
     Signals keep their handlers where they are ignored and in the processes of torchrun, since a process that waits for
     another one inside a library would not see the exception.
@@ -291,12 +276,12 @@ def _interruptible() -> Iterator[None]:
     def interrupt(number: int, _frame: FrameType | None) -> None:
         for each in former:
             signal.signal(each, signal.SIG_DFL)
-        raise Interrupted(number)
+        raise KeyboardInterrupt(number)
 
-    former = {}
-    if not _started_by_torchrun():
-        handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-        former = {number: handler for number, handler in handlers.items() if handler not in (signal.SIG_IGN, None)}
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    former = {number: handler for number, handler in handlers.items() if handler not in (signal.SIG_IGN, None)}
+    if _started_by_torchrun():
+        former = {}
     for number in former:
         signal.signal(number, interrupt)
     try:

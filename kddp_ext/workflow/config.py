@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal, NamedTuple, TypeVar, get_args, get_o
 from tyro.conf import FlagConversionOff, arg
 
 from kddp_ext import LossSettings
-from kddp_ext.workflow.errors import WorkflowError
+from kddp_ext.workflow.errors import OptionError, WorkflowError
 
 Config = TypeVar("Config")
 Dataset = Literal["digits", "fashion-mnist", "cifar10"]
@@ -44,12 +44,7 @@ CONFIG_VERSION = 3
 
 
 class Bound(NamedTuple):
-    """The range of a number.
-
-    Attributes:
-        text: the range as an error message says it.
-        holds: whether a finite number is in the range.
-    """
+    """The range of a number: its text in error messages, and whether it holds for a finite number."""
 
     text: str
     holds: Callable[[float], bool]
@@ -149,7 +144,7 @@ class DistillationConfig:
             return LossSettings(**{**dataclasses.asdict(self), **others})
         except (TypeError, ValueError) as error:
             name, _, reason = str(error).partition(":")
-            raise WorkflowError(f"--distillation.{option_name(name)}:{reason}") from error
+            raise WorkflowError(f"--distillation.{name.replace('_', '-')}:{reason}") from error
 
 
 @dataclass(frozen=True)
@@ -198,11 +193,7 @@ class _Settings:
 
     @classmethod
     def from_json(cls: type[Config], values: Any) -> Config:
-        """Rebuild what `to_json` returned.
-
-        Raises:
-            WorkflowError: the values are of another version, or a field is missing, unknown or out of range.
-        """
+        """Rebuild what `to_json` returned; raises WorkflowError naming what is missing, unknown or out of range."""
         if not isinstance(values, dict):
             raise WorkflowError(f"expected a JSON object, got {reprlib.repr(values)}")
         values = dict(values)
@@ -272,12 +263,12 @@ class SweepConfig(_Settings):
         for option in ("seeds", "widths", "l1_weights", "ablations"):
             values = getattr(self, option)
             if len(set(values)) != len(values):
-                raise WorkflowError(f"--{option_name(option)}: expected different values, got {values}")
+                raise OptionError(option, "different values", values)
         if not self.seeds:
-            raise WorkflowError("--seeds: expected at least one seed, got none")
+            raise OptionError("seeds", "at least one seed", "none")
         names = [f"{weight:g}" for weight in {*self.l1_weights, self.run.pruning.l1_weight}]
         if len(set(names)) < len(names):  # their trainings would share a folder
-            raise WorkflowError(f"--l1-weights: expected values that differ in six digits, got {self.l1_weights}")
+            raise OptionError("l1_weights", "values that differ in six digits", self.l1_weights)
         if self.run.student.architecture == "resnet20" and self.widths:
             raise WorkflowError("--widths: expected none for resnet20, which has no hidden layer")
 
@@ -295,11 +286,6 @@ def differences(saved: RunConfig, wanted: RunConfig) -> list[str]:
     """The fields in which two configs differ, such as "student.width: 256 was saved, 512 is wanted"."""
     old, new = saved.options(), wanted.options()
     return [f"{key}: {old[key]} was saved, {new[key]} is wanted" for key in old if old[key] != new[key]]
-
-
-def option_name(field: str) -> str:
-    """The command line's spelling of a field, such as "pruning.l1-weight"."""
-    return field.replace("_", "-")
 
 
 def preset(dataset: Dataset, name: Preset) -> RunConfig:
@@ -361,7 +347,7 @@ def _check(config: Any, prefix: str = "") -> None:
         if dataclasses.is_dataclass(value):
             _check(value, "" if each.name == "run" else f"{each.name}.")
         elif (expected := _expected_instead(value, hints[each.name])) is not None:
-            raise WorkflowError(f"--{option_name(prefix + each.name)}: expected {expected}, got {reprlib.repr(value)}")
+            raise OptionError(prefix + each.name, expected, reprlib.repr(value))
 
 
 def _expected_instead(value: Any, hint: Any) -> str | None:

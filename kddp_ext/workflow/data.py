@@ -10,7 +10,7 @@ from torch import Tensor
 
 from kddp_ext.workflow.config import RunConfig
 from kddp_ext.workflow.datasets import DatasetInfo, RawDataset
-from kddp_ext.workflow.errors import WorkflowError
+from kddp_ext.workflow.errors import OptionError
 
 
 @dataclass(frozen=True)
@@ -31,20 +31,14 @@ class ImageData:
     choices. A resumed run therefore sees the same batches, and all stages see the same views, so that the teacher's
     logits of one stage serve the others.
 
-    Args:
-        raw: the images of the files.
-        info: the data set's shape and statistics.
-        config: the settings, of which `data_seed`, `validation` and `augment` are used.
-        device: the device that holds the images, as bytes.
-
-    Raises:
-        WorkflowError: `config.validation` leaves no image to train on.
+    The device holds the images as bytes. Of `config`, `data_seed`, `validation` and `augment` are used; raises
+    WorkflowError if `validation` leaves no image to train on.
     """
 
     def __init__(self, raw: RawDataset, info: DatasetInfo, config: RunConfig, device: torch.device) -> None:
         images, labels = torch.from_numpy(raw.train_images), torch.from_numpy(raw.train_labels)
         if config.validation >= len(labels):
-            raise WorkflowError(f"--validation: expected fewer than the {len(labels)} images, got {config.validation}")
+            raise OptionError("validation", f"fewer than the {len(labels)} images", config.validation)
         shuffled = torch.randperm(len(labels), generator=torch.Generator().manual_seed(config.data_seed))
         validation, train = shuffled[: config.validation], shuffled[config.validation :]
         self.info = info
@@ -68,11 +62,10 @@ class ImageData:
                 yield batch
 
     def training_images(self, indices: Tensor, view: int, shift: int) -> Tensor:
-        """The training images `indices`, augmented if the config says so, as `normalise` returns them.
+        """The training images `indices` as `normalise` returns them, augmented if the config says so.
 
-        Args:
-            view: number of the augmentation. The same view of an image is always the same.
-            shift: largest number of pixels by which an augmented image moves in each direction, less than its side.
+        The view with the number `view` is always the same; it moves an image by at most `shift` pixels, less than its
+        side, in each direction.
         """
         if not self.augment:
             return self.normalise(self.train.images[indices])

@@ -7,18 +7,21 @@ import io
 import os
 import pickle
 import pickletools
+import shutil
 import stat
 import tempfile
 import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from http.client import HTTPException
 from pathlib import Path
 from typing import Any
+from urllib.request import urlopen
 
 import numpy as np
 import pooch
 from numpy.typing import NDArray
-from rich.progress import Progress
+from rich.progress import wrap_file
 
 from kddp_ext.workflow.config import Dataset
 from kddp_ext.workflow.errors import DataFileError, WorkflowError
@@ -26,14 +29,9 @@ from kddp_ext.workflow.errors import DataFileError, WorkflowError
 
 @dataclass(frozen=True)
 class DatasetInfo:
-    """The shape and the statistics of a data set.
+    """A data set's name, the side of its square images in pixels, its numbers of channels (1 or 3) and classes.
 
-    Attributes:
-        name: its name in reports.
-        size: side length of the square images, in pixels.
-        channels: 1 for grey images, 3 for colour.
-        classes: number of classes.
-        mean, std: of the training pixels, for each channel, on the scale 0 to 255.
+    `mean` and `std` are those of the training pixels, for each channel, on the scale 0 to 255.
     """
 
     name: str
@@ -62,11 +60,7 @@ INFO: dict[Dataset, DatasetInfo] = {
 
 
 def read_dataset(dataset: Dataset, data_dir: Path | None) -> RawDataset:
-    """Read a data set from `data_dir`, or from the user's cache, into which it is downloaded the first time.
-
-    Args:
-        dataset: its name.
-        data_dir: the folder of its files, or the folder above; the digits come with scikit-learn and ignore it.
+    """Read a data set from `data_dir` or its usual folder below, or from a cache, which downloads it the first time.
 
     Raises:
         DataFileError: a file is missing, truncated or has other content than expected. The message names it.
@@ -264,6 +258,7 @@ def _check_labels(path: Path, labels: NDArray[np.uint8]) -> NDArray[np.int64]:
 
 # Downloads
 
+_TIMEOUT = 30  # seconds without any data
 _CIFAR10_URL = "https://www.cs.toronto.edu/~kriz/cifar-10-python.tar.gz"
 _CIFAR10_SHA256 = "6d958be074577803d12ecdefd02955f39262c83c16fe9348329d7fe0b5c001ce"
 _FASHION_MNIST_URL = "http://fashion-mnist.s3-website.eu-central-1.amazonaws.com/"
@@ -299,43 +294,23 @@ def download_cifar10() -> Path:
 
 
 def download(url: str, sha256: str, folder: Path, processor: Callable[..., Any] | None = None) -> None:
-    """Download `url` into `folder`, unless the file is there, then apply pooch's `processor`.
-
-    Raises:
-        WorkflowError: there is no connection, or the content has another hash; such content is deleted.
-    """
+    """Download `url` into `folder` unless it is there, check its hash, then apply pooch's `processor`."""
     pooch.get_logger().setLevel("WARNING")
     try:
         pooch.retrieve(url, sha256, url.rpartition("/")[2], folder, processor, _fetch)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, HTTPException) as error:
         raise WorkflowError(
             f"cannot download {url} into {folder}: {error}. Download it by hand and name its folder with --data-dir."
         ) from error
 
 
-def _fetch(url: str, file: Any, caller: Any) -> None:
-    with Progress(transient=True) as progress:
-        bar = _ProgressBar(progress, f"downloading {url}")
-        pooch.HTTPDownloader(progressbar=bar, chunk_size=2**16)(url, file, caller)
+def _fetch(url: str, path: str, _caller: object) -> None:
+    """The downloader for pooch, with a bar."""
+    with urlopen(url, timeout=_TIMEOUT) as response, open(path, "wb") as file:
+        length = int(response.headers.get("Content-Length", 0))
+        with wrap_file(response, length, description=f"downloading {url}", transient=True) as content:
+            shutil.copyfileobj(content, file)
 
 
 def _cache_folder() -> Path:
     return Path(os.environ.get("KDDP_CACHE") or pooch.os_cache("kddp_ext"))
-
-
-class _ProgressBar:
-    """Shows pooch's progress with rich. Pooch sets `total`, in bytes, and calls the methods."""
-
-    def __init__(self, progress: Progress, label: str) -> None:
-        self._progress = progress
-        self._task = progress.add_task(label, total=None)
-        self.total: int | None = None
-
-    def update(self, count: int) -> None:
-        self._progress.update(self._task, total=self.total, advance=count)
-
-    def reset(self) -> None:
-        self._progress.reset(self._task)
-
-    def close(self) -> None:
-        self._progress.refresh()

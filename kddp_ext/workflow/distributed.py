@@ -12,7 +12,6 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
 
 from kddp_ext.workflow.errors import LostProcessError, SharedError, WorkflowError, message_of
 
@@ -20,14 +19,10 @@ T = TypeVar("T")
 
 
 class Processes:
-    """This process among those of a run. A single process communicates nothing.
+    """This process among the `count` of a run. Several must have joined torch.distributed's default group.
 
-    Every process must call each method that communicates, in the same order: all methods except `share`.
-
-    Args:
-        rank: the rank of this process, 0 to count - 1.
-        count: number of processes. Several must have joined torch.distributed's default group.
-        local_rank: the rank of this process among those of its machine.
+    Every process must call all methods except `share`, in the same order. A single process communicates nothing.
+    `local_rank` is the rank of this process among those of its machine.
     """
 
     def __init__(self, rank: int = 0, count: int = 1, local_rank: int = 0) -> None:
@@ -68,33 +63,24 @@ class Processes:
         torch.distributed.all_gather_object(values, value)
         return values
 
-    def barrier(self) -> None:
-        """Wait for all processes."""
-        self.gather(None)
-
-    def all(self, condition: bool) -> bool:
-        """Whether `condition` is true on all processes."""
-        return all(self.gather(condition))
-
     def all_or_raise(self, action: Callable[[], T]) -> T:
         """Call `action` on every process and return its result here, or raise on every process if it fails on one.
 
         Raises:
-            SharedError: (a WorkflowError) every failure was a WorkflowError or an OSError. The message is that of the
-                lowest rank that failed, and names this rank unless all processes failed with the same message.
+            SharedError: every failure was a WorkflowError or an OSError. The message is that of the lowest rank that
+                failed, and names this rank unless all processes failed with the same message.
             RuntimeError: a process raised any other exception.
             Exception: a single process raises whatever `action` raises.
         """
         if self.count == 1:
             return action()
-        result, outcome = [], None
-        failure: Exception | None = None
+        result, failure, outcome = [], None, None
         try:
             result.append(action())
-        except (WorkflowError, OSError) as error:
-            failure, outcome = error, (message_of(error), True)
         except Exception as error:
-            failure, outcome = error, (f"{type(error).__name__}: {error}", False)
+            fixable = isinstance(error, WorkflowError | OSError)
+            failure = error
+            outcome = (message_of(error) if fixable else f"{type(error).__name__}: {error}", fixable)
         outcomes = self.gather(outcome)
         failed = [(rank, *each) for rank, each in enumerate(outcomes) if each is not None]
         if not failed:
@@ -109,17 +95,14 @@ class Processes:
         return self.gather(self.all_or_raise(lambda: action() if self.is_first else None))[0]  # type: ignore[return-value]
 
     def local_rank_zero_first(self, action: Callable[[], T]) -> T:
-        """Call `action` on the first process of each machine, then on the others, and return its result here.
-
-        For an action that leaves a file for the others, such as a download. Raises as `all_or_raise` does.
-        """
+        """`all_or_raise`, first on one process of each machine, which may download a file for the others."""
         first = self.local_rank == 0
         results = self.all_or_raise(lambda: [action()] if first else [])
         return self.all_or_raise(lambda: results[0] if first else action())
 
     @contextmanager
     def held_on_rank_zero(self, context: AbstractContextManager[T]) -> Iterator[T]:
-        """Enter `context` on rank 0 while every process is inside. Yields its value. Raises as `all_or_raise` does."""
+        """Enter `context` on rank 0 while every process is inside; yields its value. Raises as `all_or_raise` does."""
         with ExitStack() as stack:
             yield self.on_rank_zero(lambda: stack.enter_context(context))
 
@@ -129,18 +112,6 @@ class Processes:
         for rank, other in enumerate(values):
             if other != values[0]:
                 raise SharedError(f"rank {rank}: expected {what} of rank 0, {values[0]}, got {other}")
-
-
-def data_parallel(model: nn.Module, *, find_unused_parameters: bool) -> DistributedDataParallel:
-    """Wrap `model` so that the gradients are averaged over all processes.
-
-    On GPUs, batch normalisation uses the mean and the variance over all processes. On CPUs, where PyTorch has no
-    SyncBatchNorm, each process uses those of its own part of the batch (see `Processes.average_buffers`). The BatchNorm
-    modules are replaced, under the same names, so a pruner must have traced the model before.
-    """
-    if next(model.parameters()).is_cuda:
-        nn.SyncBatchNorm.convert_sync_batchnorm(model)
-    return DistributedDataParallel(model, forward_sync_buffers=False, find_unused_parameters=find_unused_parameters)
 
 
 @contextmanager
@@ -153,12 +124,7 @@ def process_group(
         use_gpus: whether to use nccl besides gloo, if there are GPUs.
         tell: shows the message of an error that all processes raise. It is called on rank 0 only, before any process
             ends, because torchrun ends the others as soon as one has ended.
-        timeout: how long a process waits for the others before they count as lost. The default is PyTorch's: one
-            process of a machine may download a data set while the others wait.
-
-    Raises:
-        WorkflowError: the other processes cannot be reached.
-        LostProcessError: another process has ended, or can no longer be reached.
+        timeout: how long a process waits for the others, which may download a data set, before they count as lost.
     """
     names = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
     if not all(name in os.environ for name in names) or os.environ["WORLD_SIZE"] == "1":
@@ -174,11 +140,11 @@ def process_group(
     processes = Processes(rank, count, local_rank)
     try:
         yield processes
-        processes.barrier()
+        processes.gather(None)  # waits for all
     except SharedError as error:
         if processes.is_first:
             tell(str(error))
-        processes.barrier()
+        processes.gather(None)
         raise
     except RuntimeError as error:
         # Errors of nccl have a class. Those of gloo are plain RuntimeErrors that name its source files.

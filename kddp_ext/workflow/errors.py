@@ -15,6 +15,13 @@ class LostProcessError(WorkflowError):
     """Another process of the run has ended, or cannot be reached."""
 
 
+class OptionError(WorkflowError):
+    """An option has a value that cannot be used. `option` may be the name of the setting's field."""
+
+    def __init__(self, option: str, expected: str, got: object) -> None:
+        super().__init__(f"--{option.replace('_', '-')}: expected {expected}, got {got}")
+
+
 class DataFileError(WorkflowError):
     """A data file is missing, truncated, or has other content than expected."""
 

@@ -24,16 +24,13 @@ from kddp_ext.workflow.jobs import TEACHER, Point, Stage, points
 
 CHECKPOINT_VERSION = 1
 _CHECKPOINT_FIELDS = {"version", "stage", "architecture", "model", "optimizer", "pruner", "history", "epochs"}
+_NO_RUN = "exists and is not a run of kddp. Give another --name or --runs-dir."
 # The settings, besides all of `teacher`, that decide a teacher's weights.
 _TEACHER_SETTINGS = ("dataset", "data_seed", "validation", "augment", "precision", "compile")
 
 
 class RunFolder:
-    """The files of a run or a sweep, runs/NAME.
-
-    Args:
-        path: the folder.
-    """
+    """The files of a run or a sweep in the folder `path`, runs/NAME."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -78,10 +75,6 @@ class RunFolder:
         advice = f"Delete {self.result(job)} and resume to write both again from the checkpoint."
         return [_parse_object(path, line, advice) for line in _read(path, advice).splitlines()]
 
-    def write_result(self, job: str, result: dict[str, Any]) -> None:
-        """Write a training's figures, which marks it as finished."""
-        write_json(self.result(job), result)
-
     def read_result(self, job: str) -> dict[str, Any] | None:
         """A finished training's figures, None for an unfinished one; raises WorkflowError if the file is damaged."""
         path = self.result(job)
@@ -112,49 +105,41 @@ class RunFolder:
         return points(sweep, found)
 
 
-def open_folder(path: Path, sweep: SweepConfig, *, resume: bool) -> RunFolder:
-    """Start a run or sweep in `path`, or continue the one that is there. The caller holds the folder's lock.
+def open_folder(path: Path, sweep: SweepConfig, *, resume: bool, teacher_from: Path | None = None) -> RunFolder:
+    """Start a run or sweep in `path`, or continue the one that is there, with the teacher of the run in `teacher_from`.
 
     Raises:
         WorkflowError: a run is there and `resume` is False; or it was started with other settings, which the message
-            names; or the folder holds something else.
+            names; or `path` is something else; or the teacher does not fit.
         OSError: the folder cannot be written to.
     """
     folder = RunFolder(path)
-    # A run that stopped before its first training, for example for lack of data, has nothing to lose.
-    if folder.config.is_file() and any(each.is_dir() and each.name[0] != "." for each in path.iterdir()):
-        if not resume:
-            raise WorkflowError(f"{path} holds a run already. Continue it with --resume, or give another --name.")
-        changed = differences(folder.read_config().run, sweep.run)
-        if changed:
-            raise WorkflowError(
-                f"{path} was started with other settings: {'; '.join(changed)}. "
-                "Resume with the settings it was started with, or give another --name."
-            )
-    elif not folder.config.is_file() and not {*path.iterdir()} <= {*leftovers(path)}:
-        raise WorkflowError(f"{path} exists and is not a run of kddp. Give another --name or --runs-dir.")
-    remove_leftovers(path)
-    write_json(folder.config, sweep.to_json())
-    return folder
-
-
-def make_folder(path: Path) -> None:
-    """Make the folder of a run unless it exists; raises WorkflowError if `path` is a file."""
     if path.exists() and not path.is_dir():
-        raise WorkflowError(f"{path} exists and is not a run of kddp. Give another --name or --runs-dir.")
+        raise WorkflowError(f"{path} {_NO_RUN}")
     path.mkdir(parents=True, exist_ok=True)
+    with locked(path):
+        # A run that stopped before its first training, for example for lack of data, has nothing to lose.
+        if folder.config.is_file() and any(each.is_dir() and each.name[0] != "." for each in path.iterdir()):
+            if not resume:
+                raise WorkflowError(f"{path} holds a run already. Continue it with --resume, or give another --name.")
+            changed = differences(folder.read_config().run, sweep.run)
+            if changed:
+                raise WorkflowError(
+                    f"{path} was started with other settings: {'; '.join(changed)}. "
+                    "Resume with the settings it was started with, or give another --name."
+                )
+        elif not folder.config.is_file() and not {*path.iterdir()} <= {*leftovers(path)}:
+            raise WorkflowError(f"{path} {_NO_RUN}")
+        remove_leftovers(path)
+        write_json(folder.config, sweep.to_json())
+        if teacher_from is not None:
+            take_teacher(folder, teacher_from, sweep)
+    return folder
 
 
 @contextmanager
 def locked(path: Path, *, wait: bool = True) -> Iterator[bool]:
-    """Hold the lock of the folder `path`, which one process at a time can have.
-
-    Args:
-        wait: wait until the lock is free.
-
-    Yields:
-        Whether the lock is held: False if another process has it and `wait` is False.
-    """
+    """Hold the lock of the folder `path`. Yields whether it is held: False if another process has it and not `wait`."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         held = True
@@ -170,11 +155,7 @@ def locked(path: Path, *, wait: bool = True) -> Iterator[bool]:
 
 
 def take_teacher(folder: RunFolder, source: Path, sweep: SweepConfig) -> None:
-    """Copy the finished teacher of the run in `source` into `folder`, unless `folder` has a teacher.
-
-    Raises:
-        WorkflowError: `source` has no finished teacher, or it was trained with settings other than `sweep`'s.
-    """
+    """Copy the finished teacher of the run in `source`, trained with `sweep`'s settings, unless `folder` has one."""
     if folder.job(TEACHER).exists():
         return
     other = RunFolder(source)
@@ -196,11 +177,7 @@ def take_teacher(folder: RunFolder, source: Path, sweep: SweepConfig) -> None:
 
 
 def save_checkpoint(path: Path, state: dict[str, Any]) -> None:
-    """Write `state`, which holds tensors and plain values, to `path`.
-
-    Raises:
-        OSError: the file cannot be written, for example on a full disk. The previous checkpoint is kept.
-    """
+    """Write `state`, which holds tensors and plain values. If that fails with an OSError, the old file is kept."""
     # Serialised in memory first, so that torch.save never sees (and rewords) an error of the disk.
     buffer = io.BytesIO()
     torch.save({"version": CHECKPOINT_VERSION, **state}, buffer)
@@ -208,12 +185,7 @@ def save_checkpoint(path: Path, state: dict[str, Any]) -> None:
 
 
 def load_checkpoint(path: Path, stage: Stage) -> dict[str, Any]:
-    """Read what `save_checkpoint` wrote for `stage`, with weights_only=True.
-
-    Raises:
-        WorkflowError: the file is damaged, not a checkpoint, or a checkpoint of another stage or version.
-        OSError: it cannot be read.
-    """
+    """Read what `save_checkpoint` wrote for `stage`, with weights_only=True; raises WorkflowError if it is another."""
     advice = f"Delete it to train the stage {stage} again; other stages are not affected."
     if not path.is_file():
         raise WorkflowError(f"{path} is not a file. {advice}")

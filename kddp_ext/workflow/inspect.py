@@ -20,21 +20,16 @@ from kddp_ext.workflow.folder import RunFolder, check_architecture, load_checkpo
 from kddp_ext.workflow.jobs import TEACHER
 from kddp_ext.workflow.measure import accuracy, count_macs, count_parameters
 from kddp_ext.workflow.models import build_student, build_teacher
-from kddp_ext.workflow.report import measure_points, print_results
+from kddp_ext.workflow.report import measure_points, print_results, say
 from kddp_ext.workflow.runtime import Runtime
 
 
 @dataclass(frozen=True)
 class SavedModel:
-    """A trained network on disk.
+    """A trained network on disk: its training's name, its file, its stage and settings.
 
-    Attributes:
-        name: name of its training.
-        path: its file.
-        stage: the stage that trained it.
-        config: the settings that it was trained with.
-        history: what was pruned; None for the teacher.
-        load: builds it on the CPU and loads its weights, given example images (2, C, S, S) on the CPU.
+    `history` is what was pruned; None for the teacher. `load` builds the network on the CPU and loads its weights,
+    given example images (2, C, S, S) on the CPU.
     """
 
     name: str
@@ -46,11 +41,7 @@ class SavedModel:
 
 
 def find_models(path: Path) -> list[SavedModel]:
-    """The finished networks in `path`, which is a run's folder or a student file.
-
-    Raises:
-        WorkflowError: `path` is neither, or a file in it is damaged.
-    """
+    """The finished networks in `path`, a run's folder or a student file; raises WorkflowError if it is neither."""
     if not path.exists():
         raise WorkflowError(f"{path}: no such file or folder")
     if path.is_file():
@@ -73,11 +64,7 @@ def evaluate(path: Path, data_dir: Path | None, device: Device, console: Console
     for saved in models:
         model = runtime.place(saved.load(data.example(2).cpu()))
         correct = accuracy(model, data, data.test, runtime)
-        console.print(
-            f"{saved.name:<8} {correct:.2%} of {len(data.test):,} test images  ({saved.path})",
-            highlight=False,
-            soft_wrap=True,
-        )
+        say(console, f"{saved.name:<8} {correct:.2%} of {len(data.test):,} test images  ({saved.path})")
 
 
 def describe(path: Path, console: Console) -> None:
@@ -92,31 +79,28 @@ def describe(path: Path, console: Console) -> None:
         _describe_student(models[0], console)
     for saved in models:
         for layer, steps in _pruned(saved).items():
-            console.print(f"{saved.name}: {layer}: {steps}", highlight=False, soft_wrap=True)
+            say(console, f"{saved.name}: {layer}: {steps}")
     base = preset(config.dataset, config.preset).options()
     changed = [f"{option} = {value}" for option, value in config.options().items() if base[option] != value]
     title = f"\nSettings: {config.dataset}, preset {config.preset}" + (", except" if changed else "")
     for line in [title, *(f"  {line}" for line in changed)]:
-        console.print(line, highlight=False, soft_wrap=True, markup=False)
-    console.print(f"All settings are in {path / 'config.json' if path.is_dir() else 'the header of ' + str(path)}")
+        say(console, line)
+    say(console, f"All settings are in {path / 'config.json' if path.is_dir() else 'the header of ' + str(path)}")
 
 
 def _describe_student(saved: SavedModel, console: Console) -> None:
     info = INFO[saved.config.dataset]
-    model = saved.load(torch.zeros(2, info.channels, info.size, info.size))
-    macs = count_macs(model, torch.zeros(1, info.channels, info.size, info.size))
+    images = torch.zeros(2, info.channels, info.size, info.size)
+    model = saved.load(images)
+    modules = [each for each in model.named_modules() if isinstance(each[1], nn.Conv2d | nn.Linear)]
     for line in (
         f"{saved.path}: a student for {info.name}, trained in the stage {saved.stage}",
-        f"{count_parameters(model):,} parameters, {macs:,} multiply-adds for one image, "
+        f"{count_parameters(model):,} parameters, {count_macs(model, images[:1]):,} multiply-adds for one image, "
         f"{saved.path.stat().st_size / 1024:,.0f} KiB\n",
-        *(
-            f"  {name:<16} {str(module).replace(', bias=False', '')}"
-            for name, module in model.named_modules()
-            if isinstance(module, nn.Conv2d | nn.Linear)
-        ),
+        *(f"  {name:<16} {str(module).replace(', bias=False', '')}" for name, module in modules),
         "",
     ):
-        console.print(line, highlight=False, soft_wrap=True, markup=False)
+        say(console, line)
 
 
 def _pruned(saved: SavedModel) -> dict[str, str]:
@@ -152,8 +136,6 @@ def _student(path: Path) -> SavedModel:
             raise WorkflowError(f"{path} was not written by kddp run: its header has no config and stage")
         config = RunConfig.from_json(parse_json(metadata["config"], most=2**22))
         history = kddp_ext.PruningHistory.from_json(header["history"])
-    except WorkflowError:
-        raise
     except ValueError as error:
         raise WorkflowError(str(error)) from error
 

@@ -19,13 +19,7 @@ TEACHER = "teacher"
 
 @dataclass(frozen=True)
 class Job:
-    """One training.
-
-    Attributes:
-        name: name of its folder: the stage and what differs from the run's settings, such as "kd-width_64-seed_1".
-        stage: which network is trained, and with which loss.
-        config: its settings.
-    """
+    """One training. Its name, such as "kd-width_64-seed_1", is that of its folder: the stage and what differs."""
 
     name: str
     stage: Stage
@@ -34,14 +28,7 @@ class Job:
 
 @dataclass(frozen=True)
 class Point:
-    """The same training with every seed: one row of the report.
-
-    Attributes:
-        label: its name in tables and pictures.
-        kind: its role in the comparison.
-        jobs: one job for each seed.
-        is_base: whether this is KDDP with the run's own settings.
-    """
+    """The same training with every seed: one row of the report. `is_base`: this is KDDP with the run's own settings."""
 
     label: str
     kind: Kind
@@ -88,15 +75,13 @@ def _students(sweep: SweepConfig, detail: str, change: Change) -> tuple[Job, ...
 
 def _kddp(sweep: SweepConfig, weight: float, *, alone: bool) -> Point:
     is_base = weight == sweep.run.pruning.l1_weight
-    jobs = _students(sweep, "" if is_base else f"l1_{weight:g}", _with_pruning(l1_weight=weight))
+    jobs = _students(sweep, "" if is_base else f"l1_{weight:g}", _with("pruning", l1_weight=weight))
     return Point("kddp" if alone else f"kddp, l1-weight {weight:g}", "kddp", jobs, is_base)
 
 
 def _kd(sweep: SweepConfig, seed: int, width: int) -> Job:
-    def change(config: RunConfig) -> RunConfig:
-        return dataclasses.replace(config, student=dataclasses.replace(config.student, width=width))
-
-    return _job(sweep, "kd", seed, "" if width == sweep.run.student.width else f"width_{width}", change)
+    detail = "" if width == sweep.run.student.width else f"width_{width}"
+    return _job(sweep, "kd", seed, detail, _with("student", width=width))
 
 
 def _retrained(sweep: SweepConfig, point: Point, found: Mapping[str, int]) -> Point:
@@ -104,32 +89,31 @@ def _retrained(sweep: SweepConfig, point: Point, found: Mapping[str, int]) -> Po
     return Point(f"kd at the width of {point.label}", "kd-at-found-width", jobs)
 
 
-def _with_pruning(**changes: Any) -> Change:
-    return lambda config: dataclasses.replace(config, pruning=dataclasses.replace(config.pruning, **changes))
+def _with(section: str, **changes: Any) -> Change:
+    """A function that changes settings of one section, such as "pruning"."""
+    return lambda config: dataclasses.replace(
+        config, **{section: dataclasses.replace(getattr(config, section), **changes)}
+    )
 
 
 def _with_threshold(factor: float) -> Change:
     def change(config: RunConfig) -> RunConfig:
         threshold = config.pruning.threshold * factor
         digits = 2 - math.floor(math.log10(threshold))
-        return _with_pruning(threshold=min(1.0, round(threshold, digits)))(config)
+        return _with("pruning", threshold=min(1.0, round(threshold, digits)))(config)
 
     return change
 
 
-def _without_teacher(config: RunConfig) -> RunConfig:
-    return dataclasses.replace(config, distillation=dataclasses.replace(config.distillation, alpha=0.0))
-
-
 _ABLATIONS: dict[Ablation, Change] = {
-    "no-teacher": _without_teacher,
-    "no-penalty": _with_pruning(l1_weight=0.0),
-    "no-compensation": _with_pruning(compensate=False),
-    "average-compensation": _with_pruning(reconstruction_samples=0),
-    "mean-activation": _with_pruning(criterion="mean_activation"),
-    "apoz": _with_pruning(criterion="apoz"),
-    "dead": _with_pruning(criterion="dead"),
-    "at-the-end": _with_pruning(when="at-the-end"),
+    "no-teacher": _with("distillation", alpha=0.0),
+    "no-penalty": _with("pruning", l1_weight=0.0),
+    "no-compensation": _with("pruning", compensate=False),
+    "average-compensation": _with("pruning", reconstruction_samples=0),
+    "mean-activation": _with("pruning", criterion="mean_activation"),
+    "apoz": _with("pruning", criterion="apoz"),
+    "dead": _with("pruning", criterion="dead"),
+    "at-the-end": _with("pruning", when="at-the-end"),
     "threshold-third": _with_threshold(1 / 3),
     "threshold-triple": _with_threshold(3),
 }

@@ -17,9 +17,8 @@ ACTIVE_IMAGES = 5000  # enough images to find a neuron that is active for any
 def accuracy(model: nn.Module, data: ImageData, split: Split, runtime: Runtime, *, views: bool = False) -> float:
     """The share of the images of `split` that `model` classifies correctly, 0 to 1. The processes share the images.
 
-    Args:
-        views: average the logits of six views of each image: the image, and the image moved by one pixel along each
-            diagonal, each also mirrored, with the weights of Jordan (2024).
+    `views` averages the logits of six views of each image: the image, and the image moved by one pixel along each
+    diagonal, each also mirrored, with the weights of Jordan (2024).
     """
     model.eval()
     correct = torch.zeros((), dtype=torch.int64, device=runtime.device)
@@ -41,23 +40,17 @@ def _logits_of_views(model: nn.Module, images: Tensor) -> Tensor:
 
 @torch.inference_mode()
 def count_active(model: nn.Module, layer: nn.Linear, data: ImageData, runtime: Runtime) -> int:
-    """The number of neurons of `layer` whose ReLU is positive for any of the first 5000 training images.
-
-    The processes share the images.
-    """
+    """The number of neurons of `layer` that fire for any of the first 5000 training images, which processes share."""
     active = torch.zeros(layer.out_features, dtype=torch.bool, device=runtime.device)
 
     def note(_module: nn.Module, _inputs: tuple[Tensor, ...], output: Tensor) -> None:
         active.logical_or_((output > 0).any(0))
 
-    handle = layer.register_forward_hook(note)
-    try:
-        model.eval()
+    model.eval()
+    with layer.register_forward_hook(note):
         for images in runtime.processes.share(data.train.images[:ACTIVE_IMAGES]).split(_EVALUATION_BATCH):
             with runtime.autocast():
                 model(data.normalise(images))
-    finally:
-        handle.remove()
     return int((runtime.processes.sum(active.int()) > 0).sum())
 
 

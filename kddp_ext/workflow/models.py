@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from kddp_ext.workflow.config import RunConfig, StudentArchitecture, TeacherArchitecture
 from kddp_ext.workflow.datasets import DatasetInfo
-from kddp_ext.workflow.errors import WorkflowError
+from kddp_ext.workflow.errors import OptionError, WorkflowError
 
 _RESNET_DEPTHS = {"resnet20": 20, "resnet56": 56, "resnet110": 110}
 
@@ -35,12 +35,6 @@ def build_teacher(config: RunConfig, info: DatasetInfo) -> nn.Module:
     return _seeded(teacher.seed, lambda: PreActivationResNet(info.channels, info.classes, depth, channels))
 
 
-def prepare_teacher(model: nn.Module, images: Tensor) -> None:
-    """Set the weights that depend on the training images, normalised (N, C, S, S). Called before the training."""
-    if isinstance(model, FastTeacher):
-        model.whiten(images)
-
-
 def build_student(config: RunConfig, info: DatasetInfo) -> nn.Module:
     """The student of a run before any pruning. `config.seed` determines the initial weights."""
     student = config.student
@@ -53,21 +47,14 @@ def build_student(config: RunConfig, info: DatasetInfo) -> nn.Module:
 
 
 def check_networks(config: RunConfig, info: DatasetInfo) -> None:
-    """Check that the networks of `config` can be built for the data set, and pruned as configured.
-
-    Raises:
-        WorkflowError: an augmentation moves images by their whole side; the number of channels does not fit the
-            architecture; pooling leaves no pixels; or the hidden layer shall be pruned and there is none.
-    """
+    """Raise WorkflowError unless `config`'s networks can be built for the data set, and pruned as configured."""
     for name, network in (("teacher", config.teacher), ("student", config.student)):
         architecture, channels = network.architecture, network.channels
         if config.augment and network.shift >= info.size:
-            raise WorkflowError(f"--{name}.shift: expected less than the image size {info.size}, got {network.shift}")
+            raise OptionError(f"{name}.shift", f"less than the image size {info.size}", network.shift)
         if channels and architecture not in ("fast", "cnn") and len(channels) != len(_CHANNELS[architecture]):
-            raise WorkflowError(
-                f"--{name}.channels: expected {len(_CHANNELS[architecture])} numbers for {architecture}, or none for "
-                f"its default, got {channels}"
-            )
+            expected = f"{len(_CHANNELS[architecture])} numbers for {architecture}, or none for its default"
+            raise OptionError(f"{name}.channels", expected, channels)
         # Each entry of these two is followed by a pooling; the whitening of 2x2 patches removes one pixel before.
         size = info.size - 1 if architecture == "fast" else info.size
         if architecture in ("fast", "cnn") and size >> len(channels) == 0:
@@ -88,17 +75,12 @@ def _seeded(seed: int, build: Callable[[], nn.Module]) -> nn.Module:
 
 
 class FastTeacher(nn.Module):
-    """A convolutional network that trains in few epochs.
+    """A convolutional network that trains in few epochs. Each block halves height and width.
 
     It follows David Page ("How to train your ResNet", 2018) and Keller Jordan ("94% on CIFAR-10 in 3.29 seconds on a
     single GPU", 2024): wide and shallow, pooling before normalisation, global max pooling before the classifier, and
     logits scaled down so that a large learning rate is stable. The weights of the first layer are not trained. They
     decorrelate the 2x2 patches of the images (`whiten`), which saves epochs.
-
-    Args:
-        image_channels: 1 for grey images, 3 for colour.
-        classes: number of logits.
-        channels: output channels of each block. A block halves height and width.
     """
 
     logit_scale = 1 / 9
@@ -117,11 +99,7 @@ class FastTeacher(nn.Module):
 
     @torch.no_grad()
     def whiten(self, images: Tensor) -> None:
-        """Set the filters of the first layer to the principal components of the patches, scaled to variance 1.
-
-        Args:
-            images: normalised training images (N, C, S, S). A few thousand suffice.
-        """
+        """Set the first layer's filters to the principal components of the images' patches, scaled to variance 1."""
         patches = images.unfold(2, 2, 1).unfold(3, 2, 1).permute(0, 2, 3, 1, 4, 5).flatten(0, 2).flatten(1)
         variances, components = torch.linalg.eigh(patches.double().T.cov())
         # The constant limits the scale of components that hardly vary.
@@ -158,31 +136,13 @@ class FastBlock(nn.Module):
         return output
 
 
-class PlainStudent(nn.Module):
-    """A plain convolutional network with one hidden fully-connected layer, the layer that KDDP prunes.
+class HiddenLayerNetwork(nn.Module):
+    """`features`, which return `inputs` values for an image, a hidden layer, which KDDP prunes, and a classifier."""
 
-    With three convolutions it has five layers with weights. We call it `cnn5`. It is the closest public analogue of the
-    students of the KDDP paper, which could not be obtained.
-
-    Args:
-        image_channels: 1 for grey images, 3 for colour.
-        image_size: side length of the square images, in pixels.
-        classes: number of logits.
-        channels: output channels of each convolution. Each is followed by 2x2 pooling.
-        width: neurons of the hidden layer.
-    """
-
-    def __init__(
-        self, image_channels: int, image_size: int, classes: int, channels: tuple[int, ...], width: int
-    ) -> None:
+    def __init__(self, features: list[nn.Module], inputs: int, width: int, classes: int) -> None:
         super().__init__()
-        layers: list[nn.Module] = []
-        for inputs, outputs in zip((image_channels, *channels), channels, strict=False):
-            layers += [nn.Conv2d(inputs, outputs, 3, padding=1, bias=False), nn.MaxPool2d(2)]
-            layers += [nn.BatchNorm2d(outputs), nn.ReLU()]
-        side = image_size // 2 ** len(channels)
-        self.features = nn.Sequential(*layers, nn.Flatten())
-        self.hidden = nn.Linear(channels[-1] * side * side, width)
+        self.features = nn.Sequential(*features, nn.Flatten())
+        self.hidden = nn.Linear(inputs, width)
         self.activation = nn.ReLU()
         self.classifier = nn.Linear(width, classes)
 
@@ -191,24 +151,34 @@ class PlainStudent(nn.Module):
         return logits
 
 
-class VGG11(nn.Module):
-    """VGG-11 with batch normalisation, for small images.
+class PlainStudent(HiddenLayerNetwork):
+    """A plain convolutional network with one hidden layer. Each convolution is followed by 2x2 pooling.
 
-    Configuration A of Simonyan and Zisserman (2015) as it is used on images of 32x32: one hidden layer instead of two,
-    and only as many of its poolings as the image size allows.
-
-    Args:
-        image_channels: 1 for grey images, 3 for colour.
-        image_size: side length of the square images, in pixels, at least 2.
-        classes: number of logits.
-        channels: output channels of the eight convolutions.
-        width: neurons of the hidden layer.
+    With three convolutions it has five layers with weights. We call it `cnn5`. It is the closest public analogue of the
+    students of the KDDP paper, which could not be obtained.
     """
 
     def __init__(
         self, image_channels: int, image_size: int, classes: int, channels: tuple[int, ...], width: int
     ) -> None:
-        super().__init__()
+        layers: list[nn.Module] = []
+        for inputs, outputs in zip((image_channels, *channels), channels, strict=False):
+            layers += [nn.Conv2d(inputs, outputs, 3, padding=1, bias=False), nn.MaxPool2d(2)]
+            layers += [nn.BatchNorm2d(outputs), nn.ReLU()]
+        side = image_size // 2 ** len(channels)
+        super().__init__(layers, channels[-1] * side * side, width, classes)
+
+
+class VGG11(HiddenLayerNetwork):
+    """VGG-11 with batch normalisation, for small images.
+
+    Configuration A of Simonyan and Zisserman (2015) as it is used on images of 32x32: one hidden layer instead of two,
+    and only as many of its poolings as the image size allows.
+    """
+
+    def __init__(
+        self, image_channels: int, image_size: int, classes: int, channels: tuple[int, ...], width: int
+    ) -> None:
         layers: list[nn.Module] = []
         side, inputs = image_size, image_channels
         for number, outputs in enumerate(channels):
@@ -217,28 +187,15 @@ class VGG11(nn.Module):
                 layers.append(nn.MaxPool2d(2))
                 side //= 2
             inputs = outputs
-        self.features = nn.Sequential(*layers, nn.Flatten())
-        self.hidden = nn.Linear(inputs * side * side, width)
-        self.activation = nn.ReLU()
-        self.classifier = nn.Linear(width, classes)
-
-    def forward(self, images: Tensor) -> Tensor:
-        logits: Tensor = self.classifier(self.activation(self.hidden(self.features(images))))
-        return logits
+        super().__init__(layers, inputs * side * side, width, classes)
 
 
 class PreActivationResNet(nn.Module):
     """A pre-activation residual network for small images (He, Zhang, Ren, Sun 2016).
 
-    A 3x3 convolution, three stages of blocks, and a linear classifier. The second and the third stage halve the sides.
-    The layout is the one for CIFAR of He et al. (2015, section 4.2), the blocks are those of 2016, and the initial
-    weights follow "Delving deep into rectifiers" (He et al. 2015).
-
-    Args:
-        image_channels: 1 for grey images, 3 for colour.
-        classes: number of logits.
-        depth: 6n + 2, the number of layers with weights along the main path, for n blocks in a stage.
-        channels: output channels of the three stages.
+    A 3x3 convolution, three stages of blocks, and a linear classifier; the second and the third stage halve the sides.
+    The layout is that for CIFAR of He et al. (2015, section 4.2). `depth` is 6n + 2, the number of layers with weights
+    along the main path, for n blocks in a stage. The initial weights follow "Delving deep into rectifiers" (2015).
     """
 
     def __init__(self, image_channels: int, classes: int, depth: int, channels: tuple[int, ...]) -> None:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-from typing import Any, overload
+from collections.abc import Iterable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -19,13 +19,7 @@ class Muon(torch.optim.Optimizer):
     is scaled to the norm sqrt(O) before each step, so that the learning rate alone determines the change of direction.
     A normalisation must follow the layer. From Jordan, Jin, Boza, You, Cesista, Newhouse, Bernstein: "Muon: an
     optimizer for hidden layers in neural networks" (2024).
-
-    Args:
-        groups: parameter groups; each may override the settings below.
-        lr: learning rate.
-        momentum: factor of the previous momentum.
-        weight_decay: factor of the parameter that is added to its gradient.
-        orthogonalize: whether the steps are orthogonal.
+    Each group may override the settings.
     """
 
     def __init__(
@@ -40,24 +34,13 @@ class Muon(torch.optim.Optimizer):
         defaults = {"lr": lr, "momentum": momentum, "weight_decay": weight_decay, "orthogonalize": orthogonalize}
         super().__init__(groups, defaults)
 
-    @overload
-    def step(self, closure: None = None) -> None: ...
-
-    @overload
-    def step(self, closure: Callable[[], float]) -> float: ...
-
     @torch.no_grad()
-    def step(self, closure: Callable[[], float] | None = None) -> float | None:
-        """Call `closure`, if given, then update every parameter that has a gradient; returns the closure's result."""
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
+    def step(self) -> None:  # type: ignore[override]  # without the closure, which nothing here needs
+        """Update every parameter that has a gradient."""
         for group in self.param_groups:
             for parameter in group["params"]:
                 if parameter.grad is not None:
                     self._step(parameter, parameter.grad, group)
-        return loss
 
     def _step(self, parameter: nn.Parameter, gradient: Tensor, group: dict[str, Any]) -> None:
         gradient = gradient.add(parameter, alpha=group["weight_decay"])

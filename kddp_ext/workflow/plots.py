@@ -64,10 +64,7 @@ def draw(path: Path, measured: Sequence[Measured], title: str) -> None:
 
 
 def _accuracy_against_parameters(axes: Axes, measured: Sequence[Measured]) -> None:
-    axes.set_title("Accuracy against size")
-    axes.set_xlabel("parameters (log scale)")
-    axes.set_ylabel("test accuracy (%)")
-    axes.set_xscale("log")
+    axes.set(title="Accuracy against size", xlabel="parameters (log scale)", ylabel="test accuracy (%)", xscale="log")
     for kind, style in _STYLES.items():
         found = sorted((each for each in measured if each.point.kind == kind), key=lambda each: each.mean("parameters"))
         if found:
@@ -87,14 +84,13 @@ def _accuracy_against_parameters(axes: Axes, measured: Sequence[Measured]) -> No
 
 def _deviations(shown: Sequence[Measured]) -> list[float] | None:
     """The standard deviations of the accuracies in percent; None where there is one seed."""
-    deviations = [100 * (each.deviation("test_accuracy") or 0.0) for each in shown]
-    return deviations if any(len(each.results) > 1 for each in shown) else None
+    accuracies = [[100 * value for value in each.values("test_accuracy")] for each in shown]
+    deviations = [statistics.stdev(values) if len(values) > 1 else 0.0 for values in accuracies]
+    return deviations if any(len(values) > 1 for values in accuracies) else None
 
 
 def _widths(axes: Axes, kddp: Sequence[Measured], kd: Sequence[Measured]) -> None:
-    axes.set_title("KDDP finds the width")
-    axes.set_xlabel("epoch")
-    axes.set_ylabel("neurons of the pruned layers")
+    axes.set(title="KDDP finds the width", xlabel="epoch", ylabel="neurons of the pruned layers")
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     start = max((result["width"] or 0 for each in kd for result in each.results), default=0)
     for number, each in enumerate(kddp):
@@ -116,9 +112,7 @@ def _widths(axes: Axes, kddp: Sequence[Measured], kd: Sequence[Measured]) -> Non
 
 
 def _loss_terms(axes: Axes, epochs: list[dict[str, Any]]) -> None:
-    axes.set_title("Terms of KDDP's loss")
-    axes.set_xlabel("epoch")
-    axes.set_ylabel("mean over the epoch (log scale)")
+    axes.set(title="Terms of KDDP's loss", xlabel="epoch", ylabel="mean over the epoch (log scale)")
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     for term, (name, colour) in _TERMS.items() if epochs else ():
         axes.plot(
@@ -132,8 +126,7 @@ def _loss_terms(axes: Axes, epochs: list[dict[str, Any]]) -> None:
 
 
 def _ablations(axes: Axes, shown: Sequence[Measured]) -> None:
-    axes.set_title("KDDP with one thing changed")
-    axes.set_xlabel("test accuracy (%); final width in brackets")
+    axes.set(title="KDDP with one thing changed", xlabel="test accuracy (%); final width in brackets")
     axes.errorbar(
         [100 * each.mean("test_accuracy") for each in shown],
         range(len(shown)),

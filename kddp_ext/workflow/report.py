@@ -6,7 +6,7 @@ import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
@@ -47,14 +47,7 @@ _PHASES = ("data", "teacher", "student", "loss", "prune", "validation", "epoch")
 
 @dataclass(frozen=True)
 class Measured:
-    """A point with the results of its finished trainings.
-
-    Attributes:
-        point: what was trained.
-        jobs: its finished trainings, at least one.
-        results: the figures of each.
-        epochs: the metrics of each.
-    """
+    """A point with its finished trainings, at least one, the figures of each, and the metrics of each one's epochs."""
 
     point: Point
     jobs: tuple[Job, ...]
@@ -72,17 +65,12 @@ class Measured:
         """The mean of the figure `key` over the seeds."""
         return statistics.fmean(self.values(key))
 
-    def deviation(self, key: str) -> float | None:
-        """The sample standard deviation of the figure `key` over the seeds; None for one seed."""
-        return statistics.stdev(self.values(key)) if len(self.results) > 1 else None
-
     def by_seed(self, key: str) -> dict[int, float]:
         """The figure `key` by seed."""
         return {job.config.seed: value for job, value in zip(self.jobs, self.values(key), strict=True)}
 
 
-@dataclass(frozen=True)
-class Table:
+class Table(NamedTuple):
     """Rows of text. The first column is left-aligned, the others are right-aligned."""
 
     name: str
@@ -93,6 +81,11 @@ class Table:
         """The table in Markdown, without a final line break."""
         rule = ["---", *["---:"] * (len(self.columns) - 1)]
         return "\n".join(f"| {' | '.join(cells)} |" for cells in (self.columns, rule, *self.rows))
+
+
+def say(console: Console, line: str, style: str | None = None) -> None:
+    """Print one line as it is: no wrapping, colours or markup."""
+    console.print(line, style=style, highlight=False, soft_wrap=True, markup=False)
 
 
 def title_of(sweep: SweepConfig) -> str:
@@ -112,14 +105,10 @@ def measure_points(folder: RunFolder, points: Sequence[Point]) -> list[Measured]
 
 
 def rebuild_report(path: Path, console: Console) -> None:
-    """Write the report again from the trainings that are finished; nothing is trained or measured.
-
-    Raises:
-        WorkflowError: `path` is not a run, or a file in it is damaged.
-    """
+    """Write the report again from the finished trainings; raises WorkflowError if a file is missing or damaged."""
     folder = RunFolder(path)
     write_report(folder, folder.read_config(), console)
-    console.print(f"The report is {folder.report}", highlight=False, soft_wrap=True)
+    say(console, f"The report is {folder.report}")
 
 
 def write_report(folder: RunFolder, sweep: SweepConfig, console: Console) -> None:
@@ -162,7 +151,7 @@ def print_results(console: Console, sweep: SweepConfig, measured: Sequence[Measu
         table.add_row(*(cells[name] for name in _ON_TERMINAL), style="bold" if each.point.kind == "kddp" else None)
     console.print(table)
     for warning in warnings_of(measured):
-        console.print(f"warning: {warning}", style="yellow", highlight=False, soft_wrap=True)
+        say(console, f"warning: {warning}", "yellow")
 
 
 def warnings_of(measured: Sequence[Measured]) -> list[str]:
@@ -257,12 +246,8 @@ def _full_kd(measured: Sequence[Measured]) -> Measured | None:
 
 def _against(measured: Measured, kd: Measured) -> tuple[str, str]:
     """The difference in accuracy over the seeds that both have, and how many times fewer parameters."""
-    kd_accuracy = kd.by_seed("test_accuracy")
-    differences = [
-        accuracy - kd_accuracy[seed]
-        for seed, accuracy in measured.by_seed("test_accuracy").items()
-        if seed in kd_accuracy
-    ]
+    ours, theirs = measured.by_seed("test_accuracy"), kd.by_seed("test_accuracy")
+    differences = [ours[seed] - theirs[seed] for seed in ours if seed in theirs]
     fewer = kd.mean("parameters") / measured.mean("parameters")
     return _signed(differences) if differences else "", "" if fewer == 1 else f"{fewer:.2f}x"
 
@@ -278,20 +263,22 @@ def _width(measured: Measured, key: str = "width") -> str:
 
 def _pairs(measured: Sequence[Measured]) -> list[list[str]]:
     """KDDP, and KD at the width that it found, by seed."""
-    kd = {
-        (result["width"], job.config.seed): result["test_accuracy"]
-        for each in measured
-        if each.point.kind in ("kd", "kd-at-found-width")
-        for job, result in zip(each.jobs, each.results, strict=True)
-    }
-    rows = []
+    kd, rows = {}, []
+    for each in measured:
+        if each.point.kind in ("kd", "kd-at-found-width"):
+            kd.update(_accuracies(each))
     for each in (each for each in measured if each.point.kind == "kddp"):
-        results = {
-            (result["width"], job.config.seed): result for job, result in zip(each.jobs, each.results, strict=True)
-        }
-        pairs = [(result["test_accuracy"], kd[key]) for key, result in results.items() if key in kd]
+        pairs = [(ours, kd[key]) for key, ours in _accuracies(each).items() if key in kd]
         if pairs:
             ours, theirs = zip(*pairs, strict=True)
             differences = [one - other for one, other in pairs]
             rows.append([each.point.label, _width(each), percent(ours), percent(theirs), _signed(differences)])
     return rows
+
+
+def _accuracies(measured: Measured) -> dict[tuple[int, int], float]:
+    """The test accuracy by width and seed."""
+    return {
+        (result["width"], job.config.seed): result["test_accuracy"]
+        for job, result in zip(measured.jobs, measured.results, strict=True)
+    }

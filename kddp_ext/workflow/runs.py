@@ -15,33 +15,31 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 
 import kddp_ext
-from kddp_ext.files import remove_leftovers
+from kddp_ext.files import remove_leftovers, write_json
 from kddp_ext.workflow.config import Device, SweepConfig
 from kddp_ext.workflow.data import ImageData
 from kddp_ext.workflow.datasets import INFO, read_dataset
-from kddp_ext.workflow.distributed import Processes, data_parallel
-from kddp_ext.workflow.errors import WorkflowError
+from kddp_ext.workflow.distributed import Processes
+from kddp_ext.workflow.errors import OptionError, WorkflowError
 from kddp_ext.workflow.folder import (
     RunFolder,
     architecture,
     check_architecture,
     load_checkpoint,
     locked,
-    make_folder,
     open_folder,
     save_checkpoint,
-    take_teacher,
 )
 from kddp_ext.workflow.jobs import TEACHER, Job, points
 from kddp_ext.workflow.measure import accuracy, count_active, count_macs, count_parameters
-from kddp_ext.workflow.models import build_student, build_teacher, check_networks, prepare_teacher
-from kddp_ext.workflow.report import title_of, write_report
+from kddp_ext.workflow.models import FastTeacher, build_student, build_teacher, check_networks
+from kddp_ext.workflow.report import say, title_of, write_report
 from kddp_ext.workflow.runtime import Runtime
 from kddp_ext.workflow.teacher_logits import TeacherLogits
 from kddp_ext.workflow.tensorboard import event_files, require_tensorboard
@@ -54,15 +52,7 @@ _WHITENING_IMAGES = 2000  # enough patches for their principal components
 
 @dataclass(frozen=True)
 class Run:
-    """What all trainings of a run share.
-
-    Attributes:
-        folder: its files.
-        data: the data set.
-        runtime: device, precision and processes.
-        progress: shows bars on a terminal, and prints lines.
-        tensorboard: whether event files are written.
-    """
+    """What all trainings of a run share. `tensorboard` says whether event files are written."""
 
     folder: RunFolder
     data: ImageData
@@ -85,19 +75,16 @@ def run_sweep(
 ) -> None:
     """Train everything that is not finished, then write and print the report.
 
-    With `resume` it continues where it stopped, and also trains what a longer list of seeds, widths, weights or
-    ablations adds.
-
     Args:
         path: folder of the run.
         sweep: what to train.
         console: where progress and the table go.
         data_dir: folder of the data set; None downloads it.
-        resume: continue the run that is in `path`, or help another process with it.
+        resume: continue the run in `path`, train what a longer list adds to it, or help another process with it.
         device: where to compute.
         teacher_from: folder of a run whose finished teacher is used.
-        processes: the processes that share each training; all of them call this. The first one writes the files and
-            uses the console. None is this process alone.
+        processes: the processes that share each training; all call this, and the first one writes the files and uses
+            the console. None is this process alone.
         tensorboard: also write each training's metrics as event files.
 
     Raises:
@@ -111,29 +98,19 @@ def run_sweep(
     runtime = _runtime(device, sweep, processes)
     if tensorboard:
         processes.on_rank_zero(require_tensorboard)
-    folder = processes.on_rank_zero(lambda: _open(path, sweep, resume=resume, teacher_from=teacher_from))
+    folder = processes.on_rank_zero(lambda: open_folder(path, sweep, resume=resume, teacher_from=teacher_from))
     processes.all_or_raise(folder.read_config)  # checks that all processes see the folder
     if processes.on_rank_zero(lambda: _unfinished(folder, sweep)):
         data = _data(sweep, data_dir, runtime)
         with _progress(console) as progress:
-            console.print(
+            say(
+                console,
                 f"{title_of(sweep)}: {len(data.train):,} images for training, {len(data.validation):,} for validation, "
                 f"{len(data.test):,} for the test; {runtime}",
-                highlight=False,
-                soft_wrap=True,
             )
             _train_all(Run(folder, data, runtime, progress, tensorboard), sweep)
     processes.on_rank_zero(lambda: write_report(folder, sweep, console))
-    console.print(f"{time.monotonic() - started:.0f} s. The report is {folder.report}", highlight=False, soft_wrap=True)
-
-
-def _open(path: Path, sweep: SweepConfig, *, resume: bool, teacher_from: Path | None) -> RunFolder:
-    make_folder(path)
-    with locked(path):
-        folder = open_folder(path, sweep, resume=resume)
-        if teacher_from is not None:
-            take_teacher(folder, teacher_from, sweep)
-    return folder
+    say(console, f"{time.monotonic() - started:.0f} s. The report is {folder.report}")
 
 
 def _runtime(device: Device, sweep: SweepConfig, processes: Processes) -> Runtime:
@@ -162,9 +139,8 @@ def _data(sweep: SweepConfig, data_dir: Path | None, runtime: Runtime) -> ImageD
         for option, batch_size in (("teacher", config.teacher.batch_size), ("student", config.student.batch_size)):
             images = min(batch_size, len(data.train))
             if images % processes.count:
-                raise WorkflowError(
-                    f"--{option}.batch-size: expected a multiple of {processes.count} (the processes), got {images}"
-                )
+                expected = f"a multiple of {processes.count} (the processes)"
+                raise OptionError(f"{option}.batch-size", expected, images)
         return data
 
     return processes.all_or_raise(make)
@@ -180,29 +156,16 @@ def _train_all(run: Run, sweep: SweepConfig) -> None:
         teacher, run.data, sweep.run.student.shift, run.folder.teacher_logits, run.runtime, run.progress
     )
     while left := on_rank_zero(lambda: _unfinished(run.folder, sweep)):
-        if not any(_train_unless_taken(run, job, logits) for job in left):
+        if not any(train_student(run, job, logits) for job in left):
             time.sleep(_WAIT)
     _print(run, logits.use())
 
 
 def _unfinished(folder: RunFolder, sweep: SweepConfig) -> list[Job]:
     """The jobs that are known now and not finished: the teacher, then those of the first seed."""
-    known: dict[str, Job] = {}
-    found = folder.points(sweep)
-    for seed in (None, *sweep.seeds):
-        for job in (job for point in found for job in point.jobs):
-            if job.config.seed == seed or (seed is None and job.name == TEACHER):
-                known[job.name] = job
-    return [job for job in known.values() if folder.read_result(job.name) is None]
-
-
-def _train_unless_taken(run: Run, job: Job, logits: TeacherLogits) -> bool:
-    """Train a student unless another process trains it; returns whether it was trained here."""
-    with _claimed(run, job, wait=False) as held:
-        if not held or _is_finished(run, job):
-            return False
-        train_student(run, job, logits)
-        return True
+    jobs = [job for point in folder.points(sweep) for job in point.jobs]
+    jobs.sort(key=lambda job: -1 if job.name == TEACHER else sweep.seeds.index(job.config.seed))
+    return [job for job in {job.name: job for job in jobs}.values() if folder.read_result(job.name) is None]
 
 
 @contextmanager
@@ -221,15 +184,19 @@ def _is_finished(run: Run, job: Job) -> bool:
 def train_teacher(run: Run, job: Job) -> nn.Module:
     """Train the teacher, or continue after its last checkpoint; returns it in evaluation mode."""
     model = build_teacher(job.config, run.data.info)
-    first = torch.arange(min(_WHITENING_IMAGES, len(run.data.train)), device=run.runtime.device)
-    prepare_teacher(model, run.data.normalise(run.data.train.images[first]).cpu())
+    if isinstance(model, FastTeacher):
+        model.whiten(run.data.example(_WHITENING_IMAGES).cpu())
     return _train_job(run, job, model, teacher_recipe(job.config), None).model.eval()
 
 
-def train_student(run: Run, job: Job, logits: TeacherLogits) -> None:
-    """Train a student, or continue after its last checkpoint."""
-    recipe = student_recipe(job.config, job.stage)
-    _train_job(run, job, build_student(job.config, run.data.info), recipe, logits if recipe.loss.alpha > 0 else None)
+def train_student(run: Run, job: Job, logits: TeacherLogits) -> bool:
+    """Train a student, or continue after its last checkpoint; returns False if another process trains it."""
+    with _claimed(run, job, wait=False) as held:
+        if not held or _is_finished(run, job):
+            return False
+        recipe, model = student_recipe(job.config, job.stage), build_student(job.config, run.data.info)
+        _train_job(run, job, model, recipe, logits if recipe.loss.alpha > 0 else None)
+        return True
 
 
 def _train_job(run: Run, job: Job, model: nn.Module, recipe: Recipe, logits: TeacherLogits | None) -> Training:
@@ -237,7 +204,9 @@ def _train_job(run: Run, job: Job, model: nn.Module, recipe: Recipe, logits: Tea
     training = processes.all_or_raise(lambda: _restore_or_start(run, job, run.runtime.place(model), recipe))
     if _is_finished(run, job) and len(training.epochs) == recipe.epochs:
         return training
-    processes.on_rank_zero(lambda: _tidy(run, job, training))
+    processes.on_rank_zero(lambda: remove_leftovers(run.folder.job(job.name)))
+    if training.epochs:  # a killed process may have written the checkpoint and not yet the metrics
+        processes.on_rank_zero(lambda: run.folder.write_epochs(job.name, training.epochs))
     _distribute(run, training, recipe)
 
     images = len(run.data.train) // recipe.batch_size * recipe.batch_size or len(run.data.train)
@@ -255,7 +224,7 @@ def _train_job(run: Run, job: Job, model: nn.Module, recipe: Recipe, logits: Tea
     if job.stage != "teacher":
         processes.on_rank_zero(lambda: _save_student(run, job, training))
     result = _measure(run, job, training)
-    processes.on_rank_zero(lambda: run.folder.write_result(job.name, result))
+    processes.on_rank_zero(lambda: write_json(run.folder.result(job.name), result))
     width = f", width {result['width']:,}" if result["width"] is not None else ""
     seconds = sum(epoch["seconds"]["epoch"] for epoch in training.epochs)
     _print(
@@ -268,20 +237,21 @@ def _train_job(run: Run, job: Job, model: nn.Module, recipe: Recipe, logits: Tea
     return training
 
 
-def _tidy(run: Run, job: Job, training: Training) -> None:
-    """Finish what a killed process began: metrics are written after the checkpoint."""
-    remove_leftovers(run.folder.job(job.name))
-    if training.epochs:
-        run.folder.write_epochs(job.name, training.epochs)
-
-
 def _distribute(run: Run, training: Training, recipe: Recipe) -> None:
-    """Average gradients over the processes, if there are several. The pruner must have traced the model before."""
+    """Average gradients over the processes, if there are several. The pruner must have traced the model before.
+
+    On GPUs, batch normalisation uses the mean and the variance over all processes. On CPUs, where PyTorch has no
+    SyncBatchNorm, each process uses those of its own part of the batch (see `Processes.average_buffers`).
+    """
     processes = run.runtime.processes
     if processes.count == 1:
         return
     processes.require_same("the finished epochs", len(training.epochs))
-    training.network = data_parallel(training.model, find_unused_parameters=bool(recipe.frozen_from))
+    if run.runtime.device.type == "cuda":
+        nn.SyncBatchNorm.convert_sync_batchnorm(training.model)
+    training.network = DistributedDataParallel(
+        training.model, forward_sync_buffers=False, find_unused_parameters=bool(recipe.frozen_from)
+    )
 
 
 def _restore_or_start(run: Run, job: Job, model: nn.Module, recipe: Recipe) -> Training:
@@ -310,27 +280,23 @@ def _restore_or_start(run: Run, job: Job, model: nn.Module, recipe: Recipe) -> T
 
 def start_training(run: Run, job: Job, model: nn.Module, recipe: Recipe) -> Training:
     """The state in which a training of `model` begins."""
-    optimizer = recipe.optimizer(model)
-    pruner = _pruner(run, job, model, optimizer) if job.stage == "kddp" else None
+    optimizer, pruning, pruner = recipe.optimizer(model), job.config.pruning, None
+    if job.stage == "kddp":
+        pruner = kddp_ext.DynamicPruner(
+            model,
+            optimizer,
+            example_inputs=(run.data.example(2),),
+            layers=["hidden"] if pruning.layers == "hidden" else None,
+            criterion=pruning.criterion,
+            threshold=pruning.threshold,
+            patience=1 if pruning.when == "at-the-end" else pruning.patience,  # there is only one check
+            minimum_width=pruning.minimum_width,
+            round_to=pruning.round_to,
+            compensate=pruning.compensate,
+            reconstruction_samples=pruning.reconstruction_samples if pruning.compensate else 0,
+        )
     network = compiled(model) if job.config.compile else model  # after the pruner has traced the model
     return Training(model, network, optimizer, pruner, epochs=[], compiled=job.config.compile)
-
-
-def _pruner(run: Run, job: Job, model: nn.Module, optimizer: torch.optim.Optimizer) -> kddp_ext.DynamicPruner:
-    pruning = job.config.pruning
-    return kddp_ext.DynamicPruner(
-        model,
-        optimizer,
-        example_inputs=(run.data.example(2),),
-        layers=["hidden"] if pruning.layers == "hidden" else None,
-        criterion=pruning.criterion,
-        threshold=pruning.threshold,
-        patience=1 if pruning.when == "at-the-end" else pruning.patience,  # there is only one check
-        minimum_width=pruning.minimum_width,
-        round_to=pruning.round_to,
-        compensate=pruning.compensate,
-        reconstruction_samples=pruning.reconstruction_samples if pruning.compensate else 0,
-    )
 
 
 def _save(run: Run, job: Job, training: Training) -> None:
@@ -384,13 +350,8 @@ def collapse_warnings(
 ) -> list[str]:
     """Say whether a training collapsed, and the likely cause.
 
-    Two things are recognised: a layer whose activations are all zero (the hidden layer at the end, or a pruned layer at
-    the last check), and an accuracy within two standard errors of guessing, p + 2 √(p (1 - p) / test_images) with
-    p = 1 / classes.
-
-    Args:
-        result: the training's figures.
-        epochs: the metrics of its epochs.
+    It collapsed if all activations of the hidden layer are zero at the end, or of a pruned layer at the last check, or
+    if its accuracy is within two standard errors of guessing, p + 2 √(p (1 - p) / test_images) with p = 1 / classes.
     """
     network = "teacher" if job.stage == "teacher" else "student"
     advice = f"try a smaller --{network}.learning-rate (now {getattr(job.config, network).learning_rate:g})"
@@ -413,7 +374,6 @@ def collapse_warnings(
 
 
 def _progress(console: Console) -> Progress:
-    """Bars on a terminal; elsewhere nothing is drawn."""
     return Progress(
         TextColumn("{task.description:<8}"),
         BarColumn(bar_width=12),
@@ -452,4 +412,4 @@ def _bar(
 
 
 def _print(run: Run, text: str, style: str | None = None) -> None:
-    run.progress.console.print(text, style=style, highlight=False, soft_wrap=True)
+    say(run.progress.console, text, style)

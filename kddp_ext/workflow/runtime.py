@@ -21,15 +21,10 @@ Model = TypeVar("Model", bound=nn.Module)
 
 
 class Runtime:
-    """The device and the precision of a run, and the processes that share its work.
+    """The device and the precision of a run, and the processes that share its work; None is this process alone.
 
-    Args:
-        device: "auto" is a CUDA device if there is one. Each process of a machine takes its own.
-        precision: "auto" is bfloat16 where the device supports it natively; emulated, it is slower than float32.
-        processes: the processes of the run; None is this process alone.
-
-    Raises:
-        WorkflowError: there is no such device.
+    "auto" is a CUDA device if there is one, and bfloat16 where the device supports it natively; emulated, it is slower
+    than float32. Each process of a machine takes its own GPU. Raises WorkflowError if there is none.
     """
 
     def __init__(
@@ -53,13 +48,10 @@ class Runtime:
         self.dtype = torch.bfloat16 if bfloat16 else torch.float32
 
     def __str__(self) -> str:
-        parts = [f"{str(self.dtype).removeprefix('torch.')} on {self.device.type}"]
+        text, threads = f"{str(self.dtype).removeprefix('torch.')} on {self.device.type}", torch.get_num_threads()
         if self.processes.count > 1:
-            parts.append(f"{self.processes.count} processes")
-        if self.device.type == "cpu":
-            threads = torch.get_num_threads()
-            parts.append(f"{threads} thread{'' if threads == 1 else 's'}")
-        return ", ".join(parts)
+            text += f", {self.processes.count} processes"
+        return text + (f", {threads} thread{'s' * (threads != 1)}" if self.device.type == "cpu" else "")
 
     def place(self, model: Model) -> Model:
         """Move `model` to the device, with its convolutions in channels-last layout."""
@@ -68,7 +60,6 @@ class Runtime:
         return model
 
     def autocast(self) -> AbstractContextManager[object]:
-        """The context of forward passes."""
         return nullcontext() if self.dtype == torch.float32 else torch.autocast(self.device.type, self.dtype)
 
 
@@ -81,26 +72,18 @@ def _has_bfloat16(device: torch.device) -> bool:
 
 def prepare_process() -> None:
     """Set up malloc and the floating-point mode for training. Call it before PyTorch starts any threads."""
-    tune_malloc()
+    if platform.libc_ver()[0] == "glibc":
+        # Each step frees and allocates the same large tensors. By default glibc returns them to the system, which
+        # clears every page when it maps them again: a third of a training step on a CPU. So it keeps freed memory.
+        trim_threshold, top_pad, mmap_max = -1, -2, -4  # from malloc.h
+        libc = ctypes.CDLL(None)
+        libc.mallopt(mmap_max, 0)
+        libc.mallopt(trim_threshold, 2**31 - 1)
+        libc.mallopt(top_pad, 64 * 2**20)
     # Adam's momentum of inactive neurons becomes denormal (below 1e-38 in float32) within a thousand steps. Processors
     # are tens of times slower with such numbers: a quarter of a step in a wide layer that is mostly inactive. Threads
     # inherit the mode from the thread that starts them.
     torch.set_flush_denormal(True)
-
-
-def tune_malloc() -> None:
-    """Make glibc keep freed memory for reuse. Without glibc, this does nothing.
-
-    Each training step frees and allocates the same large tensors. By default glibc returns them to the system, which
-    clears every page when it maps them again: a third of a training step on a CPU.
-    """
-    if platform.libc_ver()[0] != "glibc":
-        return
-    trim_threshold, top_pad, mmap_max = -1, -2, -4  # from malloc.h
-    libc = ctypes.CDLL(None)
-    libc.mallopt(mmap_max, 0)
-    libc.mallopt(trim_threshold, 2**31 - 1)
-    libc.mallopt(top_pad, 64 * 2**20)
 
 
 class PhaseClock:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import time
 from pathlib import Path
 
@@ -13,7 +11,7 @@ import torch
 from rich.progress import Progress
 from torch import Tensor, nn
 
-from kddp_ext.files import atomic_write, hash_tensors, remove_leftovers
+from kddp_ext.files import atomic_write, hash_json, hash_tensors, remove_leftovers
 from kddp_ext.workflow.data import ImageData
 from kddp_ext.workflow.folder import locked
 from kddp_ext.workflow.runtime import Runtime
@@ -30,20 +28,12 @@ class TeacherLogits:
     Its header holds a hash of the logits; a damaged file is computed again. Files are renamed into place when they are
     complete. Without augmentation one file serves every epoch. If several processes share a training, each computes its
     share of the logits, and the first process writes the file.
-
-    Args:
-        teacher: the trained network.
-        data: the training images.
-        shift: largest shift of augmented images in pixels.
-        folder: where the files are; made when the first one is written.
-        runtime: device and precision.
-        progress: shows a bar while logits are computed.
     """
 
     def __init__(
         self, teacher: nn.Module, data: ImageData, shift: int, folder: Path, runtime: Runtime, progress: Progress
     ) -> None:
-        self._computed, self._seconds, self._read_epochs = 0, 0.0, 0
+        self._computed, self._seconds, self._epochs = 0, 0.0, 0
         self._teacher = teacher.eval()
         self._data = data
         self._shift = shift
@@ -57,33 +47,24 @@ class TeacherLogits:
             "normalisation": [list(data.info.mean), list(data.info.std)],
             "precision": f"{runtime.device.type} {runtime.dtype}",
         }
-        self._latest: tuple[str, Tensor] | None = None
+        self._latest: tuple[Path, Tensor] = Path(), torch.empty(0)
 
     def view(self, view: int) -> Tensor:
         """Logits for the view numbered `view`, float32 (N, classes); row i is for training image i."""
-        name = self._name(view)
-        if self._latest is not None and self._latest[0] == name:
-            self._read_epochs += 1
-            return self._latest[1]
-        path = self._folder / f"{name}.safetensors"
-        logits = self._read(path)
-        if logits is None:
-            logits = self._compute(path, view)
-        else:
-            self._read_epochs += 1
-        self._latest = (name, logits.to(self._runtime.device))
+        augmentation = {"seed": self._data.seed, "view": view, "shift": self._shift} if self._data.augment else None
+        path = self._folder / f"{hash_json({**self._key, 'augmentation': augmentation})[:32]}.safetensors"
+        self._epochs += 1
+        if self._latest[0] != path:
+            logits = self._read(path)
+            self._latest = path, (self._compute(path, view) if logits is None else logits).to(self._runtime.device)
         return self._latest[1]
 
     def use(self) -> str:
         """A line that says what the cache did in this process."""
         views = f"{self._computed} view{'s' * (self._computed != 1)}"
-        epochs = f"{self._read_epochs} epoch{'s' * (self._read_epochs != 1)}"
+        read = self._epochs - self._computed
+        epochs = f"{read} epoch{'s' * (read != 1)}"
         return f"teacher's logits: {views} computed in {self._seconds:.0f} s, {epochs} served from the cache"
-
-    def _name(self, view: int) -> str:
-        augmentation = {"seed": self._data.seed, "view": view, "shift": self._shift} if self._data.augment else None
-        text = json.dumps({**self._key, "augmentation": augmentation}, sort_keys=True)
-        return hashlib.sha256(text.encode()).hexdigest()[:32]
 
     def _compute(self, path: Path, view: int) -> Tensor:
         processes = self._runtime.processes
@@ -101,9 +82,9 @@ class TeacherLogits:
         return logits
 
     def _read(self, path: Path) -> Tensor | None:
-        """The logits in the file; None unless every process of the run can read them."""
+        """The logits in the file; None unless every process can read them."""
         logits = read_logits(path, (len(self._data.train), self._data.info.classes))
-        return logits if self._runtime.processes.all(logits is not None) else None
+        return logits if all(self._runtime.processes.gather(logits is not None)) else None
 
     @torch.inference_mode()
     def _ask_teacher(self, view: int) -> Tensor:

@@ -19,15 +19,10 @@ def event_files(folder: Path, epochs: list[dict[str, Any]], images: int) -> Iter
     every epoch is there exactly once, even if only the resumed run was asked for event files.
 
     Args:
-        folder: made if it does not exist.
+        folder: made if it does not exist; the message of an OSError names it.
         epochs: the metrics of the finished epochs.
         images: number of images that an epoch trains on.
-
-    Raises:
-        WorkflowError: tensorboard is not installed.
-        OSError: the files cannot be written.
     """
-    require_tensorboard()
     from torch.utils.tensorboard import SummaryWriter
 
     with _naming(folder):

@@ -31,12 +31,9 @@ class Recipe:
     """How one stage trains.
 
     Attributes:
-        stage: its name.
         seed: seed of the order of the images.
-        epochs: passes over the training images.
         batch_size: images per step, summed over all processes.
         learning_rate: the learning rate by position in the training, from 0 (start) to 1 (end).
-        optimizer: makes the optimizer of a model's parameters.
         loss: settings of the loss. An alpha of 0 trains without the teacher; l1_weight is the highest weight.
         l1_warmup: epochs over which the weight rises linearly from 0.
         l1_until: position from which on the weight is 0.
@@ -73,15 +70,9 @@ class Recipe:
 
 @dataclass
 class Training:
-    """A model in training: everything that a checkpoint holds.
+    """A model in training, and the metrics of each finished epoch: everything that a checkpoint holds.
 
-    Attributes:
-        model: the network, on the run's device.
-        network: what a step calls: the model, or the wrapper that compiles or distributes it.
-        optimizer: the optimizer of its parameters.
-        pruner: the pruner; None in stages that do not prune.
-        epochs: the metrics of each finished epoch.
-        compiled: whether `network` was returned by `compiled`.
+    `network` is what a step calls: the model, or the wrapper that compiles or distributes it.
     """
 
     model: nn.Module
@@ -177,14 +168,9 @@ def train(
 ) -> None:
     """Train until `recipe.epochs` epochs are done, starting after the last finished epoch of `training`.
 
-    Args:
-        training: changed in place; `epochs` grows by one entry per epoch.
-        teacher: the teacher's logits; None trains on the labels alone.
-        advance: called with the number of images after each step.
-        epoch_done: called with the metrics of each epoch, when `training` can be saved.
-
-    Raises:
-        WorkflowError: the loss is not finite.
+    Without `teacher` it trains on the labels alone. `advance` is called with the number of images after each step, and
+    `epoch_done` with the metrics of each epoch, when `training` can be saved. Raises WorkflowError if the loss is not
+    finite.
     """
     for epoch in range(len(training.epochs), recipe.epochs):
         for name, start in recipe.frozen_from.items():

@@ -12,7 +12,7 @@ import threading
 from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 import pytest
@@ -295,12 +295,10 @@ def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., str]]:
         thread.join()
 
 
-def answer(body: bytes, length: int | str | None = None, status: int = 200, **headers: str) -> Answer:
+def answer(body: bytes, length: int | str | None = None, status: int = 200) -> Answer:
     def send(request: BaseHTTPRequestHandler) -> None:
         request.send_response(status)
         request.send_header("Content-Length", str(len(body) if length is None else length))
-        for name, value in headers.items():
-            request.send_header(name.replace("_", "-"), value)
         request.end_headers()
         request.wfile.write(body)
 
@@ -325,7 +323,6 @@ BAD_ANSWERS = {
     "nothing": answer(b""),
     "a length that is not a number": answer(CONTENT[:9], "abc"),
     "an error": answer(b"no", status=500),
-    "wrong compression": answer(CONTENT, Content_Encoding="gzip"),
     "a dropped connection": drop,
 }
 
@@ -354,11 +351,12 @@ def test_an_interrupted_download_leaves_no_file(
 ) -> None:
     url = server(answer(CONTENT), answer(CONTENT))
 
-    def interrupt(_bar: object, _count: int) -> None:
+    def interrupt(source: BinaryIO, target: BinaryIO) -> None:
+        target.write(source.read(1000))
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(datasets._ProgressBar, "update", interrupt)
+        patch.setattr(datasets.shutil, "copyfileobj", interrupt)
         with pytest.raises(KeyboardInterrupt):
             download(url, CONTENT, tmp_path)
     assert not (tmp_path / "file").exists()

@@ -196,7 +196,7 @@ def test_buffers_are_averaged_over_the_processes(ranks: RankProcesses) -> None:
 
 
 def test_a_pruner_follows_batch_normalisation_that_became_synchronised() -> None:
-    """`data_parallel` replaces the BatchNorm modules on GPUs after the pruner has traced the model."""
+    """`runs` replaces the BatchNorm modules on GPUs after the pruner has traced the model."""
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(6, 9), nn.BatchNorm1d(9), nn.ReLU(), nn.Linear(9, 3))
     nn.init.zeros_(model[1].weight[:4])  # type: ignore[arg-type]
