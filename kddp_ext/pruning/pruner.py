@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -302,29 +302,28 @@ class DynamicPruner:
         ranks, wrappers = self._ranks("prune")
         observe = partial(state.observe, self.model, caller="prune")
         observations = gather(ranks, observe, model=self.model, settings=self.settings, steps=state.steps)
-        plan = agree(ranks, partial(self._plan, observations, state, wrappers), lambda planned: planned.decisions)
-        refresh = [partial(rewrap, wrapper) for wrapper in wrappers if plan.report.neurons_pruned]
+        compaction, after, report = agree(ranks, partial(self._plan, observations, state, wrappers))
+        refresh = [partial(rewrap, wrapper) for wrapper in wrappers if report.neurons_pruned]
         apply_on_all(
-            ranks,
-            lambda confirm: plan.compaction.apply([(self, "_state", plan.state)], refresh=refresh, confirm=confirm),
+            ranks, lambda confirm: compaction.apply([(self, "_state", after)], refresh=refresh, confirm=confirm)
         )
         hooks.clear()
-        return plan.report
+        return report
 
     def _plan(
         self, observations: Sequence[LayerObservation], state: PrunerState, wrappers: Sequence[DistributedDataParallel]
-    ) -> _Plan:
+    ) -> tuple[tuple[LayerDecision, ...], tuple[CompactionPlan, PrunerState, PruneReport]]:
         """Select the neurons and prepare their removal; nothing is changed."""
         size = ModelSize(self.model, state.groups, self._positions)
         decisions = decide(observations, self.settings, size)
         if self.settings.compensate and self.settings.reconstruction_samples:
-            decisions = tuple(fit_reconstruction(decision) for decision in decisions)
+            decisions = tuple(_fit_reconstruction(decision) for decision in decisions)
         for wrapper in wrappers:
             require_rewrappable(wrapper)
         checked_copies(self.model, self._copies)
         removals = [_removal(decision) for decision in decisions if decision.pruned.numel()]
         compaction = plan_compaction(self.model, removals, self._optimizers, self._copies)
-        return _Plan(decisions, compaction, state.after(decisions, self.settings), PruneReport.of(decisions, size))
+        return decisions, (compaction, state.after(decisions, self.settings), PruneReport.of(decisions, size))
 
     def _ranks(self, caller: str) -> tuple[Ranks, Sequence[DistributedDataParallel]]:
         """The processes that prune together now, and the wrappers to be updated."""
@@ -337,17 +336,7 @@ class DynamicPruner:
         return self._hooks
 
 
-@dataclass(frozen=True)
-class _Plan:
-    """Everything that a prune is about to do."""
-
-    decisions: tuple[LayerDecision, ...]
-    compaction: CompactionPlan
-    state: PrunerState
-    report: PruneReport
-
-
-def fit_reconstruction(decision: LayerDecision) -> LayerDecision:
+def _fit_reconstruction(decision: LayerDecision) -> LayerDecision:
     """Fit the removed neurons to the remaining ones, which costs an eigendecomposition for each pruned layer."""
     ring, readers = decision.observation.statistics.ring, decision.group.readers
     if ring is None or not decision.pruned.numel():

@@ -103,10 +103,6 @@ class NeuronGroup:
     dimensions: int  # of that value
     dropouts: tuple[str, ...] = field(compare=False)
 
-    def reader(self, stored: StoredTensor) -> Reader | None:
-        """The reader whose weight is `stored`."""
-        return next((reader for reader in self.readers if reader.weight == stored), None)
-
     @property
     def positions(self) -> int | None:
         """Number of entries of a neuron that the readers weight separately, as behind a flatten; None for one entry."""
