@@ -178,11 +178,11 @@ def _plan_module(
         for cut in by_axis.values():
             tensor = NeuronSlices(stored, cut.layout).tensor(model, cut.removal.group, role=role)
         plans[stored], shift = _plan_tensor(stored, tensor, by_axis, optimizers)
-        removal = by_axis[1].removal if 1 in by_axis else None
-        if removal is None or removal.means is None:
+        read = by_axis[1].removal if 1 in by_axis else None
+        if read is None or read.means is None:
             continue
-        reader = next(reader for reader in removal.group.readers if reader.weight == stored)
-        if removal.reconstruction is not None:
+        reader = next(reader for reader in read.group.readers if reader.weight == stored)
+        if read.reconstruction is not None:
             shift = shift - apply_reconstruction(plans[stored].new, tensor, by_axis)
         if reader.shift is not None:
             shifts.append((reader.shift, shift))

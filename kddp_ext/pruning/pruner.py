@@ -74,9 +74,9 @@ class DynamicPruner:
             met.
         compensate: add the mean contribution of removed neurons to the next layer's bias, or to the BatchNorm behind a
             layer without bias. Default True.
-        reconstruction_samples: the number of recent values of each neuron that are kept. From them, a ridge regression
-            expresses the variation of removed neurons through the remaining ones, and the result is added to the next
-            layer's weights. Default 256, which are a few batches' worth. 0 compensates only the mean.
+        reconstruction_samples: the number of recent values of each neuron from which a ridge regression expresses
+            removed neurons through the remaining ones; the result is added to the next layer's weights. Default 256,
+            which are a few batches' worth. 0 compensates only the mean.
         layers: names of the layers to prune. Default: all prunable layers.
         copies: modules of the model's structure that are pruned with it, such as a moving average of its weights
             (torch.optim.swa_utils.AveragedModel, or a plain copy). Default: none.
@@ -326,7 +326,6 @@ class DynamicPruner:
         return decisions, (compaction, state.after(decisions, self.settings), PruneReport.of(decisions, size))
 
     def _ranks(self, caller: str) -> tuple[Ranks, Sequence[DistributedDataParallel]]:
-        """The processes that prune together now, and the wrappers to be updated."""
         wrappers = wrappers_of([self.model, *self._copies])
         return Ranks.of(self._process_group, wrappers, caller=caller), wrappers
 
@@ -337,7 +336,6 @@ class DynamicPruner:
 
 
 def _fit_reconstruction(decision: LayerDecision) -> LayerDecision:
-    """Fit the removed neurons to the remaining ones, which costs an eigendecomposition for each pruned layer."""
     ring, readers = decision.observation.statistics.ring, decision.group.readers
     if ring is None or not decision.pruned.numel():
         return decision
@@ -377,7 +375,6 @@ def _check_model(model: nn.Module) -> None:
 
 
 def _checked_optimizers(optimizer: Optimizer | Sequence[Optimizer] | None, model: nn.Module) -> tuple[Optimizer, ...]:
-    """The optimizers, each able to follow changes of this model."""
     if optimizer is None or isinstance(optimizer, Optimizer):
         optimizers: Sequence[Optimizer] = () if optimizer is None else (optimizer,)
     elif isinstance(optimizer, Sequence) and all(isinstance(each, Optimizer) for each in optimizer):
@@ -396,7 +393,6 @@ def _checked_optimizers(optimizer: Optimizer | Sequence[Optimizer] | None, model
 
 
 def _choose_layers(model: nn.Module, found: TracedNeurons, layers: Sequence[str] | None) -> tuple[NeuronGroup, ...]:
-    """The groups of the named layers, or all groups, in the order of the forward pass."""
     groups, refused = found.groups, found.refused
     if layers is None:
         if groups:
