@@ -6,8 +6,8 @@ import errno
 import hashlib
 import json
 import os
+import secrets
 import shutil
-import tempfile
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from pathlib import Path
@@ -31,23 +31,19 @@ def atomic_write(path: str | os.PathLike[str], write: Callable[[BinaryIO], objec
             old file is kept, and no temporary file is left.
     """
     path = Path(path)
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}.partial")
     try:
-        descriptor, temporary = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".partial", dir=path.parent)
-    except OSError as error:
-        raise _cannot_write(path, error) from error
-    try:
-        with os.fdopen(descriptor, "wb") as file:
+        with os.fdopen(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666), "wb") as file:
             write(file)
             file.flush()
             os.fsync(file.fileno())
-        os.chmod(temporary, 0o666 & ~_umask())  # only the owner can read files of mkstemp
         os.replace(temporary, path)
         _sync_folder(path.parent)
     except BaseException as error:
         with suppress(OSError):  # report the first error
             os.unlink(temporary)
         if isinstance(error, OSError):
-            raise _cannot_write(path, error) from error
+            raise OSError(error.errno, f"cannot write {path}: {error.strerror or error}") from error
         raise
 
 
@@ -62,15 +58,10 @@ def write_json(path: str | os.PathLike[str], value: Any) -> None:
 
 
 def parse_json(text: str, *, most: int | None = None) -> Any:
-    """Parse JSON from an untrusted source.
-
-    Args:
-        text: JSON of one value.
-        most: the largest accepted number of characters; None accepts any.
+    """Parse JSON from an untrusted source, of at most `most` characters.
 
     Raises:
-        ValueError: the text is not JSON, is too long or nested too deeply, or contains NaN or Infinity, which are not
-            JSON.
+        ValueError: the text is too long, nested too deeply, or not JSON; NaN and Infinity are not JSON.
     """
     if not isinstance(text, str):
         raise ValueError(f"expected JSON text, got {type(text).__name__}")
@@ -84,11 +75,6 @@ def parse_json(text: str, *, most: int | None = None) -> Any:
 
 def _refuse_constant(name: str) -> NoReturn:
     raise ValueError(f"it contains {name}, which is not JSON")
-
-
-def hash_json(value: dict[str, Any]) -> str:
-    """SHA-256 of the JSON of `value` with sorted keys."""
-    return hashlib.sha256(json.dumps(value, sort_keys=True).encode("utf-8")).hexdigest()
 
 
 def hash_tensors(tensors: Mapping[str, Tensor]) -> str:
@@ -130,13 +116,3 @@ def _sync_folder(folder: Path) -> None:
             raise
     finally:
         os.close(descriptor)
-
-
-def _cannot_write(path: Path, error: OSError) -> OSError:
-    return OSError(error.errno, f"cannot write {path}: {error.strerror or error}")
-
-
-def _umask() -> int:
-    current = os.umask(0)
-    os.umask(current)
-    return current

@@ -6,7 +6,6 @@ from collections.abc import Mapping
 from typing import Any
 
 from torch import nn
-from torch.optim import Optimizer
 
 from kddp_ext.integrations.student_pruning import StudentPruning
 from kddp_ext.pruning.tracing.graph import uncompiled
@@ -97,7 +96,15 @@ class DynamicPruning(StudentPruning, Callback):
                 "still has its original width; use strategy='ddp'"
             )
         student = self._student(pl_module)
-        pl_module.pruner = self.start_pruning(student, _optimizers_of(student, trainer.optimizers))
+        parameters = set(student.parameters())
+        holding = [
+            optimizer
+            for optimizer in trainer.optimizers
+            if any(not parameters.isdisjoint(group["params"]) for group in optimizer.param_groups)
+        ]
+        if not holding:
+            raise ValueError("trainer: none of its optimizers holds a parameter of the student")
+        pl_module.pruner = self.start_pruning(student, holding)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Note the step at which training starts or resumes."""
@@ -137,11 +144,3 @@ class DynamicPruning(StudentPruning, Callback):
         if not isinstance(student, nn.Module):
             raise ValueError(f"student: {type(pl_module).__name__} has no module named {self.student!r}")
         return uncompiled(student)
-
-
-def _optimizers_of(student: nn.Module, optimizers: list[Optimizer]) -> list[Optimizer]:
-    parameters = set(student.parameters())
-    holding = [o for o in optimizers if any(not parameters.isdisjoint(group["params"]) for group in o.param_groups)]
-    if not holding:
-        raise ValueError("trainer: none of its optimizers holds a parameter of the student")
-    return holding

@@ -15,12 +15,7 @@ from kddp_ext.pruning.settings import whole_number
 
 
 class StudentPruning:
-    """The pruner of one student, over several trainings.
-
-    Attributes:
-        pruner: the `DynamicPruner`; None before the first training starts. Its hooks are removed after training.
-        report: what the latest prune did; None before.
-    """
+    """The pruner of one student, over several trainings; its hooks are removed after each of them."""
 
     def __init__(self, *, example_inputs: tuple[Any, ...], every_n_epochs: int | None = 1, **settings: Any) -> None:
         if settings.get("interval") is not None and every_n_epochs is not None:
@@ -37,8 +32,7 @@ class StudentPruning:
     def start_pruning(self, student: nn.Module, optimizer: Optimizer | Sequence[Optimizer]) -> DynamicPruner:
         """Make the pruner, in the state of the previous training or of a restored checkpoint."""
         self.stop_pruning()
-        inputs = _on_device_of(student, self.example_inputs)
-        pruner = DynamicPruner(student, optimizer, example_inputs=inputs, **self.settings)
+        pruner = DynamicPruner(student, optimizer, example_inputs=self._inputs(student), **self.settings)
         if self._state is not None:
             pruner.load_state_dict(self._state)
         self.pruner = pruner
@@ -79,11 +73,10 @@ class StudentPruning:
         history = PruningHistory.from_json(state["history"])
         already = self.pruner is not None and self.pruner.model is student and self.pruner.widths == history.widths
         if not already:
-            history.replay(student, _on_device_of(student, self.example_inputs))
+            history.replay(student, self._inputs(student))
         self.stop_pruning()
         self.pruner, self._state = None, state
 
-
-def _on_device_of(student: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
-    device = next(student.parameters()).device
-    return tuple(value.to(device) if isinstance(value, Tensor) else value for value in inputs)
+    def _inputs(self, student: nn.Module) -> tuple[Any, ...]:
+        device = next(student.parameters()).device
+        return tuple(value.to(device) if isinstance(value, Tensor) else value for value in self.example_inputs)

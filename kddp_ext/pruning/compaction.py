@@ -26,18 +26,13 @@ from kddp_ext.pruning.tracing.groups import NeuronGroup, NeuronSlices, StoredTen
 class Removal:
     """Neurons of one group to be removed.
 
-    Attributes:
-        group: the group.
-        keep: ascending int64 indices of the neurons that stay, at least one.
-        means: float64, the mean activation of each neuron, (width,), or of each of its entries in the value that the
-            next layer reads, (width, entries). The mean contribution of the removed neurons is added to that layer.
-            None: no compensation.
-        reconstruction: how the remaining neurons replace the variation of the removed ones, through their weights in
-            the next layer; None where only the means are compensated. It needs `means`.
+    `means` are float64, of each neuron, (width,), or of each of its entries in the value that the next layer reads,
+    (width, entries). The mean contribution of the removed neurons is added to that layer; None: no compensation. The
+    `reconstruction` of the removed neurons, if any, is added to the next layer's weights; it needs `means`.
     """
 
     group: NeuronGroup
-    keep: Tensor
+    keep: Tensor  # ascending int64 indices of the neurons that stay, at least one
     means: Tensor | None = None
     reconstruction: Reconstruction | None = None
 
@@ -61,7 +56,6 @@ class _Cut:
 
     @property
     def pruned(self) -> Tensor:
-        """Ascending int64 indices of the entries to be removed."""
         return self.layout.indices(self.removal.pruned, self.removal.group.width)
 
     def means(self, neurons: Tensor) -> Tensor | None:
@@ -87,12 +81,12 @@ class _TensorPlan:
 _Attribute = tuple[object, str, Any]  # an object, the name of its attribute, the new value
 
 
+@dataclass
 class CompactionPlan:
     """Everything that a compaction changes, ready to be applied. `plan_compaction` makes it."""
 
-    def __init__(self, tensors: list[_TensorPlan], attributes: list[_Attribute]) -> None:
-        self._tensors = tensors
-        self._attributes = attributes
+    _tensors: list[_TensorPlan]
+    _attributes: list[_Attribute]
 
     @torch.inference_mode(False)  # tensors made in inference mode could not be trained
     def apply(
@@ -102,13 +96,10 @@ class CompactionPlan:
         refresh: Sequence[Callable[[], object]] = (),
         confirm: Callable[[], object] | None = None,
     ) -> None:
-        """Apply the plan. Any error, including KeyboardInterrupt, restores the previous state.
+        """Apply the plan, and set the attributes `also`. Any error, KeyboardInterrupt too, restores the previous state.
 
-        Args:
-            also: further attributes to set, after those of the plan.
-            refresh: functions that update whatever else depends on the tensors; called after the change, and again
-                after a change is undone.
-            confirm: called last; its error undoes the change too.
+        The functions `refresh` update whatever else depends on the tensors; they are called after the change, and again
+        after a change is undone. `confirm` is called last, and its error undoes the change too.
         """
         undo: list[Callable[[], object]] = [*refresh]
         try:
@@ -155,18 +146,10 @@ def plan_compaction(
     optimizers: Sequence[Optimizer] = (),
     copies: Sequence[nn.Module] = (),
 ) -> CompactionPlan:
-    """Plan the removal of neurons; nothing is changed.
+    """Plan the removal of neurons from a model, its optimizers' state and its copies; nothing is changed.
 
-    Args:
-        model: the model that the removals' groups were traced from.
-        removals: at most one for each group.
-        optimizers: their state of the changed parameters is sliced too; they need not hold all parameters.
-        copies: modules of the model's structure with their own tensors, which are sliced too. The mean contribution of
-            removed neurons through a copy's weights is added to the copy's biases.
-
-    Raises:
-        ValueError: a tensor of the model, of a copy or of an optimizer's state has another shape than the groups say;
-            the message names it.
+    The means are compensated in a copy through the copy's own weights. A ValueError names a tensor that has another
+    shape than the groups say.
     """
     tensors, attributes = _plan_module(model, removals, optimizers, role="model")
     for index, each in enumerate(copies):
@@ -195,11 +178,13 @@ def _plan_module(
         for cut in by_axis.values():
             tensor = NeuronSlices(stored, cut.layout).tensor(model, cut.removal.group, role=role)
         plans[stored], shift = _plan_tensor(stored, tensor, by_axis, optimizers)
-        columns = by_axis[1].removal if 1 in by_axis else None
-        reader = columns.group.reader(stored) if columns is not None and columns.means is not None else None
-        if reader is not None and columns is not None and columns.reconstruction is not None:
+        read = by_axis[1].removal if 1 in by_axis else None
+        if read is None or read.means is None:
+            continue
+        reader = next(reader for reader in read.group.readers if reader.weight == stored)
+        if read.reconstruction is not None:
             shift = shift - apply_reconstruction(plans[stored].new, tensor, by_axis)
-        if reader is not None and reader.shift is not None:
+        if reader.shift is not None:
             shifts.append((reader.shift, shift))
     for target, shift in shifts:
         if target not in plans:
@@ -265,11 +250,7 @@ def _memory_format(tensor: Tensor) -> torch.memory_format:
 
 
 def apply_reconstruction(new: Tensor, weight: Tensor, by_axis: Mapping[int, _Cut]) -> Tensor:
-    """Add W2[:, p] A to `new`, the sliced `weight`, so that the remaining neurons replace the removed ones.
-
-    Returns:
-        (kept rows,) float64, what this adds on average to the output of the layer.
-    """
+    """Add W2[:, p] A to `new`, the sliced `weight`; return what this adds to the layer's mean output, (kept rows,)."""
     cut, device = by_axis[1], weight.device
     reconstruction, means = cut.removal.reconstruction, cut.means(cut.removal.keep)
     assert reconstruction is not None
@@ -317,11 +298,7 @@ def require_sliceable_optimizer(optimizer: Optimizer) -> None:
 
 
 def sliceable_state(stored: StoredTensor, tensor: Tensor, optimizer: Optimizer) -> dict[Any, Tensor]:
-    """The tensors in an optimizer's state of the parameter `tensor` that have its dimensions, by key; no scalars.
-
-    Raises:
-        ValueError: the state has a value, and nothing tells how it follows the parameter's shape.
-    """
+    """The tensors in an optimizer's state of the parameter `tensor` that have its dimensions, by key; no scalars."""
     sliceable = {}
     for key, value in optimizer.state.get(tensor, {}).items():
         if value is None or isinstance(value, int | float | str) or (isinstance(value, Tensor) and value.dim() == 0):
@@ -344,13 +321,7 @@ def _fits(shape: torch.Size, parameter: torch.Size) -> bool:
 
 
 def checked_copies(model: nn.Module, copies: Sequence[nn.Module]) -> tuple[nn.Module, ...]:
-    """The copies without their wrappers, proven to have the model's structure and their own tensors.
-
-    Raises:
-        TypeError: it is not a sequence of modules.
-        ValueError: a copy has other modules or tensors than the model, or shares a tensor with the model or another
-            copy. The message names the copy (`copies[0]`) and the tensor.
-    """
+    """The copies without their wrappers, proven to have the model's structure and their own tensors."""
     if isinstance(copies, nn.Module | str) or not isinstance(copies, Sequence):
         raise TypeError(f"copies: expected a list of modules, such as [ema_model], got {type(copies).__name__}")
     owners = {ops.storage_key(tensor): "the model" for tensor in _tensors(model).values()} if copies else {}

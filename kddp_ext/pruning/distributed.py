@@ -32,11 +32,9 @@ T = TypeVar("T")
 
 
 class Ranks:
-    """The processes of a group that prune together.
+    """The processes of a group that prune together; no group where this process prunes by itself.
 
-    Args:
-        group: a torch.distributed group; None where this process prunes by itself.
-        caller: the public method that needs them, for the messages.
+    `caller` is the public method that needs them, for the messages.
     """
 
     def __init__(self, group: ProcessGroup | None, *, caller: str) -> None:
@@ -45,14 +43,7 @@ class Ranks:
 
     @classmethod
     def of(cls, group: ProcessGroup | Literal[False] | None, wrappers: Sequence[Any], *, caller: str) -> Ranks:
-        """The ranks that a pruner belongs to now.
-
-        `group` is the argument of `DynamicPruner`, and `wrappers` are its model's DistributedDataParallel wrappers.
-
-        Raises:
-            TypeError: `group` is not a process group.
-            ValueError: this process does not belong to the group, or the argument contradicts the wrappers.
-        """
+        """The ranks of a pruner with the argument `group`, whose model has these DistributedDataParallel wrappers."""
         alone = not torch.distributed.is_available() or not torch.distributed.is_initialized()
         if group is False and any(torch.distributed.get_world_size(each.process_group) > 1 for each in wrappers):
             raise ValueError(
@@ -76,9 +67,7 @@ class Ranks:
     def all_or_raise(self, action: Callable[[], T]) -> list[T]:
         """Call `action` on every rank; return the results of all ranks in their order.
 
-        Raises:
-            RuntimeError: it failed on some rank. All ranks raise the same error, which names that rank; on that rank,
-                the original error is the cause.
+        Where it fails on some rank, all ranks raise the same RuntimeError, which names that rank.
         """
         failure, result = None, None
         try:
@@ -125,14 +114,10 @@ def gather(
     settings: PruningSettings,
     steps: int,
 ) -> Sequence[LayerObservation]:
-    """The observations of all ranks' samples.
+    """The observations of all ranks' samples; `model`, `settings` and the number of `steps` must be the same on all.
 
-    `observe` gives this rank's observations; `model`, `settings` and the number of `steps` must be the same on all. The
-    statistics are added in the order of the ranks, which gives the same bits on each. The norms of the weights are rank
-    0's, because processors of different kinds may round them differently.
-
-    Raises:
-        RuntimeError: on every rank, where one of them could not observe or differs from rank 0.
+    The statistics are added in the order of the ranks, which gives the same bits on each. The norms of the weights are
+    rank 0's, because processors of different kinds may round them differently.
     """
     if ranks.size == 1:
         return observe()
@@ -153,30 +138,23 @@ def gather(
     return gathered
 
 
-def agree(ranks: Ranks, plan: Callable[[], T], decisions_of: Callable[[T], Sequence[LayerDecision]]) -> T:
-    """The result of `plan`, once every rank has planned the same removals.
-
-    Raises:
-        RuntimeError: on every rank, where one of them failed or decided differently.
-    """
+def agree(ranks: Ranks, plan: Callable[[], tuple[Sequence[LayerDecision], T]]) -> T:
+    """What `plan` returns with its decisions, once every rank has made the same decisions."""
     if ranks.size == 1:
-        return plan()
+        return plan()[1]
     own: list[T] = []
 
     def record() -> dict[str, object]:
-        own.append(plan())
-        return _record_of_decisions(decisions_of(own[0]))
+        decisions, planned = plan()
+        own.append(planned)
+        return _record_of_decisions(decisions)
 
     ranks.require_same(ranks.all_or_raise(record))
     return own[0]
 
 
 def apply_on_all(ranks: Ranks, apply: Callable[[Callable[[], object]], object]) -> None:
-    """Call `apply(confirm)` on every rank; `apply` must call `confirm` last, and undo everything where it raises.
-
-    Raises:
-        RuntimeError: on every rank, where one of them failed.
-    """
+    """Call `apply(confirm)` on every rank; `apply` must call `confirm` last, and undo everything where it raises."""
     if ranks.size == 1:
         apply(lambda: None)
         return

@@ -112,8 +112,9 @@ class PruningHistory:
 
     def to_json(self) -> str:
         """The history as JSON text, with its format and version."""
-        content = {"format": FORMAT, "version": VERSION, "original_widths": self.original_widths, "steps": self.steps}
-        return json.dumps(content)
+        return json.dumps(
+            {"format": FORMAT, "version": VERSION, "original_widths": self.original_widths, "steps": self.steps}
+        )
 
     @classmethod
     def from_json(cls, text: str) -> PruningHistory:

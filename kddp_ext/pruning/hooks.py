@@ -63,16 +63,14 @@ class ActivationHooks:
         self.clear()
 
 
-class _InertHook:
-    """A copy of a hook: it does nothing."""
+class _Hook:
+    """A hook that does nothing; copies of all hooks are of this class."""
 
     def __call__(self, *arguments: Any) -> None:
         return None
 
-
-class _Hook:
-    def __reduce__(self) -> tuple[type[_InertHook], tuple[()]]:
-        return _InertHook, ()
+    def __reduce__(self) -> tuple[type[_Hook], tuple[()]]:
+        return _Hook, ()
 
 
 class _ReaderHook(_Hook):

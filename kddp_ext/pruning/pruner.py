@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -74,9 +74,9 @@ class DynamicPruner:
             met.
         compensate: add the mean contribution of removed neurons to the next layer's bias, or to the BatchNorm behind a
             layer without bias. Default True.
-        reconstruction_samples: the number of recent values of each neuron that are kept. From them, a ridge regression
-            expresses the variation of removed neurons through the remaining ones, and the result is added to the next
-            layer's weights. Default 256, which are a few batches' worth. 0 compensates only the mean.
+        reconstruction_samples: the number of recent values of each neuron from which a ridge regression expresses
+            removed neurons through the remaining ones; the result is added to the next layer's weights. Default 256,
+            which are a few batches' worth. 0 compensates only the mean.
         layers: names of the layers to prune. Default: all prunable layers.
         copies: modules of the model's structure that are pruned with it, such as a moving average of its weights
             (torch.optim.swa_utils.AveragedModel, or a plain copy). Default: none.
@@ -302,32 +302,30 @@ class DynamicPruner:
         ranks, wrappers = self._ranks("prune")
         observe = partial(state.observe, self.model, caller="prune")
         observations = gather(ranks, observe, model=self.model, settings=self.settings, steps=state.steps)
-        plan = agree(ranks, partial(self._plan, observations, state, wrappers), lambda planned: planned.decisions)
-        refresh = [partial(rewrap, wrapper) for wrapper in wrappers if plan.report.neurons_pruned]
+        compaction, after, report = agree(ranks, partial(self._plan, observations, state, wrappers))
+        refresh = [partial(rewrap, wrapper) for wrapper in wrappers if report.neurons_pruned]
         apply_on_all(
-            ranks,
-            lambda confirm: plan.compaction.apply([(self, "_state", plan.state)], refresh=refresh, confirm=confirm),
+            ranks, lambda confirm: compaction.apply([(self, "_state", after)], refresh=refresh, confirm=confirm)
         )
         hooks.clear()
-        return plan.report
+        return report
 
     def _plan(
         self, observations: Sequence[LayerObservation], state: PrunerState, wrappers: Sequence[DistributedDataParallel]
-    ) -> _Plan:
+    ) -> tuple[tuple[LayerDecision, ...], tuple[CompactionPlan, PrunerState, PruneReport]]:
         """Select the neurons and prepare their removal; nothing is changed."""
         size = ModelSize(self.model, state.groups, self._positions)
         decisions = decide(observations, self.settings, size)
         if self.settings.compensate and self.settings.reconstruction_samples:
-            decisions = tuple(fit_reconstruction(decision) for decision in decisions)
+            decisions = tuple(_fit_reconstruction(decision) for decision in decisions)
         for wrapper in wrappers:
             require_rewrappable(wrapper)
         checked_copies(self.model, self._copies)
         removals = [_removal(decision) for decision in decisions if decision.pruned.numel()]
         compaction = plan_compaction(self.model, removals, self._optimizers, self._copies)
-        return _Plan(decisions, compaction, state.after(decisions, self.settings), PruneReport.of(decisions, size))
+        return decisions, (compaction, state.after(decisions, self.settings), PruneReport.of(decisions, size))
 
     def _ranks(self, caller: str) -> tuple[Ranks, Sequence[DistributedDataParallel]]:
-        """The processes that prune together now, and the wrappers to be updated."""
         wrappers = wrappers_of([self.model, *self._copies])
         return Ranks.of(self._process_group, wrappers, caller=caller), wrappers
 
@@ -337,18 +335,7 @@ class DynamicPruner:
         return self._hooks
 
 
-@dataclass(frozen=True)
-class _Plan:
-    """Everything that a prune is about to do."""
-
-    decisions: tuple[LayerDecision, ...]
-    compaction: CompactionPlan
-    state: PrunerState
-    report: PruneReport
-
-
-def fit_reconstruction(decision: LayerDecision) -> LayerDecision:
-    """Fit the removed neurons to the remaining ones, which costs an eigendecomposition for each pruned layer."""
+def _fit_reconstruction(decision: LayerDecision) -> LayerDecision:
     ring, readers = decision.observation.statistics.ring, decision.group.readers
     if ring is None or not decision.pruned.numel():
         return decision
@@ -388,7 +375,6 @@ def _check_model(model: nn.Module) -> None:
 
 
 def _checked_optimizers(optimizer: Optimizer | Sequence[Optimizer] | None, model: nn.Module) -> tuple[Optimizer, ...]:
-    """The optimizers, each able to follow changes of this model."""
     if optimizer is None or isinstance(optimizer, Optimizer):
         optimizers: Sequence[Optimizer] = () if optimizer is None else (optimizer,)
     elif isinstance(optimizer, Sequence) and all(isinstance(each, Optimizer) for each in optimizer):
@@ -407,7 +393,6 @@ def _checked_optimizers(optimizer: Optimizer | Sequence[Optimizer] | None, model
 
 
 def _choose_layers(model: nn.Module, found: TracedNeurons, layers: Sequence[str] | None) -> tuple[NeuronGroup, ...]:
-    """The groups of the named layers, or all groups, in the order of the forward pass."""
     groups, refused = found.groups, found.refused
     if layers is None:
         if groups:

@@ -25,24 +25,19 @@ _FEWEST_SAMPLES = 16
 class Reconstruction:
     """The matrix A = left @ right, (P, K), for P removed and K remaining neurons.
 
-    Attributes:
-        left: (P, S) float64.
-        right: (S, K) float64; the norms of its rows are at most 1, so float32 is enough for the products.
-        error: leave-one-out squared error of the removed neurons' contribution to the next layer, relative to the error
-            of replacing them by their mean (by zero, where the next layer cannot absorb a constant).
+    `error` is the leave-one-out squared error of the removed neurons' contribution to the next layer, relative to the
+    error of replacing them by their mean (by zero, where the next layer cannot absorb a constant).
     """
 
-    left: Tensor
-    right: Tensor
+    left: Tensor  # (P, S) float64
+    right: Tensor  # (S, K) float64; the norms of its rows are at most 1, so float32 is enough for the products
     error: float
 
 
 def reconstruct(
     samples: Tensor, keep: Tensor, pruned: Tensor, outgoing: Tensor, *, constant: bool = True, padded: bool = False
 ) -> Reconstruction | None:
-    """Fit the removed neurons to the remaining ones; None where their mean is as good.
-
-    Costs an eigendecomposition of the (S, S) Gram matrix.
+    """Fit the removed neurons to the remaining ones, by an eigendecomposition; None where their mean is as good.
 
     Args:
         samples: (S, H), values of the layer's neurons.

@@ -115,12 +115,25 @@ class PruneReport:
     @property
     def warnings(self) -> tuple[str, ...]:
         """One sentence for each layer that has collapsed or meets the L1 penalty by rescaling, with what to do."""
-        found = [_collapse(layer) for layer in self.layers if layer.collapsed]
-        found += [_rescaling(layer) for layer in self.layers if layer.is_rescaled]
-        return tuple(found)
+        collapsed = [
+            f"layer {name} has collapsed: all of its activations are zero or below the threshold, most likely because "
+            "l1_weight or the learning rate is too high; lower them and restart from before the collapse"
+            for name in self.collapsed
+        ]
+        rescaled = [
+            f"the L1 penalty on {layer.name} is met by rescaling instead of sparsity: activations shrank to "
+            f"{layer.activation_scale:.2g}x while the weights that read them grew {layer.outgoing_scale:.2g}x; use "
+            "weight decay on the next layer, or a norm without weights in front of it"
+            for layer in self.layers
+            if layer.is_rescaled
+        ]
+        return (*collapsed, *rescaled)
 
     def __str__(self) -> str:
-        widths = ", ".join(_widths(layer) for layer in self.layers)
+        widths = ", ".join(
+            f"{layer.name}: {f'{layer.width_before} → ' if layer.pruned else ''}{layer.width_after}"
+            for layer in self.layers
+        )
         parts = [
             f"pruned {count_neurons(self.neurons_pruned)} ({widths})",
             _change("parameters", self.parameters_before, self.parameters_after),
@@ -183,7 +196,18 @@ class Preview:
     @classmethod
     def of(cls, decisions: Sequence[LayerDecision], size: ModelSize, threshold: float) -> Preview:
         """The preview of decisions made at `threshold` and patience 1, for a model of `size` now."""
-        return cls(threshold, tuple(_preview(decision) for decision in decisions), *_sizes(decisions, size))
+        layers = tuple(
+            LayerPreview(
+                name=decision.group.name,
+                width=decision.group.width,
+                inactive=int(decision.inactive.sum()),
+                width_after=decision.width_after,
+                kept_by=decision.kept_by,
+                output_change=_output_change(decision),
+            )
+            for decision in decisions
+        )
+        return cls(threshold, layers, *_sizes(decisions, size))
 
     def __str__(self) -> str:
         rows: list[tuple[str, ...]] = [("layer", "neurons", "inactive", "kept", "left", "output change")]
@@ -197,17 +221,6 @@ class Preview:
         macs = _change("MACs", self.macs_before, self.macs_after)
         last = f"{parameters}; {macs}; output changes are predicted for uncorrelated neurons"
         return "\n".join([f"a prune at threshold {self.threshold:g}, patience 1:", *table, last])
-
-
-def _preview(decision: LayerDecision) -> LayerPreview:
-    return LayerPreview(
-        name=decision.group.name,
-        width=decision.group.width,
-        inactive=int(decision.inactive.sum()),
-        width_after=decision.width_after,
-        kept_by=decision.kept_by,
-        output_change=_output_change(decision),
-    )
 
 
 def _output_change(decision: LayerDecision) -> float:
@@ -234,12 +247,10 @@ def _relative_scales(first: Tensor | None, now: Tensor, keep: Tensor) -> tuple[f
     """
     if first is None:
         return None, None
-    first_activation, first_outgoing = first[0, keep].sum(), first[1, keep].square().sum().sqrt()
-    activation, outgoing = now[0, keep].sum(), now[1, keep].square().sum().sqrt()
-    return (
-        float(activation / first_activation) if first_activation > 0 else None,
-        float(outgoing / first_outgoing) if first_outgoing > 0 else None,
+    (before_abs, before_norm), (abs_, norm) = (
+        (scales[0, keep].sum(), scales[1, keep].square().sum().sqrt()) for scales in (first, now)
     )
+    return float(abs_ / before_abs) if before_abs > 0 else None, float(norm / before_norm) if before_norm > 0 else None
 
 
 def _sizes(decisions: Sequence[LayerDecision], size: ModelSize) -> tuple[int, int, int, int]:
@@ -253,24 +264,3 @@ def _change(what: str, before: int, after: int) -> str:
     if after == before:
         return f"{what} {after:,}"
     return f"{what} {before:,} → {after:,} ({after / before - 1:+.1%})"
-
-
-def _widths(layer: LayerReport) -> str:
-    if layer.width_after == layer.width_before:
-        return f"{layer.name}: {layer.width_after}"
-    return f"{layer.name}: {layer.width_before} → {layer.width_after}"
-
-
-def _collapse(layer: LayerReport) -> str:
-    return (
-        f"layer {layer.name} has collapsed: all of its activations are zero or below the threshold, most likely "
-        "because l1_weight or the learning rate is too high; lower them and restart from before the collapse"
-    )
-
-
-def _rescaling(layer: LayerReport) -> str:
-    return (
-        f"the L1 penalty on {layer.name} is met by rescaling instead of sparsity: activations shrank to "
-        f"{layer.activation_scale:.2g}x while the weights that read them grew {layer.outgoing_scale:.2g}x; use weight "
-        "decay on the next layer, or a norm without weights in front of it"
-    )

@@ -23,25 +23,15 @@ from kddp_ext.pruning.tracing.groups import NeuronGroup, NeuronSlices, Reader, S
 
 @dataclass(frozen=True)
 class LayerObservation:
-    """Everything that the decision about a layer of H neurons depends on. All tensors are on the CPU.
-
-    Attributes:
-        group: the neurons.
-        statistics: the sums over the samples since the last check.
-        outgoing: (H,) float64, ‖W2[:,j]‖₂ over all layers that read neuron j.
-        outgoing_unshifted: (H,) float64, the same over the layers that cannot absorb a mean.
-        inactive_checks: (H,) int64, the number of consecutive checks before this one at which the neuron was inactive.
-        original: (H,) int64, the indices of the neurons before any pruning.
-        first_scales: (2, H) float64, `scales` at the first check; None at the first check.
-    """
+    """Everything that the decision about a layer of H neurons depends on. All tensors are on the CPU."""
 
     group: NeuronGroup
-    statistics: NeuronStatistics
-    outgoing: Tensor
-    outgoing_unshifted: Tensor
-    inactive_checks: Tensor
-    original: Tensor
-    first_scales: Tensor | None
+    statistics: NeuronStatistics  # since the last check
+    outgoing: Tensor  # (H,) float64, ‖W2[:,j]‖₂ over all layers that read neuron j
+    outgoing_unshifted: Tensor  # (H,) float64, the same over the layers that cannot absorb a mean
+    inactive_checks: Tensor  # (H,) int64, consecutive checks before this one at which the neuron was inactive
+    original: Tensor  # (H,) int64, the neurons' indices before any pruning
+    first_scales: Tensor | None  # (2, H) float64, `scales` at the first check; None at that check
 
     @property
     def scales(self) -> Tensor:
@@ -50,12 +40,7 @@ class LayerObservation:
 
 
 def check_statistics(statistics: NeuronStatistics, layer: str, caller: str) -> None:
-    """Raise where a layer's statistics are missing or not finite.
-
-    Raises:
-        RuntimeError: there are no statistics since the last check; the message names `caller`, a public method.
-        ValueError: some are infinite or NaN.
-    """
+    """Raise where a layer's statistics are missing or not finite; the message names `caller`, a public method."""
     if statistics.rows == 0:
         raise RuntimeError(
             f"{caller}: there are no statistics of {layer} since the last check; pass pruner.activations to "
@@ -69,16 +54,13 @@ def check_statistics(statistics: NeuronStatistics, layer: str, caller: str) -> N
 
 
 def norms_of_readers(model: nn.Module, group: NeuronGroup, caller: str) -> tuple[Tensor, Tensor]:
-    """`outgoing` and `outgoing_unshifted` of a `LayerObservation`.
-
-    Raises:
-        ValueError: a weight is not finite or has another width.
-    """
-    norms = {reader: outgoing_norms([_columns(model, group, reader)]).cpu() for reader in group.readers}
-    outgoing = _join_norms(list(norms.values()), group.width)
+    """`outgoing` and `outgoing_unshifted` of a `LayerObservation`; a ValueError where a weight is not finite."""
+    weights = [_columns(model, group, reader) for reader in group.readers]
+    outgoing = outgoing_norms(weights)
     if not bool(outgoing.isfinite().all()):
         raise ValueError(f"{caller}: the weights that read {group.name} are infinite or NaN")
-    return outgoing, _join_norms([norm for reader, norm in norms.items() if reader.shift is None], group.width)
+    unshifted = [weight for weight, reader in zip(weights, group.readers, strict=True) if reader.shift is None]
+    return outgoing, outgoing_norms(unshifted) if unshifted else torch.zeros_like(outgoing)
 
 
 def _columns(model: nn.Module, group: NeuronGroup, reader: Reader) -> Tensor:
@@ -90,17 +72,10 @@ def _columns(model: nn.Module, group: NeuronGroup, reader: Reader) -> Tensor:
 
 
 def outgoing_norms(weights: Sequence[Tensor]) -> Tensor:
-    """‖W2[:,j]‖₂ over all layers that read neuron j, float64 (H,); each of `weights` is (outputs, H)."""
+    """‖W2[:,j]‖₂ over all layers that read neuron j, (H,) float64 on the CPU; each of `weights` is (outputs, H)."""
     # In blocks of a few rows: torch converts and sums a large matrix along its rows an order of magnitude slower.
-    blocks = [rows.double().square().sum(0) for weight in weights for rows in weight.detach().split(64)]
-    return torch.stack(blocks).sum(0).sqrt()
-
-
-def _join_norms(norms: list[Tensor], width: int) -> Tensor:
-    """The norms of stacked columns, computed from the norms of the parts."""
-    if not norms:
-        return torch.zeros(width, dtype=torch.float64, device="cpu")
-    return norms[0] if len(norms) == 1 else torch.stack(norms).square().sum(0).sqrt()
+    blocks = [[rows.double().square().sum(0) for rows in weight.detach().split(64)] for weight in weights]
+    return torch.stack([torch.stack(sums).sum(0).cpu() for sums in blocks]).sum(0).sqrt()
 
 
 # --- How active each neuron is
@@ -131,12 +106,7 @@ def dead(statistics: NeuronStatistics, outgoing: Tensor) -> Tensor:
 
 
 # By the names in settings.CRITERIA.
-_FUNCTIONS: dict[str, Criterion] = {
-    "contribution": contribution,
-    "mean_activation": mean_activation,
-    "apoz": apoz,
-    "dead": dead,
-}
+_FUNCTIONS: dict[str, Criterion] = {each.__name__: each for each in (contribution, mean_activation, apoz, dead)}
 
 
 def _relative(activity: Tensor) -> Tensor:
@@ -145,11 +115,7 @@ def _relative(activity: Tensor) -> Tensor:
 
 
 def activities(criterion: str | Criterion, statistics: NeuronStatistics, outgoing: Tensor, *, layer: str) -> Tensor:
-    """The activities of a layer's neurons, (H,) float64, by a built-in criterion or the user's own criterion.
-
-    Raises:
-        TypeError, ValueError: the user's criterion returned no valid activities; the message names `layer`.
-    """
+    """The activities of a layer's neurons, (H,) float64; those of the user's own criterion are checked."""
     if isinstance(criterion, str):
         return _FUNCTIONS[criterion](statistics, outgoing)
     width = statistics.width
@@ -201,13 +167,9 @@ class KeptBy:
 def removable(
     marked: Tensor, activity: Tensor, *, minimum_width: int = 1, maximum_share: float = 1.0, round_to: int = 1
 ) -> tuple[Tensor, KeptBy]:
-    """The marked neurons that the limits of their own layer let go, weakest first.
+    """The marked neurons that the layer's own limits let go, weakest first; and what keeps the other marked neurons.
 
-    The remaining width is at least `minimum_width`, at least 1 - `maximum_share` of the present width, and a multiple
-    of `round_to` unless nothing is removed. The most active of the marked neurons stay, the first among equals.
-
-    Returns:
-        int64 indices in the order of removal; and what keeps the other marked neurons.
+    The most active of the marked neurons stay, the first among equals.
     """
     width = marked.numel()
     candidates = marked.nonzero().flatten().flip(0)
@@ -224,17 +186,8 @@ def removable(
 class ModelSize:
     """Parameters and multiply-accumulates of a model, at the present widths of its groups or at any others.
 
-    No model is built. A tensor shrinks along each dimension that belongs to a group in proportion to the group's width;
-    a weight between two groups shrinks with both.
-
-    Args:
-        model: the model, at the widths of `groups`.
-        groups: its neurons.
-        positions: by the weight's name in the state_dict, the number of positions of a sample to which it is applied;
-            weights that are missing here count as parameters only.
-
-    Raises:
-        ValueError: a tensor is missing or has another shape than the groups say.
+    A tensor shrinks in proportion to the width of each group that slices it. `positions` is that of `TracedNeurons`;
+    weights that are missing there count as parameters only.
     """
 
     def __init__(self, model: nn.Module, groups: Sequence[NeuronGroup], positions: Mapping[str, float]) -> None:
@@ -245,7 +198,7 @@ class ModelSize:
                 slicing.setdefault(id(slices.tensor(model, group)), []).append(index)
         # (elements, positions, groups) of each tensor
         self._parameters = [(each.numel(), 1, slicing.get(id(each), [])) for each in model.parameters()]
-        weights = [(StoredTensor(*_split_name(name)).of(model), count) for name, count in positions.items()]
+        weights = [(StoredTensor.named(name).of(model), count) for name, count in positions.items()]
         self._weights = [(each.numel(), count, slicing.get(id(each), [])) for each, count in weights]
 
     def parameters(self, widths: Sequence[int] | None = None) -> int:
@@ -253,7 +206,7 @@ class ModelSize:
         return self._total(self._parameters, widths)
 
     def macs(self, widths: Sequence[int] | None = None) -> int:
-        """Multiply-accumulates of the whole model for one sample where the groups have `widths`."""
+        """The same for the multiply-accumulates of one sample."""
         return self._total(self._weights, widths)
 
     def _total(self, tensors: Sequence[tuple[int, float, list[int]]], widths: Sequence[int] | None) -> int:
@@ -265,27 +218,14 @@ class ModelSize:
         return round(total)
 
 
-def _split_name(name: str) -> tuple[str, str]:
-    module, _, attribute = name.rpartition(".")
-    return module, attribute
-
-
 def affordable(
     activities: Sequence[Tensor], widths: Sequence[int], round_to: int, fits: Callable[[list[int]], bool]
 ) -> list[int]:
-    """How many removable neurons of each layer go until the model fits: as few as possible, weakest first.
+    """How many removable neurons of each layer go until the model `fits` at the remaining widths: as few as possible.
 
-    The neurons of all layers are ranked by activity. Among equals, the first layer and the lowest index stay. With
-    `round_to` above 1, as many neurons go at once as it takes to reach the next multiple, ranked by the strongest.
-
-    Args:
-        activities: of the removable neurons of each layer, ascending.
-        widths: present number of neurons of each layer.
-        round_to: widths must become a multiple of this.
-        fits: tells whether the model is small enough at given widths; it must stay True at smaller widths.
-
-    Returns:
-        One number for each layer; all removable neurons where the model does not fit even then.
+    `activities` are those of each layer's removable neurons, ascending. The neurons of all layers are ranked by
+    activity; among equals, the first layer and the lowest index stay. With `round_to` above 1, as many neurons go at
+    once as it takes to reach the next multiple, ranked by the strongest.
     """
     steps = []
     for layer, (activity, width) in enumerate(zip(activities, widths, strict=True)):
@@ -312,33 +252,20 @@ def affordable(
 
 @dataclass(frozen=True)
 class LayerDecision:
-    """The decision about a layer of H neurons.
-
-    Attributes:
-        observation: what the decision depends on.
-        activity: (H,) float64, by the criterion.
-        inactive: (H,) bool, inactive at this check.
-        marked: (H,) bool, inactive at `patience` consecutive checks.
-        inactive_checks: (H,) int64, the number of these checks, including this one.
-        pruned: ascending int64 indices of the neurons to be removed.
-        kept_by: how many of the marked neurons are kept, and why.
-        compensate: whether the mean contribution of the removed neurons is added to the next layer.
-        reconstruction: how the remaining neurons replace the variation of the removed ones; None where they do not.
-    """
+    """The decision about a layer of H neurons."""
 
     observation: LayerObservation
-    activity: Tensor
-    inactive: Tensor
-    marked: Tensor
-    inactive_checks: Tensor
-    pruned: Tensor
+    activity: Tensor  # (H,) float64, by the criterion
+    inactive: Tensor  # (H,) bool, at this check
+    marked: Tensor  # (H,) bool, inactive at `patience` consecutive checks
+    inactive_checks: Tensor  # (H,) int64, the number of consecutive checks, including this one
+    pruned: Tensor  # ascending int64 indices of the neurons to be removed
     kept_by: KeptBy
-    compensate: bool
+    compensate: bool  # whether the mean contribution of the removed neurons is added to the next layer
     reconstruction: Reconstruction | None = None
 
     @property
     def group(self) -> NeuronGroup:
-        """The neurons."""
         return self.observation.group
 
     @property
@@ -348,7 +275,6 @@ class LayerDecision:
 
     @property
     def width_after(self) -> int:
-        """Number of neurons that stay."""
         return self.group.width - self.pruned.numel()
 
     @property
@@ -365,11 +291,7 @@ class LayerDecision:
 def decide(
     observations: Sequence[LayerObservation], settings: PruningSettings, size: ModelSize
 ) -> tuple[LayerDecision, ...]:
-    """Decide about each layer, in the order of the forward pass.
-
-    Raises:
-        TypeError, ValueError: the user's criterion returned no valid activities; the message names the layer.
-    """
+    """Decide about each layer, in the order of the forward pass."""
     alone = [_decide_alone(observation, settings) for observation in observations]
     counts = [len(weakest_first) for _, weakest_first in alone]
     if settings.target_parameters is not None or settings.target_macs is not None:
@@ -403,21 +325,9 @@ def _decide_alone(observation: LayerObservation, settings: PruningSettings) -> t
     inactive = activity < (1.0 if settings.criterion == "dead" else settings.threshold)
     inactive_checks = torch.where(inactive, observation.inactive_checks + 1, 0)
     marked = inactive_checks >= settings.patience
-    weakest_first, kept_by = removable(
-        marked,
-        activity,
-        minimum_width=settings.minimum_width,
-        maximum_share=settings.maximum_share,
-        round_to=settings.round_to,
-    )
+    limits = {name: getattr(settings, name) for name in ("minimum_width", "maximum_share", "round_to")}
+    weakest_first, kept_by = removable(marked, activity, **limits)
     decision = LayerDecision(
-        observation=observation,
-        activity=activity,
-        inactive=inactive,
-        marked=marked,
-        inactive_checks=inactive_checks,
-        pruned=weakest_first,
-        kept_by=kept_by,
-        compensate=settings.compensate,
+        observation, activity, inactive, marked, inactive_checks, weakest_first, kept_by, settings.compensate
     )
     return decision, weakest_first

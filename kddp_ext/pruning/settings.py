@@ -24,11 +24,7 @@ activities in [0, 1]; docs/pruning.md compares them.
 
 @dataclass(frozen=True)
 class PruningSettings:
-    """The arguments of `DynamicPruner` that its decisions depend on, described there.
-
-    Raises:
-        TypeError, ValueError: one is wrong; the message names it.
-    """
+    """The arguments of `DynamicPruner` that its decisions depend on, described there and checked here."""
 
     criterion: str | Criterion = "contribution"
     threshold: float = 0.01
@@ -49,17 +45,14 @@ class PruningSettings:
             )
         if not isinstance(self.compensate, bool):
             raise TypeError(f"compensate: expected True or False, got {self.compensate!r}")
-        # The activities of a user's function need not be relative to anything.
-        relative = isinstance(self.criterion, str)
-        threshold = (
-            _share("threshold", self.threshold) if relative else _finite("threshold", self.threshold, zero=False)
-        )
+        if isinstance(self.criterion, str):
+            threshold = _share("threshold", self.threshold)
+        else:  # the activities of a user's function need not be relative to anything
+            threshold = _finite("threshold", self.threshold, zero=False)
         object.__setattr__(self, "threshold", threshold)
         object.__setattr__(self, "maximum_share", _share("maximum_share", self.maximum_share))
-        for name in ("patience", "minimum_width", "round_to"):
-            object.__setattr__(self, name, whole_number(name, getattr(self, name), at_least=1))
-        for name in ("target_parameters", "target_macs"):
-            if getattr(self, name) is not None:
+        for name in ("patience", "minimum_width", "round_to", "target_parameters", "target_macs"):
+            if not (name.startswith("target") and getattr(self, name) is None):
                 object.__setattr__(self, name, whole_number(name, getattr(self, name), at_least=1))
         samples = whole_number("reconstruction_samples", self.reconstruction_samples, at_least=0)
         object.__setattr__(self, "reconstruction_samples", samples)
@@ -67,11 +60,7 @@ class PruningSettings:
 
 @dataclass(frozen=True)
 class Schedule:
-    """The arguments of `DynamicPruner` that count training steps, described there.
-
-    Raises:
-        TypeError, ValueError: one is wrong; the message names it.
-    """
+    """The arguments of `DynamicPruner` that count training steps, described there and checked here."""
 
     interval: int | None = None
     start: int = 0

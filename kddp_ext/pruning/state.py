@@ -23,19 +23,12 @@ STATE_VERSION, LOADABLE_VERSIONS = 2, (1, 2)
 
 @dataclass(frozen=True)
 class LayerState:
-    """The state of one layer of H neurons.
-
-    Attributes:
-        group: the neurons.
-        statistics: the sums since the last check, on the device of the activations.
-        inactive_checks: (H,) int64, the number of consecutive checks at which the neuron was inactive.
-        first_scales: (2, H) float64, mean|h_j| and ‖W2[:,j]‖₂ at the first check; None before it.
-    """
+    """The state of one layer of H neurons."""
 
     group: NeuronGroup
-    statistics: NeuronStatistics
-    inactive_checks: Tensor
-    first_scales: Tensor | None = None
+    statistics: NeuronStatistics  # since the last check, on the device of the activations
+    inactive_checks: Tensor  # (H,) int64, the number of consecutive checks at which the neuron was inactive
+    first_scales: Tensor | None = None  # (2, H) float64, mean|h_j| and ‖W2[:,j]‖₂ at the first check
 
     def observe(self, model: nn.Module, kept: Sequence[int], caller: str) -> LayerObservation:
         """Observe the layer, whose neurons have the original indices `kept`; everything is copied to the CPU."""
@@ -84,17 +77,11 @@ class LayerState:
 
 @dataclass(frozen=True)
 class PrunerState:
-    """Everything in the pruner that a prune changes.
+    """Everything in the pruner that a prune changes."""
 
-    Attributes:
-        layers: in the order of the forward pass.
-        history: everything that was pruned.
-        steps: number of calls of `step()`.
-    """
-
-    layers: tuple[LayerState, ...]
+    layers: tuple[LayerState, ...]  # in the order of the forward pass
     history: PruningHistory
-    steps: int = 0
+    steps: int = 0  # the number of calls of `step()`
 
     @classmethod
     def fresh(cls, model: nn.Module, groups: Sequence[NeuronGroup], settings: PruningSettings) -> PrunerState:
@@ -108,12 +95,10 @@ class PrunerState:
 
     @property
     def groups(self) -> tuple[NeuronGroup, ...]:
-        """The neurons of each layer."""
         return tuple(layer.group for layer in self.layers)
 
     @property
     def statistics(self) -> tuple[NeuronStatistics, ...]:
-        """The sums of each layer since the last check."""
         return tuple(layer.statistics for layer in self.layers)
 
     @property
@@ -122,7 +107,7 @@ class PrunerState:
         return {group.name: group.width for group in self.groups}
 
     def observe(self, model: nn.Module, *, caller: str) -> tuple[LayerObservation, ...]:
-        """Observe every layer for a public method; raises the errors of `check_statistics` and `norms_of_readers`."""
+        """Observe every layer, for the public method `caller`."""
         return tuple(layer.observe(model, self.history.kept(layer.group.name), caller) for layer in self.layers)
 
     def after(self, decisions: Sequence[LayerDecision], settings: PruningSettings) -> PrunerState:
@@ -146,11 +131,7 @@ class PrunerState:
         }
 
     def restored(self, state: Mapping[str, Any]) -> PrunerState:
-        """The state that `to_dict` returned, for a model of the same widths; this object is not changed.
-
-        Raises:
-            ValueError: the state is of another version, of other layers or of other widths.
-        """
+        """The state that `to_dict` returned, for a model of the same widths; this object is not changed."""
         version = state.get("version") if isinstance(state, Mapping) else None
         if version not in LOADABLE_VERSIONS:
             versions = " or ".join(map(str, LOADABLE_VERSIONS))

@@ -58,14 +58,11 @@ def export_onnx(
     if size > LARGEST_FILE:
         raise ValueError(f"model: its tensors take {size:,} bytes, but an ONNX file holds at most {LARGEST_FILE:,}")
     model = uncompiled(model)
+    shapes = None
+    if dynamic_batch:
+        example_inputs, shapes = _dynamic(example_inputs)
     with _evaluation_mode(model), torch.no_grad():
-        program = torch.onnx.export(
-            model,
-            _batches_of_two(example_inputs) if dynamic_batch else example_inputs,
-            dynamo=True,
-            verbose=False,
-            dynamic_shapes=_batch_dimensions(example_inputs) if dynamic_batch else None,
-        )
+        program = torch.onnx.export(model, example_inputs, dynamo=True, verbose=False, dynamic_shapes=shapes)
     assert program is not None  # torch returns a program where it is given no file
     content = program.model_proto.SerializeToString()
     atomic_write(path, lambda file: file.write(content))
@@ -82,14 +79,11 @@ def _evaluation_mode(model: nn.Module) -> Iterator[None]:
             module.training = training
 
 
-def _batches_of_two(example_inputs: tuple[Any, ...]) -> tuple[Any, ...]:
-    """Repeat a batch of one sample, because torch.export treats a size of 1 as a constant."""
-    return tuple(
-        torch.cat([value, value]) if isinstance(value, Tensor) and value.dim() and len(value) == 1 else value
-        for value in example_inputs
-    )
-
-
-def _batch_dimensions(example_inputs: tuple[Any, ...]) -> tuple[Any, ...]:
-    batch = torch.export.Dim("batch")
-    return tuple({0: batch} if isinstance(value, Tensor) and value.dim() else None for value in example_inputs)
+def _dynamic(example_inputs: tuple[Any, ...]) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
+    """The inputs with at least two samples, because torch.export treats a size of 1 as a constant; and their shapes."""
+    batch, batched = torch.export.Dim("batch"), [isinstance(each, Tensor) and each.dim() > 0 for each in example_inputs]
+    inputs = [
+        torch.cat([each, each]) if is_batch and len(each) == 1 else each
+        for each, is_batch in zip(example_inputs, batched, strict=True)
+    ]
+    return tuple(inputs), tuple({0: batch} if is_batch else None for is_batch in batched)

@@ -6,6 +6,7 @@ model and the file are enough to rebuild the student.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 from collections.abc import Callable, Mapping
@@ -15,7 +16,7 @@ import safetensors
 import safetensors.torch
 from torch import Tensor, nn
 
-from kddp_ext.files import atomic_write, hash_json, hash_tensors, parse_json
+from kddp_ext.files import atomic_write, hash_tensors, parse_json
 from kddp_ext.pruning.history import PruningHistory
 from kddp_ext.pruning.tracing.graph import unwrapped
 from kddp_ext.pruning.tracing.groups import count_neurons
@@ -69,7 +70,7 @@ def save_student(
             raise ValueError(f"history: it ends with {count_neurons(width)} in {layer}, but the model has {found}")
     tensors = {name: value.detach().cpu().contiguous().clone() for name, value in state.items()}
     header = {"format": FORMAT, "version": VERSION, "history": history.to_json(), "metadata": json.dumps(metadata)}
-    header["sha256"] = _digest(header["history"], metadata, tensors)
+    header["sha256"] = _hash(header["history"], metadata, tensors)
     content = safetensors.torch.save(tensors, header)
     atomic_write(path, lambda file: file.write(content))
 
@@ -91,7 +92,7 @@ def load_student(path: Path, constructor: Callable[[], Student], example_inputs:
         saved: dict[str, Tensor] = safetensors.torch.load_file(path)
     except safetensors.SafetensorError as error:
         raise ValueError(f"{path}: its tensors cannot be read: {error}") from error
-    if header["sha256"] not in (None, _digest(header["history"], header["metadata"], saved)):
+    if header["sha256"] not in (None, _hash(header["history"], header["metadata"], saved)):
         raise ValueError(f"{path}: the file is damaged: its content does not match its sha256")
     model = constructor()
     if not isinstance(model, nn.Module):
@@ -142,10 +143,10 @@ def read_student_header(path: Path) -> StudentHeader:
     try:
         PruningHistory.from_json(header["history"])
         metadata = parse_json(header["metadata"], most=_MOST_METADATA)
+        if not isinstance(metadata, dict) or not all(isinstance(text, str) for text in metadata.values()):
+            raise ValueError("expected metadata as strings by name")
     except (KeyError, ValueError) as error:
         raise ValueError(f"{path}: its header is damaged: {error}") from error
-    if not isinstance(metadata, dict) or not all(isinstance(text, str) for text in metadata.values()):
-        raise ValueError(f"{path}: its header is damaged: expected metadata as strings by name")
     return {
         "version": header["version"],
         "history": header["history"],
@@ -155,8 +156,9 @@ def read_student_header(path: Path) -> StudentHeader:
     }
 
 
-def _digest(history: str, metadata: Mapping[str, str], tensors: Mapping[str, Tensor]) -> str:
-    return hash_json({"history": history, "metadata": dict(metadata), "tensors": hash_tensors(tensors)})
+def _hash(history: str, metadata: dict[str, str], tensors: Mapping[str, Tensor]) -> str:
+    content = {"history": history, "metadata": metadata, "tensors": hash_tensors(tensors)}
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode("utf-8")).hexdigest()
 
 
 def _description(value: Tensor | None) -> str:

@@ -31,29 +31,20 @@ class UnsupportedModelError(ValueError):
 class TracedNeurons:
     """The result of `find_neurons`.
 
-    Attributes:
-        groups: by layer name, in the order of the forward pass.
-        refused: by layer name, the reason why any other Linear layer or convolution cannot be pruned.
-        positions: by the name of a layer's weight in the state_dict, the number of positions of a sample to which the
-            weight is applied. The layer's MACs for one sample are the weight's elements times this number.
+    `positions` are, by the name of a layer's weight in the state_dict, the number of positions of a sample to which the
+    weight is applied. The layer's MACs for one sample are the weight's elements times this number.
     """
 
-    groups: dict[str, NeuronGroup]
-    refused: dict[str, str]
+    groups: dict[str, NeuronGroup]  # by layer name, in the order of the forward pass
+    refused: dict[str, str]  # by layer name, the reason why any other Linear layer or convolution cannot be pruned
     positions: Mapping[str, float]
 
 
 def find_neurons(model: nn.Module, example_inputs: tuple[Any, ...]) -> TracedNeurons:
     """Trace the model in training and in evaluation mode, and return the groups that are the same in both.
 
-    Each group is then verified by tracing the model with one neuron fewer, see verify.py.
-
-    Args:
-        model: the model; it is not changed.
-        example_inputs: positional arguments for its forward; a BatchNorm needs at least two samples.
-
-    Raises:
-        UnsupportedModelError: the forward pass cannot be traced.
+    Each group is then verified by tracing the model with one neuron fewer. The model is not changed. An
+    `UnsupportedModelError` is raised where the forward pass cannot be traced.
     """
     try:
         graphs = [OperationGraph(model, example_inputs, training=mode) for mode in (True, False)]
@@ -74,7 +65,6 @@ def find_neurons(model: nn.Module, example_inputs: tuple[Any, ...]) -> TracedNeu
 
 
 def _follow_all(graph: OperationGraph) -> _FoundAndRefused:
-    """Follow every Linear layer and convolution of one graph."""
     groups: dict[str, NeuronGroup] = {}
     refused: dict[str, str] = {}
     for node in filter(is_layer, graph.nodes):

@@ -47,11 +47,7 @@ def layer_name(graph: OperationGraph, node: Node) -> str:
 
 
 def follow(graph: OperationGraph, layer: Node) -> NeuronGroup:
-    """The group of the neurons that `layer` and the layers that gate it compute.
-
-    Raises:
-        Refusal: they cannot be proven prunable.
-    """
+    """The group of the neurons that `layer` and the layers that gate it compute."""
     producers = [layer]
     path = _walk(graph, producers)
     while path.factors:
@@ -78,7 +74,6 @@ def _walk(graph: OperationGraph, producers: list[Node]) -> NeuronPath:
 
 
 def _start(path: NeuronPath, layer: Node) -> None:
-    """Add the slices of a layer that computes the neurons."""
     graph, shape = path.graph, shape_of(layer)
     weight = path.add_slices(layer.args[1], "weight", Layout(0))
     assert weight is not None
@@ -121,6 +116,7 @@ def _group(path: NeuronPath, producers: list[Node]) -> NeuronGroup:
         readers = " and ".join(graph.module(reader) for reader in path.readers)
         raise Refusal(f"{readers} read different functions of its neurons, and only one value can be observed")
     names = tuple(layer_name(graph, producer) for producer in producers)
+    read = {slices.stored: slices.layout for slices in path.slices if slices.layout.axis == 1}
     width = shape_of(producers[0])[path.at[producers[0]].axis]
     if any(shape_of(producer)[path.at[producer].axis] != width for producer in producers):
         raise Refusal(f"the outputs of {' and '.join(names)} are multiplied and have different numbers of neurons")
@@ -131,18 +127,13 @@ def _group(path: NeuronPath, producers: list[Node]) -> NeuronGroup:
         slices=tuple(path.slices),
         counts=tuple(path.counts),
         readers=tuple(
-            Reader(graph.module(reader), _weight_layout(path, reader), _shift(graph, reader), _is_padded(reader))
-            for reader in path.readers
+            Reader(module, read[StoredTensor(module, "weight")], _shift(graph, reader), _is_padded(reader))
+            for module, reader in zip(map(graph.module, path.readers), path.readers, strict=True)
         ),
         value=path.at[value],
         dimensions=len(shape_of(value)),
         dropouts=tuple(dropouts),
     )
-
-
-def _weight_layout(path: NeuronPath, reader: Node) -> Layout:
-    stored = path.graph.stored(reader.args[1])
-    return next(slices.layout for slices in path.slices if slices.stored == stored and slices.layout.axis == 1)
 
 
 def _before_dropout(graph: OperationGraph, reader: Node) -> tuple[Node, list[str]]:
@@ -166,9 +157,9 @@ def _shift(graph: OperationGraph, reader: Node) -> StoredTensor | None:
     candidate = argument_of(reader, 2, "bias", None)
     if candidate is None:
         norm = _norm_behind(reader)
-        candidate = None if norm is None else norm.args[3]
-    if candidate is None:
-        return None
+        if norm is None:
+            return None
+        candidate = norm.args[3]
     try:
         return graph.own(candidate, "shift")
     except Refusal:

@@ -10,6 +10,7 @@ import warnings
 from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -30,15 +31,7 @@ class OperationGraph:
     """One run of a model's forward pass, in training or evaluation mode, as aten operations.
 
     The run uses fake tensors: nothing is computed, and parameters, buffers, attributes, modes and the random state stay
-    as they are.
-
-    Args:
-        model: the model.
-        example_inputs: positional arguments of its forward.
-        training: the mode of every module during the run.
-
-    Raises:
-        Refusal: torch.export cannot follow the forward pass.
+    as they are. It raises a `Refusal` where torch.export cannot follow the forward pass.
     """
 
     def __init__(self, model: nn.Module, example_inputs: tuple[Any, ...], *, training: bool) -> None:
@@ -65,8 +58,8 @@ class OperationGraph:
         self._users: dict[int, list[Node]] = defaultdict(list)  # by the id of a stored tensor
         for node in self.nodes:
             if node.name in names:
-                module, _, attribute = names[node.name].rpartition(".")
-                self._stored[node] = StoredTensor(self._names[model.get_submodule(module)], attribute)
+                exported = StoredTensor.named(names[node.name])
+                self._stored[node] = replace(exported, module=self._names[model.get_submodule(exported.module)])
                 self._users[id(self._stored[node].of(model))].extend(node.users)
         self._holders = _holders(model)
 
@@ -75,14 +68,9 @@ class OperationGraph:
         return self._stored.get(node)
 
     def own(self, node: Any, role: str) -> StoredTensor:
-        """The stored tensor behind `node`, proven to be held by one module and read by one operation.
+        """The stored tensor behind `node`, an argument of an operation; its `role` is for messages ("weight of fc1").
 
-        Args:
-            node: an argument of an operation.
-            role: what the tensor is, for the message: "weight of fc1".
-
-        Raises:
-            Refusal: it is computed, shared, or read more than once.
+        It must be held by one module and read by one operation, else a `Refusal` is raised.
         """
         stored = self.stored(node)
         if stored is None:
@@ -138,11 +126,7 @@ def unchanged_modules(model: nn.Module) -> Iterator[None]:
 
 
 def uncompiled(model: nn.Module) -> nn.Module:
-    """The module inside torch.compile's wrapper, which has the constructor's names; any other module itself.
-
-    Raises:
-        TypeError: `model` is not a module.
-    """
+    """The module inside torch.compile's wrapper, which has the constructor's names; any other module itself."""
     inner = getattr(model, "_orig_mod", model)
     if not isinstance(inner, nn.Module):
         raise TypeError(f"model: expected a torch.nn.Module, got {type(inner).__name__}")
@@ -168,7 +152,7 @@ def _set_mode(model: nn.Module, training: bool) -> None:
 
 
 def _holders(model: nn.Module) -> dict[tuple[torch.device, int], set[str]]:
-    """Names of all stored tensors, by their memory; a module registered twice counts once."""
+    """Names of all stored tensors by their memory; a module registered twice counts once."""
     holders: dict[tuple[torch.device, int], set[str]] = defaultdict(set)
     for prefix, module in model.named_modules():
         for name, tensor in [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]:

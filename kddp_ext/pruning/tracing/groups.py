@@ -17,17 +17,19 @@ class StoredTensor:
     module: str
     attribute: str
 
+    @classmethod
+    def named(cls, name: str) -> StoredTensor:
+        """The tensor of this name in the model's state_dict."""
+        module, _, attribute = name.rpartition(".")
+        return cls(module, attribute)
+
     @property
     def name(self) -> str:
         """Its name in the model's state_dict."""
         return f"{self.module}.{self.attribute}" if self.module else self.attribute
 
     def of(self, model: nn.Module) -> Tensor:
-        """The tensor in `model`.
-
-        Raises:
-            ValueError: the model no longer has it.
-        """
+        """The tensor in `model`; a ValueError where the model no longer has it."""
         try:
             tensor = getattr(model.get_submodule(self.module), self.attribute)
         except AttributeError:
@@ -45,11 +47,7 @@ class NeuronSlices:
     layout: Layout
 
     def tensor(self, model: nn.Module, group: NeuronGroup, *, role: str = "model") -> Tensor:
-        """The tensor in `model`, whose shape is checked against the width of `group`.
-
-        Raises:
-            ValueError: it is missing or has another shape; the message calls the model `role`.
-        """
+        """The tensor in `model`, which messages call `role`; its shape must have the width of `group`."""
         tensor, axis = self.stored.of(model), self.layout.axis
         if tensor.dim() <= axis or tensor.shape[axis] != group.width * self.layout.entries:
             raise ValueError(
@@ -72,18 +70,14 @@ class NeuronCount:
 class Reader:
     """A Linear layer or convolution that reads the neurons.
 
-    Attributes:
-        module: its name.
-        layout: the layout of the neurons along dimension 1 of its weight.
-        shift: the tensor that can absorb the mean contribution of removed neurons: the layer's own bias, or the
-            running mean of the BatchNorm behind a layer without bias. None where there is neither.
-        padded: True for a convolution with zero padding.
+    `shift` can absorb the mean contribution of removed neurons: it is the layer's own bias, or the running mean of the
+    BatchNorm behind a layer without bias, or None where there is neither.
     """
 
     module: str
-    layout: Layout
+    layout: Layout  # of the neurons along dimension 1 of its weight
     shift: StoredTensor | None
-    padded: bool = False
+    padded: bool = False  # True for a convolution with zero padding
 
     @property
     def weight(self) -> StoredTensor:
@@ -95,16 +89,8 @@ class Reader:
 class NeuronGroup:
     """The neurons of one layer, or of several layers whose outputs are multiplied, and everything that belongs to them.
 
-    Attributes:
-        name: the first layer that computes them.
-        producers: all layers that compute them, in the order of the forward pass; several where layers gate each other.
-        width: present number of neurons.
-        slices: the stored tensors that have slices of each neuron.
-        counts: the module attributes that hold the width.
-        readers: the layers that read the neurons; all of them read the same value.
-        value: the layout of the neurons in that value.
-        dimensions: number of dimensions of that value.
-        dropouts: nn.Dropout modules directly in front of the first reader; the value is observed before them.
+    `producers` are all layers that compute the neurons, in the order of the forward pass; `name` is the first of them.
+    All readers read the same value. It is observed before the `dropouts`, nn.Dropout modules in front of a reader.
     """
 
     name: str
@@ -113,13 +99,9 @@ class NeuronGroup:
     slices: tuple[NeuronSlices, ...]
     counts: tuple[NeuronCount, ...]
     readers: tuple[Reader, ...]
-    value: Layout
-    dimensions: int
+    value: Layout  # of the neurons in the value that the readers read
+    dimensions: int  # of that value
     dropouts: tuple[str, ...] = field(compare=False)
-
-    def reader(self, stored: StoredTensor) -> Reader | None:
-        """The reader whose weight is `stored`."""
-        return next((reader for reader in self.readers if reader.weight == stored), None)
 
     @property
     def positions(self) -> int | None:

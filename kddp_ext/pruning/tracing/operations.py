@@ -30,17 +30,12 @@ POOLINGS = {
 class NeuronPath:
     """The path of some layers' neurons through the graph, as far as it has been followed.
 
-    Attributes:
-        graph: the graph.
-        at: the layout of the neurons in each value on the path.
-        slices: stored tensors that have slices of each neuron.
-        counts: module attributes that hold the number of neurons.
-        readers: the operations that sum over the neurons: Linear layers and convolutions.
-        factors: values outside the path that the neurons are multiplied with elementwise.
+    `readers` are the operations that sum over the neurons: Linear layers and convolutions. `factors` are values outside
+    the path that the neurons are multiplied with elementwise.
     """
 
     graph: OperationGraph
-    at: dict[Node, Layout] = field(default_factory=dict)
+    at: dict[Node, Layout] = field(default_factory=dict)  # the layout of the neurons in each value on the path
     slices: list[NeuronSlices] = field(default_factory=list)
     counts: list[NeuronCount] = field(default_factory=list)
     readers: list[Node] = field(default_factory=list)
@@ -78,7 +73,6 @@ class NeuronPath:
         return source
 
     def refusal(self, node: Node, reason: str) -> Refusal:
-        """A refusal because of `node`."""
         return Refusal(f"{operation_name(node)} in {self.graph.place(node)} {reason}")
 
 
@@ -101,7 +95,6 @@ def shape_of(node: Node) -> torch.Size:
 
 
 def groups_of(convolution: Node) -> int:
-    """The argument `groups` of a convolution."""
     groups = argument_of(convolution, 6, "groups", 1)
     assert isinstance(groups, int)
     return groups
@@ -144,13 +137,8 @@ def foreign_operand(graph: OperationGraph, node: Node) -> str:
 
 def _type_as(path: NeuronPath, node: Node) -> None:
     """Only the first argument contributes values; the second gives the dtype."""
-    source = node.args[0]
-    if isinstance(source, Node) and source in path.at:
-        path.at[node] = path.at[source]
-
-
-def _assertion(path: NeuronPath, node: Node) -> None:
-    """torch.export checks dtype and device before a cast; nothing is computed."""
+    if node.args[0] in path.at:
+        path.at[node] = path.at[path.source(node)]
 
 
 def _reshape(path: NeuronPath, node: Node) -> None:
@@ -163,7 +151,6 @@ def _reshape(path: NeuronPath, node: Node) -> None:
 
 
 def _permute(path: NeuronPath, node: Node) -> None:
-    """Dimensions change places."""
     source = path.source(node)
     count = len(shape_of(source))
     order = list(range(count))
@@ -214,9 +201,7 @@ def _prelu(path: NeuronPath, node: Node) -> None:
 
 def _linear(path: NeuronPath, node: Node) -> None:
     """The next layer sums over the neurons, so the path ends."""
-    if any(argument in path.at for argument in node.args[1:] if isinstance(argument, Node)):
-        raise path.refusal(node, "uses the neurons as its weight or bias")
-    source = path.source(node)
+    source = _read_source(path, node)
     if path.at[source].axis != len(shape_of(source)) - 1:
         raise path.refusal(node, "sums over another dimension than the neurons'")
     _read(path, node, "in_features", path.at[source])
@@ -224,11 +209,8 @@ def _linear(path: NeuronPath, node: Node) -> None:
 
 def _convolution(path: NeuronPath, node: Node) -> None:
     """The next layer, which ends the path; or a depthwise convolution, which filters each channel separately."""
-    name = operation_name(node)
-    if any(argument in path.at for argument in node.args[1:] if isinstance(argument, Node)):
-        raise path.refusal(node, "uses the neurons as its weight or bias")
-    source = path.source(node)
-    channel = len(shape_of(source)) - CONVOLUTIONS[name] - 1
+    source = _read_source(path, node)
+    channel = len(shape_of(source)) - CONVOLUTIONS[operation_name(node)] - 1
     if path.at[source] != Layout(channel):
         raise path.refusal(node, "reads channels, but the neurons are along another dimension")
     groups, outputs = groups_of(node), shape_of(node)[channel]
@@ -250,6 +232,12 @@ def _convolution(path: NeuronPath, node: Node) -> None:
             raise path.refusal(node, f"reads {stored.name} of another module; use an nn.Conv module")
     path.counts += [NeuronCount(module, attribute) for attribute in ("in_channels", "out_channels", "groups")]
     path.at[node] = Layout(channel)
+
+
+def _read_source(path: NeuronPath, node: Node) -> Node:
+    if any(argument in path.at for argument in node.args[1:] if isinstance(argument, Node)):
+        raise path.refusal(node, "uses the neurons as its weight or bias")
+    return path.source(node)
 
 
 def _read(path: NeuronPath, node: Node, attribute: str, layout: Layout) -> None:
@@ -321,7 +309,7 @@ HANDLERS: dict[str, Handler] = {
     **dict.fromkeys(CONVOLUTIONS, _convolution),
     "getitem": _getitem,
     "type_as": _type_as,
-    "_assert_tensor_metadata": _assertion,
+    "_assert_tensor_metadata": lambda path, node: None,  # torch.export's check before a cast; nothing is computed
     "batch_norm": _batch_norm,
     "prelu": _prelu,
     "linear": _linear,

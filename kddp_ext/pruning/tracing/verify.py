@@ -37,10 +37,8 @@ def _shorten(model: nn.Module, slices: NeuronSlices) -> None:
     tensor = getattr(module, attribute)
     # Only the shape matters, so a view is enough.
     shorter = tensor.detach().narrow(axis, 0, tensor.shape[axis] - slices.layout.entries)
-    if attribute in module._parameters:
-        module._parameters[attribute] = nn.Parameter(shorter, tensor.requires_grad)
-    else:
-        module._buffers[attribute] = shorter
+    parameter = attribute in module._parameters
+    setattr(module, attribute, nn.Parameter(shorter, tensor.requires_grad) if parameter else shorter)
 
 
 def difference(wide: OperationGraph, narrow: OperationGraph) -> str | None:
@@ -68,6 +66,4 @@ def _numbers(node: Node) -> str:
 
 
 def _equal(a: object, b: object) -> bool:
-    if isinstance(a, Tensor) and isinstance(b, Tensor):
-        return a.shape == b.shape and bool(torch.equal(a, b))
-    return type(a) is type(b)
+    return torch.equal(a, b) if isinstance(a, Tensor) and isinstance(b, Tensor) else type(a) is type(b)
