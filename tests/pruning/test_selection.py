@@ -261,12 +261,6 @@ def test_sizes_of_convolutions_and_flattened_channels():
         assert size.parameters([first, second, hidden]) == parameters
 
 
-def test_a_weight_counts_once_for_each_position():
-    size = size_of(make_model(), {"0.weight": 7, "7.weight": 2})
-    assert size.macs() == 7 * 6 * 12 + 2 * 9 * 4
-    assert size.macs([6, 10, 3]) == 7 * 6 * 6 + 2 * 3 * 4
-
-
 def test_a_missing_weight_is_named():
     model = make_model()
     model[7] = nn.Identity()
