@@ -147,16 +147,16 @@ def test_a_rank_that_never_prunes_causes_a_timeout(ranks):
 
 
 @pytest.mark.parametrize(
-    ("case", "reason"),
+    ("options", "reason"),
     [
-        (rank_cases.decide_differently, "rank 1 differs from rank 0 in the neurons to be removed"),
-        (rank_cases.other_layers, "rank 1 differs from rank 0 in the width of 0 (None, not 12)"),
+        ([{"criterion": rank_cases.fickle_activity, "threshold": 0.25}] * 2, "0 in the neurons to be removed"),
+        ([{"layers": ["0", "2"]}, {"layers": ["2"]}], "0 in the width of 0 (None, not 12)"),
     ],
 )
-def test_ranks_that_would_prune_differently(ranks, case, reason):
-    (error, unchanged), (other_error, other_unchanged) = ranks.run(case)
+def test_ranks_that_would_prune_differently(ranks, options, reason):
+    (error, unchanged), (other_error, other_unchanged) = ranks.run(rank_cases.prune_with, options)
     assert error == other_error
-    assert reason in error
+    assert f"rank 1 differs from rank {reason}" in error
     assert unchanged
     assert other_unchanged
 
@@ -282,16 +282,15 @@ def test_a_wrapped_student_is_saved_as_the_student(tmp_path):
     assert torch.equal(loaded(rank_cases.example()), ddp(rank_cases.example()))
 
 
-def frozen():
-    ddp = DistributedDataParallel(rank_cases.make_student())
-    ddp.module.requires_grad_(False)
-    return ddp
+def changed(change):
+    """A constructor of a wrapped student that the function `change` changes."""
 
+    def make():
+        ddp = DistributedDataParallel(rank_cases.make_student())
+        change(ddp)
+        return ddp
 
-def with_a_built_in_hook():
-    ddp = DistributedDataParallel(rank_cases.make_student())
-    ddp._register_builtin_comm_hook(dist.BuiltinCommHookType.FP16_COMPRESS)
-    return ddp
+    return make
 
 
 def delayed():
@@ -302,34 +301,25 @@ def delayed():
     )
 
 
-def changed(name, value):
-    ddp = DistributedDataParallel(rank_cases.make_student())
-    ddp.__dict__[name] = value
-    return ddp
-
-
-def with_an_optimizer_in_backward():
-    ddp = DistributedDataParallel(rank_cases.make_student())
-    ddp.module[0].weight._in_backward_optimizers = []
-    return ddp
-
-
-def of_an_unknown_torch():
-    ddp = DistributedDataParallel(rank_cases.make_student())
-    del ddp._comm_hooks
-    return ddp
-
-
 @pytest.mark.usefixtures("one_rank")
 @pytest.mark.parametrize(
     ("make", "reason"),
     [
-        (frozen, "every parameter is frozen"),
-        (with_a_built_in_hook, "FP16_COMPRESS was registered by a private function"),
+        (changed(lambda ddp: ddp.module.requires_grad_(False)), "every parameter is frozen"),
+        (
+            changed(lambda ddp: ddp._register_builtin_comm_hook(dist.BuiltinCommHookType.FP16_COMPRESS)),
+            "FP16_COMPRESS was registered by a private function",
+        ),
         (delayed, "delay_all_reduce_named_params"),
-        (lambda: changed("mixed_precision", object()), "mixed_precision keeps a second set of parameters"),
-        (with_an_optimizer_in_backward, "the optimizer runs inside the backward pass"),
-        (of_an_unknown_torch, "keeps its buckets in an unknown way"),
+        (
+            changed(lambda ddp: setattr(ddp, "mixed_precision", object())),
+            "mixed_precision keeps a second set of parameters",
+        ),
+        (
+            changed(lambda ddp: setattr(ddp.module[0].weight, "_in_backward_optimizers", [])),
+            "the optimizer runs inside the backward pass",
+        ),
+        (changed(lambda ddp: delattr(ddp, "_comm_hooks")), "keeps its buckets in an unknown way"),
     ],
 )
 def test_wrappers_that_cannot_be_rebuilt_are_refused(make, reason):
