@@ -295,8 +295,7 @@ def samples_of_different_number(rank):
     rows = rows[: (4, 2)[rank]]
     prepared.model(rows)
     prepared.pruner.activations.observe()
-    report = prepared.pruner.prune()
-    return report.layers[0].pruned
+    return prepared.pruner.prune().layers[0].pruned
 
 
 def an_average_on_rank_0_only(rank):
@@ -304,10 +303,9 @@ def an_average_on_rank_0_only(rank):
     model = DistributedDataParallel(student)
     # An average of the wrapper contains its own wrapper.
     average = AveragedModel(model) if rank == 0 else None
-    copies = [] if average is None else [average]
     optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
     pruner = DynamicPruner(
-        model, optimizer, example_inputs=(example(),), threshold=THRESHOLD, patience=1, copies=copies
+        model, optimizer, example_inputs=(example(),), threshold=THRESHOLD, patience=1, copies=[average] * (rank == 0)
     )
     for batch in batches(2, seed=1):
         train_step(rank, model, optimizer, pruner, batch)
@@ -326,16 +324,12 @@ def each_by_itself(rank):
     student = make_student()
     with torch.no_grad():
         student[0].bias.add_(rank)
-    apart = DynamicPruner(student, example_inputs=(example(),), threshold=THRESHOLD, patience=1, process_group=False)
-    together = DynamicPruner(copy.deepcopy(student), example_inputs=(example(),), threshold=THRESHOLD, patience=1)
+    apart, together = make_pruner(student, False), make_pruner(copy.deepcopy(student), None)
     for pruner in (apart, together):
         pruner.model(example(4 + rank))
         pruner.activations.observe()
-    if rank == 1:
-        return error_of(together.prune), None
     error = error_of(together.prune)
-    report = apart.prune()  # rank 1 does not take part
-    return error, report.neurons_pruned
+    return error, apart.prune().neurons_pruned if rank == 0 else None  # rank 1 does not take part
 
 
 def a_group_of_one(rank):

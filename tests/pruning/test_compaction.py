@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 from dead_neurons import ALIVE, DEAD, INPUTS, NORMS, batch, build, prune_dead, sliced, step
-from pruner_cases import example, kill, make_model, make_pruner, observe, state_of
+from pruner_cases import example, kill, make_model, make_pruner, observe, observed_pruner, state_of
 from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
@@ -149,10 +149,7 @@ COMPENSATED = {
 
 def prune_constant_neurons(model, x, **options):
     layer = "body.0" if isinstance(model, TwoHeads) else "0"
-    pruner = DynamicPruner(model, example_inputs=(x,), patience=1, layers=[layer], **options)
-    model.eval()(x)
-    pruner.activations.observe()
-    return pruner.prune()
+    return observed_pruner(model.eval(), x, layers=[layer], **options).prune()
 
 
 @pytest.mark.parametrize(("make", "compensated"), COMPENSATED.values(), ids=list(COMPENSATED))
@@ -183,12 +180,9 @@ def test_compensation_keeps_the_mean_of_the_next_layer(compensate):
     torch.manual_seed(1)
     model = nn.Sequential(nn.Linear(8, 64), nn.Softplus(), nn.Linear(64, 4)).double()
     x = torch.randn(500, 8, dtype=torch.float64)
-    pruner = DynamicPruner(
-        model, example_inputs=(x[:2],), threshold=0.5, patience=1, compensate=compensate, reconstruction_samples=0
-    )
+    pruner = observed_pruner(model, x, threshold=0.5, compensate=compensate, reconstruction_samples=0)
     before = model(x).detach()
     h, outgoing = pruner.activations[0].detach(), model[2].weight.detach().clone()
-    pruner.activations.observe()
     pruned = list(pruner.prune().layers[0].pruned)
     assert len(pruned) > 5
     lost = (h - h.mean(0) if compensate else h)[:, pruned] @ outgoing[:, pruned].T

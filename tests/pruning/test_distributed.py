@@ -7,7 +7,7 @@ import pytest
 import rank_cases
 import torch
 import torch.distributed as dist
-from pruner_cases import make_pruner, plain
+from pruner_cases import observed_pruner, plain
 from rank_processes import RankProcesses
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
@@ -211,11 +211,7 @@ def one_rank(tmp_path):
 
 def prepared(model, **options):
     """A pruner of `model` with statistics, which is about to prune."""
-    options = {"example_inputs": (rank_cases.example(),), "threshold": rank_cases.THRESHOLD, **options}
-    pruner = make_pruner(model, **options)
-    model(rank_cases.example())
-    pruner.activations.observe()
-    return pruner
+    return observed_pruner(model, rank_cases.example(), threshold=rank_cases.THRESHOLD, **options)
 
 
 @pytest.mark.usefixtures("one_rank")

@@ -5,10 +5,8 @@ import inspect
 import pytest
 import torch
 from dead_neurons import ALIVE, CLASSES, DEAD, INPUTS, NORMS, batch, build, prune_dead, sliced, step
-from pruner_cases import example, make_model, make_pruner
+from pruner_cases import example, make_model, make_pruner, observed_pruner
 from torch import nn
-
-from kddp_ext.pruning.pruner import DynamicPruner
 
 pytestmark = pytest.mark.usefixtures("one_trace_each")
 
@@ -155,10 +153,7 @@ def test_two_optimizers_of_one_model():
     momenta = [muon.state[model[index].weight]["momentum_buffer"] for index in (0, 2)]
     moment = adam.state[model[0].bias]["exp_avg"]
     expected = model(x)
-    pruner = DynamicPruner(model, [muon, adam], example_inputs=(x,), patience=1)
-    model(x)
-    pruner.activations.observe()
-    assert pruner.prune().neurons_pruned == len(DEAD)
+    assert observed_pruner(model, x, [muon, adam]).prune().neurons_pruned == len(DEAD)
     torch.testing.assert_close(model(x), expected)
     assert torch.equal(muon.state[model[0].weight]["momentum_buffer"], momenta[0][ALIVE])
     assert torch.equal(muon.state[model[2].weight]["momentum_buffer"], momenta[1][:, ALIVE])

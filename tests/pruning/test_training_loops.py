@@ -2,6 +2,7 @@
 
 import copy
 
+import pruner_cases
 import pytest
 import torch
 from dead_neurons import ALIVE, CLASSES, DEAD, INPUTS
@@ -9,7 +10,6 @@ from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
 
 import kddp_ext
-from kddp_ext.pruning.pruner import DynamicPruner
 
 pytestmark = pytest.mark.usefixtures("one_trace_each")
 
@@ -21,9 +21,8 @@ def make_student():
     return nn.Sequential(nn.Linear(INPUTS, WIDTH), nn.BatchNorm1d(WIDTH), nn.ReLU(), nn.Linear(WIDTH, CLASSES))
 
 
-def make_pruner(model, optimizer, **options):
-    options = {"criterion": "dead", "patience": 1, **options}
-    return DynamicPruner(model, optimizer, example_inputs=(torch.randn(4, INPUTS),), **options)
+def make_pruner(model, optimizer):
+    return pruner_cases.make_pruner(model, optimizer, criterion="dead", example_inputs=(torch.randn(4, INPUTS),))
 
 
 def kill(student, neurons):
