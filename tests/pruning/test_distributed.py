@@ -1,13 +1,14 @@
 """Several processes prune alike: statistics of all samples, one decision, and no change where one of them fails."""
 
 import copy
+import itertools
 import warnings
 
 import pytest
 import rank_cases
 import torch
 import torch.distributed as dist
-from pruner_cases import observed_pruner, plain
+from pruner_cases import observed_pruner
 from rank_processes import RankProcesses
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
@@ -58,26 +59,21 @@ OPTIONS = {
     "wrapped after the pruner was made": {"wrapped_after": True},
     "pruner of the module inside": {"inner": True},
     "compiled": {"compiled": True},
+    "accumulated gradients": {"accumulate": True},
+    "convolutions": {"make": rank_cases.make_convolutions, "rounds": 2},
 }
 
 
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=list(OPTIONS))
 def test_ranks_equal_one_process_with_all_samples(ranks, one_process, options):
-    sizes = [sum(widths) for widths in one_process["widths"]]
-    assert 22 > sizes[0] > sizes[1] > sizes[2]
+    changes_training = {"accumulate", "make"} & options.keys()
+    expected = rank_cases.train_with(None, options) if changes_training else one_process
+    sizes = [sum(widths) for widths in expected["widths"]]
+    assert all(later < earlier for earlier, later in itertools.pairwise([22, *sizes]))
     results = ranks.run(rank_cases.train_with, options)
-    assert_trained_alike(results, one_process)
+    assert_trained_alike(results, expected)
     if options.get("comm_hook"):
         assert all(calls >= 4 for result in results for calls in result["calls of the communication hook"])
-
-
-@pytest.mark.parametrize(
-    "options", [{"accumulate": True}, {"make": rank_cases.make_convolutions, "rounds": 2}], ids=["accumulated", "conv"]
-)
-def test_accumulated_gradients_and_convolutions(ranks, options):
-    expected = rank_cases.train_with(None, options)
-    assert expected["widths"][0][0] > expected["widths"][1][0]
-    assert_trained_alike(ranks.run(rank_cases.train_with, options), expected)
 
 
 def test_reconstruction_is_the_same_on_all_ranks(ranks):
@@ -88,27 +84,6 @@ def test_reconstruction_is_the_same_on_all_ranks(ranks):
         assert_equal_bits(first[kind], second[kind])
     assert first["history"] == second["history"]
     assert any(not torch.equal(first["student"][name], tensor) for name, tensor in without["student"].items())
-
-
-def test_joined_statistics_are_those_of_all_samples():
-    """Of whole numbers, whose sums are exact; with the sums of positions and the latest samples."""
-    generator = torch.Generator().manual_seed(0)
-    batches = [torch.randint(-9, 9, (rows, 4, 3), generator=generator).float() for rows in (5, 2, 7)]
-    whole = kddp_ext.NeuronStatistics(4, positions=3, samples=10)
-    shares = [kddp_ext.NeuronStatistics(4, positions=3, samples=10) for _ in batches]
-    for share, batch in zip(shares, batches, strict=True):
-        share.observe(batch)
-        whole.observe(batch)
-    before = [share.state_dict() for share in shares]
-    total = kddp_ext.NeuronStatistics.joined(shares)
-    assert torch.equal(total.values, whole.values)
-    assert torch.equal(total.position_sums, whole.position_sums)
-    assert total.rows == whole.rows == 3 * 14
-    kept, all_samples = total.ring.samples, torch.cat([share.ring.samples for share in shares])
-    assert len(kept) == min(10, len(all_samples))
-    assert all(any(torch.equal(row, other) for other in all_samples) for row in kept)
-    for share, state in zip(shares, before, strict=True):  # the shares are not changed
-        assert plain(share.state_dict()) == plain(state)
 
 
 FAULTS = {

@@ -170,12 +170,3 @@ def test_a_missing_package_is_named(monkeypatch, tmp_path):
     with pytest.raises(ModuleNotFoundError, match=r"export_onnx: onnxscript missing; .* 'kddp_ext\[onnx\]'"):
         kddp_ext.export_onnx(perceptron()[0], tmp_path / "student.onnx", (torch.zeros(2, 12),))
     assert not list(tmp_path.iterdir())
-
-
-def test_torch_export_gives_the_same_outputs(pruned):
-    model, _, shape = pruned
-    model.eval()
-    program = torch.export.export(model, (torch.zeros(2, *shape),), dynamic_shapes=({0: torch.export.Dim("batch")},))
-    for rows in (1, 7):
-        inputs = torch.randn(rows, *shape)
-        torch.testing.assert_close(program.module()(inputs), evaluated(model, inputs))
