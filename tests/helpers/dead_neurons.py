@@ -1,9 +1,8 @@
 """A model some of whose neurons have just died, and the slices that remain without them."""
 
 import torch
+from pruner_cases import observed_pruner
 from torch import nn
-
-from kddp_ext.pruning.pruner import DynamicPruner
 
 INPUTS, WIDTH, CLASSES = 6, 9, 4
 DEAD = [0, 3, 8]
@@ -57,11 +56,9 @@ def step(model, optimizer, batch):
 
 def prune_dead(model, optimizer, x):
     # Behind a batch norm dead neurons are constant, which the default criterion detects.
-    pruner = DynamicPruner(model, optimizer, example_inputs=(x,), patience=1, layers=["0"])
     training = model.training
     with torch.no_grad():
-        model.train()(x)
-    pruner.activations.observe()
+        pruner = observed_pruner(model.train(), x, optimizer, layers=["0"])
     report = pruner.prune()
     pruner.close()
     model.train(training)

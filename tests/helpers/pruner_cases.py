@@ -24,6 +24,14 @@ def make_pruner(model, optimizer=None, **options):
     return DynamicPruner(model, optimizer, **{"example_inputs": (example(),), "patience": 1, **options})
 
 
+def observed_pruner(model, x, optimizer=None, **options):
+    """A pruner that has observed the activations of one forward pass of `x`."""
+    pruner = make_pruner(model, optimizer, **{"example_inputs": (x,), **options})
+    model(x)
+    pruner.activations.observe()
+    return pruner
+
+
 def kill(model, neurons):
     with torch.no_grad():
         model[0].weight[neurons] = 0
@@ -49,6 +57,17 @@ def state_of(*modules, optimizer=None, pruner=None):
         "identities": [(id(tensor), tensor.data_ptr(), id(tensor.grad)) for tensor in tensors],
         "values": plain([tensors, [tensor.grad for tensor in tensors], attributes, kept, known]),
     }
+
+
+def assert_same_state(one, other):
+    assert plain(one) == plain(other)
+
+
+def assert_narrows_every(interval, widths):
+    """The first width decreases after `interval` steps; later ones decrease after multiples of it."""
+    narrowed = [i for i in range(1, len(widths)) if widths[i] < widths[i - 1]]
+    assert narrowed[0] == interval
+    assert all(i % interval == 0 for i in narrowed)
 
 
 def plain(value):

@@ -2,18 +2,21 @@
 
 import copy
 from contextlib import nullcontext
+from dataclasses import replace
 from datetime import timedelta
 from functools import partial
+from unittest import mock
 
 import torch
 import torch.distributed as dist
 from pruner_cases import state_of
-from rank_faults import SPOILS
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 import kddp_ext
+from kddp_ext.pruning import compaction
+from kddp_ext.pruning import pruner as pruner_module
 from kddp_ext.pruning.pruner import DynamicPruner
 
 INPUTS, CLASSES, ROWS = 5, 3, 16
@@ -152,6 +155,8 @@ class Prepared:
         settings = {"threshold": THRESHOLD, "patience": 1, "copies": [self.average], **options}
         self.pruner = DynamicPruner(self.model, self.optimizer, example_inputs=(example(),), **settings)
         self.step()
+        self.saved_settings = self.pruner.settings
+        self.saved = copy.deepcopy([each.state_dict() for each in (self.student, self.optimizer, self.pruner)])
 
     def step(self, seed=3):
         train_step(self.rank, self.model, self.optimizer, self.pruner, next(batches(1, seed)))
@@ -159,16 +164,65 @@ class Prepared:
     def state(self):
         return state_of(self.student, self.average, optimizer=self.optimizer, pruner=self.pruner)
 
+    def repair(self):
+        """Undo a fault: restore everything as it was when this was made."""
+        mock.patch.stopall()
+        self.student.requires_grad_(True)
+        self.pruner.settings = self.saved_settings
+        for each, state in zip((self.student, self.optimizer, self.pruner), self.saved, strict=True):
+            each.load_state_dict(state)
+
+
+def change_counters(prepared):
+    state = prepared.pruner.state_dict()
+    state["inactive_checks"]["2"][4] = 1
+    prepared.pruner.load_state_dict(state)
+
+
+def failing(owner, name, call):
+    """A fault where a function raises after its k-th call."""
+
+    def spoil(prepared):
+        function, calls = getattr(owner, name), []
+
+        def fail_once(*arguments, **options):
+            result = function(*arguments, **options)
+            calls.append(name)
+            if len(calls) == call:
+                raise ValueError(f"injected into {name}")
+            return result
+
+        mock.patch.object(owner, name, fail_once).start()
+
+    return spoil
+
+
+# Faults of one rank; `Prepared.repair` undoes each.
+SPOILS = {
+    "other_weights": lambda p: p.student[0].weight.data[2, 1].add_(1e-12),
+    "other_threshold": lambda p: setattr(p.pruner, "settings", replace(p.pruner.settings, threshold=0.25)),
+    "other_steps": lambda p: p.pruner.step(),
+    "other_counters": change_counters,
+    "nan_statistics": lambda p: p.pruner.statistics["2"].values[1, 3].fill_(torch.nan),
+    "no_samples": lambda p: p.pruner.reset(),
+    "unknown_optimizer_state": lambda p: p.optimizer.state[p.student[2].weight].update(history=[1.0]),
+    "frozen_model": lambda p: p.student.requires_grad_(False),
+    "failing_swap": failing(compaction, "set_data", call=5),
+    "failing_rewrap": failing(pruner_module, "rewrap", call=1),
+}
+
 
 def fail_on_rank_1(rank, spoil):
     """The error on this rank, whether anything changed, and the widths after a prune without the fault."""
     prepared = Prepared(rank)
     before_spoil = prepared.state()
-    repair = SPOILS[spoil](prepared) if rank == 1 else lambda: None
+    if rank == 1:
+        SPOILS[spoil](prepared)
     before = prepared.state()
     error = error_of(prepared.pruner.prune)
     unchanged = before == prepared.state()
-    repair()
+    if rank == 1:
+        prepared.repair()
     repaired = before_spoil["values"] == prepared.state()["values"]
     prepared.step(seed=4)  # gradients are still averaged
     prepared.pruner.prune()
@@ -201,14 +255,9 @@ def rank_1_never_prunes(rank):
     return error, before == prepared.state()
 
 
-def decide_differently(rank):
-    prepared = Prepared(rank, criterion=fickle_activity, threshold=0.25)
-    before = prepared.state()
-    return error_of(prepared.pruner.prune), before == prepared.state()
-
-
-def other_layers(rank):
-    prepared = Prepared(rank, layers=["0", "2"][rank:])
+def prune_with(rank, options_of_ranks):
+    """The error of this rank, and whether nothing changed."""
+    prepared = Prepared(rank, **options_of_ranks[rank])
     before = prepared.state()
     return error_of(prepared.pruner.prune), before == prepared.state()
 
@@ -246,8 +295,7 @@ def samples_of_different_number(rank):
     rows = rows[: (4, 2)[rank]]
     prepared.model(rows)
     prepared.pruner.activations.observe()
-    report = prepared.pruner.prune()
-    return report.layers[0].pruned
+    return prepared.pruner.prune().layers[0].pruned
 
 
 def an_average_on_rank_0_only(rank):
@@ -255,10 +303,9 @@ def an_average_on_rank_0_only(rank):
     model = DistributedDataParallel(student)
     # An average of the wrapper contains its own wrapper.
     average = AveragedModel(model) if rank == 0 else None
-    copies = [] if average is None else [average]
     optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
     pruner = DynamicPruner(
-        model, optimizer, example_inputs=(example(),), threshold=THRESHOLD, patience=1, copies=copies
+        model, optimizer, example_inputs=(example(),), threshold=THRESHOLD, patience=1, copies=[average] * (rank == 0)
     )
     for batch in batches(2, seed=1):
         train_step(rank, model, optimizer, pruner, batch)
@@ -277,16 +324,12 @@ def each_by_itself(rank):
     student = make_student()
     with torch.no_grad():
         student[0].bias.add_(rank)
-    apart = DynamicPruner(student, example_inputs=(example(),), threshold=THRESHOLD, patience=1, process_group=False)
-    together = DynamicPruner(copy.deepcopy(student), example_inputs=(example(),), threshold=THRESHOLD, patience=1)
+    apart, together = make_pruner(student, False), make_pruner(copy.deepcopy(student), None)
     for pruner in (apart, together):
         pruner.model(example(4 + rank))
         pruner.activations.observe()
-    if rank == 1:
-        return error_of(together.prune), None
     error = error_of(together.prune)
-    report = apart.prune()  # rank 1 does not take part
-    return error, report.neurons_pruned
+    return error, apart.prune().neurons_pruned if rank == 0 else None  # rank 1 does not take part
 
 
 def a_group_of_one(rank):

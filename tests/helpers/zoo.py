@@ -1,6 +1,5 @@
 """Networks of the families that users prune, and small ones of many spellings, small enough to probe each neuron."""
 
-import itertools
 from functools import partial
 
 import torch
@@ -39,7 +38,7 @@ def chain(*between, width=8, bias=True):
 
 
 class BasicBlock(nn.Module):
-    """ResNet-18: two convolutions and a shortcut, which is a convolution where the shape changes."""
+    """Two convolutions and a shortcut, which is a convolution where the shape changes."""
 
     def __init__(self, inputs, outputs, stride):
         super().__init__()
@@ -59,62 +58,38 @@ class BasicBlock(nn.Module):
         return self.relu(out)
 
 
-class ResNet18(nn.Module):
-    """He et al. 2015 (arXiv:1512.03385), with `width` channels in the first stage."""
+class ResNet(nn.Module):
+    """He et al. 2015 (arXiv:1512.03385), with the first two of its four stages."""
 
-    def __init__(self, width=4):
+    def __init__(self):
         super().__init__()
-        self.conv1 = nn.Conv2d(3, width, 7, 2, 3, bias=False)
-        self.bn1 = nn.BatchNorm2d(width)
+        self.conv1 = nn.Conv2d(3, 4, 7, 2, 3, bias=False)
+        self.bn1 = nn.BatchNorm2d(4)
         self.maxpool = nn.MaxPool2d(3, 2, 1)
-        widths = (width, width, 2 * width, 4 * width, 8 * width)
-        for number, (inputs, outputs) in enumerate(itertools.pairwise(widths), 1):
-            first = BasicBlock(inputs, outputs, 1 if number == 1 else 2)
-            self.add_module(f"layer{number}", nn.Sequential(first, BasicBlock(outputs, outputs, 1)))
+        self.layer1 = nn.Sequential(BasicBlock(4, 4, 1), BasicBlock(4, 4, 1))
+        self.layer2 = nn.Sequential(BasicBlock(4, 8, 2), BasicBlock(8, 8, 1))
         self.avgpool = nn.AdaptiveAvgPool2d(1)
-        self.fc = nn.Linear(8 * width, CLASSES)
+        self.fc = nn.Linear(8, CLASSES)
 
     def forward(self, x):
-        x = self.maxpool(F.relu(self.bn1(self.conv1(x))))
-        for number in range(1, 5):
-            x = self.get_submodule(f"layer{number}")(x)
+        x = self.layer2(self.layer1(self.maxpool(F.relu(self.bn1(self.conv1(x))))))
         return self.fc(torch.flatten(self.avgpool(x), 1))
 
 
-class PreActivationBlock(nn.Module):
-    """He et al. 2016 (arXiv:1603.05027): the norms come before the convolutions."""
-
-    def __init__(self, width):
-        super().__init__()
-        self.bn1, self.conv1 = nn.BatchNorm2d(width), nn.Conv2d(width, width, 3, 1, 1, bias=False)
-        self.bn2, self.conv2 = nn.BatchNorm2d(width), nn.Conv2d(width, width, 3, 1, 1, bias=False)
-
-    def forward(self, x):
-        return x + self.conv2(F.relu(self.bn2(self.conv1(F.relu(self.bn1(x))))))
-
-
-def preactivation_resnet(width=4):
-    blocks = [PreActivationBlock(width) for _ in range(2)]
-    head = [nn.BatchNorm2d(width), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(width, CLASSES)]
-    return nn.Sequential(nn.Conv2d(3, width, 3, 1, 1, bias=False), *blocks, *head)
-
-
-def vgg11(width=3, size=32, batch_norm=False):
-    """Simonyan and Zisserman 2014 (arXiv:1409.1556), configuration A, with `width` channels in the first layer."""
+def vgg11():
+    """Simonyan and Zisserman 2014 (arXiv:1409.1556), configuration A, with 3 channels in the first layer."""
     layers, channels = [], 3
-    for stage in (1, "pool", 2, "pool", 4, 4, "pool", 8, 8, "pool", 8, 8, "pool"):
-        if stage == "pool":
+    for width in (3, "pool", 6, "pool", 12, 12, "pool", 24, 24, "pool", 24, 24, "pool"):
+        if width == "pool":
             layers.append(nn.MaxPool2d(2, 2))
             continue
-        layers.append(nn.Conv2d(channels, stage * width, 3, padding=1))
-        layers += [nn.BatchNorm2d(stage * width)] * batch_norm + [nn.ReLU(inplace=True)]
-        channels = stage * width
-    side = size // 32
+        layers += [nn.Conv2d(channels, width, 3, padding=1), nn.ReLU(inplace=True)]
+        channels = width
     classifier = [
         *(nn.Linear(channels * 4, 6), nn.ReLU(True), nn.Dropout()),
         *(nn.Linear(6, 5), nn.ReLU(True), nn.Dropout(), nn.Linear(5, CLASSES)),
     ]
-    return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(2 if side else 1), nn.Flatten(), *classifier)
+    return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(2), nn.Flatten(), *classifier)
 
 
 class InvertedResidual(nn.Module):
@@ -227,10 +202,9 @@ class ChannelsLastFlatten(nn.Module):
         return self.last(F.relu(self.conv(x)).permute(0, 2, 3, 1).flatten(1))
 
 
-def conv_classifier(*between, channels=5, size=6):
+def conv_classifier(*between):
     """A convolution whose flattened channels a Linear layer reads."""
-    side = size - 2
-    return nn.Sequential(nn.Conv2d(3, channels, 3), *between, nn.Flatten(), nn.Linear(channels * side * side, CLASSES))
+    return nn.Sequential(nn.Conv2d(3, 5, 3), *between, nn.Flatten(), nn.Linear(5 * 4 * 4, CLASSES))
 
 
 def conv_chain():
@@ -273,28 +247,23 @@ def two_heads(model, x):
     return torch.cat([model.last(model.drop(h)), model.right(h)], 1)
 
 
-BLOCKS = [f"layer{number}.{block}.conv1" for number in range(1, 5) for block in (0, 1)]
-
 VECTORS = partial(features, 5, 6)
 
 # A constructor, a function that makes example inputs, and the layers that are to be found.
 ZOO = {
     "the workflow's teacher": (
-        lambda: FastTeacher(1, CLASSES, (5, 4)),
-        lambda: images(9, channels=1),
+        lambda: FastTeacher(1, CLASSES, (5, 4)), lambda: images(9, channels=1),
         ["whitening", *(f"blocks.{block}.layers.{layer}" for block in (0, 1) for layer in (0, 4))],
     ),
     "the workflow's student": (
-        lambda: PlainStudent(3, 8, CLASSES, (5, 4), 6),
-        lambda: images(8),
-        ["features.0", "features.4", "hidden"],
+        lambda: PlainStudent(3, 8, CLASSES, (5, 4), 6), lambda: images(8), ["features.0", "features.4", "hidden"]
     ),
-    "resnet18": (ResNet18, lambda: images(32), BLOCKS),
-    "pre-activation resnet": (preactivation_resnet, lambda: images(6), ["1.conv1", "2.conv1"]),
+    "resnet": (
+        ResNet, lambda: images(32), [f"layer{number}.{block}.conv1" for number in (1, 2) for block in (0, 1)]
+    ),
     "vgg11": (vgg11, lambda: images(32), ["0", "3", "6", "8", "11", "13", "16", "18", "23", "26"]),
     "mobilenet v2": (
-        MobileNetV2,
-        lambda: images(16),
+        MobileNetV2, lambda: images(16),
         ["features.0.0", "features.1.conv.3", "features.2.conv.0", "features.3.conv.0", "features.4.0"],
     ),
     "vit": (ViT, lambda: images(16), ["blocks.0.mlp.0", "blocks.1.mlp.0"]),
@@ -305,14 +274,11 @@ ZOO = {
     "permuted flatten": (ChannelsLastFlatten, lambda: images(6), ["conv"]),
     "flatten": (lambda: conv_classifier(nn.ReLU()), lambda: images(6), ["0"]),
     "flatten, norm": (
-        lambda: conv_classifier(nn.ReLU(), nn.Flatten(), nn.BatchNorm1d(80), nn.Dropout()),
-        lambda: images(6),
-        ["0"],
+        lambda: conv_classifier(nn.ReLU(), nn.Flatten(), nn.BatchNorm1d(80), nn.Dropout()), lambda: images(6), ["0"]
     ),
     "channels last": (
         lambda: conv_classifier(nn.ReLU()).to(memory_format=torch.channels_last),
-        lambda: images(6).to(memory_format=torch.channels_last),
-        ["0"],
+        lambda: images(6).to(memory_format=torch.channels_last), ["0"],
     ),
     "convolutions": (conv_chain, lambda: images(8), ["0", "4", "8"]),
     "convolutions of one dimension": (conv1d, lambda: features(3, 3, 6), ["0", "3"]),

@@ -52,12 +52,7 @@ def with_lightning():
 
     pruning = DynamicPruning(student="student", example_inputs=(torch.zeros(2, 12),), threshold=0.6, patience=1)
     loader = torch.utils.data.DataLoader(torch.utils.data.TensorDataset(*samples()), batch_size=8)
-    quiet = {
-        "logger": False,
-        "enable_progress_bar": False,
-        "enable_model_summary": False,
-        "enable_checkpointing": False,
-    }
+    quiet = dict.fromkeys(("logger", "enable_progress_bar", "enable_model_summary", "enable_checkpointing"), False)
     trainer = lightning.Trainer(
         max_epochs=2, accelerator="cpu", devices=2, strategy="ddp", callbacks=[pruning], **quiet
     )

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from pruner_cases import plain
+from pruner_cases import assert_narrows_every, assert_same_state
 from torch import nn
 
 import kddp_ext
@@ -21,14 +21,8 @@ CLASSES, PIXELS = 10, 64
 
 
 def make_student(width=24):
-    return nn.Sequential(
-        nn.Linear(PIXELS, width),
-        nn.BatchNorm1d(width),
-        nn.ReLU(),
-        nn.Linear(width, 16),
-        nn.ReLU(),
-        nn.Linear(16, CLASSES),
-    )
+    hidden = nn.Linear(PIXELS, width), nn.BatchNorm1d(width), nn.ReLU()
+    return nn.Sequential(*hidden, nn.Linear(width, 16), nn.ReLU(), nn.Linear(16, CLASSES))
 
 
 class Distillation(lightning.LightningModule):
@@ -90,12 +84,13 @@ def saving(folder):
     return lightning.callbacks.ModelCheckpoint(folder, save_top_k=-1, filename="{epoch}")
 
 
-def same(one, other):
-    assert plain(one) == plain(other)
+def public_attributes(module):
+    return {name for name in vars(module) if not name.startswith("_")}
 
 
 def test_training_continues_with_a_smaller_student():
     module, pruning = Distillation(), make_pruning()
+    attributes = public_attributes(module)
     trainer = make_trainer(4, pruning)
     trainer.fit(module, batches(), batches(1))
     assert module.widths_seen[0] == 24  # at the first check, no neuron has reached the patience
@@ -106,13 +101,7 @@ def test_training_continues_with_a_smaller_student():
     assert pruning.report.parameters_after == trainer.callback_metrics["parameters"]
     for parameter in module.student.parameters():
         assert trainer.optimizers[0].state[parameter]["exp_avg"].shape == parameter.shape
-
-
-def test_the_module_gets_no_attributes_and_keeps_no_hooks():
-    module = Distillation()
-    before = {name for name in vars(module) if not name.startswith("_")}
-    make_trainer(1, make_pruning()).fit(module, batches())
-    assert {name for name in vars(module) if not name.startswith("_")} == before
+    assert public_attributes(module) == attributes
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in module.modules())
 
 
@@ -144,10 +133,7 @@ def test_steps_of_the_optimizer_count(accumulated):
     pruning = make_pruning(patience=1, every_n_epochs=None, interval=3, l1_weight=0.1, l1_warmup=12)
     make_trainer(3, pruning, accumulate_grad_batches=accumulated).fit(module, batches())
     assert pruning.pruner.l1_weight == pytest.approx(0.1 / accumulated)
-    widths = module.widths_seen
-    narrowed = [i for i in range(1, len(widths)) if widths[i] < widths[i - 1]]
-    assert narrowed[0] == 3 * accumulated
-    assert all(i % (3 * accumulated) == 0 for i in narrowed)
+    assert_narrows_every(3 * accumulated, module.widths_seen)
 
 
 def test_the_module_itself_may_be_the_student():
@@ -182,9 +168,9 @@ def test_resumed_training_equals_the_uninterrupted(tmp_path, stopped_after, vali
     assert len(resumed.widths_seen) == 4 * (4 - stopped_after)
     assert pruning_again.pruner.history == pruning.pruner.history
     assert len(pruning.pruner.history.steps) > 1
-    same(whole.state_dict(), resumed.state_dict())
-    same(uninterrupted.optimizers[0].state_dict(), trainer.optimizers[0].state_dict())
-    same(pruning.state_dict(), pruning_again.state_dict())
+    assert_same_state(whole.state_dict(), resumed.state_dict())
+    assert_same_state(uninterrupted.optimizers[0].state_dict(), trainer.optimizers[0].state_dict())
+    assert_same_state(pruning.state_dict(), pruning_again.state_dict())
 
 
 def test_a_checkpoint_for_validation_and_by_hand(tmp_path):
@@ -195,13 +181,13 @@ def test_a_checkpoint_for_validation_and_by_hand(tmp_path):
     fresh = Distillation()
     validating = make_trainer(1, make_pruning(), saving(tmp_path), enable_checkpointing=True)
     validating.validate(fresh, batches(1), ckpt_path=path, verbose=False)
-    same(module.state_dict(), fresh.state_dict())
+    assert_same_state(module.state_dict(), fresh.state_dict())
     assert "on_load_checkpoint" not in vars(fresh)
 
     fresh, checkpoint = Distillation(), torch.load(path, weights_only=True)
     make_pruning().rebuild(fresh, checkpoint)
     fresh.load_state_dict(checkpoint["state_dict"])
-    same(module.state_dict(), fresh.state_dict())
+    assert_same_state(module.state_dict(), fresh.state_dict())
 
 
 def test_a_second_training_continues_the_first():
@@ -211,13 +197,6 @@ def test_a_second_training_continues_the_first():
     make_trainer(2, pruning).fit(module, batches())
     assert pruning.pruner.history.original_widths == {"0": 24, "3": 16}
     assert pruning.pruner.history.steps[: len(first.steps)] == first.steps
-
-
-def test_an_error_leaves_no_attributes_in_the_module():
-    module = Distillation()
-    with pytest.raises(ValueError, match="threshold: expected more than 0"):
-        make_trainer(1, make_pruning(threshold=0)).fit(module, batches())
-    assert not {"pruner", "on_load_checkpoint"} & vars(module).keys()
 
 
 def test_a_strategy_that_spawns_is_refused():
@@ -234,6 +213,10 @@ def test_arguments():
         make_pruning(interval=5)
     with pytest.raises(ValueError, match="student: Distillation has no module named 'pupil'"):
         make_trainer(1, make_pruning(student="pupil")).fit(Distillation(), batches())
+    module = Distillation()
+    with pytest.raises(ValueError, match="threshold: expected more than 0"):
+        make_trainer(1, make_pruning(threshold=0)).fit(module, batches())
+    assert not {"pruner", "on_load_checkpoint"} & vars(module).keys()  # an error leaves none
 
     class ForTheTeacher(Distillation):
         def configure_optimizers(self):

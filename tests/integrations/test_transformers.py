@@ -4,7 +4,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from pruner_cases import plain
+from pruner_cases import assert_narrows_every, assert_same_state
 from torch import nn
 
 import kddp_ext
@@ -70,16 +70,10 @@ def make_pruning(**settings):
 
 def make_trainer(folder, pruning, student=None, **arguments):
     defaults = {
-        "num_train_epochs": 4,
-        "per_device_train_batch_size": 16,
-        "learning_rate": 1e-2,
-        "save_strategy": "epoch",
-        "use_cpu": True,
-        "report_to": [],
-        "disable_tqdm": True,
-        "logging_strategy": "no",
+        "num_train_epochs": 4, "per_device_train_batch_size": 16, "learning_rate": 1e-2, "save_strategy": "epoch",
+        "use_cpu": True, "report_to": [], "disable_tqdm": True, "logging_strategy": "no",
         "dataloader_pin_memory": False,
-    }
+    }  # fmt: skip
     return DistillationTrainer(
         Student() if student is None else student,
         transformers.TrainingArguments(str(folder), **{**defaults, **arguments}),
@@ -88,10 +82,6 @@ def make_trainer(folder, pruning, student=None, **arguments):
         teacher=nn.Linear(PIXELS, CLASSES),
         pruning=pruning,
     )
-
-
-def same(one, other):
-    assert plain(one) == plain(other)
 
 
 def test_training_continues_with_a_smaller_student(tmp_path):
@@ -121,10 +111,7 @@ def test_steps_of_the_optimizer_count(tmp_path, accumulated):
     )
     trainer.train()
     assert pruning.pruner.l1_weight == pytest.approx(0.1 / accumulated)
-    widths = trainer.widths_seen
-    narrowed = [i for i in range(1, len(widths)) if widths[i] < widths[i - 1]]
-    assert narrowed[0] == 3 * accumulated
-    assert all(i % (3 * accumulated) == 0 for i in narrowed)
+    assert_narrows_every(3 * accumulated, trainer.widths_seen)
 
 
 def test_an_epoch_that_is_cut_short_does_not_count(tmp_path):
@@ -148,9 +135,9 @@ def test_resumed_training_equals_the_uninterrupted(tmp_path, stopped_after):
     assert len(resumed.widths_seen) == 16 - 4 * stopped_after
     assert again.pruner.history == pruning.pruner.history
     assert len(pruning.pruner.history.steps) > 1
-    same(uninterrupted.model.state_dict(), resumed.model.state_dict())
+    assert_same_state(uninterrupted.model.state_dict(), resumed.model.state_dict())
     for one, other in zip(uninterrupted.model.parameters(), resumed.model.parameters(), strict=True):
-        same(uninterrupted.optimizer.state[one], resumed.optimizer.state[other])
+        assert_same_state(uninterrupted.optimizer.state[one], resumed.optimizer.state[other])
 
 
 def test_weights_do_not_fit_without_the_history(tmp_path):
@@ -194,10 +181,7 @@ def test_the_mlps_of_bert_are_pruned(tmp_path):
             )
 
     torch.manual_seed(0)
-    student, teacher = (
-        transformers.BertForSequenceClassification(config),
-        transformers.BertForSequenceClassification(config),
-    )
+    student, teacher = (transformers.BertForSequenceClassification(config) for _ in range(2))
     pruning = DynamicPruning(example_inputs=(tokens[:2], torch.ones_like(tokens[:2])), threshold=0.6, patience=1)
     arguments = transformers.TrainingArguments(
         str(tmp_path), num_train_epochs=2, save_strategy="no", use_cpu=True, report_to=[], disable_tqdm=True

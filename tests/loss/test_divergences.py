@@ -85,26 +85,6 @@ def test_gradients_equal_their_closed_forms(logits, kd_and_gradient):
         torch.testing.assert_close(ours, gradient * T / 8, rtol=1e-10, atol=1e-14)
 
 
-def test_exchanging_the_sides(logits, kd_and_gradient):
-    """Reverse KL is forward KL with the sides exchanged; JSD exchanges its sides with beta."""
-    student, teacher = logits
-    reverse, _ = kd_and_gradient(student, teacher, divergence="reverse_kl")
-    torch.testing.assert_close(reverse, kd_and_gradient(teacher, student)[0], rtol=1e-13, atol=0)
-    one, _ = kd_and_gradient(student, teacher, divergence="jsd", jsd_beta=0.2)
-    other, _ = kd_and_gradient(teacher, student, divergence="jsd", jsd_beta=0.8)
-    torch.testing.assert_close(one, other, rtol=1e-12, atol=0)
-
-
-@pytest.mark.parametrize(("beta", "limit"), [(1e-6, "forward_kl"), (1 - 1e-6, "reverse_kl")])
-def test_jsd_near_its_ends(logits, kd_and_gradient, beta, limit):
-    """JSD / beta tends to the forward divergence for beta → 0, JSD / (1 - beta) to the reverse one for beta → 1."""
-    jsd = kd_and_gradient(*logits, divergence="jsd", jsd_beta=beta)
-    end = kd_and_gradient(*logits, divergence=limit)
-    scale = min(beta, 1 - beta)
-    torch.testing.assert_close(jsd[0] / scale, end[0], rtol=1e-3, atol=0)
-    torch.testing.assert_close(jsd[1] / scale, end[1], rtol=0, atol=1e-3)
-
-
 @pytest.mark.parametrize("beta", [0.1, 0.5, 0.9])
 def test_jsd_is_at_most_the_entropy_of_its_weights(kd_and_gradient, beta):
     """Two distributions without a common class reach the bound."""
@@ -114,26 +94,6 @@ def test_jsd_is_at_most_the_entropy_of_its_weights(kd_and_gradient, beta):
     weights = torch.tensor([beta, 1 - beta], dtype=torch.float64)
     torch.testing.assert_close(ours / T**2, -(weights * weights.log()).sum(), rtol=1e-13, atol=0)
     torch.testing.assert_close(gradient, torch.zeros(2, 4).double(), rtol=0, atol=1e-15)
-
-
-def test_dkd_with_the_weights_of_kl_is_forward_kl(logits, kd_and_gradient):
-    """KL = TCKD + (1 - p_y) NCKD (Zhao et al., equation 7), and so are the gradients."""
-    for row, label in enumerate(LABELS.split(1)):
-        student, teacher = logits[:, row : row + 1]
-        others = 1 - float(F.softmax(teacher / T, 1)[0, row])
-        weights = {"dkd_target_weight": 1.0, "dkd_non_target_weight": others}
-        ours = kd_and_gradient(student, teacher, label, divergence="dkd", **weights)
-        torch.testing.assert_close(ours, kd_and_gradient(student, teacher, label), rtol=1e-10, atol=1e-13)
-
-
-def test_dkd_is_linear_in_its_weights(logits, kd_and_gradient):
-    def dkd(target, non_target):
-        weights = {"dkd_target_weight": target, "dkd_non_target_weight": non_target}
-        return kd_and_gradient(*logits, divergence="dkd", **weights)
-
-    for both, target, other in zip(dkd(2.0, 3.0), dkd(1.0, 0.0), dkd(0.0, 1.0), strict=True):
-        torch.testing.assert_close(both, 2 * target + 3 * other, rtol=1e-12, atol=1e-14)
-    assert not any(each.any() for each in dkd(0.0, 0.0))
 
 
 @each_divergence

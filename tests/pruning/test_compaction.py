@@ -4,8 +4,8 @@ import copy
 
 import pytest
 import torch
-from dead_neurons import ALIVE, CLASSES, DEAD, INPUTS, NORMS, batch, build, prune_dead, sliced, step
-from pruner_cases import example, kill, make_model, make_pruner, observe, state_of
+from dead_neurons import ALIVE, DEAD, INPUTS, NORMS, batch, build, prune_dead, sliced, step
+from pruner_cases import example, kill, make_model, make_pruner, observe, observed_pruner, state_of
 from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
@@ -92,32 +92,6 @@ def test_identities_flags_modes_and_hooks_stay():
     assert calls == ["forward", "gradient", "accumulated"]
 
 
-def test_a_weight_can_lose_rows_and_columns_at_once():
-    torch.manual_seed(0)
-    model = nn.Sequential(
-        nn.Linear(INPUTS, 8), nn.ReLU(), nn.Linear(8, 7), nn.BatchNorm1d(7), nn.ReLU(), nn.Linear(7, CLASSES)
-    ).double()
-    with torch.no_grad():
-        model[3].bias.fill_(2)  # alive, except for the neurons that follow
-        for module, dead in ((model[0], [1, 2]), (model[3], [0, 6])):
-            module.weight[dead] = 0
-            module.bias[dead] = -1
-    optimizer = torch.optim.Adam(model.parameters())
-    generator = torch.Generator().manual_seed(2)
-    step(model, optimizer, batch(generator))
-    x, _ = batch(generator)
-    pruner = DynamicPruner(model, optimizer, example_inputs=(x,), criterion="dead", patience=1)
-    expected = model.eval()(x)
-    middle = model[2].weight.detach().clone()
-    moment = optimizer.state[model[2].weight]["exp_avg"].clone()
-    pruner.activations.observe()
-    assert [layer.pruned for layer in pruner.prune().layers] == [(1, 2), (0, 6)]
-    torch.testing.assert_close(model(x), expected, rtol=1e-12, atol=1e-12)
-    rows, columns = torch.tensor([1, 2, 3, 4, 5]), torch.tensor([0, 3, 4, 5, 6, 7])
-    assert torch.equal(model[2].weight, middle[rows][:, columns])
-    assert torch.equal(optimizer.state[model[2].weight]["exp_avg"], moment[rows][:, columns])
-
-
 def test_transposed_storage_and_parameters_outside_the_optimizer():
     model, _, generator = build(adam, NORMS["none"])
     optimizer = torch.optim.SGD(model[4].parameters(), lr=0.1, momentum=0.9)
@@ -175,10 +149,7 @@ COMPENSATED = {
 
 def prune_constant_neurons(model, x, **options):
     layer = "body.0" if isinstance(model, TwoHeads) else "0"
-    pruner = DynamicPruner(model, example_inputs=(x,), patience=1, layers=[layer], **options)
-    model.eval()(x)
-    pruner.activations.observe()
-    return pruner.prune()
+    return observed_pruner(model.eval(), x, layers=[layer], **options).prune()
 
 
 @pytest.mark.parametrize(("make", "compensated"), COMPENSATED.values(), ids=list(COMPENSATED))
@@ -209,12 +180,9 @@ def test_compensation_keeps_the_mean_of_the_next_layer(compensate):
     torch.manual_seed(1)
     model = nn.Sequential(nn.Linear(8, 64), nn.Softplus(), nn.Linear(64, 4)).double()
     x = torch.randn(500, 8, dtype=torch.float64)
-    pruner = DynamicPruner(
-        model, example_inputs=(x[:2],), threshold=0.5, patience=1, compensate=compensate, reconstruction_samples=0
-    )
+    pruner = observed_pruner(model, x, threshold=0.5, compensate=compensate, reconstruction_samples=0)
     before = model(x).detach()
     h, outgoing = pruner.activations[0].detach(), model[2].weight.detach().clone()
-    pruner.activations.observe()
     pruned = list(pruner.prune().layers[0].pruned)
     assert len(pruned) > 5
     lost = (h - h.mean(0) if compensate else h)[:, pruned] @ outgoing[:, pruned].T
@@ -229,17 +197,12 @@ def averaged(model, *, use_buffers):
     return AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(0.5), use_buffers=use_buffers)
 
 
-def trained_with_average(*, use_buffers):
+@pytest.mark.parametrize("use_buffers", [False, True])
+def test_a_moving_average_continues(use_buffers):
     model, optimizer, generator = build(torch.optim.AdamW, NORMS["both"])
     average = averaged(model, use_buffers=use_buffers)
     step(model, optimizer, batch(generator))
     average.update_parameters(model)
-    return model, optimizer, average, generator
-
-
-@pytest.mark.parametrize("use_buffers", [False, True])
-def test_a_moving_average_continues(use_buffers):
-    model, optimizer, average, generator = trained_with_average(use_buffers=use_buffers)
     whole = copy.deepcopy(average)
     x, _ = batch(generator)
     identities = [id(tensor) for tensor in [*average.parameters(), *average.buffers()]]
@@ -351,37 +314,6 @@ def test_wrong_copies_are_named():
         make_pruner(model, copies=[other, shared])
 
 
-def test_a_copy_that_was_changed_is_named_and_nothing_is_pruned():
-    model = make_model()
-    fine, replaced = copy.deepcopy(model), copy.deepcopy(model)
-    pruner = make_pruner(model, copies=[fine, replaced], criterion="dead")
-    kill(model, [2])
-    observe(pruner)
-    replaced[3] = nn.Linear(7, 3)
-    before = state_of(model, fine)
-    with pytest.raises(ValueError, match=r"copies\[1\]: 3.weight has shape \(3, 7\), but \(3, 8\) in the model"):
-        pruner.prune()
-    assert state_of(model, fine) == before
-    assert pruner.widths == {"0": 8}
-
-
-def test_compensation_that_overflows_in_a_copy_is_named():
-    model = make_model()
-    with torch.no_grad():
-        model[0].weight[1] = 0
-        model[0].bias[1] = 1e30
-        model[3].weight[:, 1] = 1e-20
-    ema = copy.deepcopy(model)
-    with torch.no_grad():
-        ema[3].weight[:, 1] = 1e20
-    pruner = make_pruner(model, copies=[ema])
-    observe(pruner)
-    before = state_of(model, ema)
-    with pytest.raises(ValueError, match=r"copies\[0\]: compensating for removed neurons makes 3.bias infinite"):
-        pruner.prune()
-    assert state_of(model, ema) == before
-
-
 # --- a failure at any place changes nothing
 
 
@@ -483,35 +415,34 @@ def test_a_failure_at_any_attribute_changes_nothing(monkeypatch, owner, attribut
     assert trained.pruner.prune().neurons_pruned > 0
 
 
-def spoil_state_shape(trained):
-    trained.optimizer.state[trained.model[3].weight]["exp_avg"] = torch.zeros(3, 2)
-
-
-def spoil_state_kind(trained):
-    trained.optimizer.state[trained.model[5].weight]["history"] = [torch.zeros(3)]
-
-
-def replace_layer(trained):
-    trained.model[5] = nn.Linear(7, 3)
-
-
-def poison_statistics(trained):
-    trained.pruner.statistics["3"].values[0, 2] = torch.nan
-
-
-def poison_weight(trained):
-    with torch.no_grad():
-        trained.model[5].weight[0, 0] = torch.inf
-
-
 @pytest.mark.parametrize(
     ("spoil", "reason"),
     [
-        (spoil_state_shape, r"optimizer: AdamW keeps 'exp_avg' of 3.weight, a tensor of shape \(3, 2\)"),
-        (spoil_state_kind, "optimizer: AdamW keeps 'history' of 5.weight, list, .* nothing was pruned"),
-        (replace_layer, "model: 5.weight was traced with 6 neurons of 3 along dimension 1"),
-        (poison_statistics, "some activations of 3 were infinite or NaN"),
-        (poison_weight, "the weights that read 3 are infinite or NaN"),
+        (
+            lambda t: t.optimizer.state[t.model[3].weight].update(exp_avg=torch.zeros(3, 2)),
+            r"optimizer: AdamW keeps 'exp_avg' of 3.weight, a tensor of shape \(3, 2\)",
+        ),
+        (
+            lambda t: t.optimizer.state[t.model[5].weight].update(history=[torch.zeros(3)]),
+            "optimizer: AdamW keeps 'history' of 5.weight, list, .* nothing was pruned",
+        ),
+        (
+            lambda t: t.model.__setitem__(5, nn.Linear(7, 3)),
+            "model: 5.weight was traced with 6 neurons of 3 along dimension 1",
+        ),
+        (
+            lambda t: t.copy.__setitem__(5, nn.Linear(7, 3)),
+            r"copies\[0\]: 5.weight has shape \(3, 7\), but \(3, 6\) in the model",
+        ),
+        (
+            lambda t: t.pruner.statistics["3"].values[0, 2].fill_(torch.nan),
+            "some activations of 3 were infinite or NaN",
+        ),
+        (lambda t: t.model[5].weight.data.fill_(torch.inf), "the weights that read 3 are infinite or NaN"),
+        (
+            lambda t: t.copy[5].weight.data.fill_(torch.inf),
+            r"copies\[0\]: compensating for removed neurons makes 5.bias infinite",
+        ),
     ],
 )
 def test_bad_tensors_are_named_and_nothing_changes(spoil, reason):

@@ -1,13 +1,14 @@
 """Several processes prune alike: statistics of all samples, one decision, and no change where one of them fails."""
 
 import copy
+import itertools
 import warnings
 
 import pytest
 import rank_cases
 import torch
 import torch.distributed as dist
-from pruner_cases import make_pruner, plain
+from pruner_cases import observed_pruner
 from rank_processes import RankProcesses
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
@@ -58,26 +59,21 @@ OPTIONS = {
     "wrapped after the pruner was made": {"wrapped_after": True},
     "pruner of the module inside": {"inner": True},
     "compiled": {"compiled": True},
+    "accumulated gradients": {"accumulate": True},
+    "convolutions": {"make": rank_cases.make_convolutions, "rounds": 2},
 }
 
 
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=list(OPTIONS))
 def test_ranks_equal_one_process_with_all_samples(ranks, one_process, options):
-    sizes = [sum(widths) for widths in one_process["widths"]]
-    assert 22 > sizes[0] > sizes[1] > sizes[2]
+    changes_training = {"accumulate", "make"} & options.keys()
+    expected = rank_cases.train_with(None, options) if changes_training else one_process
+    sizes = [sum(widths) for widths in expected["widths"]]
+    assert all(later < earlier for earlier, later in itertools.pairwise([22, *sizes]))
     results = ranks.run(rank_cases.train_with, options)
-    assert_trained_alike(results, one_process)
+    assert_trained_alike(results, expected)
     if options.get("comm_hook"):
         assert all(calls >= 4 for result in results for calls in result["calls of the communication hook"])
-
-
-@pytest.mark.parametrize(
-    "options", [{"accumulate": True}, {"make": rank_cases.make_convolutions, "rounds": 2}], ids=["accumulated", "conv"]
-)
-def test_accumulated_gradients_and_convolutions(ranks, options):
-    expected = rank_cases.train_with(None, options)
-    assert expected["widths"][0][0] > expected["widths"][1][0]
-    assert_trained_alike(ranks.run(rank_cases.train_with, options), expected)
 
 
 def test_reconstruction_is_the_same_on_all_ranks(ranks):
@@ -88,27 +84,6 @@ def test_reconstruction_is_the_same_on_all_ranks(ranks):
         assert_equal_bits(first[kind], second[kind])
     assert first["history"] == second["history"]
     assert any(not torch.equal(first["student"][name], tensor) for name, tensor in without["student"].items())
-
-
-def test_joined_statistics_are_those_of_all_samples():
-    """Of whole numbers, whose sums are exact; with the sums of positions and the latest samples."""
-    generator = torch.Generator().manual_seed(0)
-    batches = [torch.randint(-9, 9, (rows, 4, 3), generator=generator).float() for rows in (5, 2, 7)]
-    whole = kddp_ext.NeuronStatistics(4, positions=3, samples=10)
-    shares = [kddp_ext.NeuronStatistics(4, positions=3, samples=10) for _ in batches]
-    for share, batch in zip(shares, batches, strict=True):
-        share.observe(batch)
-        whole.observe(batch)
-    before = [share.state_dict() for share in shares]
-    total = kddp_ext.NeuronStatistics.joined(shares)
-    assert torch.equal(total.values, whole.values)
-    assert torch.equal(total.position_sums, whole.position_sums)
-    assert total.rows == whole.rows == 3 * 14
-    kept, all_samples = total.ring.samples, torch.cat([share.ring.samples for share in shares])
-    assert len(kept) == min(10, len(all_samples))
-    assert all(any(torch.equal(row, other) for other in all_samples) for row in kept)
-    for share, state in zip(shares, before, strict=True):  # the shares are not changed
-        assert plain(share.state_dict()) == plain(state)
 
 
 FAULTS = {
@@ -147,16 +122,16 @@ def test_a_rank_that_never_prunes_causes_a_timeout(ranks):
 
 
 @pytest.mark.parametrize(
-    ("case", "reason"),
+    ("options", "reason"),
     [
-        (rank_cases.decide_differently, "rank 1 differs from rank 0 in the neurons to be removed"),
-        (rank_cases.other_layers, "rank 1 differs from rank 0 in the width of 0 (None, not 12)"),
+        ([{"criterion": rank_cases.fickle_activity, "threshold": 0.25}] * 2, "0 in the neurons to be removed"),
+        ([{"layers": ["0", "2"]}, {"layers": ["2"]}], "0 in the width of 0 (None, not 12)"),
     ],
 )
-def test_ranks_that_would_prune_differently(ranks, case, reason):
-    (error, unchanged), (other_error, other_unchanged) = ranks.run(case)
+def test_ranks_that_would_prune_differently(ranks, options, reason):
+    (error, unchanged), (other_error, other_unchanged) = ranks.run(rank_cases.prune_with, options)
     assert error == other_error
-    assert reason in error
+    assert f"rank 1 differs from rank {reason}" in error
     assert unchanged
     assert other_unchanged
 
@@ -211,11 +186,7 @@ def one_rank(tmp_path):
 
 def prepared(model, **options):
     """A pruner of `model` with statistics, which is about to prune."""
-    options = {"example_inputs": (rank_cases.example(),), "threshold": rank_cases.THRESHOLD, **options}
-    pruner = make_pruner(model, **options)
-    model(rank_cases.example())
-    pruner.activations.observe()
-    return pruner
+    return observed_pruner(model, rank_cases.example(), threshold=rank_cases.THRESHOLD, **options)
 
 
 @pytest.mark.usefixtures("one_rank")
@@ -282,16 +253,15 @@ def test_a_wrapped_student_is_saved_as_the_student(tmp_path):
     assert torch.equal(loaded(rank_cases.example()), ddp(rank_cases.example()))
 
 
-def frozen():
-    ddp = DistributedDataParallel(rank_cases.make_student())
-    ddp.module.requires_grad_(False)
-    return ddp
+def changed(change):
+    """A constructor of a wrapped student that the function `change` changes."""
 
+    def make():
+        ddp = DistributedDataParallel(rank_cases.make_student())
+        change(ddp)
+        return ddp
 
-def with_a_built_in_hook():
-    ddp = DistributedDataParallel(rank_cases.make_student())
-    ddp._register_builtin_comm_hook(dist.BuiltinCommHookType.FP16_COMPRESS)
-    return ddp
+    return make
 
 
 def delayed():
@@ -302,34 +272,25 @@ def delayed():
     )
 
 
-def changed(name, value):
-    ddp = DistributedDataParallel(rank_cases.make_student())
-    ddp.__dict__[name] = value
-    return ddp
-
-
-def with_an_optimizer_in_backward():
-    ddp = DistributedDataParallel(rank_cases.make_student())
-    ddp.module[0].weight._in_backward_optimizers = []
-    return ddp
-
-
-def of_an_unknown_torch():
-    ddp = DistributedDataParallel(rank_cases.make_student())
-    del ddp._comm_hooks
-    return ddp
-
-
 @pytest.mark.usefixtures("one_rank")
 @pytest.mark.parametrize(
     ("make", "reason"),
     [
-        (frozen, "every parameter is frozen"),
-        (with_a_built_in_hook, "FP16_COMPRESS was registered by a private function"),
+        (changed(lambda ddp: ddp.module.requires_grad_(False)), "every parameter is frozen"),
+        (
+            changed(lambda ddp: ddp._register_builtin_comm_hook(dist.BuiltinCommHookType.FP16_COMPRESS)),
+            "FP16_COMPRESS was registered by a private function",
+        ),
         (delayed, "delay_all_reduce_named_params"),
-        (lambda: changed("mixed_precision", object()), "mixed_precision keeps a second set of parameters"),
-        (with_an_optimizer_in_backward, "the optimizer runs inside the backward pass"),
-        (of_an_unknown_torch, "keeps its buckets in an unknown way"),
+        (
+            changed(lambda ddp: setattr(ddp, "mixed_precision", object())),
+            "mixed_precision keeps a second set of parameters",
+        ),
+        (
+            changed(lambda ddp: setattr(ddp.module[0].weight, "_in_backward_optimizers", [])),
+            "the optimizer runs inside the backward pass",
+        ),
+        (changed(lambda ddp: delattr(ddp, "_comm_hooks")), "keeps its buckets in an unknown way"),
     ],
 )
 def test_wrappers_that_cannot_be_rebuilt_are_refused(make, reason):

@@ -5,11 +5,8 @@ import inspect
 import pytest
 import torch
 from dead_neurons import ALIVE, CLASSES, DEAD, INPUTS, NORMS, batch, build, prune_dead, sliced, step
-from pruner_cases import example, make_model, make_pruner
+from pruner_cases import example, make_model, make_pruner, observed_pruner
 from torch import nn
-from torch.optim import lr_scheduler
-
-from kddp_ext.pruning.pruner import DynamicPruner
 
 pytestmark = pytest.mark.usefixtures("one_trace_each")
 
@@ -156,10 +153,7 @@ def test_two_optimizers_of_one_model():
     momenta = [muon.state[model[index].weight]["momentum_buffer"] for index in (0, 2)]
     moment = adam.state[model[0].bias]["exp_avg"]
     expected = model(x)
-    pruner = DynamicPruner(model, [muon, adam], example_inputs=(x,), patience=1)
-    model(x)
-    pruner.activations.observe()
-    assert pruner.prune().neurons_pruned == len(DEAD)
+    assert observed_pruner(model, x, [muon, adam]).prune().neurons_pruned == len(DEAD)
     torch.testing.assert_close(model(x), expected)
     assert torch.equal(muon.state[model[0].weight]["momentum_buffer"], momenta[0][ALIVE])
     assert torch.equal(muon.state[model[2].weight]["momentum_buffer"], momenta[1][:, ALIVE])
@@ -183,33 +177,6 @@ def test_optimizers_that_cannot_follow_are_refused():
         make_pruner(model, [adam, None])
     with pytest.raises(ValueError, match="optimizer: SGD holds none of the model's parameters"):
         make_pruner(model, [adam, torch.optim.SGD(make_model().parameters(), lr=0.1)])
-
-
-SCHEDULES = {
-    "step": lambda optimizer: lr_scheduler.StepLR(optimizer, 2, 0.5),
-    "one cycle": lambda optimizer: lr_scheduler.OneCycleLR(optimizer, max_lr=0.1, total_steps=12),
-    "plateau": lambda optimizer: lr_scheduler.ReduceLROnPlateau(optimizer, patience=1),
-}
-
-
-@pytest.mark.parametrize("schedule", SCHEDULES.values(), ids=list(SCHEDULES))
-def test_learning_rate_schedules_continue(schedule):
-    def run(prune_after):
-        model, optimizer, generator = build(lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9), NORMS["none"])
-        rates = schedule(optimizer)
-        seen = []
-        for index in range(10):
-            step(model, optimizer, batch(generator))
-            rates.step(*[1.0] * isinstance(rates, lr_scheduler.ReduceLROnPlateau))
-            seen.append([(group["lr"], group["momentum"]) for group in optimizer.param_groups])
-            if index == prune_after:
-                prune_dead(model, optimizer, batch(generator)[0])
-                assert model[0].out_features < 9
-        return seen
-
-    seen = run(prune_after=3)
-    assert seen == run(prune_after=None)
-    assert len({rates[0] for rates in seen}) > 1
 
 
 def test_state_on_another_device_is_sliced_there():

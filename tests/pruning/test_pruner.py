@@ -2,7 +2,6 @@
 
 import contextlib
 import copy
-import dataclasses
 import gc
 import io
 import pickle
@@ -154,30 +153,6 @@ def test_pruning_again_at_once_prunes_nothing():
     assert pruner.prune().neurons_pruned > 0
     observe(pruner, 50)
     assert pruner.prune().neurons_pruned == 0
-
-
-def test_at_most_a_share_goes_in_one_prune():
-    model = make_model()
-    pruner = make_pruner(model, criterion="dead", maximum_share=0.4)
-    for width, gone in ((8, 3), (5, 2), (3, 1), (2, 0)):
-        kill(model, list(range(width)))
-        observe(pruner)
-        report = pruner.prune()
-        assert report.neurons_pruned == gone
-        assert report.layers[0].kept_by.total == width - gone
-    assert pruner.history.steps == [{"0": [5, 6, 7]}, {"0": [3, 4]}, {"0": [2]}]
-
-
-def test_settings_can_be_replaced_between_checks():
-    model = make_model(width=40)
-    pruner = make_pruner(model, threshold=1e-9)
-    observe(pruner, 50)
-    assert pruner.prune().neurons_pruned == 0
-    with pytest.raises(ValueError, match="threshold: expected more than 0"):
-        dataclasses.replace(pruner.settings, threshold=0)
-    pruner.settings = dataclasses.replace(pruner.settings, threshold=0.4)
-    observe(pruner, 50)
-    assert pruner.prune().neurons_pruned > 0
 
 
 def test_only_requested_layers_are_pruned():

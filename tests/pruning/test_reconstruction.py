@@ -5,6 +5,7 @@ import dataclasses
 
 import pytest
 import torch
+from pruner_cases import observed_pruner
 from torch import nn
 
 from kddp_ext.pruning.pruner import DynamicPruner
@@ -71,13 +72,8 @@ def pruned_copy(name, **options):
     with torch.no_grad():
         model.train()(x)
     whole = copy.deepcopy(model)
-    pruner = DynamicPruner(
-        model, example_inputs=(x[:2],), layers=[layer], patience=1, threshold=1.0, minimum_width=8, **options
-    )
     with torch.no_grad():
-        model.eval()(x)
-    pruner.activations.observe()
-    report = pruner.prune()
+        report = observed_pruner(model.eval(), x, layers=[layer], threshold=1.0, minimum_width=8, **options).prune()
     assert report.layers[0].width_after == 8
     return whole.eval(), model.eval(), x, report
 

@@ -76,8 +76,6 @@ REFUSED = {
         model(lambda m, x: m.last(m.first(x).cumsum(1))),
         "first", "does not know whether the operation cumsum in the forward of Recipe keeps neurons separate",
     ),
-    "permuted": (model(lambda m, x: m.last(m.first(x).flip(1))), "first", "operation flip"),
-    "sorted": (model(lambda m, x: m.last(m.first(x).sort(1).values)), "first", "operation sort"),
     "overwritten in part": (model(overwrites), "first", "operation (slice|select|index_put|copy)"),
     "softmax": (model(lambda m, x: m.last(m.first(x).softmax(1))), "first", "softmax in .* from all of them"),
     "layer norm": (
@@ -95,10 +93,6 @@ REFUSED = {
         model(lambda m, x: m.last(m.first(x).sigmoid() * x.repeat(1, 2)[:, :8])),
         "first", "multiplied by the result of slice .* not an elementwise function",
     ),
-    "gated by a softmax": (
-        model(lambda m, x: m.last(m.first(x) * m.up(x).softmax(1)), up=lambda: nn.Linear(INPUTS, 8)),
-        "first", "multiplied by the result of softmax",
-    ),
     "gated by what is an output": (
         model(lambda m, x: ((g := m.up(x)), m.last(m.first(x) * g)), up=lambda: nn.Linear(INPUTS, 8)),
         "first", "is also an output of the model|are the model's outputs",
@@ -106,9 +100,6 @@ REFUSED = {
     "scaled by a vector": (
         model(lambda m, x: m.last(m.first(x) * m.scale), scale=lambda: nn.Parameter(torch.ones(8))),
         "first", "multiplies them by another tensor",
-    ),
-    "scaled by their norm": (
-        model(lambda m, x: m.last((h := m.first(x)) / h.norm(dim=1, keepdim=True))), "first", "operation .*norm"
     ),
     "tied": (
         changed(model(lambda m, x: m.last(m.first(x).relu() + m.other(x)), other=lambda: nn.Linear(INPUTS, 8)), tie),
@@ -191,9 +182,6 @@ REFUSED = {
     ),
     "read as another dimension": (
         model(lambda m, x: m.last(m.first(x.view(-1, 2, INPUTS)).transpose(1, 2).reshape(-1, 8))), "first", "rearranges"
-    ),
-    "gates of another width": (
-        model(lambda m, x: m.last(m.first(x) * m.first(x))), "first", "used 2 times"
     ),
     "unreached": (model(lambda m, x: m.last(m.first(x))), "second", "the forward pass does not reach it as a Linear"),
     "unread": (model(lambda m, x: (m.first(x), m.last(m.second(x.repeat(1, 2)[:, :8])))[1]), "first", "nothing"),

@@ -6,9 +6,10 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from pruner_cases import observed_pruner
 from torch import nn
 
-from kddp_ext import DynamicPruner, KeptBy, NeuronStatistics
+from kddp_ext import KeptBy, NeuronStatistics
 from kddp_ext.pruning.selection import ModelSize, activities, affordable, decide, outgoing_norms, removable
 from kddp_ext.pruning.tracing.find import find_neurons
 
@@ -70,10 +71,7 @@ def test_outgoing_norms_of_channels_cover_filters_or_flattened_positions(flat):
         seen.append(outgoing)
         return torch.ones(5)
 
-    pruner = DynamicPruner(model, example_inputs=(x,), criterion=spy)
-    model(x)
-    pruner.activations.observe()
-    pruner.prune()
+    observed_pruner(model, x, criterion=spy).prune()
     weight = model[-1].weight.detach().double()
     squares = weight.square().view(3, 5, 16).sum((0, 2)) if flat else weight.square().sum((0, 2, 3))
     torch.testing.assert_close(seen[0], squares.sqrt())
@@ -82,11 +80,7 @@ def test_outgoing_norms_of_channels_cover_filters_or_flattened_positions(flat):
 def pruner_by(criterion, **options):
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 5), nn.Tanh(), nn.Linear(5, 3)).double()
-    x = torch.randn(20, 4, dtype=torch.float64)
-    pruner = DynamicPruner(model, example_inputs=(x,), criterion=criterion, patience=1, **options)
-    model(x)
-    pruner.activations.observe()
-    return pruner
+    return observed_pruner(model, torch.randn(20, 4, dtype=torch.float64), criterion=criterion, **options)
 
 
 def test_a_function_gets_copies_of_statistics_and_norms():
@@ -261,12 +255,6 @@ def test_sizes_of_convolutions_and_flattened_channels():
         assert size.parameters([first, second, hidden]) == parameters
 
 
-def test_a_weight_counts_once_for_each_position():
-    size = size_of(make_model(), {"0.weight": 7, "7.weight": 2})
-    assert size.macs() == 7 * 6 * 12 + 2 * 9 * 4
-    assert size.macs([6, 10, 3]) == 7 * 6 * 6 + 2 * 3 * 4
-
-
 def test_a_missing_weight_is_named():
     model = make_model()
     model[7] = nn.Identity()
@@ -345,11 +333,7 @@ def test_ties_and_groups_are_ranked():
 
 
 def budgeted(**options):
-    model = make_model()
-    pruner = DynamicPruner(model, example_inputs=(example(),), patience=1, threshold=0.999, **options)
-    model(example())
-    pruner.activations.observe()
-    return pruner
+    return observed_pruner(make_model(), example(), threshold=0.999, **options)
 
 
 def ranked(pruner):

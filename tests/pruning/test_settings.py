@@ -147,12 +147,3 @@ def test_the_l1_weight_rises_with_the_steps():
     assert weights == [0, 0.125, 0.25, 0.375, 0.5, 0.5, 0.5]
     assert make_pruner(make_model(), l1_weight=0.5).l1_weight == 0.5
     assert make_pruner(make_model()).l1_weight == 0.0
-
-
-def test_steps_are_part_of_the_state():
-    pruner = make_pruner(make_model(), interval=3, l1_weight=1.0, l1_warmup=10)
-    assert steps_that_prune(pruner, 4) == [3]  # a prune keeps the count
-    resumed = make_pruner(make_model(), interval=3, l1_weight=1.0, l1_warmup=10)
-    resumed.load_state_dict(pruner.state_dict())
-    assert resumed.l1_weight == pruner.l1_weight == 0.4
-    assert steps_that_prune(resumed, 3) == steps_that_prune(pruner, 3) == [2]

@@ -1,8 +1,8 @@
-"""A prune in the middle of training: compiled, in mixed precision, between checkpoints."""
+"""A prune in the middle of training: compiled and in mixed precision."""
 
 import copy
-import io
 
+import pruner_cases
 import pytest
 import torch
 from dead_neurons import ALIVE, CLASSES, DEAD, INPUTS
@@ -10,7 +10,6 @@ from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
 
 import kddp_ext
-from kddp_ext.pruning.pruner import DynamicPruner
 
 pytestmark = pytest.mark.usefixtures("one_trace_each")
 
@@ -22,9 +21,8 @@ def make_student():
     return nn.Sequential(nn.Linear(INPUTS, WIDTH), nn.BatchNorm1d(WIDTH), nn.ReLU(), nn.Linear(WIDTH, CLASSES))
 
 
-def make_pruner(model, optimizer, **options):
-    options = {"criterion": "dead", "patience": 1, **options}
-    return DynamicPruner(model, optimizer, example_inputs=(torch.randn(4, INPUTS),), **options)
+def make_pruner(model, optimizer):
+    return pruner_cases.make_pruner(model, optimizer, criterion="dead", example_inputs=(torch.randn(4, INPUTS),))
 
 
 def kill(student, neurons):
@@ -148,60 +146,3 @@ def test_a_gradient_scaler_continues(moment, overflow):
         if whole.dim() and name != "3.bias":
             kept = whole[:, ALIVE] if name == "3.weight" else whole[ALIVE]
         torch.testing.assert_close(tensor, kept, msg=lambda m, n=name: f"{n}: {m}")
-
-
-def test_training_resumes_bit_for_bit_from_a_checkpoint_after_a_prune():
-    """From plain state dicts of model, optimizer, schedule, scaler, average and pruner."""
-
-    def make(history):
-        student = make_student()
-        if history is not None:
-            kddp_ext.PruningHistory.from_json(history).replay(student, (torch.randn(4, INPUTS),))
-        optimizer = torch.optim.AdamW(student.parameters(), lr=0.01, amsgrad=True)
-        average = torch.optim.swa_utils.AveragedModel(student, use_buffers=True)
-        return {
-            "student": student,
-            "optimizer": optimizer,
-            "schedule": torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=0.1, total_steps=20),
-            "scaler": torch.amp.GradScaler("cpu", init_scale=2.0**8, growth_interval=3),
-            "average": average,
-            "pruner": make_pruner(student, optimizer, copies=[average]),
-        }
-
-    def train(run, steps):
-        for step in steps:
-            run["optimizer"].zero_grad()
-            run["scaler"].scale(loss_of(run["student"], run["pruner"], seed=step)).backward()
-            run["scaler"].step(run["optimizer"])
-            run["scaler"].update()
-            run["schedule"].step()
-            run["average"].update_parameters(run["student"])
-
-    whole = make(None)
-    kill(whole["student"], DEAD)
-    train(whole, [0])
-    kill(whole["student"], DEAD)
-    whole["pruner"].reset()
-    with torch.no_grad():
-        whole["student"](batch(1)[0])
-    whole["pruner"].activations.observe()
-    assert whole["pruner"].prune().neurons_pruned == len(DEAD)
-    train(whole, [1, 2])
-    file = io.BytesIO()
-    torch.save({name: each.state_dict() for name, each in whole.items()}, file)
-    train(whole, [3, 4])
-
-    file.seek(0)
-    checkpoint = torch.load(file, weights_only=True)
-    resumed = make(checkpoint["pruner"]["history"])
-    for name, each in resumed.items():
-        each.load_state_dict(checkpoint[name])
-    train(resumed, [3, 4])
-    for name in ("student", "average"):
-        for key, tensor in whole[name].state_dict().items():
-            assert torch.equal(tensor, resumed[name].state_dict()[key]), (name, key)
-    for first, second in zip(whole["student"].parameters(), resumed["student"].parameters(), strict=True):
-        for key, value in whole["optimizer"].state[first].items():
-            assert torch.equal(value, resumed["optimizer"].state[second][key]), key
-    assert whole["pruner"].statistics["0"].rows == resumed["pruner"].statistics["0"].rows
-    assert torch.equal(whole["pruner"].statistics["0"].values, resumed["pruner"].statistics["0"].values)

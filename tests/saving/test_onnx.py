@@ -47,13 +47,6 @@ def prune(model, shape):
     return pruner
 
 
-@pytest.fixture(params=[perceptron, convolutional], ids=lambda make: make.__name__)
-def pruned(request):
-    """A student that lost neurons in all layers, its pruner, and the shape of a sample."""
-    model, shape = request.param()
-    return model, prune(model, shape), shape
-
-
 def run(path, *inputs):
     import onnxruntime
 
@@ -72,8 +65,10 @@ def evaluated(model, *inputs):
 
 
 @ON_ONNX
-def test_onnx_gives_the_same_outputs_and_exporting_changes_nothing(pruned, tmp_path):
-    model, pruner, shape = pruned
+@pytest.mark.parametrize("make", [perceptron, convolutional])
+def test_onnx_gives_the_same_outputs_and_exporting_changes_nothing(make, tmp_path):
+    model, shape = make()
+    pruner = prune(model, shape)
     model[0].eval()
     modes = [module.training for module in model.modules()]
     before = {name: value.clone() for name, value in model.state_dict().items()}
@@ -170,12 +165,3 @@ def test_a_missing_package_is_named(monkeypatch, tmp_path):
     with pytest.raises(ModuleNotFoundError, match=r"export_onnx: onnxscript missing; .* 'kddp_ext\[onnx\]'"):
         kddp_ext.export_onnx(perceptron()[0], tmp_path / "student.onnx", (torch.zeros(2, 12),))
     assert not list(tmp_path.iterdir())
-
-
-def test_torch_export_gives_the_same_outputs(pruned):
-    model, _, shape = pruned
-    model.eval()
-    program = torch.export.export(model, (torch.zeros(2, *shape),), dynamic_shapes=({0: torch.export.Dim("batch")},))
-    for rows in (1, 7):
-        inputs = torch.randn(rows, *shape)
-        torch.testing.assert_close(program.module()(inputs), evaluated(model, inputs))

@@ -3,10 +3,10 @@
 import pytest
 import safetensors.torch
 import torch
+from pruner_cases import observed_pruner
 from torch import nn
 
 from kddp_ext.pruning.history import PruningHistory
-from kddp_ext.pruning.pruner import DynamicPruner
 from kddp_ext.saving.student_file import load_student, read_student_header, save_student
 
 EXAMPLE = (torch.zeros(2, 5),)
@@ -20,9 +20,7 @@ def make_model(width=8, classes=3, dtype=torch.float32):
 def student():
     torch.manual_seed(0)
     model = make_model()
-    pruner = DynamicPruner(model, example_inputs=EXAMPLE, threshold=0.9, patience=1)
-    model(torch.randn(30, 5))
-    pruner.activations.observe()
+    pruner = observed_pruner(model, torch.randn(30, 5), threshold=0.9)
     assert pruner.prune().neurons_pruned > 0
     return model, pruner.history
 
