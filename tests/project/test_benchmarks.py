@@ -18,10 +18,9 @@ def benchmarks():
     """The modules of benchmarks/, which is not installed."""
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(str(ROOT))
-        from benchmarks import cases, disturbance, moved_bytes, timing
+        from benchmarks import cases, timing
         from benchmarks.comparisons import COMPARISONS, memory
         from benchmarks.gpu import clocks, command, contenders, device
-        from benchmarks.gpu import timing as gpu_timing
         from benchmarks.settings import Settings
 
         yield SimpleNamespace(
@@ -31,10 +30,7 @@ def benchmarks():
             comparisons=COMPARISONS,
             contenders=contenders,
             device=device,
-            disturbance=disturbance,
-            gpu_timing=gpu_timing,
             memory=memory,
-            moved_bytes=moved_bytes,
             settings=Settings(threads=1, seconds=0.001, rounds=2, compile=False, smoke=True),
             timing=timing,
         )
