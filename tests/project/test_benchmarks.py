@@ -1,7 +1,6 @@
 """The benchmarks run, compare only implementations that agree, and write their tables. No time is asserted."""
 
 import json
-import math
 import os
 import subprocess
 import sys
@@ -19,10 +18,9 @@ def benchmarks():
     """The modules of benchmarks/, which is not installed."""
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(str(ROOT))
-        from benchmarks import cases, disturbance, moved_bytes, timing
+        from benchmarks import cases, timing
         from benchmarks.comparisons import COMPARISONS, memory
         from benchmarks.gpu import clocks, command, contenders, device
-        from benchmarks.gpu import timing as gpu_timing
         from benchmarks.settings import Settings
 
         yield SimpleNamespace(
@@ -32,10 +30,7 @@ def benchmarks():
             comparisons=COMPARISONS,
             contenders=contenders,
             device=device,
-            disturbance=disturbance,
-            gpu_timing=gpu_timing,
             memory=memory,
-            moved_bytes=moved_bytes,
             settings=Settings(threads=1, seconds=0.001, rounds=2, compile=False, smoke=True),
             timing=timing,
         )
@@ -82,53 +77,6 @@ def test_implementations_that_disagree_are_refused(benchmarks):
         cases.require_agreement(losses, inputs)
 
 
-def test_the_bytes_of_a_shape(benchmarks):
-    shape = benchmarks.cases.Shape(2, 3, 5, torch.bfloat16)
-    assert benchmarks.moved_bytes.needed_bytes(shape) == 2 * (3 * 2 * 3 + 2 * 2 * 5)
-    assert benchmarks.moved_bytes.gradient_bytes(shape) == 2 * (2 * 3 + 2 * 5)
-
-
-def test_the_peak_of_a_steps_memory(benchmarks):
-    inputs = benchmarks.cases.make_inputs(benchmarks.cases.Shape(64, 64, 0))
-
-    def step():
-        kept = torch.empty(1000, dtype=torch.uint8)
-        for _ in range(3):
-            torch.empty(5000, dtype=torch.uint8)
-        return kept
-
-    assert benchmarks.memory._peak_bytes(step, inputs) == 6000
-
-
-def test_a_ratio_is_computed_within_a_round(benchmarks):
-    # The machine is ten times slower in the last round; the ratio of each round is 2.
-    rounds = benchmarks.timing.Rounds({"a": [2.0, 4.0, 20.0], "b": [1.0, 2.0, 10.0]})
-    assert rounds.ratio("a", base="b") == (2.0, 2.0, 2.0)
-
-
-@pytest.fixture
-def patient(benchmarks, monkeypatch):
-    """Settings with which disturbed rounds are repeated, without a pause between them."""
-    monkeypatch.setattr(benchmarks.timing, "PAUSE", 0)
-    monkeypatch.setattr(benchmarks.disturbance, "LIMIT", math.inf)
-    return benchmarks.settings._replace(smoke=False)
-
-
-def test_disturbed_rounds_are_repeated_while_patience_lasts(benchmarks, patient, monkeypatch):
-    counts = iter([0, 10**9, 0, 0, 0, 10**9, 0, 0])  # before and after: rounds 0 and 2 are disturbed
-    monkeypatch.setattr(benchmarks.disturbance, "LIMIT", 50)
-    monkeypatch.setattr(benchmarks.disturbance, "_involuntary_switches", lambda: next(counts))
-    values = iter(range(10))
-    rounds = benchmarks.timing._rounds(lambda name: next(values), ["a"], patient)
-    assert rounds == ({"a": [1, 3]}, 0)
-    counts = iter([0, 10**9] * 5 + [0, 0])
-    values = iter(range(10))
-    rounds = benchmarks.timing._rounds(lambda name: next(values), ["a"], patient)
-    assert rounds == ({"a": [5, 0]}, 1)
-    results = {"loss": {"warm": {"shapes": [rounds.to_json("a")]}}}
-    assert benchmarks.disturbance.summary(results) == "Rounds disturbed by other processes: loss 1 of 2."
-
-
 def test_without_a_gpu_the_command_says_so(tmp_path):
     command = [sys.executable, "-m", "benchmarks", "--device", "cuda", "--json", str(tmp_path / "figures.json")]
     hidden = {**os.environ, "CUDA_VISIBLE_DEVICES": ""}
@@ -138,88 +86,6 @@ def test_without_a_gpu_the_command_says_so(tmp_path):
     assert "sees no CUDA device" in ended.stderr.splitlines()[-1]
     assert "Traceback" not in ended.stderr
     assert not list(tmp_path.iterdir())
-
-
-def test_the_reason_why_a_gpu_cannot_be_measured(benchmarks, monkeypatch):
-    device = benchmarks.device
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(device.kddp_ext, "build_info", lambda: {"cuda": False})
-    assert "no CUDA kernels" in device.why_not()
-    monkeypatch.setattr(device.kddp_ext, "build_info", lambda: {"cuda": True})
-
-    def module(device):
-        raise RuntimeError("kddp_ext: the driver is old")
-
-    monkeypatch.setattr(device.cuda, "module", module)
-    assert device.why_not() == "kddp_ext: the driver is old"
-    monkeypatch.setattr(device.cuda, "module", lambda device: None)
-    assert device.why_not() is None
-
-
-class FakeCuda:
-    """A fake torch.cuda whose clock the test moves."""
-
-    def __init__(self, monkeypatch):
-        self.now = self.synchronized = 0.0
-        self.calls = []
-        properties = SimpleNamespace(
-            L2_cache_size=1000, name="a GPU", major=9, minor=0, multi_processor_count=132, total_memory=80 << 30
-        )
-        fakes = {
-            "Event": lambda enable_timing: FakeEvent(self) if enable_timing else None,
-            "current_device": lambda: 0,
-            "get_device_properties": lambda device: properties,
-            "synchronize": self.synchronize,
-        }
-        for name, fake in fakes.items():
-            monkeypatch.setattr(torch.cuda, name, fake)
-
-    def synchronize(self):
-        self.synchronized = self.now
-        self.calls.append("synchronize")
-
-
-class FakeEvent:
-    def __init__(self, cuda):
-        self.cuda, self.at = cuda, None
-
-    def record(self):
-        self.at = self.cuda.now
-
-    def elapsed_time(self, end):
-        assert end.at <= self.cuda.synchronized, "the events have not been waited for"
-        return end.at - self.at
-
-
-def test_events_time_each_call_with_cold_caches(benchmarks, monkeypatch):
-    cuda = FakeCuda(monkeypatch)
-    monkeypatch.setattr(benchmarks.clocks, "FLUSHED_BYTES", 10)
-    clock = benchmarks.clocks.EventClock("cpu")
-    assert clock._flushed.shape == (2000,)
-    milliseconds = iter([2.0, 50.0, 3.0])
-    clock._flushed.fill_(1)
-
-    def step():
-        assert not clock._flushed.any()  # written since the last call
-        clock._flushed.fill_(1)
-        cuda.now += next(milliseconds)
-
-    assert clock.seconds(step, 3) == pytest.approx(3e-3)
-    assert cuda.calls == ["synchronize"]
-
-
-def test_a_fast_step_gets_more_calls_on_a_gpu(benchmarks):
-    seen = []
-
-    class Clock:
-        def seconds(self, step, count):
-            seen.append((step, count))
-            return {"slow": 0.5, "fast": 1e-6}[step]
-
-    settings = benchmarks.settings._replace(smoke=False, seconds=4.0, rounds=2)
-    rounds = benchmarks.gpu_timing.in_turns({"slow": "slow", "fast": "fast"}, Clock(), settings)
-    assert rounds.seconds == {"slow": [0.5, 0.5], "fast": [1e-6, 1e-6]}
-    assert seen[4:] == [("slow", 4), ("fast", 200), ("fast", 200), ("slow", 4)]
 
 
 @pytest.fixture
@@ -246,7 +112,11 @@ def liger(monkeypatch):
 
 
 def test_the_gpu_benchmark_runs_on_the_cpu_with_fakes(benchmarks, stand_in, liger, monkeypatch, tmp_path, capsys):
-    FakeCuda(monkeypatch)
+    properties = SimpleNamespace(
+        L2_cache_size=1000, name="a GPU", major=9, minor=0, multi_processor_count=132, total_memory=80 << 30
+    )
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
     files = SimpleNamespace(
         only=["loss", "compaction"], json=str(tmp_path / "figures.json"), markdown=str(tmp_path / "tables.md")
     )

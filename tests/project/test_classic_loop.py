@@ -48,31 +48,6 @@ def made(loops):
     return make
 
 
-def test_both_loops_normalise_in_the_same_way(loops, made):
-    _, data, _, _ = made()
-    images = loops.classic.PilImages(
-        data.train.images.numpy(), data.train.labels.numpy(), data.info.mean, data.info.std
-    )
-    picture = loops.classic.Image.fromarray(data.train.images[3].numpy())
-    found = images.normalise(loops.classic.to_tensor(picture))
-    assert found.is_contiguous()
-    torch.testing.assert_close(found, data.normalise(data.train.images[3:4])[0], atol=1e-5, rtol=1e-5)
-
-
-def test_crops_move_by_up_to_four_pixels_and_half_of_the_images_are_flipped(loops):
-    torch.manual_seed(0)
-    image = torch.arange(1, 32 * 32 + 1).view(32, 32)
-    picture = loops.classic.Image.fromarray(image.to(torch.int32).numpy())
-    padded = torch.nn.functional.pad(image, (4, 4, 4, 4))
-    places = {tuple(padded[i : i + 32, j : j + 32].flatten().tolist()): (i, j) for i in range(9) for j in range(9)}
-    crops = [loops.classic.random_crop(picture) for _ in range(500)]
-    seen = {places[tuple(crop.get_flattened_data())] for crop in crops}
-    assert {i for i, _ in seen} == {j for _, j in seen} == set(range(9))
-    flipped = [int(loops.classic.np.array(loops.classic.random_flip(picture))[0, 0]) for _ in range(500)]
-    assert set(flipped) == {1, 32}
-    assert 200 < flipped.count(32) < 300
-
-
 def test_both_loops_minimise_the_same_function(loops, monkeypatch):
     loops.main.require_same_loss()
     monkeypatch.setattr(loops.main.kddp_ext, "fused_kd_l1_loss", lambda *inputs, **options: torch.tensor(1.0))
@@ -104,22 +79,6 @@ def test_our_loop_trains_as_the_workflow_does(loops, made, pair, cached, tmp_pat
     assert loss == pytest.approx(metrics["loss"], rel=1e-6)
     for found, expected in zip(student.parameters(), other.parameters(), strict=True):
         assert torch.equal(found, expected)
-
-
-def test_a_ratio_is_computed_within_a_round(loops):
-    def readings(scale, disturbed=False):
-        reading = loops.pairs.Reading
-        return {
-            "classic": reading(8.0 * scale, 1.0),
-            "cached": reading(2.0 * scale, 1.0, disturbed),
-            "teacher every step": reading(4.0, 1.0),
-        }
-
-    found = loops.processes.summary([readings(1), readings(2, True), readings(4)], images=16)
-    assert found["images_per_second"] == {"classic": 1.0, "cached": 4.0, "teacher every step": 4.0}
-    assert found["times_classic"]["cached"] == {"median": 4.0, "low": 4.0, "high": 4.0}
-    assert found["times_classic"]["teacher every step"] == {"median": 4.0, "low": 2.0, "high": 8.0}
-    assert (found["round_count"], found["disturbed_rounds"]) == (3, 1)
 
 
 def test_the_error_names_a_loop_whose_process_ends(loops, tmp_path, capfd, monkeypatch):

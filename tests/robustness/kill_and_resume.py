@@ -27,11 +27,12 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "helpers"))
 
-from fault_calls import die_at, fail_from
+from fault_preparations import full_disk_from, killed_at
 from fault_runs import PHASES, Process, nothing, phase_of, shorten, start
 from run_files import differences, ending, unfinished_files
 
 _MOST_KILLS = 5  # of one run
+AT_CALL = {"kill": killed_at, "full-disk": full_disk_from}
 
 
 def follow(process: Process, runs: Path) -> dict[str, float]:
@@ -144,12 +145,6 @@ def finish(runs: Path, expected: dict[str, Any], prepare: Callable[[], None] = n
     return [*differences(ending(runs), expected), *map(str, unfinished_files(runs))]
 
 
-def met_at(number: int, fault: str) -> None:
-    """Have this process meet a fault at its call with this number."""
-    shorten()
-    {"kill": die_at, "full-disk": fail_from}[fault](number)
-
-
 def check_end(process: Process, fault: str) -> bool:
     """Whether the run met the fault. If the disk was full, one line must name a file."""
     ended = process.wait()
@@ -177,7 +172,7 @@ def fault_at_calls(folder: Path, options: argparse.Namespace) -> int:
     for number in range(options.first, options.last + 1):
         runs = folder / "run"
         runs.mkdir()
-        if not check_end(start(runs, prepare=partial(met_at, number, options.at_every_call)), options.at_every_call):
+        if not check_end(start(runs, prepare=partial(AT_CALL[options.at_every_call], number)), options.at_every_call):
             break  # there are no more calls
         met += 1
         phases[phase_of(runs)] += 1
@@ -197,7 +192,7 @@ def main() -> int:
     parser.add_argument("--kills", type=int, default=100)
     parser.add_argument("--seed", type=int, default=0, help="seed of the moments")
     parser.add_argument("--signal", choices=("KILL", "INT", "TERM"), default="KILL")
-    parser.add_argument("--at-every-call", choices=("kill", "full-disk"))
+    parser.add_argument("--at-every-call", choices=AT_CALL)
     parser.add_argument("--from", type=int, default=1, dest="first", help="the first of the calls")
     parser.add_argument("--to", type=int, default=10**6, dest="last", help="the last")
     options = parser.parse_args()

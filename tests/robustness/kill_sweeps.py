@@ -18,17 +18,13 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "helpers"))
 
-from fault_runs import Process, Run
+from fault_runs import OPTIONS, Process, Run
 from run_files import differences, ending, unfinished_files
 
 from kddp_ext.workflow import runs as workflow_runs
 
-OPTIONS = ["--teacher.channels", "4", "--teacher.epochs", "2", "--student.channels", "2", "--student.epochs", "3"]
-OPTIONS += ["--student.width", "24", "--student.batch-size", "250", "--teacher.batch-size", "250", "--validation", "50"]
-OPTIONS += ["--pruning.l1-weight", "0.02", "--pruning.threshold", "0.1", "--pruning.patience", "1", "--augment", "True"]
-OPTIONS += ["--seeds", "0", "1", "--widths", "8", "--l1-weights", "0.01", "--ablations", "no-teacher"]
-OPTIONS += ["--threads", "1", "--device", "cpu", "--name", "sweep"]
-
+SWEEP = [*OPTIONS, "--seeds", "0", "1", "--widths", "8", "--l1-weights", "0.01", "--ablations", "no-teacher"]
+SWEEP += ["--name", "sweep"]
 _FEWEST_KILLS, _MOST_KILLS = 4, 12  # of one sweep
 
 
@@ -41,7 +37,7 @@ def start(runs: Path, number: int, *more: str) -> Process:
     """Start the process with this number on the sweep in `runs`."""
     output = runs / f"output {number}"
     output.mkdir(parents=True, exist_ok=True)
-    return Process(Run(("--runs-dir", str(runs), *OPTIONS, *more), wait_briefly, "sweep"), output)
+    return Process(Run(("--runs-dir", str(runs), *SWEEP, *more), wait_briefly, "sweep"), output)
 
 
 def kill_some(runs: Path, kills: int, processes: int, longest: float, draw: random.Random) -> int:

@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import errno
-import os
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import pytest
 
-from kddp_ext import files
-from kddp_ext.workflow import folder, runs
+from kddp_ext.workflow import runs
 from kddp_ext.workflow.cli import main
 from kddp_ext.workflow.config import RunConfig, SweepConfig, differences, preset
 from kddp_ext.workflow.errors import WorkflowError
@@ -158,6 +155,10 @@ def test_options_override_the_preset(started: Calls, tmp_path: Path) -> None:
             "sweep --student.architecture resnet20 --student.channels --pruning.layers all",
             "--widths: expected none for resnet20, which has no hidden layer",
         ),
+        (
+            "run --student.channels 4 4 4 4",
+            "--student.channels: expected fewer channels: 4 poolings leave no pixel of 8x8 images",
+        ),
         ("sweep --teacher-from nowhere", "--teacher-from: expected a run with a finished teacher, got nowhere"),
     ],
 )  # fmt: skip
@@ -167,14 +168,8 @@ def test_a_bad_value_names_its_option(
     command, *options = arguments.split()
     assert main([command, *options, "--runs-dir", str(tmp_path)]) == 2
     assert capsys.readouterr().err == f"kddp {command}: {message}\n"
-
-
-def test_more_poolings_than_the_image_has_sides_for_are_refused(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    assert main(["run", "--runs-dir", str(tmp_path), "--student.channels", "4", "4", "4", "4"]) == 2
-    assert "--student.channels: expected fewer channels" in capsys.readouterr().err
-    assert not list(tmp_path.iterdir())
+    # The folder of a sweep is there before its teacher is copied.
+    assert "--teacher-from" in options or not list(tmp_path.iterdir())
 
 
 def test_a_folder_that_cannot_be_written_to(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -192,27 +187,6 @@ def test_a_run_that_found_no_data_can_be_started_again(tmp_path: Path, capsys: p
     for seed in ("0", "1"):
         assert main(["run", *options, "--seed", seed]) == 2
         assert f"{tmp_path / 'nowhere'}: expected a file data_batch_1" in capsys.readouterr().err
-
-
-def test_a_full_disk_leaves_the_last_checkpoint(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    path = tmp_path / "checkpoint.pt"
-    folder.save_checkpoint(path, {"epochs": 1})
-    before = path.read_bytes()
-
-    def full(_file: BinaryIO) -> None:
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-
-    write = files.atomic_write
-    monkeypatch.setattr(folder, "atomic_write", lambda place, _content: write(place, full))
-    assert main(["run", "--runs-dir", str(tmp_path), "--name", "full", "--threads", "1"]) == 1
-    expected = tmp_path / "full" / "teacher" / "checkpoint.pt"
-    assert capsys.readouterr().err == f"kddp run: cannot write {expected}: No space left on device\n"
-    assert not list(expected.parent.iterdir())
-    with pytest.raises(OSError, match="No space left"):
-        folder.save_checkpoint(path, {"epochs": 2})
-    assert path.read_bytes() == before
 
 
 def test_evaluate_and_info_name_what_they_cannot_use(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -32,17 +32,6 @@ def assert_same_end(run: Path, other: Path) -> None:
 
 
 # 2 epochs of the teacher and 4 of each student: the kills fall into the first, a middle and the last stage.
-@pytest.mark.parametrize("epochs", [1, 4, 12])
-def test_killed_between_epochs(
-    finished_run: Path, small: RunConfig, run: RunIt, monkeypatch: pytest.MonkeyPatch, epochs: int
-) -> None:
-    path = finished_run.parent / "killed"
-    with monkeypatch.context() as patch:
-        patch.setattr(train, "train_epoch", dies_after(train.train_epoch, epochs))
-        with pytest.raises(KilledError):
-            run(path, small)
-    run(path, small, resume=True)
-    assert_same_end(finished_run, path)
 
 
 def test_killed_in_the_middle_of_epochs_again_and_again(
@@ -83,18 +72,6 @@ def unfinished(run: Path, stage: str) -> Path:
     for later in STAGES[STAGES.index(stage) :]:
         os.unlink(run / later / "result.json")
     return RunFolder(run).checkpoint(stage)
-
-
-@pytest.mark.parametrize(
-    "damage", [lambda content: content[: len(content) // 2], lambda _: b"", lambda _: b"hello" * 100]
-)
-def test_a_damaged_checkpoint_is_named(
-    finished_run: Path, small: RunConfig, run: RunIt, damage: Callable[[bytes], bytes]
-) -> None:
-    path = unfinished(finished_run, "kddp")
-    path.write_bytes(damage(path.read_bytes()))
-    with pytest.raises(WorkflowError, match=rf"{path} is damaged or not a checkpoint.*Delete it"):
-        run(finished_run, small, resume=True)
 
 
 @pytest.mark.parametrize(

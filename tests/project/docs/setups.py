@@ -24,7 +24,7 @@ def make_student() -> nn.Module:
     )
 
 
-def loop(given: Names) -> Names:
+def loop() -> Names:
     """A student, a teacher, an optimizer and four batches."""
     student = make_student()
     images, labels = torch.randn(64, PIXELS), torch.randint(CLASSES, (64,))
@@ -44,16 +44,16 @@ def loop(given: Names) -> Names:
     }
 
 
-def with_processes(given: Names) -> Names:
+def with_processes() -> Names:
     """`loop`, with torch.distributed initialised for this process alone."""
     if not torch.distributed.is_initialized():
         torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
-    return loop(given)
+    return loop()
 
 
-def pruning(given: Names) -> Names:
+def pruning() -> Names:
     """`with_processes`, with the checkpoint of a pruned student."""
-    names = with_processes(given)
+    names = with_processes()
     student = make_student()
     pruner = kddp_ext.DynamicPruner(student, example_inputs=names["example"], threshold=0.5, patience=1)
     student(names["images"])
@@ -74,12 +74,12 @@ class Newest(os.PathLike[str]):
         return str(max(Path().glob(self.pattern), key=lambda path: path.stat().st_mtime))
 
 
-def lightning(given: Names) -> Names:
+def lightning() -> Names:
     """`loop`, with the checkpoint of the page's training."""
-    return {**loop(given), "path": Newest("**/*.ckpt")}
+    return {**loop(), "path": Newest("**/*.ckpt")}
 
 
-def transformers(given: Names) -> Names:
+def transformers() -> Names:
     """A small BERT, and sentences of four words."""
     from transformers import BertConfig, BertForSequenceClassification
 
@@ -98,7 +98,7 @@ def transformers(given: Names) -> Names:
 
 
 # By page, or by page and heading.
-SETUPS: dict[str, Callable[[Names], Names]] = {
+SETUPS: dict[str, Callable[[], Names]] = {
     "README.md": loop,
     "docs/your-loop.md": with_processes,
     "docs/pruning.md": pruning,

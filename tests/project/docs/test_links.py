@@ -38,24 +38,6 @@ def test_links_of_a_page_in_the_site(hook: ModuleType, text: str, expected: str)
     assert hook.rewrite(text, "docs/pruning.md", "pruning.md", ROOT, None, warn=pytest.fail) == expected
 
 
-def test_links_to_a_code_host(hook: ModuleType) -> None:
-    url = "https://host.example/a/b/"
-    made = hook.rewrite(f"[the loop]({LOOP}#L3)", "docs/pruning.md", "pruning.md", ROOT, url, warn=pytest.fail)
-    assert made == "[the loop](https://host.example/a/b/blob/HEAD/kddp_ext/loss/functional.py#L3)"
-
-
-def test_links_of_a_page_in_the_root(hook: ModuleType) -> None:
-    text = "[a](docs/losses.md) [LICENSE](LICENSE)"
-    made = hook.rewrite(text, "CHANGELOG.md", "changelog.md", ROOT, None, warn=pytest.fail)
-    assert made == "[a](losses.md) `LICENSE`"
-
-
-def test_a_broken_link_is_reported(hook: ModuleType) -> None:
-    told: list[str] = []
-    hook.rewrite("[a](../nothing.py)", "docs/losses.md", "losses.md", ROOT, None, warn=told.append)
-    assert told == ["docs/losses.md: ../nothing.py leads to nothing.py, which does not exist"]
-
-
 def test_no_link_is_broken(hook: ModuleType) -> None:
     """On a code host. The links of the site are checked when it is built."""
     told: list[str] = []
@@ -63,6 +45,17 @@ def test_no_link_is_broken(hook: ModuleType) -> None:
         name = page.relative_to(ROOT).as_posix()
         hook.rewrite(page.read_text(encoding="utf-8"), name, "page.md", ROOT, None, warn=told.append)
     assert told == []
+
+
+def test_other_links_in_the_site(hook: ModuleType) -> None:
+    url, told = "https://host.example/a/b/", list[str]()
+    made = hook.rewrite(f"[the loop]({LOOP}#L3)", "docs/pruning.md", "pruning.md", ROOT, url, warn=pytest.fail)
+    assert made == "[the loop](https://host.example/a/b/blob/HEAD/kddp_ext/loss/functional.py#L3)"
+    root_page = "[a](docs/losses.md) [LICENSE](LICENSE)"
+    made = hook.rewrite(root_page, "CHANGELOG.md", "changelog.md", ROOT, None, warn=pytest.fail)
+    assert made == "[a](losses.md) `LICENSE`"
+    hook.rewrite("[a](../nothing.py)", "docs/losses.md", "losses.md", ROOT, None, warn=told.append)
+    assert told == ["docs/losses.md: ../nothing.py leads to nothing.py, which does not exist"]
 
 
 def anchors(page: Path) -> set[str]:

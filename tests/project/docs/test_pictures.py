@@ -63,14 +63,6 @@ def test_no_texts_overlap(modules: dict[str, ModuleType]) -> None:
         assert overlaps(figure) == []
 
 
-def test_overlapping_texts_are_found() -> None:
-    figure = Figure(figsize=(2, 2))
-    axes = figure.add_axes((0, 0, 1, 1))
-    for x, words in ((0.1, "one"), (0.12, "two"), (0.9, "beyond the edge")):
-        axes.text(x, 0.5, words)
-    assert overlaps(figure) == ["beyond the edge", "one | two"]
-
-
 def test_the_widths_are_those_of_the_run(run: Path, modules: dict[str, ModuleType]) -> None:
     widths, accuracies = modules["width"].draw(run).axes
     steps = widths.get_lines()[1]

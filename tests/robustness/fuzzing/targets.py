@@ -183,7 +183,9 @@ def as_json(value: object) -> bytes:
 
 def _pickled_batch(path: Path) -> object:
     with mock.patch.object(datasets, "CIFAR10_BATCH_IMAGES", IMAGES):
-        return datasets.read_pickled_batch(path)
+        data, labels = datasets.read_pickled_batch(path)
+    assert (data.shape, data.dtype, labels.shape) == ((IMAGES, IMAGE_BYTES), np.uint8, (IMAGES,))
+    assert 0 <= labels.min() <= labels.max() < 10
 
 
 def _binary_batch(path: Path) -> object:
@@ -206,13 +208,7 @@ FILE_ERRORS = (WorkflowError,)
 TARGETS = {
     target.name: target
     for target in (
-        Target(
-            "pickled-batch",
-            "data_batch_1",
-            pickled_batches,
-            _pickled_batch,
-            FILE_ERRORS,
-        ),
+        Target("pickled-batch", "data_batch_1", pickled_batches, _pickled_batch, FILE_ERRORS),
         Target("binary-batch", "data_batch_1.bin", lambda: [bytes(3073)], _binary_batch, FILE_ERRORS),
         Target("idx", "images", lambda: [idx()], lambda path: datasets.read_idx(path, IDX_SHAPE), FILE_ERRORS),
         Target(
