@@ -77,6 +77,11 @@ def _refuse_constant(name: str) -> NoReturn:
     raise ValueError(f"it contains {name}, which is not JSON")
 
 
+def hash_json(value: dict[str, Any]) -> str:
+    """SHA-256 of the JSON of `value` with sorted keys."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode("utf-8")).hexdigest()
+
+
 def hash_tensors(tensors: Mapping[str, Tensor]) -> str:
     """SHA-256 of the names, dtypes, shapes and bytes of `tensors`, sorted by name."""
     import torch  # `kddp --help` imports this module and must not import torch

@@ -6,7 +6,6 @@ model and the file are enough to rebuild the student.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 from collections.abc import Callable, Mapping
@@ -16,7 +15,7 @@ import safetensors
 import safetensors.torch
 from torch import Tensor, nn
 
-from kddp_ext.files import atomic_write, hash_tensors, parse_json
+from kddp_ext.files import atomic_write, hash_json, hash_tensors, parse_json
 from kddp_ext.pruning.history import PruningHistory
 from kddp_ext.pruning.tracing.graph import unwrapped
 from kddp_ext.pruning.tracing.groups import count_neurons
@@ -157,8 +156,7 @@ def read_student_header(path: Path) -> StudentHeader:
 
 
 def _hash(history: str, metadata: dict[str, str], tensors: Mapping[str, Tensor]) -> str:
-    content = {"history": history, "metadata": metadata, "tensors": hash_tensors(tensors)}
-    return hashlib.sha256(json.dumps(content, sort_keys=True).encode("utf-8")).hexdigest()
+    return hash_json({"history": history, "metadata": metadata, "tensors": hash_tensors(tensors)})
 
 
 def _description(value: Tensor | None) -> str:
