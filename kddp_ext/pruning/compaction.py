@@ -44,14 +44,13 @@ class Removal:
 
 @dataclass(frozen=True)
 class _Cut:
-    """A removal along one dimension of a tensor."""
+    """A removal along one dimension of a tensor; `keep` and `pruned` are ascending int64 indices of its entries."""
 
     removal: Removal
     layout: Layout
 
     @property
     def keep(self) -> Tensor:
-        """Ascending int64 indices of the entries that stay."""
         return self.layout.indices(self.removal.keep, self.removal.group.width)
 
     @property
@@ -125,9 +124,8 @@ class CompactionPlan:
 def set_data(tensor: Tensor, data: Tensor, grad: Tensor | None) -> None:
     """Give a parameter or buffer data of another shape; its identity and hooks stay.
 
-    A live graph holds the node that accumulates the parameter's gradient. This node remembers the shape, so the next
-    backward would fail. torch drops the node when the tensor is given data of another dtype (`VariableHooks::set_data`
-    in torch/csrc/autograd/variable.cpp), and makes a new one when needed.
+    The node that accumulates its gradient remembers the shape, so the next backward would fail. torch drops the node
+    when the tensor is given data of another dtype (`VariableHooks::set_data` in torch/csrc/autograd/variable.cpp).
     """
     other = torch.float32 if data.dtype == torch.float64 else torch.float64
     tensor.grad = None
