@@ -107,7 +107,6 @@ class DynamicPruning(StudentPruning, Callback):
         pl_module.pruner = self.start_pruning(student, holding)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Note the step at which training starts or resumes."""
         self._global_step = trainer.global_step
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *batch: Any) -> None:
@@ -117,12 +116,10 @@ class DynamicPruning(StudentPruning, Callback):
             self.step_ended()
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Prune if it is due, and log."""
         self.epoch_ended(trainer.current_epoch + 1)
         pl_module.log_dict(self.pruning_figures())
 
     def state_dict(self) -> dict[str, Any]:
-        """The state for a checkpoint."""
         state = self.pruning_state()
         return {} if state is None else {"pruner": state}
 

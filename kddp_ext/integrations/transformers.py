@@ -80,7 +80,6 @@ class DynamicPruning(StudentPruning, TrainerCallback):
         optimizer: Optimizer,
         **others: Any,
     ) -> None:
-        """Make the pruner."""
         if args.n_gpu > 1:
             raise ValueError(f"args: expected one GPU for each process, got {args.n_gpu}; launch one process per GPU")
         if args.load_best_model_at_end:
@@ -89,7 +88,6 @@ class DynamicPruning(StudentPruning, TrainerCallback):
         self.start_pruning(uncompiled(model), getattr(optimizer, "optimizer", optimizer))
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **others: Any) -> None:
-        """Count a step of the optimizer."""
         self.step_ended()
 
     def on_epoch_end(
@@ -105,7 +103,6 @@ class DynamicPruning(StudentPruning, TrainerCallback):
         logger.info(f"epoch {epochs}: {self.report}")
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **others: Any) -> None:
-        """Write the history next to the weights."""
         if args.should_save:
             folder = Path(args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
             content = self.pruning_state()
@@ -114,5 +111,4 @@ class DynamicPruning(StudentPruning, TrainerCallback):
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **others: Any
     ) -> None:
-        """Remove the hooks from the model."""
         self.stop_pruning()

@@ -44,14 +44,13 @@ class Removal:
 
 @dataclass(frozen=True)
 class _Cut:
-    """A removal along one dimension of a tensor."""
+    """A removal along one dimension of a tensor; `keep` and `pruned` are ascending int64 indices of its entries."""
 
     removal: Removal
     layout: Layout
 
     @property
     def keep(self) -> Tensor:
-        """Ascending int64 indices of the entries that stay."""
         return self.layout.indices(self.removal.keep, self.removal.group.width)
 
     @property
@@ -125,9 +124,8 @@ class CompactionPlan:
 def set_data(tensor: Tensor, data: Tensor, grad: Tensor | None) -> None:
     """Give a parameter or buffer data of another shape; its identity and hooks stay.
 
-    A live graph holds the node that accumulates the parameter's gradient. This node remembers the shape, so the next
-    backward would fail. torch drops the node when the tensor is given data of another dtype (`VariableHooks::set_data`
-    in torch/csrc/autograd/variable.cpp), and makes a new one when needed.
+    The node that accumulates its gradient remembers the shape, so the next backward would fail. torch drops the node
+    when the tensor is given data of another dtype (`VariableHooks::set_data` in torch/csrc/autograd/variable.cpp).
     """
     other = torch.float32 if data.dtype == torch.float64 else torch.float64
     tensor.grad = None
@@ -303,7 +301,8 @@ def sliceable_state(stored: StoredTensor, tensor: Tensor, optimizer: Optimizer) 
     for key, value in optimizer.state.get(tensor, {}).items():
         if value is None or isinstance(value, int | float | str) or (isinstance(value, Tensor) and value.dim() == 0):
             continue
-        if not isinstance(value, Tensor) or value.layout != torch.strided or not _fits(value.shape, tensor.shape):
+        fits = isinstance(value, Tensor) and value.layout == torch.strided and value.dim() == tensor.dim()
+        if not fits or not all(a in (1, b) for a, b in zip(value.shape, tensor.shape, strict=True)):
             kind = f"a tensor of shape {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
             raise ValueError(
                 f"optimizer: {type(optimizer).__name__} keeps {key!r} of {stored.name}, {kind}, and the pruner does "
@@ -311,10 +310,6 @@ def sliceable_state(stored: StoredTensor, tensor: Tensor, optimizer: Optimizer) 
             )
         sliceable[key] = value
     return sliceable
-
-
-def _fits(shape: torch.Size, parameter: torch.Size) -> bool:
-    return len(shape) == len(parameter) and all(a in (1, b) for a, b in zip(shape, parameter, strict=True))
 
 
 # --- Copies
@@ -348,17 +343,13 @@ def _check_structure(model: nn.Module, copy: nn.Module, role: str) -> None:
         if kinds.get(name) is not copied_kinds.get(name):
             got, expected = (found[name].__name__ if name in found else "nothing" for found in (copied_kinds, kinds))
             raise ValueError(f"{role}: {name or 'it'} is {got}, but {expected} in the model")
-    tensors, copied_tensors = _tensors(model), _tensors(copy)
-    for name in [*tensors, *copied_tensors]:
-        if name not in tensors or name not in copied_tensors:
-            raise ValueError(f"{role}: {name} is {'missing in it' if name in tensors else 'not in the model'}")
-        if tensors[name].shape != copied_tensors[name].shape:
-            shapes = tuple(copied_tensors[name].shape), tuple(tensors[name].shape)
-            raise ValueError(f"{role}: {name} has shape {shapes[0]}, but {shapes[1]} in the model")
+    shapes, copied_shapes = ({name: tuple(each.shape) for name, each in _tensors(m).items()} for m in (model, copy))
+    for name in [*shapes, *copied_shapes]:
+        if name not in shapes or name not in copied_shapes:
+            raise ValueError(f"{role}: {name} is {'missing in it' if name in shapes else 'not in the model'}")
+        if shapes[name] != copied_shapes[name]:
+            raise ValueError(f"{role}: {name} has shape {copied_shapes[name]}, but {shapes[name]} in the model")
 
 
 def _tensors(module: nn.Module) -> dict[str, Tensor]:
-    return {
-        **dict(module.named_parameters(remove_duplicate=False)),
-        **dict(module.named_buffers(remove_duplicate=False)),
-    }
+    return dict([*module.named_parameters(remove_duplicate=False), *module.named_buffers(remove_duplicate=False)])

@@ -158,24 +158,22 @@ def apply_on_all(ranks: Ranks, apply: Callable[[Callable[[], object]], object]) 
     if ranks.size == 1:
         apply(lambda: None)
         return
+    failure: Exception | None = None
     confirmed = False
 
     def confirm() -> None:
         nonlocal confirmed
         confirmed = True
-        ranks.all_or_raise(lambda: None)
+        if failure is not None:
+            raise failure
 
     try:
-        apply(confirm)
+        apply(lambda: ranks.all_or_raise(confirm))
     except Exception as error:
         if confirmed:
             raise
         failure = error
-
-        def fail() -> None:
-            raise failure
-
-        ranks.all_or_raise(fail)
+        ranks.all_or_raise(confirm)
 
 
 # --- What ranks must agree in: values, or hashes of bits, by the names that an error message gives them

@@ -36,10 +36,8 @@ class PruningHistory:
         self.original_widths: dict[str, int] = {}
         for layer, width in original_widths.items():
             if not isinstance(layer, str) or not _is_int(width) or width < 1:
-                raise ValueError(
-                    "original_widths: expected widths of at least 1 by layer name, got "
-                    f"{_brief(layer)}: {_brief(width)}"
-                )
+                got = f"{_brief(layer)}: {_brief(width)}"
+                raise ValueError(f"original_widths: expected widths of at least 1 by layer name, got {got}")
             self.original_widths[layer] = width
         self.steps: list[dict[str, list[int]]] = []
 

@@ -33,10 +33,7 @@ class ActivationHooks:
             self._handles.append(reader.register_forward_pre_hook(hook, with_kwargs=True))
 
     def value(self, group: NeuronGroup) -> tuple[Tensor, int] | None:
-        """The activations of the latest forward pass and the dimension of the neurons; None before a forward pass.
-
-        Where neurons have several entries along a dimension, it is split into outer entries, neurons and inner entries.
-        """
+        """The latest activations and the dimension of the neurons, which is split where they have several entries."""
         value, layout = self._hooks[group.name].value, group.value
         if value is None:
             return None
@@ -51,7 +48,6 @@ class ActivationHooks:
         return value.unflatten(layout.axis, (layout.outer, group.width, layout.inner)), layout.axis + 1
 
     def clear(self) -> None:
-        """Forget the activations."""
         for hook in self._hooks.values():
             hook.value = None
 

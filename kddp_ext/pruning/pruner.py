@@ -53,10 +53,7 @@ class DynamicPruner:
         example_inputs: positional arguments for the model's forward, as a tuple; a batch of two samples is enough.
         criterion: how active a neuron is. "contribution" (default) measures how much the next layer's input varies with
             the neuron; it ignores constant neurons and is invariant to rescaling between layers. The others are
-            "mean_activation", "apoz", "dead", or a function `f(statistics: NeuronStatistics, outgoing: Tensor) ->
-            Tensor` for a layer of H neurons. `outgoing` is ‖W2[:,j]‖₂ of the weights that read each neuron, (H,)
-            float64; the result are the activities, (H,), finite and not negative. The function must depend on its
-            arguments only.
+            "mean_activation", "apoz", "dead", or a `kddp_ext.Criterion`, a function that depends on its arguments only.
         threshold: a neuron is inactive at a check when its activity is below this, in (0, 1]. It is relative to the
             layer's most active neuron for "contribution" and "mean_activation", a share of the samples for "apoz",
             unused by "dead", and any positive number for a function. Default 0.01.
@@ -409,11 +406,8 @@ def _choose_layers(model: nn.Module, found: TracedNeurons, layers: Sequence[str]
     producers = {name for group in groups.values() for name in group.producers}
     for name in layers:
         if name not in producers:
-            if name in refused:
-                reason = refused[name]
-            elif name not in modules:
-                reason = f"the model has no such module; its prunable layers are {', '.join(groups) or 'none'}"
-            else:
+            reason = f"the model has no such module; its prunable layers are {', '.join(groups) or 'none'}"
+            if name in modules:
                 reason = f"it is a {type(modules[name]).__name__}; only Linear layers and convolutions can be pruned"
-            raise UnsupportedModelError(f"layers: {name} cannot be pruned: {reason}")
+            raise UnsupportedModelError(f"layers: {name} cannot be pruned: {refused.get(name, reason)}")
     return tuple(group for group in groups.values() if not set(layers).isdisjoint(group.producers))

@@ -85,10 +85,8 @@ class PruneReport:
 
     Attributes:
         layers: one report for each layer, in the order of the forward pass.
-        parameters_before: parameters of the whole model before.
-        parameters_after: and after.
-        macs_before: multiply-accumulates of the whole model for one sample before.
-        macs_after: and after.
+        parameters_before, parameters_after: parameters of the whole model.
+        macs_before, macs_after: multiply-accumulates of the whole model for one sample.
     """
 
     layers: tuple[LayerReport, ...]
@@ -180,10 +178,8 @@ class Preview:
     Attributes:
         threshold: a neuron below it counts as inactive.
         layers: one entry for each layer, in the order of the forward pass.
-        parameters_before: parameters of the whole model now.
-        parameters_after: and after.
-        macs_before: multiply-accumulates of the whole model for one sample now.
-        macs_after: and after.
+        parameters_before, parameters_after: parameters of the whole model now and after it.
+        macs_before, macs_after: multiply-accumulates of the whole model for one sample.
     """
 
     threshold: float

@@ -84,8 +84,7 @@ def outgoing_norms(weights: Sequence[Tensor]) -> Tensor:
 def contribution(statistics: NeuronStatistics, outgoing: Tensor) -> Tensor:
     """‖W2[:,j]‖₂ · std(h_j), relative to the layer's largest: how much the next layer's input varies with neuron j.
 
-    Scaling W1 down and W2 up does not change it. A constant neuron contributes nothing, since the next bias can
-    replace it.
+    Scaling W1 down and W2 up does not change it. A constant neuron contributes nothing; the next bias can replace it.
     """
     return _relative(outgoing * statistics.std)
 

@@ -16,8 +16,7 @@ from kddp_ext.pruning.selection import LayerDecision, LayerObservation, check_st
 from kddp_ext.pruning.settings import PruningSettings
 from kddp_ext.pruning.tracing.groups import NeuronGroup, StoredTensor, count_neurons
 
-# Version 1 had no steps and no first scales. A loaded one starts at 0 steps, and its next check is the first to compare
-# scales with.
+# Version 1 had no steps and no first scales: it starts at 0 steps, and its next check gives the first scales.
 STATE_VERSION, LOADABLE_VERSIONS = 2, (1, 2)
 
 
@@ -103,7 +102,6 @@ class PrunerState:
 
     @property
     def widths(self) -> dict[str, int]:
-        """Number of neurons by layer."""
         return {group.name: group.width for group in self.groups}
 
     def observe(self, model: nn.Module, *, caller: str) -> tuple[LayerObservation, ...]:

@@ -64,7 +64,7 @@ class OperationGraph:
         self._holders = _holders(model)
 
     def stored(self, node: Any) -> StoredTensor | None:
-        """The parameter or buffer behind `node`; None where `node` is computed."""
+        """The parameter or buffer behind `node`; None where it is computed."""
         return self._stored.get(node)
 
     def own(self, node: Any, role: str) -> StoredTensor:
@@ -107,10 +107,7 @@ class OperationGraph:
 
 @contextmanager
 def unchanged_modules(model: nn.Module) -> Iterator[None]:
-    """Restore attributes, modes, parameters and buffers at the end.
-
-    Without it, a forward pass that stores a value on `self` would leave a fake tensor there.
-    """
+    """Restore attributes, modes, parameters and buffers at the end; a forward may store fake tensors on `self`."""
     before = [(module, dict(module.__dict__)) for module in model.modules()]
     stores: list[dict[str, Any]] = [store for m, _ in before for store in (m._parameters, m._buffers)]
     tensors = [(store, dict(store)) for store in stores]

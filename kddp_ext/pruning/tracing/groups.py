@@ -123,5 +123,4 @@ def all_but(neurons: Tensor, width: int) -> Tensor:
 
 
 def count_neurons(count: int) -> str:
-    """Return "1 neuron", "2 neurons", and so on."""
     return f"{count} neuron{'' if count == 1 else 's'}"
