@@ -85,8 +85,10 @@ class PruneReport:
 
     Attributes:
         layers: one report for each layer, in the order of the forward pass.
-        parameters_before, parameters_after: parameters of the whole model.
-        macs_before, macs_after: multiply-accumulates of the whole model for one sample.
+        parameters_before: parameters of the whole model before the prune.
+        parameters_after: parameters of the whole model after it.
+        macs_before: multiply-accumulates of the whole model for one sample, before it.
+        macs_after: multiply-accumulates after it.
     """
 
     layers: tuple[LayerReport, ...]
@@ -178,8 +180,10 @@ class Preview:
     Attributes:
         threshold: a neuron below it counts as inactive.
         layers: one entry for each layer, in the order of the forward pass.
-        parameters_before, parameters_after: parameters of the whole model now and after it.
-        macs_before, macs_after: multiply-accumulates of the whole model for one sample.
+        parameters_before: parameters of the whole model now.
+        parameters_after: parameters of the whole model after the prune.
+        macs_before: multiply-accumulates of the whole model for one sample, now.
+        macs_after: multiply-accumulates after the prune.
     """
 
     threshold: float
