@@ -309,8 +309,13 @@ def preset(dataset: Dataset, name: Preset) -> RunConfig:
             preset=name,
             validation=5000,
             teacher=TeacherConfig(channels=(32, 64, 128), epochs=3 if quick else 10, batch_size=256, learning_rate=0.3),
-            student=StudentConfig(channels=(16, 32), epochs=4 if quick else 15, batch_size=256),
-            pruning=PruningConfig(l1_weight=1e-3),
+            student=(
+                StudentConfig(channels=(8, 16), width=256, epochs=8, batch_size=256, learning_rate=6e-3)
+                if quick
+                else StudentConfig(channels=(16, 32), epochs=15, batch_size=256)
+            ),
+            distillation=DistillationConfig(temperature=2.0 if quick else 4.0),
+            pruning=PruningConfig(l1_weight=2e-3, l1_until=0.5) if quick else PruningConfig(l1_weight=1e-3),
         )
     return RunConfig(
         dataset="cifar10",
