@@ -33,7 +33,7 @@ def compare_latencies(paths: Sequence[Path], batches: Sequence[int], settings: S
     """Time the networks in turns, with each engine at each batch size.
 
     Args:
-        paths: student files, or folders of runs, of which every finished network is timed.
+        paths: student files, or folders of runs; every finished network of a run is timed.
         batches: numbers of images in a call.
         settings: how to measure; `threads` must be 1.
 

@@ -149,7 +149,7 @@ KDDP_ALWAYS_INLINE inline Vector<T> origin_of(Vector<T> first, Vector<T> second)
     return absolute<T>(smaller) < infinity<T> ? smaller : Vector<T>{};
 }
 
-// One vector of columns, of which `columns` exist, in `count` rows.
+// One vector of columns in `count` rows. Only the first `columns` lanes exist.
 template <class T, class Element, bool with_gradient, int count>
 KDDP_ALWAYS_INLINE inline void add_rows(const ActivationRows<T, Element>& rows, int64_t row, int64_t column,
                                         int64_t columns, Vector<T> origin, ColumnSums<T>& sums) {
@@ -169,7 +169,7 @@ KDDP_ALWAYS_INLINE inline void add_rows(const ActivationRows<T, Element>& rows, 
     }
 }
 
-// One vector of columns, of which `columns` exist, in a group of rows or in one row. Returns the sums of |a|.
+// One vector of columns in a group of rows or in one row. Only the first `columns` lanes exist. Returns the sums of |a|.
 template <class T, class Element, bool with_gradient>
 KDDP_ALWAYS_INLINE inline Vector<T> add_group(const ActivationRows<T, Element>& rows, Tile tile, int64_t row,
                                               int64_t last_row, int64_t column, int64_t columns, TileSums& sums) {

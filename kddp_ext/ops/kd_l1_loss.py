@@ -183,7 +183,7 @@ def neuron_statistics(activation: Tensor) -> Tensor:
 def _neuron_statistics(activation: Tensor) -> Tensor:
     readable = _readable(activation)
     statistics = _neuron_statistics_output(activation)
-    loss = statistics.new_empty(1)  # that of no logits, which nobody reads
+    loss = statistics.new_empty(1)  # the kernel needs an output for the loss; it is unused
     layers = _layers([readable], [0.0], [1.0], [], statistics)
     rows, neurons = activation.shape
     module, place = native(activation)

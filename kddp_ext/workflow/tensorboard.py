@@ -15,7 +15,7 @@ from kddp_ext.workflow.errors import WorkflowError
 def event_files(folder: Path, epochs: list[dict[str, Any]], images: int) -> Iterator[Callable[[dict[str, Any]], None]]:
     """A function that adds the metrics of an epoch, as in metrics.jsonl, to the event files in `folder`.
 
-    Finished epochs are written first, and readers are told to discard what earlier files say of them. So after a resume
+    Finished epochs are written first, and readers discard the same epochs of earlier files. So after a resume
     every epoch is there exactly once, even if only the resumed run was asked for event files.
 
     Args:

@@ -230,7 +230,7 @@ def features(*shape):
 
 
 def functional(model, x):
-    """Functional spelling with scalars and shapes on the way."""
+    """The functional API, with scalar operations and reshapes between the layers."""
     x = F.dropout(F.relu(model.first(x)) * 2 + 1, 0.0, model.training)  # a mask would depend on the width
     x = F.gelu(model.second(x)) * model.scale
     return model.last(x.flatten(1).view(x.shape[0], -1))
