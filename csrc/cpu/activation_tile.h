@@ -169,7 +169,7 @@ KDDP_ALWAYS_INLINE inline void add_rows(const ActivationRows<T, Element>& rows, 
     }
 }
 
-// One vector of columns in a group of rows or in one row. Only the first `columns` lanes exist. Returns the sums of |a|.
+// One vector of columns in a group of rows or in one row; only the first `columns` lanes exist. Returns Σ|a| by lane.
 template <class T, class Element, bool with_gradient>
 KDDP_ALWAYS_INLINE inline Vector<T> add_group(const ActivationRows<T, Element>& rows, Tile tile, int64_t row,
                                               int64_t last_row, int64_t column, int64_t columns, TileSums& sums) {

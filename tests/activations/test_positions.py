@@ -128,9 +128,7 @@ def test_sums_of_positions():
     assert torch.equal(joined.position_sums, 2 * statistics.position_sums)
     statistics.reset()
     assert not statistics.position_sums.any()
-    with pytest.raises(
-        ValueError, match=r"state: expected position_sums of shape None, got \(5, 6\)"
-    ):
+    with pytest.raises(ValueError, match=r"state: expected position_sums of shape None, got \(5, 6\)"):
         NeuronStatistics(5).load_state_dict(restored.state_dict())
 
 
