@@ -5,7 +5,6 @@ from kddp_ext.loss.functional import LossTerms, fused_kd_l1_loss
 from kddp_ext.loss.module import FusedKDL1Loss
 from kddp_ext.loss.settings import LossSettings
 from kddp_ext.ops import build_info
-from kddp_ext.ops import pool as gradient_pool
 from kddp_ext.pruning.distributed import rewrap
 from kddp_ext.pruning.history import PruningHistory
 from kddp_ext.pruning.pruner import DynamicPruner
@@ -36,7 +35,6 @@ __all__ = [
     "build_info",
     "export_onnx",
     "fused_kd_l1_loss",
-    "gradient_pool",
     "load_student",
     "read_student_header",
     "rewrap",

@@ -24,7 +24,6 @@ QUICK = (
     "loss/test_conventions.py",
     "loss/test_divergences.py",
     "loss/test_values.py",
-    "ops/test_gradient_pool.py",
     "ops/test_reference.py",
     "activations/test_*.py",
     "pruning/test_history.py",

@@ -13,7 +13,6 @@ from typing_extensions import Unpack
 from kddp_ext import ops
 from kddp_ext.activations.layout import NeuronMatrix, as_matrix
 from kddp_ext.activations.statistics import TrackedActivations
-from kddp_ext.loss.autograd import is_tracing, native_loss
 from kddp_ext.loss.settings import LossOptions, LossSettings
 from kddp_ext.ops import reference
 
@@ -88,7 +87,8 @@ def fused_kd_l1_loss(
         loss = alpha · T² · D(softmax(t/T), softmax(s/T)) + (1 - alpha) · CE(s, labels) + Σ l1_weight · Σ|a| / N
 
     D is KL(softmax(t/T) ‖ softmax(s/T)) by default. The same pass computes the gradient, which `backward` only scales.
-    The teacher's logits are constants. Sums are accumulated in float32 and float64. The loss is differentiable once.
+    The teacher's logits are constants. Sums are accumulated in float32 and float64.
+    Second derivatives, forward mode and torch.func's transforms are computed by the reference in plain PyTorch.
 
     Args:
         student_logits: (N, C) float32, float64, bfloat16 or float16, with any strides.
@@ -134,24 +134,42 @@ def compute_loss(
     """`fused_kd_l1_loss` with settings that are checked already."""
     check_output(return_terms, backend)
     _check_tensors(student_logits, teacher_logits, labels, activations, settings)
+    native = _choose_native(student_logits.device, backend)
+    if native and torch._C._get_tracing_state() is not None:
+        raise RuntimeError(
+            "fused_kd_l1_loss: torch.jit.trace cannot record the native kernels; use backend='reference' "
+            "or torch.export"
+        )
+    tracing = torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
+    if settings.has_tensors() and not tracing:
+        read = settings.read()  # also checks the values
+        if native:
+            _require_constants(settings)
+            settings = read
     if teacher_logits is not None and teacher_logits.requires_grad:
         teacher_logits = teacher_logits.detach()
     if labels is not None and labels.dtype != torch.int64:
         labels = labels.to(torch.int64)
+    tracked = activations if isinstance(activations, TrackedActivations) and torch.is_grad_enabled() else None
+    if tracked is not None and torch._C._are_functorch_transforms_active():
+        raise RuntimeError(
+            "activations: a pruner's statistics cannot be updated inside torch.func's transforms; pass "
+            "list(pruner.activations), and call pruner.activations.observe() outside"
+        )
     matrices = _matrices(activations)
     tensors = (student_logits, teacher_logits, labels, [matrix.values for matrix in matrices])
-    l1_weights = settings.l1_weights(len(matrices))
-    samples = [float(max(matrix.samples, 1)) for matrix in matrices]
-
-    tracked = activations if isinstance(activations, TrackedActivations) and torch.is_grad_enabled() else None
-    if _choose_native(student_logits.device, backend):
-        loss, terms, sums = native_loss(*tensors, l1_weights, samples, settings, statistics=tracked is not None)
+    scalars = settings.scalars(len(matrices))
+    if tracked is not None and student_logits.requires_grad:
+        _require_gradients(tracked, scalars[2:])
+    others = (scalars, [matrix.samples for matrix in matrices])
+    if native and ops.native_derivatives():
+        loss, terms, sums = ops.kd_l1_loss(*tensors, *others, settings.constants(), statistics=tracked is not None)
         if tracked is not None:
             tracked.update(matrices, sums)
     else:
-        if type(labels) is Tensor and labels.is_cpu and not is_tracing():
+        if type(labels) is Tensor and labels.is_cpu and not tracing:
             _check_label_values(labels, student_logits.shape[1], settings.ignore_index)
-        loss, terms = reference.kd_l1_loss(*tensors, l1_weights, samples, *settings.operator_arguments())
+        loss, terms = reference.kd_l1_loss(*tensors, *others, *settings.constants())
         if tracked is not None:
             tracked.observe()
     return (loss, LossTerms(*terms.unbind())) if return_terms else loss
@@ -206,15 +224,26 @@ def _check_tensors(
         if teacher_logits.shape != student_logits.shape:
             expected, got = tuple(student_logits.shape), tuple(teacher_logits.shape)
             raise ValueError(f"teacher_logits: expected the student's shape {expected}, got {got}")
-    elif settings.alpha != 0:
+    elif isinstance(settings.alpha, Tensor) or settings.alpha != 0:
         raise ValueError(f"teacher_logits: expected a tensor, since alpha is {settings.alpha} and not 0, got None")
     if labels is not None:
         _check_labels(labels, student_logits)
-    elif settings.alpha != 1:
+    elif isinstance(settings.alpha, Tensor) or settings.alpha != 1:
         raise ValueError(f"labels: expected a tensor, since alpha is {settings.alpha} and not 1, got None")
     elif settings.divergence == "dkd":
         raise ValueError("labels: expected a tensor, since divergence is 'dkd', got None")
     _check_activations(activations, student_logits)
+
+
+def _require_constants(settings: LossSettings) -> None:
+    for name in ("temperature", "alpha", "l1_weight"):
+        value = getattr(settings, name)
+        for each in value if isinstance(value, Sequence) else (value,):
+            if isinstance(each, Tensor) and each.requires_grad and torch.is_grad_enabled():
+                raise ValueError(
+                    f"{name}: expected a constant, because the kernels have no derivative with respect to settings, "
+                    "got a tensor that requires a gradient; detach it, or use backend='reference'"
+                )
 
 
 def _check_logits(name: str, logits: Tensor, student_logits: Tensor) -> None:
@@ -246,6 +275,17 @@ def _check_activations(activations: Sequence[Tensor], student_logits: Tensor) ->
             raise ValueError(f"{name}: expected {expected}, got shape {tuple(shape)}")
         if (axes is None or axes[index] == 1) and shape[0] != rows:
             raise ValueError(f"{name}: expected {rows} rows as in student_logits, got shape {tuple(shape)}")
+
+
+def _require_gradients(activations: TrackedActivations, l1_weights: Sequence[Any]) -> None:
+    """Raise if the penalty on a pruner's activations would silently have no gradient."""
+    for index, (activation, weight) in enumerate(zip(activations, l1_weights, strict=True)):
+        if not activation.requires_grad and (isinstance(weight, Tensor) or weight != 0):
+            raise ValueError(
+                f"activations[{index}]: expected a tensor that requires a gradient, as student_logits does, got one "
+                "without (from frozen layers, or from torch.no_grad), so its penalty would change nothing; give it an "
+                "l1_weight of 0, or leave its layer out of the pruner's `layers`"
+            )
 
 
 def _check_values(name: str, tensor: Tensor, student_logits: Tensor) -> None:

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from numbers import Real
-from typing import Any, Literal, TypedDict, get_args
+from typing import TYPE_CHECKING, Any, Literal, TypedDict, get_args
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 Divergence = Literal["forward_kl", "reverse_kl", "jsd", "dkd"]
 DIVERGENCES: tuple[Divergence, ...] = get_args(Divergence)  # in the order of csrc/include/kddp/kd_l1_loss.h
@@ -15,9 +19,9 @@ DIVERGENCES: tuple[Divergence, ...] = get_args(Divergence)  # in the order of cs
 class LossOptions(TypedDict, total=False):
     """The fields of `LossSettings` as keyword arguments."""
 
-    temperature: float
-    alpha: float
-    l1_weight: float | Sequence[float]
+    temperature: float | Tensor
+    alpha: float | Tensor
+    l1_weight: float | Tensor | Sequence[float | Tensor]
     label_smoothing: float
     ignore_index: int
     divergence: Divergence
@@ -30,6 +34,9 @@ class LossOptions(TypedDict, total=False):
 @dataclass(frozen=True)
 class LossSettings:
     """The settings of `fused_kd_l1_loss`.
+
+    temperature, alpha and l1_weight may be numbers or 0-dim tensors, so that a schedule can change them. Each call
+    reads the value of a tensor; on a GPU this waits for the device, so prefer numbers or tensors on the CPU.
 
     Attributes:
         temperature: T; both logits are divided by it. The default 4 is Hinton's choice for images of few classes.
@@ -58,9 +65,9 @@ class LossSettings:
         TypeError, ValueError: a setting is not as described. The message names it, what was expected and what came.
     """
 
-    temperature: float = 4.0
-    alpha: float = 0.9
-    l1_weight: float | Sequence[float] = 0.0
+    temperature: float | Tensor = 4.0
+    alpha: float | Tensor = 0.9
+    l1_weight: float | Tensor | Sequence[float | Tensor] = 0.0
     label_smoothing: float = 0.0
     ignore_index: int = -100
     divergence: Divergence = "forward_kl"
@@ -70,10 +77,12 @@ class LossSettings:
     standardize_logits: bool = False
 
     def __post_init__(self) -> None:
-        check_number("temperature", self.temperature)
-        if not 0 < self.temperature < math.inf:
-            raise ValueError(f"temperature: expected a finite number above 0, got {self.temperature}")
-        _check_fraction("alpha", self.alpha)
+        if not _is_scalar_tensor("temperature", self.temperature):
+            check_number("temperature", self.temperature)
+            if not 0 < self.temperature < math.inf:
+                raise ValueError(f"temperature: expected a finite number above 0, got {self.temperature}")
+        if not _is_scalar_tensor("alpha", self.alpha):
+            _check_fraction("alpha", self.alpha)
         _check_weights(self.l1_weight)
         _check_fraction("label_smoothing", self.label_smoothing)
         _check_ignore_index(self.ignore_index)
@@ -90,11 +99,36 @@ class LossSettings:
         if not isinstance(self.standardize_logits, bool):
             raise TypeError(f"standardize_logits: expected a bool, got {type(self.standardize_logits).__name__}")
 
-    def operator_arguments(self) -> tuple[Any, ...]:
-        """All settings but l1_weight, in the order of the operator `kddp::kd_l1_loss`."""
+    def read(self) -> LossSettings:
+        """These settings with the values of tensors as numbers, which are checked.
+
+        Raises:
+            ValueError: a value is not as described.
+        """
+        weight = self.l1_weight
+        weight = [_number(each) for each in weight] if isinstance(weight, Sequence) else _number(weight)
+        return replace(self, temperature=_number(self.temperature), alpha=_number(self.alpha), l1_weight=weight)
+
+    def scalars(self, layers: int) -> list[Any]:
+        """temperature, alpha, and `l1_weight` as one value for each of `layers` activations.
+
+        Raises:
+            ValueError: l1_weight is a sequence of another length.
+        """
+        weight = self.l1_weight
+        weights = list(weight) if isinstance(weight, Sequence) else [weight] * layers
+        if len(weights) != layers:
+            raise ValueError(f"l1_weight: expected one weight for each of {layers} activations, got {len(weights)}")
+        return [each if _is_tensor(each) else float(each) for each in (self.temperature, self.alpha, *weights)]
+
+    def has_tensors(self) -> bool:
+        """Whether a setting is a tensor."""
+        weights = self.l1_weight if isinstance(self.l1_weight, Sequence) else (self.l1_weight,)
+        return any(map(_is_tensor, (self.temperature, self.alpha, *weights)))
+
+    def constants(self) -> tuple[Any, ...]:
+        """All other settings, in the order of the operator `kddp::kd_l1_loss`."""
         return (
-            float(self.temperature),
-            float(self.alpha),
             float(self.label_smoothing),
             self.ignore_index,
             DIVERGENCES.index(self.divergence),
@@ -103,19 +137,6 @@ class LossSettings:
             float(self.dkd_non_target_weight),
             self.standardize_logits,
         )
-
-    def l1_weights(self, layers: int) -> list[float]:
-        """`l1_weight` as one number for each of `layers` activations.
-
-        Raises:
-            ValueError: l1_weight is a sequence of another length.
-        """
-        weight = self.l1_weight
-        if not isinstance(weight, Sequence):
-            return [float(weight)] * layers
-        if len(weight) != layers:
-            raise ValueError(f"l1_weight: expected one weight for each of {layers} activations, got {len(weight)}")
-        return [float(each) for each in weight]
 
 
 def check_number(name: str, value: Any) -> None:
@@ -143,11 +164,28 @@ def _check_weight(name: str, value: Any) -> None:
 
 
 def _check_weights(l1_weight: Any) -> None:
-    if isinstance(l1_weight, Sequence) and not isinstance(l1_weight, str | bytes):
-        for weight in l1_weight:
+    is_sequence = isinstance(l1_weight, Sequence) and not isinstance(l1_weight, str | bytes)
+    for weight in l1_weight if is_sequence else (l1_weight,):
+        if not _is_scalar_tensor("l1_weight", weight):
             _check_weight("l1_weight", weight)
-    else:
-        _check_weight("l1_weight", l1_weight)
+
+
+def _is_tensor(value: Any) -> bool:
+    torch = sys.modules.get("torch")  # `kddp --help` imports this module and must not import torch
+    return torch is not None and isinstance(value, torch.Tensor)
+
+
+def _is_scalar_tensor(name: str, value: Any) -> bool:
+    """Whether `value` is a tensor; raises unless it holds one real number."""
+    if not _is_tensor(value):
+        return False
+    if value.dim() != 0 or value.is_complex():
+        raise ValueError(f"{name}: expected a number or a 0-dim tensor, got a tensor of shape {tuple(value.shape)}")
+    return True
+
+
+def _number(value: Any) -> Any:
+    return value.item() if _is_tensor(value) else value
 
 
 def _check_ignore_index(ignore_index: Any) -> None:

@@ -1,29 +1,35 @@
-"""The fused loss, the neuron statistics and the scaling of gradients as operators."""
+"""The fused loss as an operator with its derivatives, and the neuron statistics, which the same kernel computes.
+
+The kernel computes the gradients together with the loss, so the backward only scales them. Everything else that
+autograd can ask for (a second derivative, forward mode, torch.func) comes from the reference in plain PyTorch.
+"""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from kddp_ext.ops import reference
-from kddp_ext.ops.gradient_pool import pool
 from kddp_ext.ops.library import ELEMENT_TYPES, is_native, library, native, scales_natively, workspace_on
+from kddp_ext.ops.scale_gradients import is_batched, scale_gradients
 
-# From `temperature` to `standardize_logits`: the order of `LossSettings.operator_arguments`.
+# `scalars` holds temperature, alpha and one L1 weight for each activation. A schedule may change them at every step,
+# and as values of a tensor they cost no new compilation. From `label_smoothing` to `standardize_logits` the order is
+# that of `LossSettings.constants`.
 library.define(
     "kd_l1_loss(Tensor student_logits, Tensor? teacher_logits, Tensor? labels, Tensor[] activations, "
-    "float[] l1_weights, float[] samples, "
-    "float temperature, float alpha, float label_smoothing, int ignore_index, int divergence, float jsd_beta, "
+    "Tensor scalars, SymInt[] samples, "
+    "float label_smoothing, int ignore_index, int divergence, float jsd_beta, "
     "float dkd_target_weight, float dkd_non_target_weight, bool standardize_logits, "
     "bool logits_gradient, bool activation_gradients, bool scaled_gradients, bool statistics) "
     "-> (Tensor loss, Tensor terms, Tensor statistics, Tensor logits_gradient, Tensor[] activation_gradients)"
 )
 library.define("neuron_statistics(Tensor activation) -> Tensor")
-library.define("scale_gradients(Tensor[] gradients, Tensor grad_loss, float[] factors) -> Tensor[]")
-library.define("scale_gradients_(Tensor(a!)[] gradients, Tensor grad_loss, float[] factors) -> ()")
 
 LossOutputs = tuple[Tensor, Tensor, Tensor, Tensor, list[Tensor]]
 _STATISTICS_ROWS = 5
@@ -32,36 +38,88 @@ _NEUTRAL_SETTINGS = (1.0, 0.0, 0.0, 0, 0, 0.5, 1.0, 8.0, False)  # for the stati
 _PLAIN_TYPES = (Tensor, torch.nn.Parameter)
 
 
+class _Wanted(NamedTuple):
+    """The optional outputs of the operator, in its order."""
+
+    logits_gradient: bool
+    activation_gradients: bool
+    scaled_gradients: bool
+    statistics: bool
+
+
+class _Call(NamedTuple):
+    """The arguments of a call that are not differentiable, and the optional outputs it asked for."""
+
+    scalars: Sequence[float] | Tensor
+    samples: Sequence[int]
+    constants: tuple[Any, ...]
+    wanted: _Wanted
+
+
 def kd_l1_loss(
     student_logits: Tensor,
     teacher_logits: Tensor | None,
     labels: Tensor | None,
     activations: Sequence[Tensor],
-    *arguments: Any,
-) -> LossOutputs:
-    """The operator `kddp::kd_l1_loss`; `arguments` are those of its schema from `l1_weights` on.
+    scalars: Sequence[Any],
+    samples: Sequence[int],
+    constants: tuple[Any, ...],
+    *,
+    statistics: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The loss, its four terms, and (5, columns) statistics of the activations (empty without `statistics`).
 
-    If nothing could intercept the call, it skips PyTorch's dispatcher, which takes 15 to 25% of the time of a small
-    batch (128 × 10 logits, 128 × 1024 activations). Modes, tensor subclasses, transforms, the compiler, the tracer and
-    the profiler all see the operator.
+    Only the loss is differentiable. `native_derivatives` says when this function must not be used.
+
+    Args:
+        student_logits, teacher_logits, labels: as of `fused_kd_l1_loss`, already checked.
+        activations: one matrix for each layer.
+        scalars: temperature, alpha, and the weight of each matrix; 0-dim tensors only under a compiler.
+        samples: the number that the sum of each matrix is divided by.
+        constants: `LossSettings.constants()`.
+        statistics: whether to compute the statistics.
     """
-    tensors = (student_logits, teacher_logits, labels, *activations)
-    if _nothing_intercepts() and all(map(_is_plain, tensors)):
-        return _kd_l1_loss(student_logits, teacher_logits, labels, activations, *arguments)
-    detached = [activation.detach() for activation in activations]
-    outputs: LossOutputs = kd_l1_loss_operator(student_logits.detach(), teacher_logits, labels, detached, *arguments)
-    return outputs
+    grad_enabled = torch.is_grad_enabled()
+    penalised = any(isinstance(weight, Tensor) or weight != 0 for weight in scalars[2:])
+    wanted = _Wanted(
+        logits_gradient=grad_enabled and student_logits.requires_grad,
+        activation_gradients=grad_enabled and penalised and any(a.requires_grad for a in activations),
+        # float16 cannot hold gradients that were divided by the batch size.
+        scaled_gradients=student_logits.dtype == torch.float16 or torch.float16 in [a.dtype for a in activations],
+        statistics=statistics,
+    )
+    if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack():
+        loss, terms, sums, *_ = kd_l1_loss_operator(
+            *(student_logits, teacher_logits, labels, list(activations), _as_tensor(scalars), samples),
+            *(*constants, *wanted),
+        )
+        return loss, terms, sums
+    inputs = (student_logits, teacher_logits, labels, *activations)
+    if _nothing_intercepts() and all(map(_is_plain, inputs)):
+        # PyTorch's dispatcher would take 15 to 25% of the time of a small batch (128 × 10 logits, 128 × 1024
+        # activations).
+        outputs = _compute(student_logits, teacher_logits, labels, activations, scalars, samples, constants, wanted)
+    else:
+        with torch.no_grad():
+            outputs = kd_l1_loss_operator(
+                *(student_logits, teacher_logits, labels, list(activations), _as_tensor(scalars), samples),
+                *(*constants, *wanted),
+            )
+    loss, terms, sums, logits_gradient, activation_gradients = outputs
+    if wanted.logits_gradient or wanted.activation_gradients:
+        gradients = [*[logits_gradient][: wanted.logits_gradient], *activation_gradients]
+        loss = _attach(loss, gradients, _Call(scalars, samples, constants, wanted), *inputs)
+    return loss, terms, sums
+
+
+def native_derivatives() -> bool:
+    """False under torch.func's transforms and forward mode, whose derivatives only the reference has."""
+    return not torch._C._are_functorch_transforms_active() and forward_ad._current_level < 0
 
 
 def _nothing_intercepts() -> bool:
-    return not (
-        torch.compiler.is_compiling()
-        or torch._C._get_tracing_state()
-        or torch._C._len_torch_dispatch_stack()
-        or torch._C._is_torch_function_mode_enabled()
-        or torch._C._are_functorch_transforms_active()
-        or torch._C._autograd._profiler_enabled()
-    )
+    """Whether no mode, transform or profiler would see a call of the operator."""
+    return not (torch._C._is_torch_function_mode_enabled() or torch._C._autograd._profiler_enabled())
 
 
 def _is_plain(tensor: Tensor | None) -> bool:
@@ -69,34 +127,71 @@ def _is_plain(tensor: Tensor | None) -> bool:
     return tensor is None or (type(tensor) in _PLAIN_TYPES and tensor.is_cpu and not tensor.is_neg())
 
 
+def _as_tensor(scalars: Sequence[Any]) -> Tensor:
+    """(2 + layers,) float64 on the CPU, of numbers, symbolic numbers and 0-dim tensors."""
+    values = [
+        scalar.detach().to("cpu", torch.float64)
+        if isinstance(scalar, Tensor)
+        else torch.full((), scalar, dtype=torch.float64, device="cpu")
+        for scalar in scalars
+    ]
+    return torch.stack(values)
+
+
+# ------------------------------------------------------------------------------------------------ the computation
+
+
 def _kd_l1_loss(
     student_logits: Tensor,
     teacher_logits: Tensor | None,
     labels: Tensor | None,
     activations: Sequence[Tensor],
-    l1_weights: Sequence[float],
-    samples: Sequence[float],
+    scalars: Tensor,
+    samples: Sequence[int],
     *arguments: Any,
 ) -> LossOutputs:
-    *settings, with_logits_gradient, _, scaled_gradients, with_statistics = arguments
-    outputs = _loss_outputs(student_logits, teacher_logits, labels, activations, l1_weights, samples, *arguments)
+    values = scalars.tolist()
+    temperature, alpha, *l1_weights = values
+    if not (0 < temperature < math.inf and 0 <= alpha <= 1 and all(0 <= weight < math.inf for weight in l1_weights)):
+        raise ValueError(
+            "temperature, alpha, l1_weight: expected a finite number above 0, a number from 0 to 1, and finite numbers "
+            f"of at least 0, got {temperature}, {alpha}, {l1_weights}"
+        )
+    wanted = _Wanted(*arguments[-4:])
+    return _compute(student_logits, teacher_logits, labels, activations, values, samples, arguments[:-4], wanted)
+
+
+def _compute(
+    student_logits: Tensor,
+    teacher_logits: Tensor | None,
+    labels: Tensor | None,
+    activations: Sequence[Tensor],
+    scalars: Sequence[float],
+    samples: Sequence[int],
+    constants: tuple[Any, ...],
+    wanted: _Wanted,
+) -> LossOutputs:
+    outputs = _loss_outputs(student_logits, teacher_logits, labels, activations, scalars, samples, *constants, *wanted)
     loss, terms, statistics, logits_gradient, activation_gradients = outputs
     # These names keep copies alive while the kernel uses their addresses.
     student = _readable(student_logits)
     teacher = None if teacher_logits is None else _readable(teacher_logits)
     labels = None if labels is None else labels.contiguous()
     readable = [_readable(activation) for activation in activations]
+    temperature, alpha, *l1_weights = scalars
     module, place = native(student)
     module.kd_l1_loss(
         *student.shape,
         _matrix(student),
         _ABSENT if teacher is None else _matrix(teacher),
         0 if labels is None else labels.data_ptr(),
-        _layers(readable, l1_weights, samples, activation_gradients, statistics if with_statistics else None),
+        _layers(readable, l1_weights, samples, activation_gradients, statistics if wanted.statistics else None),
         statistics.shape[-1],
-        *settings,
-        scaled_gradients,
-        logits_gradient.data_ptr() if with_logits_gradient else 0,
+        temperature,
+        alpha,
+        *constants,
+        wanted.scaled_gradients,
+        logits_gradient.data_ptr() if wanted.logits_gradient else 0,
         ELEMENT_TYPES[loss.dtype],
         loss.data_ptr(),
         terms.data_ptr(),
@@ -129,8 +224,6 @@ def _loss_outputs(
 
 
 def _gradient_of(tensor: Tensor) -> Tensor:
-    if _is_plain(tensor):
-        return pool.empty(tensor.shape, tensor.dtype)
     return torch.empty_like(tensor, memory_format=torch.contiguous_format)
 
 
@@ -149,7 +242,7 @@ _Layer = tuple[tuple[int, int, int], int, int, float, float, int, int]
 def _layers(
     activations: Sequence[Tensor],
     l1_weights: Sequence[float],
-    samples: Sequence[float],
+    samples: Sequence[int],
     gradients: Sequence[Tensor],
     statistics: Tensor | None,
 ) -> list[_Layer]:
@@ -160,9 +253,119 @@ def _layers(
         rows, neurons = activation.shape
         gradient = gradients[index].data_ptr() if gradients else 0
         block = 0 if statistics is None else statistics.data_ptr() + column * statistics.element_size()
-        layers.append((_matrix(activation), rows, neurons, samples[index], l1_weights[index], gradient, block))
+        divisor = float(max(samples[index], 1))
+        layers.append((_matrix(activation), rows, neurons, divisor, l1_weights[index], gradient, block))
         column += neurons
     return layers
+
+
+# ------------------------------------------------------------------------------------------------ the derivatives
+
+
+class _LossNode(torch.autograd.Function):
+    """Attaches gradients that are known already to the loss, which costs half of a node with a whole forward.
+
+    The gradients belong to this node alone. They are handed out once, by a backward after which the graph is freed;
+    any other backward hands out copies. So nobody else's tensor is ever written. The inputs are saved for the second
+    derivative.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, loss: Tensor, gradients: list[Tensor], call: _Call, *inputs: Tensor | None) -> Tensor:
+        ctx.call = call
+        ctx.packed = torch._C._autograd._top_saved_tensors_default_hooks(False) is not None
+        # Hooks on saved tensors may move the gradients elsewhere, or recompute them (checkpointing).
+        ctx.gradients = None if ctx.packed else gradients
+        ctx.save_for_backward(*inputs, *(gradients if ctx.packed else ()))
+        return loss
+
+    @staticmethod
+    def backward(ctx: Any, grad_loss: Tensor | None) -> tuple[Tensor | None, ...]:
+        inputs = len(ctx.needs_input_grad) - 3
+        if grad_loss is None:
+            return (None,) * (3 + inputs)
+        if torch.is_grad_enabled():  # create_graph=True
+            return (None, None, None, *_differentiable_gradients(ctx, grad_loss, ctx.saved_tensors[:inputs]))
+        gradients = ctx.saved_tensors[inputs:] if ctx.packed else ctx.gradients
+        if gradients is None:
+            raise RuntimeError(
+                "Trying to backward through the graph of fused_kd_l1_loss a second time, but its gradients have been "
+                "handed out already. Specify retain_graph=True for the first backward."
+            )
+        owned = not (ctx.packed or torch._C._autograd._get_current_graph_task_keep_graph())
+        if owned:
+            ctx.gradients = None
+        return (None, None, None, *_by_input(ctx.call, _scaled(ctx.call, gradients, grad_loss, owned), inputs - 3))
+
+
+# Function.apply would inspect the forward's signature for torch.func's transforms, none of which is active here.
+_attach: Any = super(torch.autograd.Function, _LossNode).apply
+
+
+def _set_up(ctx: Any, inputs: tuple[Any, ...], output: LossOutputs) -> None:
+    """The operator's own node, for compilers and dispatch modes."""
+    student_logits, teacher_logits, labels, activations, scalars, samples, *arguments = inputs
+    _, terms, statistics, logits_gradient, activation_gradients = output
+    wanted = _Wanted(*arguments[-4:])
+    ctx.call = _Call(scalars, samples, tuple(arguments[:-4]), wanted)
+    ctx.layers = len(activations)
+    ctx.mark_non_differentiable(terms, statistics, logits_gradient, *activation_gradients)
+    gradients = [*[logits_gradient][: wanted.logits_gradient], *activation_gradients]
+    ctx.save_for_backward(scalars, student_logits, teacher_logits, labels, *activations, *gradients)
+
+
+def _backward(ctx: Any, grad_loss: Tensor, *_: Any) -> tuple[Any, ...]:
+    scalars, *saved = ctx.saved_tensors
+    ctx.call = ctx.call._replace(scalars=scalars)
+    inputs, gradients = saved[: 3 + ctx.layers], saved[3 + ctx.layers :]
+    if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        by_input = _differentiable_gradients(ctx, grad_loss, inputs)
+    else:
+        by_input = _by_input(ctx.call, _scaled(ctx.call, gradients, grad_loss, owned=False), ctx.layers)
+    student, teacher, labels, *activations = by_input
+    of_samples: list[Tensor] | None = None if ctx.call.samples else []  # torch takes an empty list for one of tensors
+    others = (None,) * (len(ctx.call.constants) + len(ctx.call.wanted))
+    return (student, teacher, labels, activations, None, of_samples, *others)
+
+
+def _scaled(call: _Call, gradients: Sequence[Tensor], grad_loss: Tensor, owned: bool) -> Sequence[Tensor]:
+    """The gradients times `grad_loss`; overwritten if they are `owned`, and new tensors otherwise."""
+    factors: list[Any] | None = None
+    if call.wanted.scaled_gradients:
+        factors = [1 / max(gradients[0].shape[0], 1)] * call.wanted.logits_gradient
+        if call.wanted.activation_gradients:
+            factors += [call.scalars[2 + layer] / max(samples, 1) for layer, samples in enumerate(call.samples)]
+    owned = owned and not is_batched(grad_loss)
+    # The usual `loss.backward()` scales by 1. On the CPU the value can be read, which saves a pass over memory.
+    readable = owned and factors is None and grad_loss.is_cpu and not scales_natively(grad_loss.device)
+    if readable and grad_loss.item() == 1:
+        return gradients
+    return scale_gradients(gradients, grad_loss, factors, in_place=owned)
+
+
+def _by_input(call: _Call, gradients: Sequence[Tensor], layers: int) -> tuple[Tensor | None, ...]:
+    """The gradients of the student's logits, the teacher's, the labels and each activation."""
+    student = gradients[0] if call.wanted.logits_gradient else None
+    activations = gradients[len(gradients) - layers :] if call.wanted.activation_gradients else (None,) * layers
+    return (student, None, None, *activations)
+
+
+def _differentiable_gradients(ctx: Any, grad_loss: Tensor, inputs: Sequence[Any]) -> tuple[Tensor | None, ...]:
+    """The gradients of the reference, which are differentiable themselves."""
+    call: _Call = ctx.call
+    with torch.enable_grad():
+        # An activation is usually an ancestor of the logits. Views let each input have its own partial derivative.
+        views: list[Any] = [x if x is None else x.view_as(x) for x in inputs]
+        student, teacher, labels, *activations = views
+        loss, _ = reference.kd_l1_loss(
+            student, teacher, labels, activations, call.scalars, call.samples, *call.constants
+        )
+        wanted = [x for x in views if x is not None and x.requires_grad]
+        found = iter(torch.autograd.grad(loss, wanted, grad_loss, create_graph=True, allow_unused=True))
+    return tuple(next(found) if x is not None and x.requires_grad else None for x in views)
+
+
+# ------------------------------------------------------------------------------------------------ the statistics
 
 
 def neuron_statistics(activation: Tensor) -> Tensor:
@@ -184,7 +387,7 @@ def _neuron_statistics(activation: Tensor) -> Tensor:
     readable = _readable(activation)
     statistics = _neuron_statistics_output(activation)
     loss = statistics.new_empty(1)  # the kernel needs an output for the loss; it is unused
-    layers = _layers([readable], [0.0], [1.0], [], statistics)
+    layers = _layers([readable], [0.0], [1], [], statistics)
     rows, neurons = activation.shape
     module, place = native(activation)
     module.kd_l1_loss(
@@ -200,79 +403,13 @@ def _neuron_statistics_output(activation: Tensor) -> Tensor:
     return activation.new_empty((_STATISTICS_ROWS, activation.shape[1]), dtype=torch.float64)
 
 
-def scale_gradients(
-    gradients: Sequence[Tensor], grad_loss: Tensor, factors: Sequence[float] | None = None, *, in_place: bool = False
-) -> Sequence[Tensor]:
-    """Each gradient times `grad_loss` times its factor; on a GPU in one launch.
-
-    Args:
-        gradients: contiguous, as `kd_l1_loss` returns them.
-        grad_loss: a 0-dim tensor on their device; the host does not read it.
-        factors: one for each gradient; None stands for 1.
-        in_place: overwrite the gradients and return them; a GPU then skips those that are scaled by 1.
-
-    Returns:
-        One tensor for each gradient, of its shape and dtype.
-    """
-    if torch.compiler.is_compiling() or (not in_place and not scales_natively(grad_loss.device)):
-        scales = [grad_loss] * len(gradients) if factors is None else [grad_loss * factor for factor in factors]
-        return [gradient * scale for gradient, scale in zip(gradients, scales, strict=True)]
-    factors = [1.0] * len(gradients) if factors is None else factors
-    if in_place:
-        _scale_gradients_in_place_operator(gradients, grad_loss, factors)
-        return gradients
-    scaled: list[Tensor] = _scale_gradients_operator(gradients, grad_loss, factors)
-    return scaled
-
-
-def _scale_gradients(gradients: Sequence[Tensor], grad_loss: Tensor, factors: Sequence[float]) -> list[Tensor]:
-    if not scales_natively(grad_loss.device):
-        return [gradient * (grad_loss * factor) for gradient, factor in zip(gradients, factors, strict=True)]
-    outputs = _scaled_outputs(gradients, grad_loss, factors)
-    _scale_into(outputs, gradients, grad_loss, factors)
-    return outputs
-
-
-def _scale_gradients_in_place(gradients: Sequence[Tensor], grad_loss: Tensor, factors: Sequence[float]) -> None:
-    if scales_natively(grad_loss.device):
-        _scale_into(gradients, gradients, grad_loss, factors)
-    else:
-        for gradient, factor in zip(gradients, factors, strict=True):
-            gradient.mul_(grad_loss * factor)
-
-
-def _scale_into(
-    targets: Sequence[Tensor], gradients: Sequence[Tensor], grad_loss: Tensor, factors: Sequence[float]
-) -> None:
-    grad_loss = grad_loss.detach().to(torch.float64 if grad_loss.dtype == torch.float64 else torch.float32)
-    module, place = native(grad_loss)
-    module.scale(
-        [
-            (source.data_ptr(), target.data_ptr(), source.numel(), ELEMENT_TYPES[source.dtype], factor)
-            for source, target, factor in zip(gradients, targets, factors, strict=True)
-        ],
-        grad_loss.data_ptr(),
-        ELEMENT_TYPES[grad_loss.dtype],
-        place,
-    )
-
-
-def _scaled_outputs(gradients: Sequence[Tensor], _grad_loss: Tensor, _factors: Sequence[float]) -> list[Tensor]:
-    return [torch.empty_like(gradient) for gradient in gradients]
-
-
 for _device in ("CPU", "CUDA"):
     library.impl("kd_l1_loss", _kd_l1_loss, _device)
     library.impl("neuron_statistics", _neuron_statistics, _device)
-    library.impl("scale_gradients", _scale_gradients, _device)
-    library.impl("scale_gradients_", _scale_gradients_in_place, _device)
 torch.library.register_fake("kddp::kd_l1_loss", _loss_outputs, lib=library)
 torch.library.register_fake("kddp::neuron_statistics", _neuron_statistics_output, lib=library)
-torch.library.register_fake("kddp::scale_gradients", _scaled_outputs, lib=library)
-torch.library.register_fake("kddp::scale_gradients_", lambda *_: None, lib=library)
+torch.library.register_autograd("kddp::kd_l1_loss", _backward, setup_context=_set_up, lib=library)
 
 # Looking an operator up by its name at each call would take longer than the loss of a small batch.
 kd_l1_loss_operator = torch.ops.kddp.kd_l1_loss.default
 _neuron_statistics_operator = torch.ops.kddp.neuron_statistics.default
-_scale_gradients_operator = torch.ops.kddp.scale_gradients.default
-_scale_gradients_in_place_operator = torch.ops.kddp.scale_gradients_.default

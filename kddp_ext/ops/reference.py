@@ -19,10 +19,8 @@ def kd_l1_loss(
     teacher_logits: Tensor | None,
     labels: Tensor | None,
     activations: Sequence[Tensor],
-    l1_weights: Sequence[float],
-    samples: Sequence[float],
-    temperature: float,
-    alpha: float,
+    scalars: Sequence[float | Tensor] | Tensor,
+    samples: Sequence[int],
     label_smoothing: float,
     ignore_index: int,
     divergence: int,
@@ -34,11 +32,12 @@ def kd_l1_loss(
     """`kddp_ext.fused_kd_l1_loss` in plain PyTorch, differentiable by autograd.
 
     The arguments are those of the operator `kddp::kd_l1_loss` and must be valid: each activation is a matrix with a
-    weight and a number of samples by which its sum is divided.
+    weight and a number of samples by which its sum is divided. `scalars` may also be a sequence.
 
     Returns:
         The loss (0-dim), and (4,) without gradient: kd, ce, l1, correct. Both are float32, or float64 if an input is.
     """
+    temperature, alpha, *l1_weights = scalars
     inputs = [student_logits, *activations] + ([] if teacher_logits is None else [teacher_logits])
     dtype = torch.float64 if any(x.dtype == torch.float64 for x in inputs) else torch.float32
     student = student_logits.to(dtype)
@@ -69,14 +68,14 @@ def kd_l1_loss(
         ce = ce / count
         correct = ((student.detach().argmax(1) == labels) & valid).sum().to(dtype)
     # A term of weight 0 is left out, because an infinite one would turn the sum into NaN.
-    if alpha != 0:
+    if isinstance(alpha, Tensor) or alpha != 0:
         loss = loss + alpha * kd
-    if alpha != 1:
+    if isinstance(alpha, Tensor) or alpha != 1:
         loss = loss + (1 - alpha) * ce
     for activation, weight, samples_of_layer in zip(activations, l1_weights, samples, strict=True):
-        penalty = activation.to(dtype).abs().sum() / samples_of_layer
+        penalty = activation.to(dtype).abs().sum() / max(samples_of_layer, 1)
         l1 = l1 + penalty
-        if weight != 0:
+        if isinstance(weight, Tensor) or weight != 0:
             loss = loss + weight * penalty
     return loss, torch.stack([kd, ce, l1, correct]).detach()
 

@@ -1,4 +1,8 @@
-"""Forward hooks that keep the activations of each layer's neurons from the latest forward pass."""
+"""Forward hooks that keep the activations of each layer's neurons from the latest forward pass with gradients.
+
+A pass without gradients (validation) changes nothing here, and neither does the recomputation of a checkpoint inside a
+backward: the activations that are kept belong to the logits that the loss is about to get.
+"""
 
 from __future__ import annotations
 
@@ -34,7 +38,7 @@ class ActivationHooks:
 
     def value(self, group: NeuronGroup) -> tuple[Tensor, int] | None:
         """The latest activations and the dimension of the neurons, which is split where they have several entries."""
-        value, layout = self._hooks[group.name].value, group.value
+        value, layout = self._hooks[group.name].read(group.name), group.value
         if value is None:
             return None
         if value.dim() != group.dimensions or value.shape[layout.axis] != group.width * layout.entries:
@@ -49,7 +53,7 @@ class ActivationHooks:
 
     def clear(self) -> None:
         for hook in self._hooks.values():
-            hook.value = None
+            hook.clear()
 
     def remove(self) -> None:
         """Remove the hooks from the model."""
@@ -73,18 +77,44 @@ class _ReaderHook(_Hook):
     def __init__(self, dropouts: int) -> None:
         self.value: Tensor | None = None
         self._dropouts = dropouts
+        self._is_read = self._is_only_one = True
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if torch.compiler.is_exporting():  # another pruner traces the model with fake tensors
+        if not _belongs_to_a_loss():
             return
         value = args[0] if args else kwargs["input"]
         for _ in range(self._dropouts):
             value = getattr(value, _BEFORE_DROPOUT, value)
+        # Flags and not a counter: torch.compile would compile the model anew for each value of a counter.
+        self._is_only_one = self._is_read
+        self._is_read = False
         self.value = value
+
+    def read(self, name: str) -> Tensor | None:
+        """The value of the latest forward pass."""
+        if not self._is_only_one:
+            raise RuntimeError(
+                f"activations: more than one forward pass with gradients has reached {name} since they were last read, "
+                "and only the latest is known; read pruner.activations after each pass, run passes that need no loss "
+                "under torch.no_grad(), or join several views into one batch"
+            )
+        self._is_read = True
+        return self.value
+
+    def clear(self) -> None:
+        self.value = None
+        self._is_read = self._is_only_one = True
 
 
 class _DropoutHook(_Hook):
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> None:
         source = args[0] if args else kwargs["input"]
-        if output is not source and not torch.compiler.is_exporting():
+        if output is not source and _belongs_to_a_loss():
             setattr(output, _BEFORE_DROPOUT, source)
+
+
+def _belongs_to_a_loss() -> bool:
+    """False in passes without gradients, in a checkpoint's recomputation, and while another pruner traces the model."""
+    if torch.compiler.is_compiling():
+        return torch.is_grad_enabled() and not torch.compiler.is_exporting()
+    return torch.is_grad_enabled() and torch._C._current_graph_task_id() == -1

@@ -123,9 +123,9 @@ class StudentConfig:
 class DistillationConfig:
     """The distillation loss: alpha * KD + (1 - alpha) * cross-entropy."""
 
-    temperature: float = LossSettings.temperature
+    temperature: float = 4.0
     """Divides the logits of teacher and student; the KD term is multiplied by its square."""
-    alpha: float = LossSettings.alpha
+    alpha: float = 0.9
     """Weight of the KD term, 0 to 1."""
     divergence: Divergence = LossSettings.divergence
     """Divergence between the two softened distributions; docs/losses.md compares them."""

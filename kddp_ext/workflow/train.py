@@ -61,7 +61,9 @@ class Recipe:
         """The penalty's weight by position in the training, from 0 (start) to 1 (end)."""
         if position >= self.l1_until:
             return 0.0
-        return self.loss.l1_weights(1)[0] * min(1.0, position * self.epochs / self.l1_warmup if self.l1_warmup else 1.0)
+        return float(self.loss.scalars(1)[-1]) * min(
+            1.0, position * self.epochs / self.l1_warmup if self.l1_warmup else 1.0
+        )
 
     def view(self, epoch: int) -> int:
         """Number of the view that `epoch` trains on."""

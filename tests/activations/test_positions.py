@@ -30,6 +30,7 @@ def draw(shape, dtype=torch.float32, seed=1):
 
 def loss_of(values, axis, statistics, rows=6, **options):
     student, teacher = torch.randn(2, rows, 7, generator=torch.Generator().manual_seed(2)).to(values.dtype)
+    values = values if values.requires_grad else values.detach().requires_grad_()
     tracked = TrackedActivations([values], [statistics], [axis])
     options = {"l1_weight": 0.5, "return_terms": True} | options
     return kddp_ext.fused_kd_l1_loss(student.requires_grad_(), teacher, torch.arange(rows) % 7, tracked, **options)

@@ -66,7 +66,7 @@ def test_a_constant_neuron_has_no_deviation(value):
 
 
 WIDTHS = (40, 7)
-BATCHES = [[draw(300, width, seed=width + batch).relu() for width in WIDTHS] for batch in range(3)]
+BATCHES = [[draw(300, width, seed=width + batch).relu().requires_grad_() for width in WIDTHS] for batch in range(3)]
 
 
 def statistics_of_layers():
