@@ -283,8 +283,8 @@ def _require_gradients(activations: TrackedActivations, l1_weights: Sequence[Any
         if not activation.requires_grad and (isinstance(weight, Tensor) or weight != 0):
             raise ValueError(
                 f"activations[{index}]: expected a tensor that requires a gradient, as student_logits does, got one "
-                "without (from frozen layers, or from torch.no_grad), so its penalty would change nothing; give it an "
-                "l1_weight of 0, or leave its layer out of the pruner's `layers`"
+                "without, so its penalty would change nothing; use checkpoints with use_reentrant=False, call the "
+                "model outside torch.no_grad(), and give frozen layers an l1_weight of 0"
             )
 
 

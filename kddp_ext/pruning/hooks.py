@@ -1,7 +1,7 @@
-"""Forward hooks that keep the activations of each layer's neurons from the latest forward pass with gradients.
+"""Forward hooks that keep the activations of each layer's neurons from the latest forward pass.
 
-A pass without gradients (validation) changes nothing here, and neither does the recomputation of a checkpoint inside a
-backward: the activations that are kept belong to the logits that the loss is about to get.
+The activations that are kept belong to the logits that the loss is about to get. So a pass without gradients
+(validation) does not replace activations that were not read yet, and neither does a checkpoint's recomputation.
 """
 
 from __future__ import annotations
@@ -77,44 +77,44 @@ class _ReaderHook(_Hook):
     def __init__(self, dropouts: int) -> None:
         self.value: Tensor | None = None
         self._dropouts = dropouts
-        self._is_read = self._is_only_one = True
+        self._is_unread = self._is_ambiguous = False
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if not _belongs_to_a_loss():
+        if _is_replayed() or (self._is_unread and not torch.is_grad_enabled()):
             return
         value = args[0] if args else kwargs["input"]
         for _ in range(self._dropouts):
             value = getattr(value, _BEFORE_DROPOUT, value)
         # Flags and not a counter: torch.compile would compile the model anew for each value of a counter.
-        self._is_only_one = self._is_read
-        self._is_read = False
+        self._is_ambiguous = self._is_unread
+        self._is_unread = torch.is_grad_enabled()
         self.value = value
 
     def read(self, name: str) -> Tensor | None:
         """The value of the latest forward pass."""
-        if not self._is_only_one:
+        self._is_unread = False
+        if self._is_ambiguous:
             raise RuntimeError(
                 f"activations: more than one forward pass with gradients has reached {name} since they were last read, "
                 "and only the latest is known; read pruner.activations after each pass, run passes that need no loss "
                 "under torch.no_grad(), or join several views into one batch"
             )
-        self._is_read = True
         return self.value
 
     def clear(self) -> None:
         self.value = None
-        self._is_read = self._is_only_one = True
+        self._is_unread = self._is_ambiguous = False
 
 
 class _DropoutHook(_Hook):
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> None:
         source = args[0] if args else kwargs["input"]
-        if output is not source and _belongs_to_a_loss():
+        if output is not source and not _is_replayed():
             setattr(output, _BEFORE_DROPOUT, source)
 
 
-def _belongs_to_a_loss() -> bool:
-    """False in passes without gradients, in a checkpoint's recomputation, and while another pruner traces the model."""
+def _is_replayed() -> bool:
+    """True while another pruner traces the model, and in a checkpoint's recomputation inside a backward."""
     if torch.compiler.is_compiling():
-        return torch.is_grad_enabled() and not torch.compiler.is_exporting()
-    return torch.is_grad_enabled() and torch._C._current_graph_task_id() == -1
+        return torch.compiler.is_exporting()
+    return torch._C._current_graph_task_id() != -1

@@ -188,15 +188,16 @@ class DynamicPruner:
 
     @property
     def activations(self) -> TrackedActivations:
-        """The neurons' activations in the latest forward pass with gradients, for each layer of `widths`.
+        """The neurons' activations in the latest forward pass, for each layer of `widths`.
 
         They are the values that the next layer reads, taken before a Dropout in front of it, and part of the autograd
         graph. Shapes: (N, H) for a Linear layer, (..., H) where it is applied along a sequence, (N, C, *positions) for
         a convolution. `axes` tells which dimension the neurons are. Positions count as samples.
+        A pass under torch.no_grad() does not replace activations that were not read yet.
 
         Raises:
-            RuntimeError: there was no forward pass with gradients since the pruner was made or last pruned, there was
-                more than one since the activations were last read, or the pruner is closed.
+            RuntimeError: there was no forward pass since the pruner was made or last pruned, there was more than one
+                with gradients since the activations were last read, or the pruner is closed.
         """
         hooks = self._open_hooks("activations")
         values, axes = [], []
@@ -204,9 +205,8 @@ class DynamicPruner:
             seen = hooks.value(group)
             if seen is None:
                 raise RuntimeError(
-                    f"activations: no forward pass with gradients has reached {group.name} since the pruner was made "
-                    "or last pruned; call the model first, outside torch.no_grad(); checkpoints need "
-                    "use_reentrant=False, and a compiled model must not have been called before the pruner was made"
+                    f"activations: no forward pass has reached {group.name} since the pruner was made or last pruned; "
+                    "call the model first (a compiled model must not have been called before the pruner was made)"
                 )
             value, axis = seen
             statistics.to(value.device)  # the model may have been moved

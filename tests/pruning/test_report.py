@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from pruner_cases import INPUTS, example, kill, make_model, make_pruner, observe, observed_pruner, state_of
+from pruner_cases import INPUTS, kill, make_model, make_pruner, observe, observed_pruner, state_of
 from torch import nn
 
 import kddp_ext
@@ -251,7 +251,6 @@ def test_a_change_of_constant_outputs_is_infinite():
 
 def test_wrong_thresholds_missing_statistics_and_changed_models_are_named():
     pruner = make_pruner(make_model())
-    pruner.model(example())
     with pytest.raises(RuntimeError, match="preview: there are no statistics of 0"):
         pruner.preview()
     observe(pruner)
