@@ -87,7 +87,7 @@ class FusedKDL1Loss(nn.Module, Generic[Result]):
         student_logits: Tensor,
         teacher_logits: Tensor | None,
         labels: Tensor | None,
-        activations: Sequence[Tensor] = (),
+        activations: Tensor | Sequence[Tensor] = (),
     ) -> Result:
         """The loss, or (loss, LossTerms) with `return_terms`."""
         result = compute_loss(
@@ -102,5 +102,5 @@ class FusedKDL1Loss(nn.Module, Generic[Result]):
             student_logits: Tensor,
             teacher_logits: Tensor | None,
             labels: Tensor | None,
-            activations: Sequence[Tensor] = (),
+            activations: Tensor | Sequence[Tensor] = (),
         ) -> Result: ...

@@ -13,7 +13,9 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 Divergence = Literal["forward_kl", "reverse_kl", "jsd", "dkd"]
+Reduction = Literal["mean", "sum", "none"]
 DIVERGENCES: tuple[Divergence, ...] = get_args(Divergence)  # in the order of csrc/include/kddp/kd_l1_loss.h
+REDUCTIONS: tuple[Reduction, ...] = get_args(Reduction)
 
 
 class LossOptions(TypedDict, total=False):
@@ -29,14 +31,17 @@ class LossOptions(TypedDict, total=False):
     dkd_target_weight: float
     dkd_non_target_weight: float
     standardize_logits: bool
+    class_dim: int
+    reduction: Reduction
+    normalizer: float | Tensor | None
 
 
 @dataclass(frozen=True)
 class LossSettings:
     """The settings of `fused_kd_l1_loss`.
 
-    temperature, alpha and l1_weight may be numbers or 0-dim tensors, so that a schedule can change them. Each call
-    reads the value of a tensor; on a GPU this waits for the device, so prefer numbers or tensors on the CPU.
+    temperature, alpha, l1_weight and normalizer may be numbers or 0-dim tensors, so that a schedule can change them.
+    Each call reads the value of a tensor; on a GPU this waits for the device, so prefer numbers or CPU tensors.
 
     Attributes:
         temperature: T; both logits are divided by it. The default 4 is Hinton's choice for images of few classes.
@@ -60,6 +65,12 @@ class LossSettings:
         standardize_logits: whether D uses (x - mean) / (std + 1e-7) of each row instead of the logits, for both
             networks, so that the student need not match the scale of the teacher's logits. The cross entropy always
             uses the logits. Default False.
+        class_dim: the dimension of the classes in both logits. Default -1. Use 1 for segmentation, (N, C, H, W).
+        reduction: "mean" (default) divides KD and CE by the number of rows whose label is not `ignore_index`, and the
+            penalty by the number of samples. "sum" does not divide. "none" returns KD and CE by row, without a penalty.
+        normalizer: what "mean" divides by instead, a positive number: for gradient accumulation the number of rows of
+            all micro-batches, and for several processes that of all of them. The penalty is divided by it as well,
+            times the samples of a row. Default None.
 
     Raises:
         TypeError, ValueError: a setting is not as described. The message names it, what was expected and what came.
@@ -75,6 +86,9 @@ class LossSettings:
     dkd_target_weight: float = 1.0
     dkd_non_target_weight: float = 8.0
     standardize_logits: bool = False
+    class_dim: int = -1
+    reduction: Reduction = "mean"
+    normalizer: float | Tensor | None = None
 
     def __post_init__(self) -> None:
         if not _is_scalar_tensor("temperature", self.temperature):
@@ -98,6 +112,20 @@ class LossSettings:
         _check_weight("dkd_non_target_weight", self.dkd_non_target_weight)
         if not isinstance(self.standardize_logits, bool):
             raise TypeError(f"standardize_logits: expected a bool, got {type(self.standardize_logits).__name__}")
+        if not isinstance(self.class_dim, int):
+            raise TypeError(f"class_dim: expected an integer, got {type(self.class_dim).__name__}")
+        self._check_reduction()
+
+    def _check_reduction(self) -> None:
+        if not isinstance(self.reduction, str) or self.reduction not in REDUCTIONS:
+            raise ValueError(f"reduction: expected one of {', '.join(REDUCTIONS)}, got {self.reduction!r}")
+        if self.normalizer is None or _is_scalar_tensor("normalizer", self.normalizer):
+            return
+        check_number("normalizer", self.normalizer)
+        if not 0 < self.normalizer < math.inf:
+            raise ValueError(f"normalizer: expected a finite number above 0, got {self.normalizer}")
+        if self.reduction != "mean":
+            raise ValueError(f"normalizer: expected None with reduction {self.reduction!r}, got {self.normalizer}")
 
     def read(self) -> LossSettings:
         """These settings with the values of tensors as numbers, which are checked.
@@ -107,10 +135,11 @@ class LossSettings:
         """
         weight = self.l1_weight
         weight = [_number(each) for each in weight] if isinstance(weight, Sequence) else _number(weight)
-        return replace(self, temperature=_number(self.temperature), alpha=_number(self.alpha), l1_weight=weight)
+        numbers = {name: _number(getattr(self, name)) for name in ("temperature", "alpha", "normalizer")}
+        return replace(self, **numbers, l1_weight=weight)
 
     def scalars(self, layers: int) -> list[Any]:
-        """temperature, alpha, and `l1_weight` as one value for each of `layers` activations.
+        """temperature, alpha, normalizer (0 stands for the number of rows), and one `l1_weight` for each activation.
 
         Raises:
             ValueError: l1_weight is a sequence of another length.
@@ -119,12 +148,14 @@ class LossSettings:
         weights = list(weight) if isinstance(weight, Sequence) else [weight] * layers
         if len(weights) != layers:
             raise ValueError(f"l1_weight: expected one weight for each of {layers} activations, got {len(weights)}")
-        return [each if _is_tensor(each) else float(each) for each in (self.temperature, self.alpha, *weights)]
+        normalizer = (0.0 if self.reduction == "mean" else 1.0) if self.normalizer is None else self.normalizer
+        values = (self.temperature, self.alpha, normalizer, *weights)
+        return [each if _is_tensor(each) else float(each) for each in values]
 
     def has_tensors(self) -> bool:
         """Whether a setting is a tensor."""
         weights = self.l1_weight if isinstance(self.l1_weight, Sequence) else (self.l1_weight,)
-        return any(map(_is_tensor, (self.temperature, self.alpha, *weights)))
+        return any(map(_is_tensor, (self.temperature, self.alpha, self.normalizer, *weights)))
 
     def constants(self) -> tuple[Any, ...]:
         """All other settings, in the order of the operator `kddp::kd_l1_loss`."""
@@ -136,6 +167,7 @@ class LossSettings:
             float(self.dkd_target_weight),
             float(self.dkd_non_target_weight),
             self.standardize_logits,
+            self.reduction == "none",
         )
 
 

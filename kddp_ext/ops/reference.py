@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -28,56 +29,73 @@ def kd_l1_loss(
     dkd_target_weight: float,
     dkd_non_target_weight: float,
     standardize_logits: bool,
-) -> tuple[Tensor, Tensor]:
+    by_row: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
     """`kddp_ext.fused_kd_l1_loss` in plain PyTorch, differentiable by autograd.
 
     The arguments are those of the operator `kddp::kd_l1_loss` and must be valid: each activation is a matrix with a
     weight and a number of samples by which its sum is divided. `scalars` may also be a sequence.
 
     Returns:
-        The loss (0-dim), and (4,) without gradient: kd, ce, l1, correct. Both are float32, or float64 if an input is.
+        The loss, 0-dim or (N,) if `by_row`; without gradient (4,) kd, ce, l1, correct, and (2, N) kd and ce of each row
+        before the division. All are float32, or float64 if an input is.
     """
-    temperature, alpha, *l1_weights = scalars
+    temperature, alpha, normalizer, *l1_weights = scalars
     inputs = [student_logits, *activations] + ([] if teacher_logits is None else [teacher_logits])
     dtype = torch.float64 if any(x.dtype == torch.float64 for x in inputs) else torch.float32
     student = student_logits.to(dtype)
     valid = torch.ones(student.shape[0], dtype=torch.bool, device=student.device)
     if labels is not None:
         valid = labels != ignore_index
-    count = valid.sum().clamp(min=1)
     student = torch.where(valid[:, None], student, 0)  # an ignored row has no effect, whatever it contains
 
-    kd = ce = l1 = correct = loss = student.new_zeros(())
+    kd = ce = student.new_zeros(student.shape[0])
+    correct = student.new_zeros(())
     if teacher_logits is not None:
         teacher = torch.where(valid[:, None], teacher_logits.detach().to(dtype), 0)
         p, q = ((standardized(x) if standardize_logits else x) / temperature for x in (teacher, student))
         if divergence == FORWARD_KL:
-            by_row = forward_kl(p, q)
+            kd = forward_kl(p, q)
         elif divergence == REVERSE_KL:
-            by_row = reverse_kl(p, q)
+            kd = reverse_kl(p, q)
         elif divergence == JSD:
-            by_row = jensen_shannon(p, q, jsd_beta)
+            kd = jensen_shannon(p, q, jsd_beta)
         else:
             assert labels is not None
-            by_row = decoupled_kl(p, q, torch.where(valid, labels, 0), dkd_target_weight, dkd_non_target_weight)
-        kd = temperature**2 * torch.where(valid, by_row, 0).sum() / count
+            kd = decoupled_kl(p, q, torch.where(valid, labels, 0), dkd_target_weight, dkd_non_target_weight)
+        kd = temperature**2 * torch.where(valid, kd, 0)
     if labels is not None:
-        ce = F.cross_entropy(
-            student, labels, ignore_index=ignore_index, label_smoothing=label_smoothing, reduction="sum"
-        )
-        ce = ce / count
+        options: Any = {"ignore_index": ignore_index, "label_smoothing": label_smoothing, "reduction": "none"}
+        ce = F.cross_entropy(student, labels, **options)
         correct = ((student.detach().argmax(1) == labels) & valid).sum().to(dtype)
+    rows = torch.stack([kd, ce]).detach()
+    if not by_row:
+        divisor = normalizer if _is_given(normalizer) else valid.sum().clamp(min=1)
+        kd, ce = kd.sum() / divisor, ce.sum() / divisor
     # A term of weight 0 is left out, because an infinite one would turn the sum into NaN.
+    loss = torch.zeros_like(kd)
     if isinstance(alpha, Tensor) or alpha != 0:
         loss = loss + alpha * kd
     if isinstance(alpha, Tensor) or alpha != 1:
         loss = loss + (1 - alpha) * ce
-    for activation, weight, samples_of_layer in zip(activations, l1_weights, samples, strict=True):
-        penalty = activation.to(dtype).abs().sum() / max(samples_of_layer, 1)
+    l1 = student.new_zeros(())
+    for activation, weight, count in zip(activations, l1_weights, samples, strict=True):
+        penalty = activation.to(dtype).abs().sum() / penalty_divisor(count, student.shape[0], normalizer)
         l1 = l1 + penalty
         if isinstance(weight, Tensor) or weight != 0:
             loss = loss + weight * penalty
-    return loss, torch.stack([kd, ce, l1, correct]).detach()
+    return loss, torch.stack([kd.sum(), ce.sum(), l1, correct]).detach(), rows
+
+
+def penalty_divisor(samples: int, rows: int, normalizer: Any) -> Any:
+    """What the sum of an activation is divided by: the samples, or the normalizer times the samples of a row."""
+    if not _is_given(normalizer):
+        return max(samples, 1)
+    return normalizer * max(samples, 1) / max(rows, 1)
+
+
+def _is_given(normalizer: Any) -> bool:
+    return isinstance(normalizer, Tensor) or normalizer != 0
 
 
 # The divergences take logits that are divided by the temperature, (N, C), the teacher's first, and return (N,). With p

@@ -1,0 +1,149 @@
+"""Checks of the loss's tensors. Every message names the argument, what was expected and what came."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kddp_ext import ops
+from kddp_ext.activations.statistics import TrackedActivations
+from kddp_ext.loss.settings import LossSettings
+
+_LABEL_DTYPES = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
+
+
+def check_tensors(
+    student_logits: Tensor,
+    teacher_logits: Tensor | None,
+    labels: Tensor | None,
+    activations: Sequence[Tensor],
+    settings: LossSettings,
+) -> None:
+    """Raise unless the tensors are as `fused_kd_l1_loss` describes them."""
+    _check_values("student_logits", student_logits, student_logits)
+    class_dim, dimensions = settings.class_dim, student_logits.dim()
+    if dimensions == 0:
+        raise ValueError("student_logits: expected at least 1 dimension, got shape ()")
+    if not -dimensions <= class_dim < dimensions:
+        shape = tuple(student_logits.shape)
+        raise ValueError(
+            f"class_dim: expected a dimension of student_logits, which have shape {shape}, got {class_dim}"
+        )
+    if student_logits.shape[class_dim] < 1:
+        raise ValueError(f"student_logits: expected at least one class, got shape {tuple(student_logits.shape)}")
+    if teacher_logits is not None:
+        _check_values("teacher_logits", teacher_logits, student_logits)
+        if teacher_logits.shape != student_logits.shape:
+            expected, got = tuple(student_logits.shape), tuple(teacher_logits.shape)
+            raise ValueError(f"teacher_logits: expected the student's shape {expected}, got {got}")
+    elif isinstance(settings.alpha, Tensor) or settings.alpha != 0:
+        raise ValueError(f"teacher_logits: expected a tensor, since alpha is {settings.alpha} and not 0, got None")
+    if labels is not None:
+        _check_labels(labels, student_logits, class_dim)
+    elif isinstance(settings.alpha, Tensor) or settings.alpha != 1:
+        raise ValueError(f"labels: expected a tensor, since alpha is {settings.alpha} and not 1, got None")
+    elif settings.divergence == "dkd":
+        raise ValueError("labels: expected a tensor, since divergence is 'dkd', got None")
+    _check_activations(activations, student_logits, settings)
+
+
+def require_constants(settings: LossSettings) -> None:
+    """Raise if a setting requires a gradient, which the kernels do not have."""
+    for name in ("temperature", "alpha", "l1_weight", "normalizer"):
+        value = getattr(settings, name)
+        for each in value if isinstance(value, Sequence) else (value,):
+            if isinstance(each, Tensor) and each.requires_grad and torch.is_grad_enabled():
+                raise ValueError(
+                    f"{name}: expected a constant, because the kernels have no derivative with respect to settings, "
+                    "got a tensor that requires a gradient; detach it, or use backend='reference'"
+                )
+
+
+def without_classes(student_logits: Tensor, class_dim: int) -> tuple[int, ...]:
+    """The shape of the labels."""
+    class_dim %= student_logits.dim()
+    return (*student_logits.shape[:class_dim], *student_logits.shape[class_dim + 1 :])
+
+
+def _check_labels(labels: Tensor, student_logits: Tensor, class_dim: int) -> None:
+    _check_dense("labels", labels)
+    if labels.dtype not in _LABEL_DTYPES:
+        raise TypeError(f"labels: expected an integer dtype such as int64, got {labels.dtype}")
+    expected = without_classes(student_logits, class_dim)
+    if labels.shape != expected:
+        raise ValueError(f"labels: expected shape {tuple(expected)}, got {tuple(labels.shape)}")
+    _check_device("labels", labels, student_logits)
+
+
+def _check_activations(activations: Sequence[Tensor], student_logits: Tensor, settings: LossSettings) -> None:
+    if not isinstance(activations, Sequence):
+        raise TypeError(f"activations: expected a tensor or a sequence of tensors, got {type(activations).__name__}")
+    l1_weights = settings.scalars(len(activations))[3:]
+    if settings.reduction == "none" and any(isinstance(weight, Tensor) or weight != 0 for weight in l1_weights):
+        raise ValueError(
+            "reduction: expected 'mean' or 'sum' with an l1_weight, because a penalty is no value of a row, got 'none'"
+        )
+    leading = without_classes(student_logits, settings.class_dim)
+    rows = leading[0] if leading else 1
+    axes = activations.axes if isinstance(activations, TrackedActivations) else None
+    for index, activation in enumerate(activations):
+        name = f"activations[{index}]"
+        _check_values(name, activation, student_logits)
+        shape = activation.shape
+        if len(shape) < 2:
+            expected = "(rows, neurons) or (rows, channels, *positions)"
+            raise ValueError(f"{name}: expected {expected}, got shape {tuple(shape)}")
+        if (axes is None or axes[index] == 1) and shape[0] != rows:
+            raise ValueError(f"{name}: expected {rows} rows as in student_logits, got shape {tuple(shape)}")
+
+
+def check_tracked(activations: TrackedActivations, l1_weights: Sequence[Any], student_logits: Tensor) -> None:
+    """Raise if a pruner's activations could not update its statistics, or if their penalty would be silently lost."""
+    if torch._C._are_functorch_transforms_active():
+        raise RuntimeError(
+            "activations: a pruner's statistics cannot be updated inside torch.func's transforms; pass "
+            "list(pruner.activations), and call pruner.activations.observe() outside"
+        )
+    for index, (activation, weight) in enumerate(zip(activations, l1_weights, strict=True)):
+        penalised = isinstance(weight, Tensor) or weight != 0
+        if penalised and student_logits.requires_grad and not activation.requires_grad:
+            raise ValueError(
+                f"activations[{index}]: expected a tensor that requires a gradient, as student_logits does, got one "
+                "without, so its penalty would change nothing; use checkpoints with use_reentrant=False, call the "
+                "model outside torch.no_grad(), and give frozen layers an l1_weight of 0"
+            )
+
+
+def _check_values(name: str, tensor: Tensor, student_logits: Tensor) -> None:
+    _check_dense(name, tensor)
+    if tensor.dtype not in ops.ELEMENT_TYPES:
+        raise TypeError(f"{name}: expected dtype float32, float64, bfloat16 or float16, got {tensor.dtype}")
+    _check_device(name, tensor, student_logits)
+
+
+def _check_dense(name: str, tensor: Any) -> None:
+    if not isinstance(tensor, Tensor):
+        raise TypeError(f"{name}: expected a tensor, got {type(tensor).__name__}")
+    if tensor.layout is not torch.strided or tensor.is_nested:
+        layout = "nested" if tensor.is_nested else tensor.layout
+        raise TypeError(f"{name}: expected a dense tensor, got layout {layout}")
+
+
+def _check_device(name: str, tensor: Tensor, student_logits: Tensor) -> None:
+    if tensor.device != student_logits.device:
+        raise ValueError(f"{name}: expected device {student_logits.device} as student_logits, got {tensor.device}")
+
+
+def check_label_values(labels: Tensor, classes: int, ignore_index: int) -> None:
+    """The check that the CPU kernels do in their pass; PyTorch's own functions do less of it, or none."""
+    wrong = ((labels < 0) | (labels >= classes)) & (labels != ignore_index)
+    rows = wrong.nonzero().flatten()
+    if len(rows):
+        row = int(rows[0])
+        raise ValueError(
+            f"labels: expected values from 0 to {classes - 1} or ignore_index={ignore_index}, got {int(labels[row])} "
+            f"in row {row}"
+        )
