@@ -11,6 +11,7 @@
 #include <type_traits>
 
 #include "kddp/types.h"
+#include "workspace.h"
 
 #if defined(__SSE2__)
 #include <immintrin.h>
@@ -39,12 +40,8 @@ namespace {
 
 // Sizes
 
-constexpr int64_t line_bytes = 64;  // a cache line
-
 constexpr int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 constexpr int64_t clamp(int64_t x, int64_t low, int64_t high) { return x < low ? low : x > high ? high : x; }
-constexpr int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
-constexpr int64_t round_up_to_line(int64_t bytes) { return divide_up(bytes, line_bytes) * line_bytes; }
 
 // Vectors
 
@@ -156,16 +153,9 @@ inline T maximum_of_lanes(Vector<T> v) {
 }
 
 #if defined(__AVX512F__)
-inline Vector<float> nearest_integer(Vector<float> x) {
-    return (Vector<float>)_mm512_maskz_roundscale_ps(0xffff, (__m512)x, 0);
-}
-
+// For double alone: exp2_of_product<float> needs neither.
 inline Vector<double> nearest_integer(Vector<double> x) {
     return (Vector<double>)_mm512_maskz_roundscale_pd(0xff, (__m512d)x, 0);
-}
-
-inline Vector<float> times_power_of_two(Vector<float> x, Vector<float> n) {
-    return (Vector<float>)_mm512_maskz_scalef_ps(0xffff, (__m512)x, (__m512)n);
 }
 
 inline Vector<double> times_power_of_two(Vector<double> x, Vector<double> n) {
@@ -356,6 +346,24 @@ constexpr ElementType type_of_element = std::is_same_v<Element, double>     ? El
                                         : std::is_same_v<Element, BFloat16> ? ElementType::bfloat16
                                         : std::is_same_v<Element, Float16>  ? ElementType::float16
                                                                             : ElementType::float32;
+
+template <class Element>
+using ComputedIn = std::conditional_t<std::is_same_v<Element, double>, double, float>;
+
+// Calls body(element) with a value of this element type.
+template <class Body>
+inline auto with_element(ElementType type, Body body) {
+    switch (type) {
+        case ElementType::float64:
+            return body(double());
+        case ElementType::bfloat16:
+            return body(BFloat16());
+        case ElementType::float16:
+            return body(Float16());
+        default:
+            return body(float());
+    }
+}
 
 inline float from_bits(uint32_t bits) {
     float value;

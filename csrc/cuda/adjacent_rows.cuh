@@ -30,14 +30,14 @@ class AdjacentRows {
         const int vectors = vector_count();
         RowSource student, teacher{};
         student = source_of<n>(launch_.student, launch_.student_elements, first_row_, 0, head_, vectors);
-        if (launch_.params.with_teacher)
+        if (launch_.with_teacher)
             teacher = source_of<n>(launch_.teacher, launch_.teacher_elements, first_row_, 0, head_, vectors);
 #pragma unroll 1
         for (int v = static_cast<int>(threadIdx.x % 32); v < vectors; v += 32) {
             T values[n];
             read_vector<Types, true>(student, v, head_, rows_ * classes_, values);
             store(v, computed, 0, values);
-            if (!launch_.params.with_teacher) continue;
+            if (!launch_.with_teacher) continue;
             read_vector<Types, false>(teacher, v, head_, rows_ * classes_, values);
             store(v, computed, planes * launch_.side_vectors, values);
         }
@@ -62,7 +62,8 @@ class AdjacentRows {
                 }
             }
             const LossLaunch& launch = opaque(launch_);
-            char* const to = launch.gradient + first_row_ * launch.classes * size_of(launch.student.type);
+            char* const to =
+                static_cast<char*>(launch.logits_gradient) + first_row_ * launch.classes * size_of(launch.student.type);
             write_gradient<Types>(to, launch.student.type, is_aligned<n>(to, launch.student.type, head_), first_of(v),
                                   rows_ * classes_, values);
         }

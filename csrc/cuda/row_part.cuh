@@ -31,7 +31,7 @@ class RowPart {
         count_ = count;
         vectors_ = count > 0 ? (head_ + count + n - 1) / n : 0;
         student_ = source_of<n>(launch_.student, launch_.student_elements, row, start, head_, vectors_);
-        if (launch_.params.with_teacher)
+        if (launch_.with_teacher)
             teacher_ = source_of<n>(launch_.teacher, launch_.teacher_elements, row, start, head_, vectors_);
         label_excluded_ = false;
         label_ = label >= start && label < start + count ? static_cast<int>(label - start) : -1;
@@ -49,18 +49,16 @@ class RowPart {
 #pragma unroll
             for (int p = 0; p < planes; ++p) {
                 student_cache_.store(p, v, s + p * m);
-                if (launch_.params.with_teacher) teacher_cache_.store(p, v, t + p * m);
+                if (launch_.with_teacher) teacher_cache_.store(p, v, t + p * m);
             }
         }
     }
 
     KDDP_DEVICE bool excludes_label() const {
-        return form == GradientForm::difference && launch_.params.with_teacher &&
-               launch_.params.divergence == Divergence::dkd;
+        return form == GradientForm::difference && launch_.with_teacher && launch_.divergence == Divergence::dkd;
     }
     KDDP_DEVICE bool is_jsd() const {
-        return form == GradientForm::weighted && launch_.params.with_teacher &&
-               launch_.params.divergence == Divergence::jsd;
+        return form == GradientForm::weighted && launch_.with_teacher && launch_.divergence == Divergence::jsd;
     }
 
     // Of one side's logits, minus an origin, over the part's classes: the first, the sum, or the sum of squares. In
@@ -239,12 +237,12 @@ class RowPart {
     KDDP_DEVICE int first_of(int vector) const { return vector * n - head_; }
     KDDP_DEVICE bool is_class(int c) const { return c >= 0 && c < count_; }
     KDDP_DEVICE bool caches_exponentials() const {
-        return !launch_.params.standardize && launch_.exp_reuse != ExpReuse::separate;
+        return !launch_.standardize && launch_.exp_reuse != ExpReuse::separate;
     }
 
     KDDP_DEVICE void read_vectors(int v, T (&s)[n], T (&t)[n]) const {
         read_vector<Types, true>(student_, v, head_, count_, s);
-        if (launch_.params.with_teacher) {
+        if (launch_.with_teacher) {
             read_vector<Types, false>(teacher_, v, head_, count_, t);
         } else {
 #pragma unroll
@@ -259,7 +257,7 @@ class RowPart {
     KDDP_DEVICE void load_chunk(int p, int v, T (&s)[m], T (&t)[m]) const {
         if constexpr (cached) {
             student_cache_.load(p, v, s);
-            if (launch_.params.with_teacher) {
+            if (launch_.with_teacher) {
                 teacher_cache_.load(p, v, t);
             } else {
 #pragma unroll
@@ -297,7 +295,7 @@ class RowPart {
 
     KDDP_DEVICE void set_references(T student, T teacher, LogitScale<T>& scale) const {
         scale.student_reference = reference_of(student);
-        scale.teacher_reference = launch_.params.with_teacher ? reference_of(teacher) : T(0);
+        scale.teacher_reference = launch_.with_teacher ? reference_of(teacher) : T(0);
     }
 
     // One pass of sum(). Returns false, and the highest logits, if the references are too far from them.
@@ -313,14 +311,14 @@ class RowPart {
                 if (!cached) student = larger(student, s[i]), teacher = larger(teacher, t[i]);
                 outranked |= s[i] > label_logit || (s[i] == label_logit && i < before);
                 const T margin = s[i] - scale.student_reference;
-                const T teacher_margin = launch_.params.with_teacher ? t[i] - scale.teacher_reference : T(0);
+                const T teacher_margin = launch_.with_teacher ? t[i] - scale.teacher_reference : T(0);
                 const Element<T> e = add_element<form>(launch_, scale, margin, teacher_margin, thread);
                 s[i] = caches_exponentials() && !mixture ? e.student : margin;
                 t[i] = mixture ? teacher_margin : e.other;
             }
             if constexpr (cached) {
                 student_cache_.store(p, v, s);
-                if (launch_.params.with_teacher) teacher_cache_.store(p, v, t);
+                if (launch_.with_teacher) teacher_cache_.store(p, v, t);
             }
         });
         const T values[] = {thread.student, thread.teacher,    thread.student_moment, thread.other_moment,
@@ -329,11 +327,11 @@ class RowPart {
             Team<lanes>::sync();
             maxima_of_team<lanes>(student, teacher, scratch_);
             if (!reference_ok(student, scale.student_reference, scale.student_to_nats) ||
-                (launch_.params.with_teacher && !reference_ok(teacher, scale.teacher_reference, scale.teacher_to_nats)))
+                (launch_.with_teacher && !reference_ok(teacher, scale.teacher_reference, scale.teacher_to_nats)))
                 return false;
         }
         // Quotients of the first sums are later subtracted from one another, or from similar numbers.
-        const int cancelling = form == GradientForm::weighted ? 5 : launch_.params.standardize ? 4 : 0;
+        const int cancelling = form == GradientForm::weighted ? 5 : launch_.standardize ? 4 : 0;
         sums_of_team<lanes>(values, sums, false, scratch_, cancelling);
         return true;
     }
@@ -354,7 +352,7 @@ class RowPart {
             return {caches_exponentials() ? s : fast_exp2(s * scale.student_to_exponent), t};
         } else {
             margin = s - scale.student_reference;
-            const T teacher_margin = launch_.params.with_teacher ? t - scale.teacher_reference : T(0);
+            const T teacher_margin = launch_.with_teacher ? t - scale.teacher_reference : T(0);
             if (is_jsd()) {
                 MixtureElementSums<T> unused;
                 return mix_element(mixture, scale, margin, teacher_margin, unused);
@@ -368,7 +366,7 @@ class RowPart {
     KDDP_DEVICE T label_gradient(T gradient, const GradientScale<T>& scale, T label_margin) const {
         if (!excludes_label()) return gradient - scale.label;
         T own = 0;
-        if (launch_.params.standardize && launch_.alpha != 0)
+        if (launch_.standardize && launch_.alpha != 0)
             own = -scale.projection * (label_margin + scale.reference_less_mean);
         if (launch_.alpha != 1) own -= scale.constant;
         return own - scale.label;
