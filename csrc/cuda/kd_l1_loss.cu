@@ -167,9 +167,6 @@ class Launches {
         launch_.inverse_temperature = 1 / job_.temperature;
         launch_.slice_classes = static_cast<int>(divide_up(divide_up(job_.classes, launch_.slices), 64) * 64);
         launch_.side_vectors = plan_.side_vectors, launch_.team_vectors = plan_.team_vectors;
-        const auto is_contiguous = [&](const Matrix& m) { return !m.data || m.row_stride == job_.classes; };
-        launch_.rows_contiguous = is_contiguous(job_.student) && is_contiguous(job_.teacher) &&
-                                  job_.classes * size_of(job_.student.type) % sector_bytes != 0;
         launch_.student_elements = extent(job_.student, job_.rows, job_.classes);
         launch_.teacher_elements = extent(job_.teacher, job_.rows, job_.classes);
         launch_.count_labels = with_rows && job_.labels && job_.student.data;

@@ -33,7 +33,6 @@ struct LossLaunch : RowParams {
     int slice_classes, slices;                   // blocks that share a row take a slice each
     unsigned row_groups;                         // blocks, or groups of blocks that share a row, that take rows in turn
     int side_vectors, team_vectors;              // of 16 bytes, in shared memory
-    bool rows_contiguous;                        // in all matrices, and not all rows begin at a sector
     int64_t student_elements, teacher_elements;  // from the first of the matrix to behind its last
     bool count_labels;
     double inverse_temperature;

@@ -26,8 +26,7 @@ class RowPart {
 
     // Selects the classes start to start + count of a row; a count of 0 selects nothing. `label` is the row's.
     KDDP_DEVICE void locate(int64_t row, int64_t start, int count, int64_t label) {
-        head_ = head_of<n>(address_of(launch_.student, row, start), launch_.student.type,
-                           caches_gradient() ? 1 : vectors_per_sector);
+        head_ = head_of<n>(address_of(launch_.student, row, start), launch_.student.type);
         count_ = count;
         vectors_ = count > 0 ? (head_ + count + n - 1) / n : 0;
         student_ = source_of<n>(launch_.student, launch_.student_elements, row, start, head_, vectors_);
@@ -156,8 +155,6 @@ class RowPart {
     // need several stores.
     KDDP_DEVICE void write(const LogitScale<T>& scale, const GradientScale<T>& gradient, const MixtureScale<T>& mixture,
                            T label_margin, char* to) {
-        if constexpr (lanes < 32)
-            if (caches_gradient()) return cache_gradient(scale, gradient, label_margin);
         const bool aligned = is_aligned<n>(to, launch_.student.type, head_);
         const int end = rank() + (lanes < 32 ? student_cache_.vectors : vectors_);
 #pragma unroll 1
@@ -179,27 +176,10 @@ class RowPart {
             write_gradient<Types>(to, launch_.student.type, true, first_of(v), count, values);
     }
 
-    // Whether the gradient replaces the cached logits, to be written by AdjacentRows.
-    KDDP_DEVICE bool caches_gradient() const { return lanes < 32 && launch_.rows_contiguous; }
-
     static KDDP_DEVICE int rank() { return Team<lanes>::rank(); }
     KDDP_DEVICE int count() const { return count_; }
 
   private:
-    KDDP_DEVICE void cache_gradient(const LogitScale<T>& scale, const GradientScale<T>& gradient,
-                                    T label_margin) const {
-        for_each_chunk([&](int p, int v, int first, T(&s)[m], T(&t)[m]) {
-#pragma unroll
-            for (int i = 0; i < m; ++i) {
-                T margin;
-                const Element<T> e = recompute(scale, MixtureScale<T>{}, s[i], t[i], margin);
-                s[i] = gradient_of<form>(launch_, gradient, e, margin);
-                if (first + i == label_) s[i] = label_gradient(s[i], gradient, label_margin);
-            }
-            student_cache_.store(p, v, s);
-        });
-    }
-
     KDDP_DEVICE void write_vector_at(int v, const LogitScale<T>& scale, const GradientScale<T>& gradient,
                                      const MixtureScale<T>& mixture, T label_margin, char* to, bool aligned) const {
         T values[n];

@@ -2,7 +2,7 @@
 // of many classes, several blocks share a row and each takes a slice (row_slices.cuh).
 #pragma once
 
-#include "cuda/adjacent_rows.cuh"
+#include "cuda/row_part.cuh"
 #include "cuda/row_slices.cuh"
 
 namespace kddp {
@@ -19,7 +19,6 @@ struct alignas(16) TeamRecord {  // two doubles per access
     RowTerms terms;  // of all rows so far
     LogitScale<double> scale;
     int64_t row, label;
-    int64_t assigned_row;  // the same, even if it is not computed
     int count, turn;
     bool computed, outranked;
     bool sliced, counts;  // its references differ from the row's; it adds to the terms
@@ -59,7 +58,6 @@ KDDP_DEVICE void finish_record(const LossLaunch& launch, TeamRecord& record) {
 template <class Types, int lanes, bool cached, GradientForm form>
 class TeamRows {
     using Part = RowPart<Types, lanes, cached, form>;
-    using Adjacent = AdjacentRows<Types, lanes>;
     using T = typename Types::T;
 
   public:
@@ -72,15 +70,12 @@ class TeamRows {
         int64_t label;
         const RowKind kind = kind_of(launch_, row, cached_label, label);
         const bool computed = kind == RowKind::computed;
-        if (lanes < 32 && Part::rank() == 0) own_record().assigned_row = row;
         if (!computed) write_constant(row, kind);
         if (lanes >= 32 ? computed : __any_sync(all_lanes, computed)) {
             read(row, computed, computed ? label : -1);
             compute();
             if (launch_.logits_gradient) write();
         }
-        if constexpr (lanes < 32)
-            if (Adjacent::apply_to(launch_) && launch_.logits_gradient) write_adjacent();
         if constexpr (!cached) slices_.next_row();
     }
 
@@ -118,13 +113,9 @@ class TeamRows {
             record.computed = computed, record.student = Moments{};
         }
         if constexpr (cached) {
-            if (Adjacent::apply_to(launch_)) {
-                Adjacent(launch_, own_memory(launch_), row).read(__ballot_sync(all_lanes, computed));
-            } else {
-                Part part(launch_, scratch_, own_memory(launch_), launch_.side_vectors);
-                part.locate(computed ? row : 0, 0, computed ? count : 0, label);
-                part.load();
-            }
+            Part part(launch_, scratch_, own_memory(launch_), launch_.side_vectors);
+            part.locate(computed ? row : 0, 0, computed ? count : 0, label);
+            part.load();
         }
         Team<lanes>::sync();
     }
@@ -234,13 +225,6 @@ class TeamRows {
             if (is_sliced()) slices_.merge_mixture(record.mixture);
     }
 
-    KDDP_DEVICE void write_adjacent() const {
-        const LossLaunch& launch = opaque(launch_);
-        __syncwarp();
-        Adjacent(launch, own_memory(launch), own_record().assigned_row).write();
-        __syncwarp();
-    }
-
     KDDP_DEVICE char* gradient_row(int64_t row, int64_t start) const {
         return static_cast<char*>(launch_.logits_gradient) +
                (row * launch_.classes + start) * size_of(launch_.student.type);
@@ -250,9 +234,7 @@ class TeamRows {
     KDDP_DEVICE void write_constant(int64_t row, RowKind kind) {
         if (kind == RowKind::absent || slice() != 0) return;
         const T value = kind == RowKind::ignored ? T(0) : T(NAN);
-        if (Adjacent::apply_to(launch_))
-            Adjacent(launch_, own_memory(launch_), row).fill(value);
-        else if (launch_.logits_gradient)
+        if (launch_.logits_gradient)
             Part(launch_, scratch_, {nullptr}, 0)
                 .write_constant(value, gradient_row(row, 0), static_cast<int>(launch_.classes));
         if (Part::rank() == 0) own_record().terms.kd += double(value), own_record().terms.ce += double(value);
