@@ -189,60 +189,41 @@ void advise_outputs(const KdL1Loss& job) {
 
 // The loops for each call
 
-// T: the type computed in. Element: the type of the gradient that the loops write.
-template <class T_, class Element_, class Form_>
-struct LossTraits {
-    using T = T_;
-    using Element = Element_;
-    using Form = Form_;
-};
-
-template <auto value>
-using Constant = std::integral_constant<decltype(value), value>;
+// Calls body(form) with the LossForm of a call with a teacher.
+template <Distillation distillation, class Body>
+void dispatch_cross_entropy(const KdL1Loss& job, Body body) {
+    if (job.standardize_logits)
+        return job.labels ? body(LossForm<distillation, CrossEntropy::separate, true>{})
+                          : body(LossForm<distillation, CrossEntropy::absent, true>{});
+    if (!job.labels) return body(LossForm<distillation, CrossEntropy::absent, false>{});
+    if (choose_exp_reuse(job) == ExpReuse::separate)
+        return body(LossForm<distillation, CrossEntropy::separate, false>{});
+    body(LossForm<distillation, CrossEntropy::power, false>{});
+}
 
 template <class Body>
-void dispatch_distillation(const KdL1Loss& job, Body body) {
-    if (!job.teacher.data) return body(Constant<Distillation::none>{});
+void dispatch_form(const KdL1Loss& job, Body body) {
+    if (!job.teacher.data) return body(LossForm<Distillation::none, CrossEntropy::power, false>{});
     switch (job.divergence) {
         case Divergence::reverse_kl:
-            return body(Constant<Distillation::reverse>{});
+            return dispatch_cross_entropy<Distillation::reverse>(job, body);
         case Divergence::jsd:
-            return body(Constant<Distillation::mixture>{});
+            return dispatch_cross_entropy<Distillation::mixture>(job, body);
         default:
-            return body(Constant<Distillation::forward>{});
+            return dispatch_cross_entropy<Distillation::forward>(job, body);
     }
 }
 
-// Calls body(form) with the LossForm of a call.
-template <class Body>
-void dispatch_form(const KdL1Loss& job, Body body) {
-    dispatch_distillation(job, [&](auto distillation) {
-        if constexpr (distillation.value == Distillation::none)
-            return body(LossForm<Distillation::none, CrossEntropy::power, false>{});
-        else if (job.standardize_logits)
-            return job.labels ? body(LossForm<distillation.value, CrossEntropy::separate, true>{})
-                              : body(LossForm<distillation.value, CrossEntropy::absent, true>{});
-        else if (!job.labels)
-            return body(LossForm<distillation.value, CrossEntropy::absent, false>{});
-        else if (choose_exp_reuse(job) == ExpReuse::separate)
-            return body(LossForm<distillation.value, CrossEntropy::separate, false>{});
-        else
-            return body(LossForm<distillation.value, CrossEntropy::power, false>{});
-    });
-}
-
-// Calls body(traits) with the LossTraits of a call.
+// Calls body(element, form), with an element of the gradient that the loops write.
 template <class Body>
 void dispatch(const KdL1Loss& job, Body body) {
     dispatch_form(job, [&](auto form) {
-        using Form = std::decay_t<decltype(form)>;  // GCC 12 adds a reference in the lambda below
 #if defined(KDDP_BFLOAT16_ONLY)
-        return body(LossTraits<float, BFloat16, Form>{});
+        body(BFloat16(), form);
 #else
-        if (computes_in_double(job)) return body(LossTraits<double, double, Form>{});
+        if (computes_in_double(job)) return body(double(), form);
         with_element(job.student.type, [&](auto element) {
-            using Element = decltype(element);
-            if constexpr (!std::is_same_v<Element, double>) body(LossTraits<float, Element, Form>{});
+            if constexpr (!std::is_same_v<decltype(element), double>) body(element, form);
         });
 #endif
     });
@@ -283,11 +264,9 @@ auto write_gradient_of(const KdL1Loss& job) {
     return write_gradient<T, Element, distillation, ExpReuse::separate>;
 }
 
-template <class Traits>
-RowKernels<typename Traits::T> row_kernels(const KdL1Loss& job, Traits) {
-    using T = typename Traits::T;
-    using Element = typename Traits::Element;
-    using Form = typename Traits::Form;
+template <class Element, class Form>
+RowKernels<ComputedIn<Element>> row_kernels(const KdL1Loss& job, Element, Form) {
+    using T = ComputedIn<Element>;
     const ElementType student = job.student.type, teacher = job.teacher.type;
     RowKernels<T> kernels{};
     kernels.convert_student = kernels.read_student = convert_chunk_of<T>(student);
@@ -399,7 +378,8 @@ Status forward(const KdL1Loss& given) {
     const KdL1Loss job = simplified(given);
     int64_t valid_rows;
     const Status status = count_valid_rows(job, valid_rows);
-    if (status.code == Status::ok) dispatch(job, [&](auto traits) { run(job, row_kernels(job, traits), valid_rows); });
+    if (status.code == Status::ok)
+        dispatch(job, [&](auto element, auto form) { run(job, row_kernels(job, element, form), valid_rows); });
     return status;
 }
 

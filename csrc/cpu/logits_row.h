@@ -201,7 +201,9 @@ class LogitsRows {
         const LogitScale<T> scale = scale_of(state);
         Logits logits = read(row, chunk, buffers);
         // kd_l1_loss.cpp has the student's logits read as T where label_smoothing needs their sum.
-        sums.logits = params_.label_smoothing != 0 ? sum_of_chunk(static_cast<const T*>(logits.student), chunk) : 0;
+        sums.logits = 0;
+        if (params_.label_smoothing != 0)
+            sums.logits = sum_of_chunk(static_cast<const T*>(logits.student), chunk, T(0), [](auto v) { return v; });
         pad_label(row, chunk, buffers);
         // The first vectors show where the highest logits are; if not, the chunk is done again. The weighted form takes
         // differences that a reference away from the highest logit would round.

@@ -152,16 +152,6 @@ inline T maximum_of_lanes(Vector<T> v) {
     return fold_lanes<T>(v, [](auto a, auto b) { return a > b ? a : b; });
 }
 
-#if defined(__AVX512F__)
-// For double alone: exp2_of_product<float> needs neither.
-inline Vector<double> nearest_integer(Vector<double> x) {
-    return (Vector<double>)_mm512_maskz_roundscale_pd(0xff, (__m512d)x, 0);
-}
-
-inline Vector<double> times_power_of_two(Vector<double> x, Vector<double> n) {
-    return (Vector<double>)_mm512_maskz_scalef_pd(0xff, (__m512d)x, (__m512d)n);
-}
-#else
 template <class V>
 inline V nearest_integer(V x) {
     using Traits = VectorTraits<std::remove_reference_t<decltype(x[0])> >;
@@ -177,7 +167,6 @@ inline V times_power_of_two(V x, V n) {
                                    ((typename Traits::Bits)Traits::exponent_bias << Traits::mantissa_bits);
     return x * (V)exponent;
 }
-#endif
 
 // 2^(x * factor), computed as 2^n * 2^f with n the nearest integer of x * factor. NaN stays NaN; subnormal results
 // become 0.
@@ -435,14 +424,6 @@ inline void store_elements(Element* to, Vector<T> v) {
         for (int i = 0; i < lanes<T>; ++i) from_number(v[i], to[i]);
 }
 
-#if defined(__AVX512F__)
-// Masked intrinsics with full masks: the others make GCC 12 warn about an uninitialised value (its bug 105593).
-template <>
-inline Vector<float> load_elements<float, BFloat16>(const BFloat16* from) {
-    const __m512i words = _mm512_maskz_cvtepu16_epi32(0xffff, _mm256_loadu_si256((const __m256i*)from));
-    return (Vector<float>)_mm512_maskz_slli_epi32(0xffff, words, 16);
-}
-#else
 using HalfWords = VectorOf<uint16_t, KDDP_VECTOR_BYTES / 2>::Type;
 
 template <>
@@ -451,8 +432,8 @@ inline Vector<float> load_elements<float, BFloat16>(const BFloat16* from) {
     std::memcpy(&words, from, sizeof words);
     return (Vector<float>)(__builtin_convertvector(words, BitsVector<float>) << 16);
 }
-#endif
 
+// The AVX-512 intrinsics have full masks: the others make GCC 12 warn about an uninitialised value (its bug 105593).
 #if defined(__AVX512BF16__)
 template <>
 inline void store_elements<float, BFloat16>(BFloat16* to, Vector<float> v) {
@@ -468,12 +449,8 @@ inline BitsVector<float> bfloat16_bits(Vector<float> v) {
 
 template <>
 inline void store_elements<float, BFloat16>(BFloat16* to, Vector<float> v) {
-#if defined(__AVX512F__)
-    _mm256_storeu_si256((__m256i*)to, _mm512_maskz_cvtepi32_epi16(0xffff, (__m512i)bfloat16_bits(v)));
-#else
     const HalfWords words = __builtin_convertvector(bfloat16_bits(v), HalfWords);
     std::memcpy(to, &words, sizeof words);
-#endif
 }
 #endif
 

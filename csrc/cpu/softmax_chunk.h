@@ -94,11 +94,6 @@ double sum_of_chunk(const T* values, Chunk chunk, T fill, F f) {
     return sum_of_lanes<T>(sum);
 }
 
-template <class T>
-double sum_of_chunk(const T* values, Chunk chunk) {
-    return sum_of_chunk(values, chunk, T(0), [](Vector<T> v) { return v; });
-}
-
 // Mean and standard deviation, updated chunk by chunk (Chan, Golub, LeVeque 1979). Deviations are taken from the first
 // value, then from the running mean, so that equal logits have a deviation of exactly 0.
 class RunningMoments {
