@@ -82,10 +82,12 @@ struct ChunkSums {
 };
 
 // The sums of jsd's second pass, which uses p, q and m of the whole row.
-struct MixtureSums {
-    double kl_teacher = 0, kl_student = 0;  // KL(p || m), KL(q || m)
-    double weighted_moment = 0;             // sum q w (s - r_s)
+template <class T>
+struct MixtureSumsOf {
+    T kl_teacher = 0, kl_student = 0;  // KL(p || m), KL(q || m)
+    T weighted_moment = 0;             // sum q w (s - r_s)
 };
+using MixtureSums = MixtureSumsOf<double>;
 
 // Differences between the references of a chunk and those of its row, and the factors that result from them.
 struct Rebase {

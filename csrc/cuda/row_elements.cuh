@@ -103,16 +103,11 @@ KDDP_DEVICE MixtureScale<T> mixture_scale(const LossLaunch& launch, double stude
     return {factor, T(log2(double(factor))), T(launch.jsd_beta)};
 }
 
-template <class T>
-struct MixtureElementSums {
-    T kl_teacher = 0, kl_student = 0, weighted_moment = 0;
-};
-
 // A class in jsd's second pass. Everything is derived from log(p / q): log m cancels catastrophically when p ≈ q.
 // Dividing the smaller by the larger cannot overflow.
 template <class T>
 KDDP_DEVICE Element<T> mix_element(const MixtureScale<T>& mixture, const LogitScale<T>& scale, T margin,
-                                   T teacher_margin, MixtureElementSums<T>& sums) {
+                                   T teacher_margin, MixtureSumsOf<T>& sums) {
     const T log_ratio =
         difference_of_products(teacher_margin, scale.teacher_to_exponent, margin, scale.student_to_exponent) +
         mixture.log_teacher_factor;  // log2(p / q)

@@ -132,7 +132,7 @@ class RowPart {
 
     // jsd's second pass, for the team's first warp: its sums times the student's sum.
     KDDP_DEVICE MixtureSums sum_mixture(const LogitScale<T>& scale, const MixtureScale<T>& mixture) {
-        MixtureElementSums<T> thread;
+        MixtureSumsOf<T> thread;
         for_each_chunk([&](int p, int v, int, T(&s)[m], T(&t)[m]) {
 #pragma unroll
             for (int i = 0; i < m; ++i) {
@@ -334,7 +334,7 @@ class RowPart {
             margin = s - scale.student_reference;
             const T teacher_margin = launch_.with_teacher ? t - scale.teacher_reference : T(0);
             if (is_jsd()) {
-                MixtureElementSums<T> unused;
+                MixtureSumsOf<T> unused;
                 return mix_element(mixture, scale, margin, teacher_margin, unused);
             }
             ElementSums<T> unused;

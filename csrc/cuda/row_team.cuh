@@ -19,7 +19,7 @@ struct alignas(16) TeamRecord {  // two doubles per access
     RowTerms terms;  // of all rows so far
     LogitScale<double> scale;
     int64_t row, label;
-    int count, turn;
+    int count;
     bool computed, outranked;
     bool sliced, counts;  // its references differ from the row's; it adds to the terms
 };
