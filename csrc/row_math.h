@@ -138,13 +138,15 @@ KDDP_INLINE void merge(const ChunkSums& chunk, const Rebase& by, GradientForm fo
 }
 
 // Coefficients of the gradient of a row.
-struct RowGradient {
-    double first, second;  // see GradientForm
-    double untempered;     // times e^(s - r_s)
-    double constant;       // subtracted from every class
-    double label;          // subtracted from the label's class
-    double projection;     // times s - mean, subtracted: the path through the standard deviation of standardized logits
+template <class T>
+struct RowGradientOf {
+    T first, second;  // see GradientForm
+    T untempered;     // times e^(s - r_s)
+    T constant;       // subtracted from every class
+    T label;          // subtracted from the label's class
+    T projection;     // times s - mean, subtracted: the path through the standard deviation of standardized logits
 };
+using RowGradient = RowGradientOf<double>;
 
 // The terms of a row, or sums of them. `correct`: whether the label is the prediction.
 struct RowTerms {

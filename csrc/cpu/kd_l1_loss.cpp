@@ -30,9 +30,6 @@ int thread_number() {
 struct Schedule {
     explicit Schedule(const KdL1Loss& job) : job(job) {
         block_rows = clamp(65536 / (job.classes > 0 ? job.classes : 1), 1, 64);
-        shares_rows = job.threads > 1 && job.student.data && job.rows < job.threads &&
-                      job.classes >= 2 * chunk_classes(job.classes);
-        if (shares_rows) block_rows = 1;
         logits_blocks = job.student.data ? divide_up(job.rows, block_rows) : 0;
         int64_t most_rows = 0;
         for (int64_t i = 0; i < job.activations.layer_count; ++i)
@@ -86,8 +83,7 @@ struct Schedule {
 
     const KdL1Loss& job;
     int64_t block_rows, logits_blocks, statistics_parts, tiles = 0, scratch_bytes, bytes;
-    bool shares_rows;  // all threads work on one row, because there are fewer rows than threads
-    RowTerms* terms;   // of each block of rows
+    RowTerms* terms;  // of each block of rows
     double* tile_sums;
     double* partial_statistics;
 };
@@ -289,14 +285,10 @@ RowKernels<ComputedIn<Element>> row_kernels(const KdL1Loss& job, Element, Form) 
             if (!keep) return set_reading_kernels<T, Read, Form, false>(kernels);
         set_reading_kernels<T, Read, Form, true>(kernels);
     };
-    if constexpr (reads_16_bits) {
-        if (same_types && !dkd && job.label_smoothing == 0)
-            read_in_place(Element{});
-        else
-            read_in_place(T{});
-    } else {
+    if (same_types && !dkd && job.label_smoothing == 0)
+        read_in_place(std::conditional_t<reads_16_bits, Element, T>{});
+    else
         read_in_place(T{});
-    }
     if constexpr (Form::distillation == Distillation::mixture) kernels.mix = mix_chunk<T, Form::standardized>;
 
     // jsd has replaced the teacher's exponentials by weights like those of reverse_kl.
@@ -315,45 +307,25 @@ RowKernels<ComputedIn<Element>> row_kernels(const KdL1Loss& job, Element, Form) 
 template <class T>
 void logits_block(const Schedule& schedule, const LogitsRows<T>& rows, int64_t block) {
     const RowScratch<T> scratch = schedule.scratch<T>();
-    const auto serial = [&](int64_t chunks, auto run_chunk) {
-        for (int64_t k = 0; k < chunks; ++k) run_chunk(k, scratch);
-    };
     const int64_t first = block * schedule.block_rows, last = smaller(first + schedule.block_rows, schedule.job.rows);
     RowTerms sum{};
-    for (int64_t row = first; row < last; ++row) sum = sum + rows(row, scratch, serial);
+    for (int64_t row = first; row < last; ++row) sum = sum + rows(row, scratch);
     schedule.terms[block] = sum;
-}
-
-// One row at a time, its chunks distributed over all threads.
-template <class T>
-void shared_rows(const Schedule& schedule, const LogitsRows<T>& rows) {
-    const auto parallel = [&](int64_t chunks, auto run_chunk) {
-#pragma omp parallel num_threads(schedule.job.threads)
-        {
-            const RowScratch<T> scratch = schedule.scratch<T>();
-#pragma omp for
-            for (int64_t k = 0; k < chunks; ++k) run_chunk(k, scratch);
-            finish_streams();
-        }
-    };
-    for (int64_t row = 0; row < schedule.job.rows; ++row)
-        schedule.terms[row] = rows(row, schedule.scratch<T>(), parallel);
 }
 
 template <class T>
 void run(const KdL1Loss& job, const RowKernels<T>& kernels, int64_t valid_rows) {
     advise_outputs(job);
     const Schedule schedule(job);
-    const LogitsRows<T> rows(job, kernels, valid_rows, writes_past_caches(job), schedule.shares_rows);
-    if (schedule.shares_rows) shared_rows(schedule, rows);
-    const int64_t first_part = schedule.shares_rows ? job.rows : 0, parts = schedule.logits_blocks + schedule.tiles;
+    const LogitsRows<T> rows(job, kernels, valid_rows, writes_past_caches(job));
+    const int64_t parts = schedule.logits_blocks + schedule.tiles;
     const bool combine =
         schedule.statistics_parts > 1 && job.activations.layer_count && job.activations.layers[0].statistics;
     const int64_t columns = combine ? job.activations.statistics_stride : 0;
 #pragma omp parallel num_threads(job.threads) if (job.threads > 1 && parts > 1)
     {
 #pragma omp for schedule(dynamic)
-        for (int64_t part = first_part; part < parts; ++part) {
+        for (int64_t part = 0; part < parts; ++part) {
             if (part < schedule.logits_blocks)
                 logits_block<T>(schedule, rows, part);
             else

@@ -73,19 +73,15 @@ struct RowScratch {
 template <class T>
 class LogitsRows {
   public:
-    // `shared`: the chunks of a row are distributed over threads, so no thread keeps the row.
-    LogitsRows(const KdL1Loss& job, const RowKernels<T>& kernels, int64_t valid_rows, bool past_caches, bool shared)
+    LogitsRows(const KdL1Loss& job, const RowKernels<T>& kernels, int64_t valid_rows, bool past_caches)
         : kernels_(kernels),
           params_(params_of(job, valid_rows)),
           chunk_classes_(chunk_classes(job.classes)),
-          kept_(job.classes <= longest_kept_row && !shared),
+          kept_(job.classes <= longest_kept_row),
           past_caches_(past_caches) {}
 
-    // Writes the gradient of a row and returns its terms, divided by the number of valid rows. `for_each_chunk(count,
-    // f)` calls f(k, scratch) for k from 0 to count - 1, in any order or in parallel. The sums of the chunks are those
-    // of `scratch`.
-    template <class ForEachChunk>
-    RowTerms operator()(int64_t row, const RowScratch<T>& scratch, ForEachChunk for_each_chunk) const {
+    // Writes the gradient of a row and returns its terms, divided by the number of valid rows.
+    RowTerms operator()(int64_t row, const RowScratch<T>& scratch) const {
         if (params_.labels && params_.labels[row] == params_.ignore_index) {
             if (params_.logits_gradient)
                 std::memset(gradient(row, 0), 0, params_.classes * size_of(params_.student.type));
@@ -94,20 +90,14 @@ class LogitsRows {
         RowState state;
         begin(row, scratch, state);
         const int64_t chunks = chunks_of(row);
-        for_each_chunk(chunks, [&](int64_t k, const RowScratch<T>& own) {
-            exponentiate(row, k, state, buffers_of(k, own), scratch.sums[k]);
-        });
+        for (int64_t k = 0; k < chunks; ++k) exponentiate(row, k, state, buffers_of(k, scratch), scratch.sums[k]);
         merge_sums(scratch.sums, chunks, state);
         if (mixes()) {
-            for_each_chunk(chunks, [&](int64_t k, const RowScratch<T>& own) {
-                scratch.mixture[k] = mix(row, k, state, scratch.sums[k], own);
-            });
+            for (int64_t k = 0; k < chunks; ++k) scratch.mixture[k] = mix(row, k, state, scratch.sums[k], scratch);
             merge_mixture(scratch.mixture, chunks, state);
         }
         const RowTerms terms = finish(row, state);
-        if (params_.logits_gradient)
-            for_each_chunk(chunks,
-                           [&](int64_t k, const RowScratch<T>& own) { write(row, k, state, scratch.sums[k], own); });
+        for (int64_t k = 0; k < chunks && params_.logits_gradient; ++k) write(row, k, state, scratch.sums[k], scratch);
         return terms;
     }
 

@@ -31,8 +31,8 @@
 // For the bodies of loops, lambdas included.
 #define KDDP_ALWAYS_INLINE __attribute__((always_inline))
 
-// For what runs serially in one place and in parallel in another: two inlined copies could contract a formula to
-// different fused multiplications, and the results would differ in a last bit.
+// For the steps of a row: inlined copies could contract a formula to different fused multiplications, and take long to
+// compile.
 #define KDDP_NOINLINE __attribute__((noinline))
 
 namespace kddp {

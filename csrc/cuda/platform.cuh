@@ -102,13 +102,10 @@ KDDP_DEVICE float fast_divide(float x, float y) { return __fdividef(x, y); }
 KDDP_DEVICE double fast_divide(double x, double y) { return x / y; }
 // a b - c d, with the rounding error of the second product added back, so that the result is accurate to its own size
 // and not only to that of the products.
-KDDP_DEVICE float difference_of_products(float a, float b, float c, float d) {
-    const float product = __fmul_rn(c, d);
-    return __fmaf_rn(a, b, -product) - __fmaf_rn(c, d, -product);
-}
-KDDP_DEVICE double difference_of_products(double a, double b, double c, double d) {
-    const double product = __dmul_rn(c, d);
-    return __fma_rn(a, b, -product) - __fma_rn(c, d, -product);
+template <class T>
+KDDP_DEVICE T difference_of_products(T a, T b, T c, T d) {
+    const T product = c * d;
+    return fma(a, b, -product) - fma(c, d, -product);
 }
 KDDP_DEVICE float log2_of(float x) { return log2f(x); }
 KDDP_DEVICE double log2_of(double x) { return log2(x); }

@@ -125,17 +125,15 @@ KDDP_DEVICE Element<T> mix_element(const MixtureScale<T>& mixture, const LogitSc
     return {q, weight};
 }
 
-// The coefficients of RowGradient in the type that is computed in.
 template <class T>
-struct GradientScale {
-    T first, second, untempered, constant, label, projection;
+struct GradientScale : RowGradientOf<T> {
     T reference_less_mean;  // of the student's logits
 };
 
 template <class T>
 KDDP_DEVICE GradientScale<T> gradient_scale(const RowGradient& row, double reference, double mean) {
-    return {T(row.first), T(row.second),     T(row.untempered),  T(row.constant),
-            T(row.label), T(row.projection), T(reference - mean)};
+    return {{T(row.first), T(row.second), T(row.untempered), T(row.constant), T(row.label), T(row.projection)},
+            T(reference - mean)};
 }
 
 // d loss / d s. A term of weight 0 has no gradient, rather than 0 times one that may be infinite.

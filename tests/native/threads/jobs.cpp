@@ -118,9 +118,9 @@ std::vector<std::function<std::string(int)>> jobs(std::vector<std::string>& name
         {"partial statistics", 700, 3, 130, types[0], Divergence::forward_kl, false, true},
         {"no statistics", 65, 33, 257, types[0], Divergence::reverse_kl, false, false},
         {"standardised", 40, 100, 5, types[0], Divergence::forward_kl, true, true},
-        {"one row of many pieces", 1, 60000, 3, types[0], Divergence::forward_kl, false, true},
-        {"rows shared by all", 3, 50001, 0, types[0], Divergence::jsd, false, false},
-        {"rows shared, standardised", 2, 40000, 9, types[0], Divergence::dkd, true, true},
+        {"one row of many chunks", 1, 60000, 3, types[0], Divergence::forward_kl, false, true},
+        {"fewer rows than threads", 3, 50001, 0, types[0], Divergence::jsd, false, false},
+        {"fewer rows, standardised", 2, 40000, 9, types[0], Divergence::dkd, true, true},
     };
     std::vector<std::function<std::string(int)>> made;
     for (const ElementType type : types)
