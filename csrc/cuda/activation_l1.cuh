@@ -30,11 +30,6 @@ KDDP_DEVICE T scaled_sign(T a, T scale) {
     return a > 0 ? scale : a < 0 ? -scale : T(0);
 }
 
-template <class T>
-KDDP_DEVICE T magnitude(T a) {
-    return a < 0 ? -a : a;
-}
-
 // The distance between a thread's columns: 1 where it loads them in one access, else a warp's width, so that the lanes
 // of a warp load neighbouring columns.
 KDDP_DEVICE int step_of(const LayerLaunch& layer) { return layer.aligned ? 1 : 32; }

@@ -319,10 +319,9 @@ class RowPart {
     // False if exponentials relative to this reference could overflow or lose accuracy. The weighted form allows less:
     // its differences amplify what a distant reference rounds away.
     static KDDP_DEVICE bool reference_ok(T highest, T reference, T to_nats) {
-        const T delta = magnitude_of(reference_of(highest) - reference), reach = form == GradientForm::weighted ? 1 : 8;
+        const T delta = magnitude(reference_of(highest) - reference), reach = form == GradientForm::weighted ? 1 : 8;
         return !(delta > reach || delta * to_nats > reach);
     }
-    static KDDP_DEVICE T magnitude_of(T x) { return x < 0 ? -x : x; }
 
     // The element of a class for the gradient, from the cached values or from the logits.
     KDDP_DEVICE Element<T> recompute(const LogitScale<T>& scale, const MixtureScale<T>& mixture, T s, T t,
