@@ -91,20 +91,14 @@ using MixtureSums = MixtureSumsOf<double>;
 
 // Differences between the references of a chunk and those of its row, and the factors that result from them.
 struct Rebase {
-    double student, teacher;                    // in logits
-    double student_tempered, teacher_tempered;  // divided by the temperature
-    double student_factor, teacher_factor, untempered_factor;
+    double student, teacher;                            // in logits
+    double student_tempered = 0, teacher_tempered = 0;  // divided by the temperature
+    double student_factor = 1, teacher_factor = 1, untempered_factor = 1;
 };
 
 KDDP_INLINE Rebase rebase(const ChunkSums& chunk, const ChunkSums& row, double inverse_student,
                           double inverse_teacher) {
-    Rebase by{chunk.student_reference - row.student_reference,
-              chunk.teacher_reference - row.teacher_reference,
-              0,
-              0,
-              1,
-              1,
-              1};
+    Rebase by{chunk.student_reference - row.student_reference, chunk.teacher_reference - row.teacher_reference};
     if (by.student != 0) {
         by.student_tempered = by.student * inverse_student;
         by.student_factor = std::exp(by.student_tempered);

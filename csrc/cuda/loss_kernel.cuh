@@ -76,7 +76,7 @@ LossKernels kernels_of() {
             kd_l1_loss_by_rows<Types, whole_block, false, form>};
 }
 
-// Specialized by loss_kernels.cu for each type. That of float64 takes logits of any type and computes in double.
+// Defined by loss_kernels.cu for each type. That of float64 takes logits of any type and computes in double.
 template <ElementType type>
 LossKernels loss_kernels(GradientForm form);
 

@@ -4,11 +4,12 @@
 
 namespace kddp {
 
-template <>
-LossKernels loss_kernels<ElementType::KDDP_LOGITS>(GradientForm form) {
-    using Types = RowTypes<ElementType::KDDP_LOGITS>;
-    return form == GradientForm::weighted ? kernels_of<Types, GradientForm::weighted>()
-                                          : kernels_of<Types, GradientForm::difference>();
+template <ElementType type>
+LossKernels loss_kernels(GradientForm form) {
+    return form == GradientForm::weighted ? kernels_of<RowTypes<type>, GradientForm::weighted>()
+                                          : kernels_of<RowTypes<type>, GradientForm::difference>();
 }
+
+template LossKernels loss_kernels<ElementType::KDDP_LOGITS>(GradientForm form);
 
 }  // namespace kddp
