@@ -28,7 +28,7 @@ def programs(tmp_path_factory):
     if not has_thread_sanitizer():
         pytest.skip(f"{CXX} has no ThreadSanitizer")
     folder = tmp_path_factory.mktemp("threads")
-#One instruction set is enough : threads do not depend on it, except that AVX2 and later may write past the caches.
+    # One instruction set is enough: threads do not depend on it, except that AVX2 and later may write past the caches.
     kernels = [*FLAGS, *kernel_flags("avx2" if "avx2" in supported() else "baseline")]
     sources = [(CSRC / "cpu" / "kd_l1_loss.cpp", kernels), (HERE / "jobs.cpp", FLAGS)]
     sources += [(CSRC / "cpu" / f"{name}.cpp", [*FLAGS, "-fopenmp"]) for name in SHARED]
