@@ -111,9 +111,7 @@ SHORT = [
     (512, 37, BF16, 1.40),
     (512, 101, BF16, 1.27),  # a warp per row, 202 bytes: 7.25 sectors instead of 6.3
 ]
-"""Short rows, for which the first and the last sector matter most: the ends of a row's gradient take several stores, and
-the stores of two rows to one sector count twice.
-"""
+"""Short rows: the ends of a gradient take several stores, and the stores of two rows to one sector count twice."""
 
 
 @pytest.mark.parametrize(("rows", "classes", "dtype", "most"), [*ALIGNED, *ODD, *SHORT], ids=str)
