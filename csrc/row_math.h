@@ -2,8 +2,8 @@
 //
 // A row is processed in chunks. Each chunk subtracts its own references r_s and r_t, which are close to its highest
 // logits, so one read of the chunk is enough. With u = (s - r_s) / T and v = (t - r_t) / T, a kernel computes the sums
-// of ChunkSums; merge() rescales the sums of all chunks to the references of the row; finish_row() turns the sums of
-// the row into its loss terms and the coefficients of its gradient.
+// of ChunkSums; merge() rescales the sums of all chunks to the references of the row; finish_divergence() and
+// finish_cross_entropy() turn the sums of the row into its loss terms and the coefficients of its gradient.
 #pragma once
 
 #include <cmath>
@@ -49,30 +49,18 @@ KDDP_INLINE constexpr GradientForm gradient_form(Divergence divergence) {
                                                                                  : GradientForm::difference;
 }
 
-// The parameters of a call that the formulas use.
-struct RowParams {
-    Divergence divergence;
+// A call, and what the formulas derive from it.
+struct RowParams : KdL1Loss {
     bool with_teacher, with_labels, standardize;
-    double classes, temperature, alpha, label_smoothing, jsd_beta, target_weight, non_target_weight;
+    ExpReuse exp_reuse;
     double value_scale;     // 1 / valid rows
-    double gradient_scale;  // value_scale, times the rows with KdL1Loss::scaled_gradients
+    double gradient_scale;  // value_scale, times the rows with scaled_gradients
 };
 
-// The parameters of a call. The caller sets both scales, once it has counted the valid rows.
+// The caller sets both scales, once it has counted the valid rows.
 static inline RowParams row_params(const KdL1Loss& job) {
-    return {job.divergence,
-            job.teacher.data != nullptr,
-            job.labels != nullptr,
-            job.standardize_logits && job.teacher.data,
-            double(job.classes),
-            job.temperature,
-            job.alpha,
-            job.label_smoothing,
-            job.jsd_beta,
-            job.dkd_target_weight,
-            job.dkd_non_target_weight,
-            0,
-            0};
+    const bool with_teacher = job.teacher.data, with_labels = job.labels;
+    return {job, with_teacher, with_labels, with_teacher && job.standardize_logits, choose_exp_reuse(job), 0, 0};
 }
 
 // Mean and standard deviation of a row (with classes - 1 in the denominator, as torch.std).
@@ -94,27 +82,23 @@ struct ChunkSums {
 };
 
 // The sums of jsd's second pass, which uses p, q and m of the whole row.
-struct MixtureSums {
-    double kl_teacher = 0, kl_student = 0;  // KL(p || m), KL(q || m)
-    double weighted_moment = 0;             // sum q w (s - r_s)
+template <class T>
+struct MixtureSumsOf {
+    T kl_teacher = 0, kl_student = 0;  // KL(p || m), KL(q || m)
+    T weighted_moment = 0;             // sum q w (s - r_s)
 };
+using MixtureSums = MixtureSumsOf<double>;
 
 // Differences between the references of a chunk and those of its row, and the factors that result from them.
 struct Rebase {
-    double student, teacher;                    // in logits
-    double student_tempered, teacher_tempered;  // divided by the temperature
-    double student_factor, teacher_factor, untempered_factor;
+    double student, teacher;                            // in logits
+    double student_tempered = 0, teacher_tempered = 0;  // divided by the temperature
+    double student_factor = 1, teacher_factor = 1, untempered_factor = 1;
 };
 
 KDDP_INLINE Rebase rebase(const ChunkSums& chunk, const ChunkSums& row, double inverse_student,
                           double inverse_teacher) {
-    Rebase by{chunk.student_reference - row.student_reference,
-              chunk.teacher_reference - row.teacher_reference,
-              0,
-              0,
-              1,
-              1,
-              1};
+    Rebase by{chunk.student_reference - row.student_reference, chunk.teacher_reference - row.teacher_reference};
     if (by.student != 0) {
         by.student_tempered = by.student * inverse_student;
         by.student_factor = std::exp(by.student_tempered);
@@ -148,17 +132,31 @@ KDDP_INLINE void merge(const ChunkSums& chunk, const Rebase& by, GradientForm fo
 }
 
 // Coefficients of the gradient of a row.
-struct RowGradient {
-    double first, second;  // see GradientForm
-    double untempered;     // times e^(s - r_s)
-    double constant;       // subtracted from every class
-    double label;          // subtracted from the label's class
-    double projection;     // times s - mean, subtracted: the path through the standard deviation of standardized logits
+template <class T>
+struct RowGradientOf {
+    T first, second;  // see GradientForm
+    T untempered;     // times e^(s - r_s)
+    T constant;       // subtracted from every class
+    T label;          // subtracted from the label's class
+    T projection;     // times s - mean, subtracted: the path through the standard deviation of standardized logits
+};
+using RowGradient = RowGradientOf<double>;
+
+// The terms of a row, or sums of them. `correct`: whether the label is the prediction.
+struct RowTerms {
+    double kd, ce, correct;
 };
 
-struct RowValues {
-    double kd, ce;
-};
+// Converts the coefficients from the references of the row to those of a chunk. After jsd's second pass, `second` has
+// none.
+KDDP_INLINE void rebase_gradient(const RowParams& params, const Rebase& by, RowGradient& gradient) {
+    gradient.first *= by.student_factor;
+    gradient.untempered *= by.untempered_factor;
+    if (gradient_form(params.divergence) == GradientForm::difference)
+        gradient.second *= by.teacher_factor;
+    else if (params.divergence != Divergence::jsd && gradient.first != 0)
+        gradient.second += by.student_tempered - by.teacher_tempered;
+}
 
 // Clamps small negative values caused by rounding.
 KDDP_INLINE double not_negative(double divergence) { return divergence < 0 ? 0 : divergence; }
@@ -201,14 +199,14 @@ KDDP_INLINE double decoupled(const RowParams& params, const ChunkSums& row, Targ
     const double binary = kl_term(teacher.first, teacher.log_first, student.log_first) +
                           kl_term(teacher.second, teacher.log_second, student.log_second);
     const double excess = student.first - teacher.first;
-    gradient.first = scale * (params.non_target_weight - params.target_weight * excess) / row.student;
-    gradient.second = scale * params.non_target_weight / row.teacher;
-    gradient.label = -scale * params.target_weight * excess;
+    gradient.first = scale * (params.dkd_non_target_weight - params.dkd_target_weight * excess) / row.student;
+    gradient.second = scale * params.dkd_non_target_weight / row.teacher;
+    gradient.label = -scale * params.dkd_target_weight * excess;
     // A part of weight 0 may be infinite, so it is skipped.
     double divergence = 0;
-    if (params.target_weight != 0) divergence += params.target_weight * not_negative(binary);
-    if (params.non_target_weight != 0)
-        divergence += params.non_target_weight * kl_divergence(row.dot, row.teacher, row.student);
+    if (params.dkd_target_weight != 0) divergence += params.dkd_target_weight * not_negative(binary);
+    if (params.dkd_non_target_weight != 0)
+        divergence += params.dkd_non_target_weight * kl_divergence(row.dot, row.teacher, row.student);
     return divergence;
 }
 
@@ -251,7 +249,7 @@ KDDP_INLINE void through_standardization(const RowParams& params, const ChunkSum
     gradient.first /= divisor, gradient.label /= divisor;
     if (gradient_form(params.divergence) == GradientForm::difference) gradient.second /= divisor;
     if (student.deviation > 0)
-        gradient.projection = along / ((params.classes - 1) * student.deviation * divisor * divisor);
+        gradient.projection = along / (double(params.classes - 1) * student.deviation * divisor * divisor);
 }
 
 // Cross entropy against (1 - smoothing) onehot(label) + smoothing / C, and its coefficients of the gradient. With dkd
@@ -268,11 +266,11 @@ KDDP_INLINE double cross_entropy(const RowParams& params, const ChunkSums& row, 
     } else {
         gradient.untempered = scale / row.untempered;
     }
-    gradient.constant = scale * params.label_smoothing / params.classes;
+    gradient.constant = scale * params.label_smoothing / double(params.classes);
     gradient.label += scale * (1 - params.label_smoothing - at_label);
     const double nll = log_sum - margin;
     if (params.label_smoothing == 0) return nll;
-    const double mean_margin = row.logits / params.classes - row.student_reference;
+    const double mean_margin = row.logits / double(params.classes) - row.student_reference;
     return (1 - params.label_smoothing) * nll + params.label_smoothing * (log_sum - mean_margin);
 }
 
@@ -301,12 +299,6 @@ KDDP_INLINE double finish_cross_entropy(const RowParams& params, const ChunkSums
         gradient.label = of_labels.label;
     }
     return params.value_scale * entropy;
-}
-
-KDDP_INLINE RowValues finish_row(const RowParams& params, const ChunkSums& row, const MixtureSums& mixture,
-                                 Moments student, TargetMargins target, double label_logit, RowGradient& gradient) {
-    const double kd = finish_divergence(params, row, mixture, student, target, label_logit, gradient);
-    return {kd, finish_cross_entropy(params, row, label_logit, gradient)};
 }
 
 // The divergence's part of d loss / d s. Value is a number or a vector; `other` is e^v or w, depending on the form.

@@ -5,23 +5,19 @@
 namespace kddp_python {
 namespace {
 
-class Cpu {
-  public:
-    using Context = int;  // threads
-    explicit Cpu(int threads) : threads_(threads) {}
+struct Cpu {
+    using Context = int;
+    const int threads;
 
     int64_t workspace(kddp::KdL1Loss& job) const {
-        job.threads = threads_;
+        job.threads = threads;
         return kddp::kd_l1_loss_workspace(job);
     }
     static kddp::Status run(const kddp::KdL1Loss& job) { return kddp::kd_l1_loss(job); }
     void run(kddp::GatherSlices& job) const {
-        job.threads = threads_;
+        job.threads = threads;
         kddp::gather_slices(job);
     }
-
-  private:
-    int threads_;
 };
 
 }  // namespace

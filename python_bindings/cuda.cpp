@@ -7,7 +7,6 @@
 #include <vector>
 
 #include "cuda/backend.h"
-#include "cuda/occupancy.h"
 #include "operations.h"
 
 #if !defined(KDDP_CUDA_MODULE)

@@ -66,7 +66,7 @@ void kd_l1_loss(int64_t rows, int64_t classes, const MatrixArguments& student, c
     job.result_type = static_cast<kddp::ElementType>(result_type);
     job.loss = pointer<void>(loss), job.terms = pointer<void>(terms);
 
-    const Backend backend(context);
+    const Backend backend{context};
     const py::object workspace = allocate(backend.workspace(job));
     job.workspace = pointer<void>(workspace.attr("data_ptr")().template cast<Address>());
     kddp::Status status;
@@ -100,7 +100,7 @@ void gather_slices(const std::vector<BlockArguments>& block_arguments, int64_t c
     job.keep_columns = pointer<const int64_t>(keep_columns), job.kept_columns = kept_columns;
     job.compensation = {static_cast<kddp::ElementType>(type), pointer<const int64_t>(pruned_columns), pruned_count,
                         pointer<const double>(means), pointer<double>(shift)};
-    const Backend backend(context);
+    const Backend backend{context};
     const py::gil_scoped_release unlocked;
     backend.run(job);
 }

@@ -2,7 +2,7 @@
 #pragma once
 
 #include "cpu/simd.h"
-#include "kddp/activation_l1.h"
+#include "kddp/kd_l1_loss.h"
 
 namespace kddp {
 namespace {
@@ -22,23 +22,13 @@ struct alignas(64) TileSums {
     double of[statistics_rows][tile_columns];
 };
 
-// Adds a vector to doubles in memory.
-template <class T>
-KDDP_ALWAYS_INLINE inline void accumulate(double* to, Vector<T> v) {
+// Combines doubles in memory with a vector.
+template <class T, class Combine>
+KDDP_ALWAYS_INLINE inline void combine_with(double* to, Vector<T> v, Combine combine) {
     Vector<double> half[2];
     widen(v, half[0], half[1]);
-    store<double>(to, load<double>(to) + half[0]);
-    if constexpr (lanes<T> > lanes<double>)
-        store<double>(to + lanes<double>, load<double>(to + lanes<double>) + half[1]);
-}
-
-template <class T>
-KDDP_ALWAYS_INLINE inline void keep_highest(double* to, Vector<T> v) {
-    Vector<double> half[2];
-    widen(v, half[0], half[1]);
-    store<double>(to, maximum<double>(load<double>(to), half[0]));
-    if constexpr (lanes<T> > lanes<double>)
-        store<double>(to + lanes<double>, maximum<double>(load<double>(to + lanes<double>), half[1]));
+    for (int i = 0; i < lanes<T> / lanes<double>; ++i, to += lanes<double>)
+        store<double>(to, combine(load<double>(to), half[i]));
 }
 
 // Sums of one vector of columns over a group of rows. `sum` and `squares` are those of a - origin, with one of the
@@ -66,11 +56,12 @@ struct ColumnSums {
     KDDP_ALWAYS_INLINE static Vector<T> sum_in_pairs(const Vector<T> (&v)[1]) { return v[0]; }
 
     KDDP_ALWAYS_INLINE void add_to(TileSums& sums, int64_t column) const {
-        accumulate<T>(sums.of[0] + column, absolute);
-        accumulate<T>(sums.of[1] + column, sum);
-        accumulate<T>(sums.of[2] + column, squares);
-        accumulate<T>(sums.of[3] + column, nonzero);
-        keep_highest<T>(sums.of[4] + column, highest);
+        const auto add = [](Vector<double> a, Vector<double> b) { return a + b; };
+        combine_with<T>(sums.of[0] + column, absolute, add);
+        combine_with<T>(sums.of[1] + column, sum, add);
+        combine_with<T>(sums.of[2] + column, squares, add);
+        combine_with<T>(sums.of[3] + column, nonzero, add);
+        combine_with<T>(sums.of[4] + column, highest, maximum<double>);
     }
 };
 
@@ -248,16 +239,10 @@ double choose_outputs(const ActivationLayer& layer, Tile tile, double scale, boo
 // Processes a tile of any element type. `scale` is the gradient's magnitude; a `large` gradient is written past the
 // caches. `sums` must be zero.
 inline double activation_tile(const ActivationLayer& layer, Tile tile, double scale, bool large, TileSums& sums) {
-    switch (layer.activation.type) {
-        case ElementType::float64:
-            return choose_outputs<double, double>(layer, tile, scale, large, sums);
-        case ElementType::bfloat16:
-            return choose_outputs<float, BFloat16>(layer, tile, scale, large, sums);
-        case ElementType::float16:
-            return choose_outputs<float, Float16>(layer, tile, scale, large, sums);
-        default:
-            return choose_outputs<float, float>(layer, tile, scale, large, sums);
-    }
+    return with_element(layer.activation.type, [&](auto element) {
+        using Element = decltype(element);
+        return choose_outputs<ComputedIn<Element>, Element>(layer, tile, scale, large, sums);
+    });
 }
 
 }  // namespace

@@ -66,16 +66,7 @@ double contribution(const Compensation& job, const char* row, int64_t elements) 
 
 double contribution(const Compensation& job, const char* row, int64_t column_bytes) {
     const int64_t elements = column_bytes / size_of(job.type);
-    switch (job.type) {
-        case ElementType::float64:
-            return contribution<double>(job, row, elements);
-        case ElementType::bfloat16:
-            return contribution<BFloat16>(job, row, elements);
-        case ElementType::float16:
-            return contribution<Float16>(job, row, elements);
-        default:
-            return contribution<float>(job, row, elements);
-    }
+    return with_element(job.type, [&](auto element) { return contribution<decltype(element)>(job, row, elements); });
 }
 
 const char* source_row(const GatherSlices& job, const Block& block, int64_t row) {

@@ -30,9 +30,6 @@ int thread_number() {
 struct Schedule {
     explicit Schedule(const KdL1Loss& job) : job(job) {
         block_rows = clamp(65536 / (job.classes > 0 ? job.classes : 1), 1, 64);
-        shares_rows = job.threads > 1 && job.student.data && job.rows < job.threads &&
-                      job.classes >= 2 * chunk_classes(job.classes);
-        if (shares_rows) block_rows = 1;
         logits_blocks = job.student.data ? divide_up(job.rows, block_rows) : 0;
         int64_t most_rows = 0;
         for (int64_t i = 0; i < job.activations.layer_count; ++i)
@@ -40,13 +37,15 @@ struct Schedule {
         statistics_parts = clamp(most_rows / 64, 1, 8);
         for (int64_t i = 0; i < job.activations.layer_count; ++i) tiles += tiles_of(job.activations.layers[i]);
 
-        computes_in_double(job) ? size_scratch<double>() : size_scratch<float>();
-        terms_offset = scratch_bytes * job.threads;
-        tiles_offset = terms_offset + round_up_to_line(logits_blocks * int64_t(sizeof(RowTerms)));
-        statistics_offset = tiles_offset + round_up_to_line(tiles * int64_t(sizeof(double)));
-        const int64_t partial =
-            statistics_parts > 1 ? statistics_parts * statistics_rows * job.activations.statistics_stride : 0;
-        bytes = statistics_offset + round_up_to_line(partial * int64_t(sizeof(double)));
+        Workspace whole(job.workspace), of_thread(nullptr);
+        computes_in_double(job) ? (void)take_scratch<double>(of_thread) : (void)take_scratch<float>(of_thread);
+        scratch_bytes = of_thread.bytes();
+        whole.take<char>(scratch_bytes * job.threads);
+        terms = whole.take<RowTerms>(logits_blocks);
+        tile_sums = whole.take<double>(tiles);
+        partial_statistics = whole.take<double>(
+            statistics_parts > 1 ? statistics_parts * statistics_rows * job.activations.statistics_stride : 0);
+        bytes = whole.bytes();
     }
 
     // Whole rows if there are no statistics by column, because memory is read fastest sequentially.
@@ -63,39 +62,30 @@ struct Schedule {
     int64_t tiles_of(const ActivationLayer& layer) const { return row_parts(layer) * column_parts(layer); }
 
     template <class T>
-    void size_scratch() {
-        kept_bytes = round_up_to_line(kept_places<T>(job.classes) * int64_t(sizeof(T)));
-        kept_streams = choose_exp_reuse(job) == ExpReuse::separate || job.standardize_logits ? 3 : 2;
+    RowScratch<T> take_scratch(Workspace& from) const {
         const bool mixes = job.divergence == Divergence::jsd, rereads = job.standardize_logits || mixes;
-        const int64_t of_chunk = chunk_classes(job.classes);
-        logits_bytes = rereads ? of_chunk * int64_t(sizeof(T)) : 0;
-        const int64_t chunks = divide_up(job.classes + lanes<T>, of_chunk);
-        sums_bytes = round_up_to_line(chunks * int64_t(sizeof(ChunkSums)));
-        mixture_bytes = mixes ? round_up_to_line(chunks * int64_t(sizeof(MixtureSums))) : 0;
-        scratch_bytes = kept_streams * kept_bytes + 2 * logits_bytes + sums_bytes + mixture_bytes;
+        const bool separate = choose_exp_reuse(job) == ExpReuse::separate || job.standardize_logits;
+        const int64_t kept = kept_places<T>(job.classes), of_chunk = chunk_classes(job.classes);
+        const int64_t reread = rereads ? of_chunk : 0, chunks = divide_up(job.classes + lanes<T>, of_chunk);
+        // Evaluated in this order.
+        return {{from.take<T>(kept), from.take<T>(kept), from.take<T>(separate ? kept : 0)},
+                {from.take<T>(reread), from.take<T>(reread), nullptr},
+                from.take<ChunkSums>(chunks),
+                from.take<MixtureSums>(mixes ? chunks : 0)};
     }
 
     // The working memory of this thread.
     template <class T>
     RowScratch<T> scratch() const {
-        const int64_t kept = scratch_bytes * thread_number(), logits = kept + kept_streams * kept_bytes;
-        const int64_t sums = logits + 2 * logits_bytes;
-        return {{at<T>(kept), at<T>(kept + kept_bytes), at<T>(kept + 2 * kept_bytes)},
-                {at<T>(logits), at<T>(logits + logits_bytes), nullptr},
-                at<ChunkSums>(sums),
-                at<MixtureSums>(sums + sums_bytes)};
-    }
-
-    template <class T>
-    T* at(int64_t offset) const {
-        return reinterpret_cast<T*>(static_cast<char*>(job.workspace) + offset);
+        Workspace own(static_cast<char*>(job.workspace) + scratch_bytes * thread_number());
+        return take_scratch<T>(own);
     }
 
     const KdL1Loss& job;
-    int64_t block_rows, logits_blocks, statistics_parts, tiles = 0;
-    int64_t kept_bytes, kept_streams, logits_bytes, sums_bytes, mixture_bytes, scratch_bytes;
-    bool shares_rows;  // all threads work on one row, because there are fewer rows than threads
-    int64_t terms_offset, tiles_offset, statistics_offset, bytes;
+    int64_t block_rows, logits_blocks, statistics_parts, tiles = 0, scratch_bytes, bytes;
+    RowTerms* terms;  // of each block of rows
+    double* tile_sums;
+    double* partial_statistics;
 };
 
 // Tile `index`; the tiles of all layers are numbered layer by layer.
@@ -113,14 +103,12 @@ void activation_part(const Schedule& schedule, int64_t index) {
     if (layer->statistics) std::memset(&sums, 0, sizeof sums);
     const int64_t bytes = layer->rows * layer->neurons * size_of(layer->activation.type);
     const double gradient = job.scaled_gradients ? 1 : layer->l1_weight / layer->samples;
-    schedule.at<double>(schedule.tiles_offset)[index] =
-        activation_tile(*layer, tile, gradient, worth_past_caches(bytes), sums);
+    schedule.tile_sums[index] = activation_tile(*layer, tile, gradient, worth_past_caches(bytes), sums);
     if (!layer->statistics) return;
     double* target = layer->statistics;
     if (parts > 1) {
         const int64_t offset = layer->statistics - job.activations.layers[0].statistics;
-        target = schedule.at<double>(schedule.statistics_offset) +
-                 part * statistics_rows * job.activations.statistics_stride + offset;
+        target = schedule.partial_statistics + part * statistics_rows * job.activations.statistics_stride + offset;
     }
     for (int64_t k = 0; k < statistics_rows; ++k)
         std::memcpy(target + k * job.activations.statistics_stride + column, sums.of[k],
@@ -130,7 +118,7 @@ void activation_part(const Schedule& schedule, int64_t index) {
 // Adds the partial sums of one column of the statistics block, in order.
 void combine_statistics(const Schedule& schedule, int64_t column) {
     const int64_t stride = schedule.job.activations.statistics_stride;
-    const double* partial = schedule.at<double>(schedule.statistics_offset);
+    const double* partial = schedule.partial_statistics;
     double* result = schedule.job.activations.layers[0].statistics;
     for (int64_t k = 0; k < statistics_rows; ++k) {
         double value = 0;
@@ -144,14 +132,12 @@ void combine_statistics(const Schedule& schedule, int64_t column) {
 
 void write_results(const Schedule& schedule) {
     const KdL1Loss& job = schedule.job;
-    RowTerms sum;
-    for (int64_t block = 0; block < schedule.logits_blocks; ++block) {
-        sum += schedule.at<RowTerms>(schedule.terms_offset)[block];
-    }
+    RowTerms sum{};
+    for (int64_t block = 0; block < schedule.logits_blocks; ++block) sum = sum + schedule.terms[block];
     double loss = 0, l1 = 0;
     if (job.alpha != 0) loss += job.alpha * sum.kd;
     if (job.alpha != 1) loss += (1 - job.alpha) * sum.ce;
-    const double* tile_sums = schedule.at<double>(schedule.tiles_offset);
+    const double* tile_sums = schedule.tile_sums;
     for (int64_t i = 0; i < job.activations.layer_count; ++i) {
         const ActivationLayer& layer = job.activations.layers[i];
         double l1_of_layer = 0;
@@ -199,81 +185,49 @@ void advise_outputs(const KdL1Loss& job) {
 
 // The loops for each call
 
-// T: the type computed in. Element: the type of the gradient that the loops write.
-template <class T_, class Element_, class Form_>
-struct LossTraits {
-    using T = T_;
-    using Element = Element_;
-    using Form = Form_;
-};
-
-template <auto value>
-using Constant = std::integral_constant<decltype(value), value>;
+// Calls body(form) with the LossForm of a call with a teacher.
+template <Distillation distillation, class Body>
+void dispatch_cross_entropy(const KdL1Loss& job, Body body) {
+    if (job.standardize_logits)
+        return job.labels ? body(LossForm<distillation, CrossEntropy::separate, true>{})
+                          : body(LossForm<distillation, CrossEntropy::absent, true>{});
+    if (!job.labels) return body(LossForm<distillation, CrossEntropy::absent, false>{});
+    if (choose_exp_reuse(job) == ExpReuse::separate)
+        return body(LossForm<distillation, CrossEntropy::separate, false>{});
+    body(LossForm<distillation, CrossEntropy::power, false>{});
+}
 
 template <class Body>
-void dispatch_distillation(const KdL1Loss& job, Body body) {
-    if (!job.teacher.data) return body(Constant<Distillation::none>{});
+void dispatch_form(const KdL1Loss& job, Body body) {
+    if (!job.teacher.data) return body(LossForm<Distillation::none, CrossEntropy::power, false>{});
     switch (job.divergence) {
         case Divergence::reverse_kl:
-            return body(Constant<Distillation::reverse>{});
+            return dispatch_cross_entropy<Distillation::reverse>(job, body);
         case Divergence::jsd:
-            return body(Constant<Distillation::mixture>{});
+            return dispatch_cross_entropy<Distillation::mixture>(job, body);
         default:
-            return body(Constant<Distillation::forward>{});
+            return dispatch_cross_entropy<Distillation::forward>(job, body);
     }
 }
 
-// Calls body(form) with the LossForm of a call.
-template <class Body>
-void dispatch_form(const KdL1Loss& job, Body body) {
-    dispatch_distillation(job, [&](auto distillation) {
-        if constexpr (distillation.value == Distillation::none)
-            return body(LossForm<Distillation::none, CrossEntropy::power, false>{});
-        else if (job.standardize_logits)
-            return job.labels ? body(LossForm<distillation.value, CrossEntropy::separate, true>{})
-                              : body(LossForm<distillation.value, CrossEntropy::absent, true>{});
-        else if (!job.labels)
-            return body(LossForm<distillation.value, CrossEntropy::absent, false>{});
-        else if (choose_exp_reuse(job) == ExpReuse::separate)
-            return body(LossForm<distillation.value, CrossEntropy::separate, false>{});
-        else
-            return body(LossForm<distillation.value, CrossEntropy::power, false>{});
-    });
-}
-
-// Calls body(traits) with the LossTraits of a call.
+// Calls body(element, form), with an element of the gradient that the loops write.
 template <class Body>
 void dispatch(const KdL1Loss& job, Body body) {
     dispatch_form(job, [&](auto form) {
-        using Form = decltype(form);
 #if defined(KDDP_BFLOAT16_ONLY)
-        return body(LossTraits<float, BFloat16, Form>{});
+        body(BFloat16(), form);
 #else
-        if (computes_in_double(job)) return body(LossTraits<double, double, Form>{});
-        switch (job.student.type) {
-            case ElementType::bfloat16:
-                return body(LossTraits<float, BFloat16, Form>{});
-            case ElementType::float16:
-                return body(LossTraits<float, Float16, Form>{});
-            default:
-                return body(LossTraits<float, float, Form>{});
-        }
+        if (computes_in_double(job)) return body(double(), form);
+        with_element(job.student.type, [&](auto element) {
+            if constexpr (!std::is_same_v<decltype(element), double>) body(element, form);
+        });
 #endif
     });
 }
 
 template <class T>
 ReadChunk<T> convert_chunk_of(ElementType type) {
-    switch (type) {
-        case ElementType::float64:
-            return convert_chunk<T, double>;
-        case ElementType::bfloat16:
-            return convert_chunk<T, BFloat16>;
-        case ElementType::float16:
-            return convert_chunk<T, Float16>;
-        default:
-            return convert_chunk<T, float>;
-    }
+    return with_element(type, [](auto element) -> ReadChunk<T> { return convert_chunk<T, decltype(element)>; });
 }
 
 // The loops that read logits of type Element.
@@ -293,21 +247,22 @@ void set_reading_kernels(RowKernels<T>& kernels) {
 // A term of weight 0 has no gradient, rather than 0 times a gradient that may be infinite.
 template <class T, class Element, Distillation distillation>
 auto write_gradient_of(const KdL1Loss& job) {
-    // add_projection has made the power that standardized logits add.
+    // add_projection leaves there everything that standardized logits add.
     const bool standardized = distillation != Distillation::none && job.standardize_logits;
-    if ((!job.labels || job.alpha == 1) && !standardized) return write_gradient<T, Element, distillation, -1>;
+    if (standardized) return write_gradient<T, Element, distillation, ExpReuse::separate>;
+    if (!job.labels || job.alpha == 1) return write_gradient<T, Element, distillation, ExpReuse::absent>;
+    const ExpReuse reuse = choose_exp_reuse(job);
+    if (reuse == ExpReuse::same) return write_gradient<T, Element, distillation, ExpReuse::same>;
     if constexpr (sizeof(T) == 4) {
-        if (choose_exp_reuse(job) == ExpReuse::square) return write_gradient<T, Element, distillation, 1>;
-        if (choose_exp_reuse(job) == ExpReuse::fourth) return write_gradient<T, Element, distillation, 2>;
+        if (reuse == ExpReuse::square) return write_gradient<T, Element, distillation, ExpReuse::square>;
+        if (reuse == ExpReuse::fourth) return write_gradient<T, Element, distillation, ExpReuse::fourth>;
     }
-    return write_gradient<T, Element, distillation, 0>;
+    return write_gradient<T, Element, distillation, ExpReuse::separate>;
 }
 
-template <class Traits>
-RowKernels<typename Traits::T> row_kernels(const KdL1Loss& job, Traits) {
-    using T = typename Traits::T;
-    using Element = typename Traits::Element;
-    using Form = typename Traits::Form;
+template <class Element, class Form>
+RowKernels<ComputedIn<Element>> row_kernels(const KdL1Loss& job, Element, Form) {
+    using T = ComputedIn<Element>;
     const ElementType student = job.student.type, teacher = job.teacher.type;
     RowKernels<T> kernels{};
     kernels.convert_student = kernels.read_student = convert_chunk_of<T>(student);
@@ -330,14 +285,10 @@ RowKernels<typename Traits::T> row_kernels(const KdL1Loss& job, Traits) {
             if (!keep) return set_reading_kernels<T, Read, Form, false>(kernels);
         set_reading_kernels<T, Read, Form, true>(kernels);
     };
-    if constexpr (reads_16_bits) {
-        if (same_types && !dkd && job.label_smoothing == 0)
-            read_in_place(Element{});
-        else
-            read_in_place(T{});
-    } else {
+    if (same_types && !dkd && job.label_smoothing == 0)
+        read_in_place(std::conditional_t<reads_16_bits, Element, T>{});
+    else
         read_in_place(T{});
-    }
     if constexpr (Form::distillation == Distillation::mixture) kernels.mix = mix_chunk<T, Form::standardized>;
 
     // jsd has replaced the teacher's exponentials by weights like those of reverse_kl.
@@ -345,56 +296,36 @@ RowKernels<typename Traits::T> row_kernels(const KdL1Loss& job, Traits) {
         Form::distillation == Distillation::mixture ? Distillation::reverse : Form::distillation;
     kernels.write_gradient = job.alpha == 0 ? write_gradient_of<T, Element, Distillation::none>(job)
                                             : write_gradient_of<T, Element, side>(job);
-    if constexpr (sizeof(T) == 8) {
-        if (student == ElementType::float32) kernels.convert_gradient = convert_gradient<float>;
-        if (student == ElementType::bfloat16) kernels.convert_gradient = convert_gradient<BFloat16>;
-        if (student == ElementType::float16) kernels.convert_gradient = convert_gradient<Float16>;
-    }
+    if constexpr (sizeof(T) == 8)
+        with_element(student, [&](auto element) {
+            using Read = decltype(element);
+            if constexpr (!std::is_same_v<Read, T>) kernels.convert_gradient = convert_gradient<Read>;
+        });
     return kernels;
 }
 
 template <class T>
 void logits_block(const Schedule& schedule, const LogitsRows<T>& rows, int64_t block) {
     const RowScratch<T> scratch = schedule.scratch<T>();
-    const auto serial = [&](int64_t chunks, auto run_chunk) {
-        for (int64_t k = 0; k < chunks; ++k) run_chunk(k, scratch);
-    };
     const int64_t first = block * schedule.block_rows, last = smaller(first + schedule.block_rows, schedule.job.rows);
-    RowTerms sum;
-    for (int64_t row = first; row < last; ++row) sum += rows(row, scratch, serial);
-    schedule.at<RowTerms>(schedule.terms_offset)[block] = sum;
-}
-
-// One row at a time, its chunks distributed over all threads.
-template <class T>
-void shared_rows(const Schedule& schedule, const LogitsRows<T>& rows) {
-    const auto parallel = [&](int64_t chunks, auto run_chunk) {
-#pragma omp parallel num_threads(schedule.job.threads)
-        {
-            const RowScratch<T> scratch = schedule.scratch<T>();
-#pragma omp for
-            for (int64_t k = 0; k < chunks; ++k) run_chunk(k, scratch);
-            finish_streams();
-        }
-    };
-    for (int64_t row = 0; row < schedule.job.rows; ++row)
-        schedule.at<RowTerms>(schedule.terms_offset)[row] = rows(row, schedule.scratch<T>(), parallel);
+    RowTerms sum{};
+    for (int64_t row = first; row < last; ++row) sum = sum + rows(row, scratch);
+    schedule.terms[block] = sum;
 }
 
 template <class T>
 void run(const KdL1Loss& job, const RowKernels<T>& kernels, int64_t valid_rows) {
     advise_outputs(job);
     const Schedule schedule(job);
-    const LogitsRows<T> rows(job, kernels, valid_rows, writes_past_caches(job), schedule.shares_rows);
-    if (schedule.shares_rows) shared_rows(schedule, rows);
-    const int64_t first_part = schedule.shares_rows ? job.rows : 0, parts = schedule.logits_blocks + schedule.tiles;
+    const LogitsRows<T> rows(job, kernels, valid_rows, writes_past_caches(job));
+    const int64_t parts = schedule.logits_blocks + schedule.tiles;
     const bool combine =
         schedule.statistics_parts > 1 && job.activations.layer_count && job.activations.layers[0].statistics;
     const int64_t columns = combine ? job.activations.statistics_stride : 0;
 #pragma omp parallel num_threads(job.threads) if (job.threads > 1 && parts > 1)
     {
 #pragma omp for schedule(dynamic)
-        for (int64_t part = first_part; part < parts; ++part) {
+        for (int64_t part = 0; part < parts; ++part) {
             if (part < schedule.logits_blocks)
                 logits_block<T>(schedule, rows, part);
             else
@@ -419,7 +350,8 @@ Status forward(const KdL1Loss& given) {
     const KdL1Loss job = simplified(given);
     int64_t valid_rows;
     const Status status = count_valid_rows(job, valid_rows);
-    if (status.code == Status::ok) dispatch(job, [&](auto traits) { run(job, row_kernels(job, traits), valid_rows); });
+    if (status.code == Status::ok)
+        dispatch(job, [&](auto element, auto form) { run(job, row_kernels(job, element, form), valid_rows); });
     return status;
 }
 

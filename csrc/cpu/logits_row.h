@@ -47,11 +47,9 @@ constexpr int64_t kept_places(int64_t classes) {
     return classes <= longest_kept_row ? round_up_to_lanes<T>(classes + lanes<T>) : longest_chunk;
 }
 
-struct RowTerms {
-    double kd = 0, ce = 0, correct = 0;
-
-    void operator+=(const RowTerms& other) { kd += other.kd, ce += other.ce, correct += other.correct; }
-};
+inline RowTerms operator+(const RowTerms& a, const RowTerms& b) {
+    return {a.kd + b.kd, a.ce + b.ce, a.correct + b.correct};
+}
 
 // What the chunks of a row share.
 struct RowState {
@@ -75,42 +73,31 @@ struct RowScratch {
 template <class T>
 class LogitsRows {
   public:
-    // `shared`: the chunks of a row are distributed over threads, so no thread keeps the row.
-    LogitsRows(const KdL1Loss& job, const RowKernels<T>& kernels, int64_t valid_rows, bool past_caches, bool shared)
-        : job_(job),
-          kernels_(kernels),
+    LogitsRows(const KdL1Loss& job, const RowKernels<T>& kernels, int64_t valid_rows, bool past_caches)
+        : kernels_(kernels),
           params_(params_of(job, valid_rows)),
-          exp_reuse_(choose_exp_reuse(job)),
           chunk_classes_(chunk_classes(job.classes)),
-          kept_(job.classes <= longest_kept_row && !shared),
+          kept_(job.classes <= longest_kept_row),
           past_caches_(past_caches) {}
 
-    // Writes the gradient of a row and returns its terms, divided by the number of valid rows. `for_each_chunk(count,
-    // f)` calls f(k, scratch) for k from 0 to count - 1, in any order or in parallel. The sums of the chunks are those
-    // of `scratch`.
-    template <class ForEachChunk>
-    RowTerms operator()(int64_t row, const RowScratch<T>& scratch, ForEachChunk for_each_chunk) const {
-        if (job_.labels && job_.labels[row] == job_.ignore_index) {
-            if (job_.logits_gradient) std::memset(gradient(row, 0), 0, job_.classes * size_of(job_.student.type));
+    // Writes the gradient of a row and returns its terms, divided by the number of valid rows.
+    RowTerms operator()(int64_t row, const RowScratch<T>& scratch) const {
+        if (params_.labels && params_.labels[row] == params_.ignore_index) {
+            if (params_.logits_gradient)
+                std::memset(gradient(row, 0), 0, params_.classes * size_of(params_.student.type));
             return {};
         }
         RowState state;
         begin(row, scratch, state);
         const int64_t chunks = chunks_of(row);
-        for_each_chunk(chunks, [&](int64_t k, const RowScratch<T>& own) {
-            exponentiate(row, k, state, buffers_of(k, own), scratch.sums[k]);
-        });
+        for (int64_t k = 0; k < chunks; ++k) exponentiate(row, k, state, buffers_of(k, scratch), scratch.sums[k]);
         merge_sums(scratch.sums, chunks, state);
         if (mixes()) {
-            for_each_chunk(chunks, [&](int64_t k, const RowScratch<T>& own) {
-                scratch.mixture[k] = mix(row, k, state, scratch.sums[k], own);
-            });
+            for (int64_t k = 0; k < chunks; ++k) scratch.mixture[k] = mix(row, k, state, scratch.sums[k], scratch);
             merge_mixture(scratch.mixture, chunks, state);
         }
         const RowTerms terms = finish(row, state);
-        if (job_.logits_gradient)
-            for_each_chunk(chunks,
-                           [&](int64_t k, const RowScratch<T>& own) { write(row, k, state, scratch.sums[k], own); });
+        for (int64_t k = 0; k < chunks && params_.logits_gradient; ++k) write(row, k, state, scratch.sums[k], scratch);
         return terms;
     }
 
@@ -127,18 +114,18 @@ class LogitsRows {
     bool weighted() const {
         return params_.with_teacher && gradient_form(params_.divergence) == GradientForm::weighted;
     }
-    int64_t label_of(int64_t row) const { return job_.labels ? job_.labels[row] : -1; }
+    int64_t label_of(int64_t row) const { return params_.labels ? params_.labels[row] : -1; }
 
     // The place of the row's first class.
     int64_t head_of(int64_t row) const {
-        return job_.classes < shortest_aligned_row ? 0 : row * job_.classes % lanes<T>;
+        return params_.classes < shortest_aligned_row ? 0 : row * params_.classes % lanes<T>;
     }
 
-    int64_t chunks_of(int64_t row) const { return divide_up(head_of(row) + job_.classes, chunk_classes_); }
+    int64_t chunks_of(int64_t row) const { return divide_up(head_of(row) + params_.classes, chunk_classes_); }
 
     Chunk chunk_of(int64_t row, int64_t k) const {
         const int64_t head = k == 0 ? head_of(row) : 0, start = k == 0 ? 0 : k * chunk_classes_ - head_of(row);
-        return {start, smaller(chunk_classes_ - head, job_.classes - start), head};
+        return {start, smaller(chunk_classes_ - head, params_.classes - start), head};
     }
 
     RowBuffers<T> buffers_of(int64_t k, const RowScratch<T>& scratch) const {
@@ -150,15 +137,14 @@ class LogitsRows {
     }
 
     char* gradient(int64_t row, int64_t column) const {
-        return static_cast<char*>(job_.logits_gradient) + (row * job_.classes + column) * size_of(job_.student.type);
+        return static_cast<char*>(params_.logits_gradient) +
+               (row * params_.classes + column) * size_of(params_.student.type);
     }
 
     LogitScale<T> scale_of(const RowState& state) const {
         return {T(state.student_to_nats * log2_e), T(state.teacher_to_nats * log2_e), T(state.student_to_nats),
-                T(state.teacher_to_nats), squarings()};
+                T(state.teacher_to_nats), squarings_of(params_.exp_reuse)};
     }
-
-    int squarings() const { return exp_reuse_ == ExpReuse::fourth ? 2 : exp_reuse_ == ExpReuse::square ? 1 : 0; }
 
     struct Logits {
         const void* student;
@@ -167,9 +153,10 @@ class LogitsRows {
 
     // The logits of a chunk; those that must be converted go to the buffers. dkd pads the label's.
     Logits read(int64_t row, Chunk chunk, RowBuffers<T> buffers) const {
-        Logits logits{kernels_.read_student(element(job_.student, row, chunk.start), chunk, buffers.student), nullptr};
+        Logits logits{kernels_.read_student(element(params_.student, row, chunk.start), chunk, buffers.student),
+                      nullptr};
         if (params_.with_teacher)
-            logits.teacher = kernels_.read_teacher(element(job_.teacher, row, chunk.start), chunk, buffers.teacher);
+            logits.teacher = kernels_.read_teacher(element(params_.teacher, row, chunk.start), chunk, buffers.teacher);
         return logits;
     }
 
@@ -180,10 +167,10 @@ class LogitsRows {
     }
 
     KDDP_NOINLINE void begin(int64_t row, const RowScratch<T>& scratch, RowState& state) const {
-        state.student_to_nats = state.teacher_to_nats = 1 / job_.temperature;
+        state.student_to_nats = state.teacher_to_nats = 1 / params_.temperature;
         if (!params_.standardize) return;
-        state.student = moments_of(job_.student, kernels_.convert_student, row, scratch.logits.student);
-        const Moments teacher = moments_of(job_.teacher, kernels_.convert_teacher, row, scratch.logits.teacher);
+        state.student = moments_of(params_.student, kernels_.convert_student, row, scratch.logits.student);
+        const Moments teacher = moments_of(params_.teacher, kernels_.convert_teacher, row, scratch.logits.teacher);
         state.student_to_nats /= divisor_of(state.student);
         state.teacher_to_nats /= divisor_of(teacher);
     }
@@ -204,7 +191,9 @@ class LogitsRows {
         const LogitScale<T> scale = scale_of(state);
         Logits logits = read(row, chunk, buffers);
         // kd_l1_loss.cpp has the student's logits read as T where label_smoothing needs their sum.
-        sums.logits = job_.label_smoothing != 0 ? sum_of_chunk(static_cast<const T*>(logits.student), chunk) : 0;
+        sums.logits = 0;
+        if (params_.label_smoothing != 0)
+            sums.logits = sum_of_chunk(static_cast<const T*>(logits.student), chunk, T(0), [](auto v) { return v; });
         pad_label(row, chunk, buffers);
         // The first vectors show where the highest logits are; if not, the chunk is done again. The weighted form takes
         // differences that a reference away from the highest logit would round.
@@ -239,7 +228,7 @@ class LogitsRows {
 
     // Whether the references are shifts of the exponent. A single class is not shifted, so that its exponential is 1.
     bool shifts(const ChunkSums& references, const LogitScale<T>& scale) const {
-        return kernels_.exponentiate[1] && job_.classes > 1 &&
+        return kernels_.exponentiate[1] && params_.classes > 1 &&
                may_shift(references.student_reference, scale.student_to_exponent) &&
                may_shift(references.teacher_reference, scale.teacher_to_exponent);
     }
@@ -253,10 +242,10 @@ class LogitsRows {
     // The next chunk of this row, or the first chunk of the next row.
     NextLogits next_of(int64_t row, int64_t k) const {
         const bool ends = k + 1 == chunks_of(row);
-        const int64_t next_row = ends && row + 1 < job_.rows ? row + 1 : row;
+        const int64_t next_row = ends && row + 1 < params_.rows ? row + 1 : row;
         const int64_t start = ends ? 0 : chunk_of(row, k + 1).start;
-        return {element(job_.student, next_row, start), element(job_.teacher, next_row, start),
-                lanes<T> * size_of(job_.student.type), lanes<T> * size_of(job_.teacher.type)};
+        return {element(params_.student, next_row, start), element(params_.teacher, next_row, start),
+                lanes<T> * size_of(params_.student.type), lanes<T> * size_of(params_.teacher.type)};
     }
 
     KDDP_NOINLINE void merge_sums(const ChunkSums* sums, int64_t chunks, RowState& state) const {
@@ -295,7 +284,7 @@ class LogitsRows {
         MixtureSums sums;
         kernels_.mix(logits.student, logits.teacher, buffers, chunk, scale_of(state),
                      {T(state.sums->student_reference), T(state.sums->teacher_reference), student_probability,
-                      teacher_probability, T(log_ratio), T(1 - job_.jsd_beta), T(job_.jsd_beta)},
+                      teacher_probability, T(log_ratio), T(1 - params_.jsd_beta), T(params_.jsd_beta)},
                      sums);
         return sums;
     }
@@ -313,16 +302,18 @@ class LogitsRows {
         TargetMargins target{};
         double label_logit = 0;
         if (label >= 0) {
-            label_logit = logit(job_.student, kernels_.convert_student, row, label);
+            label_logit = logit(params_.student, kernels_.convert_student, row, label);
             if (excludes_label())
-                target = {(label_logit - state.sums->student_reference) * state.student_to_nats,
-                          (logit(job_.teacher, kernels_.convert_teacher, row, label) - state.sums->teacher_reference) *
-                              state.teacher_to_nats};
+                target = {
+                    (label_logit - state.sums->student_reference) * state.student_to_nats,
+                    (logit(params_.teacher, kernels_.convert_teacher, row, label) - state.sums->teacher_reference) *
+                        state.teacher_to_nats};
         }
-        const RowValues values =
-            finish_row(params_, *state.sums, state.mixture, state.student, target, label_logit, state.gradient);
+        const double kd =
+            finish_divergence(params_, *state.sums, state.mixture, state.student, target, label_logit, state.gradient);
+        const double ce = finish_cross_entropy(params_, *state.sums, label_logit, state.gradient);
         const bool highest = label >= 0 && label_logit >= state.sums->highest;
-        return {values.kd, values.ce, double(highest && !appears_before(row, label, T(label_logit)))};
+        return {kd, ce, double(highest && !appears_before(row, label, T(label_logit)))};
     }
 
     double logit(const Matrix& matrix, ReadChunk<T> convert, int64_t row, int64_t column) const {
@@ -336,7 +327,7 @@ class LogitsRows {
         T buffer[64];
         for (int64_t start = 0; start < end; start += 64) {
             const Chunk chunk{start, smaller(64, end - start), 0};
-            kernels_.convert_student(element(job_.student, row, start), chunk, buffer);
+            kernels_.convert_student(element(params_.student, row, start), chunk, buffer);
             for (int64_t i = 0; i < chunk.count; ++i)
                 if (buffer[i] == value) return true;
         }
@@ -360,9 +351,8 @@ class LogitsRows {
             mix(row, k, state, sums, scratch);
         else if (!kept_)
             exponentiate(row, k, state, buffers, unused);
-        of.powers = exp_reuse_ == ExpReuse::separate || params_.standardize ? buffers.untempered : buffers.student;
-        if (params_.standardize && job_.alpha != 0) {
-            const char* from = element(job_.student, row, chunk.start);
+        if (params_.standardize && params_.alpha != 0) {
+            const char* from = element(params_.student, row, chunk.start);
             const void* logits = kernels_.convert_student(from, chunk, scratch.logits.student);
             add_projection(static_cast<const T*>(logits), buffers.untempered, chunk, of.untempered,
                            T(state.gradient.projection), T(state.student.mean));
@@ -379,30 +369,18 @@ class LogitsRows {
     // The coefficients of the row's gradient, rescaled to the references of a chunk.
     void set_coefficients(int64_t row, Chunk chunk, const ChunkSums& sums, const RowState& state,
                           ChunkGradient<T>& to) const {
-        const RowGradient& of = state.gradient;
-        double first = of.first, second = of.second, untempered = of.untempered;
-        if (&sums != state.sums) {
-            const Rebase by = rebased(sums, state);
-            first *= by.student_factor;
-            untempered *= by.untempered_factor;
-            if (!weighted()) second *= by.teacher_factor;
-            if (weighted() && !mixes() && first != 0) second += by.student_tempered - by.teacher_tempered;
-        }
+        RowGradient of = state.gradient;
+        if (&sums != state.sums) rebase_gradient(params_, rebased(sums, state), of);
         const int64_t label = label_of(row) - chunk.start;
-        to.first = T(first);
-        to.second = T(second);
-        to.untempered = T(untempered);
-        to.constant = T(of.constant);
-        to.label = T(of.label);
+        to.first = T(of.first), to.second = T(of.second);
+        to.untempered = T(of.untempered), to.constant = T(of.constant), to.label = T(of.label);
         to.label_place = label >= 0 && label < chunk.count && of.label != 0 ? chunk.head + label : -1;
         to.target = gradient(row, chunk.start);
         to.past_caches = past_caches_;
     }
 
-    const KdL1Loss& job_;
     const RowKernels<T> kernels_;
     const RowParams params_;
-    const ExpReuse exp_reuse_;
     const int64_t chunk_classes_;
     const bool kept_;
     const bool past_caches_;

@@ -11,6 +11,7 @@
 #include <type_traits>
 
 #include "kddp/types.h"
+#include "workspace.h"
 
 #if defined(__SSE2__)
 #include <immintrin.h>
@@ -30,8 +31,8 @@
 // For the bodies of loops, lambdas included.
 #define KDDP_ALWAYS_INLINE __attribute__((always_inline))
 
-// For what runs serially in one place and in parallel in another: two inlined copies could contract a formula to
-// different fused multiplications, and the results would differ in a last bit.
+// For the steps of a row: inlined copies could contract a formula to different fused multiplications, and take long to
+// compile.
 #define KDDP_NOINLINE __attribute__((noinline))
 
 namespace kddp {
@@ -39,12 +40,8 @@ namespace {
 
 // Sizes
 
-constexpr int64_t line_bytes = 64;  // a cache line
-
 constexpr int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 constexpr int64_t clamp(int64_t x, int64_t low, int64_t high) { return x < low ? low : x > high ? high : x; }
-constexpr int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
-constexpr int64_t round_up_to_line(int64_t bytes) { return divide_up(bytes, line_bytes) * line_bytes; }
 
 // Vectors
 
@@ -155,23 +152,6 @@ inline T maximum_of_lanes(Vector<T> v) {
     return fold_lanes<T>(v, [](auto a, auto b) { return a > b ? a : b; });
 }
 
-#if defined(__AVX512F__)
-inline Vector<float> nearest_integer(Vector<float> x) {
-    return (Vector<float>)_mm512_maskz_roundscale_ps(0xffff, (__m512)x, 0);
-}
-
-inline Vector<double> nearest_integer(Vector<double> x) {
-    return (Vector<double>)_mm512_maskz_roundscale_pd(0xff, (__m512d)x, 0);
-}
-
-inline Vector<float> times_power_of_two(Vector<float> x, Vector<float> n) {
-    return (Vector<float>)_mm512_maskz_scalef_ps(0xffff, (__m512)x, (__m512)n);
-}
-
-inline Vector<double> times_power_of_two(Vector<double> x, Vector<double> n) {
-    return (Vector<double>)_mm512_maskz_scalef_pd(0xff, (__m512d)x, (__m512d)n);
-}
-#else
 template <class V>
 inline V nearest_integer(V x) {
     using Traits = VectorTraits<std::remove_reference_t<decltype(x[0])> >;
@@ -187,7 +167,6 @@ inline V times_power_of_two(V x, V n) {
                                    ((typename Traits::Bits)Traits::exponent_bias << Traits::mantissa_bits);
     return x * (V)exponent;
 }
-#endif
 
 // 2^(x * factor), computed as 2^n * 2^f with n the nearest integer of x * factor. NaN stays NaN; subnormal results
 // become 0.
@@ -357,6 +336,24 @@ constexpr ElementType type_of_element = std::is_same_v<Element, double>     ? El
                                         : std::is_same_v<Element, Float16>  ? ElementType::float16
                                                                             : ElementType::float32;
 
+template <class Element>
+using ComputedIn = std::conditional_t<std::is_same_v<Element, double>, double, float>;
+
+// Calls body(element) with a value of this element type.
+template <class Body>
+inline auto with_element(ElementType type, Body body) {
+    switch (type) {
+        case ElementType::float64:
+            return body(double());
+        case ElementType::bfloat16:
+            return body(BFloat16());
+        case ElementType::float16:
+            return body(Float16());
+        default:
+            return body(float());
+    }
+}
+
 inline float from_bits(uint32_t bits) {
     float value;
     std::memcpy(&value, &bits, sizeof value);
@@ -427,14 +424,6 @@ inline void store_elements(Element* to, Vector<T> v) {
         for (int i = 0; i < lanes<T>; ++i) from_number(v[i], to[i]);
 }
 
-#if defined(__AVX512F__)
-// Masked intrinsics with full masks: the others make GCC 12 warn about an uninitialised value (its bug 105593).
-template <>
-inline Vector<float> load_elements<float, BFloat16>(const BFloat16* from) {
-    const __m512i words = _mm512_maskz_cvtepu16_epi32(0xffff, _mm256_loadu_si256((const __m256i*)from));
-    return (Vector<float>)_mm512_maskz_slli_epi32(0xffff, words, 16);
-}
-#else
 using HalfWords = VectorOf<uint16_t, KDDP_VECTOR_BYTES / 2>::Type;
 
 template <>
@@ -443,8 +432,8 @@ inline Vector<float> load_elements<float, BFloat16>(const BFloat16* from) {
     std::memcpy(&words, from, sizeof words);
     return (Vector<float>)(__builtin_convertvector(words, BitsVector<float>) << 16);
 }
-#endif
 
+// The AVX-512 intrinsics have full masks: the others make GCC 12 warn about an uninitialised value (its bug 105593).
 #if defined(__AVX512BF16__)
 template <>
 inline void store_elements<float, BFloat16>(BFloat16* to, Vector<float> v) {
@@ -460,12 +449,8 @@ inline BitsVector<float> bfloat16_bits(Vector<float> v) {
 
 template <>
 inline void store_elements<float, BFloat16>(BFloat16* to, Vector<float> v) {
-#if defined(__AVX512F__)
-    _mm256_storeu_si256((__m256i*)to, _mm512_maskz_cvtepi32_epi16(0xffff, (__m512i)bfloat16_bits(v)));
-#else
     const HalfWords words = __builtin_convertvector(bfloat16_bits(v), HalfWords);
     std::memcpy(to, &words, sizeof words);
-#endif
 }
 #endif
 

@@ -94,11 +94,6 @@ double sum_of_chunk(const T* values, Chunk chunk, T fill, F f) {
     return sum_of_lanes<T>(sum);
 }
 
-template <class T>
-double sum_of_chunk(const T* values, Chunk chunk) {
-    return sum_of_chunk(values, chunk, T(0), [](Vector<T> v) { return v; });
-}
-
 // Mean and standard deviation, updated chunk by chunk (Chan, Golub, LeVeque 1979). Deviations are taken from the first
 // value, then from the running mean, so that equal logits have a deviation of exactly 0.
 class RunningMoments {
@@ -189,6 +184,8 @@ inline Origin<T> origin_of(const ChunkSums& references, const LogitScale<T>& sca
     return {T(student), T(teacher), T(teacher - student), T(shift_of(student, scale.student_to_exponent)),
             T(shift_of(teacher, scale.teacher_to_exponent))};
 }
+
+constexpr int squarings_of(ExpReuse reuse) { return reuse == ExpReuse::fourth ? 2 : reuse == ExpReuse::square ? 1 : 0; }
 
 template <class T>
 KDDP_ALWAYS_INLINE inline Vector<T> power_of(Vector<T> tempered, int squarings) {
@@ -383,14 +380,13 @@ template <class T>
 struct ChunkGradient {
     T first, second, untempered, constant, label;
     int64_t label_place;  // of the label in this chunk; otherwise below 0
-    const T* powers;      // exponentials to square for e^(s - r_s)
     void* target;         // of the chunk's first class
     bool past_caches;
 
     // A copy that no store can alias, so that the compiler keeps it in registers. Copied field by field: a wide load of
     // fields that were just stored would stall.
     ChunkGradient copy() const {
-        return {first, second, untempered, constant, label, label_place, powers, target, past_caches};
+        return {first, second, untempered, constant, label, label_place, target, past_caches};
     }
 };
 
@@ -448,20 +444,19 @@ void add_projection(const T* logits, T* exponentials, Chunk chunk, T untempered,
     });
 }
 
-// Writes the gradient of a chunk from the exponentials in the buffers. e^(s - r_s) takes `squarings`, and is not added
-// if they are negative.
-template <class T, class Element, Distillation distillation, int squarings>
+// Writes the gradient of a chunk from the exponentials in the buffers. `reuse` tells where e^(s - r_s) comes from.
+template <class T, class Element, Distillation distillation, ExpReuse reuse>
 void write_gradient(const RowBuffers<T>& from, const Chunk& chunk, const ChunkGradient<T>& coefficients) {
     const RowBuffers<T> buffers = from;
     const ChunkGradient<T> of = coefficients.copy();
     const auto gradient = [&](int64_t i, int64_t, int64_t) KDDP_ALWAYS_INLINE {
+        constexpr bool reuses = reuse != ExpReuse::absent && reuse != ExpReuse::separate;
         Exponentials<T> e;
-        if constexpr (distillation != Distillation::none) {
-            e.student = load<T>(buffers.student + i);
-            e.other = load<T>(buffers.teacher + i);
-        }
-        if constexpr (squarings >= 0) e.untempered = power_of<T>(load<T>(of.powers + i), squarings);
-        return gradient_vector<T, distillation, squarings >= 0>(e, of);
+        if constexpr (distillation != Distillation::none || reuses) e.student = load<T>(buffers.student + i);
+        if constexpr (distillation != Distillation::none) e.other = load<T>(buffers.teacher + i);
+        if constexpr (reuses) e.untempered = power_of<T>(e.student, squarings_of(reuse));
+        if constexpr (reuse == ExpReuse::separate) e.untempered = load<T>(buffers.untempered + i);
+        return gradient_vector<T, distillation, reuse != ExpReuse::absent>(e, of);
     };
     write_vectors<T, Element, false>(chunk, of, gradient, [](int64_t) { return VectorPair<T>{}; });
 }

@@ -30,11 +30,6 @@ KDDP_DEVICE T scaled_sign(T a, T scale) {
     return a > 0 ? scale : a < 0 ? -scale : T(0);
 }
 
-template <class T>
-KDDP_DEVICE T magnitude(T a) {
-    return a < 0 ? -a : a;
-}
-
 // The distance between a thread's columns: 1 where it loads them in one access, else a warp's width, so that the lanes
 // of a warp load neighbouring columns.
 KDDP_DEVICE int step_of(const LayerLaunch& layer) { return layer.aligned ? 1 : 32; }
@@ -138,7 +133,7 @@ KDDP_DEVICE void combine_parts(const LossLaunch& launch, const LayerLaunch& laye
                     load_workspace(statistic(layer.partial, layer.columns, part * statistic_count + k, column));
                 value = k == statistic_count - 1 ? (other > value ? other : value) : value + other;
             }
-            store_global(statistic(layer.statistics, launch.statistics_stride, k, column), value);
+            store_global(statistic(layer.statistics, launch.activations.statistics_stride, k, column), value);
         }
     }
 }
@@ -205,7 +200,7 @@ KDDP_DEVICE double statistics_of_unit(const LossLaunch& launch, int index, int64
     const bool has_parts = layer.row_parts > 1;
     double* block =
         has_parts ? statistic(layer.partial, layer.columns, unit.part * statistic_count, 0) : layer.statistics;
-    const int64_t stride = has_parts ? layer.columns : launch.statistics_stride;
+    const int64_t stride = has_parts ? layer.columns : launch.activations.statistics_stride;
     const int column = layer.aligned ? lane * statistics_columns : lane, step = step_of(layer);
     const int left = static_cast<int>(unit.last_column - unit.first_column) - column;
     double total = 0;

@@ -42,4 +42,16 @@ struct ScaledTensor {
 void cuda_scale(const ScaledTensor* tensors, int64_t tensor_count, const void* scalar, ElementType scalar_type,
                 const LaunchContext& context);
 
+// What the current device offers to a launch (occupancy.cu).
+
+// The error that a launch on the current device would end with: no driver, or no kernel for its architecture.
+cudaError_t find_kernels();
+
+// Dynamic shared memory that a block may use.
+int max_dynamic_shared_bytes();
+
+// Blocks of a kernel that the device runs at once, at least 1. Also raises the kernel's limit of shared memory. The
+// answers are cached.
+int resident_blocks(const void* kernel, int threads, int shared_bytes);
+
 }  // namespace kddp

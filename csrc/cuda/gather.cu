@@ -6,7 +6,6 @@
 
 #include "cuda/backend.h"
 #include "cuda/elements.cuh"
-#include "cuda/occupancy.h"
 #include "cuda/reductions.cuh"
 
 namespace kddp {

@@ -1,12 +1,11 @@
 // The host side of the loss: which kernel serves a call, how its work is cut, and its launches.
 #include "cuda/backend.h"
 #include "cuda/loss_kernel.cuh"
-#include "cuda/occupancy.h"
+#include "workspace.h"
 
 namespace kddp {
 namespace {
 
-constexpr int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 constexpr int64_t min(int64_t a, int64_t b) { return a < b ? a : b; }
 constexpr int64_t max(int64_t a, int64_t b) { return a > b ? a : b; }
 
@@ -100,23 +99,6 @@ LayerLaunch layer_of(const KdL1Loss& job, const ActivationLayer& layer) {
     return cut;
 }
 
-// Hands out the workspace piece by piece; without memory it only counts the bytes.
-class Workspace {
-  public:
-    explicit Workspace(void* memory) : memory_(static_cast<char*>(memory)) {}
-    template <class T>
-    T* take(int64_t count) {
-        char* address = memory_ ? memory_ + bytes_ : nullptr;
-        bytes_ += divide_up(count * int64_t(sizeof(T)), 64) * 64;
-        return reinterpret_cast<T*>(address);
-    }
-    int64_t bytes() const { return bytes_; }
-
-  private:
-    char* memory_;
-    int64_t bytes_ = 0;
-};
-
 class Launches {
   public:
     Launches(const KdL1Loss& job, const LaunchContext* context)
@@ -150,9 +132,10 @@ class Launches {
     }
 
   private:
-    // Blocks that share a row, where there are too few rows for all blocks.
+    // Blocks that share a row, where there are too few rows for all blocks. The moments of standardized logits would
+    // need one more exchange between blocks.
     int slices() const {
-        if (plan_.cached || !job_.student.data || job_.rows == 0) return 1;
+        if (plan_.cached || !job_.student.data || job_.rows == 0 || job_.standardize_logits) return 1;
         const int64_t blocks = max(plan_.resident / job_.rows, 1);
         return static_cast<int>(min(min(blocks, max(job_.classes / shortest_slice, 1)), max_slices));
     }
@@ -179,26 +162,14 @@ class Launches {
     }
 
     void set_rows(bool with_rows) {
-        launch_.rows = job_.rows, launch_.row_count = double(job_.rows);
-        launch_.classes = job_.classes;
+        static_cast<RowParams&>(launch_) = row_params(job_);
+        if (!with_rows) launch_.student.data = nullptr;
+        launch_.inverse_temperature = 1 / job_.temperature;
         launch_.slice_classes = static_cast<int>(divide_up(divide_up(job_.classes, launch_.slices), 64) * 64);
         launch_.side_vectors = plan_.side_vectors, launch_.team_vectors = plan_.team_vectors;
-        launch_.student = with_rows ? job_.student : Matrix{nullptr, ElementType::float32, 0};
-        launch_.teacher = job_.teacher;
-        const auto is_contiguous = [&](const Matrix& m) { return !m.data || m.row_stride == job_.classes; };
-        launch_.rows_contiguous = is_contiguous(job_.student) && is_contiguous(job_.teacher) &&
-                                  job_.classes * size_of(job_.student.type) % sector_bytes != 0;
         launch_.student_elements = extent(job_.student, job_.rows, job_.classes);
         launch_.teacher_elements = extent(job_.teacher, job_.rows, job_.classes);
-        launch_.labels = job_.labels, launch_.ignore_index = job_.ignore_index;
         launch_.count_labels = with_rows && job_.labels && job_.student.data;
-        launch_.params = row_params(job_);
-        launch_.scaled_gradients = job_.scaled_gradients;
-        launch_.exp_reuse = choose_exp_reuse(job_);
-        launch_.gradient = static_cast<char*>(job_.logits_gradient);
-        launch_.alpha = job_.alpha, launch_.inverse_temperature = 1 / job_.temperature;
-        launch_.result_type = job_.result_type, launch_.loss = job_.loss, launch_.terms = job_.terms;
-        launch_.statistics_stride = job_.activations.statistics_stride;
         launch_.label_counter = reinterpret_cast<unsigned long long*>(context_->counters);
         launch_.done_counter = context_->counters + 2;
         launch_.slice_counters = context_->counters + front_counters;

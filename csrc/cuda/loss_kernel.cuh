@@ -51,15 +51,9 @@ __global__ void __launch_bounds__(max_threads<typename Types::T, lanes, cached>,
             const int64_t batch = (cached ? opaque_block() : slices.group()) + int64_t(turn) * now.row_groups;
             const int64_t first = batch * teams + team / teams_per_warp * teams_per_warp;
             if (first >= now.rows) break;
-            if (lanes < 32 && Team<lanes>::rank() == 0) records.data[team].turn = turn;
             const bool label_is_cached = now.slices == 1 && local_row < cached_labels;
             TeamRows<Types, lanes, cached, form>(now, scratch, slices)
                 .run(first + team % teams_per_warp, label_is_cached ? labels.data + local_row : nullptr);
-            if constexpr (lanes < 32) {  // no register is left to keep `turn` in
-                __syncwarp();
-                turn = records.data[Team<lanes>::number()].turn;
-                __syncwarp();
-            }
         }
     }
     run_activations(opaque(launch));

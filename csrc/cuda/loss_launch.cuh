@@ -28,32 +28,17 @@ struct LayerLaunch {
 
 constexpr int layers_per_launch = 20;
 
-struct RowTerms {
-    double kd, ce, correct;
-};
-
-struct LossLaunch {
-    int64_t rows;
-    int slice_classes, slices;  // blocks that share a row take a slice each
-    unsigned row_groups;        // blocks, or groups of blocks that share a row, that take rows in turn
-    int64_t classes;
-    int side_vectors, team_vectors;  // of 16 bytes, in shared memory
-    bool rows_contiguous;            // in all matrices, and not all rows begin at a sector
-    Matrix student, teacher;
+// A call, and what the host has planned for one of its launches. Without rows, the student is absent.
+struct LossLaunch : RowParams {
+    int slice_classes, slices;                   // blocks that share a row take a slice each
+    unsigned row_groups;                         // blocks, or groups of blocks that share a row, that take rows in turn
+    int side_vectors, team_vectors;              // of 16 bytes, in shared memory
     int64_t student_elements, teacher_elements;  // from the first of the matrix to behind its last
-    const int64_t* labels;
-    int64_t ignore_index;
-    RowParams params;
-    bool scaled_gradients, count_labels;
-    ExpReuse exp_reuse;
-    char* gradient;
-    double alpha, row_count, inverse_temperature;
-    ElementType result_type;
-    void* loss;
-    void* terms;
+    bool count_labels;
+    double inverse_temperature;
     LayerLaunch layers[layers_per_launch];
     int layer_count;
-    int64_t statistics_stride, units;
+    int64_t units;
     RowTerms* block_terms;
     double* unit_sums;
     double* carried;        // l1 and its weighted sum, from earlier launches of the call
@@ -66,15 +51,7 @@ struct LossLaunch {
 };
 
 // Reloads `launch` through an opaque index so the compiler cannot keep derived values in registers.
-KDDP_DEVICE const LossLaunch& opaque(const LossLaunch& launch) {
-#if defined(KDDP_EMULATOR)
-    return launch;  // NOLINT(bugprone-return-const-ref-from-parameter): the kernel's argument outlives the call
-#else
-    unsigned zero;
-    asm volatile("mov.u32 %0, 0;" : "=r"(zero));
-    return (&launch)[zero];
-#endif
-}
+KDDP_DEVICE const LossLaunch& opaque(const LossLaunch& launch) { return (&launch)[opaque_zero()]; }
 
 constexpr int cached_labels = 64;  // labels of a block's first rows, in shared memory
 
@@ -109,7 +86,7 @@ KDDP_DEVICE void count_labels(const LossLaunch& launch, SharedArray<int64_t> cac
 
 // Rows whose label is not ignored, at least 1. Waits until all blocks have counted.
 KDDP_DEVICE double valid_rows(const LossLaunch& launch) {
-    double count = launch.row_count;
+    double count = double(launch.rows);
     if (launch.count_labels) {
         unsigned long long counted = load_acquire(launch.label_counter);
         while ((counted >> 40) < gridDim.x) {
@@ -183,16 +160,12 @@ KDDP_DEVICE void write_results(const LossLaunch& launch) {
 // Every block ends here. `terms` are the thread's own.
 KDDP_DEVICE void finish_launch(const LossLaunch& launch, const RowTerms& terms) {
     KDDP_SHARED(double, scratch, 32);
-    if (launch.student.data) {
-        const double kd = sum_of_block(terms.kd, scratch), ce = sum_of_block(terms.ce, scratch);
-        const double correct = sum_of_block(terms.correct, scratch);
-        if (threadIdx.x < 3)
-            store_global(&launch.block_terms[blockIdx.x].kd + threadIdx.x, threadIdx.x == 0   ? kd
-                                                                           : threadIdx.x == 1 ? ce
-                                                                                              : correct);
-    } else if (threadIdx.x < 3) {
-        store_global(&launch.block_terms[blockIdx.x].kd + threadIdx.x, 0.0);
-    }
+    const double kd = sum_of_block(terms.kd, scratch), ce = sum_of_block(terms.ce, scratch);
+    const double correct = sum_of_block(terms.correct, scratch);
+    if (threadIdx.x < 3)
+        store_global(&launch.block_terms[blockIdx.x].kd + threadIdx.x, threadIdx.x == 0   ? kd
+                                                                       : threadIdx.x == 1 ? ce
+                                                                                          : correct);
     if (is_last_block(launch.done_counter)) write_results(launch);
 }
 

@@ -1,9 +1,8 @@
-// What the CUDA runtime knows about a device and about a kernel on it, cached for later calls.
+// What the CUDA runtime knows about a device and about a kernel on it.
 #include <map>
-#include <mutex>
 #include <tuple>
 
-#include "cuda/occupancy.h"
+#include "cuda/backend.h"
 #include "cuda/platform.cuh"
 
 namespace kddp {
@@ -35,20 +34,12 @@ cudaError_t find_kernels() {
 }
 
 int max_dynamic_shared_bytes() {
-    static std::mutex mutex;
-    static std::map<int, int> cache;
-    const int device = current_device();
-    const std::scoped_lock lock(mutex);
-    const auto [entry, is_new] = cache.try_emplace(device);
-    if (is_new) entry->second = attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin, device) - static_shared_bytes;
-    return entry->second;
+    return attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin, current_device()) - static_shared_bytes;
 }
 
 int resident_blocks(const void* kernel, int threads, int shared_bytes) {
-    static std::mutex mutex;
-    static std::map<std::tuple<int, const void*, int, int>, int> cache;
+    static thread_local std::map<std::tuple<int, const void*, int, int>, int> cache;
     const int device = current_device();
-    const std::scoped_lock lock(mutex);
     const auto [entry, is_new] = cache.try_emplace({device, kernel, threads, shared_bytes});
     if (!is_new) return entry->second;
     if (shared_bytes > 0) {

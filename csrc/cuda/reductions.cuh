@@ -25,6 +25,11 @@ KDDP_DEVICE T larger(T a, T b) {
         return fmax(a, b);
 }
 
+template <class T>
+KDDP_DEVICE T magnitude(T a) {
+    return a < 0 ? -a : a;
+}
+
 template <int lanes, class T>
 KDDP_DEVICE T max_of_lanes(T value) {
 #pragma unroll

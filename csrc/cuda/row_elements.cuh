@@ -64,17 +64,17 @@ KDDP_DEVICE Element<T> add_element(const LossLaunch& launch, const LogitScale<T>
                                    ElementSums<T>& sums) {
     Element<T> e{fast_exp2(margin * scale.student_to_exponent), T(0)};
     sums.student += e.student;
-    if (launch.params.with_teacher) {
+    if (launch.with_teacher) {
         const T exp_teacher = fast_exp2(teacher_margin * scale.teacher_to_exponent);
         sums.teacher += exp_teacher;
         e.other = exp_teacher;
-        const bool moments = launch.params.standardize;
+        const bool moments = launch.standardize;
         const T delta = moments ? teacher_margin * scale.teacher_to_nats - margin * scale.student_to_nats
                                 : (teacher_margin - margin) * scale.student_to_nats;
         if constexpr (form == GradientForm::difference) {
             sums.dot += product_or_zero(exp_teacher, delta);
             if (moments) sums.other_moment += product_or_zero(exp_teacher, margin);
-        } else if (launch.params.divergence == Divergence::reverse_kl) {
+        } else if (launch.divergence == Divergence::reverse_kl) {
             const T weight = e.student == 0 ? T(0) : -delta;
             sums.dot += e.student * weight;
             if (moments) sums.other_moment += product_or_zero(e.student, weight * margin);
@@ -100,19 +100,14 @@ template <class T>
 KDDP_DEVICE MixtureScale<T> mixture_scale(const LossLaunch& launch, double student, double teacher) {
     const T factor = T(student / teacher);
     // The logarithm of the rounded factor: an error that is the same in all classes would not average out.
-    return {factor, T(log2(double(factor))), T(launch.params.jsd_beta)};
+    return {factor, T(log2(double(factor))), T(launch.jsd_beta)};
 }
-
-template <class T>
-struct MixtureElementSums {
-    T kl_teacher = 0, kl_student = 0, weighted_moment = 0;
-};
 
 // A class in jsd's second pass. Everything is derived from log(p / q): log m cancels catastrophically when p ≈ q.
 // Dividing the smaller by the larger cannot overflow.
 template <class T>
 KDDP_DEVICE Element<T> mix_element(const MixtureScale<T>& mixture, const LogitScale<T>& scale, T margin,
-                                   T teacher_margin, MixtureElementSums<T>& sums) {
+                                   T teacher_margin, MixtureSumsOf<T>& sums) {
     const T log_ratio =
         difference_of_products(teacher_margin, scale.teacher_to_exponent, margin, scale.student_to_exponent) +
         mixture.log_teacher_factor;  // log2(p / q)
@@ -130,28 +125,26 @@ KDDP_DEVICE Element<T> mix_element(const MixtureScale<T>& mixture, const LogitSc
     return {q, weight};
 }
 
-// The coefficients of RowGradient in the type that is computed in.
 template <class T>
-struct GradientScale {
-    T first, second, untempered, constant, label, projection;
+struct GradientScale : RowGradientOf<T> {
     T reference_less_mean;  // of the student's logits
 };
 
 template <class T>
 KDDP_DEVICE GradientScale<T> gradient_scale(const RowGradient& row, double reference, double mean) {
-    return {T(row.first), T(row.second),     T(row.untempered),  T(row.constant),
-            T(row.label), T(row.projection), T(reference - mean)};
+    return {{T(row.first), T(row.second), T(row.untempered), T(row.constant), T(row.label), T(row.projection)},
+            T(reference - mean)};
 }
 
 // d loss / d s. A term of weight 0 has no gradient, rather than 0 times one that may be infinite.
 template <GradientForm form, class T>
 KDDP_DEVICE T gradient_of(const LossLaunch& launch, const GradientScale<T>& scale, Element<T> e, T margin) {
     T gradient = 0;
-    if (launch.params.with_teacher && launch.alpha != 0) {
+    if (launch.with_teacher && launch.alpha != 0) {
         gradient = divergence_gradient<form>(e.student, e.other, scale.first, scale.second);
-        if (launch.params.standardize) gradient -= scale.projection * (margin + scale.reference_less_mean);
+        if (launch.standardize) gradient -= scale.projection * (margin + scale.reference_less_mean);
     }
-    if (launch.params.with_labels && launch.alpha != 1)
+    if (launch.with_labels && launch.alpha != 1)
         gradient += scale.untempered * untempered_of(launch.exp_reuse, e.student, margin) - scale.constant;
     return gradient;
 }

@@ -26,12 +26,11 @@ class RowPart {
 
     // Selects the classes start to start + count of a row; a count of 0 selects nothing. `label` is the row's.
     KDDP_DEVICE void locate(int64_t row, int64_t start, int count, int64_t label) {
-        head_ = head_of<n>(address_of(launch_.student, row, start), launch_.student.type,
-                           caches_gradient() ? 1 : vectors_per_sector);
+        head_ = head_of<n>(address_of(launch_.student, row, start), launch_.student.type);
         count_ = count;
         vectors_ = count > 0 ? (head_ + count + n - 1) / n : 0;
         student_ = source_of<n>(launch_.student, launch_.student_elements, row, start, head_, vectors_);
-        if (launch_.params.with_teacher)
+        if (launch_.with_teacher)
             teacher_ = source_of<n>(launch_.teacher, launch_.teacher_elements, row, start, head_, vectors_);
         label_excluded_ = false;
         label_ = label >= start && label < start + count ? static_cast<int>(label - start) : -1;
@@ -49,18 +48,16 @@ class RowPart {
 #pragma unroll
             for (int p = 0; p < planes; ++p) {
                 student_cache_.store(p, v, s + p * m);
-                if (launch_.params.with_teacher) teacher_cache_.store(p, v, t + p * m);
+                if (launch_.with_teacher) teacher_cache_.store(p, v, t + p * m);
             }
         }
     }
 
     KDDP_DEVICE bool excludes_label() const {
-        return form == GradientForm::difference && launch_.params.with_teacher &&
-               launch_.params.divergence == Divergence::dkd;
+        return form == GradientForm::difference && launch_.with_teacher && launch_.divergence == Divergence::dkd;
     }
     KDDP_DEVICE bool is_jsd() const {
-        return form == GradientForm::weighted && launch_.params.with_teacher &&
-               launch_.params.divergence == Divergence::jsd;
+        return form == GradientForm::weighted && launch_.with_teacher && launch_.divergence == Divergence::jsd;
     }
 
     // Of one side's logits, minus an origin, over the part's classes: the first, the sum, or the sum of squares. In
@@ -135,7 +132,7 @@ class RowPart {
 
     // jsd's second pass, for the team's first warp: its sums times the student's sum.
     KDDP_DEVICE MixtureSums sum_mixture(const LogitScale<T>& scale, const MixtureScale<T>& mixture) {
-        MixtureElementSums<T> thread;
+        MixtureSumsOf<T> thread;
         for_each_chunk([&](int p, int v, int, T(&s)[m], T(&t)[m]) {
 #pragma unroll
             for (int i = 0; i < m; ++i) {
@@ -158,8 +155,6 @@ class RowPart {
     // need several stores.
     KDDP_DEVICE void write(const LogitScale<T>& scale, const GradientScale<T>& gradient, const MixtureScale<T>& mixture,
                            T label_margin, char* to) {
-        if constexpr (lanes < 32)
-            if (caches_gradient()) return cache_gradient(scale, gradient, label_margin);
         const bool aligned = is_aligned<n>(to, launch_.student.type, head_);
         const int end = rank() + (lanes < 32 ? student_cache_.vectors : vectors_);
 #pragma unroll 1
@@ -181,27 +176,10 @@ class RowPart {
             write_gradient<Types>(to, launch_.student.type, true, first_of(v), count, values);
     }
 
-    // Whether the gradient replaces the cached logits, to be written by AdjacentRows.
-    KDDP_DEVICE bool caches_gradient() const { return lanes < 32 && launch_.rows_contiguous; }
-
     static KDDP_DEVICE int rank() { return Team<lanes>::rank(); }
     KDDP_DEVICE int count() const { return count_; }
 
   private:
-    KDDP_DEVICE void cache_gradient(const LogitScale<T>& scale, const GradientScale<T>& gradient,
-                                    T label_margin) const {
-        for_each_chunk([&](int p, int v, int first, T(&s)[m], T(&t)[m]) {
-#pragma unroll
-            for (int i = 0; i < m; ++i) {
-                T margin;
-                const Element<T> e = recompute(scale, MixtureScale<T>{}, s[i], t[i], margin);
-                s[i] = gradient_of<form>(launch_, gradient, e, margin);
-                if (first + i == label_) s[i] = label_gradient(s[i], gradient, label_margin);
-            }
-            student_cache_.store(p, v, s);
-        });
-    }
-
     KDDP_DEVICE void write_vector_at(int v, const LogitScale<T>& scale, const GradientScale<T>& gradient,
                                      const MixtureScale<T>& mixture, T label_margin, char* to, bool aligned) const {
         T values[n];
@@ -239,12 +217,12 @@ class RowPart {
     KDDP_DEVICE int first_of(int vector) const { return vector * n - head_; }
     KDDP_DEVICE bool is_class(int c) const { return c >= 0 && c < count_; }
     KDDP_DEVICE bool caches_exponentials() const {
-        return !launch_.params.standardize && launch_.exp_reuse != ExpReuse::separate;
+        return !launch_.standardize && launch_.exp_reuse != ExpReuse::separate;
     }
 
     KDDP_DEVICE void read_vectors(int v, T (&s)[n], T (&t)[n]) const {
         read_vector<Types, true>(student_, v, head_, count_, s);
-        if (launch_.params.with_teacher) {
+        if (launch_.with_teacher) {
             read_vector<Types, false>(teacher_, v, head_, count_, t);
         } else {
 #pragma unroll
@@ -259,7 +237,7 @@ class RowPart {
     KDDP_DEVICE void load_chunk(int p, int v, T (&s)[m], T (&t)[m]) const {
         if constexpr (cached) {
             student_cache_.load(p, v, s);
-            if (launch_.params.with_teacher) {
+            if (launch_.with_teacher) {
                 teacher_cache_.load(p, v, t);
             } else {
 #pragma unroll
@@ -297,7 +275,7 @@ class RowPart {
 
     KDDP_DEVICE void set_references(T student, T teacher, LogitScale<T>& scale) const {
         scale.student_reference = reference_of(student);
-        scale.teacher_reference = launch_.params.with_teacher ? reference_of(teacher) : T(0);
+        scale.teacher_reference = launch_.with_teacher ? reference_of(teacher) : T(0);
     }
 
     // One pass of sum(). Returns false, and the highest logits, if the references are too far from them.
@@ -313,14 +291,14 @@ class RowPart {
                 if (!cached) student = larger(student, s[i]), teacher = larger(teacher, t[i]);
                 outranked |= s[i] > label_logit || (s[i] == label_logit && i < before);
                 const T margin = s[i] - scale.student_reference;
-                const T teacher_margin = launch_.params.with_teacher ? t[i] - scale.teacher_reference : T(0);
+                const T teacher_margin = launch_.with_teacher ? t[i] - scale.teacher_reference : T(0);
                 const Element<T> e = add_element<form>(launch_, scale, margin, teacher_margin, thread);
                 s[i] = caches_exponentials() && !mixture ? e.student : margin;
                 t[i] = mixture ? teacher_margin : e.other;
             }
             if constexpr (cached) {
                 student_cache_.store(p, v, s);
-                if (launch_.params.with_teacher) teacher_cache_.store(p, v, t);
+                if (launch_.with_teacher) teacher_cache_.store(p, v, t);
             }
         });
         const T values[] = {thread.student, thread.teacher,    thread.student_moment, thread.other_moment,
@@ -329,11 +307,11 @@ class RowPart {
             Team<lanes>::sync();
             maxima_of_team<lanes>(student, teacher, scratch_);
             if (!reference_ok(student, scale.student_reference, scale.student_to_nats) ||
-                (launch_.params.with_teacher && !reference_ok(teacher, scale.teacher_reference, scale.teacher_to_nats)))
+                (launch_.with_teacher && !reference_ok(teacher, scale.teacher_reference, scale.teacher_to_nats)))
                 return false;
         }
         // Quotients of the first sums are later subtracted from one another, or from similar numbers.
-        const int cancelling = form == GradientForm::weighted ? 5 : launch_.params.standardize ? 4 : 0;
+        const int cancelling = form == GradientForm::weighted ? 5 : launch_.standardize ? 4 : 0;
         sums_of_team<lanes>(values, sums, false, scratch_, cancelling);
         return true;
     }
@@ -341,10 +319,9 @@ class RowPart {
     // False if exponentials relative to this reference could overflow or lose accuracy. The weighted form allows less:
     // its differences amplify what a distant reference rounds away.
     static KDDP_DEVICE bool reference_ok(T highest, T reference, T to_nats) {
-        const T delta = magnitude_of(reference_of(highest) - reference), reach = form == GradientForm::weighted ? 1 : 8;
+        const T delta = magnitude(reference_of(highest) - reference), reach = form == GradientForm::weighted ? 1 : 8;
         return !(delta > reach || delta * to_nats > reach);
     }
-    static KDDP_DEVICE T magnitude_of(T x) { return x < 0 ? -x : x; }
 
     // The element of a class for the gradient, from the cached values or from the logits.
     KDDP_DEVICE Element<T> recompute(const LogitScale<T>& scale, const MixtureScale<T>& mixture, T s, T t,
@@ -354,9 +331,9 @@ class RowPart {
             return {caches_exponentials() ? s : fast_exp2(s * scale.student_to_exponent), t};
         } else {
             margin = s - scale.student_reference;
-            const T teacher_margin = launch_.params.with_teacher ? t - scale.teacher_reference : T(0);
+            const T teacher_margin = launch_.with_teacher ? t - scale.teacher_reference : T(0);
             if (is_jsd()) {
-                MixtureElementSums<T> unused;
+                MixtureSumsOf<T> unused;
                 return mix_element(mixture, scale, margin, teacher_margin, unused);
             }
             ElementSums<T> unused;
@@ -368,7 +345,7 @@ class RowPart {
     KDDP_DEVICE T label_gradient(T gradient, const GradientScale<T>& scale, T label_margin) const {
         if (!excludes_label()) return gradient - scale.label;
         T own = 0;
-        if (launch_.params.standardize && launch_.alpha != 0)
+        if (launch_.standardize && launch_.alpha != 0)
             own = -scale.projection * (label_margin + scale.reference_less_mean);
         if (launch_.alpha != 1) own -= scale.constant;
         return own - scale.label;

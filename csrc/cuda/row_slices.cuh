@@ -10,7 +10,6 @@ struct SliceRecord {
     ChunkSums sums;
     double outranked;
     MixtureSums mixture;
-    double moments[2][3];  // count, mean, squares
 };
 
 class Slices {
@@ -20,26 +19,6 @@ class Slices {
     // Computed on every call: storing them would take registers that double arithmetic needs.
     KDDP_DEVICE int slice() const { return opaque_block() % launch_.slices; }
     KDDP_DEVICE int group() const { return opaque_block() / launch_.slices; }
-
-    // Merges in the order of the slices (Chan, Golub, LeVeque 1979). Every thread gets the result.
-    KDDP_DEVICE void merge_moments(double& count, double& mean, double& squares) {
-        if (threadIdx.x == 0) {
-            double* own = record(slice())->moments[side_];
-            store_global(own, count), store_global(own + 1, mean), store_global(own + 2, squares);
-        }
-        wait();
-        count = mean = squares = 0;
-#pragma unroll 1
-        for (int i = 0; i < launch_.slices; ++i) {
-            const double* other = record(i)->moments[side_];
-            const double other_count = load_workspace(other), total = count + other_count;
-            const double delta = load_workspace(other + 1) - mean;
-            mean = count == 0 ? load_workspace(other + 1) : mean + delta * other_count / total;
-            squares += load_workspace(other + 2) + (count == 0 ? 0 : delta * delta * count * other_count / total);
-            count = total;
-        }
-        side_ ^= 1;
-    }
 
     // `sums` are the slice's before and the row's after the call. Thread 0 gets `outranked`.
     KDDP_DEVICE void merge_sums(ChunkSums& sums, bool& outranked, double student_to_nats, double teacher_to_nats,
@@ -117,7 +96,7 @@ class Slices {
     }
 
     const LossLaunch& launch_;
-    int parity_ = 0, side_ = 0;
+    int parity_ = 0;
     unsigned target_ = 0;
 };
 

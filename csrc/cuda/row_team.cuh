@@ -2,7 +2,7 @@
 // of many classes, several blocks share a row and each takes a slice (row_slices.cuh).
 #pragma once
 
-#include "cuda/adjacent_rows.cuh"
+#include "cuda/row_part.cuh"
 #include "cuda/row_slices.cuh"
 
 namespace kddp {
@@ -19,32 +19,19 @@ struct alignas(16) TeamRecord {  // two doubles per access
     RowTerms terms;  // of all rows so far
     LogitScale<double> scale;
     int64_t row, label;
-    int64_t assigned_row;  // the same, even if it is not computed
-    int count, turn;
+    int count;
     bool computed, outranked;
     bool sliced, counts;  // its references differ from the row's; it adds to the terms
 };
 
-// Converts the gradient's coefficients from the references of the row to those of a slice.
-KDDP_DEVICE void rebase_gradient(GradientForm form, TeamRecord& record) {
-    ChunkSums slice{};
-    slice.student_reference = record.scale.student_reference, slice.teacher_reference = record.scale.teacher_reference;
-    const Rebase shift = rebase(slice, record.sums, record.scale.student_to_nats, record.scale.teacher_to_nats);
-    record.gradient.first *= shift.student_factor;
-    record.gradient.untempered *= shift.untempered_factor;
-    if (form == GradientForm::difference) record.gradient.second *= shift.teacher_factor;
-    if (form == GradientForm::weighted && record.gradient.first != 0)
-        record.gradient.second += shift.student_tempered - shift.teacher_tempered;
-}
-
 template <GradientForm form>
 KDDP_DEVICE RowParams params_of_row(const LossLaunch& launch, const TeamRecord& record) {
-    RowParams params = launch.params;
+    RowParams params = launch;
     const bool is_jsd = params.divergence == Divergence::jsd, is_dkd = params.divergence == Divergence::dkd;
     params.divergence = form == GradientForm::weighted ? (is_jsd ? Divergence::jsd : Divergence::reverse_kl)
                                                        : (is_dkd ? Divergence::dkd : Divergence::forward_kl);
     params.value_scale = record.inverse_rows;
-    params.gradient_scale = launch.scaled_gradients ? record.inverse_rows * launch.row_count : record.inverse_rows;
+    params.gradient_scale = launch.scaled_gradients ? record.inverse_rows * double(launch.rows) : record.inverse_rows;
     return params;
 }
 
@@ -61,13 +48,16 @@ KDDP_DEVICE void finish_record(const LossLaunch& launch, TeamRecord& record) {
                                            record.gradient);
     if (record.counts) record.terms.ce += ce, record.terms.correct += record.outranked ? 0 : 1;
     compiler_barrier();
-    if (record.sliced) rebase_gradient(form, record);
+    if (!record.sliced) return;
+    ChunkSums slice{};
+    slice.student_reference = record.scale.student_reference, slice.teacher_reference = record.scale.teacher_reference;
+    const Rebase by = rebase(slice, record.sums, record.scale.student_to_nats, record.scale.teacher_to_nats);
+    rebase_gradient(params_of_row<form>(opaque(launch), record), by, record.gradient);
 }
 
 template <class Types, int lanes, bool cached, GradientForm form>
 class TeamRows {
     using Part = RowPart<Types, lanes, cached, form>;
-    using Adjacent = AdjacentRows<Types, lanes>;
     using T = typename Types::T;
 
   public:
@@ -80,15 +70,12 @@ class TeamRows {
         int64_t label;
         const RowKind kind = kind_of(launch_, row, cached_label, label);
         const bool computed = kind == RowKind::computed;
-        if (lanes < 32 && Part::rank() == 0) own_record().assigned_row = row;
         if (!computed) write_constant(row, kind);
         if (lanes >= 32 ? computed : __any_sync(all_lanes, computed)) {
             read(row, computed, computed ? label : -1);
             compute();
-            if (launch_.gradient) write();
+            if (launch_.logits_gradient) write();
         }
-        if constexpr (lanes < 32)
-            if (Adjacent::apply_to(launch_) && launch_.gradient) write_adjacent();
         if constexpr (!cached) slices_.next_row();
     }
 
@@ -126,13 +113,9 @@ class TeamRows {
             record.computed = computed, record.student = Moments{};
         }
         if constexpr (cached) {
-            if (Adjacent::apply_to(launch_)) {
-                Adjacent(launch_, own_memory(launch_), row).read(__ballot_sync(all_lanes, computed));
-            } else {
-                Part part(launch_, scratch_, own_memory(launch_), launch_.side_vectors);
-                part.locate(computed ? row : 0, 0, computed ? count : 0, label);
-                part.load();
-            }
+            Part part(launch_, scratch_, own_memory(launch_), launch_.side_vectors);
+            part.locate(computed ? row : 0, 0, computed ? count : 0, label);
+            part.load();
         }
         Team<lanes>::sync();
     }
@@ -200,43 +183,28 @@ class TeamRows {
                    gradient_row(record.row, start()));
     }
 
-    // Returns the sum of the student's logits if label smoothing needs it, and sets the scale of standardized logits
-    // from both sides' moments. In double: float cannot hold the square of 1e20. The mean is computed relative to a
-    // logit, so that equal logits have a deviation of exactly 0.
+    // Returns the sum of the student's logits if label smoothing needs it, and sets the scale of standardized logits.
     KDDP_DEVICE double compute_totals(Part& part, LogitScale<T>& scale) {
-        using Total = typename Part::Total;
-        const bool standardizes = launch_.params.with_teacher && launch_.params.standardize;
-        const bool smooths = launch_.params.label_smoothing != 0;
-        if (!standardizes && !smooths) return 0;
-        double logits = 0, first = 0, mean = 0, student_divisor = 1, count = part.count() > 0 ? part.count() : 1;
-        // Pass 0 sums the student's logits; passes 1 to 3 are the student's moments, 4 to 6 the teacher's.
+        double student_nats = 0;
 #pragma unroll 1
-        for (int pass = smooths ? 0 : 1; pass < (standardizes ? 7 : 1); ++pass) {
-            const int stage = pass == 0 ? 1 : (pass - 1) % 3;
-            const double total = part.total(pass <= 3,
-                                            stage == 0   ? Total::first
-                                            : stage == 1 ? Total::sum
-                                                         : Total::squares,
-                                            pass == 0 || stage == 0 ? 0.0
-                                            : stage == 1            ? first
-                                                                    : mean);
-            if (pass == 0) logits = total;
-            if (pass == 0) continue;
-            if (stage == 0) first = total;
-            if (stage == 1) mean = first + total / count;
-            if (stage != 2) continue;
-            double row_count = count, row_mean = mean, squares = total;
-            if constexpr (!cached)
-                if (is_sliced()) slices_.merge_moments(row_count, row_mean, squares);
-            const double classes = launch_.params.classes;
-            const Moments moments{row_mean, classes > 1 ? sqrt(squares / (classes - 1)) : 0};
-            if (pass == 3) student_divisor = divisor_of(moments);
-            if (pass == 3 && Part::rank() == 0) own_record().student = moments;
-            if (pass != 6) continue;
-            const double inverse = launch_.inverse_temperature;
-            scale.set_nats(inverse / student_divisor, inverse / divisor_of(moments));
+        for (int side = 0; launch_.standardize && side < 2; ++side) {
+            const Moments moments = moments_of(part, side == 0);
+            const double nats = launch_.inverse_temperature / divisor_of(moments);
+            if (side == 1) scale.set_nats(student_nats, nats);
+            if (side == 0 && Part::rank() == 0) own_record().student = moments;
+            student_nats = nats;
         }
-        return logits;
+        return launch_.label_smoothing != 0 ? part.total(true, Part::Total::sum, 0) : 0;
+    }
+
+    // Of one side's logits, in double: float cannot hold the square of 1e20. The mean is computed relative to a logit,
+    // so that equal logits have a deviation of exactly 0.
+    KDDP_DEVICE Moments moments_of(Part& part, bool of_student) {
+        using Total = typename Part::Total;
+        const double first = part.total(of_student, Total::first, 0), classes = double(launch_.classes);
+        const double mean = first + part.total(of_student, Total::sum, first) / (part.count() > 0 ? classes : 1);
+        const double squares = part.total(of_student, Total::squares, mean);
+        return {mean, classes > 1 ? sqrt(squares / (classes - 1)) : 0};
     }
 
     // jsd's second pass, relative to the references of the row.
@@ -257,24 +225,16 @@ class TeamRows {
             if (is_sliced()) slices_.merge_mixture(record.mixture);
     }
 
-    KDDP_DEVICE void write_adjacent() const {
-        const LossLaunch& launch = opaque(launch_);
-        __syncwarp();
-        Adjacent(launch, own_memory(launch), own_record().assigned_row).write();
-        __syncwarp();
-    }
-
     KDDP_DEVICE char* gradient_row(int64_t row, int64_t start) const {
-        return launch_.gradient + (row * launch_.classes + start) * size_of(launch_.student.type);
+        return static_cast<char*>(launch_.logits_gradient) +
+               (row * launch_.classes + start) * size_of(launch_.student.type);
     }
 
     // An ignored row has a gradient of 0; a row whose label is invalid has NaN.
     KDDP_DEVICE void write_constant(int64_t row, RowKind kind) {
         if (kind == RowKind::absent || slice() != 0) return;
         const T value = kind == RowKind::ignored ? T(0) : T(NAN);
-        if (Adjacent::apply_to(launch_))
-            Adjacent(launch_, own_memory(launch_), row).fill(value);
-        else if (launch_.gradient)
+        if (launch_.logits_gradient)
             Part(launch_, scratch_, {nullptr}, 0)
                 .write_constant(value, gradient_row(row, 0), static_cast<int>(launch_.classes));
         if (Part::rank() == 0) own_record().terms.kd += double(value), own_record().terms.ce += double(value);

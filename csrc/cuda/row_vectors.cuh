@@ -32,12 +32,12 @@ KDDP_DEVICE const char* address_of(const Matrix& matrix, int64_t row, int64_t co
     return static_cast<const char*>(matrix.data) + (row * matrix.row_stride + column) * size_of(matrix.type);
 }
 
-constexpr int sector_bytes = 32, vectors_per_sector = sector_bytes / 16;
+constexpr int vectors_per_sector = 2;
 
-// Elements before the first class, for vectors of n elements that are aligned in groups.
+// Elements before the first class, so that the pairs of vectors of n elements are aligned.
 template <int n>
-KDDP_DEVICE int head_of(const char* row, ElementType type, int vectors_per_group = vectors_per_sector) {
-    const unsigned elements = static_cast<unsigned>(vectors_per_group * n);
+KDDP_DEVICE int head_of(const char* row, ElementType type) {
+    constexpr unsigned elements = vectors_per_sector * n;
     return static_cast<int>(reinterpret_cast<uintptr_t>(row) / static_cast<unsigned>(size_of(type)) % elements);
 }
 

@@ -4,7 +4,6 @@
 
 #include "cuda/backend.h"
 #include "cuda/elements.cuh"
-#include "cuda/occupancy.h"
 
 namespace kddp {
 namespace {

@@ -11,10 +11,11 @@ from emulator import compiler
 CSRC = Path(__file__).parents[2] / "csrc"
 FORMULAS = """
 #include "row_math.h"
-kddp::RowValues use(const kddp::KdL1Loss& job, kddp::ChunkSums& row, kddp::RowGradient& gradient) {
+double use(const kddp::KdL1Loss& job, kddp::ChunkSums& row, kddp::RowGradient& gradient) {
     const kddp::RowParams rule = kddp::row_params(job);
     merge(row, rebase(row, row, 1, 1), kddp::gradient_form(rule.divergence), row);
-    return finish_row(rule, row, {}, {}, {}, 0, gradient);
+    const double kd = finish_divergence(rule, row, {}, {}, {}, 0, gradient);
+    return kd + finish_cross_entropy(rule, row, 0, gradient);
 }
 """
 

@@ -6,7 +6,6 @@
 // ignore_index; l1 is sum |a| divided by the layer's samples. A term of weight 0 is left out.
 #pragma once
 
-#include "kddp/activation_l1.h"
 #include "kddp/types.h"
 
 namespace kddp {
@@ -17,6 +16,25 @@ enum class Divergence : int {
     reverse_kl = 1,  // KL(q || p)
     jsd = 2,         // beta KL(p || m) + (1 - beta) KL(q || m) with m = beta p + (1 - beta) q
     dkd = 3,         // target_weight KL of (p_y, 1 - p_y) || (q_y, 1 - q_y) + non_target_weight KL over the others
+};
+
+// Rows of a statistics block: sum |a|, sum a, sum a^2, count of nonzeros, max |a|.
+constexpr int64_t statistics_rows = 5;
+
+// The activations (rows, neurons) of one layer and its optional outputs.
+struct ActivationLayer {
+    Matrix activation;
+    int64_t rows, neurons;
+    double samples;  // the divisor of sum |a|: the rows, or more if a neuron has several positions
+    double l1_weight;
+    void* gradient;      // (rows, neurons) contiguous, the activation's type: d loss / d a
+    double* statistics;  // row k of the block starts at statistics + k * statistics_stride
+};
+
+struct ActivationL1 {
+    const ActivationLayer* layers;
+    int64_t layer_count;
+    int64_t statistics_stride;
 };
 
 struct KdL1Loss {

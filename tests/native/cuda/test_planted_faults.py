@@ -44,22 +44,6 @@ FAULTS = {
         "reads shared memory that no thread of the block has written|race in shared memory: ",
         "scratch.sums.",
     ),
-    "barrier in one warp only": Fault(
-        "loss_launch.cuh",
-        "    __threadfence();\n    __syncthreads();\n    if (threadIdx.x == 0) ticket",
-        "    __threadfence();\n    if (threadIdx.x < 32) __syncthreads();\n    if (threadIdx.x == 0) ticket",
-        "8 lanes per row",
-        "divergent barrier: thread .* waits at another",
-        "__syncthreads();",
-    ),
-    "shuffle with half a mask": Fault(
-        "reductions.cuh",
-        "value += __shfl_xor_sync(all_lanes, value, distance);",
-        "value += __shfl_xor_sync(0xffffu, value, distance);",
-        "a warp per row",
-        "__shfl_xor_sync: mask 0x0000ffff lacks the calling lane|reads lane .*, which is not in mask 0x0000ffff",
-        "__shfl_xor_sync",
-    ),
     # The last vector of the last row is written in full.
     "store behind the end": Fault(
         "row_vectors.cuh",
@@ -87,13 +71,6 @@ FAULTS = {
         "a warp per row",
         NEEDED,
     ),
-    "missing half of a vector": Fault(
-        "row_vectors.cuh",
-        "        write_range<T, type, half>(to, first, end, from);\n",
-        "",
-        "a block per row",
-        NEEDED,
-    ),
     "too few items for the rows": Fault(
         "gather.cu",
         "((job.kept_rows + rows_per_item - 1) / rows_per_item)",
@@ -115,14 +92,6 @@ FAULTS = {
         "    __syncthreads();\n    if (threadIdx.x == 0) ticket",
         "8 lanes per row",
         "race in global memory: reads what thread .* wrote at loss_launch.cuh:.*, with no __threadfence behind it",
-        "load_workspace(",
-    ),
-    "missing fence of a row part": Fault(
-        "activation_l1.cuh",
-        "    __threadfence();\n    __syncwarp();\n    if (threadIdx.x % 32 == 0)",
-        "    __syncwarp();\n    if (threadIdx.x % 32 == 0)",
-        "8 lanes per row",
-        "race in global memory: reads what thread .* wrote at .*, with no (__threadfence behind it|barrier between)",
         "load_workspace(",
     ),
     # The next launch on the stream would start counting its labels from there.

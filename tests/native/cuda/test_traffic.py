@@ -95,20 +95,23 @@ ALIGNED = [
 ]
 """Rows that begin at multiples of 16 bytes."""
 ODD = [
-    *((512, classes, F32, 1.12) for classes in (11, 37, 101)),
+    (512, 101, F32, 1.12),
     (512, 257, F32, 1.05),
     *((64, classes, F32, 1.03) for classes in (1001, 4097)),
-    *((512, classes, BF16, 1.12) for classes in (37, 257)),
+    (512, 257, BF16, 1.12),
     *((64, classes, BF16, 1.05) for classes in (1001, 4097)),
 ]
 """Rows that begin anywhere in a sector, and share their first and last sector with others."""
 SHORT = [
-    (512, 10, F32, 1.03),  # 4 rows are 160 bytes and always begin with a sector
-    (512, 10, BF16, 1.22),  # 4 rows are 80 bytes: 3 sectors instead of 2.5
-    (512, 11, BF16, 1.34),  # 88 bytes: 3.5 sectors instead of 2.75; the ends of the gradient take several stores
-    (512, 101, BF16, 1.27),  # a warp per row, 202 bytes: 7.25 sectors instead of 6.3; several stores, too
+    (512, 10, F32, 1.15),
+    (512, 11, F32, 1.40),
+    (512, 37, F32, 1.29),
+    (512, 10, BF16, 1.58),
+    (512, 11, BF16, 1.94),
+    (512, 37, BF16, 1.40),
+    (512, 101, BF16, 1.27),  # a warp per row, 202 bytes: 7.25 sectors instead of 6.3
 ]
-"""Short rows, for which the first and the last sector matter most."""
+"""Short rows: the ends of a gradient take several stores, and the stores of two rows to one sector count twice."""
 
 
 @pytest.mark.parametrize(("rows", "classes", "dtype", "most"), [*ALIGNED, *ODD, *SHORT], ids=str)
@@ -235,8 +238,7 @@ def test_a_block_per_row_has_no_bank_conflicts(measure, rows, classes, dtype, di
 @pytest.mark.parametrize("dtype", [F32, BF16], ids=str)
 def test_bank_conflicts_of_teams_in_a_warp(measure, classes, teams, dtype, divergence):
     """Four teams access the logits of four labels, which may lie in one bank: at most three more cycles per access.
-    There is one such access per four rows, and four with dkd. Where the warp reads and writes its rows as one, lanes
-    of two rows may meet: at most three more cycles for each access of 16 bytes by 32 lanes.
+    There is one such access per four rows, and four with dkd.
     """
     rows = 64
     launch = logits_launch(rows, classes, dtype, divergence=divergence)
@@ -247,13 +249,5 @@ def test_bank_conflicts_of_teams_in_a_warp(measure, classes, teams, dtype, diver
         "numbers(student_cache_).store(label_index(), lowest_number<T>);",
         "numbers(teacher_cache_).store(label_index(), lowest_number<T>);",
     }
-    of_rows_as_one = {
-        "const auto words = bit_cast<Words<4>>(memory.load(plane * vectors + vector));",
-        "memory.store(plane * vectors + vector, bit_cast<uint4>(words));",
-    }
-    as_one = teams > 1 and launch.outputs["logits gradient"][0].nbytes % 32 != 0
-    assert set(conflicts) <= (of_labels if teams > 1 else set()) | (of_rows_as_one if as_one else set())
-    accesses = rows / teams * (4 if divergence == "dkd" else 1)
-    assert sum(conflicts.get(text, 0) for text in of_labels) <= (teams - 1) * accesses
-    accesses = report["shared_reads"] + report["shared_writes"]
-    assert sum(conflicts.get(text, 0) for text in of_rows_as_one) <= accesses * 0.75
+    assert set(conflicts) <= (of_labels if teams > 1 else set())
+    assert sum(conflicts.values()) <= (teams - 1) * rows / teams * (4 if divergence == "dkd" else 1)

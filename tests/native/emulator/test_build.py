@@ -1,4 +1,4 @@
-"""Compiling for the emulator: caching, errors, twins with a fault, and sanitizers."""
+"""Compiling for the emulator: caching, errors and sanitizers."""
 
 import re
 import subprocess
@@ -6,10 +6,8 @@ import sys
 from pathlib import Path
 
 import pytest
-import torch
 from backends import ROOT
-from emulated_calls import aligned
-from emulator import BuildError, Emulator, build, sanitizer_environment, twin
+from emulator import BuildError, Emulator, build, sanitizer_environment
 
 KERNELS = Path(__file__).parent / "kernels"
 WORKING = KERNELS / "working.cu"
@@ -41,37 +39,6 @@ def test_compiler_errors(folder, tmp_path, monkeypatch):
     monkeypatch.setenv("CXX", "no-such-compiler")
     with pytest.raises(BuildError, match="compiles kernels with no-such-compiler, which is not installed"):
         build([WORKING], folder)
-
-
-@pytest.mark.parametrize(
-    ("replace", "by", "error"),
-    [
-        ("    __syncthreads();\n    sum = lane", "    sum = lane", "reads (shared memory that no|what thread)"),
-        (
-            "sum = lane < int(blockDim.x) / 32 ? warp_sums.load(lane) : 0;",
-            "sum = warp_sums.load(lane);",
-            "reads shared memory that no",
-        ),
-        ("columns + i);", "columns + i + 1);", "out of bounds: reads 4 bytes"),
-    ],
-)
-def test_a_twin_with_a_fault_is_found(folder, tmp_path, replace, by, error):
-    source = twin(WORKING, replace, by, tmp_path / "twin.cu")
-    emulator = Emulator(build([source], folder, include=INCLUDE))
-    values, sums = aligned((4, 100), torch.float32, fill=1), aligned((4,), torch.float32)
-    emulator.allow(values, writable=False, name="values")
-    emulator.allow(sums, writable=True, name="sums")
-    for seed in range(5):
-        emulator.seed = seed
-        text = emulator.run("run_sum_of_block", values, sums, 4, 100, 64)
-        assert re.search(rf"kernel sum_of_block, block .*twin\.cu:\d+: .*{error}", text)
-
-
-def test_a_twin_needs_exactly_one_occurrence(tmp_path):
-    for text, count in (("distance > 0", 2), ("no such text", 0)):
-        with pytest.raises(ValueError, match=f"'{text}' occurs {count} times in .*working.cu, expected once"):
-            twin(WORKING, text, "", tmp_path / "twin.cu")
-    assert not list(tmp_path.iterdir())
 
 
 SANITIZED_RUN = """

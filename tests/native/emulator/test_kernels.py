@@ -71,34 +71,6 @@ def test_needed_bytes_hold_for_one_launch(emulator, run):
         run("run_copy", values, out, 200, 1, 3)
 
 
-@pytest.mark.parametrize("columns", [1, 31, 100, 1000])
-@pytest.mark.parametrize("threads", [32, 128, 1024])
-def test_sums_of_blocks(emulator, run, columns, threads):
-    values = torch.randint(-8, 8, (5, columns), generator=torch.Generator().manual_seed(columns)).float()
-    for seed in range(4):
-        emulator.seed = seed
-        sums = torch.full((5,), torch.nan)
-        run("run_sum_of_block", values, sums, 5, columns, threads)
-        assert torch.equal(sums, values.sum(1))
-
-
-def test_warp_operations(emulator, run):
-    lanes = torch.arange(32, dtype=I32)
-    for seed, parameter in enumerate((1, 3, 16)):
-        emulator.seed = seed
-        values, results = (lanes * 7 + seed) % 32, torch.zeros(5, 32, dtype=I32)
-        run("run_operate", values, parameter, results)
-        ballot = torch.tensor(sum(int(value & 1) << lane for lane, value in enumerate(values))).to(I32)
-        expected = [
-            values[(lanes + parameter) % 32],
-            values[lanes ^ parameter],
-            ballot.expand(32),
-            torch.ones(32, dtype=I32),
-            2 * values[lanes ^ parameter] + 1,
-        ]
-        assert torch.equal(results, torch.stack(expected))
-
-
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 def test_conversions_to_16_bits_equal_those_of_torch(emulator, dtype):
     finite = torch.arange(65536).to(torch.int16).view(dtype).float()
@@ -131,16 +103,6 @@ def test_blocks_of_a_cooperative_launch_may_wait_for_each_other(emulator, run, b
         assert seen.tolist() == [(block + 1) % blocks + 1 for block in range(blocks)]
     with pytest.raises(RuntimeError, match="deadlock: threads poll what no other thread writes"):
         run("run_exchange", *(torch.zeros(16, dtype=I32) for _ in range(3)), 16, 0)
-
-
-@pytest.mark.parametrize("blocks", [1, 7, 40])
-def test_the_last_block_sees_what_all_blocks_have_written(emulator, run, blocks):
-    partial, total, tickets = (torch.zeros(blocks, dtype=I32) for _ in range(3))
-    for seed in range(8):
-        emulator.seed = seed
-        run("run_count_threads", partial, total, tickets, blocks, 48)
-        assert total[0] == 48 * blocks
-        assert tickets[0] == 0
 
 
 def test_the_seed_determines_the_order_of_lanes_warps_and_blocks(emulator, run):

@@ -42,9 +42,6 @@ template <class T>
 T __shfl_xor_sync(unsigned mask, T value, int lane_mask, EMULATED_SITE) {
     return emulator::exchange(emulator::WarpOperation::shuffle_xor, mask, value, lane_mask, site);
 }
-inline unsigned __ballot_sync(unsigned mask, int predicate, EMULATED_SITE) {
-    return unsigned(emulator::warp_operation(emulator::WarpOperation::ballot, mask, predicate != 0, 0, site));
-}
 inline int __any_sync(unsigned mask, int predicate, EMULATED_SITE) {
     return int(emulator::warp_operation(emulator::WarpOperation::any, mask, predicate != 0, 0, site));
 }
@@ -59,10 +56,7 @@ inline unsigned atomicInc(unsigned* address, unsigned last, EMULATED_SITE) {
 
 // The host's arithmetic. Where a GPU's is approximate, this is more accurate.
 inline float __fdividef(float x, float y) { return x / y; }
-inline float __fmul_rn(float a, float b) { return a * b; }
-inline float __fmaf_rn(float a, float b, float c) { return std::fma(a, b, c); }
-inline double __dmul_rn(double a, double b) { return a * b; }
-inline double __fma_rn(double a, double b, double c) { return std::fma(a, b, c); }
+using std::fma;
 
 // The host's side of the runtime: checks arguments as CUDA does and records the calls that change something.
 enum cudaDeviceAttr : int { cudaDevAttrMultiProcessorCount = 16, cudaDevAttrMaxSharedMemoryPerBlockOptin = 97 };

@@ -84,7 +84,7 @@ const char* guarded(const std::function<void()>& run);
 
 // What cuda_runtime.h is built on.
 
-enum class WarpOperation { synchronize, shuffle, shuffle_xor, ballot, any };
+enum class WarpOperation { synchronize, shuffle, shuffle_xor, any };
 
 uint64_t warp_operation(WarpOperation operation, unsigned mask, uint64_t value, int parameter, Site site);
 void block_barrier(Site site);

@@ -46,40 +46,9 @@ __global__ void exchange_with_neighbour(int* numbers, int* seen, unsigned* arriv
     if (threadIdx.x == 1) store_global(seen + blockIdx.x, load_workspace(numbers + (blockIdx.x + 1) % gridDim.x));
 }
 
-// The last block adds up what each block has counted.
-__global__ void count_threads(int* partial, int* total, unsigned* tickets) {
-    KDDP_SHARED(int, count, 1);
-    KDDP_SHARED(int, is_last, 1);
-    if (threadIdx.x == 0) count.store(0, 0);
-    __syncthreads();
-    atomicAdd(count.data, 1);
-    __syncthreads();
-    if (threadIdx.x == 0) {
-        store_global(partial + blockIdx.x, count.load(0));
-        __threadfence();
-        is_last.store(0, atomicInc(tickets, gridDim.x - 1) == gridDim.x - 1);
-    }
-    __syncthreads();
-    if (!is_last.load(0) || threadIdx.x != 0) return;
-    __threadfence();
-    int sum = 0;
-    for (unsigned i = 0; i < gridDim.x; ++i) sum += load_workspace(partial + i);
-    store_global(total, sum);
-}
-
 // In which order the threads arrive at a counter.
 __global__ void take_turns(unsigned* counter, unsigned* turns) {
     store_global(turns + own_index(), atomicAdd(counter, 1));
-}
-
-// results: (5, 32), one row for each warp operation.
-__global__ void operate(const int* values, int parameter, int* results) {
-    const int lane = threadIdx.x, value = load_global(values + lane);
-    store_global(results + lane, __shfl_sync(0xffffffffu, value, (lane + parameter) % 32));
-    store_global(results + 32 + lane, __shfl_xor_sync(0xffffffffu, value, parameter));
-    store_global(results + 64 + lane, int(__ballot_sync(0xffffffffu, value & 1)));
-    store_global(results + 96 + lane, __any_sync(0xffffffffu, value == parameter));
-    store_global(results + 128 + lane, int(__shfl_xor_sync(0xffffffffu, value + 0.5, parameter) * 2));
 }
 
 namespace {
@@ -136,17 +105,9 @@ const char* run_exchange(int* numbers, int* seen, unsigned* arrived, int64_t blo
             EMULATOR_LAUNCH(exchange_with_neighbour, unsigned(blocks), 64, 0, nullptr, numbers, seen, arrived);
     });
 }
-const char* run_count_threads(int* partial, int* total, unsigned* tickets, int64_t blocks, int64_t threads) {
-    return emulator::guarded([&] {
-        EMULATOR_LAUNCH(count_threads, unsigned(blocks), unsigned(threads), 0, nullptr, partial, total, tickets);
-    });
-}
 const char* run_take_turns(unsigned* counter, unsigned* turns, int64_t blocks, int64_t threads) {
     return emulator::guarded(
         [&] { EMULATOR_LAUNCH(take_turns, unsigned(blocks), unsigned(threads), 0, nullptr, counter, turns); });
-}
-const char* run_operate(const int* values, int64_t parameter, int* results) {
-    return emulator::guarded([&] { EMULATOR_LAUNCH(operate, 1, 32, 0, nullptr, values, int(parameter), results); });
 }
 const char* run_read_beyond(const float* values, float* out, int64_t count) {
     return emulator::guarded([&] { EMULATOR_LAUNCH(read_beyond, 1, 32, 0, nullptr, values, out, int(count)); });

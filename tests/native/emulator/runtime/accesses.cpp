@@ -18,23 +18,21 @@ struct AccessSite {
     bool is_store, is_shared;
 };
 
-// Sites are numbered in the order in which they are first met. `table` maps their hash to the number.
-std::vector<AccessSite> access_sites;
-std::vector<int> table(1024, -1);
-
-size_t slot_of(const AccessSite& access) {
-    const size_t key = reinterpret_cast<size_t>(access.site.file) / 8 + size_t(access.site.line) * 0x9e3779b1u +
-                       access.bytes * 0x85ebca6bu + access.is_store * 0xc2b2ae35u + access.is_shared * 0x27d4eb2fu;
-    size_t slot = (key ^ key >> 15) & (table.size() - 1);
-    while (table[slot] >= 0) {
-        const AccessSite& other = access_sites[size_t(table[slot])];
-        if (other.site.file == access.site.file && other.site.line == access.site.line && other.bytes == access.bytes &&
-            other.is_store == access.is_store && other.is_shared == access.is_shared)
-            break;
-        slot = (slot + 1) & (table.size() - 1);
-    }
-    return slot;
+bool operator==(const AccessSite& a, const AccessSite& b) {
+    return a.site.file == b.site.file && a.site.line == b.site.line && a.bytes == b.bytes && a.is_store == b.is_store &&
+           a.is_shared == b.is_shared;
 }
+
+struct Hash {
+    size_t operator()(const AccessSite& access) const {
+        return reinterpret_cast<size_t>(access.site.file) + size_t(access.site.line) * 64 + access.bytes * 4 +
+               access.is_store * 2 + access.is_shared;
+    }
+};
+
+// Sites are numbered in the order in which they are first met.
+std::vector<AccessSite> access_sites;
+std::unordered_map<AccessSite, int, Hash> numbers;
 
 unsigned count_sectors(const WarpAccess& access) {
     uint64_t sectors[32];
@@ -85,15 +83,9 @@ void count_access(const WarpAccess& access, size_t number) {
 
 int site_number(Site site, size_t bytes, bool is_store, bool is_shared) {
     const AccessSite access{site, unsigned(bytes), is_store, is_shared};
-    size_t slot = slot_of(access);
-    if (table[slot] >= 0) return table[slot];
-    if (access_sites.size() * 2 > table.size()) {
-        table.assign(table.size() * 4, -1);
-        for (size_t i = 0; i < access_sites.size(); ++i) table[slot_of(access_sites[i])] = int(i);
-        slot = slot_of(access);
-    }
-    access_sites.push_back(access);
-    return table[slot] = int(access_sites.size()) - 1;
+    const auto [entry, is_new] = numbers.try_emplace(access, int(access_sites.size()));
+    if (is_new) access_sites.push_back(access);
+    return entry->second;
 }
 
 Site site_of(int number) { return access_sites[size_t(number)].site; }

@@ -7,7 +7,7 @@ namespace emulator {
 
 namespace {
 
-const char* const names[] = {"__syncwarp", "__shfl_sync", "__shfl_xor_sync", "__ballot_sync", "__any_sync"};
+const char* const names[] = {"__syncwarp", "__shfl_sync", "__shfl_xor_sync", "__any_sync"};
 const char* name_of(const WarpCall& call) { return names[static_cast<int>(call.operation)]; }
 
 bool same_call(const WarpCall& a, const WarpCall& b) {
@@ -21,12 +21,11 @@ void for_each_lane(unsigned mask, const Function& function) {
 
 // Sets the lanes' results. Fails if a shuffle reads a lane that does not take part.
 void set_results(Warp& warp, const WarpCall& call, unsigned present) {
-    uint64_t ballot = 0;
-    for_each_lane(present, [&](int lane) { ballot |= (thread_of(warp, lane).call.value & 1) << lane; });
+    bool any = false;
+    for_each_lane(present, [&](int lane) { any = any || thread_of(warp, lane).call.value; });
     for_each_lane(present, [&](int lane) {
         WarpCall& own = thread_of(warp, lane).call;
-        if (call.operation == WarpOperation::ballot) own.result = ballot;
-        if (call.operation == WarpOperation::any) own.result = ballot != 0;
+        if (call.operation == WarpOperation::any) own.result = any;
         if (call.operation != WarpOperation::shuffle && call.operation != WarpOperation::shuffle_xor) return;
         const int source = (call.operation == WarpOperation::shuffle ? own.parameter : lane ^ own.parameter) & 31;
         if (!(present & bit(source)))
