@@ -78,7 +78,7 @@ class Launch:
             sectors += len(touched)
         return 32 * sectors
 
-    def run(self, emulated: Emulated, *, guarded: bool = True) -> dict[str, Any]:
+    def run(self, emulated: Emulated) -> dict[str, Any]:
         """Runs the call, with all inputs and outputs needed and nothing else allowed. Returns the report.
 
         Raises:
@@ -88,11 +88,10 @@ class Launch:
         emulator.last_error()  # resets the error of another test
         emulator.clear()
         emulator.allow_everything()
-        if guarded:
-            for name, tensor in self.inputs.items():
-                emulator.allow(tensor, writable=False, name=name, size=extent(tensor))
-            for name, tensor in {**self.outputs, "counters": counters}.items():
-                emulator.allow(tensor, writable=True, name=name)
+        for name, tensor in self.inputs.items():
+            emulator.allow(tensor, writable=False, name=name, size=extent(tensor))
+        for name, tensor in {**self.outputs, "counters": counters}.items():
+            emulator.allow(tensor, writable=True, name=name)
         for tensor in self.read:
             emulator.needs(tensor, is_store=False)
         for tensor in self.outputs.values():
@@ -100,7 +99,7 @@ class Launch:
 
         def allocate(size: int) -> Tensor:
             workspace = aligned((size,), torch.uint8)
-            if guarded and size:
+            if size:
                 emulator.allow(workspace, writable=True, name="workspace")
             return workspace
 
@@ -124,44 +123,35 @@ def loss_launch(
     activations: list[Tensor],
     *,
     divergence: str = "forward_kl",
-    temperature: float = 4.0,
-    alpha: float = 0.9,
-    l1_weight: float = 1e-4,
-    gradients: bool = True,
     statistics: bool = False,
 ) -> Launch:
-    """The fused loss as in training: with gradients, and of the activations' statistics where they are wanted.
-
-    Without a student it is the activations alone, as `neuron_statistics` asks for them.
-    """
+    """The fused loss as in training, with gradients. Without a student: the activations alone."""
     given = {"student": student, "teacher": teacher, "labels": labels}
     inputs = {name: tensor for name, tensor in given.items() if tensor is not None}
     inputs |= {f"activation {i}": tensor for i, tensor in enumerate(activations)}
     outputs = {"loss": aligned((), torch.float32)}
     if student is not None:
         outputs["terms"] = aligned((4,), torch.float32)
-        if gradients:
-            outputs["logits gradient"] = aligned(tuple(student.shape), student.dtype)
+        outputs["logits gradient"] = aligned(tuple(student.shape), student.dtype)
     layers = []
     for i, activation in enumerate(activations):
-        if gradients:
-            outputs[f"activation gradient {i}"] = aligned(tuple(activation.shape), activation.dtype)
+        outputs[f"activation gradient {i}"] = aligned(tuple(activation.shape), activation.dtype)
         if statistics:
             outputs[f"statistics {i}"] = aligned((5, activation.shape[1]), torch.float64)
-        of = [
-            outputs[name].data_ptr() if name in outputs else 0
-            for name in (f"activation gradient {i}", f"statistics {i}")
-        ]
+        of = (
+            outputs[f"activation gradient {i}"].data_ptr(),
+            outputs[f"statistics {i}"].data_ptr() if statistics else 0,
+        )
         samples, neurons = activation.shape
-        layers.append((_matrix(activation), samples, neurons, float(max(samples, 1)), l1_weight, *of))
+        layers.append((_matrix(activation), samples, neurons, float(max(samples, 1)), 1e-4, *of))
     rows = (student if student is not None else activations[0]).shape[0]
     arguments = (
         rows, 0 if student is None else student.shape[1], _matrix(student), _matrix(teacher),
         0 if labels is None else labels.data_ptr(), layers, activations[0].shape[1] if activations else 0,
-        temperature, alpha, 0.0, -100, DIVERGENCES[divergence], 0.5, 1.0, 8.0, False, False,
-        *(outputs[name].data_ptr() if name in outputs else 0 for name in ("logits gradient",)),
+        4.0, 0.9, 0.0, -100, DIVERGENCES[divergence], 0.5, 1.0, 8.0, False, False,
+        0 if student is None else outputs["logits gradient"].data_ptr(),
         ELEMENT_TYPES[torch.float32], outputs["loss"].data_ptr(),
-        outputs["terms"].data_ptr() if "terms" in outputs else 0,
+        0 if student is None else outputs["terms"].data_ptr(),
     )  # fmt: skip
     parts = {name: list(x) for name, x in inputs.items() if not x.is_contiguous()}
     return Launch(inputs, outputs, arguments, "kd_l1_loss", parts)
@@ -174,43 +164,26 @@ def _runs(indices: list[int]) -> list[tuple[int, int]]:
     return list(zip(starts, ends, strict=True))
 
 
-def compaction_launch(
-    tensors: list[Tensor], keep_rows: Tensor | None, keep_columns: Tensor | None, pruned: Tensor | None = None
-) -> Launch:
-    """The gather of matrices of one shape, and the contribution of the `pruned` columns of the first one."""
+def compaction_launch(tensors: list[Tensor], keep_rows: Tensor | None, keep_columns: Tensor | None) -> Launch:
+    """The gather of matrices of one shape."""
     rows, columns = tensors[0].shape
-    kept = (
-        rows if keep_rows is None else keep_rows.numel(),
-        columns if keep_columns is None else keep_columns.numel(),
-    )
-    inputs = {
-        name: index
-        for name, index in (("keep_rows", keep_rows), ("keep_columns", keep_columns), ("pruned", pruned))
-        if index is not None
-    }
+    kept_rows = list(range(rows)) if keep_rows is None else keep_rows.tolist()
+    kept_columns = list(range(columns)) if keep_columns is None else keep_columns.tolist()
+    kept = len(kept_rows), len(kept_columns)
+    indices = {"keep_rows": keep_rows, "keep_columns": keep_columns}
+    inputs = {name: index for name, index in indices.items() if index is not None}
     inputs |= {f"matrix {i}": tensor for i, tensor in enumerate(tensors)}
     outputs = {f"gathered {i}": aligned(kept, tensor.dtype) for i, tensor in enumerate(tensors)}
-    compensation = (0, 0, 0, 0, 0)
-    if pruned is not None:
-        inputs["means"] = filled(torch.linspace(0.5, 1.5, pruned.numel(), dtype=torch.float64))
-        outputs["shift"] = aligned((kept[0],), torch.float64)
-        addresses = (inputs["means"].data_ptr(), outputs["shift"].data_ptr())
-        compensation = (ELEMENT_TYPES[tensors[0].dtype], pruned.data_ptr(), pruned.numel(), *addresses)
-    kept_rows = range(rows) if keep_rows is None else keep_rows.tolist()
-    runs = _runs(list(range(columns)) if keep_columns is None else keep_columns.tolist())
-    also = [] if pruned is None else _runs(pruned.tolist())
     parts = {
-        f"matrix {i}": [
-            tensor[row, start:end] for row in kept_rows for start, end in (*runs, *(also if i == 0 else ()))
-        ]
+        f"matrix {i}": [tensor[row, start:end] for row in kept_rows for start, end in _runs(kept_columns)]
         for i, tensor in enumerate(tensors)
     }
     blocks = [
         (source.data_ptr(), columns * source.element_size(), source.element_size(), target.data_ptr())
-        for source, target in zip(tensors, outputs.values(), strict=False)
+        for source, target in zip(tensors, outputs.values(), strict=True)
     ]
-    addresses_of = [0 if index is None else index.data_ptr() for index in (keep_rows, keep_columns)]
-    arguments = (blocks, columns, addresses_of[0], kept[0], addresses_of[1], kept[1], compensation)
+    row_address, column_address = (0 if index is None else index.data_ptr() for index in indices.values())
+    arguments = (blocks, columns, row_address, kept[0], column_address, kept[1], (0, 0, 0, 0, 0))
     return Launch(inputs, outputs, arguments, "gather_slices", parts)
 
 

@@ -90,7 +90,7 @@ def build(
     include: Sequence[Path] = (),
     flags: Sequence[str] = (),
     sanitize: bool = False,
-    kind: Literal["library", "executable", "module"] = "library",
+    kind: Literal["library", "module"] = "library",
     name: str = "emulated",
 ) -> Path:
     """Compiles sources together with the emulator's runtime. Returns the built file, at once if nothing has changed.
@@ -101,7 +101,7 @@ def build(
         include: Folders of headers, searched before the emulator's own. A changed header recompiles everything.
         flags: For the sources, after the defaults (`-O1`, which compiles templates fastest).
         sanitize: With AddressSanitizer and UndefinedBehaviorSanitizer; see `sanitizer_environment`.
-        kind: A library for ctypes, an executable (a source has `main`), or a Python module (with pybind11).
+        kind: A library for ctypes, or a Python module (with pybind11).
         name: The name of the result. For a module, that of its PYBIND11_MODULE.
 
     Raises:
@@ -130,8 +130,8 @@ def build(
     # One process compiles; the others wait and use its result.
     with FileLock(folder / "lock"), ThreadPoolExecutor(os.cpu_count()) as pool:
         objects = [str(path) for path in pool.map(compile_object, jobs)]
-    suffix = {"library": ".so", "executable": "", "module": sysconfig.get_config_var("EXT_SUFFIX")}[kind]
-    link = [*(SANITIZE if sanitize else ()), *(() if kind == "executable" else ("-shared", "-Wl,-Bsymbolic"))]
+    suffix = {"library": ".so", "module": sysconfig.get_config_var("EXT_SUFFIX")}[kind]
+    link = [*(SANITIZE if sanitize else ()), "-shared", "-Wl,-Bsymbolic"]
     return _compile(folder / _hash(kind, name, *objects) / f"{name}{suffix}", [compiler(), *link, *objects])
 
 
