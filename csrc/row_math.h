@@ -53,11 +53,18 @@ KDDP_INLINE constexpr GradientForm gradient_form(Divergence divergence) {
 struct RowParams : KdL1Loss {
     bool with_teacher, with_labels, standardize;
     ExpReuse exp_reuse;
-    double value_scale;     // 1 / valid rows
-    double gradient_scale;  // value_scale, times the rows with scaled_gradients
+    double value_scale;     // what a row's terms are multiplied by
+    double gradient_scale;  // the same for the gradient, see scaled_gradients
 };
 
-// The caller sets both scales, once it has counted the valid rows.
+KDDP_INLINE void set_scales(RowParams& params, double valid_rows) {
+    const double divisor = params.normalizer > 0 ? params.normalizer : valid_rows > 0 ? valid_rows : 1;
+    const double multiplier = params.normalizer > 0 ? params.normalizer : double(params.rows);
+    params.value_scale = 1 / divisor;
+    params.gradient_scale = params.scaled_gradients ? multiplier / divisor : params.value_scale;
+}
+
+// The caller sets both scales with set_scales, once it has counted the valid rows.
 static inline RowParams row_params(const KdL1Loss& job) {
     const bool with_teacher = job.teacher.data, with_labels = job.labels;
     return {job, with_teacher, with_labels, with_teacher && job.standardize_logits, choose_exp_reuse(job), 0, 0};
@@ -199,14 +206,16 @@ KDDP_INLINE double decoupled(const RowParams& params, const ChunkSums& row, Targ
     const double binary = kl_term(teacher.first, teacher.log_first, student.log_first) +
                           kl_term(teacher.second, teacher.log_second, student.log_second);
     const double excess = student.first - teacher.first;
-    gradient.first = scale * (params.dkd_non_target_weight - params.dkd_target_weight * excess) / row.student;
-    gradient.second = scale * params.dkd_non_target_weight / row.teacher;
+    // A single other class has the probability 1 among the others on both sides.
+    const bool single = params.classes == 2 && row.student > 0 && row.teacher > 0;
+    const double non_target_weight = single ? 0 : params.dkd_non_target_weight;
+    gradient.first = scale * (non_target_weight - params.dkd_target_weight * excess) / row.student;
+    gradient.second = scale * non_target_weight / row.teacher;
     gradient.label = -scale * params.dkd_target_weight * excess;
     // A part of weight 0 may be infinite, so it is skipped.
     double divergence = 0;
     if (params.dkd_target_weight != 0) divergence += params.dkd_target_weight * not_negative(binary);
-    if (params.dkd_non_target_weight != 0)
-        divergence += params.dkd_non_target_weight * kl_divergence(row.dot, row.teacher, row.student);
+    if (non_target_weight != 0) divergence += non_target_weight * kl_divergence(row.dot, row.teacher, row.student);
     return divergence;
 }
 
@@ -277,20 +286,21 @@ KDDP_INLINE double cross_entropy(const RowParams& params, const ChunkSums& row, 
 // Terms and gradient of a row from its merged sums: the divergence sets the gradient, then the cross entropy adds to
 // it. A term of weight 0 contributes no gradient, even if its own gradient is infinite.
 KDDP_INLINE double finish_divergence(const RowParams& params, const ChunkSums& row, const MixtureSums& mixture,
-                                     Moments student, TargetMargins target, double label_logit, RowGradient& gradient) {
+                                     Moments student, TargetMargins target, double label_logit, double weight,
+                                     RowGradient& gradient) {
     gradient = {};
-    if (!params.with_teacher) return 0;
-    const double scale = params.alpha * params.temperature * params.gradient_scale;
+    if (!params.with_teacher || weight == 0) return 0;
+    const double scale = params.alpha * params.temperature * params.gradient_scale * weight;
     const double divergence = divergence_of_row(params, row, mixture, target, scale, gradient);
     if (params.standardize) through_standardization(params, row, mixture, student, label_logit, gradient);
     if (params.alpha == 0) gradient = {};
-    return divergence * params.temperature * params.temperature * params.value_scale;
+    return divergence * params.temperature * params.temperature * params.value_scale * weight;
 }
 
 KDDP_INLINE double finish_cross_entropy(const RowParams& params, const ChunkSums& row, double label_logit,
-                                        RowGradient& gradient) {
-    if (!params.with_labels) return 0;
-    const double scale = (1 - params.alpha) * params.gradient_scale;
+                                        double weight, RowGradient& gradient) {
+    if (!params.with_labels || weight == 0) return 0;
+    const double scale = (1 - params.alpha) * params.gradient_scale * weight;
     RowGradient of_labels{0, 0, 0, 0, gradient.label, 0};
     const double entropy = cross_entropy(params, row, label_logit, scale, of_labels);
     if (params.alpha != 1) {
@@ -298,7 +308,7 @@ KDDP_INLINE double finish_cross_entropy(const RowParams& params, const ChunkSums
         gradient.constant = of_labels.constant;
         gradient.label = of_labels.label;
     }
-    return params.value_scale * entropy;
+    return params.value_scale * weight * entropy;
 }
 
 // The divergence's part of d loss / d s. Value is a number or a vector; `other` is e^v or w, depending on the form.

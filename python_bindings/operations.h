@@ -38,11 +38,12 @@ using LayerArguments = std::tuple<MatrixArguments, int64_t, int64_t, double, dou
 
 template <class Backend>
 void kd_l1_loss(int64_t rows, int64_t classes, const MatrixArguments& student, const MatrixArguments& teacher,
-                Address labels, const std::vector<LayerArguments>& layer_arguments, int64_t statistics_stride,
-                double temperature, double alpha, double label_smoothing, int64_t ignore_index, int divergence,
-                double jsd_beta, double dkd_target_weight, double dkd_non_target_weight, bool standardize_logits,
-                bool scaled_gradients, Address logits_gradient, int result_type, Address loss, Address terms,
-                const py::function& allocate, const typename Backend::Context& context) {
+                Address labels, Address row_weights, const std::vector<LayerArguments>& layer_arguments,
+                int64_t statistics_stride, double temperature, double alpha, double normalizer, double label_smoothing,
+                int64_t ignore_index, int divergence, double jsd_beta, double dkd_target_weight,
+                double dkd_non_target_weight, bool standardize_logits, bool scaled_gradients, Address logits_gradient,
+                int result_type, Address loss, Address terms, Address row_terms, const py::function& allocate,
+                const typename Backend::Context& context) {
     std::vector<kddp::ActivationLayer> layers;
     layers.reserve(layer_arguments.size());
     for (const auto& [activation, layer_rows, neurons, samples, l1_weight, gradient, statistics] : layer_arguments)
@@ -51,10 +52,11 @@ void kd_l1_loss(int64_t rows, int64_t classes, const MatrixArguments& student, c
     kddp::KdL1Loss job{};
     job.rows = rows, job.classes = classes;
     job.student = matrix(student), job.teacher = matrix(teacher);
-    job.labels = pointer<const int64_t>(labels);
+    job.labels = pointer<const int64_t>(labels), job.row_weights = pointer<const double>(row_weights);
     job.activations = {layers.data(), static_cast<int64_t>(layers.size()), statistics_stride};
     job.temperature = temperature;
     job.alpha = alpha;
+    job.normalizer = normalizer;
     job.label_smoothing = label_smoothing;
     job.ignore_index = ignore_index;
     job.divergence = static_cast<kddp::Divergence>(divergence);
@@ -64,7 +66,7 @@ void kd_l1_loss(int64_t rows, int64_t classes, const MatrixArguments& student, c
     job.scaled_gradients = scaled_gradients;
     job.logits_gradient = pointer<void>(logits_gradient);
     job.result_type = static_cast<kddp::ElementType>(result_type);
-    job.loss = pointer<void>(loss), job.terms = pointer<void>(terms);
+    job.loss = pointer<void>(loss), job.terms = pointer<void>(terms), job.row_terms = pointer<void>(row_terms);
 
     const Backend backend{context};
     const py::object workspace = allocate(backend.workspace(job));

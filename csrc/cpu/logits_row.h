@@ -80,9 +80,9 @@ class LogitsRows {
           kept_(job.classes <= longest_kept_row),
           past_caches_(past_caches) {}
 
-    // Writes the gradient of a row and returns its terms, divided by the number of valid rows.
+    // Writes the gradient of a row and returns its terms, weighted and divided.
     RowTerms operator()(int64_t row, const RowScratch<T>& scratch) const {
-        if (params_.labels && params_.labels[row] == params_.ignore_index) {
+        if (is_ignored(row)) {
             if (params_.logits_gradient)
                 std::memset(gradient(row, 0), 0, params_.classes * size_of(params_.student.type));
             return {};
@@ -97,6 +97,7 @@ class LogitsRows {
             merge_mixture(scratch.mixture, chunks, state);
         }
         const RowTerms terms = finish(row, state);
+        if (params_.row_terms) store_terms(row, terms);
         for (int64_t k = 0; k < chunks && params_.logits_gradient; ++k) write(row, k, state, scratch.sums[k], scratch);
         return terms;
     }
@@ -104,9 +105,29 @@ class LogitsRows {
   private:
     static RowParams params_of(const KdL1Loss& job, int64_t valid_rows) {
         RowParams params = row_params(job);
-        params.value_scale = 1.0 / double(valid_rows > 0 ? valid_rows : 1);
-        params.gradient_scale = params.value_scale * (job.scaled_gradients ? double(job.rows) : 1.0);
+        set_scales(params, double(valid_rows));
         return params;
+    }
+
+    bool is_ignored(int64_t row) const {
+        return (params_.labels && params_.labels[row] == params_.ignore_index) ||
+               (weight_of(row, 0) == 0 && weight_of(row, 1) == 0);
+    }
+
+    // The weight of a row's kd (term 0) or ce (term 1).
+    double weight_of(int64_t row, int term) const {
+        return params_.row_weights ? params_.row_weights[term * params_.rows + row] : 1;
+    }
+
+    void store_terms(int64_t row, const RowTerms& terms) const {
+        for (int term = 0; term < 2; ++term) {
+            const double value = term == 0 ? terms.kd : terms.ce;
+            const int64_t place = term * params_.rows + row;
+            if (params_.result_type == ElementType::float64)
+                static_cast<double*>(params_.row_terms)[place] = value;
+            else
+                static_cast<float*>(params_.row_terms)[place] = float(value);
+        }
     }
 
     bool mixes() const { return params_.with_teacher && params_.divergence == Divergence::jsd; }
@@ -309,9 +330,9 @@ class LogitsRows {
                     (logit(params_.teacher, kernels_.convert_teacher, row, label) - state.sums->teacher_reference) *
                         state.teacher_to_nats};
         }
-        const double kd =
-            finish_divergence(params_, *state.sums, state.mixture, state.student, target, label_logit, state.gradient);
-        const double ce = finish_cross_entropy(params_, *state.sums, label_logit, state.gradient);
+        const double kd = finish_divergence(params_, *state.sums, state.mixture, state.student, target, label_logit,
+                                            weight_of(row, 0), state.gradient);
+        const double ce = finish_cross_entropy(params_, *state.sums, label_logit, weight_of(row, 1), state.gradient);
         const bool highest = label >= 0 && label_logit >= state.sums->highest;
         return {kd, ce, double(highest && !appears_before(row, label, T(label_logit)))};
     }

@@ -102,8 +102,11 @@ class RunningMoments {
     void add(const T* values, Chunk chunk) {
         if (count_ == 0) mean_ = double(values[chunk.head]);
         const double count = double(chunk.count), total = count_ + count;
-        const double mean = mean_ + deviations(values, chunk, mean_, 1) / count, delta = mean - mean_;
-        squares_ += deviations(values, chunk, mean, 2) + delta * delta * count_ * count / total;
+        // Deviations are taken from a number of type T, which may be far from a mean in double.
+        const double origin = double(T(mean_)), mean = origin + deviations(values, chunk, origin, 1) / count;
+        const double center = double(T(mean)), offset = mean - center, delta = mean - mean_;
+        const double squares = deviations(values, chunk, center, 2) - (offset != 0 ? offset * offset * count : 0);
+        squares_ += (squares < 0 ? 0 : squares) + delta * delta * count_ * count / total;
         mean_ += delta * count / total;
         count_ = total;
     }

@@ -38,7 +38,7 @@ __global__ void __launch_bounds__(max_threads<typename Types::T, lanes, cached>,
     count_labels<teams>(launch, labels);
     if (Team<lanes>::rank() == 0) {
         TeamRecord& record = records.data[Team<lanes>::number()];
-        record.terms = {0, 0, 0}, record.inverse_rows = 0;
+        record.terms = {0, 0, 0}, record.value_scale = 0;
     }
     if (launch.student.data) {
         const TeamScratch<T> scratch{maxima, sums, records.data};

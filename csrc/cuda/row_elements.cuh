@@ -152,10 +152,16 @@ KDDP_DEVICE T gradient_of(const LossLaunch& launch, const GradientScale<T>& scal
 // What the label says about its row. `absent`: there is no such row.
 enum class RowKind : int { absent, computed, ignored, invalid_label };
 
+// The weight of a row's kd (term 0) or ce (term 1).
+KDDP_DEVICE double weight_of(const LossLaunch& launch, int64_t row, int term) {
+    return launch.row_weights ? load_global(launch.row_weights + term * launch.rows + row) : 1;
+}
+
 // `cached`: the label in shared memory, or null.
 KDDP_DEVICE RowKind kind_of(const LossLaunch& launch, int64_t row, const int64_t* cached, int64_t& label) {
     label = -1;
     if (row >= launch.rows) return RowKind::absent;
+    if (launch.row_weights && weight_of(launch, row, 0) == 0 && weight_of(launch, row, 1) == 0) return RowKind::ignored;
     if (!launch.labels) return RowKind::computed;
     label = cached ? SharedArray<const int64_t>{cached}.load(0) : load_global(launch.labels + row);
     if (label == launch.ignore_index) return RowKind::ignored;

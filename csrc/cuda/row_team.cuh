@@ -14,7 +14,7 @@ struct alignas(16) TeamRecord {  // two doubles per access
     MixtureSums mixture;
     Moments student;
     TargetMargins target;
-    double label_logit, inverse_rows;
+    double label_logit, value_scale, gradient_scale;
     RowGradient gradient;
     RowTerms terms;  // of all rows so far
     LogitScale<double> scale;
@@ -24,14 +24,23 @@ struct alignas(16) TeamRecord {  // two doubles per access
     bool sliced, counts;  // its references differ from the row's; it adds to the terms
 };
 
+// Stores a row's kd (term 0) or ce (term 1).
+KDDP_DEVICE void store_term(const LossLaunch& launch, int64_t row, int term, double value) {
+    if (!launch.row_terms) return;
+    const int64_t place = term * launch.rows + row;
+    if (launch.result_type == ElementType::float64)
+        store_global(static_cast<double*>(launch.row_terms) + place, value);
+    else
+        store_global(static_cast<float*>(launch.row_terms) + place, float(value));
+}
+
 template <GradientForm form>
 KDDP_DEVICE RowParams params_of_row(const LossLaunch& launch, const TeamRecord& record) {
     RowParams params = launch;
     const bool is_jsd = params.divergence == Divergence::jsd, is_dkd = params.divergence == Divergence::dkd;
     params.divergence = form == GradientForm::weighted ? (is_jsd ? Divergence::jsd : Divergence::reverse_kl)
                                                        : (is_dkd ? Divergence::dkd : Divergence::forward_kl);
-    params.value_scale = record.inverse_rows;
-    params.gradient_scale = launch.scaled_gradients ? record.inverse_rows * double(launch.rows) : record.inverse_rows;
+    params.value_scale = record.value_scale, params.gradient_scale = record.gradient_scale;
     return params;
 }
 
@@ -39,14 +48,23 @@ KDDP_DEVICE RowParams params_of_row(const LossLaunch& launch, const TeamRecord& 
 // registers between the steps.
 template <GradientForm form>
 KDDP_DEVICE void finish_record(const LossLaunch& launch, TeamRecord& record) {
-    if (record.inverse_rows == 0) record.inverse_rows = 1 / valid_rows(launch);
-    const double kd = finish_divergence(params_of_row<form>(opaque(launch), record), record.sums, record.mixture,
-                                        record.student, record.target, record.label_logit, record.gradient);
-    if (record.counts) record.terms.kd += kd;
+    if (record.value_scale == 0) {
+        RowParams params = launch;
+        set_scales(params, params.normalizer > 0 ? 0 : valid_rows(launch));
+        record.value_scale = params.value_scale, record.gradient_scale = params.gradient_scale;
+    }
+    compiler_barrier();
+    const double kd =
+        finish_divergence(params_of_row<form>(opaque(launch), record), record.sums, record.mixture, record.student,
+                          record.target, record.label_logit, weight_of(launch, record.row, 0), record.gradient);
+    if (record.counts) record.terms.kd += kd, store_term(opaque(launch), record.row, 0, kd);
     compiler_barrier();
     const double ce = finish_cross_entropy(params_of_row<form>(opaque(launch), record), record.sums, record.label_logit,
-                                           record.gradient);
-    if (record.counts) record.terms.ce += ce, record.terms.correct += record.outranked ? 0 : 1;
+                                           weight_of(launch, record.row, 1), record.gradient);
+    if (record.counts) {
+        record.terms.ce += ce, record.terms.correct += record.outranked ? 0 : 1;
+        store_term(opaque(launch), record.row, 1, ce);
+    }
     compiler_barrier();
     if (!record.sliced) return;
     ChunkSums slice{};
@@ -237,7 +255,10 @@ class TeamRows {
         if (launch_.logits_gradient)
             Part(launch_, scratch_, {nullptr}, 0)
                 .write_constant(value, gradient_row(row, 0), static_cast<int>(launch_.classes));
-        if (Part::rank() == 0) own_record().terms.kd += double(value), own_record().terms.ce += double(value);
+        if (Part::rank() != 0) return;
+        own_record().terms.kd += double(value), own_record().terms.ce += double(value);
+        if (kind == RowKind::invalid_label)
+            store_term(launch_, row, 0, double(value)), store_term(launch_, row, 1, double(value));
     }
 
     const LossLaunch& launch_;

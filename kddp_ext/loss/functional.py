@@ -168,7 +168,7 @@ def compute_loss(
     scalars = settings.scalars(len(matrices))
     if tracked is not None:
         check_tracked(tracked, scalars[3:], student_logits)
-    arguments: Any = (logits, targets, labels, [matrix.values for matrix in matrices])
+    arguments: Any = (logits, targets, labels, None, [matrix.values for matrix in matrices])
     arguments += (scalars, [matrix.samples for matrix in matrices], settings.constants())
     if native and ops.native_derivatives():
         loss, terms, rows, sums = ops.kd_l1_loss(*arguments, statistics=tracked is not None)

@@ -18,23 +18,24 @@ from kddp_ext.ops import reference
 from kddp_ext.ops.library import ELEMENT_TYPES, is_native, library, native, scales_natively, workspace_on
 from kddp_ext.ops.scale_gradients import is_batched, scale_gradients
 
-# `scalars` holds temperature, alpha and one L1 weight for each activation. A schedule may change them at every step,
-# and as values of a tensor they cost no new compilation. From `label_smoothing` to `standardize_logits` the order is
-# that of `LossSettings.constants`.
+# `scalars` holds temperature, alpha, the normalizer and one L1 weight for each activation. A schedule may change them at
+# every step, and as values of a tensor they cost no new compilation. From `label_smoothing` to `by_row` the order is that
+# of `LossSettings.constants`.
 library.define(
-    "kd_l1_loss(Tensor student_logits, Tensor? teacher_logits, Tensor? labels, Tensor[] activations, "
-    "Tensor scalars, SymInt[] samples, "
+    "kd_l1_loss(Tensor student_logits, Tensor? teacher_logits, Tensor? labels, Tensor? row_weights, "
+    "Tensor[] activations, Tensor scalars, SymInt[] samples, "
     "float label_smoothing, int ignore_index, int divergence, float jsd_beta, "
-    "float dkd_target_weight, float dkd_non_target_weight, bool standardize_logits, "
+    "float dkd_target_weight, float dkd_non_target_weight, bool standardize_logits, bool by_row, "
     "bool logits_gradient, bool activation_gradients, bool scaled_gradients, bool statistics) "
-    "-> (Tensor loss, Tensor terms, Tensor statistics, Tensor logits_gradient, Tensor[] activation_gradients)"
+    "-> (Tensor loss, Tensor terms, Tensor row_terms, Tensor statistics, "
+    "Tensor logits_gradient, Tensor[] activation_gradients)"
 )
 library.define("neuron_statistics(Tensor activation) -> Tensor")
 
-LossOutputs = tuple[Tensor, Tensor, Tensor, Tensor, list[Tensor]]
+LossOutputs = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, list[Tensor]]
 _STATISTICS_ROWS = 5
 _ABSENT = (0, 0, 0)
-_NEUTRAL_SETTINGS = (1.0, 0.0, 0.0, 0, 0, 0.5, 1.0, 8.0, False)  # for the statistics, which need no loss
+_NEUTRAL_SETTINGS = (1.0, 0.0, 0.0, 0.0, 0, 0, 0.5, 1.0, 8.0, False)  # for the statistics, which need no loss
 _PLAIN_TYPES = (Tensor, torch.nn.Parameter)
 
 
@@ -60,27 +61,30 @@ def kd_l1_loss(
     student_logits: Tensor,
     teacher_logits: Tensor | None,
     labels: Tensor | None,
+    row_weights: Tensor | None,
     activations: Sequence[Tensor],
     scalars: Sequence[Any],
     samples: Sequence[int],
     constants: tuple[Any, ...],
     *,
     statistics: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """The loss, its four terms, and (5, columns) statistics of the activations (empty without `statistics`).
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The loss, its four terms, its terms by row and (5, columns) statistics of the activations.
 
-    Only the loss is differentiable. `native_derivatives` says when this function must not be used.
+    The last two are empty unless they are wanted. Only the loss is differentiable. `native_derivatives` says when this
+    function must not be used.
 
     Args:
-        student_logits, teacher_logits, labels: as of `fused_kd_l1_loss`, already checked.
+        student_logits, teacher_logits, labels: (N, C), (N, C) and (N,), already checked.
+        row_weights: (2, N) float64, factors of each row's kd and ce; a row with two factors of 0 is ignored.
         activations: one matrix for each layer.
-        scalars: temperature, alpha, and the weight of each matrix; 0-dim tensors only under a compiler.
-        samples: the number that the sum of each matrix is divided by.
+        scalars: temperature, alpha, normalizer, and the weight of each matrix; 0-dim tensors only under a compiler.
+        samples: the number of samples in each matrix.
         constants: `LossSettings.constants()`.
         statistics: whether to compute the statistics.
     """
     grad_enabled = torch.is_grad_enabled()
-    penalised = any(isinstance(weight, Tensor) or weight != 0 for weight in scalars[2:])
+    penalised = any(isinstance(weight, Tensor) or weight != 0 for weight in scalars[3:])
     wanted = _Wanted(
         logits_gradient=grad_enabled and student_logits.requires_grad,
         activation_gradients=grad_enabled and penalised and any(a.requires_grad for a in activations),
@@ -88,28 +92,27 @@ def kd_l1_loss(
         scaled_gradients=student_logits.dtype == torch.float16 or torch.float16 in [a.dtype for a in activations],
         statistics=statistics,
     )
+    tensors = (student_logits, teacher_logits, labels, row_weights)
     if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack():
-        loss, terms, sums, *_ = kd_l1_loss_operator(
-            *(student_logits, teacher_logits, labels, list(activations), _as_tensor(scalars), samples),
-            *(*constants, *wanted),
+        loss, terms, rows, sums, *_ = kd_l1_loss_operator(
+            *tensors, list(activations), _as_tensor(scalars), samples, *constants, *wanted
         )
-        return loss, terms, sums
-    inputs = (student_logits, teacher_logits, labels, *activations)
+        return loss, terms, rows, sums
+    inputs = (*tensors, *activations)
     if _nothing_intercepts() and all(map(_is_plain, inputs)):
         # PyTorch's dispatcher would take 15 to 25% of the time of a small batch (128 × 10 logits, 128 × 1024
         # activations).
-        outputs = _compute(student_logits, teacher_logits, labels, activations, scalars, samples, constants, wanted)
+        outputs = _compute(*tensors, activations, scalars, samples, constants, wanted)
     else:
         with torch.no_grad():
             outputs = kd_l1_loss_operator(
-                *(student_logits, teacher_logits, labels, list(activations), _as_tensor(scalars), samples),
-                *(*constants, *wanted),
+                *tensors, list(activations), _as_tensor(scalars), samples, *constants, *wanted
             )
-    loss, terms, sums, logits_gradient, activation_gradients = outputs
+    loss, terms, rows, sums, logits_gradient, activation_gradients = outputs
     if wanted.logits_gradient or wanted.activation_gradients:
         gradients = [*[logits_gradient][: wanted.logits_gradient], *activation_gradients]
         loss = _attach(loss, gradients, _Call(scalars, samples, constants, wanted), *inputs)
-    return loss, terms, sums
+    return loss, terms, rows, sums
 
 
 def native_derivatives() -> bool:
@@ -145,59 +148,77 @@ def _kd_l1_loss(
     student_logits: Tensor,
     teacher_logits: Tensor | None,
     labels: Tensor | None,
+    row_weights: Tensor | None,
     activations: Sequence[Tensor],
     scalars: Tensor,
     samples: Sequence[int],
     *arguments: Any,
 ) -> LossOutputs:
     values = scalars.tolist()
-    temperature, alpha, *l1_weights = values
-    if not (0 < temperature < math.inf and 0 <= alpha <= 1 and all(0 <= weight < math.inf for weight in l1_weights)):
+    temperature, alpha, normalizer, *l1_weights = values
+    finite = all(0 <= value < math.inf for value in (temperature, normalizer, *l1_weights))
+    if not (finite and temperature > 0 and 0 <= alpha <= 1):
         raise ValueError(
-            "temperature, alpha, l1_weight: expected a finite number above 0, a number from 0 to 1, and finite numbers "
-            f"of at least 0, got {temperature}, {alpha}, {l1_weights}"
+            "temperature, alpha, normalizer, l1_weight: expected a finite number above 0, a number from 0 to 1, and "
+            f"finite numbers of at least 0, got {temperature}, {alpha}, {normalizer}, {l1_weights}"
         )
-    wanted = _Wanted(*arguments[-4:])
-    return _compute(student_logits, teacher_logits, labels, activations, values, samples, arguments[:-4], wanted)
+    constants, wanted = arguments[:-4], _Wanted(*arguments[-4:])
+    return _compute(
+        student_logits, teacher_logits, labels, row_weights, activations, values, samples, constants, wanted
+    )
 
 
 def _compute(
     student_logits: Tensor,
     teacher_logits: Tensor | None,
     labels: Tensor | None,
+    row_weights: Tensor | None,
     activations: Sequence[Tensor],
     scalars: Sequence[float],
     samples: Sequence[int],
     constants: tuple[Any, ...],
     wanted: _Wanted,
 ) -> LossOutputs:
-    outputs = _loss_outputs(student_logits, teacher_logits, labels, activations, scalars, samples, *constants, *wanted)
-    loss, terms, statistics, logits_gradient, activation_gradients = outputs
+    outputs = _loss_outputs(
+        *(student_logits, teacher_logits, labels, row_weights, activations, scalars, samples, *constants, *wanted)
+    )
+    loss, terms, rows, statistics, logits_gradient, activation_gradients = outputs
     # These names keep copies alive while the kernel uses their addresses.
     student = _readable(student_logits)
     teacher = None if teacher_logits is None else _readable(teacher_logits)
     labels = None if labels is None else labels.contiguous()
+    row_weights = None if row_weights is None else row_weights.contiguous()
     readable = [_readable(activation) for activation in activations]
-    temperature, alpha, *l1_weights = scalars
+    temperature, alpha, normalizer, *l1_weights = scalars
+    divisors = [float(reference.penalty_divisor(count, len(student), normalizer)) for count in samples]
+    *settings, by_row = constants
+    total = loss.new_empty(()) if by_row else loss
     module, place = native(student)
     module.kd_l1_loss(
         *student.shape,
         _matrix(student),
         _ABSENT if teacher is None else _matrix(teacher),
         0 if labels is None else labels.data_ptr(),
-        _layers(readable, l1_weights, samples, activation_gradients, statistics if wanted.statistics else None),
+        0 if row_weights is None else row_weights.data_ptr(),
+        _layers(readable, l1_weights, divisors, activation_gradients, statistics if wanted.statistics else None),
         statistics.shape[-1],
         temperature,
         alpha,
-        *constants,
+        normalizer,
+        *settings,
         wanted.scaled_gradients,
         logits_gradient.data_ptr() if wanted.logits_gradient else 0,
         ELEMENT_TYPES[loss.dtype],
-        loss.data_ptr(),
+        total.data_ptr(),
         terms.data_ptr(),
+        rows.data_ptr() if by_row else 0,
         workspace_on(student.device),
         place,
     )
+    if by_row:
+        kd, ce = rows
+        # A term of weight 0 is left out, because it may be infinite.
+        loss.copy_(ce if alpha == 0 else kd if alpha == 1 else alpha * kd + (1 - alpha) * ce)
     return outputs
 
 
@@ -205,18 +226,20 @@ def _loss_outputs(
     student_logits: Tensor,
     teacher_logits: Tensor | None,
     _labels: Tensor | None,
+    _row_weights: Tensor | None,
     activations: Sequence[Tensor],
     *arguments: Any,
 ) -> LossOutputs:
     """The outputs of the operator for its arguments, not filled yet. Optional outputs that are not wanted are empty."""
-    with_logits_gradient, with_activation_gradients, _, with_statistics = arguments[-4:]
+    by_row, with_logits_gradient, with_activation_gradients, _, with_statistics = arguments[-5:]
     inputs = (student_logits, teacher_logits, *activations)
     is_double = any(tensor is not None and tensor.dtype == torch.float64 for tensor in inputs)
-    dtype, device = torch.float64 if is_double else torch.float32, student_logits.device
+    dtype, device, rows = torch.float64 if is_double else torch.float32, student_logits.device, student_logits.shape[0]
     columns = sum([activation.shape[1] for activation in activations])
     return (
-        torch.empty((), dtype=dtype, device=device),
+        torch.empty((rows,) if by_row else (), dtype=dtype, device=device),
         torch.empty(4, dtype=dtype, device=device),
+        torch.zeros((2, rows) if by_row else (0,), dtype=dtype, device=device),  # ignored rows stay 0
         torch.empty((_STATISTICS_ROWS, columns) if with_statistics else (0,), dtype=torch.float64, device=device),
         _gradient_of(student_logits) if with_logits_gradient else student_logits.new_empty(0),
         [_gradient_of(activation) for activation in activations] if with_activation_gradients else [],
@@ -242,7 +265,7 @@ _Layer = tuple[tuple[int, int, int], int, int, float, float, int, int]
 def _layers(
     activations: Sequence[Tensor],
     l1_weights: Sequence[float],
-    samples: Sequence[int],
+    divisors: Sequence[float],
     gradients: Sequence[Tensor],
     statistics: Tensor | None,
 ) -> list[_Layer]:
@@ -253,8 +276,7 @@ def _layers(
         rows, neurons = activation.shape
         gradient = gradients[index].data_ptr() if gradients else 0
         block = 0 if statistics is None else statistics.data_ptr() + column * statistics.element_size()
-        divisor = float(max(samples[index], 1))
-        layers.append((_matrix(activation), rows, neurons, divisor, l1_weights[index], gradient, block))
+        layers.append((_matrix(activation), rows, neurons, divisors[index], l1_weights[index], gradient, block))
         column += neurons
     return layers
 
@@ -295,7 +317,7 @@ class _LossNode(torch.autograd.Function):
         owned = not (ctx.packed or torch._C._autograd._get_current_graph_task_keep_graph())
         if owned:
             ctx.gradients = None
-        return (None, None, None, *_by_input(ctx.call, _scaled(ctx.call, gradients, grad_loss, owned), inputs - 3))
+        return (None, None, None, *_by_input(ctx.call, _scaled(ctx.call, gradients, grad_loss, owned), inputs - 4))
 
 
 # Function.apply would inspect the forward's signature for torch.func's transforms, none of which is active here.
@@ -304,38 +326,38 @@ _attach: Any = super(torch.autograd.Function, _LossNode).apply
 
 def _set_up(ctx: Any, inputs: tuple[Any, ...], output: LossOutputs) -> None:
     """The operator's own node, for compilers and dispatch modes."""
-    student_logits, teacher_logits, labels, activations, scalars, samples, *arguments = inputs
-    _, terms, statistics, logits_gradient, activation_gradients = output
+    *tensors, activations, scalars, samples = inputs[:7]
+    arguments = inputs[7:]
+    _, terms, rows, statistics, logits_gradient, activation_gradients = output
     wanted = _Wanted(*arguments[-4:])
     ctx.call = _Call(scalars, samples, tuple(arguments[:-4]), wanted)
     ctx.layers = len(activations)
-    ctx.mark_non_differentiable(terms, statistics, logits_gradient, *activation_gradients)
+    ctx.mark_non_differentiable(terms, rows, statistics, logits_gradient, *activation_gradients)
     gradients = [*[logits_gradient][: wanted.logits_gradient], *activation_gradients]
-    ctx.save_for_backward(scalars, student_logits, teacher_logits, labels, *activations, *gradients)
+    ctx.save_for_backward(scalars, *tensors, *activations, *gradients)
 
 
 def _backward(ctx: Any, grad_loss: Tensor, *_: Any) -> tuple[Any, ...]:
     scalars, *saved = ctx.saved_tensors
     ctx.call = ctx.call._replace(scalars=scalars)
-    inputs, gradients = saved[: 3 + ctx.layers], saved[3 + ctx.layers :]
+    inputs, gradients = saved[: 4 + ctx.layers], saved[4 + ctx.layers :]
     if torch.is_grad_enabled() and not torch.compiler.is_compiling():
         by_input = _differentiable_gradients(ctx, grad_loss, inputs)
     else:
         by_input = _by_input(ctx.call, _scaled(ctx.call, gradients, grad_loss, owned=False), ctx.layers)
-    student, teacher, labels, *activations = by_input
+    *of_tensors, activations = (*by_input[:4], list(by_input[4:]))
     of_samples: list[Tensor] | None = None if ctx.call.samples else []  # torch takes an empty list for one of tensors
     others = (None,) * (len(ctx.call.constants) + len(ctx.call.wanted))
-    return (student, teacher, labels, activations, None, of_samples, *others)
+    return (*of_tensors, activations, None, of_samples, *others)
 
 
 def _scaled(call: _Call, gradients: Sequence[Tensor], grad_loss: Tensor, owned: bool) -> Sequence[Tensor]:
     """The gradients times `grad_loss`; overwritten if they are `owned`, and new tensors otherwise."""
-    factors: list[Any] | None = None
-    if call.wanted.scaled_gradients:
-        factors = [1 / max(gradients[0].shape[0], 1)] * call.wanted.logits_gradient
-        if call.wanted.activation_gradients:
-            factors += [call.scalars[2 + layer] / max(samples, 1) for layer, samples in enumerate(call.samples)]
-    owned = owned and not is_batched(grad_loss)
+    owned = owned and not is_batched(grad_loss)  # is_grads_batched gives many values
+    if call.constants[-1]:  # by row, of logits alone
+        by_row = grad_loss[..., None].to(gradients[0].dtype)
+        return [gradients[0].mul_(by_row) if owned else gradients[0] * by_row]
+    factors = _factors(call, len(gradients[0])) if call.wanted.scaled_gradients else None
     # The usual `loss.backward()` scales by 1. On the CPU the value can be read, which saves a pass over memory.
     readable = owned and factors is None and grad_loss.is_cpu and not scales_natively(grad_loss.device)
     if readable and grad_loss.item() == 1:
@@ -343,11 +365,28 @@ def _scaled(call: _Call, gradients: Sequence[Tensor], grad_loss: Tensor, owned: 
     return scale_gradients(gradients, grad_loss, factors, in_place=owned)
 
 
+def _factors(call: _Call, rows: int) -> list[Any]:
+    """What the kernel has left out of each gradient, see `scaled_gradients` in csrc/include/kddp/kd_l1_loss.h."""
+    _, _, normalizer, *l1_weights = call.scalars
+    divisor: Any = max(rows, 1)
+    if isinstance(normalizer, Tensor):  # under a compiler; 0 in it stands for the rows
+        divisor = torch.where(normalizer == 0, torch.full_like(normalizer, max(rows, 1)), normalizer)
+    elif normalizer != 0:
+        divisor = normalizer
+    factors = [1 / divisor] * call.wanted.logits_gradient
+    if call.wanted.activation_gradients:
+        factors += [
+            weight / (divisor * max(count, 1) / max(rows, 1))
+            for weight, count in zip(l1_weights, call.samples, strict=True)
+        ]
+    return factors
+
+
 def _by_input(call: _Call, gradients: Sequence[Tensor], layers: int) -> tuple[Tensor | None, ...]:
-    """The gradients of the student's logits, the teacher's, the labels and each activation."""
+    """The gradients of each input, in the order of `kd_l1_loss`."""
     student = gradients[0] if call.wanted.logits_gradient else None
     activations = gradients[len(gradients) - layers :] if call.wanted.activation_gradients else (None,) * layers
-    return (student, None, None, *activations)
+    return (student, None, None, None, *activations)
 
 
 def _differentiable_gradients(ctx: Any, grad_loss: Tensor, inputs: Sequence[Any]) -> tuple[Tensor | None, ...]:
@@ -356,9 +395,9 @@ def _differentiable_gradients(ctx: Any, grad_loss: Tensor, inputs: Sequence[Any]
     with torch.enable_grad():
         # An activation is usually an ancestor of the logits. Views let each input have its own partial derivative.
         views: list[Any] = [x if x is None else x.view_as(x) for x in inputs]
-        student, teacher, labels, *activations = views
-        loss, _ = reference.kd_l1_loss(
-            student, teacher, labels, activations, call.scalars, call.samples, *call.constants
+        student, teacher, labels, row_weights, *activations = views
+        loss, *_ = reference.kd_l1_loss(
+            *(student, teacher, labels, row_weights, activations), call.scalars, call.samples, *call.constants
         )
         wanted = [x for x in views if x is not None and x.requires_grad]
         found = iter(torch.autograd.grad(loss, wanted, grad_loss, create_graph=True, allow_unused=True))
@@ -387,13 +426,13 @@ def _neuron_statistics(activation: Tensor) -> Tensor:
     readable = _readable(activation)
     statistics = _neuron_statistics_output(activation)
     loss = statistics.new_empty(1)  # the kernel needs an output for the loss; it is unused
-    layers = _layers([readable], [0.0], [1], [], statistics)
+    layers = _layers([readable], [0.0], [1.0], [], statistics)
     rows, neurons = activation.shape
     module, place = native(activation)
     module.kd_l1_loss(
-        *(rows, 0, _ABSENT, _ABSENT, 0, layers, neurons),
+        *(rows, 0, _ABSENT, _ABSENT, 0, 0, layers, neurons),
         *_NEUTRAL_SETTINGS,
-        *(False, 0, ELEMENT_TYPES[loss.dtype], loss.data_ptr(), 0),
+        *(False, 0, ELEMENT_TYPES[loss.dtype], loss.data_ptr(), 0, 0),
         *(workspace_on(activation.device), place),
     )
     return statistics

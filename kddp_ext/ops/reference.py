@@ -19,6 +19,7 @@ def kd_l1_loss(
     student_logits: Tensor,
     teacher_logits: Tensor | None,
     labels: Tensor | None,
+    row_weights: Tensor | None,
     activations: Sequence[Tensor],
     scalars: Sequence[float | Tensor] | Tensor,
     samples: Sequence[int],
@@ -47,6 +48,9 @@ def kd_l1_loss(
     valid = torch.ones(student.shape[0], dtype=torch.bool, device=student.device)
     if labels is not None:
         valid = labels != ignore_index
+    count = valid.sum().clamp(min=1)
+    if row_weights is not None:
+        valid = valid & (row_weights != 0).any(0)
     student = torch.where(valid[:, None], student, 0)  # an ignored row has no effect, whatever it contains
 
     kd = ce = student.new_zeros(student.shape[0])
@@ -66,11 +70,13 @@ def kd_l1_loss(
         kd = temperature**2 * torch.where(valid, kd, 0)
     if labels is not None:
         options: Any = {"ignore_index": ignore_index, "label_smoothing": label_smoothing, "reduction": "none"}
-        ce = F.cross_entropy(student, labels, **options)
+        ce = F.cross_entropy(student, torch.where(valid, labels, ignore_index), **options)
         correct = ((student.detach().argmax(1) == labels) & valid).sum().to(dtype)
+    if row_weights is not None:
+        kd, ce = torch.where(row_weights == 0, 0, row_weights * torch.stack([kd, ce])).to(dtype)
     rows = torch.stack([kd, ce]).detach()
     if not by_row:
-        divisor = normalizer if _is_given(normalizer) else valid.sum().clamp(min=1)
+        divisor = normalizer if _is_given(normalizer) else count
         kd, ce = kd.sum() / divisor, ce.sum() / divisor
     # A term of weight 0 is left out, because an infinite one would turn the sum into NaN.
     loss = torch.zeros_like(kd)
@@ -79,8 +85,8 @@ def kd_l1_loss(
     if isinstance(alpha, Tensor) or alpha != 1:
         loss = loss + (1 - alpha) * ce
     l1 = student.new_zeros(())
-    for activation, weight, count in zip(activations, l1_weights, samples, strict=True):
-        penalty = activation.to(dtype).abs().sum() / penalty_divisor(count, student.shape[0], normalizer)
+    for activation, weight, of_layer in zip(activations, l1_weights, samples, strict=True):
+        penalty = activation.to(dtype).abs().sum() / penalty_divisor(of_layer, student.shape[0], normalizer)
         l1 = l1 + penalty
         if isinstance(weight, Tensor) or weight != 0:
             loss = loss + weight * penalty

@@ -2,8 +2,9 @@
 //
 //   loss = alpha * kd + (1 - alpha) * ce + sum over layers of l1_weight * l1
 //
-// kd = T^2 * divergence(softmax(teacher/T), softmax(student/T)) and ce are means over the rows whose label is not
-// ignore_index; l1 is sum |a| divided by the layer's samples. A term of weight 0 is left out.
+// kd = T^2 * divergence(softmax(teacher/T), softmax(student/T)) and ce are sums over the rows whose label is not
+// ignore_index, divided by their number or by `normalizer`; l1 is sum |a| divided by the layer's samples. A term of
+// weight 0 is left out.
 #pragma once
 
 #include "kddp/types.h"
@@ -43,9 +44,12 @@ struct KdL1Loss {
     Matrix student;         // absent: activations only
     Matrix teacher;         // absent: kd is 0
     const int64_t* labels;  // (rows); absent: ce is 0
+    // (2, rows): factors of each row's kd and ce. A row with two factors of 0 is ignored. Absent: all are 1.
+    const double* row_weights;
     ActivationL1 activations;
     double temperature;
     double alpha;
+    double normalizer;  // what kd and ce are divided by; 0: the number of rows whose label is not ignore_index
     double label_smoothing;
     int64_t ignore_index;
     Divergence divergence;
@@ -53,12 +57,14 @@ struct KdL1Loss {
     double dkd_target_weight, dkd_non_target_weight;
     bool standardize_logits;  // kd is computed on (x - mean) / (std + 1e-7) of each row, for both sides
     // float16 cannot represent gradients divided by the batch size. If set, the logits' gradient is multiplied by
-    // `rows` and the activations' gradient is sign(a); the backward divides when it multiplies by grad_output.
+    // `normalizer`, or by `rows` without one, and the activations' gradient is sign(a); the backward divides when it
+    // multiplies by grad_output.
     bool scaled_gradients;
     void* logits_gradient;    // (rows, classes) contiguous, the student's type; absent: not computed
     ElementType result_type;  // float32 or float64
     void* loss;
     void* terms;      // kd, ce, l1, correct; absent: not computed
+    void* row_terms;  // (2, rows): each row's part of kd and ce, not written for ignored rows; absent: not computed
     void* workspace;  // kd_l1_loss_workspace bytes, aligned to 64
     int threads;
 };
