@@ -16,11 +16,12 @@ from kddp_ext.activations.statistics import NeuronStatistics, TrackedActivations
 from kddp_ext.pruning.compaction import (
     CompactionPlan,
     Removal,
+    assign,
     checked_copies,
     plan_compaction,
     require_sliceable_optimizer,
 )
-from kddp_ext.pruning.distributed import Ranks, agree, apply_on_all, gather, require_rewrappable, rewrap, wrappers_of
+from kddp_ext.pruning.distributed import Ranks, agree, gather, require_rewrappable, rewrap, wrappers_of
 from kddp_ext.pruning.history import PruningHistory
 from kddp_ext.pruning.hooks import ActivationHooks
 from kddp_ext.pruning.reconstruction import reconstruct
@@ -299,17 +300,19 @@ class DynamicPruner:
         ranks, wrappers = self._ranks("prune")
         observe = partial(state.observe, self.model, caller="prune")
         observations = gather(ranks, observe, model=self.model, settings=self.settings, steps=state.steps)
-        compaction, after, report = agree(ranks, partial(self._plan, observations, state, wrappers))
+        compaction, report = agree(ranks, partial(self._plan, observations, state, wrappers))
         refresh = [partial(rewrap, wrapper) for wrapper in wrappers if report.neurons_pruned]
-        apply_on_all(
-            ranks, lambda confirm: compaction.apply([(self, "_state", after)], refresh=refresh, confirm=confirm)
-        )
+        try:
+            ranks.all_or_raise(partial(compaction.apply, refresh))
+        except BaseException:
+            compaction.undo()
+            raise
         hooks.clear()
         return report
 
     def _plan(
         self, observations: Sequence[LayerObservation], state: PrunerState, wrappers: Sequence[DistributedDataParallel]
-    ) -> tuple[tuple[LayerDecision, ...], tuple[CompactionPlan, PrunerState, PruneReport]]:
+    ) -> tuple[tuple[LayerDecision, ...], tuple[CompactionPlan, PruneReport]]:
         """Select the neurons and prepare their removal; nothing is changed."""
         size = ModelSize(self.model, state.groups, self._positions)
         decisions = decide(observations, self.settings, size)
@@ -320,7 +323,8 @@ class DynamicPruner:
         checked_copies(self.model, self._copies)
         removals = [_removal(decision) for decision in decisions if decision.pruned.numel()]
         compaction = plan_compaction(self.model, removals, self._optimizers, self._copies)
-        return decisions, (compaction, state.after(decisions, self.settings), PruneReport.of(decisions, size))
+        compaction.changes.append(assign(self, "_state", state.after(decisions, self.settings)))
+        return decisions, (compaction, PruneReport.of(decisions, size))
 
     def _ranks(self, caller: str) -> tuple[Ranks, Sequence[DistributedDataParallel]]:
         wrappers = wrappers_of([self.model, *self._copies])

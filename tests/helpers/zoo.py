@@ -76,22 +76,6 @@ class ResNet(nn.Module):
         return self.fc(torch.flatten(self.avgpool(x), 1))
 
 
-def vgg11():
-    """Simonyan and Zisserman 2014 (arXiv:1409.1556), configuration A, with 3 channels in the first layer."""
-    layers, channels = [], 3
-    for width in (3, "pool", 6, "pool", 12, 12, "pool", 24, 24, "pool", 24, 24, "pool"):
-        if width == "pool":
-            layers.append(nn.MaxPool2d(2, 2))
-            continue
-        layers += [nn.Conv2d(channels, width, 3, padding=1), nn.ReLU(inplace=True)]
-        channels = width
-    classifier = [
-        *(nn.Linear(channels * 4, 6), nn.ReLU(True), nn.Dropout()),
-        *(nn.Linear(6, 5), nn.ReLU(True), nn.Dropout(), nn.Linear(5, CLASSES)),
-    ]
-    return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(2), nn.Flatten(), *classifier)
-
-
 class InvertedResidual(nn.Module):
     """MobileNetV2: expand, filter each channel, project."""
 
@@ -261,7 +245,6 @@ ZOO = {
     "resnet": (
         ResNet, lambda: images(32), [f"layer{number}.{block}.conv1" for number in (1, 2) for block in (0, 1)]
     ),
-    "vgg11": (vgg11, lambda: images(32), ["0", "3", "6", "8", "11", "13", "16", "18", "23", "26"]),
     "mobilenet v2": (
         MobileNetV2, lambda: images(16),
         ["features.0.0", "features.1.conv.3", "features.2.conv.0", "features.3.conv.0", "features.4.0"],

@@ -132,7 +132,7 @@ REFUSED = {
             lambda m, x: m.last(F.batch_norm(m.first(x), None, None, m.gain, None, True)),
             gain=lambda: nn.Parameter(torch.ones(8)),
         ),
-        "first", "batch_norm in .* is a function call; use nn.BatchNorm1d",
+        "first", "batch_norm in .* is a function call; use a BatchNorm module",
     ),
     "hard-coded width": (
         model(lambda m, x: m.last(m.first(x).view(-1, 8))), "first", "with one neuron fewer, .* RuntimeError: shape"
@@ -174,7 +174,7 @@ REFUSED = {
     ),
     "slopes from them": (
         model(lambda m, x: m.last(F.prelu(m.first(x), m.second(x.repeat(1, 2)[:, :8]).mean(0)))),
-        "first", "prelu in .* has a slope for each entry",
+        "first", "prelu in .* is a function call; use a PReLU module",
     ),
     "summed over": (model(lambda m, x: m.last(m.first(x).sum(1, keepdim=True).expand(-1, 8))), "first", "sums over"),
     "pooled over": (
@@ -237,7 +237,7 @@ CONVOLUTIONS = {
     "pooling indices": (lambda: (nn.Conv2d(4, 8, 1), MaxAndIndices(), nn.Conv2d(8, 8, 1)), "indices of the pooling"),
     "as a filter": (lambda: (nn.Conv2d(4, 8, 1), AsFilter(), nn.Conv2d(8, 8, 1)), "uses the neurons as its weight"),
     "depthwise called as a function": (
-        lambda: (nn.Conv2d(4, 8, 1), Depthwise(), nn.Conv2d(8, 8, 1)), "is a function call; use an nn.Conv module"
+        lambda: (nn.Conv2d(4, 8, 1), Depthwise(), nn.Conv2d(8, 8, 1)), "is a function call; use a ConvNd module"
     ),
     "the only layer": (lambda: (nn.Conv2d(4, 2, 3),), "its neurons are the model's outputs"),
 }  # fmt: skip
