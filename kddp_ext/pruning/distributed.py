@@ -20,7 +20,7 @@ from torch.nn.parallel import DistributedDataParallel
 from kddp_ext.activations.statistics import NeuronStatistics
 from kddp_ext.files import hash_tensors
 from kddp_ext.pruning.compaction import set_data
-from kddp_ext.pruning.selection import LayerDecision, LayerObservation
+from kddp_ext.pruning.selection import LayerObservation
 from kddp_ext.pruning.settings import PruningSettings
 from kddp_ext.pruning.tracing.find import UnsupportedModelError
 
@@ -102,7 +102,7 @@ class Ranks:
 
 
 def _difference(name: str, value: object, of_rank_0: object) -> str:
-    """The name and the values that differ; hashes are bytes and are not shown."""
+    """The name and the values that differ; bytes are not shown."""
     return name if bytes in (type(value), type(of_rank_0)) else f"{name} ({value}, not {of_rank_0})"
 
 
@@ -127,43 +127,32 @@ def gather(
 
     def share() -> tuple[Sequence[LayerObservation], dict[str, object]]:
         observations = observe()
-        return observations, _record_of_observations(observations, model, settings, steps)
+        return observations, _record(observations, model, settings, steps)
 
     shares = ranks.all_or_raise(share)
     ranks.require_same([record for _, record in shares])
-    observed = [observations for observations, _ in shares]
-    return [
-        replace(
-            own,
-            statistics=NeuronStatistics.joined([each.statistics for each in layer]),
-            outgoing=layer[0].outgoing,
-            outgoing_unshifted=layer[0].outgoing_unshifted,
-        )
-        for own, layer in zip(observed[ranks.rank], zip(*observed, strict=True), strict=True)
-    ]
+    layers = zip(*(observations for observations, _ in shares), strict=True)
+    return [replace(each[0], statistics=NeuronStatistics.joined([one.statistics for one in each])) for each in layers]
 
 
-def agree(ranks: Ranks, plan: Callable[[], tuple[Sequence[LayerDecision], T]]) -> T:
-    """What `plan` returns with its decisions, once every rank has made the same decisions."""
-    if ranks.size == 1:
-        return plan()[1]
-    own: list[T] = []
-
-    def record() -> dict[str, object]:
-        decisions, planned = plan()
-        own.append(planned)
-        return _record_of_decisions(decisions)
-
-    ranks.require_same(ranks.all_or_raise(record))
-    return own[0]
+def from_rank_0(ranks: Ranks, action: Callable[[], T]) -> T:
+    """The result of `action` on rank 0, for all ranks: processors of different kinds may round differently."""
+    result = ranks.all_or_raise(lambda: action() if ranks.rank == 0 else None)[0]
+    assert result is not None
+    return result
 
 
-# --- What ranks must agree in: values, or hashes of bits, by the names that an error message gives them
+def on_each_rank(ranks: Ranks, action: Callable[[], T]) -> T:
+    """The result of `action` on this rank, once it has succeeded on all; results are not exchanged."""
+    results: list[T] = []
+    ranks.all_or_raise(lambda: results.append(action()))
+    return results[0]
 
 
-def _record_of_observations(
+def _record(
     observations: Sequence[LayerObservation], model: nn.Module, settings: PruningSettings, steps: int
 ) -> dict[str, object]:
+    """What ranks must agree in: values, or bytes and hashes, by the names that an error message gives them."""
     record: dict[str, object] = {"the number of steps": steps}
     for setting in fields(settings):
         value = getattr(settings, setting.name)
@@ -171,19 +160,10 @@ def _record_of_observations(
     for each in observations:
         name, scales = each.group.name, [] if each.first_scales is None else [each.first_scales]
         record[f"the width of {name}"] = each.group.width
-        record[f"the positions of {name}"] = each.group.positions
+        record[f"the slices of {name}"] = repr(each.group).encode()
         record[f"the history of {name}"] = _digest([each.inactive_checks, each.original, *scales])
     for name, parameter in model.named_parameters():
         record[f"the weights {name}"] = _digest([parameter])
-    return record
-
-
-def _record_of_decisions(decisions: Sequence[LayerDecision]) -> dict[str, object]:
-    record: dict[str, object] = {"the neurons to be removed": _digest(each.keep for each in decisions)}
-    for each in decisions:
-        if each.reconstruction is not None:
-            name = f"the reconstruction of removed neurons of {each.group.name} (reconstruction_samples=0 avoids it)"
-            record[name] = _digest([each.reconstruction.left, each.reconstruction.right])
     return record
 
 

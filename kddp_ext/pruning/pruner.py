@@ -21,7 +21,15 @@ from kddp_ext.pruning.compaction import (
     plan_compaction,
     require_sliceable_optimizer,
 )
-from kddp_ext.pruning.distributed import Ranks, agree, gather, require_rewrappable, rewrap, wrappers_of
+from kddp_ext.pruning.distributed import (
+    Ranks,
+    from_rank_0,
+    gather,
+    on_each_rank,
+    require_rewrappable,
+    rewrap,
+    wrappers_of,
+)
 from kddp_ext.pruning.history import PruningHistory
 from kddp_ext.pruning.hooks import ActivationHooks
 from kddp_ext.pruning.reconstruction import reconstruct
@@ -185,7 +193,8 @@ class DynamicPruner:
     @property
     def l1_weight(self) -> float:
         """The present weight of the L1 penalty for the loss; it rises linearly with the calls of `step()`."""
-        return self.schedule.l1_weight_after(self._state.steps)
+        schedule, steps = self.schedule, self._state.steps
+        return schedule.l1_weight * (min(1.0, steps / schedule.l1_warmup) if schedule.l1_warmup else 1.0)
 
     @property
     def activations(self) -> TrackedActivations:
@@ -241,11 +250,11 @@ class DynamicPruner:
             What a prune did; None at a step without one.
         """
         hooks = self._open_hooks("step")
-        state = replace(self._state, steps=self._state.steps + 1)
-        if self.schedule.check_due(state.steps):
-            return self._prune(state, hooks)
-        if self.schedule.interval_ends(state.steps):  # before `start`: the next interval begins with no statistics
-            self.reset()
+        state, schedule = replace(self._state, steps=self._state.steps + 1), self.schedule
+        if schedule.interval is not None and state.steps % schedule.interval == 0:
+            if state.steps >= schedule.start:
+                return self._prune(state, hooks)
+            self.reset()  # the next interval begins with no statistics
         self._state = state
         return None
 
@@ -300,31 +309,38 @@ class DynamicPruner:
         ranks, wrappers = self._ranks("prune")
         observe = partial(state.observe, self.model, caller="prune")
         observations = gather(ranks, observe, model=self.model, settings=self.settings, steps=state.steps)
-        compaction, report = agree(ranks, partial(self._plan, observations, state, wrappers))
+        decisions, report = from_rank_0(ranks, partial(self._select, observations, state))
+        compaction = on_each_rank(ranks, partial(self._plan, decisions, state, wrappers))
         refresh = [partial(rewrap, wrapper) for wrapper in wrappers if report.neurons_pruned]
         try:
-            ranks.all_or_raise(partial(compaction.apply, refresh))
+            on_each_rank(ranks, partial(compaction.apply, refresh))
         except BaseException:
             compaction.undo()
             raise
         hooks.clear()
         return report
 
-    def _plan(
-        self, observations: Sequence[LayerObservation], state: PrunerState, wrappers: Sequence[DistributedDataParallel]
-    ) -> tuple[tuple[LayerDecision, ...], tuple[CompactionPlan, PruneReport]]:
-        """Select the neurons and prepare their removal; nothing is changed."""
+    def _select(
+        self, observations: Sequence[LayerObservation], state: PrunerState
+    ) -> tuple[tuple[LayerDecision, ...], PruneReport]:
+        """Select the neurons to be removed; nothing is changed."""
         size = ModelSize(self.model, state.groups, self._positions)
         decisions = decide(observations, self.settings, size)
         if self.settings.compensate and self.settings.reconstruction_samples:
             decisions = tuple(_fit_reconstruction(decision) for decision in decisions)
+        return decisions, PruneReport.of(decisions, size)
+
+    def _plan(
+        self, decisions: Sequence[LayerDecision], state: PrunerState, wrappers: Sequence[DistributedDataParallel]
+    ) -> CompactionPlan:
+        """Prepare the removal of the neurons; nothing is changed."""
         for wrapper in wrappers:
             require_rewrappable(wrapper)
         checked_copies(self.model, self._copies)
         removals = [_removal(decision) for decision in decisions if decision.pruned.numel()]
         compaction = plan_compaction(self.model, removals, self._optimizers, self._copies)
         compaction.changes.append(assign(self, "_state", state.after(decisions, self.settings)))
-        return decisions, (compaction, PruneReport.of(decisions, size))
+        return compaction
 
     def _ranks(self, caller: str) -> tuple[Ranks, Sequence[DistributedDataParallel]]:
         wrappers = wrappers_of([self.model, *self._copies])

@@ -80,18 +80,6 @@ class Schedule:
         if self.l1_warmup and not self.l1_weight:
             raise ValueError(f"l1_warmup: l1_weight rises over {self.l1_warmup} steps, but it is 0")
 
-    def interval_ends(self, steps: int) -> bool:
-        """True if an interval ends with this step, counted from 1."""
-        return self.interval is not None and steps % self.interval == 0
-
-    def check_due(self, steps: int) -> bool:
-        """True if the pruner checks after this step, counted from 1."""
-        return self.interval_ends(steps) and steps >= self.start
-
-    def l1_weight_after(self, steps: int) -> float:
-        """The weight of the L1 penalty in the loss that follows `steps` steps."""
-        return self.l1_weight * min(1.0, steps / self.l1_warmup) if self.l1_warmup else self.l1_weight
-
 
 def whole_number(name: str, value: object, *, at_least: int) -> int:
     """`value` as an int of at least `at_least` and below 2**63, which tensors can hold."""
@@ -108,5 +96,5 @@ def whole_number(name: str, value: object, *, at_least: int) -> int:
 def _positive(name: str, value: float, *, at_most: float) -> float:
     check_number(name, value)
     if not 0 < value <= at_most:  # also refuses NaN
-        raise ValueError(f"{name}: expected more than 0 and at most {at_most:g}, got {value!r}")
+        raise ValueError(f"{name}: expected more than 0 and at most {at_most:.2g}, got {value!r}")
     return float(value)

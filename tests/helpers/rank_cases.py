@@ -270,6 +270,7 @@ def samples_of_different_number(rank):
     prepared = Prepared(rank, criterion="dead")
     prepared.pruner.reset()
     with torch.no_grad():
+        prepared.student[0].bias.add_(3)
         prepared.student[0].weight[[3, 5]] = 0
         prepared.student[0].bias[[3, 5]] = -1
         prepared.student[0].weight[3, 0] = 100

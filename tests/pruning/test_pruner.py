@@ -10,7 +10,7 @@ import weakref
 import pytest
 import torch
 import torch.nn.functional as F
-from pruner_cases import INPUTS, example, kill, make_model, make_pruner, observe
+from pruner_cases import INPUTS, check, example, kill, make_model, make_pruner, observe
 from torch import nn
 
 import kddp_ext
@@ -94,8 +94,7 @@ def test_activations_need_a_forward_pass_and_prune_needs_statistics():
             _ = pruner.activations
         with pytest.raises(RuntimeError, match=r"no statistics of 0 .* fused_kd_l1_loss .*activations\.observe\(\)"):
             pruner.prune()
-        observe(pruner)
-        pruner.prune()
+        check(pruner)
 
 
 # --- when it prunes
@@ -108,38 +107,18 @@ def test_patience_counts_consecutive_checks():
     pruned = []
     for dead in ([2], [2], [], [2, 4], [2, 4], [2]):
         model.load_state_dict(alive)
-        kill(model, dead)
-        observe(pruner)
-        report = pruner.prune()
+        report = check(pruner, dead)
         pruned.append(report.layers[0].pruned)
         assert pruner.widths["0"] == 8 - report.neurons_pruned
         assert report.layers[0].waiting == len(dead) - report.neurons_pruned
     assert pruned == [(), (), (), (), (), (2,)]
 
 
-def test_statistics_cover_all_batches_since_the_last_check():
-    """A neuron that is active in the first batch only is alive; one that was alive before the check is dead."""
-    model = make_model()
-    with torch.no_grad():
-        model[0].weight[3] = torch.eye(INPUTS)[0]
-        model[0].bias[3] = 0
-    pruner = make_pruner(model, criterion="dead")
-    observe(pruner)
-    assert pruner.prune().neurons_pruned == 0
-    kill(model, [5])
-    for value in (1.0, -1.0, -1.0):
-        model(torch.full((4, INPUTS), value))
-        pruner.activations.observe()
-    assert pruner.prune().layers[0].pruned == (5,)
-
-
 def test_reports_and_history_have_original_indices():
     model = make_model()
     pruner = make_pruner(model, criterion="dead")
     for pruned in ((0, 5), (1, 7)):  # the second pair has indices 0 and 5 among the remaining neurons
-        kill(model, [0, 5])
-        observe(pruner)
-        assert pruner.prune().layers[0].pruned == pruned
+        assert check(pruner, [0, 5]).layers[0].pruned == pruned
     assert pruner.history.steps == [{"0": [0, 5]}, {"0": [1, 7]}]
     assert pruner.widths == pruner.history.widths == {"0": 4}
     assert (model[0].out_features, model[3].in_features) == (4, 4)
@@ -218,9 +197,7 @@ def test_state_resumes_in_a_rebuilt_student():
     model = make_model()
     pruner = make_pruner(model, criterion="dead", patience=2)
     for dead in ([1, 2], [1, 2], [0, 3]):
-        kill(model, dead)
-        observe(pruner)
-        pruner.prune()
+        check(pruner, dead)
     observe(pruner)
     for _ in range(3):
         pruner.step()

@@ -3,6 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from pruner_cases import changed
 from torch import nn
 from zoo import Recipe
 
@@ -20,15 +21,6 @@ def model(forward, **modules):
         return Recipe(forward, **layers, **{name: module() for name, module in modules.items()})
 
     return make
-
-
-def changed(make, change):
-    def make_changed():
-        made = make()
-        change(made)
-        return made
-
-    return make_changed
 
 
 def tie(m):

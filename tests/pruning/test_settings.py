@@ -23,11 +23,7 @@ pytestmark = pytest.mark.usefixtures("one_trace_each")
         ({"threshold": 1.5}, ValueError, "threshold: .* got 1.5"),
         ({"threshold": "0.1"}, TypeError, "threshold: expected a number, got str"),
         ({"threshold": 10**400}, ValueError, "threshold: expected a number that a float can hold"),
-        (
-            {"criterion": torch.ones_like, "threshold": 0.0},
-            ValueError,
-            r"threshold: expected more than 0 and at most 1.79769e\+308, got 0.0",
-        ),
+        ({"criterion": torch.ones_like, "threshold": 0.0}, ValueError, r"threshold: .* at most 1.8e\+308, got 0.0"),
         ({"criterion": torch.ones_like, "threshold": float("inf")}, ValueError, "threshold: .* got inf"),
         ({"patience": 0}, ValueError, "patience: expected at least 1, got 0"),
         ({"patience": 1.0}, TypeError, "patience: expected a whole number, got 1.0"),

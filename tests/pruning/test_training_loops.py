@@ -104,7 +104,7 @@ def test_autocast_to_bfloat16():
         assert parameter.isfinite().all()
 
 
-@pytest.mark.parametrize("moment", ["before unscale_", "before step", "before update", "after update"])
+@pytest.mark.parametrize("moment", range(4), ids=["before unscale_", "before step", "before update", "after update"])
 @pytest.mark.parametrize("overflow", [False, True])
 def test_a_gradient_scaler_continues(moment, overflow):
     """At any moment of the step, a prune changes neither the scale nor which steps are skipped."""
@@ -116,23 +116,16 @@ def test_a_gradient_scaler_continues(moment, overflow):
         scaler = torch.amp.GradScaler("cpu", init_scale=2.0**8, growth_interval=2)
         pruner = make_pruner(student, optimizer)
 
-        def prune(now, step):
-            if step == 1 and now == prune_at:
-                assert pruner.prune().neurons_pruned == len(DEAD)
-
+        actions = [lambda: scaler.unscale_(optimizer), lambda: scaler.step(optimizer), scaler.update, lambda: None]
         for step in range(3):
             optimizer.zero_grad()
             scaler.scale(loss_of(student, pruner, seed=step)).backward()
             if overflow and step == 1:
                 student[3].bias.grad[0] = torch.inf
-            prune("before unscale_", step)
-            scaler.unscale_(optimizer)
-            nn.utils.clip_grad_norm_(student.parameters(), 1e3)
-            prune("before step", step)
-            scaler.step(optimizer)
-            prune("before update", step)
-            scaler.update()
-            prune("after update", step)
+            for moment, action in enumerate(actions):
+                if step == 1 and moment == prune_at:
+                    assert pruner.prune().neurons_pruned == len(DEAD)
+                action()
             kill(student, DEAD if student[0].out_features == WIDTH else [])
         return student, scaler
 
