@@ -9,7 +9,7 @@ from unittest import mock
 
 import torch
 import torch.distributed as dist
-from pruner_cases import state_of
+from pruner_cases import observed_pruner, state_of
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
@@ -296,10 +296,7 @@ def each_by_itself(rank):
     student = make_student()
     with torch.no_grad():
         student[0].bias.add_(rank)
-    apart, together = make_pruner(student, False), make_pruner(copy.deepcopy(student), None)
-    for pruner in (apart, together):
-        pruner.model(example(4 + rank))
-        pruner.activations.observe()
+    together, apart = observed(copy.deepcopy(student), 4 + rank), observed(student, 4 + rank, process_group=False)
     error = error_of(together.prune)
     return error, apart.prune().neurons_pruned if rank == 0 else None  # rank 1 does not take part
 
@@ -307,14 +304,13 @@ def each_by_itself(rank):
 def a_group_of_one(rank):
     """Each rank in its own group, and the errors of wrong groups."""
     groups = [dist.new_group([each]) for each in range(2)]
-    pruner = make_pruner(make_student(), groups[rank])
-    pruner.model(example(4 + rank))
-    pruner.activations.observe()
+    pruner = observed(make_student(), 4 + rank, process_group=groups[rank])
     pruned = pruner.prune().neurons_pruned if rank == 0 else None
     wrapped = DistributedDataParallel(make_student())
     wrong = [(make_student(), groups[1 - rank]), (make_student(), "gloo"), (wrapped, False)]
-    return pruned, [error_of(partial(make_pruner, model, group)) for model, group in wrong]
+    return pruned, [error_of(partial(observed, model, process_group=group)) for model, group in wrong]
 
 
-def make_pruner(model, group):
-    return DynamicPruner(model, example_inputs=(example(),), threshold=THRESHOLD, patience=1, process_group=group)
+def observed(model, rows=4, **options):
+    """A pruner of `model` with statistics, which is about to prune."""
+    return observed_pruner(model, example(rows), threshold=THRESHOLD, **options)

@@ -25,8 +25,9 @@ class Recipe(nn.Module):
 
 
 def recipe(forward, width=8, **modules):
-    """A constructor of a network with layers `first` and `last`, and others between them."""
-    layers = {"first": lambda: nn.Linear(6, width), "last": lambda: nn.Linear(width, CLASSES)}
+    """A constructor of a network with layers `first`, `second` and `last`, and other modules."""
+    layers = {"first": partial(nn.Linear, 6, width), "second": partial(nn.Linear, width, width)}
+    layers["last"] = partial(nn.Linear, width, CLASSES)
     return lambda: Recipe(forward, **{name: make() for name, make in (layers | modules).items()})
 
 

@@ -8,7 +8,7 @@ import pytest
 import rank_cases
 import torch
 import torch.distributed as dist
-from pruner_cases import changed, observed_pruner
+from pruner_cases import changed
 from rank_processes import RankProcesses
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
@@ -172,7 +172,7 @@ def test_process_groups(ranks):
         "on all of them",
     ]
     with pytest.raises(ValueError, match=r"process_group: torch\.distributed is not initialised"):
-        prepared(rank_cases.make_student(), process_group="default")
+        rank_cases.observed(rank_cases.make_student(), process_group="default")
 
 
 # --- DistributedDataParallel, in one process
@@ -183,11 +183,6 @@ def one_rank(tmp_path):
     dist.init_process_group("gloo", init_method=f"file://{tmp_path}/meeting", rank=0, world_size=1)
     yield
     dist.destroy_process_group()
-
-
-def prepared(model, **options):
-    """A pruner of `model` with statistics, which is about to prune."""
-    return observed_pruner(model, rank_cases.example(), threshold=rank_cases.THRESHOLD, **options)
 
 
 @pytest.mark.usefixtures("one_rank")
@@ -207,7 +202,7 @@ def test_rewrap_keeps_settings_hooks_and_the_object():
 
     before, logged = settings(), ddp._get_ddp_logging_data()
     identities = [id(parameter) for parameter in ddp.parameters()]
-    narrower = prepared(rank_cases.make_student(), process_group=False)
+    narrower = rank_cases.observed(rank_cases.make_student(), process_group=False)
     assert narrower.prune().neurons_pruned > 0
     narrower.history.replay(student, (rank_cases.example(),))
     assert kddp_ext.rewrap(ddp) is ddp
@@ -247,7 +242,7 @@ def test_rewrap_records_a_static_graph_again():
 @pytest.mark.usefixtures("one_rank")
 def test_a_wrapped_student_is_saved_as_the_student(tmp_path):
     ddp = wrapped()
-    pruner = prepared(ddp)
+    pruner = rank_cases.observed(ddp)
     assert pruner.prune().neurons_pruned > 0
     kddp_ext.save_student(tmp_path / "student", ddp, pruner.history)
     loaded = kddp_ext.load_student(tmp_path / "student", rank_cases.make_student, (rank_cases.example(),))
@@ -308,5 +303,5 @@ def test_wrappers_are_found_at_any_depth():
     assert wrappers_of([inside]) == (inside[1],)
     assert wrappers_of([other]) == ()
     reducer = outer.reducer
-    assert prepared(student).prune().neurons_pruned > 0
+    assert rank_cases.observed(student).prune().neurons_pruned > 0
     assert outer.reducer is not reducer
