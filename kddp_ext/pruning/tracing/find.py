@@ -8,8 +8,7 @@ graph of the forward pass, or says why it cannot.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import zip_longest
 from typing import Any
@@ -20,7 +19,7 @@ from torch.fx import Node
 
 from kddp_ext.pruning.tracing.follow import follow, is_layer, layer_name
 from kddp_ext.pruning.tracing.graph import OperationGraph, Refusal, unchanged_modules
-from kddp_ext.pruning.tracing.groups import NeuronGroup, NeuronSlices
+from kddp_ext.pruning.tracing.groups import NeuronGroup
 from kddp_ext.pruning.tracing.operations import CONVOLUTIONS, groups_of, operation_name, shape_of
 
 _FoundAndRefused = tuple[dict[str, NeuronGroup], dict[str, str]]  # both by layer name
@@ -111,7 +110,8 @@ def _dependence(graphs: list[OperationGraph], inputs: tuple[Any, ...], groups: l
         return None
     for graph in graphs:
         try:
-            with _one_neuron_fewer(graph.model, groups):
+            with unchanged_modules(graph.model):
+                _narrow(graph.model, groups)
                 narrow = OperationGraph(graph.model, inputs, training=graph.training)
                 found, _ = _follow_all(narrow)
         except Refusal as refusal:
@@ -140,26 +140,19 @@ def _positions(graph: OperationGraph, example_inputs: tuple[Any, ...]) -> dict[s
 # (1/sqrt(width), an asserted size). Comparing it with the graph of the narrowed model can.
 
 
-@contextmanager
-def _one_neuron_fewer(model: nn.Module, groups: Sequence[NeuronGroup]) -> Iterator[None]:
-    """Narrow every tensor and size of `groups` by one neuron inside the context; restore them at the end."""
-    with unchanged_modules(model):
-        for group in groups:
-            for slices in group.slices:
-                _shorten(model, slices)
-            for count in group.counts:
-                module = model.get_submodule(count.module)
-                setattr(module, count.attribute, getattr(module, count.attribute) - count.entries)
-        yield
-
-
-def _shorten(model: nn.Module, slices: NeuronSlices) -> None:
-    module, attribute, axis = model.get_submodule(slices.stored.module), slices.stored.attribute, slices.layout.axis
-    tensor = getattr(module, attribute)
-    # Only the shape matters, so a view is enough.
-    shorter = tensor.detach().narrow(axis, 0, tensor.shape[axis] - slices.layout.entries)
-    parameter = attribute in module._parameters
-    setattr(module, attribute, nn.Parameter(shorter, tensor.requires_grad) if parameter else shorter)
+def _narrow(model: nn.Module, groups: Sequence[NeuronGroup]) -> None:
+    """Take one neuron from every tensor and size of `groups`."""
+    for group in groups:
+        for slices in group.slices:
+            module, attribute = model.get_submodule(slices.stored.module), slices.stored.attribute
+            tensor, axis = getattr(module, attribute), slices.layout.axis
+            # Only the shape matters, so a view is enough.
+            shorter = tensor.detach().narrow(axis, 0, tensor.shape[axis] - slices.layout.entries)
+            parameter = attribute in module._parameters
+            setattr(module, attribute, nn.Parameter(shorter, tensor.requires_grad) if parameter else shorter)
+        for count in group.counts:
+            module = model.get_submodule(count.module)
+            setattr(module, count.attribute, getattr(module, count.attribute) - count.entries)
 
 
 def _difference(wide: OperationGraph, narrow: OperationGraph) -> str | None:
@@ -172,7 +165,11 @@ def _difference(wide: OperationGraph, narrow: OperationGraph) -> str | None:
         if _numbers(before) != _numbers(after):
             return f"{operation_name(before)} in {wide.place(before)} computes with another number"
     for name, value in wide.constants.items():
-        if not _equal(value, narrow.constants.get(name)):
+        other = narrow.constants.get(name)
+        same = type(value) is type(other)
+        if isinstance(value, Tensor) and isinstance(other, Tensor):
+            same = torch.equal(value, other)
+        if not same:
             return f"it computes with another constant tensor, {name}"
     return None
 
@@ -184,7 +181,3 @@ def _numbers(node: Node) -> str:
     if name in CONVOLUTIONS and groups_of(node) == shape_of(node)[-1 - CONVOLUTIONS[name]]:
         arguments = arguments[:6]  # without `groups`, which is the number of channels of a depthwise convolution
     return repr((arguments, node.kwargs))
-
-
-def _equal(a: object, b: object) -> bool:
-    return torch.equal(a, b) if isinstance(a, Tensor) and isinstance(b, Tensor) else type(a) is type(b)
