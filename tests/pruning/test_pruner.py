@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from pruner_cases import INPUTS, check, example, kill, make_model, make_pruner, observe
 from torch import nn
+from zoo import recipe
 
 import kddp_ext
 from kddp_ext import PruningHistory
@@ -31,22 +32,16 @@ def test_activations_are_what_the_next_layer_reads_before_its_dropout():
 
 
 def test_a_dropout_that_is_shared_or_in_place():
-    class SharedDropout(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.drop = nn.Dropout(0.5)
-            self.first, self.second, self.last = nn.Linear(INPUTS, 8), nn.Linear(8, 7), nn.Linear(7, 3)
+    def shared(m, x):
+        x = m.drop(m.first(m.drop(x)).relu())
+        return m.last(F.relu(m.drop(m.second(x)), inplace=True))
 
-        def forward(self, x):
-            x = self.drop(self.first(self.drop(x)).relu())
-            return self.last(F.relu(self.drop(self.second(x)), inplace=True))
-
-    model, seen = SharedDropout(), {}
-    pruner = make_pruner(model)
+    model, seen, x = recipe(shared, drop=lambda: nn.Dropout(0.5))(), {}, torch.randn(4, 6)
+    pruner = make_pruner(model, example_inputs=(x,))
     assert list(pruner.widths) == ["first", "second"]
     model.first.register_forward_hook(lambda module, args, output: seen.update(first=output))
     model.last.register_forward_pre_hook(lambda module, args: seen.update(second=args[0]))
-    model(example())
+    model(x)
     first, second = pruner.activations
     assert torch.equal(first, seen["first"].relu())
     assert second is seen["second"]

@@ -6,6 +6,7 @@ import pytest
 import torch
 from pruner_cases import INPUTS, check, example, kill, make_model, make_pruner, observe, observed_pruner, state_of
 from torch import nn
+from zoo import recipe
 
 import kddp_ext
 from kddp_ext import KeptBy
@@ -153,20 +154,17 @@ def test_the_prediction_is_exact_for_uncorrelated_neurons(compensate):
 def test_a_mean_that_a_reader_cannot_absorb_counts_in_full():
     """Only one of two readers has a bias, so the mean of a removed neuron is lost in the other."""
 
-    class TwoReaders(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.body, self.left, self.right = nn.Linear(2, 2), nn.Linear(2, 1), nn.Linear(2, 1, bias=False)
+    def two_readers(m, x):
+        h = m.first(x)
+        return torch.cat([m.last(h), m.right(h)], 1)
 
-        def forward(self, x):
-            h = self.body(x)
-            return torch.cat([self.left(h), self.right(h)], 1)
-
-    model, x = TwoReaders().double(), torch.tensor([[1.0, 0.0], [-1.0, 0.0]]).double()
+    layers = {"last": lambda: nn.Linear(2, 1), "right": lambda: nn.Linear(2, 1, bias=False)}
+    model = recipe(two_readers, first=lambda: nn.Linear(2, 2), **layers)().double()
+    x = torch.tensor([[1.0, 0.0], [-1.0, 0.0]]).double()
     with torch.no_grad():
-        model.body.weight.copy_(torch.eye(2))
-        model.body.bias.copy_(torch.tensor([0.0, 3.0]))
-        model.left.weight.copy_(torch.tensor([[2.0, 5.0]]))
+        model.first.weight.copy_(torch.eye(2))
+        model.first.bias.copy_(torch.tensor([0.0, 3.0]))
+        model.last.weight.copy_(torch.tensor([[2.0, 5.0]]))
         model.right.weight.copy_(torch.tensor([[1.0, 0.5]]))
     pruner = observed_pruner(model, x)
     assert pruner.preview().layers[0].output_change == pytest.approx(3 * 0.5 / 5**0.5)

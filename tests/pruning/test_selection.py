@@ -220,8 +220,8 @@ def traced():
     return find_neurons(make_model(), (example(),))
 
 
-def size_of(model, positions=None):
-    return ModelSize(model, list(traced().groups.values()), traced().positions if positions is None else positions)
+def size_of(model):
+    return ModelSize(model, list(traced().groups.values()), traced().positions)
 
 
 def built_size(widths):
@@ -233,9 +233,7 @@ def built_size(widths):
 @settings(deadline=None)
 @given(widths=st.tuples(*(st.integers(1, width) for width in WIDTHS)))
 def test_sizes_equal_those_of_a_model_built_at_these_widths(widths):
-    size = size_of(make_model())
-    assert (size.parameters(), size.macs()) == built_size(WIDTHS)
-    assert (size.parameters(widths), size.macs(widths)) == built_size(widths)
+    assert size_of(make_model()).at(widths) == built_size(widths)
 
 
 def test_sizes_of_convolutions_and_flattened_channels():
@@ -250,9 +248,8 @@ def test_sizes_of_convolutions_and_flattened_channels():
     size = ModelSize(make(), list(found.groups.values()), found.positions)
     for first, second, hidden in ((6, 8, 10), (5, 3, 1), (1, 7, 4)):
         macs = 64 * 27 * first + 4 * 9 * first * second + 4 * second * hidden + hidden * 4
-        assert size.macs([first, second, hidden]) == macs
         parameters = sum(p.numel() for p in make(first, second, hidden).parameters())
-        assert size.parameters([first, second, hidden]) == parameters
+        assert size.at([first, second, hidden]) == (parameters, macs)
 
 
 def test_a_missing_weight_is_named():
