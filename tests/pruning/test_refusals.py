@@ -158,6 +158,10 @@ REFUSED = {
         recipe(lambda m, x: m.last(F.prelu(m.first(x), m.second(x.repeat(1, 2)[:, :8]).mean(0)))),
         "first", "prelu in .* is a function call; use a PReLU module",
     ),
+    "slopes of positions": (
+        recipe(lambda m, x: m.last(m.slopes(m.first(x.view(-1, 2, INPUTS)))), slopes=lambda: nn.PReLU(2)),
+        "first", r"prelu in slopes \(PReLU\) has a slope for each entry of another dimension",
+    ),
     "summed over": (recipe(lambda m, x: m.last(m.first(x).sum(1, keepdim=True).expand(-1, 8))), "first", "sums over"),
     "pooled over": (
         recipe(lambda m, x: m.last(F.max_pool1d(m.first(x), 3, 1, 1))), "first", "pools over the neurons"
