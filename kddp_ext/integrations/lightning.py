@@ -8,7 +8,7 @@ from typing import Any
 from torch import nn
 
 from kddp_ext.integrations.student_pruning import StudentPruning
-from kddp_ext.pruning.tracing.graph import uncompiled
+from kddp_ext.pruning.tracing.graph import unwrapped
 
 try:
     from lightning.pytorch import Callback, LightningModule, Trainer
@@ -35,14 +35,8 @@ class DynamicPruning(StudentPruning, Callback):
     test, predict); the student is pruned as before, and then its weights are loaded.
 
     Args:
-        example_inputs: positional arguments for the student's forward, as a tuple; they are moved to its device.
-        every_n_epochs: how often to prune. Default 1. None, with an `interval` among the settings: by steps.
+        example_inputs, every_n_epochs, settings: as for `StudentPruning`, which has also the attributes.
         student: the attribute of the LightningModule that is the student. Default None: the module itself.
-        settings: `criterion`, `threshold`, `patience` and the other settings of `DynamicPruner`.
-
-    Attributes:
-        pruner: the `DynamicPruner`; None before training starts.
-        report: what the latest prune did, a `PruneReport`; None before.
 
     Raises:
         ValueError: (when training starts) the strategy spawns or forks processes, or no optimizer holds the student's
@@ -140,4 +134,4 @@ class DynamicPruning(StudentPruning, Callback):
         student = pl_module if self.student is None else getattr(pl_module, self.student, None)
         if not isinstance(student, nn.Module):
             raise ValueError(f"student: {type(pl_module).__name__} has no module named {self.student!r}")
-        return uncompiled(student)
+        return unwrapped(student)

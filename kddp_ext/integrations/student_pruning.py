@@ -15,7 +15,17 @@ from kddp_ext.pruning.settings import whole_number
 
 
 class StudentPruning:
-    """The pruner of one student, over several trainings; its hooks are removed after each of them."""
+    """The pruner of one student, over several trainings; its hooks are removed after each of them.
+
+    Args:
+        example_inputs: positional arguments for the student's forward, as a tuple; they are moved to its device.
+        every_n_epochs: how often to prune. Default 1. None, with an `interval` among the settings: by steps.
+        settings: `criterion`, `threshold`, `patience` and the other settings of `DynamicPruner`.
+
+    Attributes:
+        pruner: the `DynamicPruner`; None before training starts.
+        report: what the latest prune did, a `PruneReport`; None before.
+    """
 
     def __init__(self, *, example_inputs: tuple[Any, ...], every_n_epochs: int | None = 1, **settings: Any) -> None:
         if settings.get("interval") is not None and every_n_epochs is not None:

@@ -12,7 +12,7 @@ from torch.optim import Optimizer
 
 from kddp_ext.files import atomic_write
 from kddp_ext.integrations.student_pruning import StudentPruning
-from kddp_ext.pruning.tracing.graph import uncompiled
+from kddp_ext.pruning.tracing.graph import unwrapped
 
 try:
     from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
@@ -40,14 +40,7 @@ class DynamicPruning(StudentPruning, TrainerCallback):
     `TrainingArguments` as `resume_from_checkpoint`, and make the Trainer. The model is then pruned as before, and
     `trainer.train(resume_from_checkpoint=folder)` can load the weights.
 
-    Args:
-        example_inputs: positional arguments for the model's forward, as a tuple; they are moved to its device.
-        every_n_epochs: how often to prune. Default 1. None, with an `interval` among the settings: by steps.
-        settings: `criterion`, `threshold`, `patience` and the other settings of `DynamicPruner`.
-
-    Attributes:
-        pruner: the `DynamicPruner`; None before training starts.
-        report: what the latest prune did, a `PruneReport`; None before.
+    Arguments and attributes are those of `StudentPruning`.
 
     Raises:
         ValueError: (when training starts) the process has several GPUs, or `load_best_model_at_end` is set; or an
@@ -62,7 +55,7 @@ class DynamicPruning(StudentPruning, TrainerCallback):
             ValueError: the model has another architecture than the one that was pruned, or is already smaller.
         """
         state = torch.load(Path(folder) / STATE_FILE, map_location="cpu", weights_only=True)
-        self.restore_pruning(uncompiled(model), state)
+        self.restore_pruning(unwrapped(model), state)
 
     def on_init_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: nn.Module, **others: Any
@@ -85,7 +78,7 @@ class DynamicPruning(StudentPruning, TrainerCallback):
         if args.load_best_model_at_end:
             raise ValueError("args: load_best_model_at_end would load a wider model's weights into the pruned one")
         # The optimizer itself is inside Accelerate's wrapper.
-        self.start_pruning(uncompiled(model), getattr(optimizer, "optimizer", optimizer))
+        self.start_pruning(unwrapped(model), getattr(optimizer, "optimizer", optimizer))
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **others: Any) -> None:
         self.step_ended()

@@ -7,7 +7,7 @@ how to undo each step, so an error restores the previous state.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -67,58 +67,44 @@ class _Cut:
         return entries.reshape(len(means), outer, inner).transpose(0, 1).flatten()
 
 
-@dataclass
-class _TensorPlan:
-    """The new values of one parameter or buffer, of its gradient, and of its tensors in optimizer states."""
-
-    tensor: Tensor
-    new: Tensor
-    new_grad: Tensor | None
-    new_state: list[tuple[dict[Any, Any], Any, Tensor]]  # an optimizer's state of the tensor, the key, the new value
+Change = tuple[Callable[[], object], Callable[[], object]]
+"""A function that makes a change, and one that undoes it. Neither allocates memory of size."""
 
 
-_Attribute = tuple[object, str, Any]  # an object, the name of its attribute, the new value
+def assign(holder: object, attribute: str, value: Any) -> Change:
+    """The change that sets an attribute."""
+    return partial(setattr, holder, attribute, value), partial(setattr, holder, attribute, getattr(holder, attribute))
 
 
 @dataclass
 class CompactionPlan:
     """Everything that a compaction changes, ready to be applied. `plan_compaction` makes it."""
 
-    _tensors: list[_TensorPlan]
-    _attributes: list[_Attribute]
+    changes: list[Change]
+    _undo: list[Callable[[], object]] = field(default_factory=list)
 
     @torch.inference_mode(False)  # tensors made in inference mode could not be trained
-    def apply(
-        self,
-        also: Sequence[_Attribute] = (),
-        *,
-        refresh: Sequence[Callable[[], object]] = (),
-        confirm: Callable[[], object] | None = None,
-    ) -> None:
-        """Apply the plan, and set the attributes `also`. Any error, KeyboardInterrupt too, restores the previous state.
+    def apply(self, refresh: Sequence[Callable[[], object]] = ()) -> None:
+        """Make all changes, and call `refresh`, the functions that update whatever else depends on the tensors.
 
-        The functions `refresh` update whatever else depends on the tensors; they are called after the change, and again
-        after a change is undone. `confirm` is called last, and its error undoes the change too.
+        Any error, KeyboardInterrupt too, restores the previous state.
         """
-        undo: list[Callable[[], object]] = [*refresh]
+        self._undo += refresh
         try:
-            for plan in self._tensors:
-                undo.append(partial(set_data, plan.tensor, plan.tensor.data, plan.tensor.grad))
-                set_data(plan.tensor, plan.new, plan.new_grad)
-                for state, key, value in plan.new_state:
-                    undo.append(partial(state.__setitem__, key, state[key]))
-                    state[key] = value
-            for holder, attribute, value in [*self._attributes, *also]:
-                undo.append(partial(setattr, holder, attribute, getattr(holder, attribute)))
-                setattr(holder, attribute, value)
+            for change, undo in self.changes:
+                self._undo.append(undo)
+                change()
             for function in refresh:
                 function()
-            if confirm is not None:
-                confirm()
         except BaseException:
-            for step in reversed(undo):
-                step()
+            self.undo()
             raise
+
+    @torch.inference_mode(False)
+    def undo(self) -> None:
+        """Restore the state before `apply`, and call its `refresh` again."""
+        while self._undo:
+            self._undo.pop()()
 
 
 def set_data(tensor: Tensor, data: Tensor, grad: Tensor | None) -> None:
@@ -149,73 +135,75 @@ def plan_compaction(
     The means are compensated in a copy through the copy's own weights. A ValueError names a tensor that has another
     shape than the groups say.
     """
-    tensors, attributes = _plan_module(model, removals, optimizers, role="model")
+    changes = _plan_module(model, removals, optimizers, role="model")
     for index, each in enumerate(copies):
-        copied_tensors, copied_attributes = _plan_module(each, removals, (), role=f"copies[{index}]")
-        tensors += copied_tensors
-        attributes += copied_attributes
-    return CompactionPlan(tensors, attributes)
+        changes += _plan_module(each, removals, (), role=f"copies[{index}]")
+    return CompactionPlan(changes)
 
 
 def _plan_module(
     model: nn.Module, removals: Sequence[Removal], optimizers: Sequence[Optimizer], *, role: str
-) -> tuple[list[_TensorPlan], list[_Attribute]]:
+) -> list[Change]:
     """The changes to one module; messages call it `role`."""
     cuts: dict[StoredTensor, dict[int, _Cut]] = {}
-    attributes: list[_Attribute] = []
+    changes: list[Change] = []
     for removal in removals:
         for slices in removal.group.slices:
             cuts.setdefault(slices.stored, {})[slices.layout.axis] = _Cut(removal, slices.layout)
         for count in removal.group.counts:
             size = int(removal.keep.numel()) * count.entries
-            attributes.append((model.get_submodule(count.module), count.attribute, size))
+            changes.append(assign(model.get_submodule(count.module), count.attribute, size))
 
-    plans: dict[StoredTensor, _TensorPlan] = {}
+    new: dict[StoredTensor, tuple[Tensor, Tensor | None]] = {}  # values and gradients
     shifts: list[tuple[StoredTensor, Tensor]] = []
     for stored, by_axis in cuts.items():
         for cut in by_axis.values():
             tensor = NeuronSlices(stored, cut.layout).tensor(model, cut.removal.group, role=role)
-        plans[stored], shift = _plan_tensor(stored, tensor, by_axis, optimizers)
+        values, gradient, state_changes, shift = _plan_tensor(stored, tensor, by_axis, optimizers)
+        new[stored] = values, gradient
+        changes += state_changes
         read = by_axis[1].removal if 1 in by_axis else None
         if read is None or read.means is None:
             continue
         reader = next(reader for reader in read.group.readers if reader.weight == stored)
         if read.reconstruction is not None:
-            shift = shift - apply_reconstruction(plans[stored].new, tensor, by_axis)
+            shift = shift - apply_reconstruction(values, tensor, by_axis)
         if reader.shift is not None:
             shifts.append((reader.shift, shift))
     for target, shift in shifts:
-        if target not in plans:
-            tensor = target.of(model)
-            plans[target] = _TensorPlan(tensor, tensor.data, tensor.grad, [])
-        plans[target].new = _shifted(target, plans[target].new, shift, role=role)
-    return list(plans.values()), attributes
+        tensor = target.of(model)
+        values, gradient = new.get(target, (tensor.data, tensor.grad))
+        new[target] = _shifted(target, values, shift, role=role), gradient
+    for stored, (values, gradient) in new.items():
+        tensor = stored.of(model)
+        undo = partial(set_data, tensor, tensor.data, tensor.grad)
+        changes.append((partial(set_data, tensor, values, gradient), undo))
+    return changes
 
 
 def _plan_tensor(
     stored: StoredTensor, tensor: Tensor, by_axis: Mapping[int, _Cut], optimizers: Sequence[Optimizer]
-) -> tuple[_TensorPlan, Tensor]:
-    """The sliced tensor with its gradient and optimizer state; and W2[:, p] · E[h_p], (kept rows,) float64."""
-    states = [
-        (optimizer.state[tensor], key, value)
-        for optimizer in optimizers
-        for key, value in sliceable_state(stored, tensor, optimizer).items()
-    ]
+) -> tuple[Tensor, Tensor | None, list[Change], Tensor]:
+    """The sliced tensor, its gradient, the changes of its optimizer state; and W2[:, p] · E[h_p], (kept rows,)."""
     # One call gathers everything of the tensor's shape. Factored moments have length 1 along some dimensions, which
     # stay; other state may be on another device.
-    alike = [value for _, _, value in states if value.shape == tensor.shape and value.device == tensor.device]
-    gathered, shift = _gather([tensor.data, *([] if tensor.grad is None else [tensor.grad]), *alike], by_axis)
-    new, *rest = gathered
-    new_grad = rest.pop(0) if tensor.grad is not None else None
-    new_state = []
-    for state, key, value in states:
-        if value.shape == tensor.shape and value.device == tensor.device:
-            sliced = rest.pop(0)
-        else:
-            present = {axis: cut for axis, cut in by_axis.items() if value.shape[axis] != 1}
-            sliced = _gather([value], present, compensate=False)[0][0]
-        new_state.append((state, key, sliced))
-    return _TensorPlan(tensor, new, new_grad, new_state), shift
+    alike: list[tuple[dict[Any, Any], Any]] = []  # an optimizer's state of the tensor, and a key
+    others: list[tuple[dict[Any, Any], Any]] = []
+    for optimizer in optimizers:
+        for key, value in sliceable_state(stored, tensor, optimizer).items():
+            same = value.shape == tensor.shape and value.device == tensor.device
+            (alike if same else others).append((optimizer.state[tensor], key))
+    gradients = [] if tensor.grad is None else [tensor.grad]
+    (new, *rest), shift = _gather([tensor.data, *gradients, *(state[key] for state, key in alike)], by_axis)
+    gradient = rest.pop(0) if gradients else None
+    sliced = [(state, key, value) for (state, key), value in zip(alike, rest, strict=True)]
+    for state, key in others:
+        present = {axis: cut for axis, cut in by_axis.items() if state[key].shape[axis] != 1}
+        sliced.append((state, key, _gather([state[key]], present, compensate=False)[0][0]))
+    changes: list[Change] = [
+        (partial(state.update, {key: value}), partial(state.update, {key: state[key]})) for state, key, value in sliced
+    ]
+    return new, gradient, changes, shift
 
 
 def _gather(
@@ -336,19 +324,18 @@ def checked_copies(model: nn.Module, copies: Sequence[nn.Module]) -> tuple[nn.Mo
 
 
 def _check_structure(model: nn.Module, copy: nn.Module, role: str) -> None:
-    kinds, copied_kinds = (
-        {name: type(module) for name, module in each.named_modules(remove_duplicate=False)} for each in (model, copy)
-    )
-    for name in [*kinds, *copied_kinds]:
-        if kinds.get(name) is not copied_kinds.get(name):
-            got, expected = (found[name].__name__ if name in found else "nothing" for found in (copied_kinds, kinds))
+    own, copied = _structure(model), _structure(copy)
+    for name in [*own, *copied]:
+        got, expected = (each.get(name, "missing") for each in (copied, own))
+        if got != expected:
             raise ValueError(f"{role}: {name or 'it'} is {got}, but {expected} in the model")
-    shapes, copied_shapes = ({name: tuple(each.shape) for name, each in _tensors(m).items()} for m in (model, copy))
-    for name in [*shapes, *copied_shapes]:
-        if name not in shapes or name not in copied_shapes:
-            raise ValueError(f"{role}: {name} is {'missing in it' if name in shapes else 'not in the model'}")
-        if shapes[name] != copied_shapes[name]:
-            raise ValueError(f"{role}: {name} has shape {copied_shapes[name]}, but {shapes[name]} in the model")
+
+
+def _structure(module: nn.Module) -> dict[str, str]:
+    """The class of each module and the shape of each tensor, by name."""
+    modules = module.named_modules(remove_duplicate=False)
+    classes = {name: f"{type(each).__module__}.{type(each).__qualname__}" for name, each in modules}
+    return classes | {name: f"of shape {tuple(each.shape)}" for name, each in _tensors(module).items()}
 
 
 def _tensors(module: nn.Module) -> dict[str, Tensor]:

@@ -1,14 +1,12 @@
 """Several processes prune alike: each has a share of the samples, and all make the same decision.
 
-A prune has three exchanges, one in each of `gather`, `agree` and `apply_on_all`. At each of them, an error of one rank
-becomes an error of all ranks, so no rank waits for another and none changes alone. A single process skips them.
-`rewrap` updates DistributedDataParallel for parameters that have changed their shapes.
+At each exchange of a prune, an error of one rank becomes an error of all ranks, so no rank waits for another and none
+changes alone. `rewrap` updates DistributedDataParallel for parameters that have changed their shapes.
 """
 
 from __future__ import annotations
 
 import gc
-import hashlib
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import fields, replace
@@ -20,8 +18,9 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from kddp_ext.activations.statistics import NeuronStatistics
+from kddp_ext.files import hash_tensors
 from kddp_ext.pruning.compaction import set_data
-from kddp_ext.pruning.selection import LayerDecision, LayerObservation
+from kddp_ext.pruning.selection import LayerObservation
 from kddp_ext.pruning.settings import PruningSettings
 from kddp_ext.pruning.tracing.find import UnsupportedModelError
 
@@ -39,7 +38,9 @@ class Ranks:
 
     def __init__(self, group: ProcessGroup | None, *, caller: str) -> None:
         self._group, self._caller = group, caller
-        self.size = 1 if group is None else torch.distributed.get_world_size(group)
+        self.rank, self.size = 0, 1
+        if group is not None:
+            self.rank, self.size = torch.distributed.get_rank(group), torch.distributed.get_world_size(group)
 
     @classmethod
     def of(cls, group: ProcessGroup | Literal[False] | None, wrappers: Sequence[Any], *, caller: str) -> Ranks:
@@ -69,6 +70,8 @@ class Ranks:
 
         Where it fails on some rank, all ranks raise the same RuntimeError, which names that rank.
         """
+        if self.size == 1:
+            return [action()]
         failure, result = None, None
         try:
             result = action()
@@ -88,7 +91,7 @@ class Ranks:
         for rank, record in enumerate(records):
             keys = [key for key in {**records[0], **record} if records[0].get(key) != record.get(key)]
             if keys:
-                named = ", ".join(key + _values(record.get(key), records[0].get(key)) for key in keys[:3])
+                named = ", ".join(_difference(key, record.get(key), records[0].get(key)) for key in keys[:3])
                 more = f" and {len(keys) - 3} more" if len(keys) > 3 else ""
                 differing.append(f"rank {rank} differs from rank 0 in {named}{more}")
         if differing:
@@ -98,12 +101,12 @@ class Ranks:
             )
 
 
-def _values(value: object, of_rank_0: object) -> str:
-    """The values that differ; hashes are bytes and are not shown."""
-    return "" if isinstance(value, bytes) or isinstance(of_rank_0, bytes) else f" ({value}, not {of_rank_0})"
+def _difference(name: str, value: object, of_rank_0: object) -> str:
+    """The name and the values that differ; bytes are not shown."""
+    return name if bytes in (type(value), type(of_rank_0)) else f"{name} ({value}, not {of_rank_0})"
 
 
-# --- The three exchanges of a prune
+# --- What a prune exchanges
 
 
 def gather(
@@ -121,113 +124,51 @@ def gather(
     """
     if ranks.size == 1:
         return observe()
-    own: list[LayerObservation] = []
 
-    def share() -> tuple[list[tuple[NeuronStatistics, Tensor, Tensor]], dict[str, object]]:
-        own.extend(observe())
-        observed = [(layer.statistics, layer.outgoing, layer.outgoing_unshifted) for layer in own]
-        return observed, _record_of_observations(own, model, settings, steps)
+    def share() -> tuple[Sequence[LayerObservation], dict[str, object]]:
+        observations = observe()
+        return observations, _record(observations, model, settings, steps)
 
     shares = ranks.all_or_raise(share)
     ranks.require_same([record for _, record in shares])
-    gathered = []
-    for index, layer in enumerate(own):
-        statistics = NeuronStatistics.joined([observed[index][0] for observed, _ in shares])
-        _, outgoing, unshifted = shares[0][0][index]
-        gathered.append(replace(layer, statistics=statistics, outgoing=outgoing, outgoing_unshifted=unshifted))
-    return gathered
+    layers = zip(*(observations for observations, _ in shares), strict=True)
+    return [replace(each[0], statistics=NeuronStatistics.joined([one.statistics for one in each])) for each in layers]
 
 
-def agree(ranks: Ranks, plan: Callable[[], tuple[Sequence[LayerDecision], T]]) -> T:
-    """What `plan` returns with its decisions, once every rank has made the same decisions."""
-    if ranks.size == 1:
-        return plan()[1]
-    own: list[T] = []
-
-    def record() -> dict[str, object]:
-        decisions, planned = plan()
-        own.append(planned)
-        return _record_of_decisions(decisions)
-
-    ranks.require_same(ranks.all_or_raise(record))
-    return own[0]
+def from_rank_0(ranks: Ranks, action: Callable[[], T]) -> T:
+    """The result of `action` on rank 0, for all ranks: processors of different kinds may round differently."""
+    result = ranks.all_or_raise(lambda: action() if ranks.rank == 0 else None)[0]
+    assert result is not None
+    return result
 
 
-def apply_on_all(ranks: Ranks, apply: Callable[[Callable[[], object]], object]) -> None:
-    """Call `apply(confirm)` on every rank; `apply` must call `confirm` last, and undo everything where it raises."""
-    if ranks.size == 1:
-        apply(lambda: None)
-        return
-    failure: Exception | None = None
-    confirmed = False
-
-    def confirm() -> None:
-        nonlocal confirmed
-        confirmed = True
-        if failure is not None:
-            raise failure
-
-    try:
-        apply(lambda: ranks.all_or_raise(confirm))
-    except Exception as error:
-        if confirmed:
-            raise
-        failure = error
-        ranks.all_or_raise(confirm)
+def on_each_rank(ranks: Ranks, action: Callable[[], T]) -> T:
+    """The result of `action` on this rank, once it has succeeded on all; results are not exchanged."""
+    results: list[T] = []
+    ranks.all_or_raise(lambda: results.append(action()))
+    return results[0]
 
 
-# --- What ranks must agree in: values, or hashes of bits, by the names that an error message gives them
-
-
-def _record_of_observations(
+def _record(
     observations: Sequence[LayerObservation], model: nn.Module, settings: PruningSettings, steps: int
 ) -> dict[str, object]:
-    record: dict[str, object] = {f"the width of {each.group.name}": each.group.width for each in observations}
-    record |= {f"the positions of {each.group.name}": each.group.positions for each in observations}
+    """What ranks must agree in: values, or bytes and hashes, by the names that an error message gives them."""
+    record: dict[str, object] = {"the number of steps": steps}
     for setting in fields(settings):
         value = getattr(settings, setting.name)
         record[setting.name] = f"{value.__module__}.{value.__qualname__}" if hasattr(value, "__qualname__") else value
-    record["the number of steps"] = steps
     for each in observations:
-        counters = [each.inactive_checks, each.original, *([] if each.first_scales is None else [each.first_scales])]
-        record[f"the history of {each.group.name}"] = _digest(counters)
-    return record | {f"the weights {name}": value for name, value in _fingerprints(model).items()}
-
-
-def _record_of_decisions(decisions: Sequence[LayerDecision]) -> dict[str, object]:
-    record: dict[str, object] = {"the neurons to be removed": _digest(each.keep for each in decisions)}
-    for each in decisions:
-        if each.reconstruction is not None:
-            name = f"the reconstruction of removed neurons of {each.group.name} (reconstruction_samples=0 avoids it)"
-            record[name] = _digest([each.reconstruction.left, each.reconstruction.right])
+        name, scales = each.group.name, [] if each.first_scales is None else [each.first_scales]
+        record[f"the width of {name}"] = each.group.width
+        record[f"the slices of {name}"] = repr(each.group).encode()
+        record[f"the history of {name}"] = _digest([each.inactive_checks, each.original, *scales])
+    for name, parameter in model.named_parameters():
+        record[f"the weights {name}"] = _digest([parameter])
     return record
 
 
 def _digest(tensors: Iterable[Tensor]) -> bytes:
-    """A hash of the bits of tensors on the CPU."""
-    whole = hashlib.sha256()
-    for tensor in tensors:
-        whole.update(repr((tuple(tensor.shape), str(tensor.dtype))).encode())
-        whole.update(tensor.contiguous().view(torch.uint8).numpy().tobytes())
-    return whole.digest()
-
-
-def _fingerprints(model: nn.Module) -> dict[str, bytes]:
-    """A number for each parameter, computed exactly from its bits on any device."""
-    found = {name: _fingerprint(parameter.detach()) for name, parameter in model.named_parameters()}
-    device = next(iter(found.values())).device
-    numbers = torch.stack([each.to(device) for each in found.values()]).tolist()  # one synchronisation for all
-    return {name: number.to_bytes(8, "little", signed=True) for name, number in zip(found, numbers, strict=True)}
-
-
-def _fingerprint(tensor: Tensor) -> Tensor:
-    bits = torch.view_as_real(tensor) if tensor.is_complex() else tensor
-    integers = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-    bits = bits.view(integers[bits.element_size()])
-    bits = bits.flatten(1) if bits.dim() > 1 else bits.reshape(-1, 1)
-    rows, columns = bits.sum(1, dtype=torch.int64), bits.sum(0, dtype=torch.int64)
-    places = [torch.arange(1, len(each) + 1, device=each.device) for each in (rows, columns)]
-    return (rows * places[0]).sum() * 31 + (columns * places[1]).sum()
+    return bytes.fromhex(hash_tensors({str(index): tensor for index, tensor in enumerate(tensors)}))
 
 
 # --- DistributedDataParallel

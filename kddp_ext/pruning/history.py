@@ -40,6 +40,7 @@ class PruningHistory:
                 raise ValueError(f"original_widths: expected widths of at least 1 by layer name, got {got}")
             self.original_widths[layer] = width
         self.steps: list[dict[str, list[int]]] = []
+        self._lost: dict[str, set[int]] = {layer: set() for layer in self.original_widths}
 
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, PruningHistory):
@@ -55,20 +56,15 @@ class PruningHistory:
     @property
     def widths(self) -> dict[str, int]:
         """Number of neurons by layer, after all steps."""
-        widths = dict(self.original_widths)  # no lists of neurons are made, because a file may claim any width
-        for step in self.steps:
-            for layer, indices in step.items():
-                widths[layer] -= len(indices)
-        return widths
+        return {layer: width - len(self._lost[layer]) for layer, width in self.original_widths.items()}
 
     def pruned(self, layer: str) -> list[int]:
         """Original indices of the neurons that `layer` lost, ascending."""
-        return sorted(index for step in self.steps for index in step.get(layer, []))
+        return sorted(self._lost[layer])
 
     def kept(self, layer: str) -> list[int]:
         """Original indices of the neurons that `layer` still has, ascending."""
-        gone = set(self.pruned(layer))
-        return [index for index in range(self.original_widths[layer]) if index not in gone]
+        return [index for index in range(self.original_widths[layer]) if index not in self._lost[layer]]
 
     def add_step(self, pruned: Mapping[str, Sequence[int]]) -> None:
         """Record one step; a step that pruned nothing is not recorded.
@@ -80,25 +76,23 @@ class PruningHistory:
             ValueError: a layer or an index is unknown, an index was pruned before or is repeated, or a layer would lose
                 all neurons. Nothing is recorded then.
         """
-        self._add_step(pruned, {layer: set(self.pruned(layer)) for layer in pruned})
-
-    def _add_step(self, pruned: Mapping[str, Sequence[int]], gone: dict[str, set[int]]) -> None:
-        """Record one step, and add it to `gone`, the neurons that each layer has lost."""
         step = {}
         for layer, indices in pruned.items():
             if layer not in self.original_widths:
                 raise ValueError(f"pruned: no layer {layer!r}; the history has {_brief(list(self.original_widths))}")
-            width, lost = self.original_widths[layer], gone.setdefault(layer, set())
+            width, lost, going = self.original_widths[layer], self._lost[layer], set()
             for index in indices:
                 if not _is_int(index) or not 0 <= index < width:
                     raise ValueError(f"pruned: {layer} has neurons 0 to {width - 1}, got {_brief(index)}")
-                if index in lost:
+                if index in lost or index in going:
                     raise ValueError(f"pruned: neuron {index} of {layer} is pruned twice")
-                lost.add(index)
-            if len(lost) == width:
+                going.add(index)
+            if len(lost) + len(going) == width:
                 raise ValueError(f"pruned: {layer} would lose its {count_neurons(width)}, and one must stay")
-            if len(indices):
-                step[layer] = sorted(indices)
+            if going:
+                step[layer] = sorted(going)
+        for layer, indices in step.items():
+            self._lost[layer].update(indices)
         if step:
             self.steps.append(step)
 
@@ -106,6 +100,7 @@ class PruningHistory:
         """An independent history with the same steps."""
         other = PruningHistory(self.original_widths)
         other.steps = [dict(step) for step in self.steps]
+        other._lost = {layer: set(lost) for layer, lost in self._lost.items()}
         return other
 
     def to_json(self) -> str:
@@ -130,16 +125,14 @@ class PruningHistory:
         if content.get("version") != VERSION:
             raise ValueError(f"text: expected a history of version {VERSION}, got {_brief(content.get('version'))}")
         widths, steps = content.get("original_widths"), content.get("steps")
-        if not isinstance(widths, dict):
-            raise ValueError(f"text: expected original_widths by layer, got {_brief(widths)}")
-        if not isinstance(steps, list):
-            raise ValueError(f"text: expected a list of steps, got {_brief(steps)}")
+        if not isinstance(widths, dict) or not isinstance(steps, list):
+            got = f"{_brief(widths)} and {_brief(steps)}"
+            raise ValueError(f"text: expected original_widths by layer and a list of steps, got {got}")
         history = cls(widths)
-        gone: dict[str, set[int]] = {}  # one dict for all steps, so that the time grows linearly with their number
         for step in steps:
             if not isinstance(step, dict) or not all(isinstance(indices, list) for indices in step.values()):
                 raise ValueError(f"text: expected each step to have lists of neurons by layer, got {_brief(step)}")
-            history._add_step(step, gone)
+            history.add_step(step)
         return history
 
     def replay(self, model: nn.Module, example_inputs: tuple[Any, ...]) -> None:

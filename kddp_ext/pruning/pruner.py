@@ -16,11 +16,20 @@ from kddp_ext.activations.statistics import NeuronStatistics, TrackedActivations
 from kddp_ext.pruning.compaction import (
     CompactionPlan,
     Removal,
+    assign,
     checked_copies,
     plan_compaction,
     require_sliceable_optimizer,
 )
-from kddp_ext.pruning.distributed import Ranks, agree, apply_on_all, gather, require_rewrappable, rewrap, wrappers_of
+from kddp_ext.pruning.distributed import (
+    Ranks,
+    from_rank_0,
+    gather,
+    on_each_rank,
+    require_rewrappable,
+    rewrap,
+    wrappers_of,
+)
 from kddp_ext.pruning.history import PruningHistory
 from kddp_ext.pruning.hooks import ActivationHooks
 from kddp_ext.pruning.reconstruction import reconstruct
@@ -184,7 +193,8 @@ class DynamicPruner:
     @property
     def l1_weight(self) -> float:
         """The present weight of the L1 penalty for the loss; it rises linearly with the calls of `step()`."""
-        return self.schedule.l1_weight_after(self._state.steps)
+        schedule, steps = self.schedule, self._state.steps
+        return schedule.l1_weight * (min(1.0, steps / schedule.l1_warmup) if schedule.l1_warmup else 1.0)
 
     @property
     def activations(self) -> TrackedActivations:
@@ -242,11 +252,11 @@ class DynamicPruner:
             What a prune did; None at a step without one.
         """
         hooks = self._open_hooks("step")
-        state = replace(self._state, steps=self._state.steps + 1)
-        if self.schedule.check_due(state.steps):
-            return self._prune(state, hooks)
-        if self.schedule.interval_ends(state.steps):  # before `start`: the next interval begins with no statistics
-            self.reset()
+        state, schedule = replace(self._state, steps=self._state.steps + 1), self.schedule
+        if schedule.interval is not None and state.steps % schedule.interval == 0:
+            if state.steps >= schedule.start:
+                return self._prune(state, hooks)
+            self.reset()  # the next interval begins with no statistics
         self._state = state
         return None
 
@@ -301,28 +311,38 @@ class DynamicPruner:
         ranks, wrappers = self._ranks("prune")
         observe = partial(state.observe, self.model, caller="prune")
         observations = gather(ranks, observe, model=self.model, settings=self.settings, steps=state.steps)
-        compaction, after, report = agree(ranks, partial(self._plan, observations, state, wrappers))
+        decisions, report = from_rank_0(ranks, partial(self._select, observations, state))
+        compaction = on_each_rank(ranks, partial(self._plan, decisions, state, wrappers))
         refresh = [partial(rewrap, wrapper) for wrapper in wrappers if report.neurons_pruned]
-        apply_on_all(
-            ranks, lambda confirm: compaction.apply([(self, "_state", after)], refresh=refresh, confirm=confirm)
-        )
+        try:
+            on_each_rank(ranks, partial(compaction.apply, refresh))
+        except BaseException:
+            compaction.undo()
+            raise
         hooks.clear()
         return report
 
-    def _plan(
-        self, observations: Sequence[LayerObservation], state: PrunerState, wrappers: Sequence[DistributedDataParallel]
-    ) -> tuple[tuple[LayerDecision, ...], tuple[CompactionPlan, PrunerState, PruneReport]]:
-        """Select the neurons and prepare their removal; nothing is changed."""
+    def _select(
+        self, observations: Sequence[LayerObservation], state: PrunerState
+    ) -> tuple[tuple[LayerDecision, ...], PruneReport]:
+        """Select the neurons to be removed; nothing is changed."""
         size = ModelSize(self.model, state.groups, self._positions)
         decisions = decide(observations, self.settings, size)
         if self.settings.compensate and self.settings.reconstruction_samples:
             decisions = tuple(_fit_reconstruction(decision) for decision in decisions)
+        return decisions, PruneReport.of(decisions, size)
+
+    def _plan(
+        self, decisions: Sequence[LayerDecision], state: PrunerState, wrappers: Sequence[DistributedDataParallel]
+    ) -> CompactionPlan:
+        """Prepare the removal of the neurons; nothing is changed."""
         for wrapper in wrappers:
             require_rewrappable(wrapper)
         checked_copies(self.model, self._copies)
         removals = [_removal(decision) for decision in decisions if decision.pruned.numel()]
         compaction = plan_compaction(self.model, removals, self._optimizers, self._copies)
-        return decisions, (compaction, state.after(decisions, self.settings), PruneReport.of(decisions, size))
+        compaction.changes.append(assign(self, "_state", state.after(decisions, self.settings)))
+        return compaction
 
     def _ranks(self, caller: str) -> tuple[Ranks, Sequence[DistributedDataParallel]]:
         wrappers = wrappers_of([self.model, *self._copies])

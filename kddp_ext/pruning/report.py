@@ -255,8 +255,9 @@ def _relative_scales(first: Tensor | None, now: Tensor, keep: Tensor) -> tuple[f
 
 def _sizes(decisions: Sequence[LayerDecision], size: ModelSize) -> tuple[int, int, int, int]:
     """Parameters before and after, MACs before and after."""
-    widths = [decision.width_after for decision in decisions]
-    return size.parameters(), size.parameters(widths), size.macs(), size.macs(widths)
+    parameters, macs = size.at([decision.group.width for decision in decisions])
+    parameters_after, macs_after = size.at([decision.width_after for decision in decisions])
+    return parameters, parameters_after, macs, macs_after
 
 
 def _change(what: str, before: int, after: int) -> str:

@@ -183,7 +183,7 @@ def removable(
 
 
 class ModelSize:
-    """Parameters and multiply-accumulates of a model, at the present widths of its groups or at any others.
+    """Parameters and multiply-accumulates of a model at any widths of its groups.
 
     A tensor shrinks in proportion to the width of each group that slices it. `positions` is that of `TracedNeurons`;
     weights that are missing there count as parameters only.
@@ -200,20 +200,15 @@ class ModelSize:
         weights = [(StoredTensor.named(name).of(model), count) for name, count in positions.items()]
         self._weights = [(each.numel(), count, slicing.get(id(each), [])) for each, count in weights]
 
-    def parameters(self, widths: Sequence[int] | None = None) -> int:
-        """Number of parameters of the whole model where the groups have `widths`; by default their present ones."""
-        return self._total(self._parameters, widths)
+    def at(self, widths: Sequence[int]) -> tuple[int, int]:
+        """Parameters of the whole model, and multiply-accumulates of one sample, where the groups have `widths`."""
+        return self._total(self._parameters, widths), self._total(self._weights, widths)
 
-    def macs(self, widths: Sequence[int] | None = None) -> int:
-        """The same for the multiply-accumulates of one sample."""
-        return self._total(self._weights, widths)
-
-    def _total(self, tensors: Sequence[tuple[int, float, list[int]]], widths: Sequence[int] | None) -> int:
-        left = self._widths if widths is None else widths
+    def _total(self, tensors: Sequence[tuple[int, float, list[int]]], widths: Sequence[int]) -> int:
         total = 0.0
         for elements, count, groups in tensors:
             whole = math.prod(self._widths[group] for group in groups)
-            total += elements * math.prod(left[group] for group in groups) // whole * count
+            total += elements * math.prod(widths[group] for group in groups) // whole * count
         return round(total)
 
 
@@ -296,10 +291,8 @@ def decide(
     if settings.target_parameters is not None or settings.target_macs is not None:
 
         def fits(widths: Sequence[int]) -> bool:
-            parameters, macs = settings.target_parameters, settings.target_macs
-            return (parameters is None or size.parameters(widths) <= parameters) and (
-                macs is None or size.macs(widths) <= macs
-            )
+            parameters, macs = size.at(widths)
+            return parameters <= (settings.target_parameters or math.inf) and macs <= (settings.target_macs or math.inf)
 
         counts = affordable(
             [decision.activity[weakest_first] for decision, weakest_first in alone],

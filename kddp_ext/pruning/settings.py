@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from math import inf
-from numbers import Integral, Real
+from numbers import Integral
 
 from torch import Tensor
 
 from kddp_ext.activations.statistics import NeuronStatistics
+from kddp_ext.loss.settings import check_number
 
 CRITERIA = ("contribution", "mean_activation", "apoz", "dead")
 
@@ -45,12 +47,10 @@ class PruningSettings:
             )
         if not isinstance(self.compensate, bool):
             raise TypeError(f"compensate: expected True or False, got {self.compensate!r}")
-        if isinstance(self.criterion, str):
-            threshold = _share("threshold", self.threshold)
-        else:  # the activities of a user's function need not be relative to anything
-            threshold = _finite("threshold", self.threshold, zero=False)
-        object.__setattr__(self, "threshold", threshold)
-        object.__setattr__(self, "maximum_share", _share("maximum_share", self.maximum_share))
+        # The activities of a user's function need not be relative to anything.
+        highest = 1.0 if isinstance(self.criterion, str) else sys.float_info.max
+        object.__setattr__(self, "threshold", _positive("threshold", self.threshold, at_most=highest))
+        object.__setattr__(self, "maximum_share", _positive("maximum_share", self.maximum_share, at_most=1.0))
         for name in ("patience", "minimum_width", "round_to", "target_parameters", "target_macs"):
             if not (name.startswith("target") and getattr(self, name) is None):
                 object.__setattr__(self, name, whole_number(name, getattr(self, name), at_least=1))
@@ -71,24 +71,14 @@ class Schedule:
         if self.interval is not None:
             object.__setattr__(self, "interval", whole_number("interval", self.interval, at_least=1))
         object.__setattr__(self, "start", whole_number("start", self.start, at_least=0))
-        object.__setattr__(self, "l1_weight", _finite("l1_weight", self.l1_weight, zero=True))
+        check_number("l1_weight", self.l1_weight)
+        if not 0 <= self.l1_weight < inf:
+            raise ValueError(f"l1_weight: expected a finite number of at least 0, got {self.l1_weight}")
         object.__setattr__(self, "l1_warmup", whole_number("l1_warmup", self.l1_warmup, at_least=0))
         if self.start and self.interval is None:
             raise ValueError(f"start: {self.start} delays the checks that step() makes, but interval is None")
         if self.l1_warmup and not self.l1_weight:
             raise ValueError(f"l1_warmup: l1_weight rises over {self.l1_warmup} steps, but it is 0")
-
-    def interval_ends(self, steps: int) -> bool:
-        """True if an interval ends with this step, counted from 1."""
-        return self.interval is not None and steps % self.interval == 0
-
-    def check_due(self, steps: int) -> bool:
-        """True if the pruner checks after this step, counted from 1."""
-        return self.interval_ends(steps) and steps >= self.start
-
-    def l1_weight_after(self, steps: int) -> float:
-        """The weight of the L1 penalty in the loss that follows `steps` steps."""
-        return self.l1_weight * min(1.0, steps / self.l1_warmup) if self.l1_warmup else self.l1_weight
 
 
 def whole_number(name: str, value: object, *, at_least: int) -> int:
@@ -103,24 +93,8 @@ def whole_number(name: str, value: object, *, at_least: int) -> int:
     return number
 
 
-def _share(name: str, value: object) -> float:
-    number = _number(name, value)
-    if not 0 < number <= 1:  # also refuses NaN
-        raise ValueError(f"{name}: expected more than 0 and at most 1, got {value!r}")
-    return number
-
-
-def _finite(name: str, value: object, *, zero: bool) -> float:
-    number = _number(name, value)
-    if not 0 <= number < inf or (number == 0 and not zero):
-        raise ValueError(f"{name}: expected a finite number {'of at least' if zero else 'above'} 0, got {value!r}")
-    return number
-
-
-def _number(name: str, value: object) -> float:
-    if isinstance(value, bool) or not isinstance(value, Real):
-        raise TypeError(f"{name}: expected a number, got {value!r}")
-    try:
-        return float(value)
-    except OverflowError as error:
-        raise ValueError(f"{name}: expected a finite number, got one that no float can hold") from error
+def _positive(name: str, value: float, *, at_most: float) -> float:
+    check_number(name, value)
+    if not 0 < value <= at_most:  # also refuses NaN
+        raise ValueError(f"{name}: expected more than 0 and at most {at_most:.2g}, got {value!r}")
+    return float(value)

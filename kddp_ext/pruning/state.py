@@ -16,8 +16,7 @@ from kddp_ext.pruning.selection import LayerDecision, LayerObservation, check_st
 from kddp_ext.pruning.settings import PruningSettings
 from kddp_ext.pruning.tracing.groups import NeuronGroup, StoredTensor, count_neurons
 
-# Version 1 had no steps and no first scales: it starts at 0 steps, and its next check gives the first scales.
-STATE_VERSION, LOADABLE_VERSIONS = 2, (1, 2)
+STATE_VERSION = 2
 
 
 @dataclass(frozen=True)
@@ -56,22 +55,22 @@ class LayerState:
             first_scales=scales[:, keep],
         )
 
+    @torch.inference_mode(False)  # the statistics could not be updated
     def restored(self, state: Mapping[str, Any]) -> LayerState:
         """The part of this layer in the result of `PrunerState.to_dict`."""
         name, width = self.group.name, self.group.width
-        checks = state["inactive_checks"].get(name)
-        if name not in state["statistics"] or not isinstance(checks, Tensor) or checks.shape != (width,):
-            raise ValueError(f"state: expected statistics and counters of the {count_neurons(width)} of {name}")
-        samples = 0 if self.statistics.ring is None else self.statistics.ring.values.shape[0]
-        device, positions = self.statistics.values.device, self.group.positions
-        statistics = NeuronStatistics(width, device, positions=positions, samples=samples)
+        checks, scales = state["inactive_checks"].get(name), state["first_scales"].get(name)
+        shapes = [tuple(each.shape) if isinstance(each, Tensor) else each for each in (checks, scales)]
+        if name not in state["statistics"] or shapes not in ([(width,), None], [(width,), (2, width)]):
+            raise ValueError(f"state: expected statistics, counters and scales of the {count_neurons(width)} of {name}")
+        statistics = copy.deepcopy(self.statistics)
         statistics.load_state_dict(state["statistics"][name])
-        first_scales = state.get("first_scales", {}).get(name)
-        if first_scales is not None:
-            if not isinstance(first_scales, Tensor) or first_scales.shape != (2, width):
-                raise ValueError(f"state: expected two first scales for each of the {count_neurons(width)} of {name}")
-            first_scales = first_scales.to("cpu", torch.float64, copy=True)
-        return LayerState(self.group, statistics, checks.to("cpu", torch.int64, copy=True), first_scales)
+        return LayerState(
+            group=self.group,
+            statistics=statistics,
+            inactive_checks=checks.to("cpu", torch.int64, copy=True),
+            first_scales=None if scales is None else scales.to("cpu", torch.float64, copy=True),
+        )
 
 
 @dataclass(frozen=True)
@@ -131,11 +130,9 @@ class PrunerState:
     def restored(self, state: Mapping[str, Any]) -> PrunerState:
         """The state that `to_dict` returned, for a model of the same widths; this object is not changed."""
         version = state.get("version") if isinstance(state, Mapping) else None
-        if version not in LOADABLE_VERSIONS:
-            versions = " or ".join(map(str, LOADABLE_VERSIONS))
-            raise ValueError(f"state: expected the state of a DynamicPruner, version {versions}, got {version!r}")
-        expected = {"history", "statistics", "inactive_checks"} | ({"steps", "first_scales"} if version > 1 else set())
-        missing = expected - state.keys()
+        if version != STATE_VERSION:
+            raise ValueError(f"state: expected the state of a DynamicPruner, version {STATE_VERSION}, got {version!r}")
+        missing = {"history", "steps", "statistics", "inactive_checks", "first_scales"} - state.keys()
         if missing:
             raise ValueError(f"state: {', '.join(sorted(missing))} missing")
         history = PruningHistory.from_json(state["history"])
@@ -144,7 +141,7 @@ class PrunerState:
                 f"state: it is of a model with widths {history.widths}, but this one has {self.widths}; replay the "
                 "state's history on a fresh model before making the pruner"
             )
-        steps = state.get("steps", 0)
+        steps = state["steps"]
         if not isinstance(steps, int) or steps < 0:
             raise ValueError(f"state: expected steps as a whole number of at least 0, got {steps!r}")
         return PrunerState(tuple(layer.restored(state) for layer in self.layers), history, steps)

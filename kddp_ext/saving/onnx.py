@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
 from importlib.util import find_spec
 from typing import Any
 
@@ -12,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from kddp_ext.files import atomic_write
-from kddp_ext.pruning.tracing.graph import uncompiled
+from kddp_ext.pruning.tracing.graph import unchanged_modules, unwrapped
 
 LARGEST_FILE = 2**31 - 1  # bytes: an ONNX file is one protobuf message
 
@@ -47,8 +45,7 @@ def export_onnx(
         raise ModuleNotFoundError(
             f"export_onnx: {' and '.join(missing)} missing; install with: pip install 'kddp_ext[onnx]'", name=missing[0]
         )
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
+    model = unwrapped(model)
     if not isinstance(example_inputs, tuple):
         raise TypeError(
             "example_inputs: expected a tuple of the forward's positional arguments, such as (images[:2],), got "
@@ -57,26 +54,15 @@ def export_onnx(
     size = sum(tensor.nbytes for tensor in [*model.parameters(), *model.buffers()])
     if size > LARGEST_FILE:
         raise ValueError(f"model: its tensors take {size:,} bytes, but an ONNX file holds at most {LARGEST_FILE:,}")
-    model = uncompiled(model)
     shapes = None
     if dynamic_batch:
         example_inputs, shapes = _dynamic(example_inputs)
-    with _evaluation_mode(model), torch.no_grad():
+    with unchanged_modules(model), torch.no_grad():
+        model.eval()
         program = torch.onnx.export(model, example_inputs, dynamo=True, verbose=False, dynamic_shapes=shapes)
     assert program is not None  # torch returns a program where it is given no file
     content = program.model_proto.SerializeToString()
     atomic_write(path, lambda file: file.write(content))
-
-
-@contextmanager
-def _evaluation_mode(model: nn.Module) -> Iterator[None]:
-    modes = {module: module.training for module in model.modules()}
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, training in modes.items():
-            module.training = training
 
 
 def _dynamic(example_inputs: tuple[Any, ...]) -> tuple[tuple[Any, ...], tuple[Any, ...]]:

@@ -54,11 +54,11 @@ def step(model, optimizer, batch):
     optimizer.step()
 
 
-def prune_dead(model, optimizer, x):
+def prune_dead(model, optimizer, x, **options):
     # Behind a batch norm dead neurons are constant, which the default criterion detects.
     training = model.training
     with torch.no_grad():
-        pruner = observed_pruner(model.train(), x, optimizer, layers=["0"])
+        pruner = observed_pruner(model.train(), x, optimizer, layers=["0"], **options)
     report = pruner.prune()
     pruner.close()
     model.train(training)

@@ -34,13 +34,31 @@ def observed_pruner(model, x, optimizer=None, **options):
 
 def kill(model, neurons):
     with torch.no_grad():
-        model[0].weight[neurons] = 0
-        model[0].bias[neurons] = -1
+        model[0].weight[list(neurons)] = 0
+        model[0].bias[list(neurons)] = -1
 
 
 def observe(pruner, rows=6):
     pruner.model(example(rows))
     pruner.activations.observe()
+
+
+def changed(make, change):
+    """A constructor of what `make` returns, after the function `change` has changed it."""
+
+    def make_changed():
+        made = make()
+        change(made)
+        return made
+
+    return make_changed
+
+
+def check(pruner, dead=()):
+    """The report of a prune in which the neurons `dead` are dead."""
+    kill(pruner.model, dead)
+    observe(pruner)
+    return pruner.prune()
 
 
 def state_of(*modules, optimizer=None, pruner=None):

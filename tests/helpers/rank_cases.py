@@ -9,7 +9,7 @@ from unittest import mock
 
 import torch
 import torch.distributed as dist
-from pruner_cases import state_of
+from pruner_cases import observed_pruner, state_of
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
@@ -56,82 +56,82 @@ def share_of(rank, batch):
     return batch if rank is None else tuple(each[rank::2] for each in batch)
 
 
-def train(
-    rank,
-    rounds=3,
-    *,
-    ddp_options=None,
-    comm_hook=False,
-    wrapped_after=False,
-    inner=False,
-    accumulate=False,
-    compiled=False,
-    make=make_student,
-    reconstruction_samples=0,
-):
+class Training:
+    """A student in training, with a moving average; rank None is a single process, whose batches are not shared."""
+
+    def __init__(
+        self,
+        rank,
+        *,
+        make=make_student,
+        ddp_options=None,
+        wrapped_after=False,
+        inner=False,
+        compiled=False,
+        average_of_wrapper=False,
+        **options,
+    ):
+        self.rank, self.student = rank, make()
+        self.model = self.student
+        if rank is not None and not wrapped_after:
+            self.model = DistributedDataParallel(self.student, **(ddp_options or {}))
+        average_of = self.model if average_of_wrapper else self.student
+        self.average = AveragedModel(average_of, multi_avg_fn=get_ema_multi_avg_fn(0.9))
+        self.optimizer = torch.optim.AdamW(self.student.parameters(), lr=0.01, amsgrad=True)
+        if compiled:
+            self.model = torch.compile(self.model, backend="aot_eager")
+        settings = {"threshold": THRESHOLD, "patience": 1, "copies": [self.average], "reconstruction_samples": 0}
+        model = self.student if inner else self.model
+        self.pruner = DynamicPruner(model, self.optimizer, example_inputs=(example(),), **{**settings, **options})
+        if wrapped_after and rank is not None:
+            self.model = DistributedDataParallel(self.student)
+
+    def step(self, seed, steps=1, *, accumulate=False):
+        for batch in batches(steps, seed):
+            self.optimizer.zero_grad()
+            parts = [tuple(each[half::2] for each in batch) for half in (0, 1)] if accumulate else [batch]
+            for part in parts:
+                last = part is parts[-1]
+                with self.model.no_sync() if self.rank is not None and not last else nullcontext():
+                    (self.loss(part) / len(parts)).backward()
+            self.optimizer.step()
+            self.average.update_parameters(self.student)
+
+    def loss(self, batch):
+        x, teacher, labels = share_of(self.rank, batch)
+        return kddp_ext.fused_kd_l1_loss(self.model(x), teacher, labels, self.pruner.activations, l1_weight=1e-3)
+
+    def tensors(self):
+        parameters = dict(self.student.named_parameters())
+        return {
+            "student": tensors_of(self.student),
+            "average": tensors_of(self.average.module),
+            "gradients": {name: p.grad.clone() for name, p in parameters.items()},
+            "optimizer": {
+                f"{name} {key}": value.clone()
+                for name, p in parameters.items()
+                for key, value in self.optimizer.state[p].items()
+            },
+        }
+
+
+def train(rank, options):
     """Train for some rounds, each with a prune; rank None is a single process with the joined batches."""
-    student = make()
-    model = student
-    if rank is not None and not wrapped_after:
-        model = DistributedDataParallel(student, **(ddp_options or {}))
-    average = AveragedModel(student, multi_avg_fn=get_ema_multi_avg_fn(0.9))
-    optimizer = torch.optim.AdamW(student.parameters(), lr=0.01, amsgrad=True)
-    if compiled:
-        model = torch.compile(model, backend="aot_eager")
-    pruner = DynamicPruner(
-        student if inner else model,
-        optimizer,
-        example_inputs=(example(),),
-        threshold=THRESHOLD,
-        patience=1,
-        copies=[average],
-        reconstruction_samples=reconstruction_samples,
-    )
-    if wrapped_after and rank is not None:
-        model = DistributedDataParallel(student)
-    calls = []
+    options = dict(options)
+    comm_hook, accumulate, rounds = (options.pop(name, None) for name in ("comm_hook", "accumulate", "rounds"))
+    training, calls = Training(rank, **options), []
     if comm_hook:
-        model.register_comm_hook(calls, all_reduce_and_count)
-    widths, per_round = [], []
-    for round_ in range(rounds):
+        training.model.register_comm_hook(calls, all_reduce_and_count)
+    widths, calls_per_round = [], []
+    for round_ in range(rounds or 3):
         calls.clear()
-        for batch in batches(4, seed=round_):
-            train_step(rank, model, optimizer, pruner, batch, accumulate=accumulate)
-            average.update_parameters(student)
-        per_round.append(len(calls))
-        pruner.prune()
-        widths.append(tuple(pruner.widths.values()))
-    train_step(rank, model, optimizer, pruner, next(batches(1, seed=99)), accumulate=accumulate)
-    return {
-        "widths": widths,
-        "history": pruner.history.to_json(),
-        "student": tensors_of(student),
-        "average": tensors_of(average.module),
-        "gradients": {name: p.grad.clone() for name, p in student.named_parameters()},
-        "optimizer": {
-            f"{name} {key}": value.clone()
-            for name, p in student.named_parameters()
-            for key, value in optimizer.state[p].items()
-        },
-        "calls of the communication hook": per_round,
-    }
-
-
-def train_with(rank, options):
-    """`train` with keyword arguments."""
-    return train(rank, **options)
-
-
-def train_step(rank, model, optimizer, pruner, batch, *, accumulate=False):
-    optimizer.zero_grad()
-    halves = [tuple(each[half::2] for each in batch) for half in (0, 1)] if accumulate else [batch]
-    for index, half in enumerate(halves):
-        last = index == len(halves) - 1
-        with model.no_sync() if rank is not None and not last else nullcontext():
-            x, teacher, labels = share_of(rank, half)
-            loss = kddp_ext.fused_kd_l1_loss(model(x), teacher, labels, pruner.activations, l1_weight=1e-3)
-            (loss / len(halves)).backward()
-    optimizer.step()
+        training.step(round_, 4, accumulate=accumulate)
+        calls_per_round.append(len(calls))
+        training.pruner.prune()
+        widths.append(tuple(training.pruner.widths.values()))
+    training.step(99, accumulate=accumulate)
+    history = training.pruner.history.to_json()
+    return {**training.tensors(), "widths": widths, "history": history, "communication hook": calls_per_round}
 
 
 def all_reduce_and_count(calls, bucket):
@@ -144,22 +144,14 @@ def tensors_of(module):
     return {name: tensor.detach().clone() for name, tensor in module.state_dict().items()}
 
 
-class Prepared:
+class Prepared(Training):
     """A student that is about to be pruned."""
 
     def __init__(self, rank, **options):
-        self.rank, self.student = rank, make_student()
-        self.model = DistributedDataParallel(self.student)
-        self.optimizer = torch.optim.AdamW(self.student.parameters())
-        self.average = copy.deepcopy(self.student)
-        settings = {"threshold": THRESHOLD, "patience": 1, "copies": [self.average], **options}
-        self.pruner = DynamicPruner(self.model, self.optimizer, example_inputs=(example(),), **settings)
-        self.step()
+        super().__init__(rank, **options)
+        self.step(3)
         self.saved_settings = self.pruner.settings
         self.saved = copy.deepcopy([each.state_dict() for each in (self.student, self.optimizer, self.pruner)])
-
-    def step(self, seed=3):
-        train_step(self.rank, self.model, self.optimizer, self.pruner, next(batches(1, seed)))
 
     def state(self):
         return state_of(self.student, self.average, optimizer=self.optimizer, pruner=self.pruner)
@@ -224,13 +216,11 @@ def fail_on_rank_1(rank, spoil):
     if rank == 1:
         prepared.repair()
     repaired = before_spoil["values"] == prepared.state()["values"]
-    prepared.step(seed=4)  # gradients are still averaged
+    prepared.step(4)  # gradients are still averaged
     prepared.pruner.prune()
-    prepared.step()
-    return {
-        "error": error, "unchanged": unchanged, "repaired": repaired, "widths": prepared.pruner.widths,
-        "student": tensors_of(prepared.student),
-    }  # fmt: skip
+    prepared.step(5)
+    widths, student = prepared.pruner.widths, tensors_of(prepared.student)
+    return {"error": error, "unchanged": unchanged, "repaired": repaired, "widths": widths, "student": student}
 
 
 def error_of(function):
@@ -264,22 +254,15 @@ def prune_with(rank, options_of_ranks):
 
 def backward_through_the_old_graph(rank, ddp_options):
     """A second backward through a graph from before a prune; then training continues."""
-    student = make_student()
-    model = DistributedDataParallel(student, **ddp_options)
-    optimizer = torch.optim.SGD(student.parameters(), lr=0.01)
-    pruner = DynamicPruner(
-        model, optimizer, example_inputs=(example(),), threshold=THRESHOLD, patience=1, compensate=False
-    )  # so that the last bias keeps its data and its gradient accumulator
-    for batch in batches(2, seed=0):
-        train_step(rank, model, optimizer, pruner, batch)
-    x, teacher, labels = share_of(rank, next(batches(1, seed=1)))
-    loss = kddp_ext.fused_kd_l1_loss(model(x), teacher, labels, pruner.activations)
+    # Without compensation the last bias keeps its data and its gradient accumulator.
+    training = Training(rank, ddp_options=ddp_options, compensate=False)
+    training.step(0, 2)
+    loss = training.loss(next(batches(1, seed=1)))
     loss.backward(retain_graph=True)
-    pruner.prune()
+    training.pruner.prune()
     failed = error_of(loss.backward) is not None
-    for batch in batches(3, seed=2):
-        train_step(rank, model, optimizer, pruner, batch)
-    return {"failed": failed, "student": tensors_of(student)}
+    training.step(2, 3)
+    return {"failed": failed, "student": tensors_of(training.student)}
 
 
 def samples_of_different_number(rank):
@@ -287,6 +270,7 @@ def samples_of_different_number(rank):
     prepared = Prepared(rank, criterion="dead")
     prepared.pruner.reset()
     with torch.no_grad():
+        prepared.student[0].bias.add_(3)
         prepared.student[0].weight[[3, 5]] = 0
         prepared.student[0].bias[[3, 5]] = -1
         prepared.student[0].weight[3, 0] = 100
@@ -299,24 +283,12 @@ def samples_of_different_number(rank):
 
 
 def an_average_on_rank_0_only(rank):
-    student = make_student()
-    model = DistributedDataParallel(student)
-    # An average of the wrapper contains its own wrapper.
-    average = AveragedModel(model) if rank == 0 else None
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
-    pruner = DynamicPruner(
-        model, optimizer, example_inputs=(example(),), threshold=THRESHOLD, patience=1, copies=[average] * (rank == 0)
-    )
-    for batch in batches(2, seed=1):
-        train_step(rank, model, optimizer, pruner, batch)
-    pruner.prune()
-    train_step(rank, model, optimizer, pruner, next(batches(1, seed=2)))
-    if average is not None:
-        average.update_parameters(model)
-        with torch.no_grad():
-            assert average.module.module(example()).shape == (4, CLASSES)
-        assert average.module.module[0].out_features == student[0].out_features
-    return {"student": tensors_of(student), "widths": pruner.widths}
+    """The average of the wrapper contains its own wrapper."""
+    training = Training(rank, average_of_wrapper=True, **({} if rank == 0 else {"copies": []}))
+    training.step(1, 2)
+    training.pruner.prune()
+    widths = [each[0].out_features for each in (training.student, training.average.module.module)]
+    return {"student": tensors_of(training.student), "widths": widths}
 
 
 def each_by_itself(rank):
@@ -324,10 +296,7 @@ def each_by_itself(rank):
     student = make_student()
     with torch.no_grad():
         student[0].bias.add_(rank)
-    apart, together = make_pruner(student, False), make_pruner(copy.deepcopy(student), None)
-    for pruner in (apart, together):
-        pruner.model(example(4 + rank))
-        pruner.activations.observe()
+    together, apart = observed(copy.deepcopy(student), 4 + rank), observed(student, 4 + rank, process_group=False)
     error = error_of(together.prune)
     return error, apart.prune().neurons_pruned if rank == 0 else None  # rank 1 does not take part
 
@@ -335,14 +304,13 @@ def each_by_itself(rank):
 def a_group_of_one(rank):
     """Each rank in its own group, and the errors of wrong groups."""
     groups = [dist.new_group([each]) for each in range(2)]
-    pruner = make_pruner(make_student(), groups[rank])
-    pruner.model(example(4 + rank))
-    pruner.activations.observe()
+    pruner = observed(make_student(), 4 + rank, process_group=groups[rank])
     pruned = pruner.prune().neurons_pruned if rank == 0 else None
     wrapped = DistributedDataParallel(make_student())
     wrong = [(make_student(), groups[1 - rank]), (make_student(), "gloo"), (wrapped, False)]
-    return pruned, [error_of(partial(make_pruner, model, group)) for model, group in wrong]
+    return pruned, [error_of(partial(observed, model, process_group=group)) for model, group in wrong]
 
 
-def make_pruner(model, group):
-    return DynamicPruner(model, example_inputs=(example(),), threshold=THRESHOLD, patience=1, process_group=group)
+def observed(model, rows=4, **options):
+    """A pruner of `model` with statistics, which is about to prune."""
+    return observed_pruner(model, example(rows), threshold=THRESHOLD, **options)

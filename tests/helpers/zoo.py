@@ -25,8 +25,9 @@ class Recipe(nn.Module):
 
 
 def recipe(forward, width=8, **modules):
-    """A constructor of a network with layers `first` and `last`, and others between them."""
-    layers = {"first": lambda: nn.Linear(6, width), "last": lambda: nn.Linear(width, CLASSES)}
+    """A constructor of a network with layers `first`, `second` and `last`, and other modules."""
+    layers = {"first": partial(nn.Linear, 6, width), "second": partial(nn.Linear, width, width)}
+    layers["last"] = partial(nn.Linear, width, CLASSES)
     return lambda: Recipe(forward, **{name: make() for name, make in (layers | modules).items()})
 
 
@@ -58,38 +59,11 @@ class BasicBlock(nn.Module):
         return self.relu(out)
 
 
-class ResNet(nn.Module):
-    """He et al. 2015 (arXiv:1512.03385), with the first two of its four stages."""
-
-    def __init__(self):
-        super().__init__()
-        self.conv1 = nn.Conv2d(3, 4, 7, 2, 3, bias=False)
-        self.bn1 = nn.BatchNorm2d(4)
-        self.maxpool = nn.MaxPool2d(3, 2, 1)
-        self.layer1 = nn.Sequential(BasicBlock(4, 4, 1), BasicBlock(4, 4, 1))
-        self.layer2 = nn.Sequential(BasicBlock(4, 8, 2), BasicBlock(8, 8, 1))
-        self.avgpool = nn.AdaptiveAvgPool2d(1)
-        self.fc = nn.Linear(8, CLASSES)
-
-    def forward(self, x):
-        x = self.layer2(self.layer1(self.maxpool(F.relu(self.bn1(self.conv1(x))))))
-        return self.fc(torch.flatten(self.avgpool(x), 1))
-
-
-def vgg11():
-    """Simonyan and Zisserman 2014 (arXiv:1409.1556), configuration A, with 3 channels in the first layer."""
-    layers, channels = [], 3
-    for width in (3, "pool", 6, "pool", 12, 12, "pool", 24, 24, "pool", 24, 24, "pool"):
-        if width == "pool":
-            layers.append(nn.MaxPool2d(2, 2))
-            continue
-        layers += [nn.Conv2d(channels, width, 3, padding=1), nn.ReLU(inplace=True)]
-        channels = width
-    classifier = [
-        *(nn.Linear(channels * 4, 6), nn.ReLU(True), nn.Dropout()),
-        *(nn.Linear(6, 5), nn.ReLU(True), nn.Dropout(), nn.Linear(5, CLASSES)),
-    ]
-    return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(2), nn.Flatten(), *classifier)
+def resnet():
+    """He et al. 2015 (arXiv:1512.03385), with two blocks."""
+    stem = nn.Conv2d(3, 4, 7, 2, 3, bias=False), nn.BatchNorm2d(4), nn.ReLU(), nn.MaxPool2d(3, 2, 1)
+    head = nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, CLASSES)
+    return nn.Sequential(*stem, BasicBlock(4, 4, 1), BasicBlock(4, 8, 2), *head)
 
 
 class InvertedResidual(nn.Module):
@@ -110,55 +84,25 @@ class InvertedResidual(nn.Module):
         return x + self.conv(x) if self.shortcut else self.conv(x)
 
 
-class MobileNetV2(nn.Module):
+def mobilenet():
     """Sandler et al. 2018 (arXiv:1801.04381), with fewer blocks."""
-
-    def __init__(self, width=6):
-        super().__init__()
-        stem = nn.Sequential(nn.Conv2d(3, width, 3, 2, 1, bias=False), nn.BatchNorm2d(width), nn.ReLU6(inplace=True))
-        blocks = [InvertedResidual(width, 4, 1, 1), InvertedResidual(4, 5, 2, 2), InvertedResidual(5, 5, 1, 2)]
-        last = nn.Sequential(nn.Conv2d(5, 8, 1, bias=False), nn.BatchNorm2d(8), nn.ReLU6(inplace=True))
-        self.features = nn.Sequential(stem, *blocks, last)
-        self.classifier = nn.Sequential(nn.Dropout(0.2), nn.Linear(8, CLASSES))
-
-    def forward(self, x):
-        return self.classifier(F.adaptive_avg_pool2d(self.features(x), 1).reshape(x.shape[0], -1))
-
-
-class Attention(nn.Module):
-    def __init__(self, width, heads):
-        super().__init__()
-        self.heads = heads
-        self.qkv, self.proj = nn.Linear(width, 3 * width), nn.Linear(width, width)
-
-    def forward(self, x):
-        samples, tokens, width = x.shape
-        qkv = self.qkv(x).reshape(samples, tokens, 3, self.heads, width // self.heads).permute(2, 0, 3, 1, 4)
-        mixed = F.scaled_dot_product_attention(*qkv.unbind(0))
-        return self.proj(mixed.transpose(1, 2).reshape(samples, tokens, width))
-
-
-class Block(nn.Module):
-    def __init__(self, width, hidden):
-        super().__init__()
-        self.norm1, self.attn, self.norm2 = nn.LayerNorm(width), Attention(width, 2), nn.LayerNorm(width)
-        self.mlp = nn.Sequential(nn.Linear(width, hidden), nn.GELU(), nn.Dropout(0.1), nn.Linear(hidden, width))
-
-    def forward(self, x):
-        x = x + self.attn(self.norm1(x))
-        return x + self.mlp(self.norm2(x))
+    stem = nn.Conv2d(3, 6, 3, 2, 1, bias=False), nn.BatchNorm2d(6), nn.ReLU6(inplace=True)
+    blocks = InvertedResidual(6, 4, 1, 1), InvertedResidual(4, 5, 2, 2), InvertedResidual(5, 5, 1, 2)
+    last = nn.Conv2d(5, 8, 1, bias=False), nn.BatchNorm2d(8), nn.ReLU6(inplace=True), nn.AdaptiveAvgPool2d(1)
+    return nn.Sequential(*stem, *blocks, *last, nn.Flatten(), nn.Dropout(0.2), nn.Linear(8, CLASSES))
 
 
 class ViT(nn.Module):
-    """Dosovitskiy et al. 2020 (arXiv:2010.11929)."""
+    """Dosovitskiy et al. 2020 (arXiv:2010.11929), with the transformer block of torch.nn."""
 
-    def __init__(self, width=8, hidden=12, image=16, patch=8, channels=3, depth=2, classes=CLASSES):
+    def __init__(self, width=8):
         super().__init__()
-        self.patches = nn.Conv2d(channels, width, patch, patch)
+        self.patches = nn.Conv2d(3, width, 8, 8)
         self.cls = nn.Parameter(torch.zeros(1, 1, width))
-        self.positions = nn.Parameter(torch.randn(1, (image // patch) ** 2 + 1, width) * 0.02)
-        self.blocks = nn.Sequential(*(Block(width, hidden) for _ in range(depth)))
-        self.norm, self.head = nn.LayerNorm(width), nn.Linear(width, classes)
+        self.positions = nn.Parameter(torch.randn(1, 5, width) * 0.02)
+        settings = {"dropout": 0.1, "activation": "gelu", "batch_first": True, "norm_first": True}
+        self.blocks = nn.Sequential(*(nn.TransformerEncoderLayer(width, 2, 12, **settings) for _ in range(2)))
+        self.norm, self.head = nn.LayerNorm(width), nn.Linear(width, CLASSES)
 
     def forward(self, x):
         x = self.patches(x).flatten(2).transpose(1, 2)
@@ -176,19 +120,6 @@ class SwiGLU(nn.Module):
 
     def forward(self, x):
         return self.down(F.silu(self.gate(x)) * self.up(x))
-
-
-class Encoder(nn.Module):
-    """The transformer block of torch.nn."""
-
-    def __init__(self, batch_first=True, width=8):
-        super().__init__()
-        self.layer = nn.TransformerEncoderLayer(width, 2, 10, dropout=0.1, batch_first=batch_first)
-        self.head = nn.Linear(width, CLASSES)
-        self.batch_first = batch_first
-
-    def forward(self, x):
-        return self.head(self.layer(x if self.batch_first else x.transpose(0, 1)).mean(int(self.batch_first)))
 
 
 class ChannelsLastFlatten(nn.Module):
@@ -258,19 +189,11 @@ ZOO = {
     "the workflow's student": (
         lambda: PlainStudent(3, 8, CLASSES, (5, 4), 6), lambda: images(8), ["features.0", "features.4", "hidden"]
     ),
-    "resnet": (
-        ResNet, lambda: images(32), [f"layer{number}.{block}.conv1" for number in (1, 2) for block in (0, 1)]
-    ),
-    "vgg11": (vgg11, lambda: images(32), ["0", "3", "6", "8", "11", "13", "16", "18", "23", "26"]),
-    "mobilenet v2": (
-        MobileNetV2, lambda: images(16),
-        ["features.0.0", "features.1.conv.3", "features.2.conv.0", "features.3.conv.0", "features.4.0"],
-    ),
-    "vit": (ViT, lambda: images(16), ["blocks.0.mlp.0", "blocks.1.mlp.0"]),
+    "resnet": (resnet, lambda: images(32), ["4.conv1", "5.conv1"]),
+    "mobilenet v2": (mobilenet, lambda: images(16), ["0", "3.conv.3", "4.conv.0", "5.conv.0", "6"]),
+    "vit": (ViT, lambda: images(16), ["blocks.0.linear1", "blocks.1.linear1"]),
     "swiglu": (SwiGLU, lambda: features(4, 6), ["gate"]),
     "swiglu of tokens": (SwiGLU, lambda: features(3, 5, 6), ["gate"]),
-    "encoder layer": (Encoder, lambda: features(3, 5, 8), ["layer.linear1"]),
-    "encoder layer, sequence first": (lambda: Encoder(False), lambda: features(3, 5, 8), ["layer.linear1"]),
     "permuted flatten": (ChannelsLastFlatten, lambda: images(6), ["conv"]),
     "flatten": (lambda: conv_classifier(nn.ReLU()), lambda: images(6), ["0"]),
     "flatten, norm": (

@@ -20,18 +20,18 @@ pytestmark = [
 CLASSES, PIXELS = 10, 64
 
 
-def make_student(width=24):
-    hidden = nn.Linear(PIXELS, width), nn.BatchNorm1d(width), nn.ReLU()
-    return nn.Sequential(*hidden, nn.Linear(width, 16), nn.ReLU(), nn.Linear(16, CLASSES))
+def make_student():
+    hidden = nn.Linear(PIXELS, 24), nn.BatchNorm1d(24), nn.ReLU()
+    return nn.Sequential(*hidden, nn.Linear(24, 16), nn.ReLU(), nn.Linear(16, CLASSES))
 
 
 class Distillation(lightning.LightningModule):
     """A student inside the module, and a teacher that no optimizer holds."""
 
-    def __init__(self, student=None):
+    def __init__(self):
         super().__init__()
         torch.manual_seed(0)
-        self.student = make_student() if student is None else student
+        self.student = make_student()
         self.teacher = nn.Linear(PIXELS, CLASSES).requires_grad_(False)
         self.widths_seen = []
         self.loaded = 0
@@ -68,16 +68,9 @@ def make_pruning(**settings):
 
 
 def make_trainer(epochs, *callbacks, **settings):
-    return lightning.Trainer(
-        max_epochs=epochs,
-        accelerator="cpu",
-        devices=1,
-        logger=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        callbacks=list(callbacks),
-        **{"enable_checkpointing": False, **settings},
-    )
+    quiet = dict.fromkeys(("logger", "enable_progress_bar", "enable_model_summary", "enable_checkpointing"), False)
+    settings = {"accelerator": "cpu", "devices": 1, **quiet, **settings}
+    return lightning.Trainer(max_epochs=epochs, callbacks=list(callbacks), **settings)
 
 
 def saving(folder):
@@ -137,21 +130,11 @@ def test_steps_of_the_optimizer_count(accumulated):
 
 
 def test_the_module_itself_may_be_the_student():
-    class Student(Distillation):
-        def forward(self, images):
-            return self.student(images)
-
-        def training_step(self, batch, index):
-            logits = self(batch[0])
-            return kddp_ext.fused_kd_l1_loss(logits, None, batch[1], self.pruner.activations, alpha=0.0)
-
-    module, pruning = Student(), make_pruning(student=None, patience=1)
+    module, pruning = Distillation(), make_pruning(student=None, patience=1)
     make_trainer(2, pruning).fit(module, batches())
-    assert pruning.pruner.widths == {
-        "student.0": module.student[0].out_features,
-        "student.3": module.student[3].out_features,
-    }
-    assert module.student[0].out_features < 24
+    first, second = (module.student[index].out_features for index in (0, 3))
+    assert pruning.pruner.widths == {"student.0": first, "student.3": second}
+    assert first < 24
 
 
 @pytest.mark.parametrize(("stopped_after", "validated"), [(1, False), (2, False), (3, False), (2, True)])

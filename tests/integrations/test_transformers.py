@@ -161,45 +161,6 @@ def test_the_best_model_at_the_end_is_refused(tmp_path):
         trainer.train()
 
 
-def test_the_mlps_of_bert_are_pruned(tmp_path):
-    """Intermediate layers and the pooler are pruned; attention and residual streams are refused."""
-    config = transformers.BertConfig(
-        vocab_size=50, hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32,
-        max_position_embeddings=20, num_labels=3,
-    )  # fmt: skip
-    generator = torch.Generator().manual_seed(1)
-    tokens = torch.randint(50, (32, 7), generator=generator)
-    data = [{"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids[0] % 3} for ids in tokens]
-
-    class Distillation(DistillationTrainer):
-        def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-            outputs = model(**inputs)
-            with torch.no_grad():
-                teacher_logits = self.teacher(**inputs).logits
-            return kddp_ext.fused_kd_l1_loss(
-                outputs.logits, teacher_logits, inputs["labels"], self.pruning.pruner.activations
-            )
-
-    torch.manual_seed(0)
-    student, teacher = (transformers.BertForSequenceClassification(config) for _ in range(2))
-    pruning = DynamicPruning(example_inputs=(tokens[:2], torch.ones_like(tokens[:2])), threshold=0.6, patience=1)
-    arguments = transformers.TrainingArguments(
-        str(tmp_path), num_train_epochs=2, save_strategy="no", use_cpu=True, report_to=[], disable_tqdm=True
-    )
-    trainer = Distillation(student, arguments, train_dataset=data, teacher=teacher, pruning=pruning)
-    trainer.train()
-    layers = student.bert.encoder.layer
-    assert pruning.pruner.widths == {
-        "bert.encoder.layer.0.intermediate.dense": layers[0].output.dense.in_features,
-        "bert.encoder.layer.1.intermediate.dense": layers[1].output.dense.in_features,
-        "bert.pooler.dense": student.classifier.in_features,
-    }
-    assert all(layer.output.dense.in_features < 32 for layer in layers)
-    refused = pruning.pruner.refused
-    assert "view" in refused["bert.encoder.layer.0.attention.self.query"]
-    assert "residual sum" in refused["bert.encoder.layer.0.output.dense"]
-
-
 TOKENS = torch.arange(14).reshape(2, 7)
 
 
@@ -208,6 +169,14 @@ def small(name, **settings):
 
 
 MODELS = {
+    "BERT": (
+        small(
+            "BertForSequenceClassification", vocab_size=50, hidden_size=16, num_hidden_layers=1, num_attention_heads=2,
+            intermediate_size=32,
+        ),
+        TOKENS,
+        ["bert.encoder.layer.0.intermediate.dense", "bert.pooler.dense"],
+    ),
     "DistilBERT": (
         small("DistilBertForSequenceClassification", vocab_size=50, dim=16, n_layers=1, n_heads=2, hidden_dim=32),
         TOKENS,
@@ -233,10 +202,13 @@ MODELS = {
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_mlps_of_other_models_are_pruned(name):
+def test_mlps_are_pruned_and_attention_and_residual_streams_are_refused(name):
     make, inputs, layers = MODELS[name]
     pruner = kddp_ext.DynamicPruner(make(), example_inputs=(inputs,), criterion="dead", patience=1)
     assert list(pruner.widths) == layers
+    if name == "BERT":
+        assert "view" in pruner.refused["bert.encoder.layer.0.attention.self.query"]
+        assert "residual sum" in pruner.refused["bert.encoder.layer.0.output.dense"]
 
 
 def test_a_decoder_with_a_cache_is_refused():

@@ -113,9 +113,9 @@ HEAD = '{"format": "kddp_ext.pruning_history", "version": 1'
         ("[1, 2]", r"expected JSON with format .* got \[1, 2\]"),
         ('{"format": "other"}', "expected JSON with format 'kddp_ext.pruning_history'"),
         ('{"format": "kddp_ext.pruning_history", "version": 2}', "expected a history of version 1, got 2"),
-        (HEAD + ', "original_widths": [], "steps": []}', "original_widths"),
+        (HEAD + ', "original_widths": [], "steps": []}', "original_widths by layer and a list of steps, got .* and"),
         (HEAD + ', "original_widths": {"a": 0}, "steps": []}', "at least 1"),
-        (HEAD + ', "original_widths": {"a": 2}}', "a list of steps"),
+        (HEAD + ', "original_widths": {"a": 2}}', "a list of steps, got .* and None"),
         (HEAD + ', "original_widths": {"a": 2}, "steps": [{"a": 1}]}', "each step to have lists"),
     ],
 )

@@ -10,8 +10,9 @@ import weakref
 import pytest
 import torch
 import torch.nn.functional as F
-from pruner_cases import INPUTS, example, kill, make_model, make_pruner, observe
+from pruner_cases import INPUTS, check, example, kill, make_model, make_pruner, observe
 from torch import nn
+from zoo import recipe
 
 import kddp_ext
 from kddp_ext import PruningHistory
@@ -31,22 +32,16 @@ def test_activations_are_what_the_next_layer_reads_before_its_dropout():
 
 
 def test_a_dropout_that_is_shared_or_in_place():
-    class SharedDropout(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.drop = nn.Dropout(0.5)
-            self.first, self.second, self.last = nn.Linear(INPUTS, 8), nn.Linear(8, 7), nn.Linear(7, 3)
+    def shared(m, x):
+        x = m.drop(m.first(m.drop(x)).relu())
+        return m.last(F.relu(m.drop(m.second(x)), inplace=True))
 
-        def forward(self, x):
-            x = self.drop(self.first(self.drop(x)).relu())
-            return self.last(F.relu(self.drop(self.second(x)), inplace=True))
-
-    model, seen = SharedDropout(), {}
-    pruner = make_pruner(model)
+    model, seen, x = recipe(shared, drop=lambda: nn.Dropout(0.5))(), {}, torch.randn(4, 6)
+    pruner = make_pruner(model, example_inputs=(x,))
     assert list(pruner.widths) == ["first", "second"]
     model.first.register_forward_hook(lambda module, args, output: seen.update(first=output))
     model.last.register_forward_pre_hook(lambda module, args: seen.update(second=args[0]))
-    model(example())
+    model(x)
     first, second = pruner.activations
     assert torch.equal(first, seen["first"].relu())
     assert second is seen["second"]
@@ -94,8 +89,7 @@ def test_activations_need_a_forward_pass_and_prune_needs_statistics():
             _ = pruner.activations
         with pytest.raises(RuntimeError, match=r"no statistics of 0 .* fused_kd_l1_loss .*activations\.observe\(\)"):
             pruner.prune()
-        observe(pruner)
-        pruner.prune()
+        check(pruner)
 
 
 # --- when it prunes
@@ -108,38 +102,18 @@ def test_patience_counts_consecutive_checks():
     pruned = []
     for dead in ([2], [2], [], [2, 4], [2, 4], [2]):
         model.load_state_dict(alive)
-        kill(model, dead)
-        observe(pruner)
-        report = pruner.prune()
+        report = check(pruner, dead)
         pruned.append(report.layers[0].pruned)
         assert pruner.widths["0"] == 8 - report.neurons_pruned
         assert report.layers[0].waiting == len(dead) - report.neurons_pruned
     assert pruned == [(), (), (), (), (), (2,)]
 
 
-def test_statistics_cover_all_batches_since_the_last_check():
-    """A neuron that is active in the first batch only is alive; one that was alive before the check is dead."""
-    model = make_model()
-    with torch.no_grad():
-        model[0].weight[3] = torch.eye(INPUTS)[0]
-        model[0].bias[3] = 0
-    pruner = make_pruner(model, criterion="dead")
-    observe(pruner)
-    assert pruner.prune().neurons_pruned == 0
-    kill(model, [5])
-    for value in (1.0, -1.0, -1.0):
-        model(torch.full((4, INPUTS), value))
-        pruner.activations.observe()
-    assert pruner.prune().layers[0].pruned == (5,)
-
-
 def test_reports_and_history_have_original_indices():
     model = make_model()
     pruner = make_pruner(model, criterion="dead")
     for pruned in ((0, 5), (1, 7)):  # the second pair has indices 0 and 5 among the remaining neurons
-        kill(model, [0, 5])
-        observe(pruner)
-        assert pruner.prune().layers[0].pruned == pruned
+        assert check(pruner, [0, 5]).layers[0].pruned == pruned
     assert pruner.history.steps == [{"0": [0, 5]}, {"0": [1, 7]}]
     assert pruner.widths == pruner.history.widths == {"0": 4}
     assert (model[0].out_features, model[3].in_features) == (4, 4)
@@ -153,14 +127,6 @@ def test_pruning_again_at_once_prunes_nothing():
     assert pruner.prune().neurons_pruned > 0
     observe(pruner, 50)
     assert pruner.prune().neurons_pruned == 0
-
-
-def test_only_requested_layers_are_pruned():
-    model = nn.Sequential(nn.Linear(INPUTS, 6), nn.ReLU(), nn.Linear(6, 6), nn.ReLU(), nn.Linear(6, 3))
-    assert list(make_pruner(model).widths) == ["0", "2"]
-    pruner = make_pruner(model, layers=["2"])
-    assert list(pruner.widths) == ["2"]
-    assert pruner.refused.keys() == {"4"}
 
 
 # --- hooks
@@ -226,9 +192,7 @@ def test_state_resumes_in_a_rebuilt_student():
     model = make_model()
     pruner = make_pruner(model, criterion="dead", patience=2)
     for dead in ([1, 2], [1, 2], [0, 3]):
-        kill(model, dead)
-        observe(pruner)
-        pruner.prune()
+        check(pruner, dead)
     observe(pruner)
     for _ in range(3):
         pruner.step()
@@ -253,18 +217,17 @@ def test_state_resumes_in_a_rebuilt_student():
         assert torch.equal(a, b)
 
 
-COUNTERS = "expected statistics and counters of the 8 neurons of 0"
+COUNTERS = "expected statistics, counters and scales of the 8 neurons of 0"
 
 
 @pytest.mark.parametrize(
     ("changes", "reason"),
     [
-        ({"version": 99}, "state: expected the state of a DynamicPruner, version 1 or 2, got 99"),
+        ({"version": 1}, "state: expected the state of a DynamicPruner, version 2, got 1"),
         ([], "state: expected the state of a DynamicPruner"),
-        ("version 1 alone", "state: history, inactive_checks, statistics missing"),
-        ("version 2 alone", "state: first_scales, history, inactive_checks, statistics, steps missing"),
+        ("version alone", "state: first_scales, history, inactive_checks, statistics, steps missing"),
         ({"steps": -1}, "state: expected steps as a whole number of at least 0, got -1"),
-        ({"first_scales": {"0": torch.zeros(2, 3)}}, "expected two first scales for each of the 8 neurons of 0"),
+        ({"first_scales": {"0": torch.zeros(2, 3)}}, COUNTERS),
         ({"history": "nonsense"}, "expected the JSON of a pruning history"),
         ({"history": PruningHistory({"0": 7}).to_json()}, "of a model with widths {'0': 7}, .* {'0': 8}; replay"),
         ({"statistics": {}}, COUNTERS),
@@ -277,29 +240,11 @@ def test_a_wrong_state_is_refused_and_changes_nothing(changes, reason):
     observe(pruner)
     before = pruner._state
     state = {**pruner.state_dict(), **changes} if isinstance(changes, dict) else changes
-    if isinstance(changes, str):
-        state = {"version": int(changes.split()[1])}
+    if changes == "version alone":
+        state = {"version": 2}
     with pytest.raises(ValueError, match=reason):
         pruner.load_state_dict(state)
     assert pruner._state is before
-
-
-def test_a_state_of_version_1_is_loaded():
-    """It has neither steps nor first scales; both start with the next check."""
-    state = make_pruner(make_model()).state_dict()
-    state["inactive_checks"]["0"][3] = 1
-    old = {key: value for key, value in state.items() if key in ("history", "statistics", "inactive_checks")}
-    model = make_model()
-    pruner = make_pruner(model, criterion="dead", patience=2)
-    pruner.load_state_dict({"version": 1, **old})
-    assert pruner.state_dict()["steps"] == 0
-    kill(model, [3, 4])
-    for pruned, known in (((3,), False), ((4,), True)):
-        observe(pruner)
-        (layer,) = pruner.prune().layers
-        assert layer.pruned == pruned
-        assert (layer.activation_scale is not None) == known
-        kill(model, [3])  # formerly neuron 4
 
 
 # --- inference mode and default devices

@@ -3,32 +3,14 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from pruner_cases import changed
 from torch import nn
-from zoo import Recipe
+from zoo import recipe
 
 from kddp_ext.pruning.pruner import DynamicPruner
 from kddp_ext.pruning.tracing.find import UnsupportedModelError, find_neurons
 
 INPUTS = 6
-
-
-def model(forward, **modules):
-    """A constructor of three Linear layers, put together by `forward`, and further modules."""
-
-    def make():
-        layers = {"first": nn.Linear(INPUTS, 8), "second": nn.Linear(8, 8), "last": nn.Linear(8, 3)}
-        return Recipe(forward, **layers, **{name: module() for name, module in modules.items()})
-
-    return make
-
-
-def changed(make, change):
-    def make_changed():
-        made = make()
-        change(made)
-        return made
-
-    return make_changed
 
 
 def tie(m):
@@ -63,53 +45,53 @@ def no_grad_relu(x):
         return x.relu()
 
 
-PLAIN = model(lambda m, x: m.last(m.first(x).relu()))
-TWICE = model(lambda m, x: m.last(m.second(m.second(m.first(x)).relu())))
+PLAIN = recipe(lambda m, x: m.last(m.first(x).relu()))
+TWICE = recipe(lambda m, x: m.last(m.second(m.second(m.first(x)).relu())))
 
 # A constructor, the layer that is refused, and a part of the reason.
 REFUSED = {
     "the last": (PLAIN, "last", "its neurons are the model's outputs"),
     "also an output": (
-        model(lambda m, x: ((h := m.first(x).relu()), m.last(h))), "first", "is also an output of the model"
+        recipe(lambda m, x: ((h := m.first(x).relu()), m.last(h))), "first", "is also an output of the model"
     ),
     "unknown operation": (
-        model(lambda m, x: m.last(m.first(x).cumsum(1))),
+        recipe(lambda m, x: m.last(m.first(x).cumsum(1))),
         "first", "does not know whether the operation cumsum in the forward of Recipe keeps neurons separate",
     ),
-    "overwritten in part": (model(overwrites), "first", "operation (slice|select|index_put|copy)"),
-    "softmax": (model(lambda m, x: m.last(m.first(x).softmax(1))), "first", "softmax in .* from all of them"),
+    "overwritten in part": (recipe(overwrites), "first", "operation (slice|select|index_put|copy)"),
+    "softmax": (recipe(lambda m, x: m.last(m.first(x).softmax(1))), "first", "softmax in .* from all of them"),
     "layer norm": (
-        model(lambda m, x: m.last(m.norm(m.first(x))), norm=lambda: nn.LayerNorm(8)),
+        recipe(lambda m, x: m.last(m.norm(m.first(x))), norm=lambda: nn.LayerNorm(8)),
         "first", r"layer_norm in norm \(LayerNorm\) .* use BatchNorm",
     ),
     "residual sum": (
-        model(lambda m, x: m.last((h := m.first(x)) + m.second(h.relu()))),
+        recipe(lambda m, x: m.last((h := m.first(x)) + m.second(h.relu()))),
         "first", r"add in .* adds another tensor to them \(a residual sum\?\)",
     ),
     "maximum with another": (
-        model(lambda m, x: m.last(m.first(x).maximum(x.repeat(1, 2)[:, :8]))), "first", "combines them with another"
+        recipe(lambda m, x: m.last(m.first(x).maximum(x.repeat(1, 2)[:, :8]))), "first", "combines them with another"
     ),
     "gated by inputs": (
-        model(lambda m, x: m.last(m.first(x).sigmoid() * x.repeat(1, 2)[:, :8])),
+        recipe(lambda m, x: m.last(m.first(x).sigmoid() * x.repeat(1, 2)[:, :8])),
         "first", "multiplied by the result of slice .* not an elementwise function",
     ),
     "gated by what is an output": (
-        model(lambda m, x: ((g := m.up(x)), m.last(m.first(x) * g)), up=lambda: nn.Linear(INPUTS, 8)),
+        recipe(lambda m, x: ((g := m.up(x)), m.last(m.first(x) * g)), up=lambda: nn.Linear(INPUTS, 8)),
         "first", "is also an output of the model|are the model's outputs",
     ),
     "scaled by a vector": (
-        model(lambda m, x: m.last(m.first(x) * m.scale), scale=lambda: nn.Parameter(torch.ones(8))),
+        recipe(lambda m, x: m.last(m.first(x) * m.scale), scale=lambda: nn.Parameter(torch.ones(8))),
         "first", "multiplies them by another tensor",
     ),
     "tied": (
-        changed(model(lambda m, x: m.last(m.first(x).relu() + m.other(x)), other=lambda: nn.Linear(INPUTS, 8)), tie),
+        changed(recipe(lambda m, x: m.last(m.first(x).relu() + m.other(x)), other=lambda: nn.Linear(INPUTS, 8)), tie),
         "first", r"shared \(tied\) between first.weight and other.weight",
     ),
     "a view of another": (changed(PLAIN, share_memory), "first", "shared .*first.bias and first.weight"),
     "called twice": (TWICE, "second", "weight is used 2 times in one forward pass"),
     "read by a layer called twice": (TWICE, "first", "weight of second is used 2 times"),
     "weight read elsewhere": (
-        model(lambda m, x: m.last(m.first(x).relu()) + m.first.weight.square().sum()), "first", "is used 2 times"
+        recipe(lambda m, x: m.last(m.first(x).relu()) + m.first.weight.square().sum()), "first", "is used 2 times"
     ),
     "parametrized": (
         changed(PLAIN, lambda m: nn.utils.parametrizations.weight_norm(m.first)),
@@ -120,74 +102,79 @@ REFUSED = {
         "first", "the weight of last is computed in the forward pass",
     ),
     "a weight without a module": (
-        model(lambda m, x: m.last(F.linear(x, m.bare)), bare=lambda: nn.Parameter(torch.zeros(8, INPUTS))),
+        recipe(lambda m, x: m.last(F.linear(x, m.bare)), bare=lambda: nn.Parameter(torch.zeros(8, INPUTS))),
         "bare", "the weight bare belongs to no nn.Linear",
     ),
     "reader called as a function": (
-        model(lambda m, x: F.linear(m.first(x).relu(), m.last.weight, m.last.bias)),
+        recipe(lambda m, x: F.linear(m.first(x).relu(), m.last.weight, m.last.bias)),
         "first", "is a function call that reads last.weight",
     ),
     "norm called as a function": (
-        model(
+        recipe(
             lambda m, x: m.last(F.batch_norm(m.first(x), None, None, m.gain, None, True)),
             gain=lambda: nn.Parameter(torch.ones(8)),
         ),
-        "first", "batch_norm in .* is a function call; use nn.BatchNorm1d",
+        "first", "batch_norm in .* is a function call; use a BatchNorm module",
     ),
     "hard-coded width": (
-        model(lambda m, x: m.last(m.first(x).view(-1, 8))), "first", "with one neuron fewer, .* RuntimeError: shape"
+        recipe(lambda m, x: m.last(m.first(x).view(-1, 8))), "first", "with one neuron fewer, .* RuntimeError: shape"
     ),
     "hard-coded width that happens to divide": (
-        model(lambda m, x: m.last(m.first(x.repeat(2, 1)).view(-1, 8))), "first", "with one neuron fewer, .*"
+        recipe(lambda m, x: m.last(m.first(x.repeat(2, 1)).view(-1, 8))), "first", "with one neuron fewer, .*"
     ),
-    "asserted width": (model(asserts), "first", "with one neuron fewer, .* AssertionError: eight"),
+    "asserted width": (recipe(asserts), "first", "with one neuron fewer, .* AssertionError: eight"),
     "scaled by their number": (
-        model(lambda m, x: m.last((h := m.first(x)) / h.shape[1])),
+        recipe(lambda m, x: m.last((h := m.first(x)) / h.shape[1])),
         "first", "with one neuron fewer, div in .* another number: the model depends on their number",
     ),
     "scaled by their number, as a tensor": (
-        model(lambda m, x: m.last(m.first(x) * torch.tensor(m.first.out_features**-0.5))),
+        recipe(lambda m, x: m.last(m.first(x) * torch.tensor(m.first.out_features**-0.5))),
         "first", "with one neuron fewer, it computes with another constant tensor",
     ),
     "another path for another number": (
-        model(lambda m, x: m.last(m.first(x).relu() if m.last.in_features == 8 else m.first(x).tanh())),
+        recipe(lambda m, x: m.last(m.first(x).relu() if m.last.in_features == 8 else m.first(x).tanh())),
         "first", "with one neuron fewer, relu in .* becomes tanh",
     ),
     "rearranged": (
-        model(lambda m, x: m.last(m.first(x).view(-1, 4, 2).relu().reshape(-1, 8))),
+        recipe(lambda m, x: m.last(m.first(x).view(-1, 4, 2).relu().reshape(-1, 8))),
         "first", "view in .* rearranges the neurons",
     ),
     "broadcast": (
-        model(lambda m, x: m.last(m.first(x) + torch.zeros(1, 1, 1))), "first", "broadcasts the neurons"
+        recipe(lambda m, x: m.last(m.first(x) + torch.zeros(1, 1, 1))), "first", "broadcasts the neurons"
     ),
     "as a weight": (
-        model(lambda m, x: (F.linear((h := m.first(x)), m.second(h)), m.last(h))),
+        recipe(lambda m, x: (F.linear((h := m.first(x)), m.second(h)), m.last(h))),
         "second", "linear in .* uses the neurons as its weight or bias",
     ),
     "two functions of them": (
-        model(lambda m, x: (m.last((h := m.first(x)).relu()), m.second(h.tanh()))),
+        recipe(lambda m, x: (m.last((h := m.first(x)).relu()), m.second(h.tanh()))),
         "first", "last and second read different functions of its neurons",
     ),
     "norm over positions": (
-        model(lambda m, x: m.last(m.norm(m.first(x.view(-1, 2, INPUTS)))), norm=lambda: nn.BatchNorm1d(2)),
+        recipe(lambda m, x: m.last(m.norm(m.first(x.view(-1, 2, INPUTS)))), norm=lambda: nn.BatchNorm1d(2)),
         "first", "batch_norm in norm .* along another",
     ),
     "slopes from them": (
-        model(lambda m, x: m.last(F.prelu(m.first(x), m.second(x.repeat(1, 2)[:, :8]).mean(0)))),
-        "first", "prelu in .* has a slope for each entry",
+        recipe(lambda m, x: m.last(F.prelu(m.first(x), m.second(x.repeat(1, 2)[:, :8]).mean(0)))),
+        "first", "prelu in .* is a function call; use a PReLU module",
     ),
-    "summed over": (model(lambda m, x: m.last(m.first(x).sum(1, keepdim=True).expand(-1, 8))), "first", "sums over"),
+    "slopes of positions": (
+        recipe(lambda m, x: m.last(m.slopes(m.first(x.view(-1, 2, INPUTS)))), slopes=lambda: nn.PReLU(2)),
+        "first", r"prelu in slopes \(PReLU\) has a slope for each entry of another dimension",
+    ),
+    "summed over": (recipe(lambda m, x: m.last(m.first(x).sum(1, keepdim=True).expand(-1, 8))), "first", "sums over"),
     "pooled over": (
-        model(lambda m, x: m.last(F.max_pool1d(m.first(x), 3, 1, 1))), "first", "pools over the neurons"
+        recipe(lambda m, x: m.last(F.max_pool1d(m.first(x), 3, 1, 1))), "first", "pools over the neurons"
     ),
     "read as another dimension": (
-        model(lambda m, x: m.last(m.first(x.view(-1, 2, INPUTS)).transpose(1, 2).reshape(-1, 8))), "first", "rearranges"
+        recipe(lambda m, x: m.last(m.first(x.view(-1, 2, INPUTS)).transpose(1, 2).reshape(-1, 8))),
+        "first", "rearranges",
     ),
-    "unreached": (model(lambda m, x: m.last(m.first(x))), "second", "the forward pass does not reach it as a Linear"),
-    "unread": (model(lambda m, x: (m.first(x), m.last(m.second(x.repeat(1, 2)[:, :8])))[1]), "first", "nothing"),
-    "another head in training": (model(only_in_training), "first", "differently|is also an output|outputs"),
-    "without gradient": (model(lambda m, x: m.last(no_grad_relu(m.first(x)))), "first", "wrap_with_set_grad_enabled"),
-    "single sample": (model(lambda m, x: m.last(m.first(x[0]))), "first", "without a batch dimension"),
+    "unreached": (recipe(lambda m, x: m.last(m.first(x))), "second", "the forward pass does not reach it as a Linear"),
+    "unread": (recipe(lambda m, x: (m.first(x), m.last(m.second(x.repeat(1, 2)[:, :8])))[1]), "first", "nothing"),
+    "another head in training": (recipe(only_in_training), "first", "differently|is also an output|outputs"),
+    "without gradient": (recipe(lambda m, x: m.last(no_grad_relu(m.first(x)))), "first", "wrap_with_set_grad_enabled"),
+    "single sample": (recipe(lambda m, x: m.last(m.first(x[0]))), "first", "without a batch dimension"),
 }  # fmt: skip
 
 
@@ -237,7 +224,7 @@ CONVOLUTIONS = {
     "pooling indices": (lambda: (nn.Conv2d(4, 8, 1), MaxAndIndices(), nn.Conv2d(8, 8, 1)), "indices of the pooling"),
     "as a filter": (lambda: (nn.Conv2d(4, 8, 1), AsFilter(), nn.Conv2d(8, 8, 1)), "uses the neurons as its weight"),
     "depthwise called as a function": (
-        lambda: (nn.Conv2d(4, 8, 1), Depthwise(), nn.Conv2d(8, 8, 1)), "is a function call; use an nn.Conv module"
+        lambda: (nn.Conv2d(4, 8, 1), Depthwise(), nn.Conv2d(8, 8, 1)), "is a function call; use a ConvNd module"
     ),
     "the only layer": (lambda: (nn.Conv2d(4, 2, 3),), "its neurons are the model's outputs"),
 }  # fmt: skip
@@ -250,11 +237,11 @@ def test_convolutions_are_refused_with_the_reason(make, reason):
 
 
 def test_dependence_on_one_width_spares_the_other_layers_and_all_reasons_are_listed():
-    make = model(lambda m, x: m.last(m.second((h := m.first(x)).relu() / h.shape[1]).relu()))
+    make = recipe(lambda m, x: m.last(m.second((h := m.first(x)).relu() / h.shape[1]).relu()))
     found = find_neurons(make(), (torch.randn(4, INPUTS),))
     assert list(found.groups) == ["second"]
     assert "another number" in found.refused["first"]
-    make = model(lambda m, x: m.last(m.first(x).cumsum(1)))
+    make = recipe(lambda m, x: m.last(m.first(x).cumsum(1)))
     with pytest.raises(UnsupportedModelError, match=r"(?s)no layer that can be pruned.*first: .*cumsum.*last: its"):
         DynamicPruner(make(), example_inputs=(torch.randn(4, INPUTS),))
 
@@ -264,7 +251,7 @@ def test_dependence_on_one_width_spares_the_other_layers_and_all_reasons_are_lis
     [
         (nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 2)), torch.randn(2, 5), "RuntimeError"),
         (nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Linear(4, 2)), torch.randn(1, 3), "more than 1 value"),
-        (model(lambda m, x: m.last(m.first(x)) if x.sum().item() > 0 else m.first(x))(), torch.randn(2, INPUTS), ""),
+        (recipe(lambda m, x: m.last(m.first(x)) if x.sum().item() > 0 else m.first(x))(), torch.randn(2, INPUTS), ""),
     ],
     ids=["wrong size", "one sample for a norm", "depends on the data"],
 )

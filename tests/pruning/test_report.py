@@ -4,8 +4,9 @@ import copy
 
 import pytest
 import torch
-from pruner_cases import INPUTS, kill, make_model, make_pruner, observe, observed_pruner, state_of
+from pruner_cases import INPUTS, check, kill, make_model, make_pruner, observe, observed_pruner, state_of
 from torch import nn
+from zoo import recipe
 
 import kddp_ext
 from kddp_ext import KeptBy
@@ -16,9 +17,7 @@ from kddp_ext import KeptBy
 def test_a_report_counts_parameters_and_macs():
     model = make_model()
     pruner = make_pruner(model, criterion="dead")
-    kill(model, [3])
-    observe(pruner)
-    report = pruner.prune()
+    report = check(pruner, [3])
     assert report.parameters_before == 8 * INPUTS + 8 + 3 * 8 + 3
     assert (report.macs_before, report.macs_after) == (8 * INPUTS + 3 * 8, 7 * INPUTS + 3 * 7)
     assert report.parameters_after == 7 * INPUTS + 7 + 3 * 7 + 3 == sum(p.numel() for p in model.parameters())
@@ -27,16 +26,11 @@ def test_a_report_counts_parameters_and_macs():
 
 
 def test_a_report_names_the_limits_that_keep_neurons():
-    model = make_model()
-    pruner = make_pruner(model, criterion="dead", round_to=4, minimum_width=2)
-    kill(model, [0, 1, 2])
-    observe(pruner)
-    report = pruner.prune()
+    pruner = make_pruner(make_model(), criterion="dead", round_to=4, minimum_width=2)
+    report = check(pruner, [0, 1, 2])
     assert report.layers[0].kept_by == KeptBy(round_to=3)
     assert str(report) == "pruned 0 neurons (0: 8); parameters 75; 3 kept by round_to"
-    kill(model, list(range(8)))
-    observe(pruner)
-    report = pruner.prune()
+    report = check(pruner, range(8))
     assert report.layers[0].pruned == (4, 5, 6, 7)
     assert report.layers[0].kept_by == KeptBy(minimum_width=2, round_to=2)
     assert "2 kept by minimum_width; 2 kept by round_to; warning: layer 0 has collapsed" in str(report)
@@ -55,15 +49,11 @@ def test_a_report_names_the_limits_that_keep_neurons():
     ],
 )
 def test_a_collapsed_layer_is_reported_with_its_likely_cause(options, cause):
-    model = make_model()
-    pruner = make_pruner(model, **options)
+    pruner, dead = make_pruner(make_model(), **options), []
     if cause == "dead":
-        kill(model, list(range(1, 8)))  # one active neuron is enough
-        observe(pruner)
-        assert not pruner.prune().collapsed
-        kill(model, list(range(pruner.widths["0"])))
-    observe(pruner)
-    report = pruner.prune()
+        assert not check(pruner, range(1, 8)).collapsed  # one active neuron is enough
+        dead = range(pruner.widths["0"])
+    report = check(pruner, dead)
     assert report.collapsed == ("0",)
     assert report.layers[0].collapsed
     (warning,) = report.warnings
@@ -89,12 +79,10 @@ def rescale(model, activations, outgoing):
 def test_shrunk_activations_under_larger_weights_are_rescaling(activations, outgoing, rescaled):
     model = make_model()
     pruner = make_pruner(model)
-    observe(pruner)
-    (first,) = pruner.prune().layers
+    (first,) = check(pruner).layers
     assert (first.activation_scale, first.outgoing_scale) == (None, None)
     rescale(model, activations, outgoing)
-    observe(pruner)
-    report = pruner.prune()
+    report = check(pruner)
     assert report.layers[0].activation_scale == pytest.approx(activations, rel=1e-5)
     assert report.layers[0].outgoing_scale == pytest.approx(outgoing, rel=1e-5)
     assert report.layers[0].is_rescaled == rescaled
@@ -106,11 +94,10 @@ def test_every_check_is_compared_with_the_first_also_after_a_checkpoint():
     model = make_model()
     pruner = make_pruner(model)
     rescaled = []
-    for check in range(3):
-        observe(pruner)
-        report = pruner.prune()
+    for number in range(3):
+        report = check(pruner)
         rescaled.append(report.layers[0].is_rescaled)
-        assert check == 0 or report.layers[0].activation_scale == pytest.approx(0.6**check, rel=1e-5)
+        assert number == 0 or report.layers[0].activation_scale == pytest.approx(0.6**number, rel=1e-5)
         rescale(model, 0.6, 1 / 0.6)
     assert rescaled == [False, False, True]
     resumed = make_pruner(copy.deepcopy(model))
@@ -128,9 +115,7 @@ def test_only_remaining_neurons_are_compared():
     pruner = make_pruner(model, criterion="dead")
     kill(model, [0])
     for dead in ([0], [1], []):  # the second is the neuron with the large weights
-        kill(model, dead)
-        observe(pruner)
-        report = pruner.prune()
+        report = check(pruner, dead)
         assert report.neurons_pruned == len(dead)
     assert pruner.history.pruned("0") == [0, 2]
     assert report.layers[0].activation_scale == pytest.approx(1)
@@ -138,13 +123,9 @@ def test_only_remaining_neurons_are_compared():
 
 
 def test_dead_neurons_have_no_activation_scale():
-    model = make_model()
-    with torch.no_grad():
-        model[0].bias -= 1000
-    pruner = make_pruner(model)
+    pruner = make_pruner(make_model())
     for _ in range(2):
-        observe(pruner)
-        (layer,) = pruner.prune().layers
+        (layer,) = check(pruner, range(8)).layers
     assert layer.activation_scale is None
     assert layer.outgoing_scale == pytest.approx(1)
     assert not layer.is_rescaled
@@ -173,20 +154,17 @@ def test_the_prediction_is_exact_for_uncorrelated_neurons(compensate):
 def test_a_mean_that_a_reader_cannot_absorb_counts_in_full():
     """Only one of two readers has a bias, so the mean of a removed neuron is lost in the other."""
 
-    class TwoReaders(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.body, self.left, self.right = nn.Linear(2, 2), nn.Linear(2, 1), nn.Linear(2, 1, bias=False)
+    def two_readers(m, x):
+        h = m.first(x)
+        return torch.cat([m.last(h), m.right(h)], 1)
 
-        def forward(self, x):
-            h = self.body(x)
-            return torch.cat([self.left(h), self.right(h)], 1)
-
-    model, x = TwoReaders().double(), torch.tensor([[1.0, 0.0], [-1.0, 0.0]]).double()
+    layers = {"last": lambda: nn.Linear(2, 1), "right": lambda: nn.Linear(2, 1, bias=False)}
+    model = recipe(two_readers, first=lambda: nn.Linear(2, 2), **layers)().double()
+    x = torch.tensor([[1.0, 0.0], [-1.0, 0.0]]).double()
     with torch.no_grad():
-        model.body.weight.copy_(torch.eye(2))
-        model.body.bias.copy_(torch.tensor([0.0, 3.0]))
-        model.left.weight.copy_(torch.tensor([[2.0, 5.0]]))
+        model.first.weight.copy_(torch.eye(2))
+        model.first.bias.copy_(torch.tensor([0.0, 3.0]))
+        model.last.weight.copy_(torch.tensor([[2.0, 5.0]]))
         model.right.weight.copy_(torch.tensor([[1.0, 0.5]]))
     pruner = observed_pruner(model, x)
     assert pruner.preview().layers[0].output_change == pytest.approx(3 * 0.5 / 5**0.5)

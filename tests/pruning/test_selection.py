@@ -220,8 +220,8 @@ def traced():
     return find_neurons(make_model(), (example(),))
 
 
-def size_of(model, positions=None):
-    return ModelSize(model, list(traced().groups.values()), traced().positions if positions is None else positions)
+def size_of(model):
+    return ModelSize(model, list(traced().groups.values()), traced().positions)
 
 
 def built_size(widths):
@@ -233,9 +233,7 @@ def built_size(widths):
 @settings(deadline=None)
 @given(widths=st.tuples(*(st.integers(1, width) for width in WIDTHS)))
 def test_sizes_equal_those_of_a_model_built_at_these_widths(widths):
-    size = size_of(make_model())
-    assert (size.parameters(), size.macs()) == built_size(WIDTHS)
-    assert (size.parameters(widths), size.macs(widths)) == built_size(widths)
+    assert size_of(make_model()).at(widths) == built_size(widths)
 
 
 def test_sizes_of_convolutions_and_flattened_channels():
@@ -250,9 +248,8 @@ def test_sizes_of_convolutions_and_flattened_channels():
     size = ModelSize(make(), list(found.groups.values()), found.positions)
     for first, second, hidden in ((6, 8, 10), (5, 3, 1), (1, 7, 4)):
         macs = 64 * 27 * first + 4 * 9 * first * second + 4 * second * hidden + hidden * 4
-        assert size.macs([first, second, hidden]) == macs
         parameters = sum(p.numel() for p in make(first, second, hidden).parameters())
-        assert size.parameters([first, second, hidden]) == parameters
+        assert size.at([first, second, hidden]) == (parameters, macs)
 
 
 def test_a_missing_weight_is_named():
@@ -265,18 +262,19 @@ def test_a_missing_weight_is_named():
 # --- the budget
 
 
-def one_by_one(values, widths, fits):
-    """Remove the weakest neuron until the model fits: what `affordable` must find for round_to=1."""
+def one_by_one(values, widths, round_to, fits):
+    """Remove the weakest group until the model fits; a group reaches the next multiple, and ranks as its strongest."""
     gone = [0] * len(widths)
     while not fits([width - count for width, count in zip(widths, gone, strict=True)]):
-        left = [
-            (float(layer_values[count]), -layer)
-            for layer, (layer_values, count) in enumerate(zip(values, gone, strict=True))
-            if count < len(layer_values)
-        ]
-        if not left:
+        groups = []
+        for layer, (activity, width, count) in enumerate(zip(values, widths, gone, strict=True)):
+            after = count + ((width - count) % round_to or round_to)
+            if after <= len(activity):
+                groups.append((float(activity[after - 1]), -layer, after))
+        if not groups:
             break
-        gone[-min(left)[1]] += 1
+        _, layer, after = min(groups)
+        gone[-layer] = after
     return gone
 
 
@@ -289,47 +287,14 @@ def removables(draw):
 
 
 @settings(deadline=None)
-@given(layers=removables(), target=st.integers(0, 150))
-def test_as_few_as_possible_go_weakest_first(layers, target):
+@given(layers=removables(), target=st.integers(0, 150), round_to=st.integers(1, 4))
+def test_as_few_as_possible_go_weakest_first(layers, target, round_to):
     widths, values = layers
 
     def fits(left):  # the elements of the weights between neighbouring layers
         return sum(a * b for a, b in zip([2, *left], [*left, 3], strict=True)) <= target
 
-    assert affordable(values, widths, 1, fits) == one_by_one(values, widths, fits)
-
-
-@settings(deadline=None)
-@given(layers=removables(), target=st.integers(0, 40), round_to=st.sampled_from([2, 3, 4]))
-def test_remaining_widths_are_multiples(layers, target, round_to):
-    widths, values = layers
-    values = [  # as many as the limits of one layer let go
-        each[: max([n for n in range(len(each) + 1) if (width - n) % round_to == 0], default=0)]
-        for width, each in zip(widths, values, strict=True)
-    ]
-    asked = []
-
-    def fits(left):
-        asked.append(left)
-        return sum(left) <= target
-
-    gone = affordable(values, widths, round_to, fits)
-    for left in [*asked, [width - count for width, count in zip(widths, gone, strict=True)]]:
-        assert all(now == width or now % round_to == 0 for now, width in zip(left, widths, strict=True))
-    if sum(widths) - sum(map(len, values)) <= target:
-        assert sum(widths) - sum(gone) <= target
-    if sum(widths) <= target:
-        assert not any(gone)
-
-
-def test_ties_and_groups_are_ranked():
-    """Among equals the first layer stays; neurons that go together rank as their strongest."""
-    values = [torch.tensor([0.1, 0.2]).double(), torch.tensor([0.1, 0.1, 0.3]).double()]
-    for number, gone in enumerate([[0, 0], [0, 1], [0, 2], [1, 2], [2, 2], [2, 3], [2, 3]]):
-        assert affordable(values, [5, 5], 1, lambda left, n=number: 10 - sum(left) >= n) == gone
-    values = [torch.tensor([0.0, 0.9]).double(), torch.tensor([0.3, 0.4]).double()]
-    assert affordable(values, [6, 6], 2, lambda left: sum(left) <= 10) == [0, 2]
-    assert affordable(values, [6, 6], 1, lambda left: sum(left) <= 10) == [1, 1]
+    assert affordable(values, widths, round_to, fits) == one_by_one(values, widths, round_to, fits)
 
 
 def budgeted(**options):

@@ -8,17 +8,19 @@ graph of the forward pass, or says why it cannot.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import zip_longest
 from typing import Any
 
+import torch
 from torch import Tensor, nn
+from torch.fx import Node
 
 from kddp_ext.pruning.tracing.follow import follow, is_layer, layer_name
-from kddp_ext.pruning.tracing.graph import OperationGraph, Refusal
+from kddp_ext.pruning.tracing.graph import OperationGraph, Refusal, unchanged_modules
 from kddp_ext.pruning.tracing.groups import NeuronGroup
-from kddp_ext.pruning.tracing.operations import shape_of
-from kddp_ext.pruning.tracing.verify import difference, one_neuron_fewer
+from kddp_ext.pruning.tracing.operations import CONVOLUTIONS, groups_of, operation_name, shape_of
 
 _FoundAndRefused = tuple[dict[str, NeuronGroup], dict[str, str]]  # both by layer name
 
@@ -80,19 +82,16 @@ def _follow_all(graph: OperationGraph) -> _FoundAndRefused:
 
 def _same_in_both(training: _FoundAndRefused, evaluation: _FoundAndRefused) -> _FoundAndRefused:
     """The groups that are the same in both modes, and the reasons against the others."""
-    groups: dict[str, NeuronGroup] = {}
-    refused = {**training[1]}
-    for name, reason in evaluation[1].items():
-        refused.setdefault(name, f"{reason} (in evaluation mode)")
-    for name, group in training[0].items():
-        if evaluation[0].get(name) == group:
-            groups[name] = group
-        else:
-            for producer in group.producers:
-                refused.setdefault(producer, "the model uses it differently in training and in evaluation")
-    for name in evaluation[0].keys() - training[0].keys():
-        refused.setdefault(name, "the model uses it in evaluation only")
-    return groups, refused
+    (groups, refused), (groups_there, refused_there) = training, evaluation
+    same = {name: group for name, group in groups.items() if groups_there.get(name) == group}
+    different = {
+        producer: "the model uses it differently in training and in evaluation"
+        for group in [*groups.values(), *groups_there.values()]
+        if group.name not in same
+        for producer in group.producers
+    }
+    in_evaluation = {name: f"{reason} (in evaluation mode)" for name, reason in refused_there.items()}
+    return same, {**different, **in_evaluation, **refused}
 
 
 def _refute(graphs: list[OperationGraph], inputs: tuple[Any, ...], groups: list[NeuronGroup]) -> dict[str, str]:
@@ -111,12 +110,13 @@ def _dependence(graphs: list[OperationGraph], inputs: tuple[Any, ...], groups: l
         return None
     for graph in graphs:
         try:
-            with one_neuron_fewer(graph.model, groups):
+            with unchanged_modules(graph.model):
+                _narrow(graph.model, groups)
                 narrow = OperationGraph(graph.model, inputs, training=graph.training)
                 found, _ = _follow_all(narrow)
         except Refusal as refusal:
             return f"with one neuron fewer, {refusal}"
-        changed = difference(graph, narrow)
+        changed = _difference(graph, narrow)
         if changed is not None:
             return f"with one neuron fewer, {changed}: the model depends on their number"
         if any(found.get(group.name) != replace(group, width=group.width - 1) for group in groups):
@@ -132,3 +132,52 @@ def _positions(graph: OperationGraph, example_inputs: tuple[Any, ...]) -> dict[s
         if stored is not None:
             applied[stored.name] += shape_of(node).numel() // stored.of(graph.model).shape[0]
     return {name: count / max(samples, 1) for name, count in applied.items()}
+
+
+# --- One neuron fewer
+#
+# A graph holds the numbers that Python computed, so it cannot tell a constant from a number that depends on the width
+# (1/sqrt(width), an asserted size). Comparing it with the graph of the narrowed model can.
+
+
+def _narrow(model: nn.Module, groups: Sequence[NeuronGroup]) -> None:
+    """Take one neuron from every tensor and size of `groups`."""
+    for group in groups:
+        for slices in group.slices:
+            module, attribute = model.get_submodule(slices.stored.module), slices.stored.attribute
+            tensor, axis = getattr(module, attribute), slices.layout.axis
+            # Only the shape matters, so a view is enough.
+            shorter = tensor.detach().narrow(axis, 0, tensor.shape[axis] - slices.layout.entries)
+            parameter = attribute in module._parameters
+            setattr(module, attribute, nn.Parameter(shorter, tensor.requires_grad) if parameter else shorter)
+        for count in group.counts:
+            module = model.get_submodule(count.module)
+            setattr(module, count.attribute, getattr(module, count.attribute) - count.entries)
+
+
+def _difference(wide: OperationGraph, narrow: OperationGraph) -> str | None:
+    """The first difference between two graphs, other than the shapes of their tensors; None where there is none."""
+    for before, after in zip_longest(wide.nodes, narrow.nodes):
+        if before is None or after is None:
+            return "it runs more or fewer operations"
+        if before.target != after.target:
+            return f"{operation_name(before)} in {wide.place(before)} becomes {operation_name(after)}"
+        if _numbers(before) != _numbers(after):
+            return f"{operation_name(before)} in {wide.place(before)} computes with another number"
+    for name, value in wide.constants.items():
+        other = narrow.constants.get(name)
+        same = type(value) is type(other)
+        if isinstance(value, Tensor) and isinstance(other, Tensor):
+            same = torch.equal(value, other)
+        if not same:
+            return f"it computes with another constant tensor, {name}"
+    return None
+
+
+def _numbers(node: Node) -> str:
+    name, arguments = operation_name(node), node.args
+    if name in ("view", "reshape"):  # these sizes were checked when the neurons were followed
+        return ""
+    if name in CONVOLUTIONS and groups_of(node) == shape_of(node)[-1 - CONVOLUTIONS[name]]:
+        arguments = arguments[:6]  # without `groups`, which is the number of channels of a depthwise convolution
+    return repr((arguments, node.kwargs))

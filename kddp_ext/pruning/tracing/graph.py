@@ -122,23 +122,14 @@ def unchanged_modules(model: nn.Module) -> Iterator[None]:
             store.update(content)
 
 
-def uncompiled(model: nn.Module) -> nn.Module:
-    """The module inside torch.compile's wrapper, which has the constructor's names; any other module itself."""
-    inner = getattr(model, "_orig_mod", model)
-    if not isinstance(inner, nn.Module):
-        raise TypeError(f"model: expected a torch.nn.Module, got {type(inner).__name__}")
-    return inner
-
-
-def unwrapped(module: nn.Module) -> nn.Module:
+def unwrapped(model: nn.Module) -> nn.Module:
     """The module inside torch.compile, DistributedDataParallel and AveragedModel, in any order of nesting."""
-    while True:
-        inner = uncompiled(module)
-        if isinstance(inner, DistributedDataParallel | AveragedModel):
-            inner = inner.module
-        if inner is module:
-            return module
-        module = inner
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
+    if isinstance(model, DistributedDataParallel | AveragedModel):
+        return unwrapped(model.module)
+    inner = getattr(model, "_orig_mod", None)  # of torch.compile's wrapper
+    return model if inner is None else unwrapped(inner)
 
 
 def _set_mode(model: nn.Module, training: bool) -> None:

@@ -7,7 +7,7 @@ layer or convolution), or refuses them. An operation that is not in the table is
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -48,6 +48,19 @@ class NeuronPath:
         stored = self.graph.own(argument, role)
         self.slices.append(NeuronSlices(stored, layout))
         return stored
+
+    def add_module(
+        self, node: Node, kind: type[nn.Module], tensors: Iterable[Any], sizes: Iterable[str], layout: Layout
+    ) -> None:
+        """Record that the module that runs `node` slices `tensors` by neuron, and counts neurons in its `sizes`."""
+        name = self.graph.module(node)
+        if not isinstance(self.graph.model.get_submodule(name), kind):
+            raise self.refusal(node, f"is a function call; use a {kind.__name__.strip('_')} module")
+        for argument in tensors:
+            stored = self.add_slices(argument, f"parameter of {name}", Layout(0, layout.outer, layout.inner))
+            if stored is not None and stored.module != name:
+                raise self.refusal(node, f"reads {stored.name} of another module")
+        self.counts += [NeuronCount(name, size, layout.entries) for size in sizes]
 
     def step(self, node: Node) -> None:
         """Follow the neurons through `node`, which reads at least one value on the path."""
@@ -124,15 +137,12 @@ def _pointwise(path: NeuronPath, node: Node) -> None:
 
 def foreign_operand(graph: OperationGraph, node: Node) -> str:
     """The reason why neurons cannot be followed through `node`, which combines them with another tensor."""
-    name, place = operation_name(node), graph.place(node)
+    name, effect = operation_name(node), "combines them with another tensor"
     if name == "mul":
-        return (
-            f"mul in {place} multiplies them by another tensor (a scale, or a gate that no Linear layer or convolution "
-            "computes?), which is not supported"
-        )
-    if name in ("add", "sub", "rsub"):
-        return f"{name} in {place} adds another tensor to them (a residual sum?), which is not supported"
-    return f"{name} in {place} combines them with another tensor, which is not supported"
+        effect = "multiplies them by another tensor (a scale, or a gate that no Linear layer or convolution computes?)"
+    elif name in ("add", "sub", "rsub"):
+        effect = "adds another tensor to them (a residual sum?)"
+    return f"{name} in {graph.place(node)} {effect}, which is not supported"
 
 
 def _type_as(path: NeuronPath, node: Node) -> None:
@@ -170,17 +180,8 @@ def _batch_norm(path: NeuronPath, node: Node) -> None:
     source, *tensors = node.args[:5]
     if not isinstance(source, Node) or source not in path.at or path.at[source].axis != 1:
         raise path.refusal(node, "normalises over dimension 1, but the neurons are along another dimension")
-    name = path.graph.module(node)
-    module = path.graph.model.get_submodule(name)
-    if not isinstance(module, nn.modules.batchnorm._BatchNorm):
-        raise path.refusal(node, "is a function call; use nn.BatchNorm1d or nn.BatchNorm2d")
-    layout = path.at[source]
-    for argument in tensors:
-        stored = path.add_slices(argument, f"batch norm of {name}", Layout(0, layout.outer, layout.inner))
-        if stored is not None and stored.module != name:
-            raise path.refusal(node, f"reads {stored.name} of another module")
-    path.counts.append(NeuronCount(name, "num_features", layout.entries))
-    path.at[node] = layout
+    path.at[node] = path.at[source]
+    path.add_module(node, nn.modules.batchnorm._BatchNorm, tensors, ["num_features"], path.at[node])
 
 
 def _prelu(path: NeuronPath, node: Node) -> None:
@@ -190,12 +191,9 @@ def _prelu(path: NeuronPath, node: Node) -> None:
     if not isinstance(slope, Node):
         raise path.refusal(node, "computes its slopes from the neurons")
     if shape_of(slope).numel() > 1:
-        name = path.graph.module(node)
-        module = path.graph.model.get_submodule(name)
-        if layout.axis != 1 or not isinstance(module, nn.PReLU):
+        if layout.axis != 1:
             raise path.refusal(node, "has a slope for each entry of another dimension")
-        path.add_slices(slope, f"slope of {name}", Layout(0, layout.outer, layout.inner))
-        path.counts.append(NeuronCount(name, "num_parameters", layout.entries))
+        path.add_module(node, nn.PReLU, [slope], ["num_parameters"], layout)
     path.at[node] = layout
 
 
@@ -223,14 +221,8 @@ def _convolution(path: NeuronPath, node: Node) -> None:
             f"has {groups} groups of channels, which must keep equal sizes; single channels can only be removed from "
             "depthwise convolutions with one filter for each channel",
         )
-    module = path.graph.module(node)
-    if not isinstance(path.graph.model.get_submodule(module), nn.modules.conv._ConvNd):
-        raise path.refusal(node, "is a function call; use an nn.Conv module")
-    for argument, role in ((node.args[1], "weight"), (argument_of(node, 2, "bias", None), "bias")):
-        stored = path.add_slices(argument, f"{role} of {module}", Layout(0))
-        if stored is not None and stored.module != module:
-            raise path.refusal(node, f"reads {stored.name} of another module; use an nn.Conv module")
-    path.counts += [NeuronCount(module, attribute) for attribute in ("in_channels", "out_channels", "groups")]
+    tensors = node.args[1], argument_of(node, 2, "bias", None)
+    path.add_module(node, nn.modules.conv._ConvNd, tensors, ["in_channels", "out_channels", "groups"], Layout(channel))
     path.at[node] = Layout(channel)
 
 
