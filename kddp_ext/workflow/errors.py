@@ -7,10 +7,6 @@ class WorkflowError(ValueError):
     """A setting, file or folder cannot be used. The message says which, and what to do."""
 
 
-class SharedError(WorkflowError):
-    """An error that every process of a run raises because one of them failed."""
-
-
 class LostProcessError(WorkflowError):
     """Another process of the run has ended, or cannot be reached."""
 

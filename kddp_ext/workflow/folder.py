@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 
 from kddp_ext.files import atomic_write, leftovers, parse_json, remove_leftovers, write_json, write_text
 from kddp_ext.workflow.config import SweepConfig, differences
@@ -23,7 +22,8 @@ from kddp_ext.workflow.errors import WorkflowError
 from kddp_ext.workflow.jobs import TEACHER, Point, Stage, points
 
 CHECKPOINT_VERSION = 1
-_CHECKPOINT_FIELDS = {"version", "stage", "architecture", "model", "optimizer", "pruner", "history", "epochs"}
+_CHECKPOINT_FIELDS = {"version", "stage", "model", "optimizer", "pruner", "history", "epochs"}
+FIGURES = ("test_accuracy", "parameters", "linear_parameters", "macs")  # of every result
 _NO_RUN = "exists and is not a run of kddp. Give another --name or --runs-dir."
 # The settings, besides all of `teacher`, that decide a teacher's weights.
 _TEACHER_SETTINGS = ("dataset", "data_seed", "validation", "augment", "precision", "compile")
@@ -82,7 +82,7 @@ class RunFolder:
             return None
         advice = "Delete it and resume to measure again from the checkpoint."
         result = _parse_object(path, _read(path, advice), advice)
-        if not {"test_accuracy", "parameters", "macs", "width"} <= result.keys():
+        if not all(isinstance(result.get(key), int | float) for key in FIGURES) or "width" not in result:
             raise WorkflowError(f"{path} is not the result of a training. {advice}")
         return result
 
@@ -205,23 +205,6 @@ def load_checkpoint(path: Path, stage: Stage) -> dict[str, Any]:
     if state["stage"] != stage:
         raise WorkflowError(f"{path} belongs to the stage {state['stage']}. {advice}")
     return state
-
-
-def architecture(model: nn.Module) -> dict[str, list[int]]:
-    """Names and shapes of all weights and buffers."""
-    return {name: list(value.shape) for name, value in model.state_dict().items()}
-
-
-def check_architecture(path: Path, saved: dict[str, list[int]], model: nn.Module) -> None:
-    """Raise WorkflowError, naming the first difference, unless a checkpoint's architecture is that of `model`."""
-    expected = architecture(model)
-    for name in sorted(saved.keys() | expected.keys()):
-        shapes = [f"shape {tuple(each[name])}" if name in each else "no entry" for each in (saved, expected)]
-        if shapes[0] != shapes[1]:
-            raise WorkflowError(
-                f"{path} is a checkpoint of another architecture: {name} has {shapes[0]} in the file, "
-                f"{shapes[1]} in the model"
-            )
 
 
 def _read(path: Path, advice: str) -> str:

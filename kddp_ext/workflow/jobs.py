@@ -86,7 +86,12 @@ def _kd(sweep: SweepConfig, seed: int, width: int) -> Job:
 
 def _retrained(sweep: SweepConfig, point: Point, found: Mapping[str, int]) -> Point:
     jobs = tuple(_kd(sweep, job.config.seed, found[job.name]) for job in point.jobs if job.name in found)
-    return Point(f"kd at the width of {point.label}", "kd-at-found-width", jobs)
+    return Point(label_at_found_width(point), "kd-at-found-width", jobs)
+
+
+def label_at_found_width(kddp: Point) -> str:
+    """The label of the point that trains KD at the widths that `kddp` found."""
+    return f"kd at the width of {kddp.label}"
 
 
 def _with(section: str, **changes: Any) -> Change:

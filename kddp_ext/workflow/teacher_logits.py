@@ -8,7 +8,6 @@ from pathlib import Path
 import safetensors
 import safetensors.torch
 import torch
-from rich.progress import Progress
 from torch import Tensor, nn
 
 from kddp_ext.files import atomic_write, hash_json, hash_tensors, remove_leftovers
@@ -30,16 +29,13 @@ class TeacherLogits:
     share of the logits, and the first process writes the file.
     """
 
-    def __init__(
-        self, teacher: nn.Module, data: ImageData, shift: int, folder: Path, runtime: Runtime, progress: Progress
-    ) -> None:
+    def __init__(self, teacher: nn.Module, data: ImageData, shift: int, folder: Path, runtime: Runtime) -> None:
         self._computed, self._seconds, self._epochs = 0, 0.0, 0
         self._teacher = teacher.eval()
         self._data = data
         self._shift = shift
         self._folder = folder
         self._runtime = runtime
-        self._progress = progress
         self._key = {
             "version": _VERSION,
             "teacher": hash_tensors(teacher.state_dict()),
@@ -90,16 +86,11 @@ class TeacherLogits:
     def _ask_teacher(self, view: int) -> Tensor:
         processes, count = self._runtime.processes, len(self._data.train)
         logits = torch.zeros(count, self._data.info.classes, dtype=torch.float32, device=self._runtime.device)
-        task = self._progress.add_task("teacher's logits", total=count, note="")
-        try:
-            for number, indices in enumerate(torch.arange(count, device=self._runtime.device).split(_BATCH)):
-                if number % processes.count == processes.rank:
-                    images = self._data.training_images(indices, view, self._shift)
-                    with self._runtime.autocast():
-                        logits[indices] = self._teacher(images).float()
-                self._progress.advance(task, len(indices))
-        finally:
-            self._progress.remove_task(task)
+        for number, indices in enumerate(torch.arange(count, device=self._runtime.device).split(_BATCH)):
+            if number % processes.count == processes.rank:
+                images = self._data.training_images(indices, view, self._shift)
+                with self._runtime.autocast():
+                    logits[indices] = self._teacher(images).float()
         return processes.sum(logits)  # each row is zero on all processes but one
 
 

@@ -7,14 +7,12 @@ from unittest import mock
 
 import torch
 from rich.console import Console
-from rich.progress import Progress
 from torch import nn
 
 from kddp_ext.workflow import runs, teacher_logits, train
 from kddp_ext.workflow.config import SweepConfig
-from kddp_ext.workflow.data import ImageData
 from kddp_ext.workflow.distributed import Processes
-from kddp_ext.workflow.errors import SharedError, WorkflowError
+from kddp_ext.workflow.errors import WorkflowError
 from kddp_ext.workflow.runtime import Runtime
 
 
@@ -31,12 +29,12 @@ def run_share(rank, path, config, count=2, *, resume=False, fails=None, steps=No
     In float32, Adam would amplify the rounding of another order of summation beyond any useful bound.
 
     Args:
-        fails: (rank, name): on this rank, the function `name` of `failures` fails.
+        fails: (rank, name): on this rank, a function fails, see `failing`.
         steps: the run is killed after this number of steps.
         norm: replaces nn.BatchNorm2d.
 
     Returns:
-        The message of a SharedError, the output, and the weights of each stage.
+        The message of a WorkflowError, the output, and the weights of each stage.
     """
     console, weights, message = Console(file=io.StringIO(), width=120), {}, None
     measure = runs._measure
@@ -53,7 +51,7 @@ def run_share(rank, path, config, count=2, *, resume=False, fails=None, steps=No
         # Drawing would take longer than the training.
         patches.enter_context(mock.patch.object(runs, "write_report", lambda folder, *_: folder.report.write_text("")))
         if fails is not None and fails[0] == rank:
-            patches.enter_context(failures(rank)[fails[1]])
+            patches.enter_context(failing(fails[1]))
         if steps is not None:
             patches.enter_context(mock.patch.object(train, "_train_step", dies_after(train._train_step, steps)))
         try:
@@ -61,26 +59,22 @@ def run_share(rank, path, config, count=2, *, resume=False, fails=None, steps=No
             runs.run_sweep(path, sweep, console, device="cpu", resume=resume, processes=processes)
         except KilledError:
             message = "killed"
-        except SharedError as error:
+        except WorkflowError as error:
             message = str(error)
+        except RuntimeError as error:
+            if "gloo/" not in str(error):
+                raise
+            message = "lost the other"
     return message, console.file.getvalue(), weights
 
 
-def failures(rank):
-    """Patches by name; each makes one function fail on this rank only."""
+def failing(name):
+    """A patch with which a function fails."""
 
-    def raise_workflow_error(*_args, **_options):
-        raise WorkflowError(f"this is a fault of {rank}")
+    def fail(*_args, **_options):
+        raise WorkflowError(name)
 
-    def raise_os_error(*_args, **_options):
-        raise FileNotFoundError(2, "No such file or directory", "the/file")
-
-    return {
-        "the data set": mock.patch.object(runs, "read_dataset", raise_workflow_error),
-        "a checkpoint": mock.patch.object(runs, "load_checkpoint", raise_workflow_error),
-        "a full disk": mock.patch.object(runs, "save_checkpoint", raise_os_error),
-        "the images": mock.patch.object(ImageData, "__init__", raise_workflow_error),
-    }
+    return mock.patch.object(runs, {"the data set": "read_dataset", "a checkpoint": "save_checkpoint"}[name], fail)
 
 
 class KilledError(Exception):
@@ -120,8 +114,7 @@ def ask_teacher(rank, folder, data, count=2, batch=20):
         for view in (0, 1, 0):
             teacher = CountingTeacher()
             runtime = Runtime("cpu", "float32", Processes(rank, count))
-            progress = Progress(disable=True)
-            logits = teacher_logits.TeacherLogits(teacher, data, 2, folder, runtime, progress).view(view)
+            logits = teacher_logits.TeacherLogits(teacher, data, 2, folder, runtime).view(view)
             answers.append((logits.clone(), teacher.seen))
     return answers
 

@@ -4,15 +4,13 @@
     … --at-every-call kill [--from 1] [--to N]  at each call that changes a file
     … --at-every-call full-disk [--from 1] [--to N] and all calls after it fail
 
-The random moments cover all phases of a run equally: a kill waits until the run's folder shows that the phase has
-begun, and then for a part of its length. Every second run is killed several times, each time after a resume.
-Afterwards the folder tells into which phase the kill fell.
+Random moments are spread evenly over the length of an undisturbed run. Every second run is killed several times, each
+time after a resume. Afterwards the folder tells into which phase the kill fell.
 """
 
 from __future__ import annotations
 
 import argparse
-import itertools
 import random
 import shutil
 import signal
@@ -35,31 +33,11 @@ _MOST_KILLS = 5  # of one run
 AT_CALL = {"kill": killed_at, "full-disk": full_disk_from}
 
 
-def follow(process: Process, runs: Path) -> dict[str, float]:
-    """When each phase of an undisturbed run began, and under "end" when the run ended, in seconds."""
-    began, started = {}, time.monotonic()
-    while process.running():
-        began.setdefault(phase_of(runs), time.monotonic() - started)
-        time.sleep(0.001)
-    return {**began, "end": time.monotonic() - started}
-
-
-def seconds(began: dict[str, float]) -> dict[str, float]:
-    """How long each phase took. The logits are computed between the epochs of kd."""
-    order = [phase for phase in PHASES if phase != "logits"] + ["end"]
-    took = {phase: began[after] - began[phase] for phase, after in itertools.pairwise(order)}
-    return {**took, "logits": 0.01}
-
-
-def kill_in(process: Process, runs: Path, phase: str, after: float, number: signal.Signals) -> bool:
-    """Send the signal `after` seconds into `phase` or a later one; returns whether the run was still running."""
-    while process.running() and PHASES.index(phase_of(runs)) < PHASES.index(phase):
-        time.sleep(0.0005)
-    end = time.monotonic() + after
-    while process.running() and time.monotonic() < end:
-        time.sleep(0.0005)
-    while number != signal.SIGKILL and process.running() and not process.has_printed():
-        time.sleep(0.0005)  # before that the handlers may not be set
+def kill_after(process: Process, seconds: float, number: signal.Signals) -> bool:
+    """Send the signal after this time; returns whether the run was still running."""
+    end = time.monotonic() + seconds
+    while process.running() and (time.monotonic() < end or (number != signal.SIGKILL and not process.has_printed())):
+        time.sleep(0.0005)  # before it has printed its handlers may not be set
     process.signal(number)
     return process.wait().code != 0
 
@@ -75,39 +53,13 @@ def check_goodbye(process: Process, number: signal.Signals) -> None:
     assert "continue with: kddp run" in ended.err, ended.err
 
 
-class Moments:
-    """Draws where to kill: every phase once before any comes again.
-
-    Args:
-        seed: seed of the draws.
-        took: the seconds that each phase takes.
-    """
-
-    def __init__(self, seed: int, took: dict[str, float]) -> None:
-        self._draw, self._took, self._left = random.Random(seed), took, list[str]()
-
-    def kills(self, run: int) -> int:
-        """How often to kill the run with this number."""
-        return self._draw.randint(2, _MOST_KILLS) if run % 2 else 1
-
-    def after(self, now: str) -> tuple[str, float] | None:
-        """A phase, `now` or later, and how many seconds to wait in it; None if every such phase has been drawn."""
-        if not self._left:
-            self._left = self._draw.sample(PHASES, len(PHASES))
-        later = [phase for phase in self._left if PHASES.index(phase) >= PHASES.index(now)]
-        if not later:
-            return None
-        self._left.remove(later[0])
-        return later[0], self._draw.uniform(0, self._took[later[0]])
-
-
-def kill_once_or_more(runs: Path, kills: int, moments: Moments, number: signal.Signals) -> tuple[list[str], int]:
+def kill_once_or_more(runs: Path, moments: list[float], number: signal.Signals) -> tuple[list[str], int]:
     """Start a run and kill it; returns the phases of the kills, and how many fell into the middle of a write."""
     fell: list[str] = []
     in_a_write = 0
-    while len(fell) < kills and (moment := moments.after(phase_of(runs))) is not None:
+    for moment in moments:
         process = start(runs, *(["--resume"] if fell else []))
-        if not kill_in(process, runs, *moment, number):
+        if not kill_after(process, moment, number):
             break
         check_goodbye(process, number)
         fell.append(phase_of(runs))
@@ -117,16 +69,19 @@ def kill_once_or_more(runs: Path, kills: int, moments: Moments, number: signal.S
 
 def kill_at_random(folder: Path, options: argparse.Namespace) -> int:
     """Kill runs at random moments until there are enough kills; returns the exit code."""
-    alone = folder / "alone"
+    alone, started = folder / "alone", time.monotonic()
     alone.mkdir()
-    moments = Moments(options.seed, seconds(follow(start(alone), alone)))
+    assert start(alone).wait().code == 0
+    length = time.monotonic() - started
     expected = ending(alone)
+    draw = random.Random(options.seed)
     killed: Counter[str] = Counter()
     same = run = again = in_writes = 0
     while killed.total() < options.kills:
         runs = folder / f"run-{run}"
         runs.mkdir()
-        fell, in_a_write = kill_once_or_more(runs, moments.kills(run), moments, signal.Signals[f"SIG{options.signal}"])
+        moments = [draw.uniform(0, length) for _ in range(draw.randint(2, _MOST_KILLS) if run % 2 else 1)]
+        fell, in_a_write = kill_once_or_more(runs, moments, signal.Signals[f"SIG{options.signal}"])
         different = finish(runs, expected)
         print(f"{', '.join(fell) or 'it had ended'}: {', '.join(different) or 'identical ending'}", flush=True)
         killed.update(fell)

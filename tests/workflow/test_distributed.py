@@ -74,7 +74,6 @@ def assert_same_training(path: Path, other: Path) -> None:
     for stage in STAGES:
         mine, expected = checkpoint(path, stage), checkpoint(other, stage)
         assert mine["history"] == expected["history"]
-        assert mine["architecture"] == expected["architecture"]
         for name, value in expected["model"].items():
             assert value.dtype == torch.float64, name
             error = (mine["model"][name] - value).abs().max() / value.abs().max()
@@ -126,33 +125,12 @@ def test_a_killed_run_of_two_processes_resumes_with_the_same_bits(
             assert torch.equal(resumed[name], value), (stage, name)
 
 
-@pytest.mark.parametrize(
-    ("rank", "what", "message"),
-    [
-        (1, "the data set", "rank 1: this is a fault of 1"),
-        (0, "the data set", "rank 0: this is a fault of 0"),
-        (1, "the images", "rank 1: this is a fault of 1"),
-        (0, "a full disk", "rank 0: the/file: No such file or directory"),
-    ],
-)
-def test_a_failure_on_one_rank_ends_all_with_its_message(
-    ranks: RankProcesses, config: RunConfig, tmp_path: Path, rank: int, what: str, message: str
+@pytest.mark.parametrize(("rank", "what"), [(1, "the data set"), (0, "the data set"), (0, "a checkpoint")])
+def test_a_failure_on_one_rank_ends_the_other(
+    ranks: RankProcesses, config: RunConfig, tmp_path: Path, rank: int, what: str
 ) -> None:
     answers = ranks.run(partial(run_share, fails=(rank, what)), tmp_path / "run", config)
-    assert [told for told, *_ in answers] == [message, message]
-
-
-def test_a_checkpoint_that_one_rank_cannot_read_ends_all(
-    ranks: RankProcesses, config: RunConfig, tmp_path: Path
-) -> None:
-    path = tmp_path / "run"
-    ranks.run(partial(run_share, steps=10), path, config)
-    answers = ranks.run(partial(run_share, fails=(1, "a checkpoint"), resume=True), path, config)
-    assert [told for told, *_ in answers] == ["rank 1: this is a fault of 1"] * 2
-    RunFolder(path).checkpoint("teacher").write_bytes(b"nonsense")
-    first, second = ranks.run(partial(run_share, resume=True), path, config)
-    assert first[0] == second[0]
-    assert first[0].startswith(f"{RunFolder(path).checkpoint('teacher')} is damaged")
+    assert [message for message, *_ in answers] == [what if each == rank else "lost the other" for each in (0, 1)]
 
 
 def test_settings_that_several_processes_cannot_use_are_refused(
@@ -172,7 +150,7 @@ def test_settings_that_several_processes_cannot_use_are_refused(
 
 def test_processes_with_other_settings_are_refused(ranks: RankProcesses, config: RunConfig, tmp_path: Path) -> None:
     answers = ranks.run(run_share_with_own_seed, tmp_path / "run", config)
-    assert all(message.startswith("rank 1: expected the settings of rank 0") for message, *_ in answers)
+    assert all(message.startswith("the settings: expected the same on all ranks, got") for message, *_ in answers)
 
 
 def test_the_processes_share_the_teachers_images(
@@ -217,10 +195,8 @@ def test_a_pruner_follows_batch_normalisation_that_became_synchronised() -> None
 
 def test_a_single_process_communicates_nothing() -> None:
     alone = Processes()
-    assert alone.on_rank_zero(lambda: 3) == alone.local_rank_zero_first(lambda: 3) == 3
+    assert alone.on_rank_zero(lambda: 3) == 3
     assert alone.gather("a") == ["a"]
-    with pytest.raises(KeyError):
-        alone.all_or_raise(lambda: {}["what fails"])
 
 
 def torchrun(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
@@ -285,13 +261,14 @@ cli.entry_point()
 """
 
 
-def test_torchrun_shows_the_error_of_one_rank_once(tmp_path: Path) -> None:
+def test_torchrun_ends_all_and_the_failing_rank_says_why(tmp_path: Path) -> None:
     script = tmp_path / "one_without_data.py"
     script.write_text(ONE_WITHOUT_DATA)
     ended = torchrun(tmp_path, str(script), "run", "--device", "cpu", "--runs-dir", str(tmp_path))
     assert ended.returncode != 0
-    told = [line for line in ended.stderr.splitlines() if "kddp run:" in line]
+    told = [line for line in ended.stderr.splitlines() if "kddp run: rank 1" in line]
     assert told == ["kddp run: rank 1: the data is missing"]
+    assert "The report is" not in ended.stdout
 
 
 @pytest.mark.parametrize(("rank", "said"), [("0", True), ("1", False)])

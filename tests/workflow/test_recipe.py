@@ -57,7 +57,7 @@ def test_the_whitenings_bias_learns_in_three_epochs_and_the_filters_in_all(
 
     filters = "blocks.0.layers.0.weight"
     training = Training(model, model, recipe.optimizer(model), None, [])
-    train(training, recipe, data, None, Runtime(), advance=lambda _: None, epoch_done=epoch_done)
+    train(training, recipe, data, None, Runtime(), epoch_done)
     moved = [(before[0] - after[0]).any() for before, after in pairwise(seen)]
     assert moved == [True, True, False, False]
     assert all((before[1] - after[1]).any() for before, after in pairwise(seen))

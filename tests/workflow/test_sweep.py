@@ -108,9 +108,6 @@ def test_the_report_has_every_point_with_its_spread(finished_sweep: Path) -> Non
     assert "## same-width" in report
     assert next(each for each in measured if each.point.kind == "kddp").mean("width") < 32
     assert (finished_sweep / "report.png").read_bytes().startswith(b"\x89PNG")
-    damaged = dataclasses.replace(measured[1], results=({}, {}))
-    with pytest.raises(WorkflowError, match="the result of scratch: expected a number test_accuracy, got None"):
-        damaged.values("test_accuracy")
 
 
 def test_students_are_compared_with_kd_at_the_full_width(finished_sweep: Path) -> None:

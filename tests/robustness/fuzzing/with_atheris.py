@@ -57,7 +57,7 @@ def fuzz(name: str, seconds: int, folder: Path) -> None:
     """Never returns: libFuzzer ends the process."""
     import atheris
 
-    with atheris.instrument_imports(include=["kddp_ext", "gzip", "pickletools", "json"], enable_loader_override=False):
+    with atheris.instrument_imports(include=["kddp_ext", "gzip", "json"], enable_loader_override=False):
         from fuzzing.targets import TARGETS, check
 
     target = TARGETS[name]
