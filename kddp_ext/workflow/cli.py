@@ -183,7 +183,7 @@ def _train(command: TrainCommand[Any], sweep: SweepConfig, default_name: str) ->
     if threads := command.threads or (1 if sweep.run.dataset == "digits" else 0):
         torch.set_num_threads(threads)
     prepare_process()
-    with process_group(use_gpus=command.device != "cpu") as processes:
+    with process_group(use_gpus=command.device != "cpu"):
         run_sweep(
             command.runs_dir / (command.name or default_name),
             sweep,
@@ -192,7 +192,6 @@ def _train(command: TrainCommand[Any], sweep: SweepConfig, default_name: str) ->
             resume=command.resume,
             device=command.device,
             teacher_from=command.teacher_from,
-            processes=processes,
             tensorboard=command.tensorboard,
         )
 

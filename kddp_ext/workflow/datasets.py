@@ -89,7 +89,7 @@ def read_digits() -> RawDataset:
     return RawDataset(pixels[train], labels[train], pixels[test], labels[test])
 
 
-# Fashion-MNIST (Xiao, Rasul, Vollgraf 2017): four IDX files, compressed or not
+# Fashion-MNIST (Xiao, Rasul, Vollgraf 2017): four IDX files, compressed by gzip
 
 FASHION_MNIST_IMAGES = {"train": 60_000, "t10k": 10_000}
 # Where torchvision, the authors' repository and Debian's package put the files.
@@ -98,38 +98,30 @@ _FASHION_MNIST_FOLDERS = ("fashion-mnist", "FashionMNIST/raw", "data/fashion", "
 
 def read_fashion_mnist(data_dir: Path) -> RawDataset:
     """Fashion-MNIST: 60000 training and 10000 test images of 28x28 grey pixels. Raises as `read_dataset` does."""
-    name = "train-images-idx3-ubyte"
-    folder = _find_folder(data_dir, _FASHION_MNIST_FOLDERS, (name, f"{name}.gz"))
+    folder = _find_folder(data_dir, _FASHION_MNIST_FOLDERS, "train-images-idx3-ubyte.gz")
     arrays: list[Any] = []
     for split, count in FASHION_MNIST_IMAGES.items():
-        images, labels = (_plain_or_gz(folder / f"{split}-{part}-ubyte") for part in ("images-idx3", "labels-idx1"))
+        images, labels = (folder / f"{split}-{part}-ubyte.gz" for part in ("images-idx3", "labels-idx1"))
         arrays += [read_idx(images, (count, 28, 28))[..., None], _check_labels(labels, read_idx(labels, (count,)))]
     return RawDataset(*arrays)
 
 
 def read_idx(path: Path, shape: tuple[int, ...]) -> NDArray[np.uint8]:
-    """Read an IDX file of bytes that has exactly `shape`: a header of big-endian integers, then the values."""
-    expected = f"an IDX file of {' x '.join(map(str, shape))} bytes"
+    """Read a compressed IDX file of bytes of exactly `shape`: a header of big-endian integers, then the values."""
+    expected = f"an IDX file of {' x '.join(map(str, shape))} bytes, compressed by gzip"
     header = np.array([0x0800 + len(shape), *shape], ">u4").tobytes()  # 0x08 is the code of unsigned bytes
     size = len(header) + int(np.prod(shape))
-    content = _read_file(path, expected, size + size // 100 + 1000)  # gzip adds little to incompressible content
-    if path.suffix == ".gz":
-        try:
-            with gzip.GzipFile(fileobj=io.BytesIO(content)) as file:
-                content = file.read(size + 1)  # one byte more reveals a longer file without unpacking all of it
-        except (OSError, EOFError, zlib.error) as error:
-            raise DataFileError(path, f"{expected}, compressed by gzip", f"damaged content ({error})") from error
-    if not content.startswith(header):
-        found = content[: len(header)].hex() or "nothing"
+    packed = _read_file(path, expected, size + size // 100 + 1000)  # gzip adds little to incompressible content
+    try:
+        with gzip.GzipFile(fileobj=io.BytesIO(packed)) as file:
+            content = file.read(size + 1)  # one byte more reveals a longer file without unpacking all of it
+    except (OSError, EOFError, zlib.error) as error:
+        raise DataFileError(path, expected, f"damaged content ({error})") from error
+    if not content.startswith(header) or len(content) != size:
+        found = f"{len(content)} bytes that start with {content[: len(header)].hex()}"
         raise DataFileError(path, f"{expected}, with the header {header.hex()}", found)
-    if len(content) != size:
-        raise DataFileError(path, f"{expected}, {size} with its header", f"{len(content)} bytes")
     values: NDArray[np.uint8] = np.frombuffer(content, np.uint8, offset=len(header)).reshape(shape).copy()
     return values  # a copy, because PyTorch needs writable memory
-
-
-def _plain_or_gz(path: Path) -> Path:
-    return path if path.is_file() else path.with_name(f"{path.name}.gz")
 
 
 # CIFAR-10 (Krizhevsky 2009) in its binary layout
@@ -141,7 +133,7 @@ _CIFAR10_BATCHES = (*(f"data_batch_{number}.bin" for number in range(1, 6)), "te
 
 def read_cifar10(data_dir: Path) -> RawDataset:
     """CIFAR-10: 50000 training and 10000 test images of 32x32 colour pixels. Raises as `read_dataset` does."""
-    folder = _find_folder(data_dir, (_CIFAR10_FOLDER,), _CIFAR10_BATCHES[:1])
+    folder = _find_folder(data_dir, [_CIFAR10_FOLDER], _CIFAR10_BATCHES[0])
     images, labels = zip(*(read_cifar10_batch(folder / name) for name in _CIFAR10_BATCHES), strict=True)
     return RawDataset(np.concatenate(images[:5]), np.concatenate(labels[:5]), images[5], labels[5])
 
@@ -177,13 +169,13 @@ def _read_file(path: Path, expected: str, most: int) -> bytes:
         raise DataFileError(path, expected, f"a file that cannot be read ({error.strerror})") from error
 
 
-def _find_folder(data_dir: Path, subfolders: Sequence[str], names: Sequence[str]) -> Path:
-    """The first of `data_dir` and its `subfolders` that has a file with one of the `names`."""
-    for folder in (data_dir, *(data_dir / name for name in subfolders)):
-        if any((folder / name).is_file() for name in names):
+def _find_folder(data_dir: Path, subfolders: Sequence[str], name: str) -> Path:
+    """The first of `data_dir` and its `subfolders` that has a file `name`."""
+    for folder in (data_dir, *(data_dir / subfolder for subfolder in subfolders)):
+        if (folder / name).is_file():
             return folder
     found = "no such folder" if not data_dir.is_dir() else f"none there or in {', '.join(subfolders)}"
-    raise DataFileError(data_dir, f"a file {' or '.join(names)}", found)
+    raise DataFileError(data_dir, f"a file {name}", found)
 
 
 def _check_labels(path: Path, labels: NDArray[np.uint8]) -> NDArray[np.int64]:

@@ -6,8 +6,6 @@ import fcntl
 import io
 import json
 import os
-import shutil
-import tempfile
 import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -156,7 +154,7 @@ def locked(path: Path, *, wait: bool = True) -> Iterator[bool]:
 
 def take_teacher(folder: RunFolder, source: Path, sweep: SweepConfig) -> None:
     """Copy the finished teacher of the run in `source`, trained with `sweep`'s settings, unless `folder` has one."""
-    if folder.job(TEACHER).exists():
+    if folder.read_result(TEACHER) is not None:
         return
     other = RunFolder(source)
     if other.read_result(TEACHER) is None:
@@ -167,13 +165,10 @@ def take_teacher(folder: RunFolder, source: Path, sweep: SweepConfig) -> None:
         raise WorkflowError(
             f"--teacher-from: the teacher of {source} was trained with other settings: {'; '.join(changed)}"
         )
-    # The copy is renamed into place once it is complete. The next process removes what a killed one leaves.
-    try:
-        with tempfile.TemporaryDirectory(prefix=".teacher.", suffix=".partial", dir=folder.path) as beside:
-            os.replace(shutil.copytree(other.job(TEACHER), Path(beside) / TEACHER), folder.job(TEACHER))
-    except OSError as error:
-        reason = error.args[0][0][2] if isinstance(error, shutil.Error) else error.strerror
-        raise OSError(error.errno, f"cannot copy {other.job(TEACHER)} to {folder.path}: {reason}") from error
+    folder.job(TEACHER).mkdir(exist_ok=True)
+    for file in (RunFolder.checkpoint, RunFolder.metrics, RunFolder.result):  # the last one marks it as finished
+        content = file(other, TEACHER).read_bytes()
+        atomic_write(file(folder, TEACHER), lambda copy, content=content: copy.write(content))  # type: ignore[misc]
 
 
 def save_checkpoint(path: Path, state: dict[str, Any]) -> None:

@@ -21,10 +21,11 @@ from torch.nn.parallel import DistributedDataParallel
 
 import kddp_ext
 from kddp_ext.files import remove_leftovers, write_json
+from kddp_ext.workflow import distributed
 from kddp_ext.workflow.config import Device, SweepConfig
 from kddp_ext.workflow.data import ImageData
 from kddp_ext.workflow.datasets import INFO, read_dataset
-from kddp_ext.workflow.distributed import Processes
+from kddp_ext.workflow.distributed import on_rank_zero
 from kddp_ext.workflow.errors import OptionError, WorkflowError
 from kddp_ext.workflow.folder import RunFolder, load_checkpoint, locked, open_folder, save_checkpoint
 from kddp_ext.workflow.jobs import TEACHER, Job, points
@@ -61,28 +62,25 @@ def run_sweep(
     resume: bool = False,
     device: Device = "auto",
     teacher_from: Path | None = None,
-    processes: Processes | None = None,
     tensorboard: bool = False,
 ) -> None:
     """Train everything in `path` that is not finished, then write and print the report.
 
-    The options are those of `kddp run`. All `processes` that share each training call this; the first one writes the
-    files and uses the console. None is this process alone.
+    The options are those of `kddp run`. The first of several processes writes the files and uses the console.
 
     Raises:
         WorkflowError: a setting or a file cannot be used; the message says which.
         OSError: the folder cannot be written to.
     """
     started = time.monotonic()
-    processes = Processes() if processes is None else processes
-    if not processes.is_first:
+    if distributed.rank() > 0:
         console = Console(quiet=True, force_terminal=False)
-    runtime = _runtime(device, sweep, processes)
+    runtime = _runtime(device, sweep)
     if tensorboard:
         require_tensorboard()
-    folder = processes.on_rank_zero(lambda: open_folder(path, sweep, resume=resume, teacher_from=teacher_from))
+    folder = on_rank_zero(lambda: open_folder(path, sweep, resume=resume, teacher_from=teacher_from))
     folder.read_config()  # checks that all processes see the folder
-    if processes.on_rank_zero(lambda: _unfinished(folder, sweep)):
+    if on_rank_zero(lambda: _unfinished(folder, sweep)):
         data = _data(sweep, data_dir, runtime)
         say(
             console,
@@ -90,26 +88,26 @@ def run_sweep(
             f"{len(data.test):,} for the test; {runtime}",
         )
         _train_all(Run(folder, data, runtime, console, tensorboard), sweep)
-    processes.on_rank_zero(lambda: write_report(folder, sweep, console))
+    on_rank_zero(lambda: write_report(folder, sweep, console))
     say(console, f"{time.monotonic() - started:.0f} s. The report is {folder.report}")
 
 
-def _runtime(device: Device, sweep: SweepConfig, processes: Processes) -> Runtime:
-    processes.require_same("the settings", sweep.to_json())
+def _runtime(device: Device, sweep: SweepConfig) -> Runtime:
+    distributed.require_same("the settings", sweep.to_json())
     for config in {job.config for point in points(sweep, {}) for job in point.jobs}:
         check_networks(config, INFO[config.dataset])
-    if sweep.run.compile and processes.count > 1:
+    if sweep.run.compile and distributed.count() > 1:
         raise WorkflowError(
-            f"--compile: expected False with {processes.count} processes, got True: torch.compile does not support "
+            f"--compile: expected False with {distributed.count()} processes, got True: torch.compile does not support "
             "the communication of batch normalisation"
         )
-    runtime = Runtime(device, sweep.run.precision, processes)
-    processes.require_same("the device and precision", f"{runtime.device.type} {runtime.dtype}")
+    runtime = Runtime(device, sweep.run.precision)
+    distributed.require_same("the device and precision", f"{runtime.device.type} {runtime.dtype}")
     return runtime
 
 
 def _data(sweep: SweepConfig, data_dir: Path | None, runtime: Runtime) -> ImageData:
-    config, count = sweep.run, runtime.processes.count
+    config, count = sweep.run, distributed.count()
     data = ImageData(read_dataset(config.dataset, data_dir), INFO[config.dataset], config, runtime.device)
     for option, batch_size in (("teacher", config.teacher.batch_size), ("student", config.student.batch_size)):
         images = min(batch_size, len(data.train))
@@ -124,7 +122,7 @@ def _train_all(run: Run, sweep: SweepConfig) -> None:
     with _claimed(run, teacher_job, wait=True):
         teacher = train_teacher(run, teacher_job)
     logits = TeacherLogits(teacher, run.data, sweep.run.student.shift, run.folder.teacher_logits, run.runtime)
-    while left := run.runtime.processes.on_rank_zero(lambda: _unfinished(run.folder, sweep)):
+    while left := on_rank_zero(lambda: _unfinished(run.folder, sweep)):
         if not any(train_student(run, job, logits) for job in left):
             time.sleep(_WAIT)
     say(run.console, logits.use())
@@ -140,14 +138,14 @@ def _unfinished(folder: RunFolder, sweep: SweepConfig) -> list[Job]:
 @contextmanager
 def _claimed(run: Run, job: Job, *, wait: bool) -> Iterator[bool]:
     """Hold the lock of a job's folder, on the first process for all; yields whether it is held."""
-    path, processes = run.folder.job(job.name), run.runtime.processes
-    processes.on_rank_zero(lambda: path.mkdir(exist_ok=True))
-    with processes.held_on_rank_zero(locked(path, wait=wait)) as held:
+    path = run.folder.job(job.name)
+    on_rank_zero(lambda: path.mkdir(exist_ok=True))
+    with distributed.held_on_rank_zero(locked(path, wait=wait)) as held:
         yield held
 
 
 def _is_finished(run: Run, job: Job) -> bool:
-    return run.runtime.processes.on_rank_zero(lambda: run.folder.read_result(job.name) is not None)
+    return on_rank_zero(lambda: run.folder.read_result(job.name) is not None)
 
 
 def train_teacher(run: Run, job: Job) -> nn.Module:
@@ -169,7 +167,6 @@ def train_student(run: Run, job: Job, logits: TeacherLogits) -> bool:
 
 
 def _train_job(run: Run, job: Job, model: nn.Module, recipe: Recipe, logits: TeacherLogits | None) -> Training:
-    on_rank_zero = run.runtime.processes.on_rank_zero
     training = _restore_or_start(run, job, run.runtime.place(model), recipe)
     if _is_finished(run, job) and len(training.epochs) == recipe.epochs:
         return training
@@ -218,12 +215,11 @@ def _distribute(run: Run, training: Training, recipe: Recipe) -> None:
     """Average gradients over the processes, if there are several. The pruner must have traced the model before.
 
     On GPUs, batch normalisation uses the mean and the variance over all processes. On CPUs, where PyTorch has no
-    SyncBatchNorm, each process uses those of its own part of the batch (see `Processes.average_buffers`).
+    SyncBatchNorm, each process uses those of its own part of the batch (see `average_buffers`).
     """
-    processes = run.runtime.processes
-    if processes.count == 1:
+    if distributed.count() == 1:
         return
-    processes.require_same("the finished epochs", len(training.epochs))
+    distributed.require_same("the finished epochs", len(training.epochs))
     if run.runtime.device.type == "cuda":
         nn.SyncBatchNorm.convert_sync_batchnorm(training.model)
     training.network = DistributedDataParallel(

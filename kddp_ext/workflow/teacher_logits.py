@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from kddp_ext.files import atomic_write, hash_json, hash_tensors, remove_leftovers
+from kddp_ext.workflow import distributed
 from kddp_ext.workflow.data import ImageData
 from kddp_ext.workflow.folder import locked
 from kddp_ext.workflow.runtime import Runtime
@@ -63,35 +64,34 @@ class TeacherLogits:
         return f"teacher's logits: {views} computed in {self._seconds:.0f} s, {epochs} served from the cache"
 
     def _compute(self, path: Path, view: int) -> Tensor:
-        processes = self._runtime.processes
-        processes.on_rank_zero(lambda: self._folder.mkdir(parents=True, exist_ok=True))
-        with processes.held_on_rank_zero(locked(self._folder)):  # if two runs need it, only one computes it
+        distributed.on_rank_zero(lambda: self._folder.mkdir(parents=True, exist_ok=True))
+        with distributed.held_on_rank_zero(locked(self._folder)):  # if two runs need it, only one computes it
             logits = self._read(path)
             if logits is not None:
                 return logits
-            processes.on_rank_zero(lambda: remove_leftovers(self._folder))
+            distributed.on_rank_zero(lambda: remove_leftovers(self._folder))
             started = time.perf_counter()
             logits = self._ask_teacher(view)
             self._computed += 1
             self._seconds += time.perf_counter() - started
-            processes.on_rank_zero(lambda: write_logits(path, logits))
+            distributed.on_rank_zero(lambda: write_logits(path, logits))
         return logits
 
     def _read(self, path: Path) -> Tensor | None:
         """The logits in the file; None unless every process can read them."""
         logits = read_logits(path, (len(self._data.train), self._data.info.classes))
-        return logits if all(self._runtime.processes.gather(logits is not None)) else None
+        return logits if all(distributed.gather(logits is not None)) else None
 
     @torch.inference_mode()
     def _ask_teacher(self, view: int) -> Tensor:
-        processes, count = self._runtime.processes, len(self._data.train)
+        count = len(self._data.train)
         logits = torch.zeros(count, self._data.info.classes, dtype=torch.float32, device=self._runtime.device)
         for number, indices in enumerate(torch.arange(count, device=self._runtime.device).split(_BATCH)):
-            if number % processes.count == processes.rank:
+            if number % distributed.count() == distributed.rank():
                 images = self._data.training_images(indices, view, self._shift)
                 with self._runtime.autocast():
                     logits[indices] = self._teacher(images).float()
-        return processes.sum(logits)  # each row is zero on all processes but one
+        return distributed.total(logits)  # each row is zero on all processes but one
 
 
 def write_logits(path: Path, logits: Tensor) -> None:

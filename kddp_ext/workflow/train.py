@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 import kddp_ext
+from kddp_ext.workflow import distributed
 from kddp_ext.workflow.config import PruningTime, RunConfig, TeacherConfig
 from kddp_ext.workflow.data import ImageData
 from kddp_ext.workflow.errors import WorkflowError
@@ -193,8 +194,7 @@ def train_epoch(
         teacher_logits = None if teacher is None else teacher.view(view)
 
     training.model.train()
-    processes = runtime.processes
-    batches = [processes.share(batch) for batch in data.batches(epoch, recipe.batch_size, recipe.seed)]
+    batches = [distributed.share(batch) for batch in data.batches(epoch, recipe.batch_size, recipe.seed)]
     totals = torch.zeros(len(_TERMS), dtype=torch.float64, device=runtime.device)
     for step, indices in enumerate(batches):
         position = (epoch + step / len(batches)) / recipe.epochs
@@ -203,9 +203,9 @@ def train_epoch(
             targets = None if teacher_logits is None else teacher_logits[indices]
         totals += _train_step(training, recipe, runtime, clock, position, images, labels, targets)
 
-    processes.average_buffers(training.model)
+    distributed.average_buffers(training.model)
     # The epoch's only transfer to the host: until here the sums stay on the device.
-    totals = processes.sum(totals) / processes.count
+    totals = distributed.total(totals) / distributed.count()
     means = dict(zip(_TERMS, (totals / len(batches)).tolist(), strict=True))
     if not math.isfinite(means["loss"]):
         raise WorkflowError(

@@ -11,7 +11,6 @@ from torch import nn
 
 from kddp_ext.workflow import runs, teacher_logits, train
 from kddp_ext.workflow.config import SweepConfig
-from kddp_ext.workflow.distributed import Processes
 from kddp_ext.workflow.errors import WorkflowError
 from kddp_ext.workflow.runtime import Runtime
 
@@ -23,8 +22,8 @@ class GroupNorm(nn.GroupNorm):
         super().__init__(1, channels)
 
 
-def run_share(rank, path, config, count=2, *, resume=False, fails=None, steps=None, norm=GroupNorm):
-    """This rank's part of a run of `config` in `path` by `count` processes, in float64.
+def run_share(rank, path, config, *, resume=False, fails=None, steps=None, norm=GroupNorm):
+    """This rank's part of a run of `config` in `path`, in float64.
 
     In float32, Adam would amplify the rounding of another order of summation beyond any useful bound.
 
@@ -55,8 +54,7 @@ def run_share(rank, path, config, count=2, *, resume=False, fails=None, steps=No
         if steps is not None:
             patches.enter_context(mock.patch.object(train, "_train_step", dies_after(train._train_step, steps)))
         try:
-            sweep, processes = SweepConfig.single(config), Processes(rank, count)
-            runs.run_sweep(path, sweep, console, device="cpu", resume=resume, processes=processes)
+            runs.run_sweep(path, SweepConfig.single(config), console, device="cpu", resume=resume)
         except KilledError:
             message = "killed"
         except WorkflowError as error:
@@ -107,13 +105,13 @@ class CountingTeacher(nn.Module):
         return images.flatten(1) @ self.weight.T
 
 
-def ask_teacher(rank, folder, data, count=2, batch=20):
+def ask_teacher(rank, folder, data, batch=20):
     """Logits of the views 0, 1 and 0, each by a new teacher, and the number of images that each teacher saw."""
     answers = []
     with mock.patch.object(teacher_logits, "_BATCH", batch):
         for view in (0, 1, 0):
             teacher = CountingTeacher()
-            runtime = Runtime("cpu", "float32", Processes(rank, count))
+            runtime = Runtime("cpu", "float32")
             logits = teacher_logits.TeacherLogits(teacher, data, 2, folder, runtime).view(view)
             answers.append((logits.clone(), teacher.seen))
     return answers
@@ -121,11 +119,3 @@ def ask_teacher(rank, folder, data, count=2, batch=20):
 
 def run_share_with_own_seed(rank, path, config):
     return run_share(rank, path, dataclasses.replace(config, seed=rank))
-
-
-def averaged_buffers(rank):
-    """The buffers of a BatchNorm whose running mean is the rank, after they are averaged."""
-    norm = nn.BatchNorm1d(3)
-    norm.running_mean.fill_(rank)
-    Processes(rank, 2).average_buffers(norm)
-    return dict(norm.named_buffers())

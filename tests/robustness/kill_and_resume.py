@@ -3,6 +3,7 @@
     python tests/robustness/kill_and_resume.py [--kills 100] [--seed 0] [--signal KILL]      at random moments
     … --at-every-call kill [--from 1] [--to N]  at each call that changes a file
     … --at-every-call full-disk [--from 1] [--to N] and all calls after it fail
+    … --sweep-processes 2                       random ones of several processes that share a sweep, again and again
 
 Random moments are spread evenly over the length of an undisturbed run. Every second run is killed several times, each
 time after a resume. Afterwards the folder tells into which phase the kill fell.
@@ -26,10 +27,15 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).parents[1] / "helpers"))
 
 from fault_preparations import full_disk_from, killed_at
-from fault_runs import PHASES, Process, nothing, phase_of, shorten, start
+from fault_runs import OPTIONS, PHASES, Process, Run, nothing, phase_of, shorten, start
 from run_files import differences, ending, unfinished_files
 
+from kddp_ext.workflow import runs as workflow_runs
+
 _MOST_KILLS = 5  # of one run
+_MOST_SWEEP_KILLS = 12  # of one sweep
+SWEEP = [*OPTIONS, "--seeds", "0", "1", "--widths", "8", "--l1-weights", "0.01", "--ablations", "no-teacher"]
+SWEEP += ["--name", "sweep"]
 AT_CALL = {"kill": killed_at, "full-disk": full_disk_from}
 
 
@@ -142,6 +148,54 @@ def fault_at_calls(folder: Path, options: argparse.Namespace) -> int:
     return 0 if same == met else 1
 
 
+def wait_briefly() -> None:
+    """Look for work more often than every two seconds."""
+    workflow_runs._WAIT = 0.02
+
+
+def start_sweep(runs: Path, number: int, *more: str) -> Process:
+    """Start the process with this number on the sweep in `runs`."""
+    output = runs / f"output {number}"
+    output.mkdir(parents=True, exist_ok=True)
+    return Process(Run(("--runs-dir", str(runs), *SWEEP, *more), wait_briefly, "sweep"), output)
+
+
+def kill_some(runs: Path, kills: int, processes: int, longest: float, draw: random.Random) -> int:
+    """Start a sweep, kill its processes and start them again; returns how many were killed while they worked."""
+    working = [start_sweep(runs, 0)]
+    while not (runs / "sweep" / "config.json").exists() and working[0].running():
+        time.sleep(0.001)
+    working += [start_sweep(runs, number, "--resume") for number in range(1, processes)]
+    killed = 0
+    for _ in range(kills):
+        time.sleep(draw.uniform(0, longest))
+        number = draw.randrange(processes)
+        working[number].signal(signal.SIGKILL)
+        ended = working[number].wait()
+        assert ended.code in (0, -signal.SIGKILL), ended
+        killed += ended.code != 0
+        working[number] = start_sweep(runs, number, "--resume")
+    assert [process.wait().code for process in working] == [0] * processes
+    return killed
+
+
+def kill_sweeps(folder: Path, options: argparse.Namespace) -> int:
+    """Kill processes of sweeps at random moments until there are enough kills; returns the exit code."""
+    draw, started = random.Random(options.seed), time.monotonic()
+    assert start_sweep(folder / "alone", 0).wait().code == 0
+    longest = (time.monotonic() - started) / 12
+    expected = ending(folder / "alone")
+    killed = sweeps = same = 0
+    while killed < options.kills:
+        runs = folder / f"sweep-{sweeps}"
+        now = kill_some(runs, draw.randint(4, _MOST_SWEEP_KILLS), options.sweep_processes, longest, draw)
+        different = [*differences(ending(runs), expected), *map(str, unfinished_files(runs))]
+        print(f"{now} kills: {', '.join(different) or 'identical ending'}", flush=True)
+        killed, sweeps, same = killed + now, sweeps + 1, same + (not different)
+    print(f"{killed} kills in {sweeps} sweeps; {same} endings identical to the undisturbed sweep")
+    return 0 if same == sweeps else 1
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kills", type=int, default=100)
@@ -150,9 +204,11 @@ def main() -> int:
     parser.add_argument("--at-every-call", choices=AT_CALL)
     parser.add_argument("--from", type=int, default=1, dest="first", help="the first of the calls")
     parser.add_argument("--to", type=int, default=10**6, dest="last", help="the last")
+    parser.add_argument("--sweep-processes", type=int, default=0, help="kill as many processes that share a sweep")
     options = parser.parse_args()
+    kill = kill_sweeps if options.sweep_processes else fault_at_calls if options.at_every_call else kill_at_random
     with tempfile.TemporaryDirectory() as folder:
-        return (fault_at_calls if options.at_every_call else kill_at_random)(Path(folder), options)
+        return kill(Path(folder), options)
 
 
 if __name__ == "__main__":

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import gzip
 import hashlib
 import io
@@ -15,8 +14,6 @@ from typing import Any, BinaryIO
 
 import numpy as np
 import pytest
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from kddp_ext.workflow import datasets
@@ -24,7 +21,6 @@ from kddp_ext.workflow.datasets import read_cifar10_batch, read_dataset, read_id
 from kddp_ext.workflow.errors import DataFileError, WorkflowError
 
 IMAGES = 6  # of a CIFAR-10 batch
-same_folder = settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
 
 
 @pytest.fixture(autouse=True)
@@ -99,19 +95,17 @@ def images(count: int) -> NDArray[np.uint8]:
     return np.random.default_rng(count).integers(0, 256, (count, 28, 28), dtype=np.uint8)
 
 
-def write_fashion_mnist(folder: Path, compressed: bool = False) -> None:
+def write_fashion_mnist(folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     for prefix, count in (("train", 20), ("t10k", 10)):
         labels = (np.arange(count) % 10).astype(np.uint8)
         for name, values in (("images-idx3", images(count)), ("labels-idx1", labels)):
-            path = folder / f"{prefix}-{name}-ubyte{'.gz' if compressed else ''}"
-            path.write_bytes(gzip.compress(idx(values)) if compressed else idx(values))
+            (folder / f"{prefix}-{name}-ubyte.gz").write_bytes(gzip.compress(idx(values)))
 
 
-@pytest.mark.parametrize("compressed", [False, True])
 @pytest.mark.parametrize("below", ["", "fashion-mnist", "FashionMNIST/raw"])
-def test_the_four_idx_files_are_read(tmp_path: Path, compressed: bool, below: str) -> None:
-    write_fashion_mnist(tmp_path / below, compressed)
+def test_the_four_idx_files_are_read(tmp_path: Path, below: str) -> None:
+    write_fashion_mnist(tmp_path / below)
     raw = read_dataset("fashion-mnist", tmp_path)
     np.testing.assert_array_equal(raw.train_images[..., 0], images(20))
     np.testing.assert_array_equal(raw.test_images[..., 0], images(10))
@@ -122,45 +116,32 @@ def test_the_four_idx_files_are_read(tmp_path: Path, compressed: bool, below: st
 @pytest.mark.parametrize(
     ("content", "found"),
     [
-        (b"", "found nothing"),
-        (b"\x00\x00\x08", "found 000008"),
-        (idx(images(3)).replace(b"\x00\x00\x08\x03", b"\x00\x00\x0d\x03", 1), "found 00000d03"),
-        (idx(images(3)[:, 0]), "found 00000802"),
-        (idx(images(2)), "found 0000080300000002"),
+        (b"", "found 0 bytes"),
+        (b"\x00\x00\x08", "start with 000008"),
+        (idx(images(3)).replace(b"\x00\x00\x08\x03", b"\x00\x00\x0d\x03", 1), "start with 00000d03"),
+        (idx(images(3)[:, 0]), "start with 00000802"),
+        (idx(images(2)), "start with 0000080300000002"),
         (idx(images(3))[:-1], "found 2367 bytes"),
         (idx(images(3)) + b"\x00", "found 2369 bytes"),
-        (bytes(3_000_000), "found "),
+        (bytes(3_000_000), "found 2369 bytes"),
     ],
 )
-@pytest.mark.parametrize("compressed", [False, True])
-def test_another_idx_file_is_refused(tmp_path: Path, content: bytes, found: str, compressed: bool) -> None:
-    path = tmp_path / ("images.gz" if compressed else "images")
-    path.write_bytes(gzip.compress(content) if compressed else content)
-    with pytest.raises(DataFileError, match=f"{path.name}: expected an IDX file of 3 x 28 x 28 .*{found}"):
-        read_idx(path, (3, 28, 28))
-
-
-@same_folder
-@given(share=st.floats(0, 1, exclude_max=True), flip=st.integers(1, 255), cut=st.booleans())
-def test_a_damaged_gzip_file_is_refused_or_read_exactly(tmp_path: Path, share: float, flip: int, cut: bool) -> None:
+def test_another_idx_file_is_refused(tmp_path: Path, content: bytes, found: str) -> None:
     path = tmp_path / "images.gz"
-    content = bytearray(gzip.compress(idx(images(3))))
-    place = int(share * len(content))
-    content[place] ^= flip
-    path.write_bytes(content[:place] if cut else content)
-    with contextlib.suppress(DataFileError):  # and no other error
-        values = read_idx(path, (3, 28, 28))
-        assert not cut
-        np.testing.assert_array_equal(values, images(3))  # the changed byte was an unused one of the header
+    path.write_bytes(gzip.compress(content))
+    with pytest.raises(DataFileError, match=f"images.gz: expected an IDX file of 3 x 28 x 28 .*{found}"):
+        read_idx(path, (3, 28, 28))
 
 
 def test_wrong_labels_and_missing_idx_files_are_named(tmp_path: Path) -> None:
     write_fashion_mnist(tmp_path)
-    (tmp_path / "train-labels-idx1-ubyte").write_bytes(idx(np.full(20, 12, np.uint8)))
-    with pytest.raises(DataFileError, match="train-labels-idx1-ubyte: expected labels from 0 to 9, found 20 other"):
+    (tmp_path / "train-labels-idx1-ubyte.gz").write_bytes(gzip.compress(idx(np.full(20, 12, np.uint8))))
+    with pytest.raises(DataFileError, match=r"train-labels-.*\.gz: expected labels from 0 to 9, found 20 other"):
         read_dataset("fashion-mnist", tmp_path)
-    (tmp_path / "train-images-idx3-ubyte").unlink()
-    with pytest.raises(DataFileError, match=r"expected a file train-images-idx3-ubyte or"):
+    (tmp_path / "train-images-idx3-ubyte.gz").unlink()
+    with pytest.raises(
+        DataFileError, match=r"expected a file train-images-.*\.gz, found none there or in fashion-mnist, "
+    ):
         read_dataset("fashion-mnist", tmp_path)
 
 

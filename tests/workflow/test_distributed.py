@@ -16,13 +16,12 @@ import pytest
 import torch
 from rank_processes import RankProcesses
 from torch import nn
-from workflow_ranks import ask_teacher, averaged_buffers, run_share, run_share_with_own_seed
+from workflow_ranks import ask_teacher, run_share, run_share_with_own_seed
 
 import kddp_ext
 from kddp_ext.workflow import cli, runs
 from kddp_ext.workflow.config import RunConfig
 from kddp_ext.workflow.data import ImageData
-from kddp_ext.workflow.distributed import Processes
 from kddp_ext.workflow.folder import RunFolder
 from kddp_ext.workflow.jobs import STAGES
 
@@ -50,7 +49,7 @@ def config(small: RunConfig) -> RunConfig:
 def one(config: RunConfig, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Folder of a run by one process."""
     path = tmp_path_factory.mktemp("one") / "run"
-    run_share(0, path, config, 1)
+    run_share(0, path, config)
     return path
 
 
@@ -95,7 +94,7 @@ def test_two_processes_train_what_one_trains_also_after_a_kill(
     answers = ranks.run(partial(run_share, steps=80), tmp_path / "run", config)
     assert [message for message, *_ in answers] == ["killed", "killed"]
     resumed_by_one = Path(shutil.copytree(tmp_path / "run", tmp_path / "copy"))
-    run_share(0, resumed_by_one, config, 1, resume=True)
+    run_share(0, resumed_by_one, config, resume=True)
     assert_same_training(resumed_by_one, one)
     ranks.run(partial(run_share, resume=True), tmp_path / "run", config)
     assert_same_training(tmp_path / "run", one)
@@ -157,20 +156,13 @@ def test_the_processes_share_the_teachers_images(
     ranks: RankProcesses, image_data: Callable[..., ImageData], tmp_path: Path
 ) -> None:
     data = image_data(count=80)  # 70 for training: parts of 20, 20, 20 and 10
-    expected = ask_teacher(0, tmp_path / "one", data, 1)
+    expected = ask_teacher(0, tmp_path / "one", data)
     for answers, seen in zip(ranks.run(ask_teacher, tmp_path / "two", data), (40, 30), strict=True):
         for (logits, _), (whole, _) in zip(answers, expected, strict=True):
             assert torch.equal(logits, whole)
         assert [each for _, each in answers] == [seen, seen, 0]  # the last is read
     files = [{path.name: path.read_bytes()[-2800:] for path in (tmp_path / each).iterdir()} for each in ("one", "two")]
     assert files[0] == files[1]
-
-
-def test_buffers_are_averaged_over_the_processes(ranks: RankProcesses) -> None:
-    for buffers in ranks.run(averaged_buffers):
-        assert buffers["running_mean"].tolist() == [0.5] * 3
-        assert buffers["running_var"].tolist() == [1.0] * 3
-        assert buffers["num_batches_tracked"] == 0
 
 
 def test_a_pruner_follows_batch_normalisation_that_became_synchronised() -> None:
@@ -191,12 +183,6 @@ def test_a_pruner_follows_batch_normalisation_that_became_synchronised() -> None
     assert isinstance(model[1], nn.SyncBatchNorm)
     assert model[1].num_features == 5
     assert [tuple(value.shape) for value in model.state_dict().values()][:6] == [(5, 6), (5,), (5,), (5,), (5,), (5,)]
-
-
-def test_a_single_process_communicates_nothing() -> None:
-    alone = Processes()
-    assert alone.on_rank_zero(lambda: 3) == 3
-    assert alone.gather("a") == ["a"]
 
 
 def torchrun(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import shutil
 import signal
 import statistics
 import subprocess
@@ -18,7 +17,6 @@ from rich.console import Console
 from run_files import differences as file_differences
 from run_files import ending
 
-from kddp_ext.files import leftovers
 from kddp_ext.workflow import runs
 from kddp_ext.workflow.cli import main
 from kddp_ext.workflow.config import Ablation, RunConfig, SweepConfig, differences
@@ -154,15 +152,6 @@ def test_kd_was_trained_at_each_width_that_kddp_found(finished_sweep: Path) -> N
         for seed in ("", "-seed_1"):
             width = result_of(finished_sweep, f"kddp{weight}{seed}")["width"]
             assert (finished_sweep / f"kd-width_{width}{seed}" / "result.json").is_file()
-
-
-def test_leftovers_of_killed_processes_are_removed(finished_sweep: Path, tmp_path: Path) -> None:
-    sweep = Path(shutil.copytree(finished_sweep.parent, tmp_path / "runs")) / "sweep"
-    (sweep / ".report.md.x.partial").write_text("half a re")
-    (sweep / ".teacher.x.partial").mkdir()
-    assert main(["sweep", *OPTIONS, "--runs-dir", str(sweep.parent), "--name", "sweep", "--resume"]) == 0
-    assert not leftovers(sweep)
-    assert not file_differences(ending(sweep.parent), ending(finished_sweep.parent))
 
 
 def test_two_processes_share_the_work_and_survive_the_loss_of_one(finished_sweep: Path, tmp_path: Path) -> None:
