@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
@@ -102,10 +101,11 @@ def _with(section: str, **changes: Any) -> Change:
 
 
 def _with_threshold(factor: float) -> Change:
+    """A function that multiplies the threshold, rounded to three digits."""
+
     def change(config: RunConfig) -> RunConfig:
-        threshold = config.pruning.threshold * factor
-        digits = 2 - math.floor(math.log10(threshold))
-        return _with("pruning", threshold=min(1.0, round(threshold, digits)))(config)
+        threshold = float(f"{config.pruning.threshold * factor:.3g}")
+        return _with("pruning", threshold=min(1.0, threshold))(config)
 
     return change
 

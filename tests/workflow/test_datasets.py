@@ -10,7 +10,7 @@ import threading
 from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
 import pytest
@@ -206,10 +206,7 @@ def download(url: str, content: bytes, folder: Path) -> bytes:
 
 BAD_ANSWERS = {
     "other content": answer(b"something else"),
-    "half of the content": answer(CONTENT[: len(CONTENT) // 2]),
     "half of the announced length": answer(CONTENT[: len(CONTENT) // 2], len(CONTENT)),
-    "more than the announced length": answer(CONTENT + b"more", len(CONTENT) - 1),
-    "one bit flipped": answer(bytes([CONTENT[0] ^ 1]) + CONTENT[1:]),
     "nothing": answer(b""),
     "a length that is not a number": answer(CONTENT[:9], "abc"),
     "an error": answer(b"no", status=500),
@@ -234,23 +231,6 @@ def test_a_file_in_the_cache_is_used_and_a_damaged_one_replaced(tmp_path: Path, 
     (tmp_path / "file").write_bytes(CONTENT[:-1])
     for _ in range(2):  # the server has one answer
         assert download(url, CONTENT, tmp_path) == CONTENT
-
-
-def test_an_interrupted_download_leaves_no_file(
-    tmp_path: Path, server: Callable[..., str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    url = server(answer(CONTENT), answer(CONTENT))
-
-    def interrupt(source: BinaryIO, target: BinaryIO) -> None:
-        target.write(source.read(1000))
-        raise KeyboardInterrupt
-
-    with monkeypatch.context() as patch:
-        patch.setattr(datasets.shutil, "copyfileobj", interrupt)
-        with pytest.raises(KeyboardInterrupt):
-            download(url, CONTENT, tmp_path)
-    assert not (tmp_path / "file").exists()
-    assert download(url, CONTENT, tmp_path) == CONTENT
 
 
 def archive(names: list[str]) -> bytes:

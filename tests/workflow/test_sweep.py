@@ -147,13 +147,6 @@ def test_a_page_takes_the_tables_and_pictures_of_sweeps(
     assert all(training["widths"][-1] == training["width"] for training in trainings)
 
 
-def test_kd_was_trained_at_each_width_that_kddp_found(finished_sweep: Path) -> None:
-    for weight in ("", "-l1_0.02"):
-        for seed in ("", "-seed_1"):
-            width = result_of(finished_sweep, f"kddp{weight}{seed}")["width"]
-            assert (finished_sweep / f"kd-width_{width}{seed}" / "result.json").is_file()
-
-
 def test_two_processes_share_the_work_and_survive_the_loss_of_one(finished_sweep: Path, tmp_path: Path) -> None:
     command = [sys.executable, "-m", "kddp_ext", "sweep", *OPTIONS, "--runs-dir", str(tmp_path), "--name", "sweep"]
     first, second = (
