@@ -125,7 +125,6 @@ def _train_all(run: Run, sweep: SweepConfig) -> None:
     while left := on_rank_zero(lambda: _unfinished(run.folder, sweep)):
         if not any(train_student(run, job, logits) for job in left):
             time.sleep(_WAIT)
-    say(run.console, logits.use())
 
 
 def _unfinished(folder: RunFolder, sweep: SweepConfig) -> list[Job]:

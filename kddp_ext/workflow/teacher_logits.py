@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from pathlib import Path
 
 import safetensors
@@ -31,7 +30,6 @@ class TeacherLogits:
     """
 
     def __init__(self, teacher: nn.Module, data: ImageData, shift: int, folder: Path, runtime: Runtime) -> None:
-        self._computed, self._seconds, self._epochs = 0, 0.0, 0
         self._teacher = teacher.eval()
         self._data = data
         self._shift = shift
@@ -50,18 +48,10 @@ class TeacherLogits:
         """Logits for the view numbered `view`, float32 (N, classes); row i is for training image i."""
         augmentation = {"seed": self._data.seed, "view": view, "shift": self._shift} if self._data.augment else None
         path = self._folder / f"{hash_json({**self._key, 'augmentation': augmentation})[:32]}.safetensors"
-        self._epochs += 1
         if self._latest[0] != path:
             logits = self._read(path)
             self._latest = path, (self._compute(path, view) if logits is None else logits).to(self._runtime.device)
         return self._latest[1]
-
-    def use(self) -> str:
-        """A line that says what the cache did in this process."""
-        views = f"{self._computed} view{'s' * (self._computed != 1)}"
-        read = self._epochs - self._computed
-        epochs = f"{read} epoch{'s' * (read != 1)}"
-        return f"teacher's logits: {views} computed in {self._seconds:.0f} s, {epochs} served from the cache"
 
     def _compute(self, path: Path, view: int) -> Tensor:
         distributed.on_rank_zero(lambda: self._folder.mkdir(parents=True, exist_ok=True))
@@ -70,10 +60,7 @@ class TeacherLogits:
             if logits is not None:
                 return logits
             distributed.on_rank_zero(lambda: remove_leftovers(self._folder))
-            started = time.perf_counter()
             logits = self._ask_teacher(view)
-            self._computed += 1
-            self._seconds += time.perf_counter() - started
             distributed.on_rank_zero(lambda: write_logits(path, logits))
         return logits
 

@@ -1,8 +1,8 @@
 """Kills runs, resumes them, and compares how they end, bit for bit, with an undisturbed run:
 
     python tests/robustness/kill_and_resume.py [--kills 100] [--seed 0] [--signal KILL]      at random moments
-    … --at-every-call kill [--from 1] [--to N]  at each call that changes a file
-    … --at-every-call full-disk [--from 1] [--to N] and all calls after it fail
+    … --at-every-call kill                      at each call that changes a file
+    … --at-every-call full-disk                 the same, and all calls after it fail
     … --sweep-processes 2                       random ones of several processes that share a sweep, again and again
 
 Random moments are spread evenly over the length of an undisturbed run. Every second run is killed several times, each
@@ -12,6 +12,7 @@ time after a resume. Afterwards the folder tells into which phase the kill fell.
 from __future__ import annotations
 
 import argparse
+import itertools
 import random
 import shutil
 import signal
@@ -130,7 +131,7 @@ def fault_at_calls(folder: Path, options: argparse.Namespace) -> int:
     expected = ending(alone)
     same = met = 0
     phases: Counter[str] = Counter()
-    for number in range(options.first, options.last + 1):
+    for number in itertools.count(1):
         runs = folder / "run"
         runs.mkdir()
         if not check_end(start(runs, prepare=partial(AT_CALL[options.at_every_call], number)), options.at_every_call):
@@ -202,8 +203,6 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=0, help="seed of the moments")
     parser.add_argument("--signal", choices=("KILL", "INT", "TERM"), default="KILL")
     parser.add_argument("--at-every-call", choices=AT_CALL)
-    parser.add_argument("--from", type=int, default=1, dest="first", help="the first of the calls")
-    parser.add_argument("--to", type=int, default=10**6, dest="last", help="the last")
     parser.add_argument("--sweep-processes", type=int, default=0, help="kill as many processes that share a sweep")
     options = parser.parse_args()
     kill = kill_sweeps if options.sweep_processes else fault_at_calls if options.at_every_call else kill_at_random
