@@ -7,8 +7,8 @@ import os
 import shlex
 import signal
 import sys
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
@@ -18,7 +18,7 @@ import tyro
 from rich.console import Console
 
 from kddp_ext.workflow.config import Dataset, Device, Preset, RunConfig, SweepConfig, preset
-from kddp_ext.workflow.errors import LostProcessError, OptionError, WorkflowError, message_of
+from kddp_ext.workflow.errors import OptionError, WorkflowError
 
 Config = TypeVar("Config", RunConfig, SweepConfig)
 
@@ -93,19 +93,23 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     command = arguments[0] if arguments else "--help"
-    prefix = f"kddp {command}: " + (f"rank {os.environ.get('RANK')}: " if _started_by_torchrun() else "")
+    prefix = f"kddp {command}: "
+    if _started_by_torchrun():
+        prefix += f"rank {os.environ.get('RANK')}: "
+    else:  # a process of torchrun that waits for another inside a library would not see the exception
+        signal.signal(signal.SIGTERM, _interrupt)
     try:
-        with _interrupted_by_sigterm():
-            code = _dispatch(arguments)
-            sys.stdout.flush()  # while a failure can still be reported
-            return code
+        code = _dispatch(arguments)
+        sys.stdout.flush()  # while a failure can still be reported
+        return code
     except WorkflowError as error:
-        _print_error(f"{prefix}{message_of(error)}")
-        return _SYSTEM_ERROR if isinstance(error, LostProcessError) else _USAGE_ERROR
+        _print_error(f"{prefix}{error}")
+        return _USAGE_ERROR
     except OSError as error:
         with suppress(OSError, ValueError):  # or the interpreter would fail at its end on what stdout still holds
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        _print_error(f"{prefix}{message_of(error)}")
+        file = "" if error.filename is None else f"{error.filename}: "  # `atomic_write` names its file in the message
+        _print_error(f"{prefix}{file}{error.strerror or error}")
         return _SYSTEM_ERROR
     except KeyboardInterrupt as interrupt:
         if os.environ.get("RANK", "0") == "0":  # one of torchrun's processes prints it
@@ -248,24 +252,10 @@ def _chosen_preset(arguments: list[str]) -> RunConfig:
     return preset(chosen.dataset, chosen.preset)
 
 
-@contextmanager
-def _interrupted_by_sigterm() -> Iterator[None]:
-    """Make SIGTERM raise KeyboardInterrupt with its number, as Ctrl-C does without; a second one ends the process.
-
-    Not in the processes of torchrun: one that waits for another inside a library would not see the exception.
-    """
-
-    def interrupt(number: int, _frame: FrameType | None) -> None:
-        signal.signal(number, signal.SIG_DFL)
-        raise KeyboardInterrupt(number)
-
-    former = signal.getsignal(signal.SIGTERM)
-    if not _started_by_torchrun():
-        signal.signal(signal.SIGTERM, interrupt)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, former)
+def _interrupt(number: int, _frame: FrameType | None) -> NoReturn:
+    """Handle SIGTERM as Python handles Ctrl-C. A second one ends the process."""
+    signal.signal(number, signal.SIG_DFL)
+    raise KeyboardInterrupt(number)
 
 
 def _print_error(line: str) -> None:

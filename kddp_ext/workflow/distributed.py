@@ -17,9 +17,10 @@ import torch
 import torch.distributed
 from torch import Tensor, nn
 
-from kddp_ext.workflow.errors import LostProcessError, WorkflowError
+from kddp_ext.workflow.errors import WorkflowError
 
 T = TypeVar("T")
+_TIMEOUT = timedelta(minutes=30)  # for the others, which may download a data set, before they count as lost
 
 
 def rank() -> int:
@@ -93,19 +94,14 @@ def require_same(what: str, value: object) -> None:
 
 
 @contextmanager
-def process_group(*, use_gpus: bool, timeout: timedelta = timedelta(minutes=30)) -> Iterator[None]:
-    """Join the processes that torchrun started, if it did.
-
-    Args:
-        use_gpus: whether to use nccl besides gloo, if there are GPUs.
-        timeout: how long a process waits for the others, which may download a data set, before they count as lost.
-    """
+def process_group(*, use_gpus: bool) -> Iterator[None]:
+    """Join the processes that torchrun started, if it did. `use_gpus` says whether nccl may be used besides gloo."""
     if not {"RANK", "LOCAL_RANK"} <= os.environ.keys() or os.environ.get("WORLD_SIZE", "1") == "1":
         yield
         return
     nccl = use_gpus and torch.cuda.is_available() and torch.distributed.is_nccl_available()
     try:
-        torch.distributed.init_process_group("cpu:gloo,cuda:nccl" if nccl else "gloo", timeout=timeout)
+        torch.distributed.init_process_group("cpu:gloo,cuda:nccl" if nccl else "gloo", timeout=_TIMEOUT)
     except (ValueError, RuntimeError) as error:
         raise WorkflowError(f"the other processes cannot be reached: {_reason(error)}") from error
     try:
@@ -115,7 +111,7 @@ def process_group(*, use_gpus: bool, timeout: timedelta = timedelta(minutes=30))
         # Errors of nccl have a class. Those of gloo are plain RuntimeErrors that name its source files.
         if not isinstance(error, torch.distributed.DistError) and "gloo/" not in str(error):
             raise
-        raise LostProcessError(
+        raise ConnectionError(
             f"another process has ended or cannot be reached ({_reason(error)}). "
             "Finished epochs are kept; start all processes again with --resume"
         ) from error
