@@ -76,11 +76,12 @@ def kill_once_or_more(runs: Path, moments: list[float], number: signal.Signals) 
 
 def kill_at_random(folder: Path, options: argparse.Namespace) -> int:
     """Kill runs at random moments until there are enough kills; returns the exit code."""
-    alone, started = folder / "alone", time.monotonic()
-    alone.mkdir()
-    assert start(alone).wait().code == 0
+    for name in ("first", "alone"):  # the first run also waits until the process that forks runs has started
+        started = time.monotonic()
+        (folder / name).mkdir()
+        assert start(folder / name).wait().code == 0
     length = time.monotonic() - started
-    expected = ending(alone)
+    expected = ending(folder / "alone")
     draw = random.Random(options.seed)
     killed: Counter[str] = Counter()
     same = run = again = in_writes = 0
