@@ -7,9 +7,10 @@ import os
 import shlex
 import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from types import FrameType
 from typing import Annotated, Any, Generic, NoReturn, TypeVar, get_args
@@ -123,7 +124,8 @@ def _dispatch(arguments: list[str]) -> int:
     if name in ("run", "sweep"):
         (_run if name == "run" else _sweep)(options)
     elif name in _COMMANDS:
-        tyro.cli(_COMMANDS[name], args=options, prog=f"kddp {name}", config=_TYRO)
+        action = tyro.cli(_COMMANDS[name], args=options, prog=f"kddp {name}", config=_TYRO)
+        action()
     elif name in ("", "-h", "--help", "help"):
         print(_HELP, end="")
         return 0 if name else _USAGE_ERROR
@@ -200,7 +202,7 @@ def _train(command: TrainCommand[Any], sweep: SweepConfig, default_name: str) ->
         )
 
 
-def _report(path: tyro.conf.Positional[Path]) -> None:
+def _report(path: tyro.conf.Positional[Path]) -> Callable[[], None]:
     """Write the report of a run or a sweep again, from the trainings that are finished.
 
     Args:
@@ -208,10 +210,12 @@ def _report(path: tyro.conf.Positional[Path]) -> None:
     """
     from kddp_ext.workflow.report import rebuild_report
 
-    rebuild_report(path, Output())
+    return partial(rebuild_report, path, Output())
 
 
-def _evaluate(path: tyro.conf.Positional[Path], data_dir: DataDir = None, device: Device = "auto") -> None:
+def _evaluate(
+    path: tyro.conf.Positional[Path], data_dir: DataDir = None, device: Device = "auto"
+) -> Callable[[], None]:
     """Measure the accuracy on the test images of every finished network of a run, or of one student file.
 
     Args:
@@ -220,10 +224,10 @@ def _evaluate(path: tyro.conf.Positional[Path], data_dir: DataDir = None, device
     """
     from kddp_ext.workflow.inspect import evaluate
 
-    evaluate(path, data_dir, device, Output())
+    return partial(evaluate, path, data_dir, device, Output())
 
 
-def _info(path: tyro.conf.Positional[Path]) -> None:
+def _info(path: tyro.conf.Positional[Path]) -> Callable[[], None]:
     """Show what a run or a student file is: accuracy, size, what was pruned, settings. Needs no data set.
 
     Args:
@@ -231,7 +235,7 @@ def _info(path: tyro.conf.Positional[Path]) -> None:
     """
     from kddp_ext.workflow.inspect import describe
 
-    describe(path, Output())
+    return partial(describe, path, Output())
 
 
 _COMMANDS = {"report": _report, "evaluate": _evaluate, "info": _info}
