@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from kddp_ext.workflow import distributed
 from kddp_ext.workflow.data import ImageData, Split
 from kddp_ext.workflow.runtime import Runtime
 
@@ -22,13 +23,13 @@ def accuracy(model: nn.Module, data: ImageData, split: Split, runtime: Runtime, 
     """
     model.eval()
     correct = torch.zeros((), dtype=torch.int64, device=runtime.device)
-    shares = (runtime.processes.share(part).split(_EVALUATION_BATCH) for part in (split.images, split.labels))
+    shares = (distributed.share(part).split(_EVALUATION_BATCH) for part in (split.images, split.labels))
     for images, labels in zip(*shares, strict=True):
         with runtime.autocast():
             normalised = data.normalise(images)
             logits = _logits_of_views(model, normalised) if views else model(normalised)
         correct += (logits.argmax(1) == labels).sum()
-    return int(runtime.processes.sum(correct)) / len(split.labels)
+    return int(distributed.total(correct)) / len(split.labels)
 
 
 def _logits_of_views(model: nn.Module, images: Tensor) -> Tensor:
@@ -48,10 +49,10 @@ def count_active(model: nn.Module, layer: nn.Linear, data: ImageData, runtime: R
 
     model.eval()
     with layer.register_forward_hook(note):
-        for images in runtime.processes.share(data.train.images[:ACTIVE_IMAGES]).split(_EVALUATION_BATCH):
+        for images in distributed.share(data.train.images[:ACTIVE_IMAGES]).split(_EVALUATION_BATCH):
             with runtime.autocast():
                 model(data.normalise(images))
-    return int((runtime.processes.sum(active.int()) > 0).sum())
+    return int((distributed.total(active.int()) > 0).sum())
 
 
 def count_parameters(model: nn.Module) -> int:

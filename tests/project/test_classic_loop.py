@@ -75,7 +75,7 @@ def test_our_loop_trains_as_the_workflow_does(loops, made, pair, cached, tmp_pat
     recipe = student_recipe(config, "kd")
     training = Training(other, other, recipe.optimizer(other), None, epochs=[])
     cache = SimpleNamespace(view=lambda view: answers)
-    metrics = train_epoch(training, recipe, data, cache, runtime, 0, lambda images: None)
+    metrics = train_epoch(training, recipe, data, cache, runtime, 0)
     assert loss == pytest.approx(metrics["loss"], rel=1e-6)
     for found, expected in zip(student.parameters(), other.parameters(), strict=True):
         assert torch.equal(found, expected)
