@@ -5,6 +5,8 @@ from __future__ import annotations
 import gzip
 import io
 import os
+import pickle
+import pickletools
 import shutil
 import stat
 import tempfile
@@ -23,7 +25,6 @@ from rich.progress import wrap_file
 
 from kddp_ext.workflow.config import Dataset
 from kddp_ext.workflow.errors import DataFileError, WorkflowError
-from kddp_ext.workflow.folder import locked
 
 
 @dataclass(frozen=True)
@@ -89,7 +90,7 @@ def read_digits() -> RawDataset:
     return RawDataset(pixels[train], labels[train], pixels[test], labels[test])
 
 
-# Fashion-MNIST (Xiao, Rasul, Vollgraf 2017): four IDX files, compressed by gzip
+# Fashion-MNIST (Xiao, Rasul, Vollgraf 2017): four IDX files, compressed or not
 
 FASHION_MNIST_IMAGES = {"train": 60_000, "t10k": 10_000}
 # Where torchvision, the authors' repository and Debian's package put the files.
@@ -98,56 +99,125 @@ _FASHION_MNIST_FOLDERS = ("fashion-mnist", "FashionMNIST/raw", "data/fashion", "
 
 def read_fashion_mnist(data_dir: Path) -> RawDataset:
     """Fashion-MNIST: 60000 training and 10000 test images of 28x28 grey pixels. Raises as `read_dataset` does."""
-    folder = _find_folder(data_dir, _FASHION_MNIST_FOLDERS, "train-images-idx3-ubyte.gz")
+    name = "train-images-idx3-ubyte"
+    folder = _find_folder(data_dir, _FASHION_MNIST_FOLDERS, (name, f"{name}.gz"))
     arrays: list[Any] = []
     for split, count in FASHION_MNIST_IMAGES.items():
-        images, labels = (folder / f"{split}-{part}-ubyte.gz" for part in ("images-idx3", "labels-idx1"))
+        images, labels = (_plain_or_gz(folder / f"{split}-{part}-ubyte") for part in ("images-idx3", "labels-idx1"))
         arrays += [read_idx(images, (count, 28, 28))[..., None], _check_labels(labels, read_idx(labels, (count,)))]
     return RawDataset(*arrays)
 
 
 def read_idx(path: Path, shape: tuple[int, ...]) -> NDArray[np.uint8]:
-    """Read a compressed IDX file of bytes of exactly `shape`: a header of big-endian integers, then the values."""
-    expected = f"an IDX file of {' x '.join(map(str, shape))} bytes, compressed by gzip"
+    """Read an IDX file of bytes that has exactly `shape`: a header of big-endian integers, then the values."""
+    expected = f"an IDX file of {' x '.join(map(str, shape))} bytes"
     header = np.array([0x0800 + len(shape), *shape], ">u4").tobytes()  # 0x08 is the code of unsigned bytes
     size = len(header) + int(np.prod(shape))
-    packed = _read_file(path, expected, size + size // 100 + 1000)  # gzip adds little to incompressible content
-    try:
-        with gzip.GzipFile(fileobj=io.BytesIO(packed)) as file:
-            content = file.read(size + 1)  # one byte more reveals a longer file without unpacking all of it
-    except (OSError, EOFError, zlib.error) as error:
-        raise DataFileError(path, expected, f"damaged content ({error})") from error
-    if not content.startswith(header) or len(content) != size:
-        found = f"{len(content)} bytes that start with {content[: len(header)].hex()}"
+    content = _read_file(path, expected, size + size // 100 + 1000)  # gzip adds little to incompressible content
+    if path.suffix == ".gz":
+        try:
+            with gzip.GzipFile(fileobj=io.BytesIO(content)) as file:
+                content = file.read(size + 1)  # one byte more reveals a longer file without unpacking all of it
+        except (OSError, EOFError, zlib.error) as error:
+            raise DataFileError(path, f"{expected}, compressed by gzip", f"damaged content ({error})") from error
+    if not content.startswith(header):
+        found = content[: len(header)].hex() or "nothing"
         raise DataFileError(path, f"{expected}, with the header {header.hex()}", found)
+    if len(content) != size:
+        raise DataFileError(path, f"{expected}, {size} with its header", f"{len(content)} bytes")
     values: NDArray[np.uint8] = np.frombuffer(content, np.uint8, offset=len(header)).reshape(shape).copy()
     return values  # a copy, because PyTorch needs writable memory
 
 
-# CIFAR-10 (Krizhevsky 2009) in its binary layout
+def _plain_or_gz(path: Path) -> Path:
+    return path if path.is_file() else path.with_name(f"{path.name}.gz")
+
+
+# CIFAR-10 (Krizhevsky 2009), in its binary layout or as pickles for Python
 
 CIFAR10_BATCH_IMAGES = 10_000
-_CIFAR10_FOLDER = "cifar-10-batches-bin"
-_CIFAR10_BATCHES = (*(f"data_batch_{number}.bin" for number in range(1, 6)), "test_batch.bin")
+_CIFAR10_IMAGE_BYTES = 3 * 32 * 32  # the red, the green and the blue plane
+_CIFAR10_FOLDERS = ("cifar-10-batches-py", "cifar-10-batches-bin")
+_CIFAR10_BATCHES = (*(f"data_batch_{number}" for number in range(1, 6)), "test_batch")
 
 
 def read_cifar10(data_dir: Path) -> RawDataset:
     """CIFAR-10: 50000 training and 10000 test images of 32x32 colour pixels. Raises as `read_dataset` does."""
-    folder = _find_folder(data_dir, [_CIFAR10_FOLDER], _CIFAR10_BATCHES[0])
-    images, labels = zip(*(read_cifar10_batch(folder / name) for name in _CIFAR10_BATCHES), strict=True)
+    folder = _find_folder(data_dir, _CIFAR10_FOLDERS, ("data_batch_1", "data_batch_1.bin"))
+    binary = (folder / "data_batch_1.bin").is_file()
+    batches = [
+        read_binary_batch(folder / f"{name}.bin") if binary else read_pickled_batch(folder / name)
+        for name in _CIFAR10_BATCHES
+    ]
+    images = [np.ascontiguousarray(planes.reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1)) for planes, _ in batches]
+    labels = [labels for _, labels in batches]
     return RawDataset(np.concatenate(images[:5]), np.concatenate(labels[:5]), images[5], labels[5])
 
 
-def read_cifar10_batch(path: Path) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
-    """Read a batch of records: a byte for the label, then the red, the green and the blue plane of the image."""
-    record = 1 + 3 * 32 * 32
+def read_binary_batch(path: Path) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
+    """Read the pixels, uint8 (10000, 3072), and labels of a binary batch: records of a label byte and the pixels."""
+    record = 1 + _CIFAR10_IMAGE_BYTES
     size = CIFAR10_BATCH_IMAGES * record
     content = _read_file(path, f"a CIFAR-10 batch of {size} bytes", size)
     if len(content) != size:
         raise DataFileError(path, f"a CIFAR-10 batch of {size} bytes", f"{len(content)} bytes")
-    records = np.frombuffer(content, np.uint8).reshape(-1, record)
-    planes = records[:, 1:].reshape(-1, 3, 32, 32)
-    return np.ascontiguousarray(planes.transpose(0, 2, 3, 1)), _check_labels(path, records[:, 0])
+    records = np.frombuffer(content, np.uint8).reshape(CIFAR10_BATCH_IMAGES, record)
+    return records[:, 1:], _check_labels(path, records[:, 0])
+
+
+def read_pickled_batch(path: Path) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
+    """Read the pixels, uint8 (10000, 3072), and labels of a pickled batch. Nothing that the pickle names is called."""
+    expected = "a pickled CIFAR-10 batch"
+    most = CIFAR10_BATCH_IMAGES * (_CIFAR10_IMAGE_BYTES + 300) + 4096  # 300 bytes for a label and a file name
+    content = _read_file(path, expected, most)
+    try:
+        _check_opcodes(content)
+        batch = _BatchUnpickler(io.BytesIO(content), encoding="bytes").load()
+        data, labels = batch[b"data"], batch[b"labels"]
+    except Exception as error:  # a damaged pickle can raise any kind of exception
+        raise DataFileError(path, f"{expected}, a dict with data and labels", repr(error)[:200]) from error
+    shape = (CIFAR10_BATCH_IMAGES, _CIFAR10_IMAGE_BYTES)
+    if not isinstance(data, np.ndarray) or data.shape != shape:
+        raise DataFileError(path, f"data as an array of uint8 {shape}", f"a {type(data).__name__}")
+    if not isinstance(labels, list) or not all(type(label) is int and 0 <= label < 256 for label in labels):
+        raise DataFileError(path, "labels as a list of integers", f"a {type(labels).__name__} of something else")
+    if len(labels) != len(data):
+        raise DataFileError(path, f"{len(data)} labels", f"{len(labels)}")
+    return data, _check_labels(path, np.array(labels, np.uint8))
+
+
+class _BatchUnpickler(pickle.Unpickler):
+    """Knows the three names that a pickled array of bytes uses, each by a stand-in, and refuses all others."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        stand_ins = {"multiarray._reconstruct": _empty_array, "numpy.ndarray": None, "numpy.dtype": _uint8}
+        full_name = f"{module}.{name}"
+        known = full_name.removeprefix("numpy.core.").removeprefix("numpy._core.")
+        if known not in stand_ins:
+            raise pickle.UnpicklingError(f"the pickle names {full_name}")
+        return stand_ins[known]
+
+
+def _empty_array(*_arguments: Any) -> NDArray[np.uint8]:
+    return np.empty(0, np.uint8)  # its state, which follows in the pickle, has the shape and the bytes
+
+
+def _uint8(code: Any, *_arguments: Any) -> np.dtype[np.uint8]:
+    if code not in ("u1", b"u1"):
+        raise pickle.UnpicklingError(f"the pickle has an array of {code!r}; expected uint8")
+    return np.dtype(np.uint8)
+
+
+def _check_opcodes(content: bytes) -> None:
+    """Raise UnpicklingError or ValueError before a hostile pickle can take much memory or overflow the stack.
+
+    The unpickler makes its memo as long as the largest index, and hashes nested tuples without a limit.
+    """
+    tuples = 0
+    for number, (opcode, argument, _) in enumerate(pickletools.genops(content)):
+        tuples += "TUPLE" in opcode.name
+        if tuples > 16 or ("PUT" in opcode.name and int(argument or 0) > number):
+            raise pickle.UnpicklingError("the pickle has more tuples, or larger memo indices, than a batch needs")
 
 
 # Files
@@ -169,13 +239,13 @@ def _read_file(path: Path, expected: str, most: int) -> bytes:
         raise DataFileError(path, expected, f"a file that cannot be read ({error.strerror})") from error
 
 
-def _find_folder(data_dir: Path, subfolders: Sequence[str], name: str) -> Path:
-    """The first of `data_dir` and its `subfolders` that has a file `name`."""
-    for folder in (data_dir, *(data_dir / subfolder for subfolder in subfolders)):
-        if (folder / name).is_file():
+def _find_folder(data_dir: Path, subfolders: Sequence[str], names: Sequence[str]) -> Path:
+    """The first of `data_dir` and its `subfolders` that has a file with one of the `names`."""
+    for folder in (data_dir, *(data_dir / name for name in subfolders)):
+        if any((folder / name).is_file() for name in names):
             return folder
     found = "no such folder" if not data_dir.is_dir() else f"none there or in {', '.join(subfolders)}"
-    raise DataFileError(data_dir, f"a file {name}", found)
+    raise DataFileError(data_dir, f"a file {' or '.join(names)}", found)
 
 
 def _check_labels(path: Path, labels: NDArray[np.uint8]) -> NDArray[np.int64]:
@@ -189,8 +259,8 @@ def _check_labels(path: Path, labels: NDArray[np.uint8]) -> NDArray[np.int64]:
 # Downloads
 
 _TIMEOUT = 30  # seconds without any data
-_CIFAR10_URL = "https://www.cs.toronto.edu/~kriz/cifar-10-binary.tar.gz"
-_CIFAR10_SHA256 = "c4a38c50a1bc5f3a1c5537f2155ab9d68f9f25eb1ed8d9ddda3db29a59bca1dd"
+_CIFAR10_URL = "https://www.cs.toronto.edu/~kriz/cifar-10-python.tar.gz"
+_CIFAR10_SHA256 = "6d958be074577803d12ecdefd02955f39262c83c16fe9348329d7fe0b5c001ce"
 _FASHION_MNIST_URL = "http://fashion-mnist.s3-website.eu-central-1.amazonaws.com/"
 _FASHION_MNIST_SHA256 = {
     "train-images-idx3-ubyte.gz": "3aede38d61863908ad78613f6a32ed271626dd12800ba2636569512369268a84",
@@ -211,7 +281,7 @@ def download_fashion_mnist() -> Path:
 def download_cifar10() -> Path:
     """The folder in the cache that has CIFAR-10's batches (170 MB). Raises WorkflowError if it cannot be had."""
     cache = _cache_folder()
-    folder = cache / _CIFAR10_FOLDER
+    folder = cache / "cifar-10-batches-py"
     if all((folder / name).is_file() for name in _CIFAR10_BATCHES):
         return folder
     folder.mkdir(parents=True, exist_ok=True)
@@ -227,9 +297,7 @@ def download(url: str, sha256: str, folder: Path, processor: Callable[..., Any] 
     """Download `url` into `folder` unless it is there, check its hash, then apply pooch's `processor`."""
     pooch.get_logger().setLevel("WARNING")
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with locked(folder):  # another process may be downloading it
-            pooch.retrieve(url, sha256, url.rpartition("/")[2], folder, processor, _fetch)
+        pooch.retrieve(url, sha256, url.rpartition("/")[2], folder, processor, _fetch)
     except (OSError, ValueError, HTTPException) as error:
         raise WorkflowError(
             f"cannot download {url} into {folder}: {error}. Download it by hand and name its folder with --data-dir."

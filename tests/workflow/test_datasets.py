@@ -2,25 +2,30 @@
 
 from __future__ import annotations
 
+import contextlib
 import gzip
 import hashlib
 import io
+import pickle
 import tarfile
 import threading
 from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from kddp_ext.workflow import datasets
-from kddp_ext.workflow.datasets import read_cifar10_batch, read_dataset, read_idx
+from kddp_ext.workflow.datasets import read_binary_batch, read_dataset, read_idx, read_pickled_batch
 from kddp_ext.workflow.errors import DataFileError, WorkflowError
 
-IMAGES = 6  # of a CIFAR-10 batch
+IMAGES, BYTES = 6, 3072  # of a CIFAR-10 batch
+same_folder = settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
 
 
 @pytest.fixture(autouse=True)
@@ -32,56 +37,146 @@ def small_files(monkeypatch: pytest.MonkeyPatch) -> None:
 # CIFAR-10
 
 
-def write_batch(path: Path, seed: int = 0) -> NDArray[np.uint8]:
-    """Write a batch whose labels are 0 to 5; returns the colour planes of its images."""
-    planes = np.random.default_rng(seed).integers(0, 256, (IMAGES, 3, 32, 32), dtype=np.uint8)
-    labels = np.arange(IMAGES, dtype=np.uint8)[:, None]
-    path.write_bytes(np.concatenate([labels, planes.reshape(IMAGES, -1)], axis=1).tobytes())
-    return planes
+def batch(seed: int = 0) -> tuple[NDArray[np.uint8], list[int]]:
+    random = np.random.default_rng(seed)
+    return random.integers(0, 256, (IMAGES, BYTES), dtype=np.uint8), random.integers(0, 10, IMAGES).tolist()
 
 
-@pytest.mark.parametrize("below", ["", "cifar-10-batches-bin"])
-def test_cifar10_is_read(tmp_path: Path, below: str) -> None:
-    folder = tmp_path / below
-    folder.mkdir(exist_ok=True)
-    planes = [write_batch(folder / name, seed) for seed, name in enumerate(datasets._CIFAR10_BATCHES)]
-    raw = read_dataset("cifar10", tmp_path)
-    np.testing.assert_array_equal(raw.train_images, np.concatenate(planes[:5]).transpose(0, 2, 3, 1))
-    np.testing.assert_array_equal(raw.test_images, planes[5].transpose(0, 2, 3, 1))
-    assert raw.train_labels.tolist() == [*range(IMAGES)] * 5
-    assert raw.test_labels.dtype == np.int64
+def pickled(path: Path, data: Any = None, labels: Any = None, protocol: int = 4) -> Path:
+    """A pickled batch, valid except for the arguments."""
+    valid_data, valid_labels = batch()
+    content = {b"data": valid_data if data is None else data, b"labels": valid_labels if labels is None else labels}
+    path.write_bytes(pickle.dumps({**content, b"filenames": [b"cat.png"] * IMAGES}, protocol))
+    return path
 
 
-@pytest.mark.parametrize("change", [-1, 1, -3073])
-def test_a_cifar10_batch_of_another_size_is_refused(tmp_path: Path, change: int) -> None:
-    path = tmp_path / "data_batch_1.bin"
-    write_batch(path)
+def binary(path: Path, seed: int = 0) -> Path:
+    data, labels = batch(seed)
+    path.write_bytes(np.concatenate([np.array(labels, np.uint8)[:, None], data], axis=1).tobytes())
+    return path
+
+
+# Written by Python 2, as the published files are: keys and the array's bytes are str. Python 3 cannot write this.
+PYTHON_2_HEAD = (
+    b"\x80\x02}q\x01(U\x04dataq\x02cnumpy.core.multiarray\n_reconstruct\n"
+    b"q\x03cnumpy\nndarray\nq\x04K\x00\x85U\x01b\x87Rq\x06"
+    b"(K\x01K\x06M\x00\x0c\x86cnumpy\ndtype\nq\x07U\x02u1K\x00K\x01\x87Rq\x08"
+    b"(K\x03U\x01|NNNJ\xff\xff\xff\xffJ\xff\xff\xff\xffK\x00tb\x89T\x00\x48\x00\x00"
+)
+PYTHON_2_TAIL = b"tbU\x06labels]q\x09(K\x07K\x02K\x00K\x09K\x01K\x03eu."
+
+
+def test_a_batch_written_by_python_2_is_read(tmp_path: Path) -> None:
+    path = tmp_path / "data_batch_1"
+    path.write_bytes(PYTHON_2_HEAD + batch()[0].tobytes() + PYTHON_2_TAIL)
+    data, labels = read_pickled_batch(path)
+    np.testing.assert_array_equal(data, batch()[0])
+    assert labels.tolist() == [7, 2, 0, 9, 1, 3]
+
+
+@pytest.mark.parametrize("protocol", [3, 4])
+@pytest.mark.parametrize("order", ["C", "F"])
+def test_a_batch_written_by_python_3_is_read(tmp_path: Path, protocol: int, order: Any) -> None:
+    data, labels = read_pickled_batch(pickled(tmp_path / "b", np.asarray(batch()[0], order=order), protocol=protocol))
+    np.testing.assert_array_equal(data, batch()[0])
+    np.testing.assert_array_equal(labels, batch()[1])
+
+
+@pytest.mark.parametrize("folder", ["cifar-10-batches-py", "cifar-10-batches-bin"])
+@pytest.mark.parametrize("parent", [False, True])
+def test_both_layouts_give_the_same_images(tmp_path: Path, folder: str, parent: bool) -> None:
+    (tmp_path / folder).mkdir()
+    for number in range(1, 7):
+        path = tmp_path / folder / (f"data_batch_{number}" if number < 6 else "test_batch")
+        if folder.endswith("bin"):
+            binary(path.with_suffix(".bin"), number)
+        else:
+            pickled(path, *batch(number))
+    raw = read_dataset("cifar10", tmp_path if parent else tmp_path / folder)
+    assert raw.train_images.shape == (5 * IMAGES, 32, 32, 3)
+    assert raw.test_images.shape == (IMAGES, 32, 32, 3)
+    data, labels = batch(2)
+    second = slice(IMAGES, 2 * IMAGES)
+    np.testing.assert_array_equal(raw.train_images[second], data.reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1))
+    np.testing.assert_array_equal(raw.train_labels[second], labels)
+
+
+@pytest.mark.parametrize(
+    ("changes", "found"),
+    [
+        ({"data": np.zeros((2, 2), object)}, "expected uint8"),
+        ({"data": np.zeros((2, 2), np.float32)}, "expected uint8"),
+        ({"data": np.zeros((IMAGES, BYTES - 1), np.uint8)}, "expected data as an array of uint8 (6, 3072)"),
+        ({"data": "pixels"}, "found a str"),
+        ({"labels": [0] * (IMAGES - 1)}, "expected 6 labels, found 5"),
+        ({"labels": [0] * (IMAGES - 1) + [10]}, "labels from 0 to 9, found 1 other labels, the first 10"),
+        ({"labels": [-1] * IMAGES}, "labels as a list of integers"),
+        ({"labels": [0.5] * IMAGES}, "labels as a list of integers"),
+        ({"labels": [True] * IMAGES}, "labels as a list of integers"),
+        ({"labels": "012345"}, "found a str"),
+        ({"data": np.zeros((IMAGES, BYTES), np.uint8), "protocol": 2}, "the pickle names _codecs.encode"),
+    ],
+)
+def test_another_pickle_is_refused(tmp_path: Path, changes: dict[str, Any], found: str) -> None:
+    path = pickled(tmp_path / "data_batch_1", **changes)
+    with pytest.raises(DataFileError) as caught:
+        read_pickled_batch(path)
+    assert str(caught.value).startswith(f"{path}: expected ")
+    assert found in str(caught.value)
+
+
+@pytest.mark.parametrize("content", [b"", b"not a pickle", pickle.dumps([1, 2]), pickle.dumps({b"data": 1})])
+def test_a_file_that_is_no_batch_is_refused(tmp_path: Path, content: bytes) -> None:
+    path = tmp_path / "data_batch_1"
+    path.write_bytes(content)
+    with pytest.raises(DataFileError, match="data_batch_1: expected a pickled CIFAR-10 batch"):
+        read_pickled_batch(path)
+
+
+@same_folder
+@given(position=st.floats(0, 1, exclude_max=True), value=st.integers(0, 255), tail=st.booleans())
+def test_a_corrupted_pickle_is_refused_or_read_as_a_batch(
+    tmp_path: Path, position: float, value: int, tail: bool
+) -> None:
+    path = pickled(tmp_path / "data_batch_1")
+    content = bytearray(path.read_bytes())
+    place = int(position * 200)  # most bytes are pixels; the opcodes are at both ends
+    content[-1 - place if tail else place] = value
+    path.write_bytes(content)
+    with contextlib.suppress(DataFileError):  # and no other error
+        data, labels = read_pickled_batch(path)
+        assert (data.shape, data.dtype, labels.shape) == ((IMAGES, BYTES), np.uint8, (IMAGES,))
+        assert 0 <= labels.min() <= labels.max() < 10
+
+
+@pytest.mark.parametrize("change", [-1, 1, -BYTES - 1])
+def test_a_binary_batch_of_another_size_is_refused(tmp_path: Path, change: int) -> None:
+    path = binary(tmp_path / "data_batch_1.bin")
     content = path.read_bytes()
     path.write_bytes(content + b"\0" * change if change > 0 else content[:change])
     with pytest.raises(DataFileError, match=r"data_batch_1\.bin: expected a CIFAR-10 batch of 18438 bytes"):
-        read_cifar10_batch(path)
+        read_binary_batch(path)
 
 
 def test_missing_files_and_folders_are_named(tmp_path: Path) -> None:
-    write_batch(tmp_path / "data_batch_1.bin")
+    binary(tmp_path / "data_batch_1.bin")
     with pytest.raises(DataFileError, match=r"data_batch_2\.bin: expected .*, found no such file"):
         read_dataset("cifar10", tmp_path)
     with pytest.raises(DataFileError, match="found no such folder"):
         read_dataset("cifar10", tmp_path / "nowhere")
-    with pytest.raises(DataFileError, match="none there or in cifar-10-batches-bin"):
+    with pytest.raises(DataFileError, match="none there or in cifar-10-batches-py"):
         read_dataset("cifar10", tmp_path.parent)
 
 
 def test_a_file_without_permission_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    path = tmp_path / "data_batch_1.bin"
-    write_batch(path)
+    path = binary(tmp_path / "data_batch_1.bin")
 
     def refuse(*_arguments: Any) -> None:
         raise PermissionError(13, "Permission denied")
 
     monkeypatch.setattr(Path, "open", refuse)
     with pytest.raises(DataFileError, match=r"data_batch_1\.bin: .* cannot be read \(Permission denied\)"):
-        read_cifar10_batch(path)
+        read_binary_batch(path)
 
 
 # Fashion-MNIST
@@ -95,17 +190,19 @@ def images(count: int) -> NDArray[np.uint8]:
     return np.random.default_rng(count).integers(0, 256, (count, 28, 28), dtype=np.uint8)
 
 
-def write_fashion_mnist(folder: Path) -> None:
+def write_fashion_mnist(folder: Path, compressed: bool = False) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     for prefix, count in (("train", 20), ("t10k", 10)):
         labels = (np.arange(count) % 10).astype(np.uint8)
         for name, values in (("images-idx3", images(count)), ("labels-idx1", labels)):
-            (folder / f"{prefix}-{name}-ubyte.gz").write_bytes(gzip.compress(idx(values)))
+            path = folder / f"{prefix}-{name}-ubyte{'.gz' if compressed else ''}"
+            path.write_bytes(gzip.compress(idx(values)) if compressed else idx(values))
 
 
+@pytest.mark.parametrize("compressed", [False, True])
 @pytest.mark.parametrize("below", ["", "fashion-mnist", "FashionMNIST/raw"])
-def test_the_four_idx_files_are_read(tmp_path: Path, below: str) -> None:
-    write_fashion_mnist(tmp_path / below)
+def test_the_four_idx_files_are_read(tmp_path: Path, compressed: bool, below: str) -> None:
+    write_fashion_mnist(tmp_path / below, compressed)
     raw = read_dataset("fashion-mnist", tmp_path)
     np.testing.assert_array_equal(raw.train_images[..., 0], images(20))
     np.testing.assert_array_equal(raw.test_images[..., 0], images(10))
@@ -116,32 +213,45 @@ def test_the_four_idx_files_are_read(tmp_path: Path, below: str) -> None:
 @pytest.mark.parametrize(
     ("content", "found"),
     [
-        (b"", "found 0 bytes"),
-        (b"\x00\x00\x08", "start with 000008"),
-        (idx(images(3)).replace(b"\x00\x00\x08\x03", b"\x00\x00\x0d\x03", 1), "start with 00000d03"),
-        (idx(images(3)[:, 0]), "start with 00000802"),
-        (idx(images(2)), "start with 0000080300000002"),
+        (b"", "found nothing"),
+        (b"\x00\x00\x08", "found 000008"),
+        (idx(images(3)).replace(b"\x00\x00\x08\x03", b"\x00\x00\x0d\x03", 1), "found 00000d03"),
+        (idx(images(3)[:, 0]), "found 00000802"),
+        (idx(images(2)), "found 0000080300000002"),
         (idx(images(3))[:-1], "found 2367 bytes"),
         (idx(images(3)) + b"\x00", "found 2369 bytes"),
-        (bytes(3_000_000), "found 2369 bytes"),
+        (bytes(3_000_000), "found "),
     ],
 )
-def test_another_idx_file_is_refused(tmp_path: Path, content: bytes, found: str) -> None:
-    path = tmp_path / "images.gz"
-    path.write_bytes(gzip.compress(content))
-    with pytest.raises(DataFileError, match=f"images.gz: expected an IDX file of 3 x 28 x 28 .*{found}"):
+@pytest.mark.parametrize("compressed", [False, True])
+def test_another_idx_file_is_refused(tmp_path: Path, content: bytes, found: str, compressed: bool) -> None:
+    path = tmp_path / ("images.gz" if compressed else "images")
+    path.write_bytes(gzip.compress(content) if compressed else content)
+    with pytest.raises(DataFileError, match=f"{path.name}: expected an IDX file of 3 x 28 x 28 .*{found}"):
         read_idx(path, (3, 28, 28))
+
+
+@same_folder
+@given(share=st.floats(0, 1, exclude_max=True), flip=st.integers(1, 255), cut=st.booleans())
+def test_a_damaged_gzip_file_is_refused_or_read_exactly(tmp_path: Path, share: float, flip: int, cut: bool) -> None:
+    path = tmp_path / "images.gz"
+    content = bytearray(gzip.compress(idx(images(3))))
+    place = int(share * len(content))
+    content[place] ^= flip
+    path.write_bytes(content[:place] if cut else content)
+    with contextlib.suppress(DataFileError):  # and no other error
+        values = read_idx(path, (3, 28, 28))
+        assert not cut
+        np.testing.assert_array_equal(values, images(3))  # the changed byte was an unused one of the header
 
 
 def test_wrong_labels_and_missing_idx_files_are_named(tmp_path: Path) -> None:
     write_fashion_mnist(tmp_path)
-    (tmp_path / "train-labels-idx1-ubyte.gz").write_bytes(gzip.compress(idx(np.full(20, 12, np.uint8))))
-    with pytest.raises(DataFileError, match=r"train-labels-.*\.gz: expected labels from 0 to 9, found 20 other"):
+    (tmp_path / "train-labels-idx1-ubyte").write_bytes(idx(np.full(20, 12, np.uint8)))
+    with pytest.raises(DataFileError, match="train-labels-idx1-ubyte: expected labels from 0 to 9, found 20 other"):
         read_dataset("fashion-mnist", tmp_path)
-    (tmp_path / "train-images-idx3-ubyte.gz").unlink()
-    with pytest.raises(
-        DataFileError, match=r"expected a file train-images-.*\.gz, found none there or in fashion-mnist, "
-    ):
+    (tmp_path / "train-images-idx3-ubyte").unlink()
+    with pytest.raises(DataFileError, match=r"expected a file train-images-idx3-ubyte or"):
         read_dataset("fashion-mnist", tmp_path)
 
 
@@ -206,7 +316,10 @@ def download(url: str, content: bytes, folder: Path) -> bytes:
 
 BAD_ANSWERS = {
     "other content": answer(b"something else"),
+    "half of the content": answer(CONTENT[: len(CONTENT) // 2]),
     "half of the announced length": answer(CONTENT[: len(CONTENT) // 2], len(CONTENT)),
+    "more than the announced length": answer(CONTENT + b"more", len(CONTENT) - 1),
+    "one bit flipped": answer(bytes([CONTENT[0] ^ 1]) + CONTENT[1:]),
     "nothing": answer(b""),
     "a length that is not a number": answer(CONTENT[:9], "abc"),
     "an error": answer(b"no", status=500),
@@ -233,11 +346,28 @@ def test_a_file_in_the_cache_is_used_and_a_damaged_one_replaced(tmp_path: Path, 
         assert download(url, CONTENT, tmp_path) == CONTENT
 
 
+def test_an_interrupted_download_leaves_no_file(
+    tmp_path: Path, server: Callable[..., str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    url = server(answer(CONTENT), answer(CONTENT))
+
+    def interrupt(source: BinaryIO, target: BinaryIO) -> None:
+        target.write(source.read(1000))
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(datasets.shutil, "copyfileobj", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            download(url, CONTENT, tmp_path)
+    assert not (tmp_path / "file").exists()
+    assert download(url, CONTENT, tmp_path) == CONTENT
+
+
 def archive(names: list[str]) -> bytes:
     buffer = io.BytesIO()
     with tarfile.open(fileobj=buffer, mode="w:gz") as tar:
         for name in names:
-            info = tarfile.TarInfo(f"cifar-10-batches-bin/{name}")
+            info = tarfile.TarInfo(f"cifar-10-batches-py/{name}")
             info.size = len(name)
             tar.addfile(info, io.BytesIO(name.encode()))
     return buffer.getvalue()
@@ -246,18 +376,18 @@ def archive(names: list[str]) -> bytes:
 def test_cifar10_is_downloaded_and_unpacked_once(
     tmp_path: Path, server: Callable[..., str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    content = archive([*datasets._CIFAR10_BATCHES, "batches.meta.txt"])
+    content = archive([*datasets._CIFAR10_BATCHES, "batches.meta"])
     monkeypatch.setattr(datasets, "_CIFAR10_URL", server(answer(content)))
     monkeypatch.setattr(datasets, "_CIFAR10_SHA256", hashlib.sha256(content).hexdigest())
     monkeypatch.setenv("KDDP_CACHE", str(tmp_path))
     folder = datasets.download_cifar10()
-    (folder / "data_batch_3.bin").unlink()  # as if the process had been killed
+    (folder / "data_batch_3").unlink()  # as if the process had been killed
     for _ in range(2):
         assert datasets.download_cifar10() == folder
         assert {path.name: path.read_text() for path in folder.iterdir()} == {
             name: name for name in datasets._CIFAR10_BATCHES
         }
-        assert sorted(path.name for path in tmp_path.iterdir()) == ["cifar-10-batches-bin", "file"]
+        assert sorted(path.name for path in tmp_path.iterdir()) == ["cifar-10-batches-py", "file"]
 
 
 def test_fashion_mnist_is_downloaded_once(

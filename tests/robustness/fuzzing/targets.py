@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import json
 import os
+import pickle
 import resource
 import tempfile
 import tracemalloc
@@ -12,6 +13,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
+from typing import Any
 from unittest import mock
 
 import numpy as np
@@ -27,6 +29,7 @@ from kddp_ext.workflow.config import SweepConfig
 from kddp_ext.workflow.errors import WorkflowError
 from kddp_ext.workflow.folder import FIGURES, RunFolder, load_checkpoint, save_checkpoint
 
+IMAGES, IMAGE_BYTES = 3, 3072
 IDX_SHAPE = (3, 2, 2)
 
 
@@ -110,6 +113,26 @@ def check(target: Target, content: bytes, folder: Path) -> str:
 # Valid inputs
 
 
+def batch() -> dict[bytes, Any]:
+    pixels = np.arange(IMAGES * IMAGE_BYTES).astype(np.uint8).reshape(IMAGES, IMAGE_BYTES)
+    return {b"data": pixels, b"labels": [1, 2, 9], b"filenames": [b"cat.png", b"a\\b.png", b"\xff\n"]}
+
+
+def pickled_batches() -> list[bytes]:
+    return [pickle.dumps(batch(), protocol) for protocol in (3, 4)] + [python_2_batch()]
+
+
+def python_2_batch() -> bytes:
+    """A batch as Python 2 writes it in protocol 2, as the published files are. Python 3 cannot."""
+    return (
+        b"\x80\x02}q\x01(U\x04dataq\x02cnumpy.core.multiarray\n_reconstruct\nq\x03cnumpy\nndarray\nq\x04K\x00\x85U\x01b\x87R"
+        b"q\x06(K\x01K\x03M\x00\x0c\x86cnumpy\ndtype\nq\x07U\x02u1K\x00K\x01\x87Rq\x08"
+        b"(K\x03U\x01|NNNJ\xff\xff\xff\xffJ\xff\xff\xff\xffK\x00tb\x89T\x00\x24\x00\x00"
+        + batch()[b"data"].tobytes()
+        + b"tbU\x06labels]q\x09(K\x01K\x02K\x09eu."
+    )
+
+
 def idx() -> bytes:
     values = np.arange(np.prod(IDX_SHAPE), dtype=np.uint8)
     return np.array([0x0800 + len(IDX_SHAPE), *IDX_SHAPE], ">u4").tobytes() + values.tobytes()
@@ -158,9 +181,16 @@ def as_json(value: object) -> bytes:
 # Readers
 
 
-def _cifar10_batch(path: Path) -> object:
+def _pickled_batch(path: Path) -> object:
+    with mock.patch.object(datasets, "CIFAR10_BATCH_IMAGES", IMAGES):
+        data, labels = datasets.read_pickled_batch(path)
+    assert (data.shape, data.dtype, labels.shape) == ((IMAGES, IMAGE_BYTES), np.uint8, (IMAGES,))
+    assert 0 <= labels.min() <= labels.max() < 10
+
+
+def _binary_batch(path: Path) -> object:
     with mock.patch.object(datasets, "CIFAR10_BATCH_IMAGES", 1):
-        return datasets.read_cifar10_batch(path)
+        return datasets.read_binary_batch(path)
 
 
 def _history(path: Path) -> object:
@@ -178,9 +208,11 @@ FILE_ERRORS = (WorkflowError,)
 TARGETS = {
     target.name: target
     for target in (
-        Target("cifar10-batch", "data_batch_1.bin", lambda: [bytes(3073)], _cifar10_batch, FILE_ERRORS),
+        Target("pickled-batch", "data_batch_1", pickled_batches, _pickled_batch, FILE_ERRORS),
+        Target("binary-batch", "data_batch_1.bin", lambda: [bytes(3073)], _binary_batch, FILE_ERRORS),
+        Target("idx", "images", lambda: [idx()], lambda path: datasets.read_idx(path, IDX_SHAPE), FILE_ERRORS),
         Target(
-            "idx",
+            "idx-gz",
             "images.gz",
             lambda: [gzip.compress(idx(), mtime=0), gzip.compress(idx()[:9]) + gzip.compress(idx()[9:])],
             lambda path: datasets.read_idx(path, IDX_SHAPE),

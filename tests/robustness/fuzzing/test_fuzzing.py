@@ -5,6 +5,7 @@ KDDP_FUZZ_EXAMPLES=1000 sets the number of examples of each test.
 
 from __future__ import annotations
 
+import contextlib
 import gzip
 import json
 import os
@@ -13,9 +14,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from fuzzing.targets import HOSTILE_JSON, TARGETS, Target, check, examples, hostile_safetensors
+from fuzzing.targets import HOSTILE_JSON, IDX_SHAPE, TARGETS, Target, check, examples, hostile_safetensors, students
 from hypothesis import given
 from hypothesis import strategies as st
+
+from kddp_ext.pruning.history import PruningHistory
 
 STRICT = ("history", "config")
 
@@ -136,8 +139,21 @@ def test_safetensors_with_another_header_are_read_or_refused(
     check(TARGETS[name], max(0, len(text) + lie).to_bytes(8, "little") + text + content[8 + length :], tmp_path)
 
 
+@examples(100)
+@given(
+    numbers=st.lists(st.sampled_from([0x0803, 0x0D03, 0x0801, *IDX_SHAPE, 2**31, 2**32 - 1, 0]), max_size=6),
+    values=st.binary(max_size=40),
+    compressed=st.booleans(),
+)
+def test_idx_files_with_another_header_are_read_or_refused(
+    tmp_path: Path, numbers: list[int], values: bytes, compressed: bool
+) -> None:
+    content = struct.pack(f">{len(numbers)}I", *numbers) + values
+    check(TARGETS["idx-gz" if compressed else "idx"], gzip.compress(content) if compressed else content, tmp_path)
+
+
 def test_a_gzip_bomb_is_not_unpacked(tmp_path: Path) -> None:
-    target = TARGETS["idx"]
+    target = TARGETS["idx-gz"]
     assert check(target, gzip.compress(bytes(900_000)), tmp_path) == "refused"
     assert check(target, gzip.compress(gzip.compress(bytes(10_000_000))), tmp_path) == "refused"
     members = gzip.compress(b"") * 40
@@ -146,7 +162,7 @@ def test_a_gzip_bomb_is_not_unpacked(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     "name",
-    ["cifar10-batch", "idx", "student-header", "student", "config"],
+    ["pickled-batch", "binary-batch", "idx", "idx-gz", "student-header", "student", "config"],
 )
 def test_pipes_and_folders_are_refused_at_once(name: str, tmp_path: Path) -> None:
     target = TARGETS[name]
@@ -158,8 +174,46 @@ def test_pipes_and_folders_are_refused_at_once(name: str, tmp_path: Path) -> Non
         path.rmdir() if path.is_dir() else path.unlink()
 
 
-def test_a_history_of_huge_widths_takes_little_memory(tmp_path: Path) -> None:
+def test_a_history_is_read_in_one_pass(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object) -> None:
+        raise AssertionError("this would take time for every step, or for the width")
+
+    for name in ("pruned", "kept"):
+        monkeypatch.setattr(PruningHistory, name, fail)
     widths = {"a": 2**62, "b": 10**300}
     steps = [{"a": [number]} for number in range(500)]
     text = {"format": "kddp_ext.pruning_history", "version": 1, "original_widths": widths, "steps": steps}
     assert check(TARGETS["history"], json.dumps(text).encode(), tmp_path) == "read"
+
+
+def test_a_student_with_foreign_metadata_is_refused(tmp_path: Path) -> None:
+    content = students()[0]
+    length = int.from_bytes(content[:8], "little")
+    header = json.loads(content[8 : 8 + length])
+    for metadata in ("[]", '{"a": 1}', "[" * 5000, "NaN"):
+        header["__metadata__"]["metadata"] = metadata
+        text = json.dumps(header).encode()
+        changed = len(text).to_bytes(8, "little") + text + content[8 + length :]
+        for name in ("student-header", "student"):
+            assert check(TARGETS[name], changed, tmp_path) == "refused"
+
+
+def test_the_check_finds_broken_readers(tmp_path: Path) -> None:
+    def reader(read: Any, **changes: Any) -> Target:
+        return Target("made up", "file", lambda: [b""], read, (ValueError,), **changes)
+
+    def fail(error: Exception) -> Any:
+        def read(_path: Path) -> None:
+            raise error
+
+        return read
+
+    with contextlib.suppress(ValueError):
+        assert check(reader(fail(ValueError("file: bad"))), b"", tmp_path) == "refused"
+    for target in (
+        reader(fail(KeyError("file"))),
+        reader(fail(ValueError("something is wrong"))),
+        reader(lambda _path: bytes(2**20)),
+    ):
+        with pytest.raises(AssertionError, match="made up"):
+            check(target, b"", tmp_path)
