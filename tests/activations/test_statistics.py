@@ -113,20 +113,25 @@ def test_statistics_without_samples_are_nan():
 
 
 def test_state_selection_reset_and_joining():
-    statistics, restored = NeuronStatistics(4, samples=8), NeuronStatistics(4, samples=8)
-    statistics.observe(draw(300, 4))
+    statistics, restored = (NeuronStatistics(4, positions=6, samples=8) for _ in range(2))
+    statistics.observe(draw(50, 3, 4, 2), 2)
     restored.load_state_dict(statistics.state_dict())
-    assert torch.equal(restored.values, statistics.values)
+    for name in ("values", "position_sums"):
+        assert torch.equal(getattr(restored, name), getattr(statistics, name))
     assert torch.equal(restored.ring.samples, statistics.ring.samples)
     assert restored.rows == 300
     keep = torch.tensor([3, 1])
-    assert torch.equal(statistics.select(keep).mean, statistics.mean[keep])
+    selected = statistics.select(keep)
+    assert torch.equal(selected.mean, statistics.mean[keep])
+    assert torch.equal(selected.position_mean, statistics.position_mean[keep])
     joined = NeuronStatistics.joined([statistics, restored])
     assert joined.rows == 600
     torch.testing.assert_close(joined.std, statistics.std)
+    assert torch.equal(joined.position_sums, 2 * statistics.position_sums)
     assert joined.ring.filled == min(8, 2 * statistics.ring.filled)
     statistics.reset()
     assert (statistics.rows, statistics.ring.filled) == (0, 0)
+    assert not statistics.position_sums.any()
     assert restored.rows == 300
 
 

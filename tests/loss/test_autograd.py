@@ -4,7 +4,7 @@ import warnings
 
 import pytest
 import torch
-from loss_cases import DIVERGENCES, each_divergence, loss_and_gradient, standardized_or_not
+from loss_cases import DIVERGENCES, each_divergence, each_form, loss_and_gradient
 from torch.library import opcheck
 
 import kddp_ext
@@ -32,19 +32,19 @@ def doubles(batch):
     return [x.double() if x.is_floating_point() else x for x in batch]
 
 
-@each_divergence
-@standardized_or_not
+@pytest.mark.slow_on_the_emulator
+@each_form
 @pytest.mark.parametrize("temperature", [1.0, 2.0, 3.0, 4.0])
 @pytest.mark.parametrize(
     ("alpha", "backend"), [(0.0, "native"), (0.4, "native"), (1.0, "native"), (0.4, "reference"), (1.0, "reference")]
 )
-def test_gradcheck(batch, temperature, alpha, backend, divergence, standardize_logits):
+def test_gradcheck(batch, temperature, alpha, backend, form):
     student, teacher, labels, activation = (x[:4] for x in doubles(batch))
     labels[2] = -100
-    settings = {"temperature": temperature, "alpha": alpha, "divergence": divergence, "backend": backend}
+    settings = {"temperature": temperature, "alpha": alpha, "backend": backend, "jsd_beta": 0.3, **form}
 
     def function(s, a):
-        return loss_of(s, teacher, labels, a, standardize_logits=standardize_logits, jsd_beta=0.3, **settings)
+        return loss_of(s, teacher, labels, a, **settings)
 
     assert torch.autograd.gradcheck(function, (student.requires_grad_(), activation[:, :3].requires_grad_()))
 
@@ -104,15 +104,14 @@ def test_compiles_without_a_graph_break(batch):
     assert_compiles(step, student, activation, calls=[(0.01,), (0.02,)])
 
 
-@each_divergence
-@standardized_or_not
-def test_each_divergence_compiles_without_a_graph_break(batch, divergence, standardize_logits):
+@pytest.mark.slow_on_the_emulator
+@each_form
+def test_each_divergence_compiles_without_a_graph_break(batch, form):
     student, teacher, labels, activation = batch
     channels = torch.randn(9, 5, 4, 3)
 
     def step(s, a):
-        settings = {"divergence": divergence, "standardize_logits": standardize_logits}
-        return (loss_of(s, teacher, labels, activation, a, **settings),)
+        return (loss_of(s, teacher, labels, activation, a, **form),)
 
     assert_compiles(step, student, channels, backend="aot_eager")
 

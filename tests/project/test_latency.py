@@ -10,6 +10,8 @@ import pytest
 import torch
 
 import kddp_ext
+from benchmarks import latency
+from benchmarks.settings import Settings
 from kddp_ext.workflow.config import RunConfig, StudentConfig
 from kddp_ext.workflow.datasets import INFO
 from kddp_ext.workflow.errors import WorkflowError
@@ -22,10 +24,6 @@ WIDTH, PRUNED = 24, 16
 @pytest.mark.skipif(not HAS_ONNX, reason="onnx, onnxscript or onnxruntime is not installed")
 @pytest.mark.filterwarnings("ignore:`isinstance.treespec, LeafSpec.` is deprecated")
 def test_sizes_latencies_and_the_agreement_of_engines(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.syspath_prepend(Path(__file__).parents[2])
-    from benchmarks import latency
-    from benchmarks.settings import Settings
-
     config = RunConfig(student=StudentConfig(channels=(4, 8), width=WIDTH))
     paths = []
     for removed in (0, PRUNED):

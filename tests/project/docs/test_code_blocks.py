@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 from docs.blocks import ROOT, Block, blocks_of, pages
-from docs.commands import FOREIGN, Commands, commands_of
+from docs.commands import FOREIGN, check, commands_of
 from docs.setups import SETUPS, Names, compiled_without_code
 
 from kddp_ext.workflow.cli import main
@@ -98,7 +98,7 @@ def test_commands_exist(block: Block, monkeypatch: pytest.MonkeyPatch) -> None:
     assert commands
     for command in commands:
         with monkeypatch.context() as patch:
-            Commands(patch).check(command)
+            check(command, patch)
 
 
 @pytest.mark.parametrize(
@@ -120,7 +120,7 @@ def test_commands_exist(block: Block, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_wrong_command_fails(line: str, monkeypatch: pytest.MonkeyPatch) -> None:
     (command,) = commands_of(line)
     with pytest.raises(AssertionError):
-        Commands(monkeypatch).check(command)
+        check(command, monkeypatch)
 
 
 def test_shell_blocks_are_split_into_commands() -> None:
