@@ -129,9 +129,10 @@ def examples(kernels, request):
 
 @pytest.fixture(autouse=True)
 def _restore_torch():
-    """Restores the number of threads, and how often torch has compiled a function, which it limits for a process."""
+    """Restores what a test or the command line sets: threads, denormals, and the limited number of compilations."""
     threads = torch.get_num_threads()
     yield
     torch.set_num_threads(threads)
+    torch.set_flush_denormal(False)
     if "torch._dynamo" in sys.modules:
         torch.compiler.reset()

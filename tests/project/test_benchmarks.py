@@ -11,15 +11,17 @@ import pytest
 import torch
 
 import kddp_ext
-from benchmarks import cases, timing
+from benchmarks import cases, latency, timing
 from benchmarks.comparisons import COMPARISONS, memory
 from benchmarks.gpu import clocks, command, contenders, device
 from benchmarks.settings import Settings
 from kddp_ext.workflow.config import RunConfig, StudentConfig
 from kddp_ext.workflow.datasets import INFO
+from kddp_ext.workflow.errors import WorkflowError
 from kddp_ext.workflow.models import build_student
 
 ROOT = Path(__file__).parents[2]
+HAS_ONNX = not latency.missing_packages()
 
 
 SETTINGS = Settings(threads=1, seconds=0.001, rounds=2, compile=False, smoke=True)
@@ -148,27 +150,54 @@ def test_missing_implementations_have_a_reason(stand_in, liger, monkeypatch):
     ]
 
 
-def test_the_students_command_writes_tables_and_json(tmp_path):
-    config = RunConfig(student=StudentConfig(channels=(4, 8), width=16))
-    metadata = {"stage": "kd", "config": json.dumps(config.to_json())}
-    paths = [tmp_path / run / "kd" / "student.safetensors" for run in ("one", "other")]
-    for path in paths:
+WIDTH, PRUNED = 24, 16
+
+
+@pytest.fixture
+def students(tmp_path):
+    """The files of a whole and of a pruned student."""
+    config = RunConfig(student=StudentConfig(channels=(4, 8), width=WIDTH))
+    paths = [tmp_path / run / "kddp" / "student.safetensors" for run in ("whole", "other")]
+    for path, removed in zip(paths, (0, PRUNED), strict=True):
         path.parent.mkdir(parents=True)
+        history = kddp_ext.PruningHistory({"hidden": WIDTH})
+        history.steps.append({"hidden": list(range(removed))})
         model = build_student(config, INFO["digits"])
-        kddp_ext.save_student(path, model, kddp_ext.PruningHistory({}), metadata)
+        history.replay(model, (torch.zeros(2, 1, 8, 8),))
+        kddp_ext.save_student(path, model, history, {"stage": "kddp", "config": json.dumps(config.to_json())})
+    return paths
+
+
+def test_the_students_command_writes_tables_and_json(students, tmp_path):
     files = [tmp_path / name for name in ("figures.json", "tables.md")]
-    command = [sys.executable, "-m", "benchmarks.students", *map(str, paths), "--smoke", "--batches", "1,3"]
+    command = [sys.executable, "-m", "benchmarks.students", *map(str, students), "--smoke", "--batches", "1,3"]
     subprocess.run([*command, "--json", str(files[0]), "--markdown", str(files[1])], cwd=ROOT, check=True)
-    content = json.loads(files[0].read_text())
-    assert [student["path"] for student in content["students"]] == list(map(str, paths))
-    engines = content["students"][0]["latency"]
+    whole, pruned = json.loads(files[0].read_text())["students"]
+    assert [whole["path"], pruned["path"]] == list(map(str, students))
+    # A hidden neuron has weights for 8 channels of 2x2 and a bias, and each of 10 classes has a weight for it.
+    assert whole["parameters"] - pruned["parameters"] == PRUNED * (32 + 1 + 10)
+    assert whole["macs"] - pruned["macs"] == PRUNED * (32 + 10)
+    assert whole["file_bytes"] == students[0].stat().st_size
+    engines = pruned["latency"]
     assert all(batches.keys() == {"1", "3"} for batches in engines.values())
+    assert len(engines["pytorch"]["1"]["rounds_ms"]) == 1
+    assert whole["latency"]["pytorch"]["3"]["ratio"]["median"] == 1.0
+    assert engines.keys() == ({"pytorch", "onnxruntime"} if HAS_ONNX else {"pytorch"})
+    assert not HAS_ONNX or 0 <= pruned["largest_difference"] < 1e-5
     text = files[1].read_text()
     table = text.partition("students-latency -->")[2]
-    rows = [line.split(" | ")[0] for line in table.splitlines() if line.startswith("| o")]
+    rows = [line.split(" | ")[0] for line in table.splitlines() if "/kddp, " in line]
     titles = {"pytorch": "PyTorch", "onnxruntime": "ONNX Runtime"}
-    assert rows == [f"| {run}/kd, {titles[engine]}" for engine in engines for run in ("one", "other")]
-    assert ("ONNX Runtime is left out" in text) == ("onnxruntime" not in engines)
+    assert rows == [f"| {run}/kddp, {titles[engine]}" for engine in engines for run in ("whole", "other")]
+    assert ("ONNX Runtime needs missing packages" in text) == (not HAS_ONNX)
     ended = subprocess.run([*command[:3], "nowhere"], cwd=ROOT, capture_output=True, text=True)
     assert ended.returncode == 2
     assert ended.stderr.strip() == "nowhere: no such file or folder"
+
+
+@pytest.mark.skipif(not HAS_ONNX, reason="onnx, onnxscript or onnxruntime is not installed")
+@pytest.mark.filterwarnings("ignore:`isinstance.treespec, LeafSpec.` is deprecated")
+def test_an_onnx_file_that_computes_something_else_is_refused(students, monkeypatch):
+    monkeypatch.setattr(latency._OnnxModel, "__call__", lambda _self, images: torch.full((len(images), 10), 9.0))
+    with pytest.raises(WorkflowError, match=r"student\.safetensors: the logits of .* differ by up to"):
+        latency.compare_latencies(students[:1], (1,), SETTINGS)

@@ -75,14 +75,11 @@ def test_the_reference_has_every_public_name_once() -> None:
     assert {each.__name__ for each in [*CLASSES, *FUNCTIONS]} | ASSIGNED == set(PUBLIC)
 
 
-@pytest.mark.parametrize("kind", [*CLASSES, type(kddp_ext.gradient_pool)], ids=lambda kind: kind.__name__)
-def test_classes_are_documented(kind: type) -> None:
-    assert undocumented(kind) == []
-
-
-@pytest.mark.parametrize("function", FUNCTIONS, ids=lambda function: function.__name__)
-def test_functions_are_documented(function: Any) -> None:
-    assert missing_parameters(function.__name__, function, inspect.getdoc(function) or "") == []
+def test_public_names_are_documented() -> None:
+    for kind in [*CLASSES, type(kddp_ext.gradient_pool)]:
+        assert undocumented(kind) == []
+    for function in FUNCTIONS:
+        assert missing_parameters(function.__name__, function, inspect.getdoc(function) or "") == []
 
 
 @pytest.mark.parametrize("module", INTEGRATIONS)

@@ -1,8 +1,6 @@
 """Links of the documentation, on a code host and in the site that docs/hooks/repository_links.py prepares."""
 
 import importlib.util
-import re
-from pathlib import Path
 from types import ModuleType
 
 import pytest
@@ -39,7 +37,7 @@ def test_links_of_a_page_in_the_site(hook: ModuleType, text: str, expected: str)
 
 
 def test_no_link_is_broken(hook: ModuleType) -> None:
-    """On a code host. The links of the site are checked when it is built."""
+    """On a code host. The links and the anchors of the site are checked when it is built."""
     told: list[str] = []
     for page in [*pages(), ROOT / "SECURITY.md", ROOT / "CHANGELOG.md"]:
         name = page.relative_to(ROOT).as_posix()
@@ -56,23 +54,3 @@ def test_other_links_in_the_site(hook: ModuleType) -> None:
     assert made == "[a](losses.md) `LICENSE`"
     hook.rewrite("[a](../nothing.py)", "docs/losses.md", "losses.md", ROOT, None, warn=told.append)
     assert told == ["docs/losses.md: ../nothing.py leads to nothing.py, which does not exist"]
-
-
-def anchors(page: Path) -> set[str]:
-    """The anchors that a code host gives the headings of a page."""
-    text = re.sub(r"^(```+).*?^\1$", "", page.read_text(encoding="utf-8"), flags=re.MULTILINE | re.DOTALL)
-    headings = re.findall(r"^#+ (.+)$", text, re.MULTILINE)
-    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
-
-
-def test_no_anchor_is_broken() -> None:
-    missing, seen = [], 0
-    for page in pages():
-        for target, anchor in re.findall(r"\]\(([^()\s#:]*)#([^()\s]+)\)", page.read_text(encoding="utf-8")):
-            to = (page.parent / target).resolve() if target else page
-            # The names of the API reference have anchors only in the site; its build checks them.
-            if to.suffix == ".md" and not anchor.startswith("kddp_ext."):
-                seen += 1
-                missing += [f"{page.name}: {target}#{anchor}"] if anchor not in anchors(to) else []
-    assert missing == []
-    assert seen > 10
