@@ -50,7 +50,7 @@ def check(values, axis, backend, rows=6):
     by_loss, by_observe = NeuronStatistics(values.shape[axis]), NeuronStatistics(values.shape[axis])
     loss, terms = loss_of(leaf, axis, by_loss, rows, backend=backend)
     loss.backward()
-    by_observe.observe(values, axis)
+    by_observe.observe(values, axis - values.dim())  # the same axis, counted from the last
     columns = values.double().movedim(axis, -1).flatten(0, -2)
     count = len(columns)
     double = values.dtype == torch.float64

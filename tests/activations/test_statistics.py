@@ -160,16 +160,6 @@ def test_a_state_that_does_not_fit_changes_nothing():
         TrackedActivations([torch.zeros(1, 4)] * 2, [statistics])
 
 
-@pytest.mark.parametrize("shape", [(5, 4), (5, 3, 4), (2, 3, 5, 4)])
-def test_an_axis_may_be_counted_from_the_last(shape):
-    from_first, from_last = NeuronStatistics(4, samples=8), NeuronStatistics(4, samples=8)
-    from_first.observe(draw(*shape), len(shape) - 1)
-    from_last.observe(draw(*shape), -1)
-    assert from_last.rows == from_first.rows == draw(*shape).numel() // 4
-    assert torch.equal(from_last.values, from_first.values)
-    assert torch.equal(from_last.ring.samples, from_first.ring.samples)
-
-
 @pytest.mark.parametrize(
     ("activation", "axis", "error", "message"),
     [

@@ -1,23 +1,16 @@
 """The model of costs on a GPU: bytes from shapes, arithmetic, PyTorch's operations, and counts on the emulator."""
 
 import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import backends
 import pytest
 import torch
 import torch.nn.functional as F
-from emulator import compiler
 
 from benchmarks.cases import Shape
 from benchmarks.roofline import __main__ as command
 from benchmarks.roofline import emulated, gpus, model, passes, tables
 from benchmarks.roofline.torch_operations import OperationCounter
-
-ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture
@@ -156,53 +149,3 @@ def test_a_missing_compiler_is_reported(monkeypatch, capsys):
     monkeypatch.setenv("CXX", "no-such-compiler")
     assert command.main() == 2
     assert "no-such-compiler" in capsys.readouterr().out
-
-
-# A library that counts the calls of exp2f, and a program that runs the loss with it preloaded.
-EXPONENTIALS = """
-#include <dlfcn.h>
-static unsigned long count;
-unsigned long exponentials() { return count; }
-float exp2f(float x) {
-    static float (*real)(float);
-    if (!real) real = (float (*)(float))dlsym(RTLD_NEXT, "exp2f");
-    ++count;
-    return real(x);
-}
-"""
-PROGRAM = """
-import ctypes, sys
-from pathlib import Path
-sys.path += [{root!r}, {tests!r}]  # behind the installed package
-import backends
-from benchmarks.cases import Shape, make_inputs
-from benchmarks.roofline import passes
-emulated, count = backends.Emulated(Path({folder!r})), ctypes.CDLL({library!r}).exponentials
-for shape in {shapes!r}:
-    before = count()
-    with emulated.serves():
-        for run in passes.loss_passes(make_inputs(Shape(*shape))):
-            run()
-    print(count() - before)
-"""
-
-
-def test_exponentials_per_class_equal_the_calls_of_the_kernels(request, tmp_path):
-    if sys.platform != "linux" or request.config.getoption("sanitized"):
-        pytest.skip("calls are counted by a preloaded library")
-    backends.emulated(request.config)  # compiles it
-    source, library = tmp_path / "exponentials.c", tmp_path / "exponentials.so"
-    source.write_text(EXPONENTIALS)
-    command = [compiler(), "-D_GNU_SOURCE", "-x", "c", "-O1", "-shared", "-fPIC", source, "-o", library, "-ldl"]
-    subprocess.run(command, check=True)
-    shapes = [(16, 1000, 64), (2, 40000, 0)]
-    folders = {"root": ROOT, "tests": ROOT / "tests" / "helpers", "folder": backends.build_folder(request.config)}
-    paths = {name: str(path) for name, path in {**folders, "library": library}.items()}
-    command = [sys.executable, "-c", PROGRAM.format(**paths, shapes=shapes)]
-    environment = {**os.environ, "LD_PRELOAD": str(library)}
-    # In another folder, because the source folder would hide the installed package.
-    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=True)
-    counts = [int(n) / (rows * classes) for n, (rows, classes, _) in zip(done.stdout.split(), shapes, strict=True)]
-    expected = (emulated.EXPONENTIALS_OF_CACHED_CLASS, emulated.EXPONENTIALS_OF_CLASS_READ_TWICE)
-    for counted, modelled in zip(counts, expected, strict=True):
-        assert 0 <= counted - modelled < 0.1  # lanes without a class compute a few more
