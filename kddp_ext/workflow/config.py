@@ -317,9 +317,8 @@ def _presets() -> dict[tuple[Dataset, Preset], RunConfig]:
         ),
         ("digits", "quick"): RunConfig(
             precision="float32",
-            teacher=TeacherConfig(channels=(64, 128), epochs=6),
-            student=StudentConfig(channels=(4, 8), epochs=10, batch_size=16, learning_rate=6e-3),
-            distillation=DistillationConfig(alpha=0.6),
+            teacher=TeacherConfig(channels=(64, 128)),
+            student=StudentConfig(channels=(4, 8), epochs=12, batch_size=32, learning_rate=6e-3),
             pruning=PruningConfig(l1_weight=0.01, l1_until=0.5),
         ),
         ("fashion-mnist", "default"): RunConfig(
