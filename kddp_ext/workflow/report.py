@@ -173,7 +173,7 @@ def _report_lines(folder: RunFolder, sweep: SweepConfig, measured: Sequence[Meas
     lines += [f"- **{kind}**: {_MEANING[kind]}." for kind in kinds]
     views = next((each.results[0].get("test_accuracy_with_views") for each in measured if each.point.jobs), None)
     if views is not None:
-        lines += ["", f"With six views of each test image the teacher's accuracy is {views:.2%}."]
+        lines += ["", f"With several views of each test image the teacher's accuracy is {views:.2%}."]
     return [
         *lines,
         "",

@@ -40,6 +40,7 @@ class TeacherLogits:
             "teacher": hash_tensors(teacher.state_dict()),
             "images": hash_tensors({"images": data.train.images}),
             "normalisation": [list(data.info.mean), list(data.info.std)],
+            "flips": data.info.flips,
             "precision": f"{runtime.device.type} {runtime.dtype}",
         }
         self._latest: tuple[Path, Tensor] = Path(), torch.empty(0)

@@ -1,6 +1,6 @@
 """The pool reuses the memory of a gradient when nothing refers to it any more, and never earlier."""
 
-import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -85,21 +85,16 @@ def test_tensors_are_on_the_cpu_whatever_the_default_device(pool):
 
 
 def test_threads_never_share_memory(pool):
-    mistakes = []
-
-    def work(number):
+    def stays_its_own(number):
         for _ in range(300):
             tensor = pool.empty(SHAPE, torch.float32)
             tensor[0, :8] = number
             if not bool((tensor[0, :8] == number).all()):
-                mistakes.append(number)
+                return False
+        return True
 
-    threads = [threading.Thread(target=work, args=(number,)) for number in range(4)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert not mistakes
+    with ThreadPoolExecutor(4) as threads:
+        assert all(threads.map(stays_its_own, range(4)))
 
 
 def test_later_losses_do_not_overwrite_gradients_in_use():
