@@ -18,7 +18,6 @@ from typing import Any
 
 import torch
 from rich.console import Console
-from rich.progress import Progress
 
 from kddp_ext.files import write_json
 from kddp_ext.workflow.config import RunConfig
@@ -44,9 +43,9 @@ def main() -> int:
         raise SystemExit(f"{arguments.run} has no validation split")
     runtime = Runtime("cpu", config.precision)
     data = ImageData(read_dataset(config.dataset, arguments.data_dir), INFO[config.dataset], config, runtime.device)
-    run = Run(folder, data, runtime, Progress(console=Console(stderr=True), disable=True))
+    run = Run(folder, data, runtime, Console(stderr=True))
     teacher = train_teacher(run, Job("teacher", "teacher", config))
-    logits = TeacherLogits(teacher, data, config.student.shift, folder.teacher_logits, runtime, run.progress)
+    logits = TeacherLogits(teacher, data, config.student.shift, folder.teacher_logits, runtime)
     for change in arguments.changes:
         known = _read(arguments.json)
         name = f"{arguments.stage} {change}"
@@ -77,7 +76,7 @@ def _train(run: Run, config: RunConfig, stage: str, logits: TeacherLogits) -> di
     model = run.runtime.place(build_student(config, run.data.info))
     training = start_training(run, Job(stage, stage, config), model, recipe)
     guidance = logits if recipe.loss.alpha > 0 else None
-    train(training, recipe, run.data, guidance, run.runtime, advance=lambda _: None, epoch_done=lambda _: None)
+    train(training, recipe, run.data, guidance, run.runtime, lambda _: None)
     widths = [epoch["width"] for epoch in training.epochs if "width" in epoch]
     return {**training.epochs[-1], "widths": widths}
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import json
 import os
@@ -109,15 +108,10 @@ def leftovers(folder: str | os.PathLike[str]) -> list[Path]:
 
 
 def _sync_folder(folder: Path) -> None:
-    """Sync the folder, so that the renaming survives a loss of power."""
-    try:
+    """Sync the folder, so that the renaming survives a loss of power. Some folders and file systems do not allow it."""
+    with suppress(OSError):
         descriptor = os.open(folder, os.O_RDONLY)
-    except PermissionError:  # some folders can be written to and not read
-        return
-    try:
-        os.fsync(descriptor)
-    except OSError as error:
-        if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # not supported by the file system
-            raise
-    finally:
-        os.close(descriptor)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)

@@ -7,10 +7,15 @@ import sys
 if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+from pathlib import Path
+
 import backends
 import pytest
 import torch
 from hypothesis import settings
+
+# Tests of benchmarks/, which is not installed, find it behind the installed package.
+sys.path.append(str(Path(__file__).parents[1]))
 
 # With CI set, Hypothesis draws the same examples in every run, so that the gate's answer depends on the code only.
 settings.register_profile("gate", derandomize=True)
@@ -24,7 +29,6 @@ QUICK = (
     "loss/test_conventions.py",
     "loss/test_divergences.py",
     "loss/test_values.py",
-    "ops/test_reference.py",
     "activations/test_*.py",
     "pruning/test_history.py",
     "pruning/test_selection.py",
@@ -40,14 +44,6 @@ QUICK = (
 ON_ALL_KERNELS = {
     "test_values", "test_extremes", "test_long_rows", "test_statistics", "test_autograd", "test_divergences",
     "test_conventions", "test_gather_slices",
-}  # fmt: skip
-# These take minutes on the emulator: --emulated=all.
-SLOW_ON_THE_EMULATOR = {
-    "test_rows_longer_than_a_stage_and_outputs_larger_than_the_caches", "test_a_gather_worth_threads",
-    "test_half_precision_gradients_do_not_vanish_before_they_are_scaled", "test_long_rows", "test_logits_far_from_zero",
-    "test_the_same_on_any_number_of_threads", "test_any_number_of_threads_gives_the_same",
-    "test_a_chunk_may_begin_far_below_its_highest_logit",
-    "test_gradcheck", "test_float64_equals_the_reference", "test_each_divergence_compiles_without_a_graph_break",
 }  # fmt: skip
 
 
@@ -89,18 +85,18 @@ def pytest_collection_modifyitems(items):
     for item in items:
         if is_quick(item.path):
             item.add_marker("quick")
+        if item.get_closest_marker("cuda") and not backends.has_gpu():
+            item.add_marker(pytest.mark.skip(reason="no CUDA device is visible to PyTorch"))
 
 
 def pytest_generate_tests(metafunc):
-    if "kernels" not in metafunc.fixturenames:
+    if metafunc.module.__name__.rpartition(".")[2] not in ON_ALL_KERNELS:
         return
-    on_all = metafunc.module.__name__.rpartition(".")[2] in ON_ALL_KERNELS
     wanted = "none" if only_quick(metafunc.config) else metafunc.config.getoption("emulated")
-    slow = metafunc.function.__name__ in SLOW_ON_THE_EMULATOR
+    slow = any(mark.name == "slow_on_the_emulator" for mark in metafunc.definition.iter_markers())
     emulated = wanted in ("all", "only") or (wanted == "some" and not slow)
     chosen = ["cpu"] * (wanted != "only") + ["emulated"] * emulated + ["cuda"] * backends.has_gpu()
-    if on_all:
-        metafunc.parametrize("kernels", chosen, indirect=True, scope="module")
+    metafunc.parametrize("kernels", chosen, indirect=True, scope="module")
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -131,15 +127,11 @@ def examples(kernels, request):
 
 
 @pytest.fixture(autouse=True)
-def _reset_compiler():
-    """torch limits how often a process compiles a function, such as nn.Sequential.forward; each test starts at 0."""
+def _restore_torch():
+    """Restores what a test or the command line sets: threads, denormals, and the limited number of compilations."""
+    threads = torch.get_num_threads()
     yield
+    torch.set_num_threads(threads)
+    torch.set_flush_denormal(False)
     if "torch._dynamo" in sys.modules:
         torch.compiler.reset()
-
-
-@pytest.fixture(autouse=True)
-def _skip_without_gpu(request):
-    """Tests marked `cuda` need a GPU."""
-    if request.node.get_closest_marker("cuda") and not backends.has_gpu():
-        pytest.skip("no CUDA device is visible to PyTorch")

@@ -30,6 +30,7 @@ LEFT_OUT = (
     "native/emulator",
     "native/threads",
     "native/test_linkage.py",
+    "native/cuda/test_cmake.py",
     "native/cuda/test_planted_faults.py",
 )
 # Processes that the tests start are counted, too; killed ones lose their counts.

@@ -18,9 +18,9 @@ from kddp_ext.ops import reference
 from kddp_ext.ops.library import ELEMENT_TYPES, is_native, library, native, scales_natively, workspace_on
 from kddp_ext.ops.scale_gradients import is_batched, scale_gradients
 
-# `scalars` holds temperature, alpha, the normalizer and one L1 weight for each activation. A schedule may change them at
-# every step, and as values of a tensor they cost no new compilation. From `label_smoothing` to `by_row` the order is that
-# of `LossSettings.constants`.
+# `scalars` holds temperature, alpha, the normalizer and one L1 weight for each activation. A schedule may change them
+# at every step, and as values of a tensor they cost no new compilation. From `label_smoothing` to `by_row` the order is
+# that of `LossSettings.constants`.
 library.define(
     "kd_l1_loss(Tensor student_logits, Tensor? teacher_logits, Tensor? labels, Tensor? row_weights, "
     "Tensor[] activations, Tensor scalars, SymInt[] samples, "

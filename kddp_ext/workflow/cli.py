@@ -7,9 +7,10 @@ import os
 import shlex
 import signal
 import sys
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from types import FrameType
 from typing import Annotated, Any, Generic, NoReturn, TypeVar, get_args
@@ -18,7 +19,7 @@ import tyro
 from rich.console import Console
 
 from kddp_ext.workflow.config import Dataset, Device, Preset, RunConfig, SweepConfig, preset
-from kddp_ext.workflow.errors import LostProcessError, OptionError, SharedError, WorkflowError, message_of
+from kddp_ext.workflow.errors import OptionError, WorkflowError
 
 Config = TypeVar("Config", RunConfig, SweepConfig)
 
@@ -62,38 +63,15 @@ class TrainCommand(Generic[Config]):
     """Also write the metrics as TensorBoard event files, into runs/NAME/TRAINING/tensorboard."""
 
 
-@dataclass(frozen=True)
-class PathCommand:
-    """The options of `kddp report` and `kddp info`."""
-
-    path: tyro.conf.Positional[Path]
-    """Folder of a run or a sweep; for info and evaluate also a student.safetensors file."""
-
-
-@dataclass(frozen=True)
-class EvaluateCommand(PathCommand):
-    """The options of `kddp evaluate`."""
-
-    data_dir: DataDir = None
-    device: Device = "auto"
-    """auto uses a GPU if there is one."""
-
-
-class StdoutError(OSError):
-    """Standard output cannot be written to: a full disk, or a closed pipe."""
-
-
 class Output(Console):
-    """The console on standard output."""
+    """The console on standard output, whose errors say so."""
 
     def print(self, *objects: Any, **options: Any) -> None:
-        """Print as rich does; raises StdoutError on failure."""
-        with _stdout_errors():
+        """Print as rich does."""
+        try:
             super().print(*objects, **options)
-
-    def on_broken_pipe(self) -> None:
-        """Raise the error again; rich would end the process."""
-        raise
+        except OSError as error:
+            raise OSError(error.errno, f"cannot write to stdout: {error.strerror}") from error
 
 
 def entry_point() -> NoReturn:
@@ -116,24 +94,23 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     command = arguments[0] if arguments else "--help"
+    prefix = f"kddp {command}: "
+    if _started_by_torchrun():
+        prefix += f"rank {os.environ.get('RANK')}: "
+    else:  # a process of torchrun that waits for another inside a library would not see the exception
+        signal.signal(signal.SIGTERM, _interrupt)
     try:
-        with _interruptible():
-            code = _dispatch(arguments)
-            with _stdout_errors():
-                sys.stdout.flush()  # while a failure can still be reported
-            return code
-    except SharedError:  # the first of several processes has printed it
+        code = _dispatch(arguments)
+        sys.stdout.flush()  # while a failure can still be reported
+        return code
+    except WorkflowError as error:
+        _print_error(f"{prefix}{error}")
         return _USAGE_ERROR
-    except (LostProcessError, WorkflowError) as error:
-        _print_error(f"kddp {command}: {message_of(error)}")
-        return _SYSTEM_ERROR if isinstance(error, LostProcessError) else _USAGE_ERROR
-    except StdoutError as error:
-        with suppress(OSError, ValueError):  # discards the buffer, or the interpreter would fail on it at its end
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        _print_error(f"kddp {command}: cannot write to stdout: {error.strerror}.{_how_to_resume(arguments)}")
-        return _SYSTEM_ERROR
     except OSError as error:
-        _print_error(f"kddp {command}: {message_of(error)}")
+        with suppress(OSError, ValueError):  # or the interpreter would fail at its end on what stdout still holds
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        file = "" if error.filename is None else f"{error.filename}: "  # `atomic_write` names its file in the message
+        _print_error(f"{prefix}{file}{error.strerror or error}")
         return _SYSTEM_ERROR
     except KeyboardInterrupt as interrupt:
         if os.environ.get("RANK", "0") == "0":  # one of torchrun's processes prints it
@@ -143,51 +120,59 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _dispatch(arguments: list[str]) -> int:
     """Run the command that the arguments name; returns the exit code."""
-    commands = {"run": _run, "sweep": _sweep, "report": _report, "evaluate": _evaluate, "info": _info}
-    name = arguments[0] if arguments else ""
-    if name in commands:
-        commands[name](arguments[1:])
-        return 0
-    with _stdout_errors():
-        if name in ("", "-h", "--help", "help"):
-            print(_HELP, end="")
-            return 0 if name else _USAGE_ERROR
-        if name == "--version":
-            from kddp_ext import __version__
+    name, *options = arguments or [""]
+    if name in ("run", "sweep"):
+        (_run if name == "run" else _sweep)(options)
+    elif name in _COMMANDS:
+        action = tyro.cli(_COMMANDS[name], args=options, prog=f"kddp {name}", config=_TYRO)
+        action()
+    elif name in ("", "-h", "--help", "help"):
+        print(_HELP, end="")
+        return 0 if name else _USAGE_ERROR
+    elif name == "--version":
+        from kddp_ext import __version__
 
-            print(f"kddp {__version__}")
-            return 0
-    _print_error(f"kddp: there is no command {name!r}; use {', '.join(commands)}")
-    return _USAGE_ERROR
+        print(f"kddp {__version__}")
+    else:
+        _print_error(f"kddp: there is no command {name!r}; use run, sweep, {', '.join(_COMMANDS)}")
+        return _USAGE_ERROR
+    return 0
+
+
+_RUN = (
+    "Train a teacher, then the student three times: on the labels alone (scratch), with the teacher's logits (kd), "
+    "and with these logits while inactive neurons are removed (kddp). Everything is kept in runs/NAME; report.md "
+    "there has the table and a picture."
+)
+_SWEEP = (
+    "Train one teacher, and students of several seeds, widths and penalty weights: on the labels alone (scratch), "
+    "with KD, with KDDP, and with KD at the widths that KDDP found. An interrupted sweep continues with --resume; "
+    "processes started with --resume while it runs share the work. report.md in its folder has the tables and a "
+    "picture."
+)
 
 
 def _run(arguments: list[str]) -> None:
-    config = _chosen_preset(arguments)
-    description = (
-        "Train a teacher, then the student three times: on the labels alone (scratch), with the teacher's logits (kd), "
-        "and with these logits while inactive neurons are removed (kddp). Everything is kept in runs/NAME; report.md "
-        "there has the table and a picture."
+    default = TrainCommand(_chosen_preset(arguments))
+    command = tyro.cli(
+        TrainCommand[RunConfig], prog="kddp run", description=_RUN, args=arguments, default=default, config=_TYRO
     )
-    command = _parse(TrainCommand[RunConfig], arguments, "run", description, TrainCommand(config))
     suffix = "" if command.config.preset == "default" else f"-{command.config.preset}"
     _train(command, SweepConfig.single(command.config), command.config.dataset + suffix)
 
 
 def _sweep(arguments: list[str]) -> None:
-    defaults = SweepConfig(
+    config = SweepConfig(
         run=_chosen_preset(arguments),
         seeds=(0, 1, 2),
         widths=(16, 64, 256),
         l1_weights=(3e-4, 1e-3, 3e-3, 1e-2),
         retrain=True,
     )
-    description = (
-        "Train one teacher, and students of several seeds, widths and penalty weights: on the labels alone (scratch), "
-        "with KD, with KDDP, and with KD at the widths that KDDP found. An interrupted sweep continues with --resume; "
-        "processes started with --resume while it runs share the work. report.md in its folder has the tables and a "
-        "picture."
+    default = TrainCommand(config)
+    command = tyro.cli(
+        TrainCommand[SweepConfig], prog="kddp sweep", description=_SWEEP, args=arguments, default=default, config=_TYRO
     )
-    command = _parse(TrainCommand[SweepConfig], arguments, "sweep", description, TrainCommand(defaults))
     _train(command, command.config, f"{command.config.run.dataset}-sweep")
 
 
@@ -197,17 +182,15 @@ def _train(command: TrainCommand[Any], sweep: SweepConfig, default_name: str) ->
     # Torch and matplotlib load here, so that --help and a mistyped option do not wait for them.
     import torch
 
-    from kddp_ext.workflow import runs
     from kddp_ext.workflow.distributed import process_group
+    from kddp_ext.workflow.runs import run_sweep
     from kddp_ext.workflow.runtime import prepare_process
 
     if threads := command.threads or (1 if sweep.run.dataset == "digits" else 0):
         torch.set_num_threads(threads)
     prepare_process()
-    with process_group(
-        use_gpus=command.device != "cpu", tell=lambda text: _print_error(f"kddp run: {text}")
-    ) as processes:
-        runs.run_sweep(
+    with process_group(use_gpus=command.device != "cpu"):
+        run_sweep(
             command.runs_dir / (command.name or default_name),
             sweep,
             Output(),
@@ -215,40 +198,48 @@ def _train(command: TrainCommand[Any], sweep: SweepConfig, default_name: str) ->
             resume=command.resume,
             device=command.device,
             teacher_from=command.teacher_from,
-            processes=processes,
             tensorboard=command.tensorboard,
         )
 
 
-def _report(arguments: list[str]) -> None:
-    description = "Write the report of a run or a sweep again, from the trainings that are finished."
-    command = _parse(PathCommand, arguments, "report", description)
-    from kddp_ext.workflow import report
+def _report(path: tyro.conf.Positional[Path]) -> Callable[[], None]:
+    """Write the report of a run or a sweep again, from the trainings that are finished.
 
-    report.rebuild_report(command.path, Output())
+    Args:
+        path: Folder of a run or a sweep.
+    """
+    from kddp_ext.workflow.report import rebuild_report
 
-
-def _evaluate(arguments: list[str]) -> None:
-    description = "Measure the accuracy on the test images of every finished network of a run, or of one student file."
-    command = _parse(EvaluateCommand, arguments, "evaluate", description)
-    from kddp_ext.workflow import inspect
-
-    inspect.evaluate(command.path, command.data_dir, command.device, Output())
+    return partial(rebuild_report, path, Output())
 
 
-def _info(arguments: list[str]) -> None:
-    description = "Show what a run or a student file is: accuracy, size, what was pruned, settings. Needs no data set."
-    command = _parse(PathCommand, arguments, "info", description)
-    from kddp_ext.workflow import inspect
+def _evaluate(
+    path: tyro.conf.Positional[Path], data_dir: DataDir = None, device: Device = "auto"
+) -> Callable[[], None]:
+    """Measure the accuracy on the test images of every finished network of a run, or of one student file.
 
-    inspect.describe(command.path, Output())
+    Args:
+        path: Folder of a run or a sweep, or a student.safetensors file.
+        device: auto uses a GPU if there is one.
+    """
+    from kddp_ext.workflow.inspect import evaluate
+
+    return partial(evaluate, path, data_dir, device, Output())
 
 
-def _parse(kind: Any, arguments: list[str], name: str, description: str, default: Any = None) -> Any:
-    options = {} if default is None else {"default": default}
-    config = (tyro.conf.FlagCreatePairsOff, tyro.conf.HelptextFromCommentsOff)
-    with _stdout_errors():
-        return tyro.cli(kind, args=arguments, prog=f"kddp {name}", description=description, config=config, **options)
+def _info(path: tyro.conf.Positional[Path]) -> Callable[[], None]:
+    """Show what a run or a student file is: accuracy, size, what was pruned, settings. Needs no data set.
+
+    Args:
+        path: Folder of a run or a sweep, or a student.safetensors file.
+    """
+    from kddp_ext.workflow.inspect import describe
+
+    return partial(describe, path, Output())
+
+
+_COMMANDS = {"report": _report, "evaluate": _evaluate, "info": _info}
+_TYRO = (tyro.conf.FlagCreatePairsOff, tyro.conf.HelptextFromCommentsOff)
 
 
 def _chosen_preset(arguments: list[str]) -> RunConfig:
@@ -265,38 +256,10 @@ def _chosen_preset(arguments: list[str]) -> RunConfig:
     return preset(chosen.dataset, chosen.preset)
 
 
-@contextmanager
-def _interruptible() -> Iterator[None]:
-    """Make SIGINT and SIGTERM raise KeyboardInterrupt with their number; a second signal ends the process.
-
-    Signals keep their handlers where they are ignored and in the processes of torchrun, since a process that waits for
-    another one inside a library would not see the exception.
-    """
-
-    def interrupt(number: int, _frame: FrameType | None) -> None:
-        for each in former:
-            signal.signal(each, signal.SIG_DFL)
-        raise KeyboardInterrupt(number)
-
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    former = {number: handler for number, handler in handlers.items() if handler not in (signal.SIG_IGN, None)}
-    if _started_by_torchrun():
-        former = {}
-    for number in former:
-        signal.signal(number, interrupt)
-    try:
-        yield
-    finally:
-        for number, handler in former.items():
-            signal.signal(number, handler)
-
-
-@contextmanager
-def _stdout_errors() -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        raise StdoutError(error.errno, error.strerror) from error
+def _interrupt(number: int, _frame: FrameType | None) -> NoReturn:
+    """Handle SIGTERM as Python handles Ctrl-C. A second one ends the process."""
+    signal.signal(number, signal.SIG_DFL)
+    raise KeyboardInterrupt(number)
 
 
 def _print_error(line: str) -> None:

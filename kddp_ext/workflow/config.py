@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 import reprlib
 from collections.abc import Callable
@@ -219,7 +220,7 @@ class RunConfig(_Settings):
     """Number of training images held out for choosing settings. 0 trains on all. Test images are used once, at the
     end."""
     augment: FlagConversionOff[bool] = False
-    """Random shifts and horizontal flips."""
+    """Random shifts and, except for digits, horizontal flips."""
     precision: Precision = "auto"
     """auto uses bfloat16 where the hardware computes in it natively, and float32 elsewhere."""
     compile: FlagConversionOff[bool] = False
@@ -290,58 +291,64 @@ def differences(saved: RunConfig, wanted: RunConfig) -> list[str]:
 
 def preset(dataset: Dataset, name: Preset) -> RunConfig:
     """The settings that `dataset` starts from. docs/workflow.md says how they were chosen."""
-    quick = name == "quick"
-    if dataset == "digits":
-        return RunConfig(
-            dataset="digits",
-            preset=name,
-            precision="float32",  # a network this small gains nothing from bfloat16
-            teacher=TeacherConfig(channels=(64, 128), epochs=6 if quick else 12),
-            student=StudentConfig(
-                channels=(4, 8), epochs=10 if quick else 20, batch_size=16 if quick else 32, learning_rate=6e-3
-            ),
-            distillation=DistillationConfig(alpha=0.6 if quick else 0.9),
-            pruning=PruningConfig(l1_weight=0.01, l1_until=0.5),
-        )
-    if dataset == "fashion-mnist":
-        return RunConfig(
-            dataset="fashion-mnist",
-            preset=name,
-            validation=5000,
-            teacher=TeacherConfig(channels=(32, 64, 128), epochs=3 if quick else 10, batch_size=256, learning_rate=0.3),
-            student=(
-                StudentConfig(channels=(8, 16), width=256, epochs=8, batch_size=256, learning_rate=6e-3)
-                if quick
-                else StudentConfig(channels=(16, 32), epochs=15, batch_size=256)
-            ),
-            distillation=DistillationConfig(temperature=2.0 if quick else 4.0),
-            pruning=PruningConfig(l1_weight=2e-3, l1_until=0.5) if quick else PruningConfig(l1_weight=1e-3),
-        )
-    return RunConfig(
-        dataset="cifar10",
-        preset=name,
-        validation=5000 if quick else 0,  # default's settings have been chosen already, so it trains on all images
-        augment=True,
-        teacher=TeacherConfig(
-            channels=(32, 64, 256) if quick else (64, 256, 256),
-            epochs=6 if quick else 10,
-            batch_size=2000,
-            optimizer="muon",  # with Jordan's rates, for steps of 2000 images
-            learning_rate=0.24,
-            bias_learning_rate=440.0,
-            classifier_learning_rate=7.0,
-            momentum=0.85,
-            weight_decay=1 / 60,
-        ),
-        student=StudentConfig(
-            channels=(32, 64, 128),
-            width=1024,
-            epochs=5 if quick else 12,
-            batch_size=256,
-            views=0 if quick else 8,
-        ),
-        pruning=PruningConfig(l1_weight=5e-4 if quick else 1e-3, l1_until=1.0 if quick else 0.25),
+    return dataclasses.replace(_presets()[dataset, name], dataset=dataset, preset=name)
+
+
+@functools.cache
+def _presets() -> dict[tuple[Dataset, Preset], RunConfig]:
+    cifar10_teacher = TeacherConfig(
+        channels=(64, 256, 256),
+        epochs=10,
+        batch_size=2000,
+        optimizer="muon",  # with Jordan's rates, for steps of 2000 images
+        learning_rate=0.24,
+        bias_learning_rate=440.0,
+        classifier_learning_rate=7.0,
+        momentum=0.85,
+        weight_decay=1 / 60,
     )
+    cifar10_student = StudentConfig(channels=(32, 64, 128), width=1024, epochs=12, batch_size=256, views=8)
+    return {
+        ("digits", "default"): RunConfig(
+            precision="float32",  # a network this small gains nothing from bfloat16
+            teacher=TeacherConfig(channels=(64, 128)),
+            student=StudentConfig(channels=(4, 8), batch_size=32, learning_rate=6e-3),
+            pruning=PruningConfig(l1_weight=0.01, l1_until=0.5),
+        ),
+        ("digits", "quick"): RunConfig(
+            precision="float32",
+            teacher=TeacherConfig(channels=(64, 128)),
+            student=StudentConfig(channels=(4, 8), epochs=12, batch_size=32, learning_rate=6e-3),
+            pruning=PruningConfig(l1_weight=0.01, l1_until=0.5),
+        ),
+        ("fashion-mnist", "default"): RunConfig(
+            validation=5000,
+            teacher=TeacherConfig(channels=(32, 64, 128), epochs=10, batch_size=256, learning_rate=0.3),
+            student=StudentConfig(channels=(16, 32), epochs=15, batch_size=256),
+            pruning=PruningConfig(l1_weight=1e-3),
+        ),
+        ("fashion-mnist", "quick"): RunConfig(
+            validation=5000,
+            teacher=TeacherConfig(channels=(32, 64, 128), epochs=3, batch_size=256, learning_rate=0.3),
+            student=StudentConfig(channels=(8, 16), width=256, epochs=8, batch_size=256, learning_rate=6e-3),
+            distillation=DistillationConfig(temperature=2.0),
+            pruning=PruningConfig(l1_weight=2e-3, l1_until=0.5),
+        ),
+        ("cifar10", "default"): RunConfig(
+            validation=0,  # the settings have been chosen, so it trains on all images
+            augment=True,
+            teacher=cifar10_teacher,
+            student=cifar10_student,
+            pruning=PruningConfig(l1_weight=1e-3, l1_until=0.25),
+        ),
+        ("cifar10", "quick"): RunConfig(
+            validation=5000,
+            augment=True,
+            teacher=dataclasses.replace(cifar10_teacher, channels=(32, 64, 256), epochs=6),
+            student=dataclasses.replace(cifar10_student, epochs=5, views=0),
+            pruning=PruningConfig(l1_weight=5e-4),
+        ),
+    }
 
 
 def _check(config: Any, prefix: str = "") -> None:

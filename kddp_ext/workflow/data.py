@@ -69,7 +69,7 @@ class ImageData:
         """
         if not self.augment:
             return self.normalise(self.train.images[indices])
-        return self.normalise(shift_and_flip(self.train.images, indices, self.seed, view, shift))
+        return self.normalise(shift_and_flip(self.train.images, indices, self.seed, view, shift, self.info.flips))
 
     def normalise(self, images: Tensor) -> Tensor:
         """Normalise images, uint8 (N, S, S, C), to the networks' input: float32 (N, C, S, S), channels last."""
@@ -80,21 +80,22 @@ class ImageData:
         return self.normalise(self.train.images[:count])
 
 
-def shift_and_flip(images: Tensor, indices: Tensor, seed: int, view: int, shift: int) -> Tensor:
-    """Views of `images[indices]`, uint8 (N, S, S, C): moved by up to `shift` pixels and flipped. Borders are mirrored.
+def shift_and_flip(images: Tensor, indices: Tensor, seed: int, view: int, shift: int, flips: bool) -> Tensor:
+    """Views of `images[indices]`, uint8 (N, S, S, C), moved by up to `shift` pixels. Borders are mirrored.
 
-    Each image is flipped in every other view, beginning at random (the alternating flip of Jordan 2024), so that two
-    consecutive views show both sides of it.
+    If `flips` is set, each image is flipped in every other view, beginning at random (the alternating flip of Jordan
+    2024), so that two consecutive views show both sides of it.
     """
     size = images.shape[1]
     bits = random_bits(seed, _SHIFT, view, indices)
     down = bits % (2 * shift + 1) - shift
     right = (bits >> 20) % (2 * shift + 1) - shift
-    flip = (random_bits(seed, _FLIP, 0, indices) + view) % 2 == 1
-
     steps = torch.arange(size, device=images.device)
     rows = _mirror(steps + down[:, None], size)
-    columns = _mirror(torch.where(flip[:, None], steps.flip(0), steps) + right[:, None], size)
+    if flips:
+        flip = (random_bits(seed, _FLIP, 0, indices) + view) % 2 == 1
+        steps = torch.where(flip[:, None], steps.flip(0), steps)
+    columns = _mirror(steps + right[:, None], size)
     return images[indices[:, None, None], rows[:, :, None], columns[:, None, :]]
 
 

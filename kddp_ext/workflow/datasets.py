@@ -31,7 +31,8 @@ from kddp_ext.workflow.errors import DataFileError, WorkflowError
 class DatasetInfo:
     """A data set's name, the side of its square images in pixels, its numbers of channels (1 or 3) and classes.
 
-    `mean` and `std` are those of the training pixels, for each channel, on the scale 0 to 255.
+    `mean` and `std` are those of the training pixels, for each channel, on the scale 0 to 255. `flips` says whether a
+    mirrored image still shows its class, so that augmentation may flip it.
     """
 
     name: str
@@ -40,6 +41,7 @@ class DatasetInfo:
     classes: int
     mean: tuple[float, ...]
     std: tuple[float, ...]
+    flips: bool = True
 
 
 @dataclass(frozen=True)
@@ -53,7 +55,7 @@ class RawDataset:
 
 
 INFO: dict[Dataset, DatasetInfo] = {
-    "digits": DatasetInfo("digits", 8, 1, 10, (77.8,), (95.9,)),
+    "digits": DatasetInfo("digits", 8, 1, 10, (77.8,), (95.9,), flips=False),
     "fashion-mnist": DatasetInfo("Fashion-MNIST", 28, 1, 10, (72.9,), (90.0,)),
     "cifar10": DatasetInfo("CIFAR-10", 32, 3, 10, (125.3, 123.0, 113.9), (63.0, 62.1, 66.7)),
 }

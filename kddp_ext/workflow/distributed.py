@@ -1,4 +1,8 @@
-"""The processes that torchrun starts to train one model: how they communicate, and how they fail together."""
+"""The processes that torchrun starts to train one model, and how they communicate.
+
+Every process must call these functions, except `rank`, `count` and `share`, in the same order. A single process
+communicates nothing. A process that fails just ends: torchrun then ends the others.
+"""
 
 from __future__ import annotations
 
@@ -13,145 +17,102 @@ import torch
 import torch.distributed
 from torch import Tensor, nn
 
-from kddp_ext.workflow.errors import LostProcessError, SharedError, WorkflowError, message_of
+from kddp_ext.workflow.errors import WorkflowError
 
 T = TypeVar("T")
+_TIMEOUT = timedelta(minutes=30)  # for the others, which may download a data set, before they count as lost
 
 
-class Processes:
-    """This process among the `count` of a run. Several must have joined torch.distributed's default group.
+def rank() -> int:
+    """The rank of this process. Rank 0 writes files and shows progress."""
+    return torch.distributed.get_rank() if _is_joined() else 0
 
-    Every process must call all methods except `share`, in the same order. A single process communicates nothing.
-    `local_rank` is the rank of this process among those of its machine.
+
+def count() -> int:
+    """The number of processes."""
+    return torch.distributed.get_world_size() if _is_joined() else 1
+
+
+def _is_joined() -> bool:
+    return torch.distributed.is_available() and torch.distributed.is_initialized()
+
+
+def share(rows: Tensor) -> Tensor:
+    """This process's part of `rows`: every `count()`-th row."""
+    return rows[rank() :: count()]
+
+
+def total(tensor: Tensor) -> Tensor:
+    """The sum of the tensors of all processes, which have the same shape. Every process gets the same bits."""
+    if count() == 1:
+        return tensor
+    result = tensor.clone()
+    torch.distributed.all_reduce(result)
+    return result
+
+
+def average_buffers(model: nn.Module) -> None:
+    """Set the floating-point buffers of `model` to their mean over all processes.
+
+    On CPUs, each process normalises by the statistics of its own part of a batch, and its running statistics differ
+    from the others'. They must agree before the model is pruned, evaluated or saved.
     """
+    for buffer in model.buffers() if count() > 1 else ():
+        if buffer.is_floating_point():
+            buffer.copy_(total(buffer) / count())
 
-    def __init__(self, rank: int = 0, count: int = 1, local_rank: int = 0) -> None:
-        self.rank, self.count, self.local_rank = rank, count, local_rank
 
-    @property
-    def is_first(self) -> bool:
-        """Whether this is rank 0, which writes files and shows progress."""
-        return self.rank == 0
-
-    def share(self, rows: Tensor) -> Tensor:
-        """This process's part of `rows`: every `count`-th row."""
-        return rows[self.rank :: self.count]
-
-    def sum(self, tensor: Tensor) -> Tensor:
-        """The sum of the tensors of all processes, which have the same shape. Every process gets the same bits."""
-        if self.count == 1:
-            return tensor
-        total = tensor.clone()
-        torch.distributed.all_reduce(total)
-        return total
-
-    def average_buffers(self, model: nn.Module) -> None:
-        """Set the floating-point buffers of `model` to their mean over all processes.
-
-        On CPUs, each process normalises by the statistics of its own part of a batch, and its running statistics differ
-        from the others'. They must agree before the model is pruned, evaluated or saved.
-        """
-        for buffer in model.buffers() if self.count > 1 else ():
-            if buffer.is_floating_point():
-                buffer.copy_(self.sum(buffer) / self.count)
-
-    def gather(self, value: T) -> list[T]:
-        """The values of all processes, in the order of the ranks. They are sent as pickles."""
-        if self.count == 1:
-            return [value]
-        values: list[Any] = [None] * self.count
+def gather(value: T) -> list[T]:
+    """The values of all processes, in the order of the ranks. They are sent as pickles."""
+    values: list[Any] = [value] * count()
+    if count() > 1:
         torch.distributed.all_gather_object(values, value)
-        return values
+    return values
 
-    def all_or_raise(self, action: Callable[[], T]) -> T:
-        """Call `action` on every process and return its result here, or raise on every process if it fails on one.
 
-        Raises:
-            SharedError: every failure was a WorkflowError or an OSError. The message is that of the lowest rank that
-                failed, and names this rank unless all processes failed with the same message.
-            RuntimeError: a process raised any other exception.
-            Exception: a single process raises whatever `action` raises.
-        """
-        if self.count == 1:
-            return action()
-        result, failure, outcome = [], None, None
-        try:
-            result.append(action())
-        except Exception as error:
-            fixable = isinstance(error, WorkflowError | OSError)
-            failure = error
-            outcome = (message_of(error) if fixable else f"{type(error).__name__}: {error}", fixable)
-        outcomes = self.gather(outcome)
-        failed = [(rank, *each) for rank, each in enumerate(outcomes) if each is not None]
-        if not failed:
-            return result[0]
-        rank, message, _ = failed[0]
-        if len(set(outcomes)) > 1:
-            message = f"rank {rank}: {message}"
-        raise (SharedError if all(fixable for *_, fixable in failed) else RuntimeError)(message) from failure
-
-    def on_rank_zero(self, action: Callable[[], T]) -> T:
-        """Call `action` on rank 0 and return its result on every process. Raises as `all_or_raise` does."""
-        return self.gather(self.all_or_raise(lambda: action() if self.is_first else None))[0]  # type: ignore[return-value]
-
-    def local_rank_zero_first(self, action: Callable[[], T]) -> T:
-        """`all_or_raise`, first on one process of each machine, which may download a file for the others."""
-        first = self.local_rank == 0
-        results = self.all_or_raise(lambda: [action()] if first else [])
-        return self.all_or_raise(lambda: results[0] if first else action())
-
-    @contextmanager
-    def held_on_rank_zero(self, context: AbstractContextManager[T]) -> Iterator[T]:
-        """Enter `context` on rank 0 while every process is inside; yields its value. Raises as `all_or_raise` does."""
-        with ExitStack() as stack:
-            yield self.on_rank_zero(lambda: stack.enter_context(context))
-
-    def require_same(self, what: str, value: object) -> None:
-        """Raise SharedError on every process unless all have the same `value`."""
-        values = self.gather(value)
-        for rank, other in enumerate(values):
-            if other != values[0]:
-                raise SharedError(f"rank {rank}: expected {what} of rank 0, {values[0]}, got {other}")
+def on_rank_zero(action: Callable[[], T]) -> T:
+    """Call `action` on rank 0 and return its result, which is sent as a pickle, on every process."""
+    results: list[Any] = [action() if rank() == 0 else None]
+    if count() > 1:
+        torch.distributed.broadcast_object_list(results)
+    return results[0]  # type: ignore[no-any-return]
 
 
 @contextmanager
-def process_group(
-    *, use_gpus: bool, tell: Callable[[str], None], timeout: timedelta = timedelta(minutes=30)
-) -> Iterator[Processes]:
-    """Join the processes that torchrun started. Without torchrun, yields this process alone.
+def held_on_rank_zero(context: AbstractContextManager[T]) -> Iterator[T]:
+    """Enter `context` on rank 0 while every process is inside; yields its value."""
+    with ExitStack() as stack:
+        yield on_rank_zero(lambda: stack.enter_context(context))
 
-    Args:
-        use_gpus: whether to use nccl besides gloo, if there are GPUs.
-        tell: shows the message of an error that all processes raise. It is called on rank 0 only, before any process
-            ends, because torchrun ends the others as soon as one has ended.
-        timeout: how long a process waits for the others, which may download a data set, before they count as lost.
-    """
-    names = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
-    if not all(name in os.environ for name in names) or os.environ["WORLD_SIZE"] == "1":
-        yield Processes()
+
+def require_same(what: str, value: object) -> None:
+    """Raise WorkflowError on every process unless all have the same `value`."""
+    values = gather(value)
+    for number, other in enumerate(values):
+        if other != values[0]:
+            raise WorkflowError(f"{what}: expected the same on all ranks, got {values[0]} and, on {number}, {other}")
+
+
+@contextmanager
+def process_group(*, use_gpus: bool) -> Iterator[None]:
+    """Join the processes that torchrun started, if it did. `use_gpus` says whether nccl may be used besides gloo."""
+    if not {"RANK", "LOCAL_RANK"} <= os.environ.keys() or os.environ.get("WORLD_SIZE", "1") == "1":
+        yield
         return
-    rank, count, local_rank = (int(os.environ[name]) for name in names)
     nccl = use_gpus and torch.cuda.is_available() and torch.distributed.is_nccl_available()
     try:
-        torch.distributed.init_process_group("cpu:gloo,cuda:nccl" if nccl else "gloo", timeout=timeout)
+        torch.distributed.init_process_group("cpu:gloo,cuda:nccl" if nccl else "gloo", timeout=_TIMEOUT)
     except (ValueError, RuntimeError) as error:
-        others = f"rank {rank} of {count}: the other processes cannot be reached"
-        raise WorkflowError(f"{others}: {_reason(error)}") from error
-    processes = Processes(rank, count, local_rank)
+        raise WorkflowError(f"the other processes cannot be reached: {_reason(error)}") from error
     try:
-        yield processes
-        processes.gather(None)  # waits for all
-    except SharedError as error:
-        if processes.is_first:
-            tell(str(error))
-        processes.gather(None)
-        raise
+        yield
+        gather(None)  # waits for all
     except RuntimeError as error:
         # Errors of nccl have a class. Those of gloo are plain RuntimeErrors that name its source files.
         if not isinstance(error, torch.distributed.DistError) and "gloo/" not in str(error):
             raise
-        raise LostProcessError(
-            f"rank {rank}: another process has ended or cannot be reached ({_reason(error)}). "
+        raise ConnectionError(
+            f"another process has ended or cannot be reached ({_reason(error)}). "
             "Finished epochs are kept; start all processes again with --resume"
         ) from error
     torch.distributed.destroy_process_group()

@@ -7,14 +7,6 @@ class WorkflowError(ValueError):
     """A setting, file or folder cannot be used. The message says which, and what to do."""
 
 
-class SharedError(WorkflowError):
-    """An error that every process of a run raises because one of them failed."""
-
-
-class LostProcessError(WorkflowError):
-    """Another process of the run has ended, or cannot be reached."""
-
-
 class OptionError(WorkflowError):
     """An option has a value that cannot be used. `option` may be the name of the setting's field."""
 
@@ -27,12 +19,3 @@ class DataFileError(WorkflowError):
 
     def __init__(self, path: object, expected: str, found: str) -> None:
         super().__init__(f"{path}: expected {expected}, found {found}")
-
-
-def message_of(error: Exception) -> str:
-    """The line to print for an error. The system's own errors need the name of their file; `atomic_write` adds it."""
-    if isinstance(error, OSError) and error.filename is not None:
-        return f"{error.filename}: {error.strerror}"
-    if isinstance(error, OSError) and error.strerror:
-        return error.strerror
-    return str(error)

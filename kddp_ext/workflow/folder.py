@@ -6,8 +6,6 @@ import fcntl
 import io
 import json
 import os
-import shutil
-import tempfile
 import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 
 from kddp_ext.files import atomic_write, leftovers, parse_json, remove_leftovers, write_json, write_text
 from kddp_ext.workflow.config import SweepConfig, differences
@@ -23,7 +20,8 @@ from kddp_ext.workflow.errors import WorkflowError
 from kddp_ext.workflow.jobs import TEACHER, Point, Stage, points
 
 CHECKPOINT_VERSION = 1
-_CHECKPOINT_FIELDS = {"version", "stage", "architecture", "model", "optimizer", "pruner", "history", "epochs"}
+_CHECKPOINT_FIELDS = {"version", "stage", "model", "optimizer", "pruner", "history", "epochs"}
+FIGURES = ("test_accuracy", "parameters", "linear_parameters", "macs")  # of every result
 _NO_RUN = "exists and is not a run of kddp. Give another --name or --runs-dir."
 # The settings, besides all of `teacher`, that decide a teacher's weights.
 _TEACHER_SETTINGS = ("dataset", "data_seed", "validation", "augment", "precision", "compile")
@@ -82,7 +80,7 @@ class RunFolder:
             return None
         advice = "Delete it and resume to measure again from the checkpoint."
         result = _parse_object(path, _read(path, advice), advice)
-        if not {"test_accuracy", "parameters", "macs", "width"} <= result.keys():
+        if not all(isinstance(result.get(key), int | float) for key in FIGURES) or "width" not in result:
             raise WorkflowError(f"{path} is not the result of a training. {advice}")
         return result
 
@@ -156,7 +154,7 @@ def locked(path: Path, *, wait: bool = True) -> Iterator[bool]:
 
 def take_teacher(folder: RunFolder, source: Path, sweep: SweepConfig) -> None:
     """Copy the finished teacher of the run in `source`, trained with `sweep`'s settings, unless `folder` has one."""
-    if folder.job(TEACHER).exists():
+    if folder.read_result(TEACHER) is not None:
         return
     other = RunFolder(source)
     if other.read_result(TEACHER) is None:
@@ -167,13 +165,10 @@ def take_teacher(folder: RunFolder, source: Path, sweep: SweepConfig) -> None:
         raise WorkflowError(
             f"--teacher-from: the teacher of {source} was trained with other settings: {'; '.join(changed)}"
         )
-    # The copy is renamed into place once it is complete. The next process removes what a killed one leaves.
-    try:
-        with tempfile.TemporaryDirectory(prefix=".teacher.", suffix=".partial", dir=folder.path) as beside:
-            os.replace(shutil.copytree(other.job(TEACHER), Path(beside) / TEACHER), folder.job(TEACHER))
-    except OSError as error:
-        reason = error.args[0][0][2] if isinstance(error, shutil.Error) else error.strerror
-        raise OSError(error.errno, f"cannot copy {other.job(TEACHER)} to {folder.path}: {reason}") from error
+    folder.job(TEACHER).mkdir(exist_ok=True)
+    for file in (RunFolder.checkpoint, RunFolder.metrics, RunFolder.result):  # the last one marks it as finished
+        content = file(other, TEACHER).read_bytes()
+        atomic_write(file(folder, TEACHER), lambda copy, content=content: copy.write(content))  # type: ignore[misc]
 
 
 def save_checkpoint(path: Path, state: dict[str, Any]) -> None:
@@ -205,23 +200,6 @@ def load_checkpoint(path: Path, stage: Stage) -> dict[str, Any]:
     if state["stage"] != stage:
         raise WorkflowError(f"{path} belongs to the stage {state['stage']}. {advice}")
     return state
-
-
-def architecture(model: nn.Module) -> dict[str, list[int]]:
-    """Names and shapes of all weights and buffers."""
-    return {name: list(value.shape) for name, value in model.state_dict().items()}
-
-
-def check_architecture(path: Path, saved: dict[str, list[int]], model: nn.Module) -> None:
-    """Raise WorkflowError, naming the first difference, unless a checkpoint's architecture is that of `model`."""
-    expected = architecture(model)
-    for name in sorted(saved.keys() | expected.keys()):
-        shapes = [f"shape {tuple(each[name])}" if name in each else "no entry" for each in (saved, expected)]
-        if shapes[0] != shapes[1]:
-            raise WorkflowError(
-                f"{path} is a checkpoint of another architecture: {name} has {shapes[0]} in the file, "
-                f"{shapes[1]} in the model"
-            )
 
 
 def _read(path: Path, advice: str) -> str:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,7 +17,7 @@ from kddp_ext.workflow.config import Device, RunConfig, preset
 from kddp_ext.workflow.data import ImageData
 from kddp_ext.workflow.datasets import INFO, read_dataset
 from kddp_ext.workflow.errors import WorkflowError
-from kddp_ext.workflow.folder import RunFolder, check_architecture, load_checkpoint
+from kddp_ext.workflow.folder import RunFolder, load_checkpoint
 from kddp_ext.workflow.jobs import TEACHER
 from kddp_ext.workflow.measure import accuracy, count_macs, count_parameters
 from kddp_ext.workflow.models import build_student, build_teacher
@@ -28,8 +29,7 @@ from kddp_ext.workflow.runtime import Runtime
 class SavedModel:
     """A trained network on disk: its training's name, its file, its stage and settings.
 
-    `history` is what was pruned; None for the teacher. `load` builds the network on the CPU and loads its weights,
-    given example images (2, C, S, S) on the CPU.
+    `history` is what was pruned; None for the teacher.
     """
 
     name: str
@@ -37,7 +37,16 @@ class SavedModel:
     stage: str
     config: RunConfig
     history: kddp_ext.PruningHistory | None
-    load: Callable[[Tensor], nn.Module]
+
+    def load(self, example: Tensor) -> nn.Module:
+        """The network on the CPU with its weights; `example` are images (2, C, S, S) on the CPU."""
+        info = INFO[self.config.dataset]
+        with _named(self.path):
+            if self.history is not None:
+                return kddp_ext.load_student(self.path, lambda: build_student(self.config, info), (example,))
+            model = build_teacher(self.config, info)
+            model.load_state_dict(load_checkpoint(self.path, "teacher")["model"])
+            return model
 
 
 def find_models(path: Path) -> list[SavedModel]:
@@ -52,7 +61,29 @@ def find_models(path: Path) -> list[SavedModel]:
     finished = [name for name in jobs if folder.read_result(name) is not None]
     if not finished:
         raise WorkflowError(f"{path}: no training of this run is finished yet. Continue it with --resume.")
-    return [_teacher(folder, sweep.run) if name == TEACHER else _student(folder.student(name)) for name in finished]
+    teacher = SavedModel(TEACHER, folder.checkpoint(TEACHER), "teacher", sweep.run, None)
+    return [teacher if name == TEACHER else _student(folder.student(name)) for name in finished]
+
+
+def _student(path: Path) -> SavedModel:
+    with _named(path):
+        header = kddp_ext.read_student_header(path)
+        metadata = header["metadata"]
+        if not {"config", "stage"} <= metadata.keys():
+            raise WorkflowError(f"{path} was not written by kddp run: its header has no config and stage")
+        config = RunConfig.from_json(parse_json(metadata["config"], most=2**22))
+        history = kddp_ext.PruningHistory.from_json(header["history"])
+        return SavedModel(path.parent.name, path, metadata["stage"], config, history)
+
+
+@contextmanager
+def _named(path: Path) -> Iterator[None]:
+    """Make an error about the content of a file a WorkflowError of one line that names the file."""
+    try:
+        yield
+    except (ValueError, RuntimeError) as error:
+        message = " ".join(str(error).split())
+        raise WorkflowError(message if str(path) in message else f"{path}: {message}") from error
 
 
 def evaluate(path: Path, data_dir: Path | None, device: Device, console: Console) -> None:
@@ -78,71 +109,33 @@ def describe(path: Path, console: Console) -> None:
     else:
         _describe_student(models[0], console)
     for saved in models:
-        for layer, steps in _pruned(saved).items():
-            say(console, f"{saved.name}: {layer}: {steps}")
+        for line in () if saved.history is None else _pruned(saved.history):
+            say(console, f"{saved.name}: {line}")
     base = preset(config.dataset, config.preset).options()
-    changed = [f"{option} = {value}" for option, value in config.options().items() if base[option] != value]
-    title = f"\nSettings: {config.dataset}, preset {config.preset}" + (", except" if changed else "")
-    for line in [title, *(f"  {line}" for line in changed)]:
+    changed = [f"  {option} = {value}" for option, value in config.options().items() if base[option] != value]
+    exceptions = ", except" if changed else ""
+    for line in (f"\nSettings: {config.dataset}, preset {config.preset}{exceptions}", *changed):
         say(console, line)
-    say(console, f"All settings are in {path / 'config.json' if path.is_dir() else 'the header of ' + str(path)}")
+    say(console, f"All settings are in {path / 'config.json' if path.is_dir() else f'the header of {path}'}")
 
 
 def _describe_student(saved: SavedModel, console: Console) -> None:
     info = INFO[saved.config.dataset]
     images = torch.zeros(2, info.channels, info.size, info.size)
     model = saved.load(images)
-    modules = [each for each in model.named_modules() if isinstance(each[1], nn.Conv2d | nn.Linear)]
-    for line in (
-        f"{saved.path}: a student for {info.name}, trained in the stage {saved.stage}",
-        f"{count_parameters(model):,} parameters, {count_macs(model, images[:1]):,} multiply-adds for one image, "
-        f"{saved.path.stat().st_size / 1024:,.0f} KiB\n",
-        *(f"  {name:<16} {str(module).replace(', bias=False', '')}" for name, module in modules),
-        "",
-    ):
-        say(console, line)
+    say(console, f"{saved.path}: a student for {info.name}, trained in the stage {saved.stage}")
+    size = f"{saved.path.stat().st_size / 1024:,.0f} KiB"
+    macs = count_macs(model, images[:1])
+    say(console, f"{count_parameters(model):,} parameters, {macs:,} multiply-adds for one image, {size}\n")
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Conv2d | nn.Linear):
+            say(console, f"  {name:<16} {str(module).replace(', bias=False', '')}")
+    say(console, "")
 
 
-def _pruned(saved: SavedModel) -> dict[str, str]:
-    """What was pruned, by layer."""
-    if saved.history is None:
-        return {}
-    found = {}
-    for layer, width in saved.history.original_widths.items():
-        removed = [str(len(step[layer])) for step in saved.history.steps if step.get(layer)]
+def _pruned(history: kddp_ext.PruningHistory) -> Iterator[str]:
+    """What was pruned, a line for each layer."""
+    for layer, width in history.original_widths.items():
+        removed = [str(len(step[layer])) for step in history.steps if step.get(layer)]
         steps = f"; removed {', '.join(removed)}" if removed else ""
-        found[layer] = f"{width:,} neurons at the start, {saved.history.widths[layer]:,} now{steps}"
-    return found
-
-
-def _teacher(folder: RunFolder, config: RunConfig) -> SavedModel:
-    path = folder.checkpoint(TEACHER)
-
-    def load(_example: Tensor) -> nn.Module:
-        state = load_checkpoint(path, "teacher")
-        model = build_teacher(config, INFO[config.dataset])
-        check_architecture(path, state["architecture"], model)
-        model.load_state_dict(state["model"])
-        return model
-
-    return SavedModel(TEACHER, path, "teacher", config, None, load)
-
-
-def _student(path: Path) -> SavedModel:
-    try:
-        header = kddp_ext.read_student_header(path)
-        metadata = header["metadata"]
-        if not {"config", "stage"} <= metadata.keys():
-            raise WorkflowError(f"{path} was not written by kddp run: its header has no config and stage")
-        config = RunConfig.from_json(parse_json(metadata["config"], most=2**22))
-        history = kddp_ext.PruningHistory.from_json(header["history"])
-    except ValueError as error:
-        raise WorkflowError(str(error)) from error
-
-    def load(example: Tensor) -> nn.Module:
-        try:
-            return kddp_ext.load_student(path, lambda: build_student(config, INFO[config.dataset]), (example,))
-        except ValueError as error:
-            raise WorkflowError(str(error)) from error
-
-    return SavedModel(path.parent.name, path, metadata["stage"], config, history, load)
+        yield f"{layer}: {width:,} neurons at the start, {history.widths[layer]:,} now{steps}"

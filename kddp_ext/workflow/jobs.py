@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
@@ -86,7 +85,12 @@ def _kd(sweep: SweepConfig, seed: int, width: int) -> Job:
 
 def _retrained(sweep: SweepConfig, point: Point, found: Mapping[str, int]) -> Point:
     jobs = tuple(_kd(sweep, job.config.seed, found[job.name]) for job in point.jobs if job.name in found)
-    return Point(f"kd at the width of {point.label}", "kd-at-found-width", jobs)
+    return Point(label_at_found_width(point), "kd-at-found-width", jobs)
+
+
+def label_at_found_width(kddp: Point) -> str:
+    """The label of the point that trains KD at the widths that `kddp` found."""
+    return f"kd at the width of {kddp.label}"
 
 
 def _with(section: str, **changes: Any) -> Change:
@@ -97,10 +101,11 @@ def _with(section: str, **changes: Any) -> Change:
 
 
 def _with_threshold(factor: float) -> Change:
+    """A function that multiplies the threshold, rounded to three digits."""
+
     def change(config: RunConfig) -> RunConfig:
-        threshold = config.pruning.threshold * factor
-        digits = 2 - math.floor(math.log10(threshold))
-        return _with("pruning", threshold=min(1.0, round(threshold, digits)))(config)
+        threshold = float(f"{config.pruning.threshold * factor:.3g}")
+        return _with("pruning", threshold=min(1.0, threshold))(config)
 
     return change
 

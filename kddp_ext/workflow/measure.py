@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from kddp_ext.workflow import distributed
 from kddp_ext.workflow.data import ImageData, Split
 from kddp_ext.workflow.runtime import Runtime
 
@@ -17,25 +18,27 @@ ACTIVE_IMAGES = 5000  # enough images to find a neuron that is active for any
 def accuracy(model: nn.Module, data: ImageData, split: Split, runtime: Runtime, *, views: bool = False) -> float:
     """The share of the images of `split` that `model` classifies correctly, 0 to 1. The processes share the images.
 
-    `views` averages the logits of six views of each image: the image, and the image moved by one pixel along each
-    diagonal, each also mirrored, with the weights of Jordan (2024).
+    `views` averages the logits of several views of each image: the image, and the image moved by one pixel along each
+    diagonal, each also mirrored if the data set allows flips, with the weights of Jordan (2024).
     """
     model.eval()
     correct = torch.zeros((), dtype=torch.int64, device=runtime.device)
-    shares = (runtime.processes.share(part).split(_EVALUATION_BATCH) for part in (split.images, split.labels))
+    shares = (distributed.share(part).split(_EVALUATION_BATCH) for part in (split.images, split.labels))
     for images, labels in zip(*shares, strict=True):
         with runtime.autocast():
             normalised = data.normalise(images)
-            logits = _logits_of_views(model, normalised) if views else model(normalised)
+            logits = _logits_of_views(model, normalised, data.info.flips) if views else model(normalised)
         correct += (logits.argmax(1) == labels).sum()
-    return int(runtime.processes.sum(correct)) / len(split.labels)
+    return int(distributed.total(correct)) / len(split.labels)
 
 
-def _logits_of_views(model: nn.Module, images: Tensor) -> Tensor:
+def _logits_of_views(model: nn.Module, images: Tensor, flips: bool) -> Tensor:
     padded = nn.functional.pad(images, (1, 1, 1, 1), mode="reflect")
     size = images.shape[-1]
-    views = ((0.5, images), (0.25, padded[..., :size, :size]), (0.25, padded[..., 2:, 2:]))
-    return torch.stack([w * (model(view).float() + model(view.flip(3)).float()) for w, view in views]).sum(0)
+    views = [(0.5, images), (0.25, padded[..., :size, :size]), (0.25, padded[..., 2:, 2:])]
+    if flips:
+        views += [(weight, view.flip(3)) for weight, view in views]
+    return torch.stack([weight * model(view).float() for weight, view in views]).sum(0)
 
 
 @torch.inference_mode()
@@ -48,10 +51,10 @@ def count_active(model: nn.Module, layer: nn.Linear, data: ImageData, runtime: R
 
     model.eval()
     with layer.register_forward_hook(note):
-        for images in runtime.processes.share(data.train.images[:ACTIVE_IMAGES]).split(_EVALUATION_BATCH):
+        for images in distributed.share(data.train.images[:ACTIVE_IMAGES]).split(_EVALUATION_BATCH):
             with runtime.autocast():
                 model(data.normalise(images))
-    return int((runtime.processes.sum(active.int()) > 0).sum())
+    return int((distributed.total(active.int()) > 0).sum())
 
 
 def count_parameters(model: nn.Module) -> int:

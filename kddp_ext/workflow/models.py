@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import ClassVar, cast
 
 import torch
 from torch import Tensor, nn
 
-from kddp_ext.workflow.config import RunConfig, StudentArchitecture, TeacherArchitecture
+from kddp_ext.workflow.config import RunConfig, StudentArchitecture, StudentConfig, TeacherArchitecture, TeacherConfig
 from kddp_ext.workflow.datasets import DatasetInfo
 from kddp_ext.workflow.errors import OptionError, WorkflowError
 
@@ -27,23 +26,24 @@ _CHANNELS: dict[TeacherArchitecture | StudentArchitecture, tuple[int, ...]] = {
 
 def build_teacher(config: RunConfig, info: DatasetInfo) -> nn.Module:
     """The teacher of a run. `config.teacher.seed` determines the initial weights."""
-    teacher = config.teacher
-    channels = teacher.channels or _CHANNELS[teacher.architecture]
-    if teacher.architecture == "fast":
-        return _seeded(teacher.seed, lambda: FastTeacher(info.channels, info.classes, channels))
-    depth = _RESNET_DEPTHS[teacher.architecture]
-    return _seeded(teacher.seed, lambda: PreActivationResNet(info.channels, info.classes, depth, channels))
+    return _build(config.teacher, config.teacher.seed, info)
 
 
 def build_student(config: RunConfig, info: DatasetInfo) -> nn.Module:
     """The student of a run before any pruning. `config.seed` determines the initial weights."""
-    student = config.student
-    channels = student.channels or _CHANNELS[student.architecture]
-    if student.architecture in _RESNET_DEPTHS:
-        depth = _RESNET_DEPTHS[student.architecture]
-        return _seeded(config.seed, lambda: PreActivationResNet(info.channels, info.classes, depth, channels))
-    network = PlainStudent if student.architecture == "cnn" else VGG11
-    return _seeded(config.seed, lambda: network(info.channels, info.size, info.classes, channels, student.width))
+    return _build(config.student, config.seed, info)
+
+
+def _build(network: TeacherConfig | StudentConfig, seed: int, info: DatasetInfo) -> nn.Module:
+    architecture, channels = network.architecture, network.channels or _CHANNELS[network.architecture]
+    with torch.random.fork_rng(devices=[]):  # keeps the caller's random state
+        torch.manual_seed(seed)
+        if architecture in _RESNET_DEPTHS:
+            return PreActivationResNet(info.channels, info.classes, _RESNET_DEPTHS[architecture], channels)
+        if isinstance(network, TeacherConfig):
+            return FastTeacher(info.channels, info.classes, channels)
+        student = PlainStudent if architecture == "cnn" else VGG11
+        return student(info.channels, info.size, info.classes, channels, network.width)
 
 
 def check_networks(config: RunConfig, info: DatasetInfo) -> None:
@@ -66,12 +66,6 @@ def check_networks(config: RunConfig, info: DatasetInfo) -> None:
         raise WorkflowError(
             "--pruning.layers: expected all for --student.architecture resnet20, which has no hidden layer; got hidden"
         )
-
-
-def _seeded(seed: int, build: Callable[[], nn.Module]) -> nn.Module:
-    with torch.random.fork_rng(devices=[]):  # keeps the caller's random state
-        torch.manual_seed(seed)
-        return build()
 
 
 class FastTeacher(nn.Module):

@@ -1,4 +1,4 @@
-"""The picture of a run or a sweep: accuracy against size, the widths, and the ablations or the terms of the loss."""
+"""The picture of a run or a sweep: accuracy against size, the widths, and the ablations."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import io
 import statistics
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -17,25 +17,15 @@ from kddp_ext.files import atomic_write
 if TYPE_CHECKING:
     from kddp_ext.workflow.report import Measured
 
-# Style of each kind of point. A small filled marker stays visible inside a large hollow one, as networks of different
-# kinds often coincide: scratch and kd have the same size, and so do kddp and kd at the width that it found.
-_STYLES: dict[str, dict[str, Any]] = {
-    "teacher": {"label": "teacher", "color": "#8a8f98", "marker": "s", "markersize": 8},
-    "scratch": {"label": "student alone", "color": "#3b78b5", "marker": "o", "markersize": 14, "fillstyle": "none"},
-    "kd": {"label": "KD", "color": "#e08a1e", "marker": "D", "markersize": 6, "linestyle": "-"},
-    "kd-at-found-width": {
-        "label": "KD at the width that KDDP found",
-        "color": "#e08a1e",
-        "marker": "D",
-        "markersize": 15,
-        "fillstyle": "none",
-    },
-    "kddp": {"label": "KDDP", "color": "#c0354a", "marker": "*", "markersize": 9},
-}
-_TERMS = {
-    "kd": ("KD", "#e08a1e"),
-    "cross_entropy": ("cross-entropy", "#3b78b5"),
-    "l1": ("L1 of activations", "#4c9a5b"),
+# Label, colour, marker and marker size of each kind of point. A small filled marker stays visible inside a large hollow
+# one, as networks of different kinds often coincide: scratch and kd have the same size, and so do kddp and kd at the
+# width that it found.
+_STYLES: dict[str, tuple[str, str, str, int]] = {
+    "teacher": ("teacher", "#8a8f98", "s", 8),
+    "scratch": ("student alone", "#3b78b5", "o", 14),
+    "kd": ("KD", "#e08a1e", "D", 6),
+    "kd-at-found-width": ("KD at the width that KDDP found", "#e08a1e", "D", 15),
+    "kddp": ("KDDP", "#c0354a", "*", 9),
 }
 
 
@@ -43,15 +33,14 @@ def draw(path: Path, measured: Sequence[Measured], title: str) -> None:
     """Draw the finished points into a PNG file. Error bars are standard deviations over seeds."""
     ablations = [each for each in measured if each.point.kind == "ablation"]
     kddp = [each for each in measured if each.point.kind == "kddp"]
-    figure = Figure(figsize=(16 if ablations else 14, 5), dpi=150, layout="constrained")
+    panels = 3 if ablations else 2
+    figure = Figure(figsize=(5.4 * panels, 5), dpi=150, layout="constrained")
     figure.suptitle(title, x=0.01, ha="left", fontsize=13, fontweight="bold")
-    left, middle, right = figure.subplots(1, 3)
-    _accuracy_against_parameters(left, measured)
-    _widths(middle, kddp, [each for each in measured if each.point.kind == "kd"])
+    axes_of = figure.subplots(1, panels)
+    _accuracy_against_parameters(axes_of[0], measured)
+    _widths(axes_of[1], kddp, [each for each in measured if each.point.kind == "kd"])
     if ablations:
-        _ablations(right, [*reversed(ablations), *(each for each in kddp if each.point.is_base)])
-    else:
-        _loss_terms(right, next((each.epochs[0] for each in kddp if each.point.is_base), []))
+        _ablations(axes_of[2], [*reversed(ablations), *(each for each in kddp if each.point.is_base)])
     for axes in figure.axes:
         axes.spines[["top", "right"]].set_visible(False)
         axes.grid(color="#e6e8eb", linewidth=0.8)
@@ -65,14 +54,21 @@ def draw(path: Path, measured: Sequence[Measured], title: str) -> None:
 
 def _accuracy_against_parameters(axes: Axes, measured: Sequence[Measured]) -> None:
     axes.set(title="Accuracy against size", xlabel="parameters (log scale)", ylabel="test accuracy (%)", xscale="log")
-    for kind, style in _STYLES.items():
+    for kind, (label, color, marker, size) in _STYLES.items():
         found = sorted((each for each in measured if each.point.kind == kind), key=lambda each: each.mean("parameters"))
         if found:
             axes.errorbar(
                 [each.mean("parameters") for each in found],
                 [100 * each.mean("test_accuracy") for each in found],
                 yerr=_deviations(found),
-                **{"linestyle": "none", "capsize": 3, "linewidth": 1.4, **style},
+                label=label,
+                color=color,
+                marker=marker,
+                markersize=size,
+                fillstyle="none" if size > 10 else "full",
+                linestyle="-" if kind == "kd" else "none",
+                linewidth=1.4,
+                capsize=3,
             )
     low, high = axes.get_xlim()
     axes.set_xlim(low / 1.1, high * 1.1)
@@ -101,28 +97,14 @@ def _widths(axes: Axes, kddp: Sequence[Measured], kd: Sequence[Measured]) -> Non
             axes.plot(
                 [epoch["epoch"] for epoch in epochs],
                 [epoch["width"] for epoch in epochs],
-                color=_STYLES["kddp"]["color"],
+                color=_STYLES["kddp"][1],
                 alpha=shade,
                 linewidth=1.8,
                 label=f"KDDP, l1-weight {weight:g}: {final:.0f}" if index == 0 else None,
             )
     if start and kddp and kddp[0].jobs[0].config.pruning.layers == "hidden":
-        axes.axhline(start, color=_STYLES["kd"]["color"], linewidth=1.5, linestyle="--", label=f"KD: {start:,}")
+        axes.axhline(start, color=_STYLES["kd"][1], linewidth=1.5, linestyle="--", label=f"KD: {start:,}")
     axes.set_ylim(bottom=0)
-
-
-def _loss_terms(axes: Axes, epochs: list[dict[str, Any]]) -> None:
-    axes.set(title="Terms of KDDP's loss", xlabel="epoch", ylabel="mean over the epoch (log scale)")
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-    for term, (name, colour) in _TERMS.items() if epochs else ():
-        axes.plot(
-            [epoch["epoch"] for epoch in epochs],
-            [epoch[term] or float("nan") for epoch in epochs],  # 0 has no place on a log scale
-            color=colour,
-            linewidth=2,
-            label=name,
-        )
-        axes.set_yscale("log")
 
 
 def _ablations(axes: Axes, shown: Sequence[Measured]) -> None:

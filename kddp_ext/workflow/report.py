@@ -15,9 +15,8 @@ from rich.table import Table as RichTable
 from kddp_ext.files import remove_leftovers, write_text
 from kddp_ext.workflow.config import SweepConfig
 from kddp_ext.workflow.datasets import INFO
-from kddp_ext.workflow.errors import WorkflowError
 from kddp_ext.workflow.folder import RunFolder, locked
-from kddp_ext.workflow.jobs import Job, Point
+from kddp_ext.workflow.jobs import Job, Point, label_at_found_width
 from kddp_ext.workflow.measure import ACTIVE_IMAGES
 from kddp_ext.workflow.plots import draw
 
@@ -55,10 +54,7 @@ class Measured:
     epochs: tuple[list[dict[str, Any]], ...]
 
     def values(self, key: str) -> list[float]:
-        """The figure `key` of each seed; raises WorkflowError if a result does not have it."""
-        for job, result in zip(self.jobs, self.results, strict=True):
-            if not isinstance(result.get(key), int | float):
-                raise WorkflowError(f"the result of {job.name}: expected a number {key}, got {result.get(key)!r}")
+        """The figure `key` of each seed."""
         return [float(result[key]) for result in self.results]
 
     def mean(self, key: str) -> float:
@@ -131,7 +127,7 @@ def sweep_tables(measured: Sequence[Measured]) -> list[Table]:
     kd = _full_kd(measured)
     ablations = [each for each in measured if each.point.kind == "ablation"]
     tables = [Table("students", _COLUMNS, [_row(each, kd) for each in _main(measured)])]
-    if any(each.point.kind == "kd-at-found-width" for each in measured) and (pairs := _pairs(measured)):
+    if pairs := _pairs(measured):
         tables.append(Table("same-width", ("KDDP", "hidden width", "KDDP", "KD", "difference by seed"), pairs))
     if ablations:
         base = [each for each in measured if each.point.is_base]
@@ -177,7 +173,7 @@ def _report_lines(folder: RunFolder, sweep: SweepConfig, measured: Sequence[Meas
     lines += [f"- **{kind}**: {_MEANING[kind]}." for kind in kinds]
     views = next((each.results[0].get("test_accuracy_with_views") for each in measured if each.point.jobs), None)
     if views is not None:
-        lines += ["", f"With six views of each test image the teacher's accuracy is {views:.2%}."]
+        lines += ["", f"With several views of each test image the teacher's accuracy is {views:.2%}."]
     return [
         *lines,
         "",
@@ -212,14 +208,18 @@ def percent(values: Sequence[float]) -> str:
     return f"{mean} ± {100 * statistics.stdev(values):.2f}" if len(values) > 1 else mean
 
 
-def _signed(differences: Sequence[float]) -> str:
-    text = percent(differences)
-    return text if text.startswith("-") else f"+{text}"
+def _difference(ours: Measured, theirs: Measured) -> str:
+    """The difference in accuracy over the seeds that both have, such as "+0.31 ± 0.08"."""
+    first, second = ours.by_seed("test_accuracy"), theirs.by_seed("test_accuracy")
+    differences = [first[seed] - second[seed] for seed in first if seed in second]
+    text = percent(differences) if differences else ""
+    return text if text.startswith("-") or not text else f"+{text}"
 
 
 def _row(measured: Measured, kd: Measured | None) -> list[str]:
     is_teacher = measured.point.kind == "teacher"
-    return [
+    macs = measured.mean("macs") / 1e6
+    row = [
         measured.point.label,
         str(len(measured.results)),
         percent(measured.values("test_accuracy")),
@@ -227,10 +227,13 @@ def _row(measured: Measured, kd: Measured | None) -> list[str]:
         _width(measured, "active"),
         f"{measured.mean('parameters'):,.0f}",
         f"{measured.mean('linear_parameters'):,.0f}",
-        f"{measured.mean('macs') / 1e6:.{2 if measured.mean('macs') > 1e6 else 3}f}M",
+        f"{macs:.{2 if macs > 1 else 3}f}M",
         "" if is_teacher else f"{measured.mean('bytes') / 1024:,.0f}",
-        *(("", "") if kd is None or is_teacher or measured is kd else _against(measured, kd)),
     ]
+    if kd is None or is_teacher or measured is kd:
+        return [*row, "", ""]
+    fewer = kd.mean("parameters") / measured.mean("parameters")
+    return [*row, _difference(measured, kd), "" if fewer == 1 else f"{fewer:.2f}x"]
 
 
 def _main(measured: Sequence[Measured]) -> list[Measured]:
@@ -244,14 +247,6 @@ def _full_kd(measured: Sequence[Measured]) -> Measured | None:
     return next(found, None)
 
 
-def _against(measured: Measured, kd: Measured) -> tuple[str, str]:
-    """The difference in accuracy over the seeds that both have, and how many times fewer parameters."""
-    ours, theirs = measured.by_seed("test_accuracy"), kd.by_seed("test_accuracy")
-    differences = [ours[seed] - theirs[seed] for seed in ours if seed in theirs]
-    fewer = kd.mean("parameters") / measured.mean("parameters")
-    return _signed(differences) if differences else "", "" if fewer == 1 else f"{fewer:.2f}x"
-
-
 def _width(measured: Measured, key: str = "width") -> str:
     if any(result[key] is None for result in measured.results):
         return ""
@@ -262,23 +257,12 @@ def _width(measured: Measured, key: str = "width") -> str:
 
 
 def _pairs(measured: Sequence[Measured]) -> list[list[str]]:
-    """KDDP, and KD at the width that it found, by seed."""
-    kd, rows = {}, []
-    for each in measured:
-        if each.point.kind in ("kd", "kd-at-found-width"):
-            kd.update(_accuracies(each))
-    for each in (each for each in measured if each.point.kind == "kddp"):
-        pairs = [(ours, kd[key]) for key, ours in _accuracies(each).items() if key in kd]
-        if pairs:
-            ours, theirs = zip(*pairs, strict=True)
-            differences = [one - other for one, other in pairs]
-            rows.append([each.point.label, _width(each), percent(ours), percent(theirs), _signed(differences)])
+    """KDDP, and KD at the width that it found."""
+    by_label = {each.point.label: each for each in measured}
+    rows = []
+    for kddp in (each for each in measured if each.point.kind == "kddp"):
+        kd = by_label.get(label_at_found_width(kddp.point))
+        if kd is not None:
+            accuracies = [percent(each.values("test_accuracy")) for each in (kddp, kd)]
+            rows.append([kddp.point.label, _width(kddp), *accuracies, _difference(kddp, kd)])
     return rows
-
-
-def _accuracies(measured: Measured) -> dict[tuple[int, int], float]:
-    """The test accuracy by width and seed."""
-    return {
-        (result["width"], job.config.seed): result["test_accuracy"]
-        for job, result in zip(measured.jobs, measured.results, strict=True)
-    }

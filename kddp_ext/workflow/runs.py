@@ -9,40 +9,32 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 import kddp_ext
 from kddp_ext.files import remove_leftovers, write_json
+from kddp_ext.workflow import distributed
 from kddp_ext.workflow.config import Device, SweepConfig
 from kddp_ext.workflow.data import ImageData
 from kddp_ext.workflow.datasets import INFO, read_dataset
-from kddp_ext.workflow.distributed import Processes
+from kddp_ext.workflow.distributed import on_rank_zero
 from kddp_ext.workflow.errors import OptionError, WorkflowError
-from kddp_ext.workflow.folder import (
-    RunFolder,
-    architecture,
-    check_architecture,
-    load_checkpoint,
-    locked,
-    open_folder,
-    save_checkpoint,
-)
+from kddp_ext.workflow.folder import RunFolder, load_checkpoint, locked, open_folder, save_checkpoint
 from kddp_ext.workflow.jobs import TEACHER, Job, points
 from kddp_ext.workflow.measure import accuracy, count_active, count_macs, count_parameters
 from kddp_ext.workflow.models import FastTeacher, build_student, build_teacher, check_networks
 from kddp_ext.workflow.report import say, title_of, write_report
 from kddp_ext.workflow.runtime import Runtime
 from kddp_ext.workflow.teacher_logits import TeacherLogits
-from kddp_ext.workflow.tensorboard import event_files, require_tensorboard
+from kddp_ext.workflow.tensorboard import require_tensorboard, write_events
 from kddp_ext.workflow.train import Recipe, Training, compiled, student_recipe, teacher_recipe, train
 
 _WAIT = 2.0  # seconds between two looks for work while other processes train what is left
@@ -57,7 +49,7 @@ class Run:
     folder: RunFolder
     data: ImageData
     runtime: Runtime
-    progress: Progress
+    console: Console
     tensorboard: bool = False
 
 
@@ -70,95 +62,69 @@ def run_sweep(
     resume: bool = False,
     device: Device = "auto",
     teacher_from: Path | None = None,
-    processes: Processes | None = None,
     tensorboard: bool = False,
 ) -> None:
-    """Train everything that is not finished, then write and print the report.
+    """Train everything in `path` that is not finished, then write and print the report.
 
-    Args:
-        path: folder of the run.
-        sweep: what to train.
-        console: where progress and the table go.
-        data_dir: folder of the data set; None downloads it.
-        resume: continue the run in `path`, train what a longer list adds to it, or help another process with it.
-        device: where to compute.
-        teacher_from: folder of a run whose finished teacher is used.
-        processes: the processes that share each training; all call this, and the first one writes the files and uses
-            the console. None is this process alone.
-        tensorboard: also write each training's metrics as event files.
+    The options are those of `kddp run`. The first of several processes writes the files and uses the console.
 
     Raises:
         WorkflowError: a setting or a file cannot be used; the message says which.
         OSError: the folder cannot be written to.
     """
     started = time.monotonic()
-    processes = Processes() if processes is None else processes
-    if not processes.is_first:
+    if distributed.rank() > 0:
         console = Console(quiet=True, force_terminal=False)
-    runtime = _runtime(device, sweep, processes)
+    runtime = _runtime(device, sweep)
     if tensorboard:
-        processes.on_rank_zero(require_tensorboard)
-    folder = processes.on_rank_zero(lambda: open_folder(path, sweep, resume=resume, teacher_from=teacher_from))
-    processes.all_or_raise(folder.read_config)  # checks that all processes see the folder
-    if processes.on_rank_zero(lambda: _unfinished(folder, sweep)):
+        require_tensorboard()
+    folder = on_rank_zero(lambda: open_folder(path, sweep, resume=resume, teacher_from=teacher_from))
+    folder.read_config()  # checks that all processes see the folder
+    if on_rank_zero(lambda: _unfinished(folder, sweep)):
         data = _data(sweep, data_dir, runtime)
-        with _progress(console) as progress:
-            say(
-                console,
-                f"{title_of(sweep)}: {len(data.train):,} images for training, {len(data.validation):,} for validation, "
-                f"{len(data.test):,} for the test; {runtime}",
-            )
-            _train_all(Run(folder, data, runtime, progress, tensorboard), sweep)
-    processes.on_rank_zero(lambda: write_report(folder, sweep, console))
+        say(
+            console,
+            f"{title_of(sweep)}: {len(data.train):,} images for training, {len(data.validation):,} for validation, "
+            f"{len(data.test):,} for the test; {runtime}",
+        )
+        _train_all(Run(folder, data, runtime, console, tensorboard), sweep)
+    on_rank_zero(lambda: write_report(folder, sweep, console))
     say(console, f"{time.monotonic() - started:.0f} s. The report is {folder.report}")
 
 
-def _runtime(device: Device, sweep: SweepConfig, processes: Processes) -> Runtime:
-    def make() -> Runtime:
-        for config in {job.config for point in points(sweep, {}) for job in point.jobs}:
-            check_networks(config, INFO[config.dataset])
-        if sweep.run.compile and processes.count > 1:
-            raise WorkflowError(
-                f"--compile: expected False with {processes.count} processes, got True: torch.compile does not support "
-                "the communication of batch normalisation"
-            )
-        return Runtime(device, sweep.run.precision, processes)
-
-    processes.require_same("the settings", sweep.to_json())
-    runtime = processes.all_or_raise(make)
-    processes.require_same("the device and precision", f"{runtime.device.type} {runtime.dtype}")
+def _runtime(device: Device, sweep: SweepConfig) -> Runtime:
+    distributed.require_same("the settings", sweep.to_json())
+    for config in {job.config for point in points(sweep, {}) for job in point.jobs}:
+        check_networks(config, INFO[config.dataset])
+    if sweep.run.compile and distributed.count() > 1:
+        raise WorkflowError(
+            f"--compile: expected False with {distributed.count()} processes, got True: torch.compile does not support "
+            "the communication of batch normalisation"
+        )
+    runtime = Runtime(device, sweep.run.precision)
+    distributed.require_same("the device and precision", f"{runtime.device.type} {runtime.dtype}")
     return runtime
 
 
 def _data(sweep: SweepConfig, data_dir: Path | None, runtime: Runtime) -> ImageData:
-    config, processes = sweep.run, runtime.processes
-    raw = processes.local_rank_zero_first(lambda: read_dataset(config.dataset, data_dir))
-
-    def make() -> ImageData:
-        data = ImageData(raw, INFO[config.dataset], config, runtime.device)
-        for option, batch_size in (("teacher", config.teacher.batch_size), ("student", config.student.batch_size)):
-            images = min(batch_size, len(data.train))
-            if images % processes.count:
-                expected = f"a multiple of {processes.count} (the processes)"
-                raise OptionError(f"{option}.batch-size", expected, images)
-        return data
-
-    return processes.all_or_raise(make)
+    config, count = sweep.run, distributed.count()
+    data = ImageData(read_dataset(config.dataset, data_dir), INFO[config.dataset], config, runtime.device)
+    for option, batch_size in (("teacher", config.teacher.batch_size), ("student", config.student.batch_size)):
+        images = min(batch_size, len(data.train))
+        if images % count:
+            raise OptionError(f"{option}.batch-size", f"a multiple of {count} (the processes)", images)
+    return data
 
 
 def _train_all(run: Run, sweep: SweepConfig) -> None:
     """Train until every job is finished, here or in another process."""
-    on_rank_zero = run.runtime.processes.on_rank_zero
     teacher_job = points(sweep, {})[0].jobs[0]
     with _claimed(run, teacher_job, wait=True):
         teacher = train_teacher(run, teacher_job)
-    logits = TeacherLogits(
-        teacher, run.data, sweep.run.student.shift, run.folder.teacher_logits, run.runtime, run.progress
-    )
+    logits = TeacherLogits(teacher, run.data, sweep.run.student.shift, run.folder.teacher_logits, run.runtime)
     while left := on_rank_zero(lambda: _unfinished(run.folder, sweep)):
         if not any(train_student(run, job, logits) for job in left):
             time.sleep(_WAIT)
-    _print(run, logits.use())
 
 
 def _unfinished(folder: RunFolder, sweep: SweepConfig) -> list[Job]:
@@ -171,14 +137,14 @@ def _unfinished(folder: RunFolder, sweep: SweepConfig) -> list[Job]:
 @contextmanager
 def _claimed(run: Run, job: Job, *, wait: bool) -> Iterator[bool]:
     """Hold the lock of a job's folder, on the first process for all; yields whether it is held."""
-    path, processes = run.folder.job(job.name), run.runtime.processes
-    processes.on_rank_zero(lambda: path.mkdir(exist_ok=True))
-    with processes.held_on_rank_zero(locked(path, wait=wait)) as held:
+    path = run.folder.job(job.name)
+    on_rank_zero(lambda: path.mkdir(exist_ok=True))
+    with distributed.held_on_rank_zero(locked(path, wait=wait)) as held:
         yield held
 
 
 def _is_finished(run: Run, job: Job) -> bool:
-    return run.runtime.processes.on_rank_zero(lambda: run.folder.read_result(job.name) is not None)
+    return on_rank_zero(lambda: run.folder.read_result(job.name) is not None)
 
 
 def train_teacher(run: Run, job: Job) -> nn.Module:
@@ -200,53 +166,59 @@ def train_student(run: Run, job: Job, logits: TeacherLogits) -> bool:
 
 
 def _train_job(run: Run, job: Job, model: nn.Module, recipe: Recipe, logits: TeacherLogits | None) -> Training:
-    processes = run.runtime.processes
-    training = processes.all_or_raise(lambda: _restore_or_start(run, job, run.runtime.place(model), recipe))
+    training = _restore_or_start(run, job, run.runtime.place(model), recipe)
     if _is_finished(run, job) and len(training.epochs) == recipe.epochs:
         return training
-    processes.on_rank_zero(lambda: remove_leftovers(run.folder.job(job.name)))
+    on_rank_zero(lambda: remove_leftovers(run.folder.job(job.name)))
     if training.epochs:  # a killed process may have written the checkpoint and not yet the metrics
-        processes.on_rank_zero(lambda: run.folder.write_epochs(job.name, training.epochs))
+        on_rank_zero(lambda: _write_metrics(run, job, training, recipe))
     _distribute(run, training, recipe)
-
-    images = len(run.data.train) // recipe.batch_size * recipe.batch_size or len(run.data.train)
-    writes_events = run.tensorboard and processes.is_first
-    events = event_files(run.folder.tensorboard(job.name), training.epochs, images) if writes_events else nullcontext()
-    with events as write_events, _bar(run, job, recipe, images, training) as (advance, show):
+    latest_line = time.monotonic()
+    with run.console.status(job.name) as status:
 
         def epoch_done(metrics: dict[str, Any]) -> None:
-            processes.on_rank_zero(lambda: _save(run, job, training))
-            if write_events is not None:
-                write_events(metrics)
-            show(metrics)
+            nonlocal latest_line
+            on_rank_zero(lambda: _save(run, job, training, recipe))
+            line = f"{job.name:<8} {_progress_of(metrics, recipe.epochs)}"
+            status.update(line)
+            if not run.console.is_terminal and time.monotonic() - latest_line > _LINE_SECONDS:
+                latest_line = time.monotonic()
+                say(run.console, line)
 
-        train(training, recipe, run.data, logits, run.runtime, advance=advance, epoch_done=epoch_done)
+        train(training, recipe, run.data, logits, run.runtime, epoch_done)
     if job.stage != "teacher":
-        processes.on_rank_zero(lambda: _save_student(run, job, training))
+        on_rank_zero(lambda: _save_student(run, job, training))
     result = _measure(run, job, training)
-    processes.on_rank_zero(lambda: write_json(run.folder.result(job.name), result))
+    on_rank_zero(lambda: write_json(run.folder.result(job.name), result))
     width = f", width {result['width']:,}" if result["width"] is not None else ""
     seconds = sum(epoch["seconds"]["epoch"] for epoch in training.epochs)
-    _print(
-        run,
+    say(
+        run.console,
         f"{job.name:<8} {result['test_accuracy']:.2%} test accuracy, {result['parameters']:,} parameters{width}, "
         f"{seconds:.0f} s",
     )
     for warning in result["warnings"]:
-        _print(run, f"warning: {job.name}: {warning}", style="yellow")
+        say(run.console, f"warning: {job.name}: {warning}", style="yellow")
     return training
+
+
+def _progress_of(metrics: dict[str, Any], epochs: int) -> str:
+    """Such as "epoch 3/20, val 85.1%, width 300"."""
+    width = f", width {metrics['width']:,}" if "width" in metrics else ""
+    validation = metrics["validation_accuracy"]
+    score = f"train {metrics['train_accuracy']:.1%}" if validation is None else f"val {validation:.1%}"
+    return f"epoch {metrics['epoch']}/{epochs}, {score}{width}"
 
 
 def _distribute(run: Run, training: Training, recipe: Recipe) -> None:
     """Average gradients over the processes, if there are several. The pruner must have traced the model before.
 
     On GPUs, batch normalisation uses the mean and the variance over all processes. On CPUs, where PyTorch has no
-    SyncBatchNorm, each process uses those of its own part of the batch (see `Processes.average_buffers`).
+    SyncBatchNorm, each process uses those of its own part of the batch (see `average_buffers`).
     """
-    processes = run.runtime.processes
-    if processes.count == 1:
+    if distributed.count() == 1:
         return
-    processes.require_same("the finished epochs", len(training.epochs))
+    distributed.require_same("the finished epochs", len(training.epochs))
     if run.runtime.device.type == "cuda":
         nn.SyncBatchNorm.convert_sync_batchnorm(training.model)
     training.network = DistributedDataParallel(
@@ -264,7 +236,6 @@ def _restore_or_start(run: Run, job: Job, model: nn.Module, recipe: Recipe) -> T
         if saved["history"] is not None:
             history = kddp_ext.PruningHistory.from_json(saved["history"])
             history.replay(model, (run.data.example(2),))
-        check_architecture(path, saved["architecture"], model)
         model.load_state_dict(saved["model"])
         training = start_training(run, job, model, recipe)
         training.optimizer.load_state_dict(saved["optimizer"])
@@ -274,7 +245,7 @@ def _restore_or_start(run: Run, job: Job, model: nn.Module, recipe: Recipe) -> T
     except WorkflowError:
         raise
     except (ValueError, TypeError, KeyError, AttributeError, RuntimeError) as error:
-        raise WorkflowError(f"{path} does not fit this run: {error}") from error
+        raise WorkflowError(f"{path} does not fit this run: {' '.join(str(error).split())}") from error
     return training
 
 
@@ -299,13 +270,12 @@ def start_training(run: Run, job: Job, model: nn.Module, recipe: Recipe) -> Trai
     return Training(model, network, optimizer, pruner, epochs=[], compiled=job.config.compile)
 
 
-def _save(run: Run, job: Job, training: Training) -> None:
+def _save(run: Run, job: Job, training: Training, recipe: Recipe) -> None:
     pruner = training.pruner
     save_checkpoint(
         run.folder.checkpoint(job.name),
         {
             "stage": job.stage,
-            "architecture": architecture(training.model),
             "model": training.model.state_dict(),
             "optimizer": training.optimizer.state_dict(),
             "pruner": None if pruner is None else pruner.state_dict(),
@@ -313,7 +283,14 @@ def _save(run: Run, job: Job, training: Training) -> None:
             "epochs": training.epochs,
         },
     )
+    _write_metrics(run, job, training, recipe)
+
+
+def _write_metrics(run: Run, job: Job, training: Training, recipe: Recipe) -> None:
     run.folder.write_epochs(job.name, training.epochs)
+    if run.tensorboard:
+        images = len(run.data.train) // recipe.batch_size * recipe.batch_size or len(run.data.train)
+        write_events(run.folder.tensorboard(job.name), training.epochs, images)
 
 
 def _save_student(run: Run, job: Job, training: Training) -> None:
@@ -371,45 +348,3 @@ def collapse_warnings(
         accuracy = f"the test accuracy of {result['test_accuracy']:.1%}"
         return [f"{accuracy} is no better than guessing ({chance:.1%} ± {margin:.1%}); {advice}"]
     return []
-
-
-def _progress(console: Console) -> Progress:
-    return Progress(
-        TextColumn("{task.description:<8}"),
-        BarColumn(bar_width=12),
-        TextColumn("{task.percentage:>3.0f}% {task.fields[note]}"),
-        TimeRemainingColumn(compact=True),
-        console=console,
-        refresh_per_second=4,
-        transient=True,
-        disable=not console.is_terminal,
-    )
-
-
-@contextmanager
-def _bar(
-    run: Run, job: Job, recipe: Recipe, images: int, training: Training
-) -> Iterator[tuple[Callable[[int], None], Callable[[dict[str, Any]], None]]]:
-    """The bar of a training: a function for finished images and one for the metrics of an epoch."""
-    done, latest = len(training.epochs) * images, time.monotonic()
-    task = run.progress.add_task(job.name, total=images * recipe.epochs, completed=done, note="")
-
-    def show(metrics: dict[str, Any]) -> None:
-        nonlocal latest
-        width = f", width {metrics['width']:,}" if "width" in metrics else ""
-        validation = metrics["validation_accuracy"]
-        score = f"train {metrics['train_accuracy']:.1%}" if validation is None else f"val {validation:.1%}"
-        note = f"epoch {metrics['epoch']}/{recipe.epochs}, {score}{width}"
-        run.progress.update(task, note=note)
-        if run.progress.disable and time.monotonic() - latest > _LINE_SECONDS:
-            latest = time.monotonic()
-            _print(run, f"{job.name:<8} {note}")
-
-    try:
-        yield lambda count: run.progress.advance(task, count), show
-    finally:
-        run.progress.remove_task(task)
-
-
-def _print(run: Run, text: str, style: str | None = None) -> None:
-    say(run.progress.console, text, style)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import os
 import platform
 import time
 from collections import defaultdict
@@ -13,30 +14,27 @@ from typing import TypeVar
 import torch
 from torch import nn
 
+from kddp_ext.workflow import distributed
 from kddp_ext.workflow.config import Device, Precision
-from kddp_ext.workflow.distributed import Processes
 from kddp_ext.workflow.errors import WorkflowError
 
 Model = TypeVar("Model", bound=nn.Module)
 
 
 class Runtime:
-    """The device and the precision of a run, and the processes that share its work; None is this process alone.
+    """The device and the precision of a run.
 
     "auto" is a CUDA device if there is one, and bfloat16 where the device supports it natively; emulated, it is slower
     than float32. Each process of a machine takes its own GPU. Raises WorkflowError if there is none.
     """
 
-    def __init__(
-        self, device: Device = "cpu", precision: Precision = "auto", processes: Processes | None = None
-    ) -> None:
-        self.processes = Processes() if processes is None else processes
+    def __init__(self, device: Device = "cpu", precision: Precision = "auto") -> None:
         gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
         if device == "cuda" and not gpus:
             raise WorkflowError("--device cuda: PyTorch finds no CUDA device")
         self.device = torch.device("cuda" if device == "cuda" or (device == "auto" and gpus) else "cpu")
-        if self.device.type == "cuda" and self.processes.count > 1:
-            local_rank = self.processes.local_rank
+        if self.device.type == "cuda" and distributed.count() > 1:
+            local_rank = int(os.environ["LOCAL_RANK"])
             if local_rank >= gpus:
                 raise WorkflowError(
                     f"--device: expected a GPU for each process of this machine, got {gpus} and process "
@@ -49,8 +47,8 @@ class Runtime:
 
     def __str__(self) -> str:
         text, threads = f"{str(self.dtype).removeprefix('torch.')} on {self.device.type}", torch.get_num_threads()
-        if self.processes.count > 1:
-            text += f", {self.processes.count} processes"
+        if distributed.count() > 1:
+            text += f", {distributed.count()} processes"
         return text + (f", {threads} thread{'s' * (threads != 1)}" if self.device.type == "cpu" else "")
 
     def place(self, model: Model) -> Model:

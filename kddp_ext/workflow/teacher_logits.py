@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import time
 from pathlib import Path
 
 import safetensors
 import safetensors.torch
 import torch
-from rich.progress import Progress
 from torch import Tensor, nn
 
 from kddp_ext.files import atomic_write, hash_json, hash_tensors, remove_leftovers
+from kddp_ext.workflow import distributed
 from kddp_ext.workflow.data import ImageData
 from kddp_ext.workflow.folder import locked
 from kddp_ext.workflow.runtime import Runtime
@@ -30,21 +29,18 @@ class TeacherLogits:
     share of the logits, and the first process writes the file.
     """
 
-    def __init__(
-        self, teacher: nn.Module, data: ImageData, shift: int, folder: Path, runtime: Runtime, progress: Progress
-    ) -> None:
-        self._computed, self._seconds, self._epochs = 0, 0.0, 0
+    def __init__(self, teacher: nn.Module, data: ImageData, shift: int, folder: Path, runtime: Runtime) -> None:
         self._teacher = teacher.eval()
         self._data = data
         self._shift = shift
         self._folder = folder
         self._runtime = runtime
-        self._progress = progress
         self._key = {
             "version": _VERSION,
             "teacher": hash_tensors(teacher.state_dict()),
             "images": hash_tensors({"images": data.train.images}),
             "normalisation": [list(data.info.mean), list(data.info.std)],
+            "flips": data.info.flips,
             "precision": f"{runtime.device.type} {runtime.dtype}",
         }
         self._latest: tuple[Path, Tensor] = Path(), torch.empty(0)
@@ -53,54 +49,37 @@ class TeacherLogits:
         """Logits for the view numbered `view`, float32 (N, classes); row i is for training image i."""
         augmentation = {"seed": self._data.seed, "view": view, "shift": self._shift} if self._data.augment else None
         path = self._folder / f"{hash_json({**self._key, 'augmentation': augmentation})[:32]}.safetensors"
-        self._epochs += 1
         if self._latest[0] != path:
             logits = self._read(path)
             self._latest = path, (self._compute(path, view) if logits is None else logits).to(self._runtime.device)
         return self._latest[1]
 
-    def use(self) -> str:
-        """A line that says what the cache did in this process."""
-        views = f"{self._computed} view{'s' * (self._computed != 1)}"
-        read = self._epochs - self._computed
-        epochs = f"{read} epoch{'s' * (read != 1)}"
-        return f"teacher's logits: {views} computed in {self._seconds:.0f} s, {epochs} served from the cache"
-
     def _compute(self, path: Path, view: int) -> Tensor:
-        processes = self._runtime.processes
-        processes.on_rank_zero(lambda: self._folder.mkdir(parents=True, exist_ok=True))
-        with processes.held_on_rank_zero(locked(self._folder)):  # if two runs need it, only one computes it
+        distributed.on_rank_zero(lambda: self._folder.mkdir(parents=True, exist_ok=True))
+        with distributed.held_on_rank_zero(locked(self._folder)):  # if two runs need it, only one computes it
             logits = self._read(path)
             if logits is not None:
                 return logits
-            processes.on_rank_zero(lambda: remove_leftovers(self._folder))
-            started = time.perf_counter()
+            distributed.on_rank_zero(lambda: remove_leftovers(self._folder))
             logits = self._ask_teacher(view)
-            self._computed += 1
-            self._seconds += time.perf_counter() - started
-            processes.on_rank_zero(lambda: write_logits(path, logits))
+            distributed.on_rank_zero(lambda: write_logits(path, logits))
         return logits
 
     def _read(self, path: Path) -> Tensor | None:
         """The logits in the file; None unless every process can read them."""
         logits = read_logits(path, (len(self._data.train), self._data.info.classes))
-        return logits if all(self._runtime.processes.gather(logits is not None)) else None
+        return logits if all(distributed.gather(logits is not None)) else None
 
     @torch.inference_mode()
     def _ask_teacher(self, view: int) -> Tensor:
-        processes, count = self._runtime.processes, len(self._data.train)
+        count = len(self._data.train)
         logits = torch.zeros(count, self._data.info.classes, dtype=torch.float32, device=self._runtime.device)
-        task = self._progress.add_task("teacher's logits", total=count, note="")
-        try:
-            for number, indices in enumerate(torch.arange(count, device=self._runtime.device).split(_BATCH)):
-                if number % processes.count == processes.rank:
-                    images = self._data.training_images(indices, view, self._shift)
-                    with self._runtime.autocast():
-                        logits[indices] = self._teacher(images).float()
-                self._progress.advance(task, len(indices))
-        finally:
-            self._progress.remove_task(task)
-        return processes.sum(logits)  # each row is zero on all processes but one
+        for number, indices in enumerate(torch.arange(count, device=self._runtime.device).split(_BATCH)):
+            if number % distributed.count() == distributed.rank():
+                images = self._data.training_images(indices, view, self._shift)
+                with self._runtime.autocast():
+                    logits[indices] = self._teacher(images).float()
+        return distributed.total(logits)  # each row is zero on all processes but one
 
 
 def write_logits(path: Path, logits: Tensor) -> None:

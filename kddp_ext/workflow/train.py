@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 import kddp_ext
+from kddp_ext.workflow import distributed
 from kddp_ext.workflow.config import PruningTime, RunConfig, TeacherConfig
 from kddp_ext.workflow.data import ImageData
 from kddp_ext.workflow.errors import WorkflowError
@@ -164,20 +165,17 @@ def train(
     data: ImageData,
     teacher: TeacherLogits | None,
     runtime: Runtime,
-    *,
-    advance: Callable[[int], None],
     epoch_done: Callable[[dict[str, Any]], None],
 ) -> None:
     """Train until `recipe.epochs` epochs are done, starting after the last finished epoch of `training`.
 
-    Without `teacher` it trains on the labels alone. `advance` is called with the number of images after each step, and
-    `epoch_done` with the metrics of each epoch, when `training` can be saved. Raises WorkflowError if the loss is not
-    finite.
+    Without `teacher` it trains on the labels alone. `epoch_done` is called with the metrics of each epoch, when
+    `training` can be saved. Raises WorkflowError if the loss is not finite.
     """
     for epoch in range(len(training.epochs), recipe.epochs):
         for name, start in recipe.frozen_from.items():
             training.model.get_parameter(name).requires_grad_(epoch < start)
-        metrics = train_epoch(training, recipe, data, teacher, runtime, epoch, advance)
+        metrics = train_epoch(training, recipe, data, teacher, runtime, epoch)
         training.epochs.append(metrics)
         epoch_done(metrics)
 
@@ -189,7 +187,6 @@ def train_epoch(
     teacher: TeacherLogits | None,
     runtime: Runtime,
     epoch: int,
-    advance: Callable[[int], None],
 ) -> dict[str, Any]:
     """Make one pass over the training images, then prune. Returns the epoch's metrics; raises as `train` does."""
     clock = PhaseClock(runtime.device)
@@ -199,8 +196,7 @@ def train_epoch(
         teacher_logits = None if teacher is None else teacher.view(view)
 
     training.model.train()
-    processes = runtime.processes
-    batches = [processes.share(batch) for batch in data.batches(epoch, recipe.batch_size, recipe.seed)]
+    batches = [distributed.share(batch) for batch in data.batches(epoch, recipe.batch_size, recipe.seed)]
     totals = torch.zeros(len(_TERMS), dtype=torch.float64, device=runtime.device)
     for step, indices in enumerate(batches):
         position = (epoch + step / len(batches)) / recipe.epochs
@@ -208,13 +204,16 @@ def train_epoch(
             images, labels = data.training_images(indices, view, recipe.shift), data.train.labels[indices]
             targets = None if teacher_logits is None else teacher_logits[indices]
         totals += _train_step(training, recipe, runtime, clock, position, images, labels, targets)
-        advance(len(indices) * processes.count)
 
-    processes.average_buffers(training.model)
+    distributed.average_buffers(training.model)
     # The epoch's only transfer to the host: until here the sums stay on the device.
-    totals = processes.sum(totals) / processes.count
+    totals = distributed.total(totals) / distributed.count()
     means = dict(zip(_TERMS, (totals / len(batches)).tolist(), strict=True))
-    processes.all_or_raise(lambda: _require_finite(means["loss"], recipe, epoch))
+    if not math.isfinite(means["loss"]):
+        raise WorkflowError(
+            f"{recipe.stage}: the training diverged: the loss is {means['loss']} after epoch {epoch + 1}. "
+            "Try a smaller learning rate."
+        )
     report = None
     if training.pruner is not None:
         with clock.phase("prune"):
@@ -286,11 +285,3 @@ def _prune(pruner: kddp_ext.DynamicPruner, recipe: Recipe, epoch: int) -> kddp_e
         return pruner.prune()
     pruner.reset()  # a check uses only the statistics of the epoch before it
     return None
-
-
-def _require_finite(loss: float, recipe: Recipe, epoch: int) -> None:
-    if not math.isfinite(loss):
-        raise WorkflowError(
-            f"{recipe.stage}: the training diverged: the loss is {loss} after epoch {epoch + 1}. "
-            "Try a smaller learning rate."
-        )

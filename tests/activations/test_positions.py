@@ -45,49 +45,41 @@ def strided_copies(values):
         yield F.pad(values, (1, 2))[..., 1:-2]
 
 
-def check(values, axis, statistics, rows=6):
+def check(values, axis, backend, rows=6):
     """Hold penalty, gradient and statistics of one activation to their definitions in float64."""
     leaf = values.detach().requires_grad_()
-    loss, terms = loss_of(leaf, axis, statistics, rows)
+    by_loss, by_observe = NeuronStatistics(values.shape[axis]), NeuronStatistics(values.shape[axis])
+    loss, terms = loss_of(leaf, axis, by_loss, rows, backend=backend)
     loss.backward()
+    by_observe.observe(values, axis - values.dim())  # the same axis, counted from the last
     columns = values.double().movedim(axis, -1).flatten(0, -2)
     count = len(columns)
-    torch.testing.assert_close(terms.l1.double(), columns.abs().sum(0).sum() / max(count, 1), rtol=2e-6, atol=1e-7)
+    double = values.dtype == torch.float64
+    close = {"rtol": 1e-12, "atol": 1e-12} if double else {"rtol": 2e-6, "atol": 1e-7}
+    torch.testing.assert_close(terms.l1.double(), columns.abs().sum(0).sum() / max(count, 1), **close)
     gradient = 0.5 / max(count, 1) * values.double().sign()
     torch.testing.assert_close(leaf.grad.double(), gradient, rtol=2 * torch.finfo(values.dtype).eps, atol=1e-12)
     sums = [columns.abs().sum(0), columns.sum(0), columns.square().sum(0), (columns != 0).double().sum(0)]
     highest = columns.abs().amax(0) if count else torch.zeros_like(sums[0])
-    torch.testing.assert_close(statistics.values, torch.stack([*sums, highest]), rtol=1e-6, atol=1e-6)
-    assert statistics.rows == count
+    close = {"rtol": 1e-12, "atol": 1e-12} if double else {"rtol": 1e-6, "atol": 1e-6}
+    for statistics in (by_loss, by_observe):
+        torch.testing.assert_close(statistics.values, torch.stack([*sums, highest]), **close)
+        assert statistics.rows == count
 
 
+@pytest.mark.parametrize("backend", ["native", "reference"])
 @pytest.mark.parametrize("dtype", [*DTYPES.values(), torch.float64], ids=str)
 @each_shape
-def test_penalty_gradient_and_statistics_equal_their_definitions(kernels, shape, axis, dtype):
+def test_penalty_gradient_and_statistics_equal_their_definitions(shape, axis, dtype, backend):
     for values in strided_copies(draw(shape, dtype)):
-        check(values, axis, NeuronStatistics(shape[axis]))
+        check(values, axis, backend)
 
 
 @settings(max_examples=60, deadline=None)
-@given(
-    st.integers(0, 70), st.integers(1, 40), st.integers(1, 40), st.booleans(), st.integers(0, 1000)
-)  # fmt: skip
+@given(st.integers(0, 70), st.integers(1, 40), st.integers(1, 40), st.booleans(), st.integers(0, 1000))
 def test_any_sizes(rows, channels, positions, last, seed):
     values = draw((rows, channels, positions, 1), seed=seed)
-    check(values.contiguous(memory_format=torch.channels_last) if last else values, 1, NeuronStatistics(channels), rows)
-
-
-@each_shape
-def test_native_reference_and_observe_agree(shape, axis):
-    values = draw(shape, torch.float64)
-    statistics = [NeuronStatistics(shape[axis]) for _ in range(3)]
-    native, reference = loss_of(values, axis, statistics[0]), loss_of(values, axis, statistics[1], backend="reference")
-    statistics[2].observe(values, axis)
-    torch.testing.assert_close(native[0], reference[0], rtol=1e-12, atol=0)
-    torch.testing.assert_close(native[1].l1, reference[1].l1, rtol=1e-12, atol=0)
-    for other in statistics[1:]:
-        torch.testing.assert_close(statistics[0].values, other.values, rtol=1e-12, atol=1e-12)
-        assert statistics[0].rows == other.rows
+    check(values.contiguous(memory_format=torch.channels_last) if last else values, 1, "native", rows)
 
 
 def test_a_plain_sequence_of_activations_needs_no_pruner():
@@ -100,12 +92,8 @@ def test_a_plain_sequence_of_activations_needs_no_pruner():
 def test_matrices_are_views_if_possible():
     channels, tokens = draw((6, 5, 4, 3)), draw((6, 4, 5))
     last = channels.contiguous(memory_format=torch.channels_last)
-    for tensor, axis, shape in [
-        (channels, 1, (6, 60)),
-        (last, 1, (72, 5)),
-        (tokens, 2, (24, 5)),
-        (tokens[0], 1, (4, 5)),
-    ]:
+    cases = [(channels, 1, (6, 60)), (last, 1, (72, 5)), (tokens, 2, (24, 5)), (tokens[0], 1, (4, 5))]
+    for tensor, axis, shape in cases:
         matrix = as_matrix(tensor, axis).values
         assert matrix.shape == shape
         assert matrix.data_ptr() == tensor.data_ptr()
@@ -120,17 +108,8 @@ def test_sums_of_positions():
     mean = torch.cat(batches).mean(0).transpose(0, 1).flatten(1)
     torch.testing.assert_close(statistics.position_mean, mean, rtol=1e-12, atol=0)
     torch.testing.assert_close(statistics.position_mean.mean(1), statistics.mean, rtol=1e-12, atol=0)
-    restored = NeuronStatistics(5, positions=6)
-    restored.load_state_dict(statistics.state_dict())
-    assert torch.equal(restored.position_sums, statistics.position_sums)
-    selected = statistics.select(torch.tensor([1, 4]))
-    assert torch.equal(selected.position_mean, statistics.position_mean[[1, 4]])
-    joined = NeuronStatistics.joined([statistics, restored])
-    assert torch.equal(joined.position_sums, 2 * statistics.position_sums)
-    statistics.reset()
-    assert not statistics.position_sums.any()
     with pytest.raises(ValueError, match=r"state: expected position_sums of shape None, got \(5, 6\)"):
-        NeuronStatistics(5).load_state_dict(restored.state_dict())
+        NeuronStatistics(5).load_state_dict(statistics.state_dict())
 
 
 def test_a_ring_keeps_the_latest():

@@ -113,20 +113,25 @@ def test_statistics_without_samples_are_nan():
 
 
 def test_state_selection_reset_and_joining():
-    statistics, restored = NeuronStatistics(4, samples=8), NeuronStatistics(4, samples=8)
-    statistics.observe(draw(300, 4))
+    statistics, restored = (NeuronStatistics(4, positions=6, samples=8) for _ in range(2))
+    statistics.observe(draw(50, 3, 4, 2), 2)
     restored.load_state_dict(statistics.state_dict())
-    assert torch.equal(restored.values, statistics.values)
+    for name in ("values", "position_sums"):
+        assert torch.equal(getattr(restored, name), getattr(statistics, name))
     assert torch.equal(restored.ring.samples, statistics.ring.samples)
     assert restored.rows == 300
     keep = torch.tensor([3, 1])
-    assert torch.equal(statistics.select(keep).mean, statistics.mean[keep])
+    selected = statistics.select(keep)
+    assert torch.equal(selected.mean, statistics.mean[keep])
+    assert torch.equal(selected.position_mean, statistics.position_mean[keep])
     joined = NeuronStatistics.joined([statistics, restored])
     assert joined.rows == 600
     torch.testing.assert_close(joined.std, statistics.std)
+    assert torch.equal(joined.position_sums, 2 * statistics.position_sums)
     assert joined.ring.filled == min(8, 2 * statistics.ring.filled)
     statistics.reset()
     assert (statistics.rows, statistics.ring.filled) == (0, 0)
+    assert not statistics.position_sums.any()
     assert restored.rows == 300
 
 
@@ -153,16 +158,6 @@ def test_a_state_that_does_not_fit_changes_nothing():
     assert not other.values.any()
     with pytest.raises(ValueError, match="statistics: expected one for each of 2 activations, got 1"):
         TrackedActivations([torch.zeros(1, 4)] * 2, [statistics])
-
-
-@pytest.mark.parametrize("shape", [(5, 4), (5, 3, 4), (2, 3, 5, 4)])
-def test_an_axis_may_be_counted_from_the_last(shape):
-    from_first, from_last = NeuronStatistics(4, samples=8), NeuronStatistics(4, samples=8)
-    from_first.observe(draw(*shape), len(shape) - 1)
-    from_last.observe(draw(*shape), -1)
-    assert from_last.rows == from_first.rows == draw(*shape).numel() // 4
-    assert torch.equal(from_last.values, from_first.values)
-    assert torch.equal(from_last.ring.samples, from_first.ring.samples)
 
 
 @pytest.mark.parametrize(

@@ -20,7 +20,12 @@ DIVERGENCES = ("forward_kl", "reverse_kl", "jsd", "dkd")
 LAYOUTS = ("contiguous", "transposed", "every other row", "inner columns", "one row expanded")
 
 each_divergence = pytest.mark.parametrize("divergence", DIVERGENCES)
-standardized_or_not = pytest.mark.parametrize("standardize_logits", [False, True])
+# Each divergence, with and without standardised logits, as arguments of the loss.
+each_form = pytest.mark.parametrize(
+    "form",
+    [{"divergence": divergence, "standardize_logits": flag} for flag in (False, True) for divergence in DIVERGENCES],
+    ids=lambda form: form["divergence"] + ", standardized" * form["standardize_logits"],
+)
 
 
 @dataclass

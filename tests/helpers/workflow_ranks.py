@@ -7,14 +7,11 @@ from unittest import mock
 
 import torch
 from rich.console import Console
-from rich.progress import Progress
 from torch import nn
 
 from kddp_ext.workflow import runs, teacher_logits, train
 from kddp_ext.workflow.config import SweepConfig
-from kddp_ext.workflow.data import ImageData
-from kddp_ext.workflow.distributed import Processes
-from kddp_ext.workflow.errors import SharedError, WorkflowError
+from kddp_ext.workflow.errors import WorkflowError
 from kddp_ext.workflow.runtime import Runtime
 
 
@@ -25,18 +22,18 @@ class GroupNorm(nn.GroupNorm):
         super().__init__(1, channels)
 
 
-def run_share(rank, path, config, count=2, *, resume=False, fails=None, steps=None, norm=GroupNorm):
-    """This rank's part of a run of `config` in `path` by `count` processes, in float64.
+def run_share(rank, path, config, *, resume=False, fails=None, steps=None, norm=GroupNorm):
+    """This rank's part of a run of `config` in `path`, in float64.
 
     In float32, Adam would amplify the rounding of another order of summation beyond any useful bound.
 
     Args:
-        fails: (rank, name): on this rank, the function `name` of `failures` fails.
+        fails: (rank, name): on this rank, a function fails, see `failing`.
         steps: the run is killed after this number of steps.
         norm: replaces nn.BatchNorm2d.
 
     Returns:
-        The message of a SharedError, the output, and the weights of each stage.
+        The message of a WorkflowError, the output, and the weights of each stage.
     """
     console, weights, message = Console(file=io.StringIO(), width=120), {}, None
     measure = runs._measure
@@ -53,34 +50,29 @@ def run_share(rank, path, config, count=2, *, resume=False, fails=None, steps=No
         # Drawing would take longer than the training.
         patches.enter_context(mock.patch.object(runs, "write_report", lambda folder, *_: folder.report.write_text("")))
         if fails is not None and fails[0] == rank:
-            patches.enter_context(failures(rank)[fails[1]])
+            patches.enter_context(failing(fails[1]))
         if steps is not None:
             patches.enter_context(mock.patch.object(train, "_train_step", dies_after(train._train_step, steps)))
         try:
-            sweep, processes = SweepConfig.single(config), Processes(rank, count)
-            runs.run_sweep(path, sweep, console, device="cpu", resume=resume, processes=processes)
+            runs.run_sweep(path, SweepConfig.single(config), console, device="cpu", resume=resume)
         except KilledError:
             message = "killed"
-        except SharedError as error:
+        except WorkflowError as error:
             message = str(error)
+        except RuntimeError as error:
+            if "gloo/" not in str(error):
+                raise
+            message = "lost the other"
     return message, console.file.getvalue(), weights
 
 
-def failures(rank):
-    """Patches by name; each makes one function fail on this rank only."""
+def failing(name):
+    """A patch with which a function fails."""
 
-    def raise_workflow_error(*_args, **_options):
-        raise WorkflowError(f"this is a fault of {rank}")
+    def fail(*_args, **_options):
+        raise WorkflowError(name)
 
-    def raise_os_error(*_args, **_options):
-        raise FileNotFoundError(2, "No such file or directory", "the/file")
-
-    return {
-        "the data set": mock.patch.object(runs, "read_dataset", raise_workflow_error),
-        "a checkpoint": mock.patch.object(runs, "load_checkpoint", raise_workflow_error),
-        "a full disk": mock.patch.object(runs, "save_checkpoint", raise_os_error),
-        "the images": mock.patch.object(ImageData, "__init__", raise_workflow_error),
-    }
+    return mock.patch.object(runs, {"the data set": "read_dataset", "a checkpoint": "save_checkpoint"}[name], fail)
 
 
 class KilledError(Exception):
@@ -113,26 +105,17 @@ class CountingTeacher(nn.Module):
         return images.flatten(1) @ self.weight.T
 
 
-def ask_teacher(rank, folder, data, count=2, batch=20):
+def ask_teacher(rank, folder, data, batch=20):
     """Logits of the views 0, 1 and 0, each by a new teacher, and the number of images that each teacher saw."""
     answers = []
     with mock.patch.object(teacher_logits, "_BATCH", batch):
         for view in (0, 1, 0):
             teacher = CountingTeacher()
-            runtime = Runtime("cpu", "float32", Processes(rank, count))
-            progress = Progress(disable=True)
-            logits = teacher_logits.TeacherLogits(teacher, data, 2, folder, runtime, progress).view(view)
+            runtime = Runtime("cpu", "float32")
+            logits = teacher_logits.TeacherLogits(teacher, data, 2, folder, runtime).view(view)
             answers.append((logits.clone(), teacher.seen))
     return answers
 
 
 def run_share_with_own_seed(rank, path, config):
     return run_share(rank, path, dataclasses.replace(config, seed=rank))
-
-
-def averaged_buffers(rank):
-    """The buffers of a BatchNorm whose running mean is the rank, after they are averaged."""
-    norm = nn.BatchNorm1d(3)
-    norm.running_mean.fill_(rank)
-    Processes(rank, 2).average_buffers(norm)
-    return dict(norm.named_buffers())

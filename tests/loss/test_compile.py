@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from loss_cases import each_divergence, standardized_or_not
+from loss_cases import each_form
 from torch._dynamo.testing import CompileCounter
 
 import kddp_ext
@@ -70,9 +70,8 @@ def test_compiles_for_any_batch_size(dynamic):
         torch.testing.assert_close(results(compiled, *batch(rows)), results(loss_of, *batch(rows)))
 
 
-@each_divergence
-@standardized_or_not
-def test_each_divergence_compiles_without_a_graph_break(divergence, standardize_logits):
+@each_form
+def test_each_form_compiles_without_a_graph_break(form):
     channels = torch.randn(9, 5, 4, 3, requires_grad=True)
     student, teacher, labels, activation = batch(9)
 
@@ -80,8 +79,7 @@ def test_each_divergence_compiles_without_a_graph_break(divergence, standardize_
         loss, terms = kddp_ext.fused_kd_l1_loss(
             *(s * 2, teacher, labels, [a, channels]),
             l1_weight=[0.1, 0.2],
-            divergence=divergence,
-            standardize_logits=standardize_logits,
+            **form,
             return_terms=True,
         )
         return loss * 3 + 0 * terms.kd

@@ -11,17 +11,11 @@ def evaluate_both(student, teacher, labels, **settings):
     return evaluate(case, fused), evaluate(case, reference, torch.float64)
 
 
-@pytest.fixture
-def threads():
-    before = torch.get_num_threads()
-    yield torch.set_num_threads
-    torch.set_num_threads(before)
-
-
+@pytest.mark.slow_on_the_emulator
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
 @each_divergence
 @pytest.mark.parametrize(("rows", "classes"), [(300, 130), (1, 2500), (3, 9000), (2, 40_000)])
-def test_any_number_of_threads_gives_the_same(threads, rows, classes, divergence, dtype):
+def test_any_number_of_threads_gives_the_same(rows, classes, divergence, dtype):
     generator = torch.Generator().manual_seed(classes)
     student, teacher = torch.randn(2, rows, classes, generator=generator).to(dtype)
     labels = torch.randint(0, classes, (rows,), generator=generator)
@@ -30,12 +24,13 @@ def test_any_number_of_threads_gives_the_same(threads, rows, classes, divergence
         case = Case(student, teacher, labels, activations, settings | {"divergence": divergence, "l1_weight": 0.1})
         results = []
         for number in (1, 2, 3, 5, 7):
-            threads(number)
+            torch.set_num_threads(number)
             result = evaluate(case, fused)
             results.append([result.loss, result.terms, *result.gradients])
         assert all(torch.equal(a, b) for other in results for a, b in zip(results[0], other, strict=True))
 
 
+@pytest.mark.slow_on_the_emulator
 @pytest.mark.parametrize("where", [0, 70, 1500, 6000, 39_999])
 @pytest.mark.parametrize("margin", [30.0, 300.0, 3e4])
 def test_a_chunk_may_begin_far_below_its_highest_logit(where, margin):
@@ -49,6 +44,7 @@ def test_a_chunk_may_begin_far_below_its_highest_logit(where, margin):
     torch.testing.assert_close(ours.gradients[0].double(), truth.gradients[0], rtol=1e-4, atol=1e-7)
 
 
+@pytest.mark.slow_on_the_emulator
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("classes", [1000, 40_000, 40_017])
 @pytest.mark.parametrize("offsets", [(0.0, 0.0), (700.0, -90.0), (3e4, -6e4), (6e4, 0.0)])

@@ -10,19 +10,16 @@ from loss_cases import (
     Case,
     cases,
     composite,
-    each_divergence,
+    each_form,
     evaluate,
     fused,
     largest_error,
     loss_and_gradient,
     reference,
     reverse_source,
-    standardized_or_not,
 )
 
 import kddp_ext
-
-SETTINGS = {"temperature": 3.0, "alpha": 0.7, "l1_weight": 0.1, "label_smoothing": 0.1, "jsd_beta": 0.3}
 
 
 def values_of(result):
@@ -89,11 +86,10 @@ def through_standardization(source, logits):
     return (source + along) / deviation
 
 
-@each_divergence
-@standardized_or_not
-def test_error_is_at_most_twice_pytorchs(divergence, standardize_logits, examples):
+@each_form
+def test_error_is_at_most_twice_pytorchs(form, examples):
     @settings(max_examples=examples(60), deadline=None)
-    @given(cases(divergence=divergence, standardize_logits=standardize_logits))
+    @given(cases(**form))
     def holds(case):
         assert_within_twice_pytorchs_error(case)
 
@@ -142,7 +138,7 @@ def test_the_gradient_of_standardized_outliers_is_as_exact_as_pytorchs(divergenc
 
 
 @pytest.mark.parametrize("classes", [13, 400])
-@standardized_or_not
+@pytest.mark.parametrize("standardize_logits", [False, True])
 def test_jsd_of_near_distributions_is_as_exact_as_pytorchs(standardize_logits, classes):
     """log(q / m) is nearly 0; a difference of logarithms would have their rounding errors."""
     teacher, difference = torch.randn(2, 64, classes, generator=torch.Generator().manual_seed(0))
@@ -152,12 +148,14 @@ def test_jsd_of_near_distributions_is_as_exact_as_pytorchs(standardize_logits, c
         assert ours <= theirs, f"{errors.__name__}: {ours:.3g} against {theirs:.3g}"
 
 
+@pytest.mark.slow_on_the_emulator
 @settings(max_examples=40, deadline=None)
 @given(cases(dtypes=("float32",), rows=3, classes=70_000, largest_logit=30.0))
 def test_long_rows(case):
     assert_within_twice_pytorchs_error(case)
 
 
+@pytest.mark.slow_on_the_emulator
 @settings(max_examples=150, deadline=None)
 @given(cases(dtypes=("float32",), rows=40, classes=300, largest_logit=50.0))
 def test_float64_equals_the_reference(case):
@@ -170,14 +168,13 @@ def test_float64_equals_the_reference(case):
         assert largest_error(value, true) <= allowed, name
 
 
-@each_divergence
-@standardized_or_not
+@each_form
 @pytest.mark.parametrize("classes", [1, 2, 15, 16, 17, 31, 33, 100, 1023, 1025, 4097, 32768, 32769, 40000])
-def test_every_remainder_of_the_vector_width(classes, divergence, standardize_logits):
+def test_every_remainder_of_the_vector_width(classes, form):
     generator = torch.Generator().manual_seed(classes)
     student, teacher = torch.randn(2, 3, classes, generator=generator)
     labels = torch.tensor([0, classes - 1, classes // 2])
-    options = SETTINGS | {"divergence": divergence, "standardize_logits": standardize_logits}
+    options = {"temperature": 3.0, "alpha": 0.7, "l1_weight": 0.1, "label_smoothing": 0.1, "jsd_beta": 0.3, **form}
     assert_within_twice_pytorchs_error(Case(student, teacher, labels, [student[:, :1].relu()], options))
 
 
@@ -189,13 +186,11 @@ def test_the_first_of_equal_logits_is_the_prediction():
         assert int(terms.correct) == correct == int((student.argmax(1) == labels).sum())
 
 
-@each_divergence
-@standardized_or_not
-def test_equal_logits_have_no_divergence(divergence, standardize_logits):
+@each_form
+def test_equal_logits_have_no_divergence(form):
     logits = torch.randn(50, 333, generator=torch.Generator().manual_seed(1)) * 100
-    options = {"alpha": 1.0, "divergence": divergence, "standardize_logits": standardize_logits}
-    kd, gradient = loss_and_gradient(logits, logits, torch.arange(50), **options)
-    rounding = torch.finfo(torch.float32).eps * (9 if divergence == "dkd" else 1)
-    exact = divergence == "forward_kl" and not standardize_logits
+    kd, gradient = loss_and_gradient(logits, logits, torch.arange(50), alpha=1.0, **form)
+    rounding = torch.finfo(torch.float32).eps * (9 if form["divergence"] == "dkd" else 1)
+    exact = form == {"divergence": "forward_kl", "standardize_logits": False}
     assert 0 <= float(kd) <= (0 if exact else 16 * rounding)
     assert float(gradient.abs().max()) <= 4 * rounding * 4 / 50

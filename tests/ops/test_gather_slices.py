@@ -1,6 +1,5 @@
 """The native gather equals plain indexing for random shapes, dtypes, strides and indices; so does its compensation."""
 
-import contextlib
 import math
 
 import hypothesis.strategies as st
@@ -61,6 +60,7 @@ def test_gather_equals_indexing(data, rows, columns, inner):
     )
 
 
+@pytest.mark.slow_on_the_emulator
 @pytest.mark.parametrize("ascending", [True, False])
 @pytest.mark.parametrize("dtype", [torch.bool, torch.bfloat16, torch.float32, torch.complex64, torch.complex128])
 def test_outputs_larger_than_the_caches_are_gathered(dtype, ascending):
@@ -118,21 +118,11 @@ def test_shift_is_the_contribution_of_the_pruned_columns(data, dtype, rows, colu
         magnitude = math.fsum(map(abs, terms))
         # Every term and every addition rounds once.
         assert abs(ours - math.fsum(terms)) <= (len(terms) + 1) * 2**-53 * magnitude
-        assert (
-            abs(theirs - math.fsum(terms)) <= (len(terms) + inner + 1) * 2**-53 * block.abs().sum() * means.abs().sum()
-        )
+        bound = block.abs().sum() * means.abs().sum()
+        assert abs(theirs - math.fsum(terms)) <= (len(terms) + inner + 1) * 2**-53 * bound
 
 
-@contextlib.contextmanager
-def threads(number):
-    before = torch.get_num_threads()
-    torch.set_num_threads(number)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
-
-
+@pytest.mark.slow_on_the_emulator
 @pytest.mark.parametrize("dtype", FLOAT_DTYPES)
 def test_any_number_of_threads_gives_the_same_bits(dtype):
     generator = torch.Generator().manual_seed(0)
@@ -142,8 +132,8 @@ def test_any_number_of_threads_gives_the_same_bits(dtype):
     arguments = {"rows": 701, "columns": 600, "pruned_columns": pruned, "pruned_means": means}
     results = []
     for number in (1, 2, 3):
-        with threads(number):
-            results.append(ops.gather_slices(tensors, keep, keep, **arguments))
+        torch.set_num_threads(number)
+        results.append(ops.gather_slices(tensors, keep, keep, **arguments))
     assert_same(results[0][0], [tensor[keep][:, keep] for tensor in tensors])
     for gathered, shift in results[1:]:
         assert_same(gathered, results[0][0])
@@ -165,7 +155,13 @@ def test_nan_and_infinity_in_pruned_columns_follow_ieee(dtype):
     torch.testing.assert_close(shift.tolist(), [19.0, nan, -infinity, nan, 19.0], equal_nan=True, rtol=0, atol=0)
 
 
-ONE = torch.tensor([1])
+def pruned(columns, means):
+    return {"pruned_columns": columns, "pruned_means": means}
+
+
+ONE, MEAN = torch.tensor([1]), torch.ones(1, dtype=torch.float64)
+ON_META = torch.zeros(4, 5, device="meta")
+VECTOR = "pruned_means: expected a contiguous vector of 1 float64"
 
 
 @pytest.mark.parametrize(
@@ -174,38 +170,19 @@ ONE = torch.tensor([1])
         ({"keep_rows": torch.tensor([4])}, "keep_rows: expected indices from 0 to 3, got 4 to 4"),
         ({"keep_columns": torch.tensor([-1, 2])}, "keep_columns: expected indices from 0 to 4, got -1 to 2"),
         ({"keep_rows": torch.tensor([1.0])}, "keep_rows: expected a contiguous vector of int64, got torch.float32"),
+        (pruned(torch.tensor([9]), MEAN), "pruned_columns: expected indices from 0 to 4"),
+        (pruned(ONE, None), "pruned_columns, pruned_means: expected both or neither"),
+        (pruned(None, MEAN), "pruned_columns, pruned_means: expected both or neither"),
+        (pruned(ONE, MEAN.float()), rf"{VECTOR}, got torch.float32 of shape \(1,\)"),
+        (pruned(ONE, MEAN.repeat(2)), rf"{VECTOR}, got torch.float64 of shape \(2,\)"),
         (
-            {"pruned_columns": torch.tensor([9]), "pruned_means": torch.ones(1, dtype=torch.float64)},
-            "pruned_columns: expected indices from 0 to 4",
-        ),
-        ({"pruned_columns": ONE}, "pruned_columns, pruned_means: expected both or neither"),
-        ({"pruned_means": torch.ones(1)}, "pruned_columns, pruned_means: expected both or neither"),
-        (
-            {"pruned_columns": ONE, "pruned_means": torch.ones(1)},
-            r"pruned_means: expected a contiguous vector of 1 float64, got torch.float32 of shape \(1,\)",
-        ),
-        (
-            {"pruned_columns": ONE, "pruned_means": torch.ones(2, dtype=torch.float64)},
-            r"pruned_means: expected a contiguous vector of 1 float64, got torch.float64 of shape \(2,\)",
-        ),
-        (
-            {"pruned_columns": ONE, "pruned_means": ONE.double(), "tensors": [torch.zeros(4, 5, dtype=torch.int64)]},
+            {"tensors": [torch.zeros(4, 5, dtype=torch.int64)], **pruned(ONE, MEAN)},
             r"tensors\[0\]: expected one of torch.float32, .*torch.float16 with pruned_means, got torch.int64",
         ),
+        ({"tensors": [torch.zeros(4, 5), ON_META]}, r"tensors\[1\]: expected device cpu .*meta"),
+        ({"tensors": [ON_META], "keep_columns": ONE}, r"keep_columns: expected device meta as tensors\[0\], got cpu"),
         (
-            {"tensors": [torch.zeros(4, 5), torch.zeros(4, 5, device="meta")]},
-            r"tensors\[1\]: expected device cpu .*meta",
-        ),
-        (
-            {"tensors": [torch.zeros(4, 5, device="meta")], "keep_columns": ONE},
-            r"keep_columns: expected device meta as tensors\[0\], got cpu",
-        ),
-        (
-            {
-                "tensors": [torch.zeros(4, 5, device="meta")],
-                "pruned_columns": ONE.to("meta"),
-                "pruned_means": ONE.double(),
-            },
+            {"tensors": [ON_META], **pruned(ONE.to("meta"), MEAN)},
             r"pruned_means: expected device meta as tensors\[0\], got cpu",
         ),
         ({"rows": 3}, r"tensors\[0\]: expected a multiple of 3 x 5 elements, got shape \(4, 5\)"),

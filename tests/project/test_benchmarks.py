@@ -10,42 +10,31 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+import kddp_ext
+from benchmarks import cases, latency, timing
+from benchmarks.comparisons import COMPARISONS, memory
+from benchmarks.gpu import clocks, command, contenders, device
+from benchmarks.settings import Settings
+from kddp_ext.workflow.config import RunConfig, StudentConfig
+from kddp_ext.workflow.datasets import INFO
+from kddp_ext.workflow.errors import WorkflowError
+from kddp_ext.workflow.models import build_student
+
 ROOT = Path(__file__).parents[2]
+HAS_ONNX = not latency.missing_packages()
 
 
-@pytest.fixture(scope="module")
-def benchmarks():
-    """The modules of benchmarks/, which is not installed."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(str(ROOT))
-        from benchmarks import cases, timing
-        from benchmarks.comparisons import COMPARISONS, memory
-        from benchmarks.gpu import clocks, command, contenders, device
-        from benchmarks.settings import Settings
-
-        yield SimpleNamespace(
-            cases=cases,
-            clocks=clocks,
-            command=command,
-            comparisons=COMPARISONS,
-            contenders=contenders,
-            device=device,
-            memory=memory,
-            settings=Settings(threads=1, seconds=0.001, rounds=2, compile=False, smoke=True),
-            timing=timing,
-        )
-
-
+SETTINGS = Settings(threads=1, seconds=0.001, rounds=2, compile=False, smoke=True)
 NAMES = [
     "loss", "class-counts", "threads", "memory", "statistics", "divergences", "compaction", "pruning", "prune-step",
 ]  # fmt: skip
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_each_comparison_gives_tables_and_json(benchmarks, name):
-    assert list(benchmarks.comparisons) == NAMES
-    comparison = benchmarks.comparisons[name]
-    by_heap = dict.fromkeys(comparison.heaps, comparison.measure(benchmarks.settings))
+def test_each_comparison_gives_tables_and_json(name):
+    assert list(COMPARISONS) == NAMES
+    comparison = COMPARISONS[name]
+    by_heap = dict.fromkeys(comparison.heaps, comparison.measure(SETTINGS))
     by_heap = json.loads(json.dumps(by_heap))
     for table in comparison.tables(by_heap):
         assert table.rows
@@ -69,8 +58,7 @@ def test_the_command_writes_json_markdown_and_a_picture(tmp_path):
     assert "old" not in text
 
 
-def test_implementations_that_disagree_are_refused(benchmarks):
-    cases = benchmarks.cases
+def test_implementations_that_disagree_are_refused():
     inputs = cases.make_inputs(cases.Shape(8, 10, 4))
     losses = {"eager": cases.fused, "wrong": lambda i: cases.fused(i, label_smoothing=0.1)}
     with pytest.raises(RuntimeError, match="wrong and eager PyTorch do not compute the same"):
@@ -89,10 +77,10 @@ def test_without_a_gpu_the_command_says_so(tmp_path):
 
 
 @pytest.fixture
-def stand_in(benchmarks):
+def stand_in():
     """The CPU as a device; a captured step is the step itself."""
-    clock = benchmarks.clocks.WallClock(lambda: None)
-    return benchmarks.device.Device("cpu", clock, clock, benchmarks.memory._peak_bytes, lambda step: step)
+    clock = clocks.WallClock(lambda: None)
+    return device.Device("cpu", clock, clock, memory._peak_bytes, lambda step: step)
 
 
 @pytest.fixture
@@ -111,7 +99,7 @@ def liger(monkeypatch):
     return module
 
 
-def test_the_gpu_benchmark_runs_on_the_cpu_with_fakes(benchmarks, stand_in, liger, monkeypatch, tmp_path, capsys):
+def test_the_gpu_benchmark_runs_on_the_cpu_with_fakes(stand_in, liger, monkeypatch, tmp_path, capsys):
     properties = SimpleNamespace(
         L2_cache_size=1000, name="a GPU", major=9, minor=0, multi_processor_count=132, total_memory=80 << 30
     )
@@ -120,8 +108,8 @@ def test_the_gpu_benchmark_runs_on_the_cpu_with_fakes(benchmarks, stand_in, lige
     files = SimpleNamespace(
         only=["loss", "compaction"], json=str(tmp_path / "figures.json"), markdown=str(tmp_path / "tables.md")
     )
-    described = benchmarks.command.describe()
-    assert benchmarks.command.run(files, benchmarks.settings, stand_in, described) == 0
+    described = command.describe()
+    assert command.run(files, SETTINGS, stand_in, described) == 0
     assert "a GPU (132 multiprocessors, 80 GiB)" in capsys.readouterr().out.replace("\n", " ")
     content = json.loads(Path(files.json).read_text())
     shape = content["gpu"]["loss"]["shapes"][0]
@@ -138,56 +126,78 @@ def test_the_gpu_benchmark_runs_on_the_cpu_with_fakes(benchmarks, stand_in, lige
     assert {line.count("|") for line in lines} == {12}
 
 
-def test_missing_implementations_have_a_reason(benchmarks, stand_in, liger, monkeypatch):
+def test_missing_implementations_have_a_reason(stand_in, liger, monkeypatch):
     def refuse(step):
         raise RuntimeError("operation not permitted when stream is capturing")
 
-    inputs = benchmarks.cases.make_inputs(benchmarks.cases.Shape(8, 10, 4))
+    inputs = cases.make_inputs(cases.Shape(8, 10, 4))
     broken = stand_in._replace(capture=refuse)
     wrong = torch.nn.MSELoss
     monkeypatch.setattr(liger, "LigerKLDIVLoss", lambda reduction: wrong())
-    steps, missing = benchmarks.contenders.all_contenders(inputs, benchmarks.settings, broken)
+    steps, missing = contenders.all_contenders(inputs, SETTINGS, broken)
     assert list(steps) == ["kddp_ext", "eager"]
     assert missing["Liger"].startswith("failed: RuntimeError: Liger and eager PyTorch do not compute the same loss")
     assert missing["eager, CUDA graph"] == "failed: operation not permitted when stream is capturing"
     monkeypatch.setitem(sys.modules, "liger_kernel", None)
     monkeypatch.setitem(sys.modules, "liger_kernel.transformers", None)
-    _, missing = benchmarks.contenders.all_contenders(inputs, benchmarks.settings, stand_in)
+    _, missing = contenders.all_contenders(inputs, SETTINGS, stand_in)
     assert missing == {"Liger": "not installed"}
-    timed = benchmarks.timing.Rounds({"kddp_ext": [1.0], "eager": [2.0]}).to_json("kddp_ext")
+    timed = timing.Rounds({"kddp_ext": [1.0], "eager": [2.0]}).to_json("kddp_ext")
     shape = {"shape": "8×10", "needed_bytes": 1, **timed, "repeated": timed, "bytes_beyond": {}, "missing": missing}
-    table = benchmarks.command.COMPARISONS["loss"].tables({"copy_bytes_per_second": 1.0, "shapes": [shape]})[0]
+    table = command.COMPARISONS["loss"].tables({"copy_bytes_per_second": 1.0, "shapes": [shape]})[0]
     assert table.rows == [
         ["8×10", "1,000,000", "2,000,000", "not installed", "2.0x (2.0–2.0)", "not installed", "100%"]
     ]
 
 
-def test_the_students_command_writes_tables_and_json(benchmarks, tmp_path):
-    import kddp_ext
-    from kddp_ext.workflow.config import RunConfig, StudentConfig
-    from kddp_ext.workflow.datasets import INFO
-    from kddp_ext.workflow.models import build_student
+WIDTH, PRUNED = 24, 16
 
-    config = RunConfig(student=StudentConfig(channels=(4, 8), width=16))
-    metadata = {"stage": "kd", "config": json.dumps(config.to_json())}
-    paths = [tmp_path / run / "kd" / "student.safetensors" for run in ("one", "other")]
-    for path in paths:
+
+@pytest.fixture
+def students(tmp_path):
+    """The files of a whole and of a pruned student."""
+    config = RunConfig(student=StudentConfig(channels=(4, 8), width=WIDTH))
+    paths = [tmp_path / run / "kddp" / "student.safetensors" for run in ("whole", "other")]
+    for path, removed in zip(paths, (0, PRUNED), strict=True):
         path.parent.mkdir(parents=True)
+        history = kddp_ext.PruningHistory({"hidden": WIDTH})
+        history.steps.append({"hidden": list(range(removed))})
         model = build_student(config, INFO["digits"])
-        kddp_ext.save_student(path, model, kddp_ext.PruningHistory({}), metadata)
+        history.replay(model, (torch.zeros(2, 1, 8, 8),))
+        kddp_ext.save_student(path, model, history, {"stage": "kddp", "config": json.dumps(config.to_json())})
+    return paths
+
+
+def test_the_students_command_writes_tables_and_json(students, tmp_path):
     files = [tmp_path / name for name in ("figures.json", "tables.md")]
-    command = [sys.executable, "-m", "benchmarks.students", *map(str, paths), "--smoke", "--batches", "1,3"]
+    command = [sys.executable, "-m", "benchmarks.students", *map(str, students), "--smoke", "--batches", "1,3"]
     subprocess.run([*command, "--json", str(files[0]), "--markdown", str(files[1])], cwd=ROOT, check=True)
-    content = json.loads(files[0].read_text())
-    assert [student["path"] for student in content["students"]] == list(map(str, paths))
-    engines = content["students"][0]["latency"]
+    whole, pruned = json.loads(files[0].read_text())["students"]
+    assert [whole["path"], pruned["path"]] == list(map(str, students))
+    # A hidden neuron has weights for 8 channels of 2x2 and a bias, and each of 10 classes has a weight for it.
+    assert whole["parameters"] - pruned["parameters"] == PRUNED * (32 + 1 + 10)
+    assert whole["macs"] - pruned["macs"] == PRUNED * (32 + 10)
+    assert whole["file_bytes"] == students[0].stat().st_size
+    engines = pruned["latency"]
     assert all(batches.keys() == {"1", "3"} for batches in engines.values())
+    assert len(engines["pytorch"]["1"]["rounds_ms"]) == 1
+    assert whole["latency"]["pytorch"]["3"]["ratio"]["median"] == 1.0
+    assert engines.keys() == ({"pytorch", "onnxruntime"} if HAS_ONNX else {"pytorch"})
+    assert not HAS_ONNX or 0 <= pruned["largest_difference"] < 1e-5
     text = files[1].read_text()
     table = text.partition("students-latency -->")[2]
-    rows = [line.split(" | ")[0] for line in table.splitlines() if line.startswith("| o")]
+    rows = [line.split(" | ")[0] for line in table.splitlines() if "/kddp, " in line]
     titles = {"pytorch": "PyTorch", "onnxruntime": "ONNX Runtime"}
-    assert rows == [f"| {run}/kd, {titles[engine]}" for engine in engines for run in ("one", "other")]
-    assert ("ONNX Runtime is left out" in text) == ("onnxruntime" not in engines)
+    assert rows == [f"| {run}/kddp, {titles[engine]}" for engine in engines for run in ("whole", "other")]
+    assert ("ONNX Runtime needs missing packages" in text) == (not HAS_ONNX)
     ended = subprocess.run([*command[:3], "nowhere"], cwd=ROOT, capture_output=True, text=True)
     assert ended.returncode == 2
     assert ended.stderr.strip() == "nowhere: no such file or folder"
+
+
+@pytest.mark.skipif(not HAS_ONNX, reason="onnx, onnxscript or onnxruntime is not installed")
+@pytest.mark.filterwarnings("ignore:`isinstance.treespec, LeafSpec.` is deprecated")
+def test_an_onnx_file_that_computes_something_else_is_refused(students, monkeypatch):
+    monkeypatch.setattr(latency._OnnxModel, "__call__", lambda _self, images: torch.full((len(images), 10), 9.0))
+    with pytest.raises(WorkflowError, match=r"student\.safetensors: the logits of .* differ by up to"):
+        latency.compare_latencies(students[:1], (1,), SETTINGS)

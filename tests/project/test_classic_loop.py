@@ -9,57 +9,39 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from benchmarks.classic_loop import __main__ as main
+from benchmarks.classic_loop import child, ours, processes
+from benchmarks.classic_loop.pairs import PAIRS, build_networks, load_images
 from kddp_ext.workflow.runtime import Runtime
 from kddp_ext.workflow.train import Training, student_recipe, train_epoch
 
 ROOT = Path(__file__).parents[2]
-PAIRS = ["cnn5", "resnet"]
 
 
-@pytest.fixture(scope="module", autouse=True)
+@pytest.fixture(autouse=True)
 def one_thread():
-    threads = torch.get_num_threads()
     torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
-@pytest.fixture(scope="module")
-def loops():
-    """The modules of the benchmark, which is not installed."""
-    pytest.importorskip("PIL")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(str(ROOT))
-        from benchmarks.classic_loop import __main__, child, classic, ours, pairs, processes
-
-        assert list(pairs.PAIRS) == PAIRS
-        yield SimpleNamespace(main=__main__, child=child, classic=classic, ours=ours, pairs=pairs, processes=processes)
+def make(pair="cnn5"):
+    """A pair's tiny config, images, teacher and student."""
+    config = PAIRS[pair].config(smoke=True)
+    torch.manual_seed(0)
+    return config, load_images(config, None, smoke=True), *build_networks(config)
 
 
-@pytest.fixture
-def made(loops):
-    """Returns a pair's tiny config, images, teacher and student."""
-
-    def make(pair="cnn5"):
-        config = loops.pairs.PAIRS[pair].config(smoke=True)
-        torch.manual_seed(0)
-        return config, loops.pairs.load_images(config, None, smoke=True), *loops.pairs.build_networks(config)
-
-    return make
-
-
-def test_both_loops_minimise_the_same_function(loops, monkeypatch):
-    loops.main.require_same_loss()
-    monkeypatch.setattr(loops.main.kddp_ext, "fused_kd_l1_loss", lambda *inputs, **options: torch.tensor(1.0))
+def test_both_loops_minimise_the_same_function(monkeypatch):
+    main.require_same_loss()
+    monkeypatch.setattr(main.kddp_ext, "fused_kd_l1_loss", lambda *inputs, **options: torch.tensor(1.0))
     with pytest.raises(RuntimeError, match="the losses differ"):
-        loops.main.require_same_loss()
+        main.require_same_loss()
 
 
-@pytest.mark.parametrize("pair", PAIRS)
+@pytest.mark.parametrize("pair", list(PAIRS))
 @pytest.mark.parametrize("cached", [True, False])
-def test_our_loop_trains_as_the_workflow_does(loops, made, pair, cached, tmp_path):
+def test_our_loop_trains_as_the_workflow_does(pair, cached, tmp_path):
     """An epoch of the benchmark's loop and one of the workflow give the same weights and the same loss."""
-    config, data, teacher, student = made(pair)
+    config, data, teacher, student = make(pair)
     runtime, path = Runtime("cpu", "float32"), tmp_path / "logits.safetensors"
     runtime.place(teacher)
     batches = list(data.batches(0, config.student.batch_size, config.seed))
@@ -67,29 +49,29 @@ def test_our_loop_trains_as_the_workflow_does(loops, made, pair, cached, tmp_pat
     with torch.no_grad():
         for indices in batches:
             answers[indices] = teacher(data.training_images(indices, 0, config.student.shift))
-    loops.ours.safetensors.torch.save_file({"logits": answers}, path)
-    loop = loops.ours.OurLoop(config, teacher, student, data, path if cached else None, runtime)
+    ours.safetensors.torch.save_file({"logits": answers}, path)
+    loop = ours.OurLoop(config, teacher, student, data, path if cached else None, runtime)
     loss = loop.train(len(batches))
 
-    other = runtime.place(made(pair)[3])
+    other = runtime.place(make(pair)[3])
     recipe = student_recipe(config, "kd")
     training = Training(other, other, recipe.optimizer(other), None, epochs=[])
     cache = SimpleNamespace(view=lambda view: answers)
-    metrics = train_epoch(training, recipe, data, cache, runtime, 0, lambda images: None)
+    metrics = train_epoch(training, recipe, data, cache, runtime, 0)
     assert loss == pytest.approx(metrics["loss"], rel=1e-6)
     for found, expected in zip(student.parameters(), other.parameters(), strict=True):
         assert torch.equal(found, expected)
 
 
-def test_the_error_names_a_loop_whose_process_ends(loops, tmp_path, capfd, monkeypatch):
+def test_the_error_names_a_loop_whose_process_ends(tmp_path, capfd, monkeypatch):
     monkeypatch.chdir(ROOT)  # its process imports benchmarks
-    task = loops.child.Task("cnn5", "classic", str(tmp_path), 1, 0, 0, 1, True)
-    with pytest.raises(RuntimeError, match="cnn5, classic: ended with status 1"), loops.processes.Loop(task):
+    task = child.Task("cnn5", "classic", str(tmp_path), 1, 0, 0, 1, True)
+    with pytest.raises(RuntimeError, match="cnn5, classic: ended with status 1"), processes.Loop(task):
         pass
     assert str(tmp_path) in capfd.readouterr().err  # no CIFAR-10 in there
 
 
-def test_the_command_measures_and_writes(loops, tmp_path):
+def test_the_command_measures_and_writes(tmp_path):
     files = [tmp_path / name for name in ("figures.json", "tables.md")]
     options = ["--smoke", "--pairs", "cnn5", "--steps", "3", "--warm-up", "1", "--rounds", "1", "--threads", "1"]
     options += ["--json", str(files[0]), "--markdown", str(files[1])]

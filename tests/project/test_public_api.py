@@ -9,6 +9,7 @@ import inspect
 import io
 import os
 import re
+import textwrap
 from pathlib import Path
 from unittest import mock
 
@@ -94,13 +95,20 @@ def options(command):
     printed, wide = io.StringIO(), mock.patch.dict(os.environ, COLUMNS="200")
     with wide, contextlib.redirect_stdout(printed), contextlib.suppress(SystemExit):
         cli.main([command, "--help"])
-    found = re.findall(r"(?<![\w-])--[a-z][\w.-]*\w", printed.getvalue())
-    return indented(f"kddp {command}", sorted(set(found) - {"--help"}))
+    return set(re.findall(r"(?<![\w-])--[a-z][\w.-]*\w", printed.getvalue())) - {"--help"}
+
+
+def command_text(command, found):
+    return indented(f"kddp {command}", textwrap.wrap(" ".join(sorted(found)), LINE, break_on_hyphens=False))
 
 
 def public_api():
+    """The text of public_api.txt. A sweep has the options of a run and those that are listed."""
     names = [described(name, getattr(kddp_ext, name)) for name in kddp_ext.__all__]
-    return "\n\n".join([*names, *map(options, COMMANDS)]) + "\n"
+    found = {command: options(command) for command in COMMANDS}
+    assert found["run"] <= found["sweep"]
+    found["sweep"] -= found["run"]
+    return "\n\n".join([*names, *(command_text(command, found[command]) for command in COMMANDS)]) + "\n"
 
 
 def test_the_public_interface_is_unchanged():

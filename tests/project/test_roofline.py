@@ -1,81 +1,63 @@
 """The model of costs on a GPU: bytes from shapes, arithmetic, PyTorch's operations, and counts on the emulator."""
 
 import json
-import os
-import subprocess
-import sys
-from pathlib import Path
-from types import SimpleNamespace
 
 import backends
 import pytest
 import torch
 import torch.nn.functional as F
-from emulator import compiler
 
-ROOT = Path(__file__).parents[2]
-
-
-@pytest.fixture(scope="module")
-def roofline():
-    """The modules of benchmarks.roofline, which is in the source folder only."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(str(ROOT))
-        from benchmarks import cases
-        from benchmarks.roofline import __main__ as command
-        from benchmarks.roofline import emulated, gpus, model, passes, tables, torch_operations
-
-        yield SimpleNamespace(
-            cases=cases, command=command, emulated=emulated, gpus=gpus, model=model, passes=passes, tables=tables,
-            torch_operations=torch_operations,
-        )  # fmt: skip
+from benchmarks.cases import Shape
+from benchmarks.roofline import __main__ as command
+from benchmarks.roofline import emulated, gpus, model, passes, tables
+from benchmarks.roofline.torch_operations import OperationCounter
 
 
 @pytest.fixture
-def counter(roofline, request):
+def counter(request):
     """Counts whole shapes on the emulated module of the other tests."""
-    return roofline.emulated.Counter(backends.emulated(request.config), None)
+    return emulated.Counter(backends.emulated(request.config), None)
 
 
-def test_needed_bytes_of_a_shape(roofline):
-    shape = roofline.cases.Shape(6, 10, 4, torch.bfloat16)
+def test_needed_bytes_of_a_shape():
+    shape = Shape(6, 10, 4, torch.bfloat16)
     logits, activations, labels = 2 * 6 * 10, 2 * 6 * 4, 8 * 6
-    assert roofline.passes.forward_bytes(shape) == 3 * logits + 2 * activations + labels
-    assert roofline.passes.backward_bytes(shape) == 2 * (logits + activations)
-    layer = roofline.passes.Layer(8, 6, tensors=4)
-    assert roofline.passes.compaction_bytes(layer) == 4 * (4 * 3 * 4 * 2) + 8 * (4 + 3)
+    assert passes.forward_bytes(shape) == 3 * logits + 2 * activations + labels
+    assert passes.backward_bytes(shape) == 2 * (logits + activations)
+    layer = passes.Layer(8, 6, tensors=4)
+    assert passes.compaction_bytes(layer) == 4 * (4 * 3 * 4 * 2) + 8 * (4 + 3)
 
 
-def test_arithmetic_of_the_model(roofline):
-    gpu = roofline.gpus.Gpu("made up", bandwidth=1e9, multiprocessors=10, clock=1e6, source="")
+def test_arithmetic_of_the_model():
+    gpu = gpus.Gpu("made up", bandwidth=1e9, multiprocessors=10, clock=1e6, source="")
     assert gpu.exponentials == 16e7
-    traffic = roofline.model.Traffic(launches=3, needed_bytes=1e6, moved_bytes=2e6, exponentials=1.6e5)
-    by_memory = roofline.model.modelled(traffic, gpu, 1e-6)
+    traffic = model.Traffic(launches=3, needed_bytes=1e6, moved_bytes=2e6, exponentials=1.6e5)
+    by_memory = model.modelled(traffic, gpu, 1e-6)
     assert by_memory == pytest.approx((3e-6, 2e-3, 1e-3, 3e-6 + 2e-3, 1e-3))
     assert by_memory.bound == "memory"
-    by_exponentials = roofline.model.modelled(traffic._replace(exponentials=8e5), gpu, 1e-6)
+    by_exponentials = model.modelled(traffic._replace(exponentials=8e5), gpu, 1e-6)
     assert by_exponentials == pytest.approx((3e-6, 2e-3, 5e-3, 3e-6 + 5e-3, 1e-3))
     assert by_exponentials.bound == "exponentials"
-    assert roofline.model.modelled(traffic, gpu, 1e-2).bound == "launches"
+    assert model.modelled(traffic, gpu, 1e-2).bound == "launches"
     assert traffic.times(2) == (3, 2e6, 4e6, 3.2e5)
     assert traffic.plus(traffic) == (6, 2e6, 4e6, 3.2e5)
 
 
-def count(roofline, run):
-    with roofline.torch_operations.OperationCounter() as operations:
+def count(run):
+    with OperationCounter() as operations:
         run()
     return operations
 
 
 @pytest.mark.parametrize("device", ["cpu", "meta"])
-def test_bytes_of_single_operations(roofline, device):
+def test_bytes_of_single_operations(device):
     x = torch.zeros(8, 10, device=device)
     labels = torch.zeros(8, dtype=torch.int64, device=device)
     index = torch.zeros(3, dtype=torch.int64, device=device)
     matrix = 4 * 80
 
     def bytes_of(run):
-        return [(operation.read_bytes, operation.written_bytes) for operation in count(roofline, run).operations]
+        return [(operation.read_bytes, operation.written_bytes) for operation in count(run).operations]
 
     assert bytes_of(lambda: x * x) == [(2 * matrix, matrix)]
     assert bytes_of(lambda: x.t()[:2].detach()) == []
@@ -89,9 +71,9 @@ def test_bytes_of_single_operations(roofline, device):
     assert bytes_of(lambda: x.index_select(0, index)) == [(4 * 30 + 8 * 3, 4 * 30)]
 
 
-def test_bytes_of_the_eager_loss_equal_a_sum_by_hand(roofline):
-    shape = roofline.cases.Shape(64, 100, 32)
-    forward, backward, usual = roofline.command.eager_loss(shape)
+def test_bytes_of_the_eager_loss_equal_a_sum_by_hand():
+    shape = Shape(64, 100, 32)
+    forward, backward, usual = command.eager_loss(shape)
     logits, activations = 4 * 64 * 100, 4 * 64 * 32
     # Two divisions, three softmaxes, xlogy, product, difference, sum; abs and sum.
     forward_bytes = (2 * 2 + 3 * 2 + 3 * 3 + 1) * logits + (2 + 1) * activations
@@ -104,21 +86,12 @@ def test_bytes_of_the_eager_loss_equal_a_sum_by_hand(roofline):
     assert (forward.launches, backward.launches) == (19, 16)
 
 
-def test_meta_tensors_count_like_real_ones(roofline):
-    shape = roofline.cases.Shape(8, 10, 4, torch.bfloat16)
-    counted = []
-    for device in ("cpu", "meta"):
-        passes = roofline.passes.eager_passes(roofline.cases.make_inputs(shape, device))
-        counted.append([count(roofline, run).operations for run in passes])
-    assert counted[0] == counted[1]
-
-
 @pytest.mark.parametrize(
     ("rows", "classes", "neurons", "exponentials"),
     [(16, 100, 64, 2), (2, 20000, 0, 4)],  # rows in shared memory, and rows that are read twice
 )
-def test_the_emulated_loss_moves_little_more_than_needed(roofline, counter, rows, classes, neurons, exponentials):
-    shape = roofline.cases.Shape(rows, classes, neurons)
+def test_the_emulated_loss_moves_little_more_than_needed(counter, rows, classes, neurons, exponentials):
+    shape = Shape(rows, classes, neurons)
     forward, backward, usual = counter.loss(shape, 4)
     # Reading both sides twice moves 5 arrays instead of 3.
     least = forward.needed_bytes * (1 if exponentials == 2 else 5 / 3)
@@ -130,10 +103,10 @@ def test_the_emulated_loss_moves_little_more_than_needed(roofline, counter, rows
     assert usual.moved_bytes < backward.moved_bytes / 20  # scaling by 1 only reads the scalar
 
 
-def test_fewer_rows_on_a_smaller_gpu_count_the_same(roofline, counter, request):
-    shape = roofline.cases.Shape(256, 300, 0)
+def test_fewer_rows_on_a_smaller_gpu_count_the_same(counter, request):
+    shape = Shape(256, 300, 0)
     whole = counter.loss(shape, 8)
-    shrinking = roofline.emulated.Counter(backends.emulated(request.config), 20000)
+    shrinking = emulated.Counter(backends.emulated(request.config), 20000)
     scaled = shrinking.loss(shape, 8)
     assert shrinking.scaled == {str(shape): 4}
     assert counter.scaled == {}
@@ -142,96 +115,37 @@ def test_fewer_rows_on_a_smaller_gpu_count_the_same(roofline, counter, request):
         assert a._replace(moved_bytes=0) == b._replace(moved_bytes=0)
 
 
-def test_a_larger_gpu_splits_rows_into_more_slices(roofline, counter):
-    grids = {}
-    for multiprocessors in (2, 8):
-        forward, *_ = roofline.passes.loss_passes(roofline.cases.make_inputs(roofline.cases.Shape(4, 33000, 0)))
-        _, (report,) = counter._count(forward, multiprocessors)
-        grids[multiprocessors] = report["grid"]
-    assert grids == {2: 4, 8: 16}
-
-
-def test_counts_of_a_compaction(roofline, counter):
-    layer = roofline.passes.Layer(32, 64)
+def test_counts_of_a_compaction(counter):
+    layer = passes.Layer(32, 64)
     counted = counter.compaction(layer, 4)
-    eager = roofline.command.eager_compaction(layer)
-    assert counted.needed_bytes == roofline.passes.compaction_bytes(layer)
+    eager = command.eager_compaction(layer)
+    assert counted.needed_bytes == passes.compaction_bytes(layer)
     assert counted.needed_bytes < counted.moved_bytes < 2.5 * counted.needed_bytes
     # For each of four tensors: 16 rows, then 32 of their columns, read and written, and the indices.
     assert eager == (8, 0, 4 * (4 * 2 * (16 * 64 + 16 * 32) + 8 * (16 + 32)), 0)
 
 
-def test_tables_and_json(roofline, counter):
-    gpus = [roofline.gpus.GPUS[name] for name in ("H100", "L4")]
-    shapes = [roofline.cases.Shape(8, 10, 4), roofline.cases.Shape(4, 20, 0, torch.bfloat16)]
-    by_gpu = [(gpu, roofline.command.all_cases(counter, gpu, shapes, roofline.passes.Layer(8, 8))) for gpu in gpus]
+def test_tables_and_json(counter):
+    chosen = [gpus.GPUS[name] for name in ("H100", "L4")]
+    shapes = [Shape(8, 10, 4), Shape(4, 20, 0, torch.bfloat16)]
+    by_gpu = [(gpu, command.all_cases(counter, gpu, shapes, passes.Layer(8, 8))) for gpu in chosen]
     cases = by_gpu[0][1]
     assert [case.name.rpartition(" ")[2] for case in cases] == [*["forward", "scale", "step"] * 2, "tensors"]
     forward, backward, step = (case.kernels for case in cases[:3])
     assert forward.moved_bytes < step.moved_bytes < forward.moved_bytes + backward.moved_bytes
     assert step.needed_bytes < forward.needed_bytes < forward.needed_bytes + backward.needed_bytes
-    for table in (roofline.tables.counts(cases, gpus[0], {"a": 2, "b": 8}), roofline.tables.times(by_gpu, 4e-6)):
+    for table in (tables.counts(cases, chosen[0], {"a": 2, "b": 8}), tables.times(by_gpu, 4e-6)):
         assert {len(row) for row in table.rows} == {len(table.columns)}
         assert len(table.rows) == len(cases)
-    assert "a with 1/2 of the rows; b with 1/8" in roofline.tables.counts(cases, gpus[0], {"a": 2, "b": 8}).note
-    content = json.loads(json.dumps(roofline.command._json(by_gpu, counter, 4e-6)))
+    assert "a with 1/2 of the rows; b with 1/8" in tables.counts(cases, chosen[0], {"a": 2, "b": 8}).note
+    content = json.loads(json.dumps(command._json(by_gpu, counter, 4e-6)))
     assert content["measured"] is False
     first = content["gpus"][1]["cases"][0]["kddp_ext"]
     assert first["modelled_seconds"]["memory"] == pytest.approx(first["counted"]["moved_bytes"] / 0.3e12)
 
 
-def test_a_missing_compiler_is_reported(roofline, monkeypatch, capsys):
+def test_a_missing_compiler_is_reported(monkeypatch, capsys):
     monkeypatch.setattr("sys.argv", ["roofline"])
     monkeypatch.setenv("CXX", "no-such-compiler")
-    assert roofline.command.main() == 2
+    assert command.main() == 2
     assert "no-such-compiler" in capsys.readouterr().out
-
-
-# A library that counts the calls of exp2f, and a program that runs the loss with it preloaded.
-EXPONENTIALS = """
-#include <dlfcn.h>
-static unsigned long count;
-unsigned long exponentials() { return count; }
-float exp2f(float x) {
-    static float (*real)(float);
-    if (!real) real = (float (*)(float))dlsym(RTLD_NEXT, "exp2f");
-    ++count;
-    return real(x);
-}
-"""
-PROGRAM = """
-import ctypes, sys
-from pathlib import Path
-sys.path += [{root!r}, {tests!r}]  # behind the installed package
-import backends
-from benchmarks.cases import Shape, make_inputs
-from benchmarks.roofline import passes
-emulated, count = backends.Emulated(Path({folder!r})), ctypes.CDLL({library!r}).exponentials
-for shape in {shapes!r}:
-    before = count()
-    with emulated.serves():
-        for run in passes.loss_passes(make_inputs(Shape(*shape))):
-            run()
-    print(count() - before)
-"""
-
-
-def test_exponentials_per_class_equal_the_calls_of_the_kernels(roofline, request, tmp_path):
-    if sys.platform != "linux" or request.config.getoption("sanitized"):
-        pytest.skip("calls are counted by a preloaded library")
-    backends.emulated(request.config)  # compiles it
-    source, library = tmp_path / "exponentials.c", tmp_path / "exponentials.so"
-    source.write_text(EXPONENTIALS)
-    command = [compiler(), "-D_GNU_SOURCE", "-x", "c", "-O1", "-shared", "-fPIC", source, "-o", library, "-ldl"]
-    subprocess.run(command, check=True)
-    shapes = [(16, 1000, 64), (2, 40000, 0)]
-    folders = {"root": ROOT, "tests": ROOT / "tests" / "helpers", "folder": backends.build_folder(request.config)}
-    paths = {name: str(path) for name, path in {**folders, "library": library}.items()}
-    command = [sys.executable, "-c", PROGRAM.format(**paths, shapes=shapes)]
-    environment = {**os.environ, "LD_PRELOAD": str(library)}
-    # In another folder, because the source folder would hide the installed package.
-    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=True)
-    counts = [int(n) / (rows * classes) for n, (rows, classes, _) in zip(done.stdout.split(), shapes, strict=True)]
-    expected = (roofline.emulated.EXPONENTIALS_OF_CACHED_CLASS, roofline.emulated.EXPONENTIALS_OF_CLASS_READ_TWICE)
-    for counted, modelled in zip(counts, expected, strict=True):
-        assert 0 <= counted - modelled < 0.1  # lanes without a class compute a few more

@@ -1,12 +1,12 @@
 """Kills runs, resumes them, and compares how they end, bit for bit, with an undisturbed run:
 
     python tests/robustness/kill_and_resume.py [--kills 100] [--seed 0] [--signal KILL]      at random moments
-    … --at-every-call kill [--from 1] [--to N]  at each call that changes a file
-    … --at-every-call full-disk [--from 1] [--to N] and all calls after it fail
+    … --at-every-call kill                      at each call that changes a file
+    … --at-every-call full-disk                 the same, and all calls after it fail
+    … --sweep-processes 2                       random ones of several processes that share a sweep, again and again
 
-The random moments cover all phases of a run equally: a kill waits until the run's folder shows that the phase has
-begun, and then for a part of its length. Every second run is killed several times, each time after a resume.
-Afterwards the folder tells into which phase the kill fell.
+Random moments are spread evenly over the length of an undisturbed run. Every second run is killed several times, each
+time after a resume. Afterwards the folder tells into which phase the kill fell.
 """
 
 from __future__ import annotations
@@ -28,38 +28,23 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).parents[1] / "helpers"))
 
 from fault_preparations import full_disk_from, killed_at
-from fault_runs import PHASES, Process, nothing, phase_of, shorten, start
+from fault_runs import OPTIONS, PHASES, Process, Run, nothing, phase_of, shorten, start
 from run_files import differences, ending, unfinished_files
 
+from kddp_ext.workflow import runs as workflow_runs
+
 _MOST_KILLS = 5  # of one run
+_MOST_SWEEP_KILLS = 12  # of one sweep
+SWEEP = [*OPTIONS, "--seeds", "0", "1", "--widths", "8", "--l1-weights", "0.01", "--ablations", "no-teacher"]
+SWEEP += ["--name", "sweep"]
 AT_CALL = {"kill": killed_at, "full-disk": full_disk_from}
 
 
-def follow(process: Process, runs: Path) -> dict[str, float]:
-    """When each phase of an undisturbed run began, and under "end" when the run ended, in seconds."""
-    began, started = {}, time.monotonic()
-    while process.running():
-        began.setdefault(phase_of(runs), time.monotonic() - started)
-        time.sleep(0.001)
-    return {**began, "end": time.monotonic() - started}
-
-
-def seconds(began: dict[str, float]) -> dict[str, float]:
-    """How long each phase took. The logits are computed between the epochs of kd."""
-    order = [phase for phase in PHASES if phase != "logits"] + ["end"]
-    took = {phase: began[after] - began[phase] for phase, after in itertools.pairwise(order)}
-    return {**took, "logits": 0.01}
-
-
-def kill_in(process: Process, runs: Path, phase: str, after: float, number: signal.Signals) -> bool:
-    """Send the signal `after` seconds into `phase` or a later one; returns whether the run was still running."""
-    while process.running() and PHASES.index(phase_of(runs)) < PHASES.index(phase):
-        time.sleep(0.0005)
-    end = time.monotonic() + after
-    while process.running() and time.monotonic() < end:
-        time.sleep(0.0005)
-    while number != signal.SIGKILL and process.running() and not process.has_printed():
-        time.sleep(0.0005)  # before that the handlers may not be set
+def kill_after(process: Process, seconds: float, number: signal.Signals) -> bool:
+    """Send the signal after this time; returns whether the run was still running."""
+    end = time.monotonic() + seconds
+    while process.running() and (time.monotonic() < end or (number != signal.SIGKILL and not process.has_printed())):
+        time.sleep(0.0005)  # before it has printed its handlers may not be set
     process.signal(number)
     return process.wait().code != 0
 
@@ -75,39 +60,13 @@ def check_goodbye(process: Process, number: signal.Signals) -> None:
     assert "continue with: kddp run" in ended.err, ended.err
 
 
-class Moments:
-    """Draws where to kill: every phase once before any comes again.
-
-    Args:
-        seed: seed of the draws.
-        took: the seconds that each phase takes.
-    """
-
-    def __init__(self, seed: int, took: dict[str, float]) -> None:
-        self._draw, self._took, self._left = random.Random(seed), took, list[str]()
-
-    def kills(self, run: int) -> int:
-        """How often to kill the run with this number."""
-        return self._draw.randint(2, _MOST_KILLS) if run % 2 else 1
-
-    def after(self, now: str) -> tuple[str, float] | None:
-        """A phase, `now` or later, and how many seconds to wait in it; None if every such phase has been drawn."""
-        if not self._left:
-            self._left = self._draw.sample(PHASES, len(PHASES))
-        later = [phase for phase in self._left if PHASES.index(phase) >= PHASES.index(now)]
-        if not later:
-            return None
-        self._left.remove(later[0])
-        return later[0], self._draw.uniform(0, self._took[later[0]])
-
-
-def kill_once_or_more(runs: Path, kills: int, moments: Moments, number: signal.Signals) -> tuple[list[str], int]:
+def kill_once_or_more(runs: Path, moments: list[float], number: signal.Signals) -> tuple[list[str], int]:
     """Start a run and kill it; returns the phases of the kills, and how many fell into the middle of a write."""
     fell: list[str] = []
     in_a_write = 0
-    while len(fell) < kills and (moment := moments.after(phase_of(runs))) is not None:
+    for moment in moments:
         process = start(runs, *(["--resume"] if fell else []))
-        if not kill_in(process, runs, *moment, number):
+        if not kill_after(process, moment, number):
             break
         check_goodbye(process, number)
         fell.append(phase_of(runs))
@@ -117,16 +76,20 @@ def kill_once_or_more(runs: Path, kills: int, moments: Moments, number: signal.S
 
 def kill_at_random(folder: Path, options: argparse.Namespace) -> int:
     """Kill runs at random moments until there are enough kills; returns the exit code."""
-    alone = folder / "alone"
-    alone.mkdir()
-    moments = Moments(options.seed, seconds(follow(start(alone), alone)))
-    expected = ending(alone)
+    for name in ("first", "alone"):  # the first run also waits until the process that forks runs has started
+        started = time.monotonic()
+        (folder / name).mkdir()
+        assert start(folder / name).wait().code == 0
+    length = time.monotonic() - started
+    expected = ending(folder / "alone")
+    draw = random.Random(options.seed)
     killed: Counter[str] = Counter()
     same = run = again = in_writes = 0
     while killed.total() < options.kills:
         runs = folder / f"run-{run}"
         runs.mkdir()
-        fell, in_a_write = kill_once_or_more(runs, moments.kills(run), moments, signal.Signals[f"SIG{options.signal}"])
+        moments = [draw.uniform(0, length) for _ in range(draw.randint(2, _MOST_KILLS) if run % 2 else 1)]
+        fell, in_a_write = kill_once_or_more(runs, moments, signal.Signals[f"SIG{options.signal}"])
         different = finish(runs, expected)
         print(f"{', '.join(fell) or 'it had ended'}: {', '.join(different) or 'identical ending'}", flush=True)
         killed.update(fell)
@@ -169,7 +132,7 @@ def fault_at_calls(folder: Path, options: argparse.Namespace) -> int:
     expected = ending(alone)
     same = met = 0
     phases: Counter[str] = Counter()
-    for number in range(options.first, options.last + 1):
+    for number in itertools.count(1):
         runs = folder / "run"
         runs.mkdir()
         if not check_end(start(runs, prepare=partial(AT_CALL[options.at_every_call], number)), options.at_every_call):
@@ -187,17 +150,65 @@ def fault_at_calls(folder: Path, options: argparse.Namespace) -> int:
     return 0 if same == met else 1
 
 
+def wait_briefly() -> None:
+    """Look for work more often than every two seconds."""
+    workflow_runs._WAIT = 0.02
+
+
+def start_sweep(runs: Path, number: int, *more: str) -> Process:
+    """Start the process with this number on the sweep in `runs`."""
+    output = runs / f"output {number}"
+    output.mkdir(parents=True, exist_ok=True)
+    return Process(Run(("--runs-dir", str(runs), *SWEEP, *more), wait_briefly, "sweep"), output)
+
+
+def kill_some(runs: Path, kills: int, processes: int, longest: float, draw: random.Random) -> int:
+    """Start a sweep, kill its processes and start them again; returns how many were killed while they worked."""
+    working = [start_sweep(runs, 0)]
+    while not (runs / "sweep" / "config.json").exists() and working[0].running():
+        time.sleep(0.001)
+    working += [start_sweep(runs, number, "--resume") for number in range(1, processes)]
+    killed = 0
+    for _ in range(kills):
+        time.sleep(draw.uniform(0, longest))
+        number = draw.randrange(processes)
+        working[number].signal(signal.SIGKILL)
+        ended = working[number].wait()
+        assert ended.code in (0, -signal.SIGKILL), ended
+        killed += ended.code != 0
+        working[number] = start_sweep(runs, number, "--resume")
+    assert [process.wait().code for process in working] == [0] * processes
+    return killed
+
+
+def kill_sweeps(folder: Path, options: argparse.Namespace) -> int:
+    """Kill processes of sweeps at random moments until there are enough kills; returns the exit code."""
+    draw, started = random.Random(options.seed), time.monotonic()
+    assert start_sweep(folder / "alone", 0).wait().code == 0
+    longest = (time.monotonic() - started) / 12
+    expected = ending(folder / "alone")
+    killed = sweeps = same = 0
+    while killed < options.kills:
+        runs = folder / f"sweep-{sweeps}"
+        now = kill_some(runs, draw.randint(4, _MOST_SWEEP_KILLS), options.sweep_processes, longest, draw)
+        different = [*differences(ending(runs), expected), *map(str, unfinished_files(runs))]
+        print(f"{now} kills: {', '.join(different) or 'identical ending'}", flush=True)
+        killed, sweeps, same = killed + now, sweeps + 1, same + (not different)
+    print(f"{killed} kills in {sweeps} sweeps; {same} endings identical to the undisturbed sweep")
+    return 0 if same == sweeps else 1
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kills", type=int, default=100)
     parser.add_argument("--seed", type=int, default=0, help="seed of the moments")
     parser.add_argument("--signal", choices=("KILL", "INT", "TERM"), default="KILL")
     parser.add_argument("--at-every-call", choices=AT_CALL)
-    parser.add_argument("--from", type=int, default=1, dest="first", help="the first of the calls")
-    parser.add_argument("--to", type=int, default=10**6, dest="last", help="the last")
+    parser.add_argument("--sweep-processes", type=int, default=0, help="kill as many processes that share a sweep")
     options = parser.parse_args()
+    kill = kill_sweeps if options.sweep_processes else fault_at_calls if options.at_every_call else kill_at_random
     with tempfile.TemporaryDirectory() as folder:
-        return (fault_at_calls if options.at_every_call else kill_at_random)(Path(folder), options)
+        return kill(Path(folder), options)
 
 
 if __name__ == "__main__":

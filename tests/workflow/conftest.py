@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import io
 import shutil
+import signal
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
@@ -25,7 +26,9 @@ def one_thread() -> Iterator[None]:
     """Small runs are slower on several threads. Also restores what the command line changes in the process."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
+    handler = signal.getsignal(signal.SIGTERM)
     yield
+    signal.signal(signal.SIGTERM, handler)
     torch.set_num_threads(threads)
     torch.set_flush_denormal(False)
 

@@ -55,7 +55,7 @@ def test_views_move_by_an_eighth_and_flip_in_every_other_view() -> None:
     images = positions.to(torch.uint8).expand(count, size, size, 2)
     moves, flips = set(), []
     for view in (0, 1):
-        views = shift_and_flip(images, torch.arange(count), seed=5, view=view, shift=2).int()
+        views = shift_and_flip(images, torch.arange(count), seed=5, view=view, shift=2, flips=True).int()
         middle = views[:, 8, 4:12]
         flips.append(middle[:, 1, 1] < middle[:, 0, 1])
         rows = middle[:, 0, 0] - 8
@@ -66,6 +66,8 @@ def test_views_move_by_an_eighth_and_flip_in_every_other_view() -> None:
     assert moves == {(down, right) for down in range(-2, 3) for right in range(-2, 3)}
     assert torch.equal(flips[0], ~flips[1])
     assert 0.4 < flips[0].float().mean() < 0.6
+    unflipped = shift_and_flip(images, torch.arange(count), seed=5, view=0, shift=2, flips=False).int()[:, 8, 4:6, 1]
+    assert (unflipped[:, 1] > unflipped[:, 0]).all()
 
 
 def test_without_augmentation_a_view_is_the_normalised_image(image_data: MakeData) -> None:

@@ -10,7 +10,6 @@ from torch import Tensor, nn
 
 from kddp_ext.workflow.config import RunConfig, TeacherConfig
 from kddp_ext.workflow.datasets import INFO
-from kddp_ext.workflow.errors import WorkflowError
 from kddp_ext.workflow.models import build_teacher
 from kddp_ext.workflow.muon import FILTER_MOMENTUM, Muon, orthogonalized
 from kddp_ext.workflow.train import teacher_recipe
@@ -99,8 +98,3 @@ def test_every_parameter_of_the_teacher_has_its_own_learning_rate() -> None:
         if parameter.requires_grad
     }
     assert found == expected
-
-
-def test_muon_is_refused_for_networks_without_normalised_filters() -> None:
-    with pytest.raises(WorkflowError, match=r"--teacher.optimizer: muon needs --teacher.architecture fast, got"):
-        RunConfig(teacher=TeacherConfig(architecture="resnet20", channels=(), optimizer="muon"))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -82,7 +81,7 @@ def unfinished(run: Path, stage: str) -> Path:
         ({"optimizer": "nonsense"}, "does not fit this run"),
         ({"stage": "scratch"}, "belongs to the stage scratch"),
         ({"version": 0}, "has version 0; expected 1"),
-        ({"architecture": {"hidden.weight": [7, 32]}}, "another architecture: "),
+        ({"model": {}}, "does not fit this run: .*Missing key"),
         (None, "is not a checkpoint of kddp"),
     ],
 )
@@ -92,18 +91,6 @@ def test_a_checkpoint_that_does_not_fit_is_named(
     path = unfinished(finished_run, "kddp")
     torch.save(None if change is None else {**torch.load(path, weights_only=True), **change}, path)
     with pytest.raises(WorkflowError, match=f"{path}.*{message}"):
-        run(finished_run, small, resume=True)
-
-
-@pytest.mark.parametrize("text", ["{", "[]", '{"version": 99}', None])
-def test_a_damaged_config_is_named(finished_run: Path, small: RunConfig, run: RunIt, text: str | None) -> None:
-    config = finished_run / "config.json"
-    if text is None:
-        values = json.loads(config.read_text())
-        del values["run"]["teacher"]["seed"]
-        text = json.dumps(values)
-    config.write_text(text)
-    with pytest.raises(WorkflowError, match=r"config\.json does not hold the settings of a run"):
         run(finished_run, small, resume=True)
 
 

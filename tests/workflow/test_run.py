@@ -13,7 +13,6 @@ import torch
 from rich.console import Console
 
 import kddp_ext
-from kddp_ext.workflow import folder as folders
 from kddp_ext.workflow.config import RunConfig, SweepConfig
 from kddp_ext.workflow.data import ImageData
 from kddp_ext.workflow.datasets import INFO
@@ -154,25 +153,10 @@ def test_a_teacher_serves_another_run(finished_run: Path, small: RunConfig, run:
     run(tmp_path / "again", dataclasses.replace(small, seed=7), teacher_from=finished_run)
     checkpoints = [(path / "teacher" / "checkpoint.pt").read_bytes() for path in (tmp_path / "again", finished_run)]
     assert checkpoints[0] == checkpoints[1]
+    assert (tmp_path / "again" / "teacher" / "result.json").is_file()
     other = dataclasses.replace(small, teacher=dataclasses.replace(small.teacher, epochs=9))
     with pytest.raises(WorkflowError, match=r"with other settings: teacher\.epochs: 2 was saved, 9 is wanted"):
         run(tmp_path / "other", other, teacher_from=finished_run)
-
-
-def test_a_teacher_that_cannot_be_copied_leaves_nothing(
-    finished_run: Path, small: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def fill_the_disk(_source: Path, target: Path, **_options: object) -> None:
-        Path(target).mkdir(exist_ok=True)
-        (Path(target) / "checkpoint.pt").write_bytes(b"half")
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(folders.shutil, "copytree", fill_the_disk)
-    folder = tmp_path / "new"
-    folder.mkdir()
-    with pytest.raises(OSError, match=r"cannot copy .*No space left"):
-        folders.take_teacher(RunFolder(folder), finished_run, SweepConfig.single(small))
-    assert list(folder.iterdir()) == []
 
 
 def test_a_penalty_that_silences_the_hidden_layer_is_said(

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import shutil
 import signal
 import statistics
 import subprocess
@@ -18,11 +17,9 @@ from rich.console import Console
 from run_files import differences as file_differences
 from run_files import ending
 
-from kddp_ext.files import leftovers
 from kddp_ext.workflow import runs
 from kddp_ext.workflow.cli import main
 from kddp_ext.workflow.config import Ablation, RunConfig, SweepConfig, differences
-from kddp_ext.workflow.errors import WorkflowError
 from kddp_ext.workflow.folder import RunFolder, locked
 from kddp_ext.workflow.jobs import points
 from kddp_ext.workflow.report import measure_points
@@ -108,9 +105,6 @@ def test_the_report_has_every_point_with_its_spread(finished_sweep: Path) -> Non
     assert "## same-width" in report
     assert next(each for each in measured if each.point.kind == "kddp").mean("width") < 32
     assert (finished_sweep / "report.png").read_bytes().startswith(b"\x89PNG")
-    damaged = dataclasses.replace(measured[1], results=({}, {}))
-    with pytest.raises(WorkflowError, match="the result of scratch: expected a number test_accuracy, got None"):
-        damaged.values("test_accuracy")
 
 
 def test_students_are_compared_with_kd_at_the_full_width(finished_sweep: Path) -> None:
@@ -152,22 +146,6 @@ def test_a_page_takes_the_tables_and_pictures_of_sweeps(
     assert all(training["widths"][-1] == training["width"] for training in trainings)
 
 
-def test_kd_was_trained_at_each_width_that_kddp_found(finished_sweep: Path) -> None:
-    for weight in ("", "-l1_0.02"):
-        for seed in ("", "-seed_1"):
-            width = result_of(finished_sweep, f"kddp{weight}{seed}")["width"]
-            assert (finished_sweep / f"kd-width_{width}{seed}" / "result.json").is_file()
-
-
-def test_leftovers_of_killed_processes_are_removed(finished_sweep: Path, tmp_path: Path) -> None:
-    sweep = Path(shutil.copytree(finished_sweep.parent, tmp_path / "runs")) / "sweep"
-    (sweep / ".report.md.x.partial").write_text("half a re")
-    (sweep / ".teacher.x.partial").mkdir()
-    assert main(["sweep", *OPTIONS, "--runs-dir", str(sweep.parent), "--name", "sweep", "--resume"]) == 0
-    assert not leftovers(sweep)
-    assert not file_differences(ending(sweep.parent), ending(finished_sweep.parent))
-
-
 def test_two_processes_share_the_work_and_survive_the_loss_of_one(finished_sweep: Path, tmp_path: Path) -> None:
     command = [sys.executable, "-m", "kddp_ext", "sweep", *OPTIONS, "--runs-dir", str(tmp_path), "--name", "sweep"]
     first, second = (
@@ -198,13 +176,10 @@ def test_a_training_of_another_process_is_waited_for(
     assert len(waits) == 1
 
 
-def test_a_finished_run_can_be_enlarged_to_a_sweep_and_not_changed(
+def test_a_finished_run_can_be_enlarged_to_a_sweep(
     finished_run: Path, small: RunConfig, run: Callable[..., None], quiet: Console
 ) -> None:
     before = (finished_run / "scratch" / "result.json").stat().st_mtime_ns
-    other = SweepConfig.single(dataclasses.replace(small, data_seed=4))
-    with pytest.raises(WorkflowError, match="data_seed: 0 was saved, 4 is wanted"):
-        run(finished_run, other, resume=True)
     run(finished_run, SweepConfig(small, widths=(8,)), resume=True)
     assert (finished_run / "kd-width_8" / "result.json").is_file()
     assert (finished_run / "scratch" / "result.json").stat().st_mtime_ns == before

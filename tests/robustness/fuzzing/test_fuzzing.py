@@ -1,6 +1,6 @@
 """Readers read any bytes or refuse them with their documented errors, within bounded memory.
 
-KDDP_FUZZ_EXAMPLES=1000 sets the number of examples of each test. with_atheris.py is guided by coverage.
+KDDP_FUZZ_EXAMPLES=1000 sets the number of examples of each test.
 """
 
 from __future__ import annotations
