@@ -27,7 +27,10 @@ if os.environ.get("CI"):
 QUICK = (
     "loss/test_arguments.py",
     "loss/test_conventions.py",
+    "loss/test_derivatives.py",
     "loss/test_divergences.py",
+    "loss/test_gradient_ownership.py",
+    "loss/test_reductions.py",
     "loss/test_values.py",
     "activations/test_*.py",
     "pruning/test_history.py",

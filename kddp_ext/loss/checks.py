@@ -20,6 +20,7 @@ def check_tensors(
     teacher_logits: Tensor | None,
     labels: Tensor | None,
     activations: Sequence[Tensor],
+    sample_weights: Tensor | None,
     settings: LossSettings,
 ) -> None:
     """Raise unless the tensors are as `fused_kd_l1_loss` describes them."""
@@ -48,12 +49,27 @@ def check_tensors(
     elif settings.divergence == "dkd":
         raise ValueError("labels: expected a tensor, since divergence is 'dkd', got None")
     _check_activations(activations, student_logits, settings)
+    if sample_weights is not None:
+        _check_weights("sample_weights", sample_weights, without_classes(student_logits, class_dim), student_logits)
+    if settings.class_weights is not None:
+        _check_weights("class_weights", settings.class_weights, student_logits.shape[class_dim:][:1], student_logits)
 
 
-def require_constants(settings: LossSettings) -> None:
+def _check_weights(name: str, weights: Tensor, shape: tuple[int, ...], student_logits: Tensor) -> None:
+    _check_values(name, weights, student_logits)
+    if weights.shape != shape:
+        raise ValueError(f"{name}: expected shape {tuple(shape)}, got {tuple(weights.shape)}")
+    tracing = torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
+    # As with labels, a check of values on a GPU would need a sync.
+    if weights.is_cpu and not tracing and not ((weights >= 0) & (weights < torch.inf)).all():
+        raise ValueError(f"{name}: expected finite numbers of at least 0, got {weights.min():g} to {weights.max():g}")
+
+
+def require_constants(settings: LossSettings, sample_weights: Tensor | None) -> None:
     """Raise if a setting requires a gradient, which the kernels do not have."""
-    for name in ("temperature", "alpha", "l1_weight", "normalizer"):
-        value = getattr(settings, name)
+    names = ("temperature", "alpha", "l1_weight", "normalizer", "class_weights")
+    values = {**{name: getattr(settings, name) for name in names}, "sample_weights": sample_weights}
+    for name, value in values.items():
         for each in value if isinstance(value, Sequence) else (value,):
             if isinstance(each, Tensor) and each.requires_grad and torch.is_grad_enabled():
                 raise ValueError(

@@ -53,6 +53,7 @@ def fused_kd_l1_loss(
     labels: Tensor | None,
     activations: Tensor | Sequence[Tensor] = ...,
     *,
+    sample_weights: Tensor | None = ...,
     return_terms: Literal[False] = ...,
     backend: Backend = ...,
     **settings: Unpack[LossOptions],
@@ -64,6 +65,7 @@ def fused_kd_l1_loss(
     labels: Tensor | None,
     activations: Tensor | Sequence[Tensor] = ...,
     *,
+    sample_weights: Tensor | None = ...,
     return_terms: Literal[True],
     backend: Backend = ...,
     **settings: Unpack[LossOptions],
@@ -75,6 +77,7 @@ def fused_kd_l1_loss(
     labels: Tensor | None,
     activations: Tensor | Sequence[Tensor] = ...,
     *,
+    sample_weights: Tensor | None = ...,
     return_terms: bool = ...,
     backend: Backend = ...,
     **settings: Unpack[LossOptions],
@@ -87,6 +90,7 @@ def fused_kd_l1_loss(
     labels: Tensor | None,
     activations: Tensor | Sequence[Tensor] = (),
     *,
+    sample_weights: Tensor | None = None,
     return_terms: bool = False,
     backend: Backend = "auto",
     **settings: Unpack[LossOptions],
@@ -107,12 +111,12 @@ def fused_kd_l1_loss(
         activations: the tensor or tensors to penalise, of any of these dtypes: (N, H) outputs of fully-connected
             layers, or (N, C, *positions) of convolutions, where each channel counts with the mean of |a| over
             positions. With the activations of a `DynamicPruner`, the same pass also updates the pruner's statistics.
+        sample_weights: (...) of any of these dtypes, the weight of each row in KD and CE, at least 0; "mean" divides by
+            their sum. A row of weight 0 is ignored, whatever it contains. Default None: all are 1.
         return_terms: also return the unweighted terms, for logging without a second computation.
         backend: "native" for the kernels (raises if this build has none for the device), "reference" for plain
             PyTorch, "auto" (default) for the kernels if there are any.
-        **settings: the fields of `LossSettings`, which documents them: temperature=4.0, alpha=0.9, l1_weight=0.0,
-            label_smoothing=0.0, ignore_index=-100, divergence="forward_kl", jsd_beta=0.5, dkd_target_weight=1.0,
-            dkd_non_target_weight=8.0, standardize_logits=False, class_dim=-1, reduction="mean", normalizer=None.
+        **settings: the fields of `LossSettings`, which documents them and their defaults.
 
     Returns:
         The loss, 0-dim float32 (float64 if an input is), or of the shape of `labels` with reduction "none"; its
@@ -128,9 +132,8 @@ def fused_kd_l1_loss(
     Agarwal et al. 2024 (arXiv:2306.13649) and Zhao et al. 2022 (arXiv:2203.08679), standardised logits by Sun et al.
     2024 (arXiv:2403.01427). docs/losses.md compares them, and the conventions of other libraries.
     """
-    return compute_loss(
-        student_logits, teacher_logits, labels, activations, LossSettings(**settings), return_terms, backend
-    )
+    tensors = (student_logits, teacher_logits, labels, activations, sample_weights)
+    return compute_loss(*tensors, LossSettings(**settings), return_terms, backend)
 
 
 def compute_loss(
@@ -138,6 +141,7 @@ def compute_loss(
     teacher_logits: Tensor | None,
     labels: Tensor | None,
     activations: Tensor | Sequence[Tensor],
+    sample_weights: Tensor | None,
     settings: LossSettings,
     return_terms: bool,
     backend: Backend,
@@ -146,7 +150,7 @@ def compute_loss(
     check_output(return_terms, backend)
     if isinstance(activations, Tensor):
         activations = (activations,)
-    check_tensors(student_logits, teacher_logits, labels, activations, settings)
+    check_tensors(student_logits, teacher_logits, labels, activations, sample_weights, settings)
     native = _choose_native(student_logits.device, backend)
     if native and torch._C._get_tracing_state() is not None:
         raise RuntimeError(
@@ -154,11 +158,11 @@ def compute_loss(
             "or torch.export"
         )
     tracing = torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
+    if native:
+        require_constants(settings, sample_weights)
     if settings.has_tensors() and not tracing:
         numbers = settings.read()  # also checks the values
-        if native:
-            require_constants(settings)
-            settings = numbers
+        settings = numbers if native else settings
     logits = _as_rows(student_logits, settings.class_dim)
     targets = None if teacher_logits is None else _as_rows(teacher_logits.detach(), settings.class_dim)
     if labels is not None:
@@ -168,7 +172,8 @@ def compute_loss(
     scalars = settings.scalars(len(matrices))
     if tracked is not None:
         check_tracked(tracked, scalars[3:], student_logits)
-    arguments: Any = (logits, targets, labels, None, [matrix.values for matrix in matrices])
+    weights = _row_weights(logits, labels, sample_weights, settings)
+    arguments: Any = (logits, targets, labels, weights, [matrix.values for matrix in matrices])
     arguments += (scalars, [matrix.samples for matrix in matrices], settings.constants())
     if native and ops.native_derivatives():
         loss, terms, rows, sums = ops.kd_l1_loss(*arguments, statistics=tracked is not None)
@@ -192,6 +197,26 @@ def _as_rows(logits: Tensor, class_dim: int) -> Tensor:
     if logits.dim() == 2 and class_dim in (1, -1):
         return logits
     return logits.movedim(class_dim, -1).reshape(-1, logits.shape[class_dim])
+
+
+def _row_weights(
+    logits: Tensor, labels: Tensor | None, sample_weights: Tensor | None, settings: LossSettings
+) -> Tensor | None:
+    """(2, rows) float64 factors of KD and CE. For "mean" they are scaled to the number of rows, which is divided by."""
+    if sample_weights is None and settings.class_weights is None:
+        return None
+    valid = torch.ones(len(logits), dtype=torch.float64, device=logits.device)
+    if labels is not None:
+        valid = (labels != settings.ignore_index).to(torch.float64)
+    of_samples = valid if sample_weights is None else valid * sample_weights.reshape(-1)
+    weights = torch.stack([of_samples, of_samples])
+    if settings.class_weights is not None and labels is not None:
+        of_classes = settings.class_weights.to(torch.float64)[labels.clamp(0, logits.shape[1] - 1)]
+        weights = torch.stack([of_samples, of_samples * of_classes])
+    if settings.reduction == "mean" and settings.normalizer is None:
+        total = weights.sum(1, keepdim=True)
+        weights = torch.where(total > 0, weights * (valid.sum() / total), 0)
+    return weights
 
 
 def _matrices(activations: Sequence[Tensor]) -> list[NeuronMatrix]:

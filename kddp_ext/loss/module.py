@@ -88,11 +88,11 @@ class FusedKDL1Loss(nn.Module, Generic[Result]):
         teacher_logits: Tensor | None,
         labels: Tensor | None,
         activations: Tensor | Sequence[Tensor] = (),
+        sample_weights: Tensor | None = None,
     ) -> Result:
         """The loss, or (loss, LossTerms) with `return_terms`."""
-        result = compute_loss(
-            student_logits, teacher_logits, labels, activations, self.settings, self.return_terms, self.backend
-        )
+        tensors = (student_logits, teacher_logits, labels, activations, sample_weights)
+        result = compute_loss(*tensors, self.settings, self.return_terms, self.backend)
         return cast("Result", result)
 
     if TYPE_CHECKING:  # nn.Module's own __call__ returns Any
@@ -103,4 +103,5 @@ class FusedKDL1Loss(nn.Module, Generic[Result]):
             teacher_logits: Tensor | None,
             labels: Tensor | None,
             activations: Tensor | Sequence[Tensor] = (),
+            sample_weights: Tensor | None = None,
         ) -> Result: ...

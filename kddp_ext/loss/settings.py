@@ -34,6 +34,7 @@ class LossOptions(TypedDict, total=False):
     class_dim: int
     reduction: Reduction
     normalizer: float | Tensor | None
+    class_weights: Tensor | None
 
 
 @dataclass(frozen=True)
@@ -71,6 +72,8 @@ class LossSettings:
         normalizer: what "mean" divides by instead, a positive number: for gradient accumulation the number of rows of
             all micro-batches, and for several processes that of all of them. The penalty is divided by it as well,
             times the samples of a row. Default None.
+        class_weights: (C,), the weight of each class in CE, as `weight` of `torch.nn.functional.cross_entropy`: "mean"
+            divides CE by the sum of the labels' weights. Not together with label_smoothing. Default None.
 
     Raises:
         TypeError, ValueError: a setting is not as described. The message names it, what was expected and what came.
@@ -89,6 +92,7 @@ class LossSettings:
     class_dim: int = -1
     reduction: Reduction = "mean"
     normalizer: float | Tensor | None = None
+    class_weights: Tensor | None = None
 
     def __post_init__(self) -> None:
         if not _is_scalar_tensor("temperature", self.temperature):
@@ -115,6 +119,13 @@ class LossSettings:
         if not isinstance(self.class_dim, int):
             raise TypeError(f"class_dim: expected an integer, got {type(self.class_dim).__name__}")
         self._check_reduction()
+        if self.class_weights is not None and not _is_tensor(self.class_weights):
+            raise TypeError(f"class_weights: expected a tensor or None, got {type(self.class_weights).__name__}")
+        if self.class_weights is not None and self.label_smoothing != 0:
+            raise ValueError(
+                "class_weights: expected None with label_smoothing, which would need the weight of every class in "
+                "every row, got a tensor; use one of the two"
+            )
 
     def _check_reduction(self) -> None:
         if not isinstance(self.reduction, str) or self.reduction not in REDUCTIONS:

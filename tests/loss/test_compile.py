@@ -145,5 +145,5 @@ def test_a_batch_marked_as_dynamic_compiles():
 
 def test_a_wrong_setting_in_a_tensor_is_an_error_when_it_is_read():
     compiled = torch.compile(loss_of, backend="eager", fullgraph=True)
-    with pytest.raises(ValueError, match=r"^temperature, alpha, l1_weight: expected .* got -1.0"):
+    with pytest.raises(ValueError, match=r"^temperature, alpha, normalizer, l1_weight: expected .* got -1.0"):
         compiled(*batch(8), torch.tensor(-1.0))
