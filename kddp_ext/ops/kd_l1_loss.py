@@ -308,7 +308,7 @@ class _LossNode(torch.autograd.Function):
         ctx.packed = torch._C._autograd._top_saved_tensors_default_hooks(False) is not None
         # Hooks on saved tensors may move the gradients elsewhere, or recompute them (checkpointing).
         ctx.gradients = None if ctx.packed else gradients
-        ctx.save_for_backward(*inputs, *(gradients if ctx.packed else ()))
+        _save(ctx, *inputs, *(gradients if ctx.packed else ()))
         return loss
 
     @staticmethod
@@ -317,8 +317,8 @@ class _LossNode(torch.autograd.Function):
         if grad_loss is None:
             return (None,) * (3 + inputs)
         if torch.is_grad_enabled():  # create_graph=True
-            return (None, None, None, *_differentiable_gradients(ctx, grad_loss, ctx.saved_tensors[:inputs]))
-        gradients = ctx.saved_tensors[inputs:] if ctx.packed else ctx.gradients
+            return (None, None, None, *_differentiable_gradients(ctx, grad_loss, _saved(ctx)[:inputs]))
+        gradients = _saved(ctx)[inputs:] if ctx.packed else ctx.gradients
         if gradients is None:
             raise RuntimeError(
                 "Trying to backward through the graph of fused_kd_l1_loss a second time, but its gradients have been "
@@ -334,6 +334,16 @@ class _LossNode(torch.autograd.Function):
 _attach: Any = super(torch.autograd.Function, _LossNode).apply
 
 
+def _save(ctx: Any, *tensors: Tensor | None) -> None:
+    """Save tensors for the backward. Autograd refuses inference tensors, which may be a teacher's: `ctx` keeps them."""
+    ctx.inference = {i: x for i, x in enumerate(tensors) if x is not None and x.is_inference()}
+    ctx.save_for_backward(*[None if i in ctx.inference else x for i, x in enumerate(tensors)])
+
+
+def _saved(ctx: Any) -> list[Any]:
+    return [ctx.inference[i].clone() if i in ctx.inference else x for i, x in enumerate(ctx.saved_tensors)]
+
+
 def _set_up(ctx: Any, inputs: tuple[Any, ...], output: LossOutputs) -> None:
     """The operator's own node, for compilers and dispatch modes."""
     *tensors, activations, scalars, samples = inputs[:7]
@@ -344,11 +354,11 @@ def _set_up(ctx: Any, inputs: tuple[Any, ...], output: LossOutputs) -> None:
     ctx.layers = len(activations)
     ctx.mark_non_differentiable(terms, rows, statistics, logits_gradient, *activation_gradients)
     gradients = [*[logits_gradient][: wanted.logits_gradient], *activation_gradients]
-    ctx.save_for_backward(scalars, *tensors, *activations, *gradients)
+    _save(ctx, scalars, *tensors, *activations, *gradients)
 
 
 def _backward(ctx: Any, grad_loss: Tensor, *_: Any) -> tuple[Any, ...]:
-    scalars, *saved = ctx.saved_tensors
+    scalars, *saved = _saved(ctx)
     ctx.call = ctx.call._replace(scalars=scalars)
     inputs, gradients = saved[: 4 + ctx.layers], saved[4 + ctx.layers :]
     if torch.is_grad_enabled() and not torch.compiler.is_compiling():
@@ -378,15 +388,10 @@ def _scaled(call: _Call, gradients: Sequence[Tensor], grad_loss: Tensor, owned: 
 def _factors(call: _Call, rows: int) -> list[Any]:
     """What the kernel has left out of each gradient, see `scaled_gradients` in csrc/include/kddp/kd_l1_loss.h."""
     _, _, normalizer, *l1_weights = call.scalars
-    divisor: Any = max(rows, 1)
-    if isinstance(normalizer, Tensor):  # under a compiler; 0 in it stands for the rows
-        divisor = torch.where(normalizer == 0, torch.full_like(normalizer, max(rows, 1)), normalizer)
-    elif normalizer != 0:
-        divisor = normalizer
-    factors = [1 / divisor] * call.wanted.logits_gradient
+    factors = [1 / reference.divisor(normalizer, max(rows, 1))] * call.wanted.logits_gradient
     if call.wanted.activation_gradients:
         factors += [
-            weight / (divisor * max(count, 1) / max(rows, 1))
+            weight / reference.penalty_divisor(count, rows, normalizer)
             for weight, count in zip(l1_weights, call.samples, strict=True)
         ]
     return factors
