@@ -73,7 +73,8 @@ class LossSettings:
             all micro-batches, and for several processes that of all of them. The penalty is divided by it as well,
             times the samples of a row. Default None.
         class_weights: (C,), the weight of each class in CE, as `weight` of `torch.nn.functional.cross_entropy`: "mean"
-            divides CE by the sum of the labels' weights. Not together with label_smoothing. Default None.
+            divides CE by the sum of the labels' weights, and by the number of rows if labels are probabilities. Default
+            None.
 
     Raises:
         TypeError, ValueError: a setting is not as described. The message names it, what was expected and what came.
@@ -121,11 +122,6 @@ class LossSettings:
         self._check_reduction()
         if self.class_weights is not None and not _is_tensor(self.class_weights):
             raise TypeError(f"class_weights: expected a tensor or None, got {type(self.class_weights).__name__}")
-        if self.class_weights is not None and self.label_smoothing != 0:
-            raise ValueError(
-                "class_weights: expected None with label_smoothing, which would need the weight of every class in "
-                "every row, got a tensor; use one of the two"
-            )
 
     def _check_reduction(self) -> None:
         if not isinstance(self.reduction, str) or self.reduction not in REDUCTIONS:
