@@ -69,9 +69,10 @@ class LossSettings:
         class_dim: the dimension of the classes in both logits. Default -1. Use 1 for segmentation, (N, C, H, W).
         reduction: "mean" (default) divides KD and CE by the number of rows whose label is not `ignore_index`, and the
             penalty by the number of samples. "sum" does not divide. "none" returns KD and CE by row, without a penalty.
-        normalizer: what "mean" divides by instead, a positive number: for gradient accumulation the number of rows of
-            all micro-batches, and for several processes that of all of them. The penalty is divided by it as well,
-            times the samples of a row. Default None.
+        normalizer: what "mean" divides by instead, a positive number. For gradient accumulation, the number of rows of
+            all micro-batches. For several processes whose gradients are averaged, the number of rows of all of them,
+            divided by the number of processes. The penalty is divided by it, too, times the samples of a row. Default
+            None.
         class_weights: (C,), the weight of each class in CE, as `weight` of `torch.nn.functional.cross_entropy`: "mean"
             divides CE by the sum of the labels' weights, and by the number of rows if labels are probabilities. Default
             None.
