@@ -151,12 +151,9 @@ def compute_loss(
     if isinstance(activations, Tensor):
         activations = (activations,)
     check_tensors(student_logits, teacher_logits, labels, activations, sample_weights, settings)
-    native = _choose_native(student_logits.device, backend)
-    if native and torch._C._get_tracing_state() is not None:
-        raise RuntimeError(
-            "fused_kd_l1_loss: torch.jit.trace cannot record the native kernels; use backend='reference' "
-            "or torch.export"
-        )
+    native = choose_native(student_logits.device, backend)
+    if native:
+        refuse_jit_trace("fused_kd_l1_loss")
     tracing = torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
     if native:
         require_constants(settings, sample_weights)
@@ -168,11 +165,11 @@ def compute_loss(
     if labels is not None:
         labels = labels.reshape(-1).to(torch.int64)
     tracked = activations if isinstance(activations, TrackedActivations) and torch.is_grad_enabled() else None
-    matrices = _matrices(activations)
+    matrices = as_matrices(activations)
     scalars = settings.scalars(len(matrices))
     if tracked is not None:
         check_tracked(tracked, scalars[3:], student_logits)
-    weights = _row_weights(logits, labels, sample_weights, settings)
+    weights = row_weights(logits, labels, sample_weights, settings)
     arguments: Any = (logits, targets, labels, weights, [matrix.values for matrix in matrices])
     arguments += (scalars, [matrix.samples for matrix in matrices], settings.constants())
     if native and ops.native_derivatives():
@@ -199,7 +196,7 @@ def _as_rows(logits: Tensor, class_dim: int) -> Tensor:
     return logits.movedim(class_dim, -1).reshape(-1, logits.shape[class_dim])
 
 
-def _row_weights(
+def row_weights(
     logits: Tensor, labels: Tensor | None, sample_weights: Tensor | None, settings: LossSettings
 ) -> Tensor | None:
     """(2, rows) float64 factors of KD and CE. For "mean" they are scaled to the number of rows, which is divided by."""
@@ -219,13 +216,13 @@ def _row_weights(
     return weights
 
 
-def _matrices(activations: Sequence[Tensor]) -> list[NeuronMatrix]:
+def as_matrices(activations: Sequence[Tensor]) -> list[NeuronMatrix]:
     if isinstance(activations, TrackedActivations):
         return activations.matrices()
     return [as_matrix(activation) for activation in activations]
 
 
-def _choose_native(device: torch.device, backend: Backend) -> bool:
+def choose_native(device: torch.device, backend: Backend) -> bool:
     if backend == "reference":
         return False
     if ops.is_native(device):
@@ -243,6 +240,14 @@ def _choose_native(device: torch.device, backend: Backend) -> bool:
             stacklevel=4,
         )
     return False
+
+
+def refuse_jit_trace(function: str) -> None:
+    """Raise under torch.jit.trace."""
+    if torch._C._get_tracing_state() is not None:
+        raise RuntimeError(
+            f"{function}: torch.jit.trace cannot record the native kernels; use backend='reference' or torch.export"
+        )
 
 
 def check_output(return_terms: bool, backend: str) -> None:
