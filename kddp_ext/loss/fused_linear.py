@@ -153,9 +153,13 @@ def fused_linear_kd_loss(
         return compute_loss(*logits, labels, activations, sample_weights, checked, return_terms, backend)
     refuse_jit_trace("fused_linear_kd_loss")
     logits = _stand_in_logits(*student[:2]), None if teacher[0] is None else _stand_in_logits(*teacher[:2])
-    check_tensors(*logits, labels, activations, sample_weights, checked)
-    require_constants(checked, sample_weights)
-    return _compute(student, teacher, logits[0], labels, activations, sample_weights, checked, chunk_rows, return_terms)
+    scalars = checked.scalars(len(activations))
+    check_tensors(*logits, labels, activations, sample_weights, checked, scalars)
+    require_constants(scalars, checked.class_weights, sample_weights)
+    if not torch.compiler.is_compiling() and any(isinstance(scalar, Tensor) for scalar in scalars):
+        scalars = checked.read().scalars(len(activations))  # also checks the values
+    arguments = (labels, activations, sample_weights, checked, scalars, chunk_rows, return_terms)
+    return _compute(student, teacher, logits[0], *arguments)
 
 
 _Layer = tuple[Any, Any, Any]  # hidden states, weight and bias
@@ -169,21 +173,19 @@ def _compute(
     activations: Sequence[Tensor],
     sample_weights: Tensor | None,
     settings: LossSettings,
+    scalars: Sequence[Any],
     chunk_rows: int,
     return_terms: bool,
 ) -> Tensor | tuple[Tensor, LossTerms]:
     """The loss by the kernels. `logits` has the shape and dtype of the student's, and no memory."""
     shape, classes = logits.shape[:-1], logits.shape[-1]
-    tracing = torch.compiler.is_compiling()
-    if settings.has_tensors() and not tracing:
-        settings = settings.read()
     if labels is not None:
         labels = labels.reshape(-1).to(torch.int64)
-        if type(labels) is Tensor and labels.is_cpu and not tracing:
+        if type(labels) is Tensor and labels.is_cpu and not torch.compiler.is_compiling():
             check_label_values(labels, classes, settings.ignore_index)
     tracked = activations if isinstance(activations, TrackedActivations) and torch.is_grad_enabled() else None
     matrices = as_matrices(activations)
-    temperature, alpha, normalizer, *l1_weights = settings.scalars(len(matrices))
+    temperature, alpha, normalizer, *l1_weights = scalars
     if tracked is not None:
         differentiable = [x for x in student if x is not None and x.requires_grad]
         check_tracked(tracked, l1_weights, differentiable[0] if differentiable else logits)

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, Generic, Literal, cast, overload
 
 from torch import Tensor, nn
-from typing_extensions import TypeVar, Unpack
+from typing_extensions import Self, TypeVar, Unpack
 
 from kddp_ext.loss.functional import Backend, LossTerms, check_output, compute_loss
 from kddp_ext.loss.settings import LossOptions, LossSettings
@@ -75,6 +75,12 @@ class FusedKDL1Loss(nn.Module, Generic[Result]):
         if name in _SETTINGS:
             name, value = "settings", dataclasses.replace(self.settings, **{name: value})
         super().__setattr__(name, value)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        """Move `class_weights` with the module, as `criterion.to(device)` moves the weights of a CrossEntropyLoss."""
+        if self.settings.class_weights is not None:
+            self.class_weights = fn(self.settings.class_weights)
+        return cast("Self", super()._apply(fn, recurse))  # type: ignore[no-untyped-call]
 
     def extra_repr(self) -> str:
         settings = (

@@ -7,7 +7,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from numbers import Real
-from typing import TYPE_CHECKING, Any, Literal, TypedDict, get_args
+from typing import TYPE_CHECKING, Any, Literal, TypedDict, TypeGuard, get_args
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -145,7 +145,7 @@ class LossSettings:
             ValueError: a value is not as described.
         """
         weight = self.l1_weight
-        weight = [_number(each) for each in weight] if isinstance(weight, Sequence) else _number(weight)
+        weight = [_number(each) for each in weight] if _is_sequence(weight) else _number(weight)
         numbers = {name: _number(getattr(self, name)) for name in ("temperature", "alpha", "normalizer")}
         return replace(self, **numbers, l1_weight=weight)
 
@@ -156,17 +156,12 @@ class LossSettings:
             ValueError: l1_weight is a sequence of another length.
         """
         weight = self.l1_weight
-        weights = list(weight) if isinstance(weight, Sequence) else [weight] * layers
+        weights = list(weight) if _is_sequence(weight) else [weight] * layers
         if len(weights) != layers:
             raise ValueError(f"l1_weight: expected one weight for each of {layers} activations, got {len(weights)}")
         normalizer = (0.0 if self.reduction == "mean" else 1.0) if self.normalizer is None else self.normalizer
-        values = (self.temperature, self.alpha, normalizer, *weights)
-        return [each if _is_tensor(each) else float(each) for each in values]
-
-    def has_tensors(self) -> bool:
-        """Whether a setting is a tensor."""
-        weights = self.l1_weight if isinstance(self.l1_weight, Sequence) else (self.l1_weight,)
-        return any(map(_is_tensor, (self.temperature, self.alpha, self.normalizer, *weights)))
+        values: tuple[Any, ...] = (self.temperature, self.alpha, normalizer, *weights)
+        return [value if type(value) is float or _is_tensor(value) else float(value) for value in values]
 
     def constants(self) -> tuple[Any, ...]:
         """All other settings, in the order of the operator `kddp::kd_l1_loss`."""
@@ -207,13 +202,18 @@ def _check_weight(name: str, value: Any) -> None:
 
 
 def _check_weights(l1_weight: Any) -> None:
-    is_sequence = isinstance(l1_weight, Sequence) and not isinstance(l1_weight, str | bytes)
-    for weight in l1_weight if is_sequence else (l1_weight,):
+    for weight in l1_weight if _is_sequence(l1_weight) else (l1_weight,):
         if not _is_scalar_tensor("l1_weight", weight):
             _check_weight("l1_weight", weight)
 
 
+def _is_sequence(value: Any) -> TypeGuard[Sequence[Any]]:
+    return not isinstance(value, float | str | bytes) and isinstance(value, Sequence)
+
+
 def _is_tensor(value: Any) -> bool:
+    if isinstance(value, float):
+        return False
     torch = sys.modules.get("torch")  # `kddp --help` imports this module and must not import torch
     return torch is not None and isinstance(value, torch.Tensor)
 

@@ -84,10 +84,10 @@ def kd_l1_loss(
         statistics: whether to compute the statistics.
     """
     grad_enabled = torch.is_grad_enabled()
-    penalised = any(isinstance(weight, Tensor) or weight != 0 for weight in scalars[3:])
+    penalised = grad_enabled and any(isinstance(weight, Tensor) or weight != 0 for weight in scalars[3:])
     wanted = _Wanted(
         logits_gradient=grad_enabled and student_logits.requires_grad,
-        activation_gradients=grad_enabled and penalised and any(a.requires_grad for a in activations),
+        activation_gradients=penalised and any(a.requires_grad for a in activations),
         # float16 cannot hold gradients that were divided by the batch size.
         scaled_gradients=student_logits.dtype == torch.float16 or torch.float16 in [a.dtype for a in activations],
         statistics=statistics,
@@ -208,10 +208,18 @@ def _compute(
     wanted: _Wanted,
     logits_gradient: Tensor | None = None,
 ) -> LossOutputs:
-    allocated = wanted._replace(logits_gradient=wanted.logits_gradient and logits_gradient is None)
-    outputs = _loss_outputs(
-        *(student_logits, teacher_logits, labels, row_weights, activations, scalars, samples, *constants, *allocated)
+    arguments = (
+        student_logits,
+        teacher_logits,
+        labels,
+        row_weights,
+        activations,
+        scalars,
+        samples,
+        *constants,
+        *wanted._replace(logits_gradient=wanted.logits_gradient and logits_gradient is None),
     )
+    outputs = _loss_outputs(*arguments)
     loss, terms, rows, statistics, of_logits, activation_gradients = outputs
     of_logits = of_logits if logits_gradient is None else logits_gradient
     # These names keep copies alive while the kernel uses their addresses.
@@ -221,7 +229,7 @@ def _compute(
     row_weights = None if row_weights is None else row_weights.contiguous()
     readable = [_readable(activation) for activation in activations]
     temperature, alpha, normalizer, *l1_weights = scalars
-    divisors = [float(reference.penalty_divisor(count, len(student), normalizer)) for count in samples]
+    divisors = [float(reference.penalty_divisor(count, student.shape[0], normalizer)) for count in samples]
     *settings, by_row = constants
     total = loss.new_empty(()) if by_row else loss
     module, place = native(student)
@@ -263,15 +271,16 @@ def _loss_outputs(
 ) -> LossOutputs:
     """The outputs of the operator for its arguments, not filled yet. Optional outputs that are not wanted are empty."""
     by_row, with_logits_gradient, with_activation_gradients, _, with_statistics = arguments[-5:]
-    inputs = (student_logits, teacher_logits, *activations)
-    is_double = any(tensor is not None and tensor.dtype == torch.float64 for tensor in inputs)
-    dtype, device, rows = torch.float64 if is_double else torch.float32, student_logits.device, student_logits.shape[0]
-    columns = sum([activation.shape[1] for activation in activations])
+    is_double = torch.float64 in [x.dtype for x in (student_logits, teacher_logits, *activations) if x is not None]
+    dtype, rows = torch.float64 if is_double else torch.float32, student_logits.shape[0]
+    terms = student_logits.new_empty(4, dtype=dtype)
     return (
-        torch.empty((rows,) if by_row else (), dtype=dtype, device=device),
-        torch.empty(4, dtype=dtype, device=device),
-        torch.zeros((2, rows) if by_row else (0,), dtype=dtype, device=device),  # ignored rows stay 0
-        torch.empty((_STATISTICS_ROWS, columns) if with_statistics else (0,), dtype=torch.float64, device=device),
+        terms.new_empty((rows,) if by_row else ()),
+        terms,
+        terms.new_zeros(2, rows) if by_row else terms.new_empty(0),  # ignored rows stay 0
+        terms.new_empty((_STATISTICS_ROWS, sum([a.shape[1] for a in activations])), dtype=torch.float64)
+        if with_statistics
+        else terms.new_empty(0, dtype=torch.float64),
         _gradient_of(student_logits) if with_logits_gradient else student_logits.new_empty(0),
         [_gradient_of(activation) for activation in activations] if with_activation_gradients else [],
     )

@@ -89,6 +89,12 @@ def test_class_weights_equal_cross_entropy(loss_of):
     assert_same(loss, F.cross_entropy(student, labels, weight=weights), student)
 
 
+def test_the_module_moves_its_class_weights():
+    module = kddp_ext.FusedKDL1Loss(class_weights=torch.ones(7))
+    assert module.to(torch.float64).class_weights.dtype == torch.float64
+    assert module.to("meta").class_weights.device.type == "meta"
+
+
 def test_rows_of_weight_0_have_no_effect_whatever_they_contain(loss_of):
     student, teacher, labels = batch()
     weights = torch.ones(9)

@@ -161,7 +161,7 @@ def students(tmp_path):
     for path, removed in zip(paths, (0, PRUNED), strict=True):
         path.parent.mkdir(parents=True)
         history = kddp_ext.PruningHistory({"hidden": WIDTH})
-        history.steps.append({"hidden": list(range(removed))})
+        history.add_step({"hidden": list(range(removed))})
         model = build_student(config, INFO["digits"])
         history.replay(model, (torch.zeros(2, 1, 8, 8),))
         kddp_ext.save_student(path, model, history, {"stage": "kddp", "config": json.dumps(config.to_json())})
