@@ -168,12 +168,9 @@ def compute_loss(
         activations = (activations,)
     scalars = settings.scalars(len(activations))
     check_tensors(student_logits, teacher_logits, labels, activations, sample_weights, settings, scalars)
-    native = _choose_native(student_logits.device, backend)
-    if native and torch._C._get_tracing_state() is not None:
-        raise RuntimeError(
-            "fused_kd_l1_loss: torch.jit.trace cannot record the native kernels; use backend='reference' "
-            "or torch.export"
-        )
+    native = choose_native(student_logits.device, backend)
+    if native:
+        refuse_jit_trace("fused_kd_l1_loss")
     tracing = torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
     if native:
         require_constants(scalars, settings.class_weights, sample_weights)
@@ -191,8 +188,8 @@ def compute_loss(
     tracked = activations if isinstance(activations, TrackedActivations) and torch.is_grad_enabled() else None
     if tracked is not None:
         check_tracked(tracked, scalars[3:], student_logits)
-    matrices = _matrices(activations)
-    weights = of_kernels = _row_weights(logits, labels, sample_weights, settings, in_kernels)
+    matrices = as_matrices(activations)
+    weights = of_kernels = row_weights(logits, labels, sample_weights, settings, in_kernels)
     if not in_kernels and labels is not None and weights is not None:
         of_kernels = torch.stack([weights[0], torch.zeros_like(weights[0])])  # the kernels leave CE out
     tensors = (logits, targets, labels, of_kernels, [matrix.values for matrix in matrices])
@@ -229,8 +226,12 @@ def _as_rows(logits: Tensor, class_dim: int) -> Tensor:
     return logits.movedim(class_dim, -1).reshape(-1, logits.shape[class_dim])
 
 
-def _row_weights(
-    logits: Tensor, labels: Tensor | None, sample_weights: Tensor | None, settings: LossSettings, in_kernels: bool
+def row_weights(
+    logits: Tensor,
+    labels: Tensor | None,
+    sample_weights: Tensor | None,
+    settings: LossSettings,
+    in_kernels: bool = True,
 ) -> Tensor | None:
     """(2, rows) float64 factors of KD and CE. For "mean" they are scaled to the number of rows, which is divided by.
 
@@ -253,13 +254,13 @@ def _row_weights(
     return weights
 
 
-def _matrices(activations: Sequence[Tensor]) -> list[NeuronMatrix]:
+def as_matrices(activations: Sequence[Tensor]) -> list[NeuronMatrix]:
     if isinstance(activations, TrackedActivations):
         return activations.matrices()
     return [as_matrix(activation) for activation in activations]
 
 
-def _choose_native(device: torch.device, backend: Backend) -> bool:
+def choose_native(device: torch.device, backend: Backend) -> bool:
     if backend == "reference":
         return False
     if ops.is_native(device):
@@ -277,6 +278,14 @@ def _choose_native(device: torch.device, backend: Backend) -> bool:
             stacklevel=4,
         )
     return False
+
+
+def refuse_jit_trace(function: str) -> None:
+    """Raise under torch.jit.trace."""
+    if torch._C._get_tracing_state() is not None:
+        raise RuntimeError(
+            f"{function}: torch.jit.trace cannot record the native kernels; use backend='reference' or torch.export"
+        )
 
 
 def check_output(return_terms: bool, backend: str) -> None:
