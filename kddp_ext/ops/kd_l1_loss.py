@@ -24,7 +24,8 @@ from kddp_ext.ops.scale_gradients import is_batched, scale_gradients
 library.define(
     "kd_l1_loss(Tensor student_logits, Tensor? teacher_logits, Tensor? labels, Tensor? row_weights, "
     "Tensor[] activations, Tensor scalars, SymInt[] samples, "
-    "float label_smoothing, int ignore_index, int divergence, float jsd_beta, "
+    "float label_smoothing, int ignore_index, int divergence, "
+    "float mixture_share, float teacher_weight, float student_weight, "
     "float dkd_target_weight, float dkd_non_target_weight, bool standardize_logits, bool by_row, "
     "bool logits_gradient, bool activation_gradients, bool scaled_gradients, bool statistics) "
     "-> (Tensor loss, Tensor terms, Tensor row_terms, Tensor statistics, "
@@ -35,7 +36,7 @@ library.define("neuron_statistics(Tensor activation) -> Tensor")
 LossOutputs = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, list[Tensor]]
 _STATISTICS_ROWS = 5
 _ABSENT = (0, 0, 0)
-_NEUTRAL_SETTINGS = (1.0, 0.0, 0.0, 0.0, 0, 0, 0.5, 1.0, 8.0, False)  # for the statistics, which need no loss
+_NEUTRAL_SETTINGS = (1.0, 0.0, 0.0, 0.0, 0, 0, 0.5, 0.5, 0.5, 1.0, 8.0, False)  # for the statistics, which need no loss
 _PLAIN_TYPES = (Tensor, torch.nn.Parameter)
 
 

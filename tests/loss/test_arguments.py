@@ -75,7 +75,8 @@ def test_invalid_tensors_raise(changes, error, message):
 WEIGHT = "expected a finite number of at least 0, got"
 FRACTION = "expected a number from 0 to 1, got"
 BETA = r"expected a number between 0 and 1 \(use 'forward_kl' instead of 0, 'reverse_kl' instead of 1\), got"
-DIVERGENCE = "expected one of forward_kl, reverse_kl, jsd, dkd, got"
+SKEW = r"expected a number between 0 and 1 \(use 'forward_kl' or 'reverse_kl' instead of 0; .* 0 with 1\), got"
+DIVERGENCE = "expected one of forward_kl, reverse_kl, jsd, dkd, skew_kl, skew_reverse_kl, symmetric_kl, got"
 
 
 @pytest.mark.parametrize(
@@ -95,6 +96,7 @@ DIVERGENCE = "expected one of forward_kl, reverse_kl, jsd, dkd, got"
         ("l1_weight", [0.1, math.nan], ValueError, f"{WEIGHT} nan"),
         ("divergence", "kl", ValueError, f"{DIVERGENCE} 'kl'"),
         *[("jsd_beta", x, ValueError, f"{BETA} {x}") for x in (0.0, 1.0, math.nan)],
+        *[("skew", x, ValueError, f"{SKEW} {x}") for x in (0.0, 1.0, math.nan)],
         ("standardize_logits", 1, TypeError, "expected a bool, got int"),
     ],
 )
