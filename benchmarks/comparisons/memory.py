@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import json
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
 from benchmarks.cases import Inputs, Shape, contenders, make_inputs
@@ -34,11 +35,18 @@ def _measure_shape(shape: Shape, settings: Settings) -> dict[str, Any]:
 
 
 def _peak_bytes(contender: Callable[[], None], inputs: Inputs) -> int:
-    """The highest sum of allocated bytes, from the profiler's record of every allocation."""
-    for leaf in inputs.leaves:
-        leaf.grad = None  # freed before the recording, or the sum would start below zero
+    return allocated_peak(contender, inputs.leaves)
+
+
+def allocated_peak(step: Callable[[], None], leaves: Sequence[Tensor]) -> int:
+    """The highest sum of bytes that a step allocates, from the profiler's record of every allocation.
+
+    The gradients of the leaves are freed before, or the sum would start below zero.
+    """
+    for leaf in leaves:
+        leaf.grad = None
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
-        contender()
+        step()
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "trace.json"
         profiler.export_chrome_trace(str(path))

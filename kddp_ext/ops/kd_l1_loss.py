@@ -24,7 +24,8 @@ from kddp_ext.ops.scale_gradients import is_batched, scale_gradients
 library.define(
     "kd_l1_loss(Tensor student_logits, Tensor? teacher_logits, Tensor? labels, Tensor? row_weights, "
     "Tensor[] activations, Tensor scalars, SymInt[] samples, "
-    "float label_smoothing, int ignore_index, int divergence, float jsd_beta, "
+    "float label_smoothing, int ignore_index, int divergence, "
+    "float mixture_share, float teacher_weight, float student_weight, "
     "float dkd_target_weight, float dkd_non_target_weight, bool standardize_logits, bool by_row, "
     "bool logits_gradient, bool activation_gradients, bool scaled_gradients, bool statistics) "
     "-> (Tensor loss, Tensor terms, Tensor row_terms, Tensor statistics, "
@@ -35,7 +36,7 @@ library.define("neuron_statistics(Tensor activation) -> Tensor")
 LossOutputs = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, list[Tensor]]
 _STATISTICS_ROWS = 5
 _ABSENT = (0, 0, 0)
-_NEUTRAL_SETTINGS = (1.0, 0.0, 0.0, 0.0, 0, 0, 0.5, 1.0, 8.0, False)  # for the statistics, which need no loss
+_NEUTRAL_SETTINGS = (1.0, 0.0, 0.0, 0.0, 0, 0, 0.5, 0.5, 0.5, 1.0, 8.0, False)  # for the statistics, which need no loss
 _PLAIN_TYPES = (Tensor, torch.nn.Parameter)
 
 
@@ -95,7 +96,7 @@ def kd_l1_loss(
     tensors = (student_logits, teacher_logits, labels, row_weights)
     if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack():
         loss, terms, rows, sums, *_ = kd_l1_loss_operator(
-            *tensors, list(activations), _as_tensor(scalars), samples, *constants, *wanted
+            *tensors, list(activations), as_tensor(scalars), samples, *constants, *wanted
         )
         return loss, terms, rows, sums
     inputs = (*tensors, *activations)
@@ -105,9 +106,7 @@ def kd_l1_loss(
         outputs = _compute(*tensors, activations, scalars, samples, constants, wanted)
     else:
         with torch.no_grad():
-            outputs = kd_l1_loss_operator(
-                *tensors, list(activations), _as_tensor(scalars), samples, *constants, *wanted
-            )
+            outputs = kd_l1_loss_operator(*tensors, list(activations), as_tensor(scalars), samples, *constants, *wanted)
     loss, terms, rows, sums, logits_gradient, activation_gradients = outputs
     if wanted.logits_gradient or wanted.activation_gradients:
         gradients = [*[logits_gradient][: wanted.logits_gradient], *activation_gradients]
@@ -130,7 +129,7 @@ def _is_plain(tensor: Tensor | None) -> bool:
     return tensor is None or (type(tensor) in _PLAIN_TYPES and tensor.is_cpu and not tensor.is_neg())
 
 
-def _as_tensor(scalars: Sequence[Any]) -> Tensor:
+def as_tensor(scalars: Sequence[Any]) -> Tensor:
     """(2 + layers,) float64 on the CPU, of numbers, symbolic numbers and 0-dim tensors."""
     values = [
         scalar.detach().to("cpu", torch.float64)
@@ -154,7 +153,16 @@ def _kd_l1_loss(
     samples: Sequence[int],
     *arguments: Any,
 ) -> LossOutputs:
-    values = scalars.tolist()
+    values = checked_values(scalars)
+    constants, wanted = arguments[:-4], _Wanted(*arguments[-4:])
+    return _compute(
+        student_logits, teacher_logits, labels, row_weights, activations, values, samples, constants, wanted
+    )
+
+
+def checked_values(scalars: Tensor) -> list[float]:
+    """The numbers in `scalars`; raises a ValueError unless they are as `LossSettings` describes them."""
+    values: list[float] = scalars.tolist()
     temperature, alpha, normalizer, *l1_weights = values
     finite = all(0 <= value < math.inf for value in (temperature, normalizer, *l1_weights))
     if not (finite and temperature > 0 and 0 <= alpha <= 1):
@@ -162,10 +170,31 @@ def _kd_l1_loss(
             "temperature, alpha, normalizer, l1_weight: expected a finite number above 0, a number from 0 to 1, and "
             f"finite numbers of at least 0, got {temperature}, {alpha}, {normalizer}, {l1_weights}"
         )
-    constants, wanted = arguments[:-4], _Wanted(*arguments[-4:])
-    return _compute(
-        student_logits, teacher_logits, labels, row_weights, activations, values, samples, constants, wanted
-    )
+    return values
+
+
+def loss_of_chunk(
+    student_logits: Tensor,
+    teacher_logits: Tensor | None,
+    labels: Tensor | None,
+    row_weights: Tensor | None,
+    scalars: Sequence[float],
+    constants: tuple[Any, ...],
+    gradient: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The loss, its terms and its terms by row, without autograd and activations.
+
+    Args:
+        student_logits, teacher_logits, labels, row_weights: as of `kd_l1_loss`.
+        scalars: temperature, alpha and normalizer.
+        constants: `LossSettings.constants()`.
+        gradient: contiguous, of the shape and dtype of the student's logits; receives their gradient. On the CPU it may
+            be `student_logits` itself, because the kernel has read a block of classes when it overwrites it.
+    """
+    wanted = _Wanted(gradient is not None, False, student_logits.dtype == torch.float16, False)
+    tensors = (student_logits, teacher_logits, labels, row_weights)
+    loss, terms, rows, *_ = _compute(*tensors, [], scalars, [], constants, wanted, gradient)
+    return loss, terms, rows
 
 
 def _compute(
@@ -178,6 +207,7 @@ def _compute(
     samples: Sequence[int],
     constants: tuple[Any, ...],
     wanted: _Wanted,
+    logits_gradient: Tensor | None = None,
 ) -> LossOutputs:
     arguments = (
         student_logits,
@@ -188,10 +218,11 @@ def _compute(
         scalars,
         samples,
         *constants,
-        *wanted,
+        *wanted._replace(logits_gradient=wanted.logits_gradient and logits_gradient is None),
     )
     outputs = _loss_outputs(*arguments)
-    loss, terms, rows, statistics, logits_gradient, activation_gradients = outputs
+    loss, terms, rows, statistics, of_logits, activation_gradients = outputs
+    of_logits = of_logits if logits_gradient is None else logits_gradient
     # These names keep copies alive while the kernel uses their addresses.
     student = _readable(student_logits)
     teacher = None if teacher_logits is None else _readable(teacher_logits)
@@ -216,7 +247,7 @@ def _compute(
         normalizer,
         *settings,
         wanted.scaled_gradients,
-        logits_gradient.data_ptr() if wanted.logits_gradient else 0,
+        of_logits.data_ptr() if wanted.logits_gradient else 0,
         ELEMENT_TYPES[loss.dtype],
         total.data_ptr(),
         terms.data_ptr(),

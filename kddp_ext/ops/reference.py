@@ -11,7 +11,7 @@ from torch import Tensor
 
 from kddp_ext.ops.library import sliced_shape
 
-FORWARD_KL, REVERSE_KL, JSD, DKD = range(4)  # as in csrc/include/kddp/kd_l1_loss.h
+FORWARD_KL, REVERSE_KL, MIXTURE, DKD, SYMMETRIC_KL = range(5)  # as in csrc/include/kddp/kd_l1_loss.h
 _EPSILON = 1e-7  # added to the standard deviation, as Sun et al. do
 
 
@@ -26,7 +26,9 @@ def kd_l1_loss(
     label_smoothing: float,
     ignore_index: int,
     divergence: int,
-    jsd_beta: float,
+    mixture_share: float,
+    teacher_weight: float,
+    student_weight: float,
     dkd_target_weight: float,
     dkd_non_target_weight: float,
     standardize_logits: bool,
@@ -62,8 +64,10 @@ def kd_l1_loss(
             kd = forward_kl(p, q)
         elif divergence == REVERSE_KL:
             kd = reverse_kl(p, q)
-        elif divergence == JSD:
-            kd = jensen_shannon(p, q, jsd_beta)
+        elif divergence == MIXTURE:
+            kd = mixture_kl(p, q, mixture_share, teacher_weight, student_weight)
+        elif divergence == SYMMETRIC_KL:
+            kd = (forward_kl(p, q) + reverse_kl(p, q)) / 2
         else:
             assert labels is not None
             kd = decoupled_kl(p, q, torch.where(valid, labels, 0), dkd_target_weight, dkd_non_target_weight)
@@ -144,12 +148,16 @@ def reverse_kl(teacher: Tensor, student: Tensor) -> Tensor:
     return torch.where(excluded.any(1), torch.inf, divergence)
 
 
-def jensen_shannon(teacher: Tensor, student: Tensor, beta: float) -> Tensor:
-    """β KL(p ‖ m) + (1 - β) KL(q ‖ m) with m = β p + (1 - β) q. Agarwal et al. 2024 (arXiv:2306.13649)."""
+def mixture_kl(teacher: Tensor, student: Tensor, share: float, teacher_weight: float, student_weight: float) -> Tensor:
+    """teacher_weight · KL(p ‖ m) + student_weight · KL(q ‖ m) with m = share · p + (1 - share) · q.
+
+    Agarwal et al. 2024 (arXiv:2306.13649), with all three equal to β or 1 - β; Ko et al. 2024 (arXiv:2402.03898), with
+    one of the two KLs.
+    """
     log_p, log_q = F.log_softmax(teacher, 1), F.log_softmax(student, 1)
-    mixture = beta * log_p.exp() + (1 - beta) * log_q.exp()
+    mixture = share * log_p.exp() + (1 - share) * log_q.exp()
     log_m = torch.where(mixture == 0, 1, mixture).log()
-    return beta * _kl(log_p, log_m) + (1 - beta) * _kl(log_q, log_m)
+    return teacher_weight * _kl(log_p, log_m) + student_weight * _kl(log_q, log_m)
 
 
 def decoupled_kl(

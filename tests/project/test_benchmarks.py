@@ -26,7 +26,8 @@ HAS_ONNX = not latency.missing_packages()
 
 SETTINGS = Settings(threads=1, seconds=0.001, rounds=2, compile=False, smoke=True)
 NAMES = [
-    "loss", "class-counts", "threads", "memory", "statistics", "divergences", "compaction", "pruning", "prune-step",
+    "loss", "class-counts", "threads", "memory", "statistics", "divergences", "fused-linear", "compaction",
+    "pruning", "prune-step",
 ]  # fmt: skip
 
 
