@@ -210,7 +210,8 @@ class _LinearLossNode(torch.autograd.Function):
                 "Trying to backward through the graph of fused_linear_kd_loss a second time, but its gradients have "
                 "been handed out already. Specify retain_graph=True for the first backward."
             )
-        inputs, saved = ctx.saved_tensors[:_INPUTS], ctx.saved_tensors[_INPUTS:]
+        tensors = ctx.saved_tensors  # checkpoints allow reading them once
+        inputs, saved = tensors[:_INPUTS], tensors[_INPUTS:]
         owned = not (ctx.packed or torch._C._autograd._get_current_graph_task_keep_graph())
         if torch.is_grad_enabled():  # create_graph=True
             return (None, None, None, *_differentiable_gradients(call, inputs, grad_loss))
