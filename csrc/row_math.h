@@ -40,13 +40,35 @@ static inline ExpReuse choose_exp_reuse(const KdL1Loss& job) {
 
 // The two forms of a divergence's gradient, the label's own term excluded, with e_s = e^u and e_t = e^v:
 //   difference: first e_s - second e_t        forward_kl, dkd
-//   weighted:   first e_s (w + second)        reverse_kl with w = u - v, jsd with w = log(q / m)
+//   weighted:   first e_s (w + second)        reverse_kl with w = u - v, mixture with w as below
 // `second` is minus the mean of w. Both can be huge, so w + second is computed before the product.
+//
+// symmetric_kl has the sums of the weighted form. Its second pass replaces w by x = p - q (w + second), times the sum
+// of e_s, and its gradient is a difference: first e_s - second x.
 enum class GradientForm { difference, weighted };
 
 KDDP_INLINE constexpr GradientForm gradient_form(Divergence divergence) {
-    return divergence == Divergence::reverse_kl || divergence == Divergence::jsd ? GradientForm::weighted
-                                                                                 : GradientForm::difference;
+    return divergence == Divergence::forward_kl || divergence == Divergence::dkd ? GradientForm::difference
+                                                                                 : GradientForm::weighted;
+}
+
+// Whether a second pass uses p and q of the whole row.
+KDDP_INLINE constexpr bool has_second_pass(Divergence divergence) {
+    return divergence == Divergence::mixture || divergence == Divergence::symmetric_kl;
+}
+
+// The derivative of a mixture with respect to q, up to a constant:
+//   w = student_weight log(q / m) - (teacher_slope p + student_slope q) / m
+// In the Jensen-Shannon divergence the slopes' term is constant. It is left out, and student_weight is left to `first`.
+struct MixtureSlopes {
+    bool present;
+    double teacher, student;
+};
+
+KDDP_INLINE MixtureSlopes mixture_slopes(const Mixture& mixture) {
+    const double share = mixture.share, rest = 1 - share;
+    return {mixture.teacher_weight * rest != mixture.student_weight * share, mixture.teacher_weight * rest,
+            mixture.student_weight * rest};
 }
 
 // A call, and what the formulas derive from it.
@@ -88,11 +110,12 @@ struct ChunkSums {
     double student_moment, other_moment;  // sum e^u (s - r_s), sum (e^v or e^u w) (s - r_s)
 };
 
-// The sums of jsd's second pass, which uses p, q and m of the whole row.
+// The sums of a second pass.
 template <class T>
 struct MixtureSumsOf {
-    T kl_teacher = 0, kl_student = 0;  // KL(p || m), KL(q || m)
-    T weighted_moment = 0;             // sum q w (s - r_s)
+    T kl_teacher = 0, kl_student = 0;  // KL(p || m), KL(q || m); symmetric_kl: sum p (v - u), unused
+    T mean = 0;                        // sum q w; symmetric_kl: unused
+    T weighted_moment = 0;             // sum q w (s - r_s); symmetric_kl: sum (q - x) (s - r_s)
 };
 using MixtureSums = MixtureSumsOf<double>;
 
@@ -154,14 +177,14 @@ struct RowTerms {
     double kd, ce, correct;
 };
 
-// Converts the coefficients from the references of the row to those of a chunk. After jsd's second pass, `second` has
-// none.
+// Converts the coefficients from the references of the row to those of a chunk. After a second pass, `second` has none.
 KDDP_INLINE void rebase_gradient(const RowParams& params, const Rebase& by, RowGradient& gradient) {
     gradient.first *= by.student_factor;
     gradient.untempered *= by.untempered_factor;
+    if (has_second_pass(params.divergence)) return;
     if (gradient_form(params.divergence) == GradientForm::difference)
         gradient.second *= by.teacher_factor;
-    else if (params.divergence != Divergence::jsd && gradient.first != 0)
+    else if (gradient.first != 0)
         gradient.second += by.student_tempered - by.teacher_tempered;
 }
 
@@ -229,19 +252,28 @@ KDDP_INLINE double divergence_of_row(const RowParams& params, const ChunkSums& r
             gradient.second = -row.dot / row.student;
             // The gradient is 0 if the teacher alone excludes a class.
             if (divergence == HUGE_VAL) gradient.first = gradient.second = 0;
-            return divergence;
-        case Divergence::jsd:
-            divergence = params.jsd_beta * mixture.kl_teacher + (1 - params.jsd_beta) * mixture.kl_student;
-            gradient.first *= 1 - params.jsd_beta;
-            gradient.second = -mixture.kl_student;
-            if (divergence != divergence) gradient.first = divergence;  // NaN of the teacher may not appear in q
-            return not_negative(divergence);
+            break;
+        case Divergence::mixture:
+            divergence =
+                params.mixture.teacher_weight * mixture.kl_teacher + params.mixture.student_weight * mixture.kl_student;
+            divergence = not_negative(divergence);
+            if (!mixture_slopes(params.mixture).present) gradient.first *= params.mixture.student_weight;
+            gradient.second = -mixture.mean;
+            break;
+        case Divergence::symmetric_kl:
+            divergence = (kl_divergence(mixture.kl_teacher, 1, row.student / row.teacher) +
+                          kl_divergence(row.dot, row.student, row.teacher)) /
+                         2;
+            gradient.first = gradient.second = scale / (2 * row.student);
+            break;
         case Divergence::dkd:
             return decoupled(params, row, target, scale, gradient);
         default:
             gradient.second = scale / row.teacher;
             return kl_divergence(row.dot, row.teacher, row.student);
     }
+    if (divergence != divergence) gradient.first = divergence;  // NaN of the teacher may not appear in e_s
+    return divergence;
 }
 
 // Turns the gradient with respect to z = (s - mean) / (std + epsilon) into that with respect to s. No divergence
@@ -251,12 +283,14 @@ KDDP_INLINE void through_standardization(const RowParams& params, const ChunkSum
     double along = gradient.first * row.student_moment - gradient.second * row.other_moment;  // sum g (s - r_s)
     if (params.divergence == Divergence::reverse_kl)
         along = gradient.first * (row.other_moment + gradient.second * row.student_moment);
-    if (params.divergence == Divergence::jsd)
+    if (params.divergence == Divergence::mixture)
         along = gradient.first * (row.student * mixture.weighted_moment + gradient.second * row.student_moment);
+    if (params.divergence == Divergence::symmetric_kl) along = gradient.first * row.student * mixture.weighted_moment;
     if (params.divergence == Divergence::dkd) along -= gradient.label * (target_logit - row.student_reference);
     const double divisor = divisor_of(student);
     gradient.first /= divisor, gradient.label /= divisor;
-    if (gradient_form(params.divergence) == GradientForm::difference) gradient.second /= divisor;
+    if (gradient_form(params.divergence) == GradientForm::difference || params.divergence == Divergence::symmetric_kl)
+        gradient.second /= divisor;
     if (student.deviation > 0)
         gradient.projection = along / (double(params.classes - 1) * student.deviation * divisor * divisor);
 }

@@ -40,10 +40,10 @@ template <class Backend>
 void kd_l1_loss(int64_t rows, int64_t classes, const MatrixArguments& student, const MatrixArguments& teacher,
                 Address labels, Address row_weights, const std::vector<LayerArguments>& layer_arguments,
                 int64_t statistics_stride, double temperature, double alpha, double normalizer, double label_smoothing,
-                int64_t ignore_index, int divergence, double jsd_beta, double dkd_target_weight,
-                double dkd_non_target_weight, bool standardize_logits, bool scaled_gradients, Address logits_gradient,
-                int result_type, Address loss, Address terms, Address row_terms, const py::function& allocate,
-                const typename Backend::Context& context) {
+                int64_t ignore_index, int divergence, double mixture_share, double teacher_weight,
+                double student_weight, double dkd_target_weight, double dkd_non_target_weight, bool standardize_logits,
+                bool scaled_gradients, Address logits_gradient, int result_type, Address loss, Address terms,
+                Address row_terms, const py::function& allocate, const typename Backend::Context& context) {
     std::vector<kddp::ActivationLayer> layers;
     layers.reserve(layer_arguments.size());
     for (const auto& [activation, layer_rows, neurons, samples, l1_weight, gradient, statistics] : layer_arguments)
@@ -60,7 +60,7 @@ void kd_l1_loss(int64_t rows, int64_t classes, const MatrixArguments& student, c
     job.label_smoothing = label_smoothing;
     job.ignore_index = ignore_index;
     job.divergence = static_cast<kddp::Divergence>(divergence);
-    job.jsd_beta = jsd_beta;
+    job.mixture = {mixture_share, teacher_weight, student_weight};
     job.dkd_target_weight = dkd_target_weight, job.dkd_non_target_weight = dkd_non_target_weight;
     job.standardize_logits = standardize_logits;
     job.scaled_gradients = scaled_gradients;

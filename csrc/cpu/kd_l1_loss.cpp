@@ -63,7 +63,7 @@ struct Schedule {
 
     template <class T>
     RowScratch<T> take_scratch(Workspace& from) const {
-        const bool mixes = job.divergence == Divergence::jsd, rereads = job.standardize_logits || mixes;
+        const bool mixes = has_second_pass(job.divergence), rereads = job.standardize_logits || mixes;
         const bool separate = choose_exp_reuse(job) == ExpReuse::separate || job.standardize_logits;
         const int64_t kept = kept_places<T>(job.classes), of_chunk = chunk_classes(job.classes);
         const int64_t reread = rereads ? of_chunk : 0, chunks = divide_up(job.classes + lanes<T>, of_chunk);
@@ -202,8 +202,9 @@ void dispatch_form(const KdL1Loss& job, Body body) {
     if (!job.teacher.data) return body(LossForm<Distillation::none, CrossEntropy::power, false>{});
     switch (job.divergence) {
         case Divergence::reverse_kl:
+        case Divergence::symmetric_kl:
             return dispatch_cross_entropy<Distillation::reverse>(job, body);
-        case Divergence::jsd:
+        case Divergence::mixture:
             return dispatch_cross_entropy<Distillation::mixture>(job, body);
         default:
             return dispatch_cross_entropy<Distillation::forward>(job, body);
@@ -290,12 +291,17 @@ RowKernels<ComputedIn<Element>> row_kernels(const KdL1Loss& job, Element, Form) 
     else
         read_in_place(T{});
     if constexpr (Form::distillation == Distillation::mixture) kernels.mix = mix_chunk<T, Form::standardized>;
+    if constexpr (Form::distillation == Distillation::reverse) kernels.mix = symmetrize_chunk<T, Form::standardized>;
 
-    // jsd has replaced the teacher's exponentials by weights like those of reverse_kl.
+    // A mixture has replaced the teacher's exponentials by weights like those of reverse_kl.
     constexpr Distillation side =
         Form::distillation == Distillation::mixture ? Distillation::reverse : Form::distillation;
-    kernels.write_gradient = job.alpha == 0 ? write_gradient_of<T, Element, Distillation::none>(job)
-                                            : write_gradient_of<T, Element, side>(job);
+    if (job.alpha == 0)
+        kernels.write_gradient = write_gradient_of<T, Element, Distillation::none>(job);
+    else if (job.divergence == Divergence::symmetric_kl)
+        kernels.write_gradient = write_gradient_of<T, Element, Distillation::forward>(job);
+    else
+        kernels.write_gradient = write_gradient_of<T, Element, side>(job);
     if constexpr (sizeof(T) == 8)
         with_element(student, [&](auto element) {
             using Read = decltype(element);

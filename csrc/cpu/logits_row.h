@@ -130,7 +130,7 @@ class LogitsRows {
         }
     }
 
-    bool mixes() const { return params_.with_teacher && params_.divergence == Divergence::jsd; }
+    bool mixes() const { return params_.with_teacher && has_second_pass(params_.divergence); }
     bool excludes_label() const { return params_.with_teacher && params_.divergence == Divergence::dkd; }
     bool weighted() const {
         return params_.with_teacher && gradient_form(params_.divergence) == GradientForm::weighted;
@@ -297,24 +297,49 @@ class LogitsRows {
         if (!kept_) exponentiate(row, k, state, buffers, unused);
         const Logits logits = read(row, chunk, scratch.logits);
         const Rebase by = rebased(of_chunk, state);
-        const T student_probability = T(by.student_factor / state.sums->student);
-        const T teacher_probability = T(by.teacher_factor / state.sums->teacher);
-        // From the rounded probabilities: a rounding shared by all classes would not average out.
-        const double log_ratio = std::log2(double(teacher_probability) / double(student_probability)) +
-                                 (by.student_tempered - by.teacher_tempered) * log2_e;
+        MixtureScale<T> scale{};
+        scale.student_reference = T(state.sums->student_reference);
+        scale.teacher_reference = T(state.sums->teacher_reference);
+        const bool symmetric = params_.divergence == Divergence::symmetric_kl;
+        if (symmetric)
+            set_symmetric(*state.sums, by, scale);
+        else
+            set_mixture(*state.sums, by, scale);
         MixtureSums sums;
-        kernels_.mix(logits.student, logits.teacher, buffers, chunk, scale_of(state),
-                     {T(state.sums->student_reference), T(state.sums->teacher_reference), student_probability,
-                      teacher_probability, T(log_ratio), T(1 - params_.jsd_beta), T(params_.jsd_beta)},
-                     sums);
+        kernels_.mix(logits.student, logits.teacher, buffers, chunk, scale_of(state), scale, sums);
+        if (symmetric) {
+            sums.kl_teacher /=
+                double(scale.teacher_probability) * state.sums->teacher;  // without the factor's rounding
+            sums.weighted_moment /= state.sums->student;
+        }
         return sums;
+    }
+
+    void set_mixture(const ChunkSums& row, const Rebase& by, MixtureScale<T>& scale) const {
+        scale.student_probability = T(by.student_factor / row.student);
+        scale.teacher_probability = T(by.teacher_factor / row.teacher);
+        // From the rounded probabilities: a rounding shared by all classes would not average out.
+        scale.log_ratio = T(std::log2(double(scale.teacher_probability) / double(scale.student_probability)) +
+                            (by.student_tempered - by.teacher_tempered) * log2_e);
+        scale.student_share = T(1 - params_.mixture.share), scale.teacher_share = T(params_.mixture.share);
+        const MixtureSlopes slopes = mixture_slopes(params_.mixture);
+        scale.has_slopes = slopes.present, scale.student_weight = T(params_.mixture.student_weight);
+        scale.student_slope = T(slopes.student), scale.teacher_slope = T(slopes.teacher);
+    }
+
+    static void set_symmetric(const ChunkSums& row, const Rebase& by, MixtureScale<T>& scale) {
+        scale.student_probability = T(by.student_factor);
+        scale.teacher_probability = T(row.student / row.teacher);
+        const double mean = row.dot / row.student;
+        scale.student_share = std::isfinite(mean) ? 1 : 0;
+        scale.log_ratio = std::isfinite(mean) ? T(mean) : 0;
     }
 
     KDDP_NOINLINE static void merge_mixture(const MixtureSums* chunks, int64_t count, RowState& state) {
         state.mixture = {};
         for (int64_t k = 0; k < count; ++k) {
             state.mixture.kl_teacher += chunks[k].kl_teacher, state.mixture.kl_student += chunks[k].kl_student;
-            state.mixture.weighted_moment += chunks[k].weighted_moment;
+            state.mixture.mean += chunks[k].mean, state.mixture.weighted_moment += chunks[k].weighted_moment;
         }
     }
 

@@ -337,10 +337,12 @@ struct MixtureScale {
     T student_reference, teacher_reference;      // of the row
     T student_probability, teacher_probability;  // times the exponentials of the chunk
     T log_ratio;                                 // added to log2(p / q)
-    T student_share, teacher_share;              // 1 - beta, beta
+    T student_share, teacher_share;              // 1 - share, share
+    bool has_slopes;
+    T student_weight, student_slope, teacher_slope;  // see MixtureSlopes
 };
 
-// The second pass of jsd: replaces the teacher's exponentials by log(q / m), and sums. Everything is derived from
+// The second pass of a mixture: replaces the teacher's exponentials by w, and sums. Everything is derived from
 // log(p / q): log m cancels catastrophically when p and q are close. The ratio of the smaller to the larger of p and q
 // cannot overflow.
 template <class T, bool standardized>
@@ -348,7 +350,7 @@ void mix_chunk(const void* student_logits, const void* teacher_logits, RowBuffer
                LogitScale<T> scale, MixtureScale<T> mixture, MixtureSums& sums) {
     const T* student = static_cast<const T*>(student_logits);
     const T* teacher = static_cast<const T*>(teacher_logits);
-    Vector<T> kl_teacher{}, kl_student{}, weighted_moment{};
+    Vector<T> kl_teacher{}, kl_student{}, mean{}, weighted_moment{};
     const Vector<T> student_share = broadcast<T>(mixture.student_share),
                     teacher_share = broadcast<T>(mixture.teacher_share);
     for_each_vector<T>(chunk, [&](int64_t i, int64_t first, int64_t last) KDDP_ALWAYS_INLINE {
@@ -363,19 +365,54 @@ void mix_chunk(const void* student_logits, const void* teacher_logits, RowBuffer
         const auto teacher_larger = p > q;
         const Vector<T> smaller_over_larger = (teacher_larger ? q : p) / (teacher_larger ? p : q);
         const Vector<T> share_of_larger = teacher_larger ? teacher_share : student_share;
-        const Vector<T> log_mixture =  // log2(m / larger)
-            log2_of_positive(share_of_larger + (1 - share_of_larger) * smaller_over_larger);
+        const Vector<T> m_over_larger = share_of_larger + (1 - share_of_larger) * smaller_over_larger;
+        const Vector<T> log_mixture = log2_of_positive(m_over_larger);
         const Vector<T> student_ratio = teacher_larger ? log_ratio + log_mixture : log_mixture;
         const Vector<T> teacher_ratio = teacher_larger ? log_mixture : log_mixture - log_ratio;
-        const Vector<T> weight = q == 0 ? Vector<T>{} : student_ratio * T(-ln_2);
-        store<T>(buffers.teacher + i, weight);
+        Vector<T> weight = q == 0 ? Vector<T>{} : student_ratio * T(-ln_2);
         kl_student += q * weight;
         kl_teacher -= product_or_zero<T>(p, teacher_ratio);
+        if (mixture.has_slopes) {
+            const Vector<T> of_larger =
+                teacher_larger ? broadcast<T>(mixture.teacher_slope) : broadcast<T>(mixture.student_slope);
+            const Vector<T> of_smaller = mixture.teacher_slope + mixture.student_slope - of_larger;
+            const Vector<T> slopes = (of_larger + of_smaller * smaller_over_larger) / m_over_larger;
+            weight = q == 0 ? Vector<T>{} : mixture.student_weight * weight - slopes;
+            mean += q * weight;
+        }
+        store<T>(buffers.teacher + i, weight);
         if constexpr (standardized) weighted_moment += product_or_zero<T>(q, margin) * weight;
     });
     sums.kl_teacher = sum_of_lanes<T>(kl_teacher) * ln_2;
     sums.kl_student = sum_of_lanes<T>(kl_student);
+    sums.mean = mixture.has_slopes ? double(sum_of_lanes<T>(mean)) : sums.kl_student;
     sums.weighted_moment = sum_of_lanes<T>(weighted_moment);
+}
+
+// The second pass of symmetric_kl: replaces w = u - v by x (see GradientForm), and sums. Probabilities are times the
+// sum of the student's exponentials. `log_ratio` is the mean of w. `student_share` is 0 if it is infinite, and
+// otherwise 1.
+template <class T, bool standardized>
+void symmetrize_chunk(const void* student_logits, const void* teacher_logits, RowBuffers<T> buffers, Chunk chunk,
+                      LogitScale<T> scale, MixtureScale<T> mixture, MixtureSums& sums) {
+    const T* student = static_cast<const T*>(student_logits);
+    const T* teacher = static_cast<const T*>(teacher_logits);
+    Vector<T> dot{}, moment{};
+    for_each_vector<T>(chunk, [&](int64_t i, int64_t first, int64_t last) KDDP_ALWAYS_INLINE {
+        const Vector<T> margin = load_logits<T>(student + i, first, last) - mixture.student_reference;
+        const Vector<T> teacher_margin = load_logits<T>(teacher + i, first, last) - mixture.teacher_reference;
+        const Vector<T> q = load<T>(buffers.student + i) * mixture.student_probability;
+        const Vector<T> p = exp2_of_product<T>(teacher_margin, scale.teacher_to_exponent) * mixture.teacher_probability;
+        Vector<T> delta = (teacher_margin - margin) * scale.student_to_nats;  // log(p / q), up to a constant
+        if constexpr (standardized) delta = teacher_margin * scale.teacher_to_nats - margin * scale.student_to_nats;
+        const Vector<T> weight = -delta > -padding<T> ? broadcast<T>(-padding<T>) : -delta;
+        const Vector<T> x = p - mixture.student_share * product_or_zero<T>(q, weight - mixture.log_ratio);
+        store<T>(buffers.teacher + i, x);
+        dot += product_or_zero<T>(p, delta);
+        if constexpr (standardized) moment += product_or_zero<T>(q - x, margin);
+    });
+    sums.kl_teacher = sum_of_lanes<T>(dot);
+    sums.weighted_moment = sum_of_lanes<T>(moment);
 }
 
 // The coefficients of RowGradient for one chunk, and where its gradient goes.

@@ -74,7 +74,7 @@ KDDP_DEVICE Element<T> add_element(const LossLaunch& launch, const LogitScale<T>
         if constexpr (form == GradientForm::difference) {
             sums.dot += product_or_zero(exp_teacher, delta);
             if (moments) sums.other_moment += product_or_zero(exp_teacher, margin);
-        } else if (launch.divergence == Divergence::reverse_kl) {
+        } else if (launch.divergence != Divergence::mixture) {
             const T weight = e.student == 0 ? T(0) : -delta;
             sums.dot += e.student * weight;
             if (moments) sums.other_moment += product_or_zero(e.student, weight * margin);
@@ -87,40 +87,77 @@ KDDP_DEVICE Element<T> add_element(const LossLaunch& launch, const LogitScale<T>
     return e;
 }
 
-// What jsd's second pass needs of the whole row. Probabilities are multiplied by the student's sum, which saves keeping
-// one factor.
+// What a second pass needs of the whole row. Probabilities are multiplied by the student's sum, which saves keeping one
+// factor.
 template <class T>
 struct MixtureScale {
-    T teacher_factor;      // the student's sum over the teacher's
-    T log_teacher_factor;  // log2
-    T teacher_share;       // beta
+    T teacher_factor;                                // the student's sum over the teacher's
+    T log_teacher_factor;                            // log2
+    T teacher_share;                                 // of the mixture
+    T student_weight, student_slope, teacher_slope;  // see MixtureSlopes
+    bool has_slopes, symmetric;
+    T mean;            // symmetric_kl: of u - v
+    bool has_reverse;  // symmetric_kl: whether that is finite
 };
 
 template <class T>
-KDDP_DEVICE MixtureScale<T> mixture_scale(const LossLaunch& launch, double student, double teacher) {
-    const T factor = T(student / teacher);
+KDDP_DEVICE MixtureScale<T> mixture_scale(const LossLaunch& launch, const ChunkSums& row) {
+    const T factor = T(row.student / row.teacher);
+    const MixtureSlopes slopes = mixture_slopes(launch.mixture);
+    const double mean = row.dot / row.student;
+    const bool is_finite = mean - mean == 0;
     // The logarithm of the rounded factor: an error that is the same in all classes would not average out.
-    return {factor, T(log2(double(factor))), T(launch.jsd_beta)};
+    return {factor,
+            T(log2(double(factor))),
+            T(launch.mixture.share),
+            T(launch.mixture.student_weight),
+            T(slopes.student),
+            T(slopes.teacher),
+            slopes.present,
+            launch.divergence == Divergence::symmetric_kl,
+            is_finite ? T(mean) : T(0),
+            is_finite};
 }
 
-// A class in jsd's second pass. Everything is derived from log(p / q): log m cancels catastrophically when p ≈ q.
-// Dividing the smaller by the larger cannot overflow.
+// A class in the second pass of symmetric_kl: `other` is x (see GradientForm).
+template <class T>
+KDDP_DEVICE Element<T> symmetrize_element(const MixtureScale<T>& mixture, const LogitScale<T>& scale, T margin,
+                                          T teacher_margin, T p, T q, MixtureSumsOf<T>& sums) {
+    const T delta = teacher_margin * scale.teacher_to_nats - margin * scale.student_to_nats;
+    const T weight = -delta > -lowest_number<T> ? -lowest_number<T> : -delta;
+    const T x = mixture.has_reverse ? p - product_or_zero(q, weight - mixture.mean) : p;
+    sums.kl_teacher += product_or_zero(p, delta);
+    sums.weighted_moment += product_or_zero(q - x, margin);
+    return {q, x};
+}
+
+// A class in the second pass of a mixture: `other` is w. Everything is derived from log(p / q): log m cancels
+// catastrophically when p ≈ q. Dividing the smaller by the larger cannot overflow.
 template <class T>
 KDDP_DEVICE Element<T> mix_element(const MixtureScale<T>& mixture, const LogitScale<T>& scale, T margin,
                                    T teacher_margin, MixtureSumsOf<T>& sums) {
+    const T p = fast_exp2(teacher_margin * scale.teacher_to_exponent) * mixture.teacher_factor;
+    const T q = fast_exp2(margin * scale.student_to_exponent);
+    if (mixture.symmetric) return symmetrize_element(mixture, scale, margin, teacher_margin, p, q, sums);
     const T log_ratio =
         difference_of_products(teacher_margin, scale.teacher_to_exponent, margin, scale.student_to_exponent) +
         mixture.log_teacher_factor;  // log2(p / q)
-    const T p = fast_exp2(teacher_margin * scale.teacher_to_exponent) * mixture.teacher_factor;
-    const T q = fast_exp2(margin * scale.student_to_exponent);
     const bool teacher_larger = p > q;
     const T larger_share = teacher_larger ? mixture.teacher_share : 1 - mixture.teacher_share;
     const T smaller_over_larger = fast_divide(teacher_larger ? q : p, teacher_larger ? p : q);
-    const T log_mixture = log2_of(larger_share + (1 - larger_share) * smaller_over_larger);  // log2(m / larger)
-    const T weight = q == 0 ? T(0) : (teacher_larger ? log_ratio + log_mixture : log_mixture) * T(-ln_2);
+    const T m_over_larger = larger_share + (1 - larger_share) * smaller_over_larger;
+    const T log_mixture = log2_of(m_over_larger);
+    T weight = q == 0 ? T(0) : (teacher_larger ? log_ratio + log_mixture : log_mixture) * T(-ln_2);
     const T teacher_ratio = teacher_larger ? -log_mixture : log_ratio - log_mixture;
     sums.kl_student += q * weight;
     sums.kl_teacher += product_or_zero(p, teacher_ratio);
+    if (mixture.has_slopes && q != 0) {
+        const T of_larger = teacher_larger ? mixture.teacher_slope : mixture.student_slope;
+        const T of_smaller = teacher_larger ? mixture.student_slope : mixture.teacher_slope;
+        weight =
+            mixture.student_weight * weight - fast_divide(of_larger + of_smaller * smaller_over_larger, m_over_larger);
+    }
+    sums.mean += q * weight;
     sums.weighted_moment += product_or_zero(q, margin) * weight;
     return {q, weight};
 }
@@ -141,7 +178,9 @@ template <GradientForm form, class T>
 KDDP_DEVICE T gradient_of(const LossLaunch& launch, const GradientScale<T>& scale, Element<T> e, T margin) {
     T gradient = 0;
     if (launch.with_teacher && launch.alpha != 0) {
-        gradient = divergence_gradient<form>(e.student, e.other, scale.first, scale.second);
+        gradient = form == GradientForm::weighted && launch.divergence == Divergence::symmetric_kl
+                       ? divergence_gradient<GradientForm::difference>(e.student, e.other, scale.first, scale.second)
+                       : divergence_gradient<form>(e.student, e.other, scale.first, scale.second);
         if (launch.standardize) gradient -= scale.projection * (margin + scale.reference_less_mean);
     }
     if (launch.with_labels && launch.alpha != 1)

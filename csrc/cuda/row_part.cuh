@@ -56,8 +56,8 @@ class RowPart {
     KDDP_DEVICE bool excludes_label() const {
         return form == GradientForm::difference && launch_.with_teacher && launch_.divergence == Divergence::dkd;
     }
-    KDDP_DEVICE bool is_jsd() const {
-        return form == GradientForm::weighted && launch_.with_teacher && launch_.divergence == Divergence::jsd;
+    KDDP_DEVICE bool mixes() const {
+        return form == GradientForm::weighted && launch_.with_teacher && has_second_pass(launch_.divergence);
     }
 
     // Of one side's logits, minus an origin, over the part's classes: the first, the sum, or the sum of squares. In
@@ -130,7 +130,7 @@ class RowPart {
         highest = student;
     }
 
-    // jsd's second pass, for the team's first warp: its sums times the student's sum.
+    // The second pass, for the team's first warp: its sums times the student's sum. KL(p || m) is in bits.
     KDDP_DEVICE MixtureSums sum_mixture(const LogitScale<T>& scale, const MixtureScale<T>& mixture) {
         MixtureSumsOf<T> thread;
         for_each_chunk([&](int p, int v, int, T(&s)[m], T(&t)[m]) {
@@ -143,11 +143,11 @@ class RowPart {
             }
             if constexpr (cached) student_cache_.store(p, v, s), teacher_cache_.store(p, v, t);
         });
-        const T values[] = {thread.kl_teacher, thread.kl_student, thread.weighted_moment};
-        double sums[3];
+        const T values[] = {thread.kl_teacher, thread.kl_student, thread.mean, thread.weighted_moment};
+        double sums[4];
         Team<lanes>::sync();
         sums_of_team<lanes>(values, sums, false, scratch_);
-        return {sums[0] * ln_2, sums[1], sums[2]};
+        return {sums[0], sums[1], sums[2], sums[3]};
     }
 
     // Writes the gradient of the part, which starts at `to`. `label_margin`: of an excluded label. All lanes of a warp
@@ -282,7 +282,7 @@ class RowPart {
     KDDP_DEVICE bool sum_once(const LogitScale<T>& scale, T label_logit, double (&sums)[7], T& student, T& teacher) {
         ElementSums<T> thread;
         bool outranked = false;
-        const bool mixture = is_jsd();
+        const bool mixture = mixes();
         if (!cached) student = teacher = lowest_number<T>;
         for_each_chunk([&](int p, int v, int first, T(&s)[m], T(&t)[m]) {
             const int before = before_label_ - first;
@@ -332,7 +332,7 @@ class RowPart {
         } else {
             margin = s - scale.student_reference;
             const T teacher_margin = launch_.with_teacher ? t - scale.teacher_reference : T(0);
-            if (is_jsd()) {
+            if (mixes()) {
                 MixtureSumsOf<T> unused;
                 return mix_element(mixture, scale, margin, teacher_margin, unused);
             }

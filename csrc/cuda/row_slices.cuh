@@ -59,7 +59,7 @@ class Slices {
         if (threadIdx.x == 0) {
             MixtureSums* own = &record(slice())->mixture;
             store_global(&own->kl_teacher, sums.kl_teacher), store_global(&own->kl_student, sums.kl_student);
-            store_global(&own->weighted_moment, sums.weighted_moment);
+            store_global(&own->mean, sums.mean), store_global(&own->weighted_moment, sums.weighted_moment);
         }
         wait();
         if (threadIdx.x != 0) return;
@@ -69,6 +69,7 @@ class Slices {
             const MixtureSums* other = &record(i)->mixture;
             sums.kl_teacher += load_workspace(&other->kl_teacher);
             sums.kl_student += load_workspace(&other->kl_student);
+            sums.mean += load_workspace(&other->mean);
             sums.weighted_moment += load_workspace(&other->weighted_moment);
         }
     }

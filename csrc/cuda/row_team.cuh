@@ -37,9 +37,11 @@ KDDP_DEVICE void store_term(const LossLaunch& launch, int64_t row, int term, dou
 template <GradientForm form>
 KDDP_DEVICE RowParams params_of_row(const LossLaunch& launch, const TeamRecord& record) {
     RowParams params = launch;
-    const bool is_jsd = params.divergence == Divergence::jsd, is_dkd = params.divergence == Divergence::dkd;
-    params.divergence = form == GradientForm::weighted ? (is_jsd ? Divergence::jsd : Divergence::reverse_kl)
-                                                       : (is_dkd ? Divergence::dkd : Divergence::forward_kl);
+    const Divergence given = params.divergence;
+    if (form == GradientForm::weighted)
+        params.divergence = has_second_pass(given) ? given : Divergence::reverse_kl;
+    else
+        params.divergence = given == Divergence::dkd ? given : Divergence::forward_kl;
     params.value_scale = record.value_scale, params.gradient_scale = record.gradient_scale;
     return params;
 }
@@ -157,11 +159,11 @@ class TeamRows {
         part.find_references(scale);
         compute_sums(part, scale, student_logit, logits);
         if (leads) record.scale = scale.template as<double>();
-        if (part.is_jsd()) compute_mixture(part, scale);
+        if (part.mixes()) compute_mixture(part, scale);
         if (leads) {
             record.target = {(record.label_logit - record.sums.student_reference) * record.scale.student_to_nats,
                              (record.target.teacher - record.sums.teacher_reference) * record.scale.teacher_to_nats};
-            record.sliced = is_sliced() && !part.is_jsd(), record.counts = record.computed && slice() == 0;
+            record.sliced = is_sliced() && !part.mixes(), record.counts = record.computed && slice() == 0;
             finish_record<form>(opaque(launch_), record);
         }
     }
@@ -194,7 +196,7 @@ class TeamRows {
         if (!cached && part.excludes_label()) part.exclude_label();
         const LogitScale<T> scale = record.scale.as<T>();
         MixtureScale<T> mixture{};
-        if (!cached && part.is_jsd()) mixture = mixture_scale<T>(launch_, record.sums.student, record.sums.teacher);
+        if (!cached && part.mixes()) mixture = mixture_scale<T>(launch_, record.sums);
         const GradientScale<T> gradient =
             gradient_scale<T>(record.gradient, record.scale.student_reference, record.student.mean);
         part.write(scale, gradient, mixture, T(record.label_logit) - scale.student_reference,
@@ -225,19 +227,23 @@ class TeamRows {
         return {mean, classes > 1 ? sqrt(squares / (classes - 1)) : 0};
     }
 
-    // jsd's second pass, relative to the references of the row.
+    // The second pass, relative to the references of the row.
     KDDP_DEVICE void compute_mixture(Part& part, LogitScale<T>& scale) {
         TeamRecord& record = own_record();
         Team<lanes>::sync();
         scale.student_reference = T(record.sums.student_reference);
         scale.teacher_reference = T(record.sums.teacher_reference);
-        const MixtureScale<T> mixture = mixture_scale<T>(launch_, record.sums.student, record.sums.teacher);
+        const MixtureScale<T> mixture = mixture_scale<T>(launch_, record.sums);
         const MixtureSums sums = part.sum_mixture(scale, mixture);
         if (Part::rank() == 0) {
             record.scale.student_reference = record.sums.student_reference;
             record.scale.teacher_reference = record.sums.teacher_reference;
             const double inverse = 1 / record.sums.student;
-            record.mixture = {sums.kl_teacher * inverse, sums.kl_student * inverse, sums.weighted_moment * inverse};
+            record.mixture = {sums.kl_teacher * inverse * ln_2, sums.kl_student * inverse, sums.mean * inverse,
+                              sums.weighted_moment * inverse};
+            // Without the rounding of the factor.
+            if (mixture.symmetric)
+                record.mixture.kl_teacher = sums.kl_teacher / (double(mixture.teacher_factor) * record.sums.teacher);
         }
         if constexpr (!cached)
             if (is_sliced()) slices_.merge_mixture(record.mixture);

@@ -45,7 +45,7 @@ def check_tensors(
         raise ValueError(f"teacher_logits: expected a tensor, since alpha is {settings.alpha} and not 0, got None")
     expected = without_classes(student_logits, class_dim)
     if labels is not None:
-        _check_labels(labels, student_logits, expected)
+        _check_labels(labels, student_logits, expected, settings.divergence)
     elif isinstance(settings.alpha, Tensor) or settings.alpha != 1:
         raise ValueError(f"labels: expected a tensor, since alpha is {settings.alpha} and not 1, got None")
     elif settings.divergence == "dkd":
@@ -94,10 +94,14 @@ def without_classes(student_logits: Tensor, class_dim: int) -> tuple[int, ...]:
     return (*shape[:class_dim], *shape[class_dim:][1:])
 
 
-def _check_labels(labels: Tensor, student_logits: Tensor, expected: tuple[int, ...]) -> None:
+def _check_labels(labels: Tensor, student_logits: Tensor, expected: tuple[int, ...], divergence: str) -> None:
     _check_dense("labels", labels)
-    if labels.dtype not in _LABEL_DTYPES:
-        raise TypeError(f"labels: expected an integer dtype such as int64, got {labels.dtype}")
+    if labels.dtype in ops.ELEMENT_TYPES:
+        expected = student_logits.shape
+        if divergence == "dkd":
+            raise ValueError("labels: expected classes, since divergence is 'dkd', got probabilities")
+    elif labels.dtype not in _LABEL_DTYPES:
+        raise TypeError(f"labels: expected an integer dtype such as int64, or probabilities, got {labels.dtype}")
     if labels.shape != expected:
         raise ValueError(f"labels: expected shape {tuple(expected)}, got {tuple(labels.shape)}")
     _check_device("labels", labels, student_logits)

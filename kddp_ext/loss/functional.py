@@ -21,6 +21,7 @@ from kddp_ext.loss.checks import (
     require_constants,
     without_classes,
 )
+from kddp_ext.loss.cross_entropy import add_cross_entropy, is_in_kernels
 from kddp_ext.loss.settings import LossOptions, LossSettings
 from kddp_ext.ops import reference
 
@@ -108,7 +109,8 @@ def fused_kd_l1_loss(
         student_logits: (..., C) float32, float64, bfloat16 or float16, with any strides; (N, C) for images, (B, S, C)
             for sequences. Every index of the leading dimensions is a row. `class_dim` moves the classes elsewhere.
         teacher_logits: the same shape, of any of these dtypes. May be None if alpha is 0.
-        labels: (...) integers from 0 to C - 1, or `ignore_index`. May be None if alpha is 1.
+        labels: (...) integers from 0 to C - 1, or `ignore_index`; or probabilities of the classes in the shape of
+            student_logits, for mixup and cutmix, of any of these dtypes. May be None if alpha is 1.
         activations: the tensor or tensors to penalise, of any of these dtypes: (N, H) outputs of fully-connected
             layers, or (N, C, *positions) of convolutions, where each channel counts with the mean of |a| over
             positions. With the activations of a `DynamicPruner`, the same pass also updates the pruner's statistics.
@@ -177,14 +179,20 @@ def compute_loss(
         scalars = numbers if native else scalars
     logits = _as_rows(student_logits, settings.class_dim)
     targets = None if teacher_logits is None else _as_rows(teacher_logits.detach(), settings.class_dim)
-    if labels is not None and (labels.dim() != 1 or labels.dtype != torch.int64):
+    in_kernels = is_in_kernels(labels, settings)
+    soft_labels = None
+    if labels is not None and labels.is_floating_point():
+        soft_labels, labels = _as_rows(labels.detach(), settings.class_dim), None
+    elif labels is not None and (labels.dim() != 1 or labels.dtype != torch.int64):
         labels = labels.reshape(-1).to(torch.int64)
     tracked = activations if isinstance(activations, TrackedActivations) and torch.is_grad_enabled() else None
     if tracked is not None:
         check_tracked(tracked, scalars[3:], student_logits)
     matrices = as_matrices(activations)
-    weights = row_weights(logits, labels, sample_weights, settings)
-    tensors = (logits, targets, labels, weights, [matrix.values for matrix in matrices])
+    weights = of_kernels = row_weights(logits, labels, sample_weights, settings, in_kernels)
+    if not in_kernels and labels is not None and weights is not None:
+        of_kernels = torch.stack([weights[0], torch.zeros_like(weights[0])])  # the kernels leave CE out
+    tensors = (logits, targets, labels, of_kernels, [matrix.values for matrix in matrices])
     samples, constants = [matrix.samples for matrix in matrices], settings.constants()
     if native and ops.native_derivatives():
         is_tracked = tracked is not None
@@ -197,6 +205,10 @@ def compute_loss(
         loss, terms, rows = reference.kd_l1_loss(*tensors, scalars, samples, *constants)
         if tracked is not None:
             tracked.observe()
+    if not in_kernels:
+        wanted = labels if soft_labels is None else soft_labels
+        assert wanted is not None
+        loss, terms, rows = add_cross_entropy((loss, terms, rows), logits, wanted, weights, scalars, settings)
     by_row = settings.reduction == "none"
     if by_row:
         shape = without_classes(student_logits, settings.class_dim)
@@ -215,22 +227,30 @@ def _as_rows(logits: Tensor, class_dim: int) -> Tensor:
 
 
 def row_weights(
-    logits: Tensor, labels: Tensor | None, sample_weights: Tensor | None, settings: LossSettings
+    logits: Tensor,
+    labels: Tensor | None,
+    sample_weights: Tensor | None,
+    settings: LossSettings,
+    in_kernels: bool = True,
 ) -> Tensor | None:
-    """(2, rows) float64 factors of KD and CE. For "mean" they are scaled to the number of rows, which is divided by."""
+    """(2, rows) float64 factors of KD and CE. For "mean" they are scaled to the number of rows, which is divided by.
+
+    Those of CE contain the class weights if the kernels compute it.
+    """
     if sample_weights is None and settings.class_weights is None:
         return None
     valid = torch.ones(len(logits), dtype=torch.float64, device=logits.device)
     if labels is not None:
         valid = (labels != settings.ignore_index).to(torch.float64)
     of_samples = valid if sample_weights is None else valid * sample_weights.reshape(-1)
-    weights = torch.stack([of_samples, of_samples])
+    of_labels = of_samples
     if settings.class_weights is not None and labels is not None:
         of_classes = settings.class_weights.to(torch.float64)[labels.clamp(0, logits.shape[1] - 1)]
-        weights = torch.stack([of_samples, of_samples * of_classes])
+        of_labels = of_samples * of_classes
+    weights = torch.stack([of_samples, of_labels if in_kernels else of_samples])
     if settings.reduction == "mean" and settings.normalizer is None:
-        total = weights.sum(1, keepdim=True)
-        weights = torch.where(total > 0, weights * (valid.sum() / total), 0)
+        totals = torch.stack([of_samples.sum(), of_labels.sum()])[:, None]
+        weights = torch.where(totals > 0, weights * (valid.sum() / totals), 0)
     return weights
 
 

@@ -13,6 +13,7 @@ from typing_extensions import Unpack
 from kddp_ext import ops
 from kddp_ext.activations.statistics import TrackedActivations
 from kddp_ext.loss.checks import check_label_values, check_tensors, check_tracked, require_constants
+from kddp_ext.loss.cross_entropy import is_in_kernels
 from kddp_ext.loss.functional import (
     Backend,
     LossTerms,
@@ -120,7 +121,8 @@ def fused_linear_kd_loss(
         teacher_hidden: (..., D_teacher), the same for the teacher, with the same leading dimensions; its dtype may
             differ from the student's. May be None if alpha is 0.
         teacher_weight: (C, D_teacher), in the dtype of `teacher_hidden`. None without it.
-        labels, activations, sample_weights, return_terms, backend: as of `fused_kd_l1_loss`.
+        labels, activations, sample_weights, return_terms, backend: as of `fused_kd_l1_loss`. Labels that are
+            probabilities, and class_weights with label_smoothing, need backend "reference".
         student_bias, teacher_bias: (C,), in the dtype of their layer, or None (default).
         chunk_rows: the most rows of a chunk. By default a chunk's logits take 64 MiB for each network, which is enough
             for the products to be as fast as those of all rows.
@@ -156,6 +158,11 @@ def fused_linear_kd_loss(
     scalars = checked.scalars(len(activations))
     check_tensors(*logits, labels, activations, sample_weights, checked, scalars)
     require_constants(scalars, checked.class_weights, sample_weights)
+    if not is_in_kernels(labels, checked):
+        raise ValueError(
+            "labels: expected classes, and not class_weights with label_smoothing, because the kernels do not have the "
+            "other cross entropies; use fused_kd_l1_loss, or backend='reference'"
+        )
     if not torch.compiler.is_compiling() and any(isinstance(scalar, Tensor) for scalar in scalars):
         scalars = checked.read().scalars(len(activations))  # also checks the values
     arguments = (labels, activations, sample_weights, checked, scalars, chunk_rows, return_terms)

@@ -26,7 +26,8 @@ class FusedKDL1Loss(nn.Module, Generic[Result]):
 
     Attributes:
         settings: the settings as one `LossSettings`. Its fields are attributes of the module, too: read
-            `criterion.alpha`, or set `criterion.alpha = 0.5` for a schedule, which checks the new value.
+            `criterion.alpha`, or set `criterion.alpha = 0.5` for a schedule, which checks the new value. Moving the
+            module moves `class_weights`.
 
     Raises:
         TypeError, ValueError: a setting is not as described there.

@@ -12,9 +12,12 @@ from typing import TYPE_CHECKING, Any, Literal, TypedDict, TypeGuard, get_args
 if TYPE_CHECKING:
     from torch import Tensor
 
-Divergence = Literal["forward_kl", "reverse_kl", "jsd", "dkd"]
+Divergence = Literal["forward_kl", "reverse_kl", "jsd", "dkd", "skew_kl", "skew_reverse_kl", "symmetric_kl"]
 Reduction = Literal["mean", "sum", "none"]
-DIVERGENCES: tuple[Divergence, ...] = get_args(Divergence)  # in the order of csrc/include/kddp/kd_l1_loss.h
+DIVERGENCES: tuple[Divergence, ...] = get_args(Divergence)
+# The numbers in csrc/include/kddp/kd_l1_loss.h. The divergences that are not named here are mixtures.
+_KERNEL_DIVERGENCES = {"forward_kl": 0, "reverse_kl": 1, "dkd": 3, "symmetric_kl": 4}
+_MIXTURE = 2
 REDUCTIONS: tuple[Reduction, ...] = get_args(Reduction)
 
 
@@ -28,6 +31,7 @@ class LossOptions(TypedDict, total=False):
     ignore_index: int
     divergence: Divergence
     jsd_beta: float
+    skew: float
     dkd_target_weight: float
     dkd_non_target_weight: float
     standardize_logits: bool
@@ -58,8 +62,13 @@ class LossSettings:
             generalised Jensen-Shannon divergence jsd_beta · KL(p ‖ m) + (1 - jsd_beta) · KL(q ‖ m) with
             m = jsd_beta · p + (1 - jsd_beta) · q. "dkd" is decoupled distillation: the divergence between
             (p_y, 1 - p_y) and (q_y, 1 - q_y) at the label y, and the divergence over the other classes, with a weight
-            each; it needs labels.
+            each; it needs labels. "skew_kl" is KL(p ‖ skew · p + (1 - skew) · q), "skew_reverse_kl" is
+            KL(q ‖ (1 - skew) · p + skew · q); both are finite whatever the logits. "symmetric_kl" is the mean
+            (KL(p ‖ q) + KL(q ‖ p)) / 2, half of Jeffreys' divergence: its size is that of one KL, so that temperature
+            and alpha need not change with it.
         jsd_beta: β of "jsd", between 0 and 1. The default 0.5 gives the symmetric divergence.
+        skew: the share of "skew_kl" and "skew_reverse_kl", between 0 and 1: that of the distribution which the KL
+            weights its classes by. The default 0.1 is DistiLLM's (Ko et al. 2024, arXiv:2402.03898).
         dkd_target_weight: weight of the label's part of "dkd", at least 0. The default 1 is the paper's.
         dkd_non_target_weight: weight of the other classes' part of "dkd", at least 0. The default 8 is the paper's
             choice for CIFAR-100.
@@ -69,11 +78,13 @@ class LossSettings:
         class_dim: the dimension of the classes in both logits. Default -1. Use 1 for segmentation, (N, C, H, W).
         reduction: "mean" (default) divides KD and CE by the number of rows whose label is not `ignore_index`, and the
             penalty by the number of samples. "sum" does not divide. "none" returns KD and CE by row, without a penalty.
-        normalizer: what "mean" divides by instead, a positive number: for gradient accumulation the number of rows of
-            all micro-batches, and for several processes that of all of them. The penalty is divided by it as well,
-            times the samples of a row. Default None.
+        normalizer: what "mean" divides by instead, a positive number. For gradient accumulation, the number of rows of
+            all micro-batches. For several processes whose gradients are averaged, the number of rows of all of them,
+            divided by the number of processes. The penalty is divided by it, too, times the samples of a row. Default
+            None.
         class_weights: (C,), the weight of each class in CE, as `weight` of `torch.nn.functional.cross_entropy`: "mean"
-            divides CE by the sum of the labels' weights. Not together with label_smoothing. Default None.
+            divides CE by the sum of the labels' weights, and by the number of rows if labels are probabilities. Default
+            None.
 
     Raises:
         TypeError, ValueError: a setting is not as described. The message names it, what was expected and what came.
@@ -86,6 +97,7 @@ class LossSettings:
     ignore_index: int = -100
     divergence: Divergence = "forward_kl"
     jsd_beta: float = 0.5
+    skew: float = 0.1
     dkd_target_weight: float = 1.0
     dkd_non_target_weight: float = 8.0
     standardize_logits: bool = False
@@ -112,6 +124,12 @@ class LossSettings:
                 "jsd_beta: expected a number between 0 and 1 (use 'forward_kl' instead of 0, 'reverse_kl' instead of "
                 f"1), got {self.jsd_beta}"
             )
+        check_number("skew", self.skew)
+        if not 0 < self.skew < 1:
+            raise ValueError(
+                "skew: expected a number between 0 and 1 (use 'forward_kl' or 'reverse_kl' instead of 0; the "
+                f"divergence is 0 with 1), got {self.skew}"
+            )
         _check_weight("dkd_target_weight", self.dkd_target_weight)
         _check_weight("dkd_non_target_weight", self.dkd_non_target_weight)
         if not isinstance(self.standardize_logits, bool):
@@ -121,11 +139,6 @@ class LossSettings:
         self._check_reduction()
         if self.class_weights is not None and not _is_tensor(self.class_weights):
             raise TypeError(f"class_weights: expected a tensor or None, got {type(self.class_weights).__name__}")
-        if self.class_weights is not None and self.label_smoothing != 0:
-            raise ValueError(
-                "class_weights: expected None with label_smoothing, which would need the weight of every class in "
-                "every row, got a tensor; use one of the two"
-            )
 
     def _check_reduction(self) -> None:
         if not isinstance(self.reduction, str) or self.reduction not in REDUCTIONS:
@@ -163,13 +176,21 @@ class LossSettings:
         values: tuple[Any, ...] = (self.temperature, self.alpha, normalizer, *weights)
         return [value if type(value) is float or _is_tensor(value) else float(value) for value in values]
 
+    def _mixture(self) -> tuple[float, float, float]:
+        """The share of p in the mixture m, and the weights of KL(p ‖ m) and KL(q ‖ m)."""
+        if self.divergence == "skew_kl":
+            return self.skew, 1.0, 0.0
+        if self.divergence == "skew_reverse_kl":
+            return 1 - self.skew, 0.0, 1.0
+        return self.jsd_beta, self.jsd_beta, 1 - self.jsd_beta
+
     def constants(self) -> tuple[Any, ...]:
         """All other settings, in the order of the operator `kddp::kd_l1_loss`."""
         return (
             float(self.label_smoothing),
             self.ignore_index,
-            DIVERGENCES.index(self.divergence),
-            float(self.jsd_beta),
+            _KERNEL_DIVERGENCES.get(self.divergence, _MIXTURE),
+            *self._mixture(),
             float(self.dkd_target_weight),
             float(self.dkd_non_target_weight),
             self.standardize_logits,

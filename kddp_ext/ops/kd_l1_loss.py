@@ -24,7 +24,8 @@ from kddp_ext.ops.scale_gradients import is_batched, scale_gradients
 library.define(
     "kd_l1_loss(Tensor student_logits, Tensor? teacher_logits, Tensor? labels, Tensor? row_weights, "
     "Tensor[] activations, Tensor scalars, SymInt[] samples, "
-    "float label_smoothing, int ignore_index, int divergence, float jsd_beta, "
+    "float label_smoothing, int ignore_index, int divergence, "
+    "float mixture_share, float teacher_weight, float student_weight, "
     "float dkd_target_weight, float dkd_non_target_weight, bool standardize_logits, bool by_row, "
     "bool logits_gradient, bool activation_gradients, bool scaled_gradients, bool statistics) "
     "-> (Tensor loss, Tensor terms, Tensor row_terms, Tensor statistics, "
@@ -35,7 +36,7 @@ library.define("neuron_statistics(Tensor activation) -> Tensor")
 LossOutputs = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, list[Tensor]]
 _STATISTICS_ROWS = 5
 _ABSENT = (0, 0, 0)
-_NEUTRAL_SETTINGS = (1.0, 0.0, 0.0, 0.0, 0, 0, 0.5, 1.0, 8.0, False)  # for the statistics, which need no loss
+_NEUTRAL_SETTINGS = (1.0, 0.0, 0.0, 0.0, 0, 0, 0.5, 0.5, 0.5, 1.0, 8.0, False)  # for the statistics, which need no loss
 _PLAIN_TYPES = (Tensor, torch.nn.Parameter)
 
 
@@ -338,7 +339,7 @@ class _LossNode(torch.autograd.Function):
         ctx.packed = torch._C._autograd._top_saved_tensors_default_hooks(False) is not None
         # Hooks on saved tensors may move the gradients elsewhere, or recompute them (checkpointing).
         ctx.gradients = None if ctx.packed else gradients
-        ctx.save_for_backward(*inputs, *(gradients if ctx.packed else ()))
+        save(ctx, *inputs, *(gradients if ctx.packed else ()))
         return loss
 
     @staticmethod
@@ -347,8 +348,8 @@ class _LossNode(torch.autograd.Function):
         if grad_loss is None:
             return (None,) * (3 + inputs)
         if torch.is_grad_enabled():  # create_graph=True
-            return (None, None, None, *_differentiable_gradients(ctx, grad_loss, ctx.saved_tensors[:inputs]))
-        gradients = ctx.saved_tensors[inputs:] if ctx.packed else ctx.gradients
+            return (None, None, None, *_differentiable_gradients(ctx, grad_loss, saved_by(ctx)[:inputs]))
+        gradients = saved_by(ctx)[inputs:] if ctx.packed else ctx.gradients
         if gradients is None:
             raise RuntimeError(
                 "Trying to backward through the graph of fused_kd_l1_loss a second time, but its gradients have been "
@@ -364,6 +365,17 @@ class _LossNode(torch.autograd.Function):
 _attach: Any = super(torch.autograd.Function, _LossNode).apply
 
 
+def save(ctx: Any, *tensors: Tensor | None) -> None:
+    """Save tensors for the backward. Autograd refuses inference tensors, which may be a teacher's: `ctx` keeps them."""
+    ctx.inference = {i: x for i, x in enumerate(tensors) if x is not None and x.is_inference()}
+    ctx.save_for_backward(*[None if i in ctx.inference else x for i, x in enumerate(tensors)])
+
+
+def saved_by(ctx: Any) -> list[Any]:
+    """The tensors of `save`."""
+    return [ctx.inference[i].clone() if i in ctx.inference else x for i, x in enumerate(ctx.saved_tensors)]
+
+
 def _set_up(ctx: Any, inputs: tuple[Any, ...], output: LossOutputs) -> None:
     """The operator's own node, for compilers and dispatch modes."""
     *tensors, activations, scalars, samples = inputs[:7]
@@ -374,11 +386,11 @@ def _set_up(ctx: Any, inputs: tuple[Any, ...], output: LossOutputs) -> None:
     ctx.layers = len(activations)
     ctx.mark_non_differentiable(terms, rows, statistics, logits_gradient, *activation_gradients)
     gradients = [*[logits_gradient][: wanted.logits_gradient], *activation_gradients]
-    ctx.save_for_backward(scalars, *tensors, *activations, *gradients)
+    save(ctx, scalars, *tensors, *activations, *gradients)
 
 
 def _backward(ctx: Any, grad_loss: Tensor, *_: Any) -> tuple[Any, ...]:
-    scalars, *saved = ctx.saved_tensors
+    scalars, *saved = saved_by(ctx)
     ctx.call = ctx.call._replace(scalars=scalars)
     inputs, gradients = saved[: 4 + ctx.layers], saved[4 + ctx.layers :]
     if torch.is_grad_enabled() and not torch.compiler.is_compiling():
@@ -408,15 +420,10 @@ def _scaled(call: _Call, gradients: Sequence[Tensor], grad_loss: Tensor, owned: 
 def _factors(call: _Call, rows: int) -> list[Any]:
     """What the kernel has left out of each gradient, see `scaled_gradients` in csrc/include/kddp/kd_l1_loss.h."""
     _, _, normalizer, *l1_weights = call.scalars
-    divisor: Any = max(rows, 1)
-    if isinstance(normalizer, Tensor):  # under a compiler; 0 in it stands for the rows
-        divisor = torch.where(normalizer == 0, torch.full_like(normalizer, max(rows, 1)), normalizer)
-    elif normalizer != 0:
-        divisor = normalizer
-    factors = [1 / divisor] * call.wanted.logits_gradient
+    factors = [1 / reference.divisor(normalizer, max(rows, 1))] * call.wanted.logits_gradient
     if call.wanted.activation_gradients:
         factors += [
-            weight / (divisor * max(count, 1) / max(rows, 1))
+            weight / reference.penalty_divisor(count, rows, normalizer)
             for weight, count in zip(l1_weights, call.samples, strict=True)
         ]
     return factors

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from kddp_ext.ops.library import sliced_shape
 
-FORWARD_KL, REVERSE_KL, JSD, DKD = range(4)  # as in csrc/include/kddp/kd_l1_loss.h
+FORWARD_KL, REVERSE_KL, MIXTURE, DKD, SYMMETRIC_KL = range(5)  # as in csrc/include/kddp/kd_l1_loss.h
 _EPSILON = 1e-7  # added to the standard deviation, as Sun et al. do
 
 
@@ -26,7 +26,9 @@ def kd_l1_loss(
     label_smoothing: float,
     ignore_index: int,
     divergence: int,
-    jsd_beta: float,
+    mixture_share: float,
+    teacher_weight: float,
+    student_weight: float,
     dkd_target_weight: float,
     dkd_non_target_weight: float,
     standardize_logits: bool,
@@ -62,8 +64,10 @@ def kd_l1_loss(
             kd = forward_kl(p, q)
         elif divergence == REVERSE_KL:
             kd = reverse_kl(p, q)
-        elif divergence == JSD:
-            kd = jensen_shannon(p, q, jsd_beta)
+        elif divergence == MIXTURE:
+            kd = mixture_kl(p, q, mixture_share, teacher_weight, student_weight)
+        elif divergence == SYMMETRIC_KL:
+            kd = (forward_kl(p, q) + reverse_kl(p, q)) / 2
         else:
             assert labels is not None
             kd = decoupled_kl(p, q, torch.where(valid, labels, 0), dkd_target_weight, dkd_non_target_weight)
@@ -76,8 +80,8 @@ def kd_l1_loss(
         kd, ce = torch.where(row_weights == 0, 0, row_weights * torch.stack([kd, ce])).to(dtype)
     rows = torch.stack([kd, ce]).detach()
     if not by_row:
-        divisor = normalizer if _is_given(normalizer) else count
-        kd, ce = kd.sum() / divisor, ce.sum() / divisor
+        count = divisor(normalizer, count)
+        kd, ce = kd.sum() / count, ce.sum() / count
     # A term of weight 0 is left out, because an infinite one would turn the sum into NaN.
     loss = torch.zeros_like(kd)
     if isinstance(alpha, Tensor) or alpha != 0:
@@ -93,15 +97,18 @@ def kd_l1_loss(
     return loss, torch.stack([kd.sum(), ce.sum(), l1, correct]).detach(), rows
 
 
+def divisor(normalizer: Any, rows: Any) -> Any:
+    """`normalizer`, or `rows` if it is 0, which a tensor may be as well."""
+    if isinstance(normalizer, Tensor):
+        return torch.where(normalizer == 0, rows * torch.ones_like(normalizer), normalizer)
+    return normalizer if normalizer != 0 else rows
+
+
 def penalty_divisor(samples: int, rows: int, normalizer: Any) -> Any:
     """What the sum of an activation is divided by: the samples, or the normalizer times the samples of a row."""
-    if not _is_given(normalizer):
+    if not isinstance(normalizer, Tensor) and normalizer == 0:
         return max(samples, 1)
-    return normalizer * max(samples, 1) / max(rows, 1)
-
-
-def _is_given(normalizer: Any) -> bool:
-    return isinstance(normalizer, Tensor) or normalizer != 0
+    return divisor(normalizer, max(rows, 1)) * max(samples, 1) / max(rows, 1)
 
 
 # The divergences take logits that are divided by the temperature, (N, C), the teacher's first, and return (N,). With p
@@ -141,12 +148,16 @@ def reverse_kl(teacher: Tensor, student: Tensor) -> Tensor:
     return torch.where(excluded.any(1), torch.inf, divergence)
 
 
-def jensen_shannon(teacher: Tensor, student: Tensor, beta: float) -> Tensor:
-    """β KL(p ‖ m) + (1 - β) KL(q ‖ m) with m = β p + (1 - β) q. Agarwal et al. 2024 (arXiv:2306.13649)."""
+def mixture_kl(teacher: Tensor, student: Tensor, share: float, teacher_weight: float, student_weight: float) -> Tensor:
+    """teacher_weight · KL(p ‖ m) + student_weight · KL(q ‖ m) with m = share · p + (1 - share) · q.
+
+    Agarwal et al. 2024 (arXiv:2306.13649), with all three equal to β or 1 - β; Ko et al. 2024 (arXiv:2402.03898), with
+    one of the two KLs.
+    """
     log_p, log_q = F.log_softmax(teacher, 1), F.log_softmax(student, 1)
-    mixture = beta * log_p.exp() + (1 - beta) * log_q.exp()
+    mixture = share * log_p.exp() + (1 - share) * log_q.exp()
     log_m = torch.where(mixture == 0, 1, mixture).log()
-    return beta * _kl(log_p, log_m) + (1 - beta) * _kl(log_q, log_m)
+    return teacher_weight * _kl(log_p, log_m) + student_weight * _kl(log_q, log_m)
 
 
 def decoupled_kl(

@@ -19,7 +19,7 @@ Config = TypeVar("Config")
 Dataset = Literal["digits", "fashion-mnist", "cifar10"]
 Preset = Literal["quick", "default"]
 Precision = Literal["auto", "float32", "bfloat16"]
-Divergence = Literal["forward_kl", "reverse_kl", "jsd", "dkd"]
+Divergence = Literal["forward_kl", "reverse_kl", "jsd", "dkd", "skew_kl", "skew_reverse_kl", "symmetric_kl"]
 Device = Literal["auto", "cpu", "cuda"]
 Criterion = Literal["contribution", "mean_activation", "apoz", "dead"]
 TeacherArchitecture = Literal["fast", "resnet20", "resnet56", "resnet110"]
@@ -132,6 +132,8 @@ class DistillationConfig:
     """Divergence between the two softened distributions; docs/losses.md compares them."""
     jsd_beta: float = LossSettings.jsd_beta
     """jsd: the teacher's share of the mixture, between 0 and 1."""
+    skew: float = LossSettings.skew
+    """skew_kl and skew_reverse_kl: the share of the mixture that is not the other distribution, between 0 and 1."""
     dkd_target_weight: float = LossSettings.dkd_target_weight
     """dkd: weight of the divergence at the label."""
     dkd_non_target_weight: float = LossSettings.dkd_non_target_weight

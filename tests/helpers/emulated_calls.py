@@ -9,10 +9,10 @@ import torch
 from backends import Emulated
 from torch import Tensor
 
+from kddp_ext import LossSettings
 from kddp_ext.ops.library import ELEMENT_TYPES
 
 ABSENT = (0, 0, 0)
-DIVERGENCES = {"forward_kl": 0, "reverse_kl": 1, "jsd": 2, "dkd": 3}
 
 
 def aligned(shape: tuple[int, ...], dtype: torch.dtype, *, fill: float | None = None) -> Tensor:
@@ -122,10 +122,13 @@ def loss_launch(
     labels: Tensor | None,
     activations: list[Tensor],
     *,
-    divergence: str = "forward_kl",
     statistics: bool = False,
+    **settings: Any,
 ) -> Launch:
-    """The fused loss as in training, with gradients. Without a student: the activations alone."""
+    """The fused loss as in training, with gradients, and these settings of `LossSettings`.
+
+    Without a student: the activations alone.
+    """
     given = {"student": student, "teacher": teacher, "labels": labels}
     inputs = {name: tensor for name, tensor in given.items() if tensor is not None}
     inputs |= {f"activation {i}": tensor for i, tensor in enumerate(activations)}
@@ -147,11 +150,11 @@ def loss_launch(
     rows = (student if student is not None else activations[0]).shape[0]
     arguments = (
         rows, 0 if student is None else student.shape[1], _matrix(student), _matrix(teacher),
-        0 if labels is None else labels.data_ptr(), layers, activations[0].shape[1] if activations else 0,
-        4.0, 0.9, 0.0, -100, DIVERGENCES[divergence], 0.5, 1.0, 8.0, False, False,
+        0 if labels is None else labels.data_ptr(), 0, layers, activations[0].shape[1] if activations else 0,
+        4.0, 0.9, 0.0, *LossSettings(**settings).constants()[:-1], False,
         0 if student is None else outputs["logits gradient"].data_ptr(),
         ELEMENT_TYPES[torch.float32], outputs["loss"].data_ptr(),
-        0 if student is None else outputs["terms"].data_ptr(),
+        0 if student is None else outputs["terms"].data_ptr(), 0,
     )  # fmt: skip
     parts = {name: list(x) for name, x in inputs.items() if not x.is_contiguous()}
     return Launch(inputs, outputs, arguments, "kd_l1_loss", parts)

@@ -16,7 +16,7 @@ from torch import Tensor
 import kddp_ext
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-DIVERGENCES = ("forward_kl", "reverse_kl", "jsd", "dkd")
+DIVERGENCES = ("forward_kl", "reverse_kl", "jsd", "dkd", "skew_kl", "skew_reverse_kl", "symmetric_kl")
 LAYOUTS = ("contiguous", "transposed", "every other row", "inner columns", "one row expanded")
 
 each_divergence = pytest.mark.parametrize("divergence", DIVERGENCES)
@@ -99,6 +99,7 @@ def settings_of_loss(draw):
         "label_smoothing": draw(st.sampled_from([0.0, 0.0, 0.1, 1.0])),
         "divergence": draw(st.sampled_from(DIVERGENCES)),
         "jsd_beta": draw(st.sampled_from([0.5]) | st.floats(0.01, 0.99)),
+        "skew": draw(st.sampled_from([0.1]) | st.floats(0.01, 0.99)),
         "dkd_target_weight": draw(weights),
         "dkd_non_target_weight": draw(weights),
         "standardize_logits": draw(st.booleans()),
@@ -150,7 +151,14 @@ def composite(student, teacher, labels, activations, *, temperature, alpha, l1_w
 
 
 def divergence_of_rows(
-    student, teacher, labels, divergence="forward_kl", jsd_beta=0.5, dkd_target_weight=1.0, dkd_non_target_weight=8.0
+    student,
+    teacher,
+    labels,
+    divergence="forward_kl",
+    jsd_beta=0.5,
+    skew=0.1,
+    dkd_target_weight=1.0,
+    dkd_non_target_weight=8.0,
 ):
     """The divergence of each row of tempered logits, by PyTorch's `kl_div`."""
     log_q, log_p = F.log_softmax(student, 1), F.log_softmax(teacher, 1)
@@ -159,12 +167,23 @@ def divergence_of_rows(
     if divergence == "reverse_kl":
         return kl(log_q, log_p)
     if divergence == "jsd":
-        log_m = torch.stack([log_p + math.log(jsd_beta), log_q + math.log1p(-jsd_beta)]).logsumexp(0)
+        log_m = mixed(log_p, log_q, jsd_beta)
         return jsd_beta * kl(log_p, log_m) + (1 - jsd_beta) * kl(log_q, log_m)
+    if divergence == "skew_kl":
+        return kl(log_p, mixed(log_p, log_q, skew))
+    if divergence == "skew_reverse_kl":
+        return kl(log_q, mixed(log_q, log_p, skew))
+    if divergence == "symmetric_kl":
+        return (kl(log_p, log_q) + kl(log_q, log_p)) / 2
     target = F.one_hot(labels, student.shape[1]).bool()
     binary = [torch.stack([x[target], x.masked_fill(target, -torch.inf).logsumexp(1)], 1) for x in (log_p, log_q)]
     others = [x[~target].view(len(x), x.shape[1] - 1).log_softmax(1) for x in (teacher, student)]
     return dkd_target_weight * kl(*binary) + dkd_non_target_weight * kl(*others)
+
+
+def mixed(log_x, log_y, share):
+    """The logarithm of share · x + (1 - share) · y."""
+    return torch.stack([log_x + math.log(share), log_y + math.log1p(-share)]).logsumexp(0)
 
 
 def kl(log_x, log_y):

@@ -39,7 +39,9 @@ def call(**changes):
             "labels: expected a tensor, since divergence is 'dkd', got None",
         ),
         ({"labels": [0, 1, 2, 0]}, TypeError, "labels: expected a tensor, got list"),
-        ({"labels": LABELS.float()}, TypeError, "labels: expected an integer dtype .* got torch.float32"),
+        ({"labels": LABELS.bool()}, TypeError, "labels: expected an integer dtype .* got torch.bool"),
+        ({"labels": LABELS.float()}, ValueError, r"labels: expected shape \(4, 3\), got \(4,\)"),
+        ({"labels": LOGITS, "divergence": "dkd"}, ValueError, "labels: expected classes, .*'dkd', got probabilities"),
         ({"labels": LABELS[:3]}, ValueError, r"labels: expected shape \(4,\), got \(3,\)"),
         ({"labels": LABELS.to(META)}, ValueError, "labels: expected device cpu"),
         ({"labels": LABELS + 1}, ValueError, "labels: expected values from 0 to 2 .* got 3 in row 2"),
@@ -73,7 +75,8 @@ def test_invalid_tensors_raise(changes, error, message):
 WEIGHT = "expected a finite number of at least 0, got"
 FRACTION = "expected a number from 0 to 1, got"
 BETA = r"expected a number between 0 and 1 \(use 'forward_kl' instead of 0, 'reverse_kl' instead of 1\), got"
-DIVERGENCE = "expected one of forward_kl, reverse_kl, jsd, dkd, got"
+SKEW = r"expected a number between 0 and 1 \(use 'forward_kl' or 'reverse_kl' instead of 0; .* 0 with 1\), got"
+DIVERGENCE = "expected one of forward_kl, reverse_kl, jsd, dkd, skew_kl, skew_reverse_kl, symmetric_kl, got"
 
 
 @pytest.mark.parametrize(
@@ -93,6 +96,7 @@ DIVERGENCE = "expected one of forward_kl, reverse_kl, jsd, dkd, got"
         ("l1_weight", [0.1, math.nan], ValueError, f"{WEIGHT} nan"),
         ("divergence", "kl", ValueError, f"{DIVERGENCE} 'kl'"),
         *[("jsd_beta", x, ValueError, f"{BETA} {x}") for x in (0.0, 1.0, math.nan)],
+        *[("skew", x, ValueError, f"{SKEW} {x}") for x in (0.0, 1.0, math.nan)],
         ("standardize_logits", 1, TypeError, "expected a bool, got int"),
     ],
 )

@@ -39,7 +39,7 @@ def evaluate_checked(student, teacher, labels, **settings):
     nan = [x.isnan().any(1) for x in gradients]
     assert torch.equal(*nan)
     sources = 4 * torch.stack([x.nan_to_num(0, 0, 0).abs().amax(1) for x in gradients]).amax(0)
-    if divergence == "reverse_kl":
+    if divergence in ("reverse_kl", "symmetric_kl"):
         sides = (F.log_softmax(x.double() / temperature, 1) for x in (student, teacher))
         sources += reverse_source(*sides).nan_to_num(0, 0, 0)
     for one, true, source in zip(*gradients, sources, strict=True):
@@ -100,7 +100,9 @@ def test_a_class_that_one_side_or_both_exclude(logits, sides, label, divergence)
     labels = LABELS.clone()
     labels[2] = label
     result = evaluate_checked(*logits, labels, divergence=divergence, alpha=1.0)
-    infinite = {"forward_kl": (0,), "reverse_kl": (1,), "jsd": None, "dkd": (0,)}[divergence] == sides
+    infinite = sides in {"forward_kl": [(0,)], "reverse_kl": [(1,)], "dkd": [(0,)], "symmetric_kl": [(0,), (1,)]}.get(
+        divergence, []
+    )
     assert result.loss.isinf() == infinite
     assert not result.loss.isnan()
     gradient = result.gradients[0]

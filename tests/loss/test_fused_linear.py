@@ -389,13 +389,26 @@ def test_a_freed_graph_says_so(reduction):
         loss.backward()
 
 
-def test_an_input_that_changes_before_backward_is_refused():
+def test_an_input_that_changes_before_backward_does_not_change_gradients():
     inputs = batch()
-    loss = chunked(inputs)
+    wanted = torch.autograd.grad(chunked(inputs), leaves_of(inputs))
+    loss, by_row = chunked(inputs), chunked(inputs, reduction="none").sum()
     with torch.no_grad():
         inputs["student_weight"] += 1
+    torch.testing.assert_close(torch.autograd.grad(loss, leaves_of(inputs)), wanted)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
-        loss.backward()
+        by_row.backward()
+
+
+@each_reduction
+def test_a_teachers_inference_tensors(reduction):
+    inputs = batch()
+    with torch.inference_mode():
+        inference = inputs | {name: x.clone() for name, x in inputs.items() if name.startswith("teacher")}
+    losses = [chunked(each, reduction=reduction).sum() for each in (inference, inputs)]
+    firsts = [torch.autograd.grad(loss, leaves_of(inputs), create_graph=True) for loss in losses]
+    torch.testing.assert_close(*firsts)
+    torch.testing.assert_close(*[torch.autograd.grad(loss, leaves_of(inputs)) for loss in losses])
 
 
 # ------------------------------------------------------------------------------------------------ arguments

@@ -62,12 +62,12 @@ def sources_of(case: Case) -> dict[str, float]:
     weights = [settings.get(f"dkd_{x}target_weight", 1.0) for x in ("", "non_")]
     # A divergence is a difference of logarithms of sums with rounding errors of numbers near 1. Standardised logits
     # have rounding errors of their own.
-    kd = temperature**2 * {"jsd": 2, "dkd": sum(weights)}.get(settings["divergence"], 1)
+    kd = temperature**2 * {"jsd": 2, "dkd": sum(weights), "symmetric_kl": 2}.get(settings["divergence"], 1)
     if standardize:
         kd *= 1 + float(torch.cat(sides).abs().amax()) / temperature
     log_q, log_p = (F.log_softmax(x / temperature, 1) for x in sides)
     gradient = torch.stack([(x.exp() * (1 - x)).amax(1) for x in (log_q, log_p)]).amax(0)
-    if settings["divergence"] == "reverse_kl":
+    if settings["divergence"] in ("reverse_kl", "symmetric_kl"):
         gradient += reverse_source(log_q, log_p)
     if settings["divergence"] == "dkd":  # the softmax over the other classes
         gradient = torch.full_like(gradient, sum(weights))

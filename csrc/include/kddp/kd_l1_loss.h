@@ -13,10 +13,16 @@ namespace kddp {
 
 // Divergences of a row with teacher distribution p, student distribution q and label y:
 enum class Divergence : int {
-    forward_kl = 0,  // KL(p || q)
-    reverse_kl = 1,  // KL(q || p)
-    jsd = 2,         // beta KL(p || m) + (1 - beta) KL(q || m) with m = beta p + (1 - beta) q
-    dkd = 3,         // target_weight KL of (p_y, 1 - p_y) || (q_y, 1 - q_y) + non_target_weight KL over the others
+    forward_kl = 0,    // KL(p || q)
+    reverse_kl = 1,    // KL(q || p)
+    mixture = 2,       // teacher_weight KL(p || m) + student_weight KL(q || m) with m = share p + (1 - share) q
+    dkd = 3,           // target_weight KL of (p_y, 1 - p_y) || (q_y, 1 - q_y) + non_target_weight KL over the others
+    symmetric_kl = 4,  // (KL(p || q) + KL(q || p)) / 2
+};
+
+// The parameters of Divergence::mixture; `share` is between 0 and 1, both excluded.
+struct Mixture {
+    double share, teacher_weight, student_weight;
 };
 
 // Rows of a statistics block: sum |a|, sum a, sum a^2, count of nonzeros, max |a|.
@@ -53,7 +59,7 @@ struct KdL1Loss {
     double label_smoothing;
     int64_t ignore_index;
     Divergence divergence;
-    double jsd_beta;
+    Mixture mixture;
     double dkd_target_weight, dkd_non_target_weight;
     bool standardize_logits;  // kd is computed on (x - mean) / (std + 1e-7) of each row, for both sides
     // float16 cannot represent gradients divided by the batch size. If set, the logits' gradient is multiplied by

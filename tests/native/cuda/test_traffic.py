@@ -224,7 +224,7 @@ def conflicts_by_line(report):
     return found
 
 
-@pytest.mark.parametrize("divergence", ["forward_kl", "reverse_kl", "jsd", "dkd"])
+@pytest.mark.parametrize("divergence", ["forward_kl", "reverse_kl", "jsd", "dkd", "symmetric_kl"])
 @pytest.mark.parametrize(("rows", "classes"), [(8, 1000), (8, 1001), (4, 4097), (2, 20000)])
 @pytest.mark.parametrize("dtype", [F32, BF16], ids=str)
 def test_a_block_per_row_has_no_bank_conflicts(measure, rows, classes, dtype, divergence):
@@ -233,7 +233,7 @@ def test_a_block_per_row_has_no_bank_conflicts(measure, rows, classes, dtype, di
     assert conflicts_by_line(report) == {}
 
 
-@pytest.mark.parametrize("divergence", ["forward_kl", "reverse_kl", "jsd", "dkd"])
+@pytest.mark.parametrize("divergence", ["forward_kl", "reverse_kl", "jsd", "dkd", "symmetric_kl"])
 @pytest.mark.parametrize(("classes", "teams"), [(37, 4), (64, 4), (257, 1), (300, 1)])
 @pytest.mark.parametrize("dtype", [F32, BF16], ids=str)
 def test_bank_conflicts_of_teams_in_a_warp(measure, classes, teams, dtype, divergence):

@@ -77,7 +77,7 @@ std::string loss(const LossCase& given, int threads) {
     job.labels = labels.as<int64_t>();
     job.activations = {&layer, given.neurons ? 1 : 0, given.neurons};
     job.temperature = 4, job.alpha = 0.5, job.label_smoothing = 0.1, job.ignore_index = -100;
-    job.divergence = given.divergence, job.jsd_beta = 0.5;
+    job.divergence = given.divergence, job.mixture = {0.5, 0.5, 0.5};
     job.dkd_target_weight = 1, job.dkd_non_target_weight = 8;
     job.standardize_logits = given.standardize;
     job.logits_gradient = logits_gradient.as<void>();
@@ -117,7 +117,8 @@ std::vector<std::function<std::string(int)>> jobs(std::vector<std::string>& name
         {"no statistics", 65, 33, 257, types[0], Divergence::reverse_kl, false, false},
         {"standardised", 40, 100, 5, types[0], Divergence::forward_kl, true, true},
         {"one row of many chunks", 1, 60000, 3, types[0], Divergence::forward_kl, false, true},
-        {"fewer rows than threads", 3, 50001, 0, types[0], Divergence::jsd, false, false},
+        {"fewer rows than threads", 3, 50001, 0, types[0], Divergence::mixture, false, false},
+        {"symmetric", 33, 100, 0, types[0], Divergence::symmetric_kl, true, false},
         {"fewer rows, standardised", 2, 40000, 9, types[0], Divergence::dkd, true, true},
     };
     std::vector<std::function<std::string(int)>> made;

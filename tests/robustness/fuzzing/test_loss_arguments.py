@@ -9,6 +9,7 @@ from dataclasses import fields
 from fractions import Fraction
 from typing import Any
 
+import loss_cases
 import numpy as np
 import pytest
 import torch
@@ -99,7 +100,7 @@ def calls(draw: st.DrawFn) -> tuple[list[Any], dict[str, Any]]:
     logits = tensors([(ROWS, CLASSES)])
     positional = [draw(each) for each in (logits, logits, label_tensors(), activations)]
     optional = {
-        "divergence": st.sampled_from(["forward_kl", "reverse_kl", "jsd", "dkd"]),
+        "divergence": st.sampled_from(loss_cases.DIVERGENCES),
         "standardize_logits": st.booleans(),
         "alpha": st.sampled_from([0.0, 0.5, 1.0]),
         "l1_weight": st.sampled_from([0.0, 0.1, [0.1], [0.1, 0.0]]),
