@@ -339,7 +339,7 @@ class _LossNode(torch.autograd.Function):
         ctx.packed = torch._C._autograd._top_saved_tensors_default_hooks(False) is not None
         # Hooks on saved tensors may move the gradients elsewhere, or recompute them (checkpointing).
         ctx.gradients = None if ctx.packed else gradients
-        _save(ctx, *inputs, *(gradients if ctx.packed else ()))
+        save(ctx, *inputs, *(gradients if ctx.packed else ()))
         return loss
 
     @staticmethod
@@ -348,8 +348,8 @@ class _LossNode(torch.autograd.Function):
         if grad_loss is None:
             return (None,) * (3 + inputs)
         if torch.is_grad_enabled():  # create_graph=True
-            return (None, None, None, *_differentiable_gradients(ctx, grad_loss, _saved(ctx)[:inputs]))
-        gradients = _saved(ctx)[inputs:] if ctx.packed else ctx.gradients
+            return (None, None, None, *_differentiable_gradients(ctx, grad_loss, saved_by(ctx)[:inputs]))
+        gradients = saved_by(ctx)[inputs:] if ctx.packed else ctx.gradients
         if gradients is None:
             raise RuntimeError(
                 "Trying to backward through the graph of fused_kd_l1_loss a second time, but its gradients have been "
@@ -365,13 +365,14 @@ class _LossNode(torch.autograd.Function):
 _attach: Any = super(torch.autograd.Function, _LossNode).apply
 
 
-def _save(ctx: Any, *tensors: Tensor | None) -> None:
+def save(ctx: Any, *tensors: Tensor | None) -> None:
     """Save tensors for the backward. Autograd refuses inference tensors, which may be a teacher's: `ctx` keeps them."""
     ctx.inference = {i: x for i, x in enumerate(tensors) if x is not None and x.is_inference()}
     ctx.save_for_backward(*[None if i in ctx.inference else x for i, x in enumerate(tensors)])
 
 
-def _saved(ctx: Any) -> list[Any]:
+def saved_by(ctx: Any) -> list[Any]:
+    """The tensors of `save`."""
     return [ctx.inference[i].clone() if i in ctx.inference else x for i, x in enumerate(ctx.saved_tensors)]
 
 
@@ -385,11 +386,11 @@ def _set_up(ctx: Any, inputs: tuple[Any, ...], output: LossOutputs) -> None:
     ctx.layers = len(activations)
     ctx.mark_non_differentiable(terms, rows, statistics, logits_gradient, *activation_gradients)
     gradients = [*[logits_gradient][: wanted.logits_gradient], *activation_gradients]
-    _save(ctx, scalars, *tensors, *activations, *gradients)
+    save(ctx, scalars, *tensors, *activations, *gradients)
 
 
 def _backward(ctx: Any, grad_loss: Tensor, *_: Any) -> tuple[Any, ...]:
-    scalars, *saved = _saved(ctx)
+    scalars, *saved = saved_by(ctx)
     ctx.call = ctx.call._replace(scalars=scalars)
     inputs, gradients = saved[: 4 + ctx.layers], saved[4 + ctx.layers :]
     if torch.is_grad_enabled() and not torch.compiler.is_compiling():

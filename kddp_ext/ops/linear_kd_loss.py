@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kddp_ext.ops import reference
-from kddp_ext.ops.kd_l1_loss import as_tensor, checked_values, loss_of_chunk
+from kddp_ext.ops.kd_l1_loss import as_tensor, checked_values, loss_of_chunk, save, saved_by
 from kddp_ext.ops.library import library, overwrites_logits, scales_natively
 from kddp_ext.ops.scale_gradients import is_batched, scale_gradients
 
@@ -26,7 +26,7 @@ library.define(
     "Tensor? teacher_hidden, Tensor? teacher_weight, Tensor? teacher_bias, Tensor? labels, Tensor? row_weights, "
     "Tensor scalars, SymInt chunk_rows, "
     "float label_smoothing, int ignore_index, int divergence, "
-    "float mixture_share, float teacher_weight, float student_weight, "
+    "float mixture_share, float weight_of_teacher, float weight_of_student, "
     "float dkd_target_weight, float dkd_non_target_weight, bool standardize_logits, bool by_row, "
     "bool hidden_gradient, bool weight_gradient, bool bias_gradient) "
     "-> (Tensor loss, Tensor terms, Tensor row_terms, "
@@ -45,8 +45,9 @@ class _Wanted(NamedTuple):
 
 
 class _Call(NamedTuple):
-    """The arguments of a call that are not differentiable, and the gradients that its inputs require."""
+    """The arguments of a call that are not differentiable, the student's dtype, and the gradients that it requires."""
 
+    dtype: torch.dtype
     scalars: Tensor
     chunk_rows: int
     constants: tuple[Any, ...]
@@ -54,7 +55,7 @@ class _Call(NamedTuple):
 
 
 def linear_kd_loss(
-    *inputs: Tensor | None, scalars: Sequence[Any], chunk_rows: int, constants: tuple[Any, ...]
+    *inputs: Any, scalars: Sequence[Any], chunk_rows: int, constants: tuple[Any, ...]
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The loss, its four terms (l1 is 0), and its terms by row. Only the loss is differentiable.
 
@@ -67,7 +68,7 @@ def linear_kd_loss(
         constants: `LossSettings.constants()`.
     """
     required = [torch.is_grad_enabled() and x is not None and x.requires_grad for x in inputs[:3]]
-    call = _Call(as_tensor(scalars), chunk_rows, constants, _Wanted(*required))
+    call = _Call(inputs[0].dtype, as_tensor(scalars), chunk_rows, constants, _Wanted(*required))
     if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack():
         loss, terms, rows, *_ = _operator(*inputs, call.scalars, chunk_rows, *constants, *_in_forward(call))
         return loss, terms, rows
@@ -197,7 +198,7 @@ class _LinearLossNode(torch.autograd.Function):
         ctx.call = call
         ctx.packed = torch._C._autograd._top_saved_tensors_default_hooks(False) is not None
         ctx.gradients = None if ctx.packed else gradients
-        ctx.save_for_backward(*inputs, *(gradients if ctx.packed else ()))
+        save(ctx, *inputs, *(gradients if ctx.packed else ()))
         return loss
 
     @staticmethod
@@ -211,7 +212,9 @@ class _LinearLossNode(torch.autograd.Function):
                 "Trying to backward through the graph of fused_linear_kd_loss a second time, but its gradients have "
                 "been handed out already. Specify retain_graph=True for the first backward."
             )
-        inputs, saved = ctx.saved_tensors[:_INPUTS], ctx.saved_tensors[_INPUTS:]
+        is_read = ctx.packed or call.constants[-1] or torch.is_grad_enabled()
+        tensors = saved_by(ctx) if is_read else []  # checkpoints allow reading them once
+        inputs, saved = tensors[:_INPUTS], tensors[_INPUTS:]
         owned = not (ctx.packed or torch._C._autograd._get_current_graph_task_keep_graph())
         if torch.is_grad_enabled():  # create_graph=True
             return (None, None, None, *_differentiable_gradients(call, inputs, grad_loss))
@@ -227,14 +230,14 @@ def _set_up(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> No
     """The operator's own node, for compilers and dispatch modes."""
     tensors, (scalars, chunk_rows), arguments = inputs[:_INPUTS], inputs[_INPUTS:][:2], inputs[_INPUTS + 2 :]
     required = [x is not None and x.requires_grad for x in tensors[:3]]
-    ctx.call = _Call(scalars, chunk_rows, tuple(arguments[:-3]), _Wanted(*required))
+    ctx.call = _Call(tensors[0].dtype, scalars, chunk_rows, tuple(arguments[:-3]), _Wanted(*required))
     ctx.mark_non_differentiable(*output[1:])
     gradients = [gradient for gradient, each in zip(output[3:], _in_forward(ctx.call), strict=True) if each]
-    ctx.save_for_backward(scalars, *tensors, *gradients)
+    save(ctx, scalars, *tensors, *gradients)
 
 
 def _backward(ctx: Any, grad_loss: Tensor, *_: Any) -> tuple[Any, ...]:
-    scalars, *saved = ctx.saved_tensors
+    scalars, *saved = saved_by(ctx)
     call: _Call = ctx.call._replace(scalars=scalars)
     inputs, gradients = saved[:_INPUTS], saved[_INPUTS:]
     if torch.is_grad_enabled() and not torch.compiler.is_compiling():
@@ -247,25 +250,23 @@ def _backward(ctx: Any, grad_loss: Tensor, *_: Any) -> tuple[Any, ...]:
 def _by_input(
     call: _Call, inputs: Sequence[Any], gradients: Sequence[Tensor], grad_loss: Tensor, owned: bool
 ) -> tuple[Tensor | None, ...]:
-    """The gradients of each input; `owned` gradients are overwritten."""
+    """The gradients of each input; `owned` gradients are overwritten. The inputs are read by row only."""
     if not call.constants[-1]:
-        scaled = _scaled(call, inputs[0].dtype, gradients, grad_loss, owned)
+        scaled = _scaled(call, gradients, grad_loss, owned)
     elif is_batched(grad_loss):
         return _differentiable_gradients(call, inputs, grad_loss)
     else:
         scaled = _gradients_of_rows(call, inputs, grad_loss)
     found = iter(scaled)
-    of_student = [next(found).to(x.dtype) if each else None for x, each in zip(inputs, call.wanted, strict=False)]
+    of_student = [next(found).to(call.dtype) if each else None for each in call.wanted]
     return (*of_student, *(None,) * (_INPUTS - len(of_student)))
 
 
-def _scaled(
-    call: _Call, dtype: torch.dtype, gradients: Sequence[Tensor], grad_loss: Tensor, owned: bool
-) -> Sequence[Tensor]:
+def _scaled(call: _Call, gradients: Sequence[Tensor], grad_loss: Tensor, owned: bool) -> Sequence[Tensor]:
     """The gradients times `grad_loss`; overwritten if they are `owned`, and new tensors otherwise."""
     owned = owned and not is_batched(grad_loss)
     factors: list[Any] | None = None
-    if dtype == torch.float16:  # the kernel has not divided the logits' gradient by the normalizer
+    if call.dtype == torch.float16:  # the kernel has not divided the logits' gradient by the normalizer
         factor = 1 / call.scalars[2]
         factors = [factor if torch.compiler.is_compiling() else factor.item()] * len(gradients)
     readable = owned and factors is None and grad_loss.is_cpu and not scales_natively(grad_loss.device)
