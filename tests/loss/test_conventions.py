@@ -99,6 +99,25 @@ def test_trl_at_its_ends(batch):
     assert_equal(batch, lambda s, t, y: kl(s, t), factor=1 / T**2, alpha=1.0, divergence="reverse_kl")
 
 
+@pytest.mark.parametrize("skew", [0.1, 0.5])
+def test_distillm_skewed_divergences(batch, skew):
+    """The KL to a mixture that holds a share of its first argument, no T²."""
+
+    def skewed(first, second):
+        x, y = F.softmax(first / T, 1), F.softmax(second / T, 1)
+        mixed = skew * x + (1 - skew) * y
+        return (x * F.log_softmax(first / T, 1)).sum(1).mean() - (x * mixed.log()).sum(1).mean()
+
+    options = {"factor": 1 / T**2, "alpha": 1.0, "skew": skew}
+    assert_equal(batch, lambda s, t, y: skewed(t, s), divergence="skew_kl", **options)
+    assert_equal(batch, lambda s, t, y: skewed(s, t), divergence="skew_reverse_kl", **options)
+
+
+def test_jeffreys_divergence(batch):
+    """The sum of the two KLs, which is twice our mean, no T²."""
+    assert_equal(batch, lambda s, t, y: kl(t, s) + kl(s, t), factor=2 / T**2, alpha=1.0, divergence="symmetric_kl")
+
+
 def test_mdistiller_dkd(batch):
     """alpha · TCKD + beta · NCKD, each with T²; NCKD masks the label by -1000."""
     alpha, beta = 1.0, 8.0
