@@ -92,13 +92,23 @@ static inline RowParams row_params(const KdL1Loss& job) {
     return {job, with_teacher, with_labels, with_teacher && job.standardize_logits, choose_exp_reuse(job), 0, 0};
 }
 
-// Mean and standard deviation of a row (with classes - 1 in the denominator, as torch.std).
+// Mean and standard deviation of a row (with classes - 1 in the denominator, as torch.std), in multiples of `unit`, a
+// power of two. Standardized logits whose deviation is huge are read in such multiples, because float could hold
+// neither the coefficients of their gradient nor their sums. Everything of their row that is in logits is then in this
+// unit.
 struct Moments {
-    double mean = 0, deviation = 0;
+    double mean = 0, deviation = 0, unit = 1;
 };
 
+KDDP_INLINE Moments in_own_unit(double mean, double deviation) {
+    if (!(deviation > 0x1p40) || deviation > 0x1p200) return {mean, deviation, 1};
+    const int exponent = std::ilogb(deviation);
+    const double unit = std::ldexp(1.0, exponent < 124 ? exponent : 124);
+    return {mean / unit, deviation / unit, unit};
+}
+
 // The divisor of standardized logits, with the epsilon of Sun et al. 2024.
-KDDP_INLINE double divisor_of(Moments moments) { return moments.deviation + 1e-7; }
+KDDP_INLINE double divisor_of(Moments moments) { return moments.deviation + 1e-7 / moments.unit; }
 
 struct ChunkSums {
     double student_reference, teacher_reference;
@@ -126,13 +136,13 @@ struct Rebase {
     double student_factor = 1, teacher_factor = 1, untempered_factor = 1;
 };
 
-KDDP_INLINE Rebase rebase(const ChunkSums& chunk, const ChunkSums& row, double inverse_student,
-                          double inverse_teacher) {
+KDDP_INLINE Rebase rebase(const ChunkSums& chunk, const ChunkSums& row, double inverse_student, double inverse_teacher,
+                          double student_unit) {
     Rebase by{chunk.student_reference - row.student_reference, chunk.teacher_reference - row.teacher_reference};
     if (by.student != 0) {
         by.student_tempered = by.student * inverse_student;
         by.student_factor = std::exp(by.student_tempered);
-        by.untempered_factor = std::exp(by.student);
+        by.untempered_factor = std::exp(by.student * student_unit);
     }
     if (by.teacher != 0) {
         by.teacher_tempered = by.teacher * inverse_teacher;
@@ -288,18 +298,19 @@ KDDP_INLINE void through_standardization(const RowParams& params, const ChunkSum
     if (params.divergence == Divergence::symmetric_kl) along = gradient.first * row.student * mixture.weighted_moment;
     if (params.divergence == Divergence::dkd) along -= gradient.label * (target_logit - row.student_reference);
     const double divisor = divisor_of(student);
-    gradient.first /= divisor, gradient.label /= divisor;
+    const double in_logits = divisor * student.unit;
+    gradient.first /= in_logits, gradient.label /= in_logits;
     if (gradient_form(params.divergence) == GradientForm::difference || params.divergence == Divergence::symmetric_kl)
-        gradient.second /= divisor;
+        gradient.second /= in_logits;
     if (student.deviation > 0)
-        gradient.projection = along / (double(params.classes - 1) * student.deviation * divisor * divisor);
+        gradient.projection = along / (double(params.classes - 1) * student.deviation * divisor * in_logits);
 }
 
 // Cross entropy against (1 - smoothing) onehot(label) + smoothing / C, and its coefficients of the gradient. With dkd
 // the sums exclude the label.
-KDDP_INLINE double cross_entropy(const RowParams& params, const ChunkSums& row, double label_logit, double scale,
-                                 RowGradient& gradient) {
-    const double margin = label_logit - row.student_reference;
+KDDP_INLINE double cross_entropy(const RowParams& params, const ChunkSums& row, double unit, double label_logit,
+                                 double scale, RowGradient& gradient) {
+    const double margin = (label_logit - row.student_reference) * unit;
     double log_sum = std::log(row.untempered), at_label = 0;
     if (params.divergence == Divergence::dkd && params.with_teacher) {
         const double higher = log_sum > margin ? log_sum : margin, lower = log_sum > margin ? margin : log_sum;
@@ -313,7 +324,7 @@ KDDP_INLINE double cross_entropy(const RowParams& params, const ChunkSums& row, 
     gradient.label += scale * (1 - params.label_smoothing - at_label);
     const double nll = log_sum - margin;
     if (params.label_smoothing == 0) return nll;
-    const double mean_margin = row.logits / double(params.classes) - row.student_reference;
+    const double mean_margin = (row.logits / double(params.classes) - row.student_reference) * unit;
     return (1 - params.label_smoothing) * nll + params.label_smoothing * (log_sum - mean_margin);
 }
 
@@ -331,12 +342,12 @@ KDDP_INLINE double finish_divergence(const RowParams& params, const ChunkSums& r
     return divergence * params.temperature * params.temperature * params.value_scale * weight;
 }
 
-KDDP_INLINE double finish_cross_entropy(const RowParams& params, const ChunkSums& row, double label_logit,
+KDDP_INLINE double finish_cross_entropy(const RowParams& params, const ChunkSums& row, double unit, double label_logit,
                                         double weight, RowGradient& gradient) {
     if (!params.with_labels || weight == 0) return 0;
     const double scale = (1 - params.alpha) * params.gradient_scale * weight;
     RowGradient of_labels{0, 0, 0, 0, gradient.label, 0};
-    const double entropy = cross_entropy(params, row, label_logit, scale, of_labels);
+    const double entropy = cross_entropy(params, row, unit, label_logit, scale, of_labels);
     if (params.alpha != 1) {
         gradient.untempered = of_labels.untempered;
         gradient.constant = of_labels.constant;

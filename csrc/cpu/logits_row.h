@@ -54,7 +54,7 @@ inline RowTerms operator+(const RowTerms& a, const RowTerms& b) {
 // What the chunks of a row share.
 struct RowState {
     double student_to_nats, teacher_to_nats;  // 1 / T, for standardized logits also divided by the row's deviation
-    Moments student;
+    Moments student, teacher;
     const ChunkSums* sums;  // of the row
     ChunkSums merged;       // if it has several chunks
     MixtureSums mixture;
@@ -164,7 +164,7 @@ class LogitsRows {
 
     LogitScale<T> scale_of(const RowState& state) const {
         return {T(state.student_to_nats * log2_e), T(state.teacher_to_nats * log2_e), T(state.student_to_nats),
-                T(state.teacher_to_nats), squarings_of(params_.exp_reuse)};
+                T(state.teacher_to_nats),          T(log2_e * state.student.unit),    squarings_of(params_.exp_reuse)};
     }
 
     struct Logits {
@@ -172,13 +172,25 @@ class LogitsRows {
         const void* teacher;
     };
 
-    // The logits of a chunk; those that must be converted go to the buffers. dkd pads the label's.
-    Logits read(int64_t row, Chunk chunk, RowBuffers<T> buffers) const {
-        Logits logits{kernels_.read_student(element(params_.student, row, chunk.start), chunk, buffers.student),
+    // The logits of a chunk; those that must be converted go to the buffers.
+    Logits read(int64_t row, Chunk chunk, const RowState& state, RowBuffers<T> buffers) const {
+        Logits logits{in_unit(kernels_.read_student, kernels_.convert_student, params_.student, row, chunk,
+                              state.student.unit, buffers.student),
                       nullptr};
         if (params_.with_teacher)
-            logits.teacher = kernels_.read_teacher(element(params_.teacher, row, chunk.start), chunk, buffers.teacher);
+            logits.teacher = in_unit(kernels_.read_teacher, kernels_.convert_teacher, params_.teacher, row, chunk,
+                                     state.teacher.unit, buffers.teacher);
         return logits;
+    }
+
+    // The logits of a chunk in multiples of `unit`.
+    const void* in_unit(ReadChunk<T> read, ReadChunk<T> convert, const Matrix& matrix, int64_t row, Chunk chunk,
+                        double unit, T* buffer) const {
+        const char* from = element(matrix, row, chunk.start);
+        if (unit == 1) return read(from, chunk, buffer);
+        convert(from, chunk, buffer);
+        for (int64_t i = chunk.head; i < chunk.end(); ++i) buffer[i] *= T(1 / unit);
+        return buffer;
     }
 
     void pad_label(int64_t row, Chunk chunk, RowBuffers<T> buffers) const {
@@ -189,11 +201,12 @@ class LogitsRows {
 
     KDDP_NOINLINE void begin(int64_t row, const RowScratch<T>& scratch, RowState& state) const {
         state.student_to_nats = state.teacher_to_nats = 1 / params_.temperature;
+        state.student = state.teacher = {};
         if (!params_.standardize) return;
         state.student = moments_of(params_.student, kernels_.convert_student, row, scratch.logits.student);
-        const Moments teacher = moments_of(params_.teacher, kernels_.convert_teacher, row, scratch.logits.teacher);
+        state.teacher = moments_of(params_.teacher, kernels_.convert_teacher, row, scratch.logits.teacher);
         state.student_to_nats /= divisor_of(state.student);
-        state.teacher_to_nats /= divisor_of(teacher);
+        state.teacher_to_nats /= divisor_of(state.teacher);
     }
 
     Moments moments_of(const Matrix& matrix, ReadChunk<T> convert, int64_t row, T* buffer) const {
@@ -210,7 +223,7 @@ class LogitsRows {
                                     ChunkSums& sums) const {
         const Chunk chunk = chunk_of(row, k);
         const LogitScale<T> scale = scale_of(state);
-        Logits logits = read(row, chunk, buffers);
+        Logits logits = read(row, chunk, state, buffers);
         // kd_l1_loss.cpp has the student's logits read as T where label_smoothing needs their sum.
         sums.logits = 0;
         if (params_.label_smoothing != 0)
@@ -224,9 +237,10 @@ class LogitsRows {
                        scale, sums);
         const Highest<T> highest = kernels_.exponentiate[shifts(sums, scale)](logits.student, logits.teacher, buffers,
                                                                               chunk, scale, next_of(row, k), sums);
-        if (!reference_ok(highest.student, sums.student_reference, state.student_to_nats) ||
-            (params_.with_teacher && !reference_ok(highest.teacher, sums.teacher_reference, state.teacher_to_nats))) {
-            logits = read(row, chunk, buffers);
+        if (!reference_ok(highest.student, sums.student_reference, state.student_to_nats, state.student.unit) ||
+            (params_.with_teacher &&
+             !reference_ok(highest.teacher, sums.teacher_reference, state.teacher_to_nats, 1))) {
+            logits = read(row, chunk, state, buffers);
             pad_label(row, chunk, buffers);
             set_references(highest, scale, sums);
             kernels_.exponentiate[shifts(sums, scale)](logits.student, logits.teacher, buffers, chunk, scale,
@@ -255,9 +269,9 @@ class LogitsRows {
     }
 
     // Whether exponentials around this reference neither overflow nor lose digits.
-    static bool reference_ok(T highest, double reference, double to_nats) {
+    static bool reference_ok(T highest, double reference, double to_nats, double unit) {
         const double delta = std::abs(double(highest) - reference);
-        return delta <= 20 && delta * to_nats <= 20;
+        return delta * unit <= 20 && delta * to_nats <= 20;
     }
 
     // The next chunk of this row, or the first chunk of the next row.
@@ -286,7 +300,7 @@ class LogitsRows {
     }
 
     Rebase rebased(const ChunkSums& chunk, const RowState& state) const {
-        return rebase(chunk, *state.sums, state.student_to_nats, state.teacher_to_nats);
+        return rebase(chunk, *state.sums, state.student_to_nats, state.teacher_to_nats, state.student.unit);
     }
 
     KDDP_NOINLINE MixtureSums mix(int64_t row, int64_t k, const RowState& state, const ChunkSums& of_chunk,
@@ -295,7 +309,7 @@ class LogitsRows {
         const RowBuffers<T> buffers = buffers_of(k, scratch);
         ChunkSums unused;
         if (!kept_) exponentiate(row, k, state, buffers, unused);
-        const Logits logits = read(row, chunk, scratch.logits);
+        const Logits logits = read(row, chunk, state, scratch.logits);
         const Rebase by = rebased(of_chunk, state);
         MixtureScale<T> scale{};
         scale.student_reference = T(state.sums->student_reference);
@@ -348,23 +362,24 @@ class LogitsRows {
         TargetMargins target{};
         double label_logit = 0;
         if (label >= 0) {
-            label_logit = logit(params_.student, kernels_.convert_student, row, label);
+            label_logit = logit(params_.student, kernels_.convert_student, row, label, state.student.unit);
             if (excludes_label())
-                target = {
-                    (label_logit - state.sums->student_reference) * state.student_to_nats,
-                    (logit(params_.teacher, kernels_.convert_teacher, row, label) - state.sums->teacher_reference) *
-                        state.teacher_to_nats};
+                target = {(label_logit - state.sums->student_reference) * state.student_to_nats,
+                          (logit(params_.teacher, kernels_.convert_teacher, row, label, state.teacher.unit) -
+                           state.sums->teacher_reference) *
+                              state.teacher_to_nats};
         }
         const double kd = finish_divergence(params_, *state.sums, state.mixture, state.student, target, label_logit,
                                             weight_of(row, 0), state.gradient);
-        const double ce = finish_cross_entropy(params_, *state.sums, label_logit, weight_of(row, 1), state.gradient);
+        const double ce = finish_cross_entropy(params_, *state.sums, state.student.unit, label_logit, weight_of(row, 1),
+                                               state.gradient);
         const bool highest = label >= 0 && label_logit >= state.sums->highest;
-        return {kd, ce, double(highest && !appears_before(row, label, T(label_logit)))};
+        return {kd, ce, double(highest && !appears_before(row, label, T(label_logit * state.student.unit)))};
     }
 
-    double logit(const Matrix& matrix, ReadChunk<T> convert, int64_t row, int64_t column) const {
+    double logit(const Matrix& matrix, ReadChunk<T> convert, int64_t row, int64_t column, double unit) const {
         T vector[lanes<T>];
-        convert(element(matrix, row, column), {0, 1, 0}, vector);
+        in_unit(convert, convert, matrix, row, {column, 1, 0}, unit, vector);
         return double(vector[0]);
     }
 
@@ -388,7 +403,7 @@ class LogitsRows {
         ChunkGradient<T> of;
         set_coefficients(row, chunk, sums, state, of);
         if (const auto recompute = kernels_.recompute_gradient[shifts(sums, scale)]) {
-            const Logits logits = read(row, chunk, buffers);
+            const Logits logits = read(row, chunk, state, buffers);
             recompute(logits.student, logits.teacher, chunk, scale, sums, of);
             return;
         }
@@ -398,8 +413,8 @@ class LogitsRows {
         else if (!kept_)
             exponentiate(row, k, state, buffers, unused);
         if (params_.standardize && params_.alpha != 0) {
-            const char* from = element(params_.student, row, chunk.start);
-            const void* logits = kernels_.convert_student(from, chunk, scratch.logits.student);
+            const void* logits = in_unit(kernels_.convert_student, kernels_.convert_student, params_.student, row,
+                                         chunk, state.student.unit, scratch.logits.student);
             add_projection(static_cast<const T*>(logits), buffers.untempered, chunk, of.untempered,
                            T(state.gradient.projection), T(state.student.mean));
             of.untempered = 1;
@@ -419,7 +434,9 @@ class LogitsRows {
         if (&sums != state.sums) rebase_gradient(params_, rebased(sums, state), of);
         const int64_t label = label_of(row) - chunk.start;
         to.first = T(of.first), to.second = T(of.second);
-        to.untempered = T(of.untempered), to.constant = T(of.constant), to.label = T(of.label);
+        const double mean = state.student.mean;  // add_projection uses it rounded
+        to.untempered = T(of.untempered), to.label = T(of.label);
+        to.constant = T(of.constant + of.projection * (double(T(mean)) - mean));
         to.label_place = label >= 0 && label < chunk.count && of.label != 0 ? chunk.head + label : -1;
         to.target = gradient(row, chunk.start);
         to.past_caches = past_caches_;

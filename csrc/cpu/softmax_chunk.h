@@ -32,6 +32,7 @@ template <class T>
 struct LogitScale {
     T student_to_exponent, teacher_to_exponent;  // log2(e) / T
     T student_to_nats, teacher_to_nats;          // 1 / T
+    T untempered_to_exponent;                    // log2(e)
     int squarings;                               // of e^(s/T) to get e^s
 };
 
@@ -111,7 +112,7 @@ class RunningMoments {
         count_ = total;
     }
 
-    Moments moments() const { return {mean_, count_ > 1 ? std::sqrt(squares_ / (count_ - 1)) : 0}; }
+    Moments moments() const { return in_own_unit(mean_, count_ > 1 ? std::sqrt(squares_ / (count_ - 1)) : 0); }
 
   private:
     // Sum of (value - origin)^power.
@@ -234,8 +235,9 @@ KDDP_ALWAYS_INLINE inline Exponentials<T> exponentiate(Vector<T> s, Vector<T> t,
         if constexpr (Form::standardized) sums.student_moment += product_or_zero<T>(e.student, margin);
     }
     if constexpr (Form::cross_entropy != CrossEntropy::absent) {
-        e.untempered = Form::cross_entropy == CrossEntropy::power ? power_of<T>(e.student, scale.squarings)
-                                                                  : exp2_of_product<T>(margin, T(log2_e));
+        e.untempered = Form::cross_entropy == CrossEntropy::power
+                           ? power_of<T>(e.student, scale.squarings)
+                           : exp2_of_product<T>(margin, scale.untempered_to_exponent);
         sums.untempered += e.untempered;
     }
     return e;

@@ -14,6 +14,7 @@ struct LogitScale {
     T student_reference, teacher_reference;
     T student_to_exponent, teacher_to_exponent;  // log2(e) / T
     T student_to_nats, teacher_to_nats;          // 1 / T
+    T unit;                                      // of the student's logits, see Moments
 
     KDDP_DEVICE void set_nats(double student, double teacher) {
         student_to_nats = T(student), teacher_to_nats = T(teacher);
@@ -21,8 +22,13 @@ struct LogitScale {
     }
     template <class To>
     KDDP_DEVICE LogitScale<To> as() const {
-        return {To(student_reference),   To(teacher_reference), To(student_to_exponent),
-                To(teacher_to_exponent), To(student_to_nats),   To(teacher_to_nats)};
+        return {To(student_reference),
+                To(teacher_reference),
+                To(student_to_exponent),
+                To(teacher_to_exponent),
+                To(student_to_nats),
+                To(teacher_to_nats),
+                To(unit)};
     }
 };
 
@@ -50,8 +56,8 @@ KDDP_DEVICE T product_or_zero(T x, T y) {
 
 // e^s from e^(s/T). `margin` is s minus its reference.
 template <class T>
-KDDP_DEVICE T untempered_of(ExpReuse exp_reuse, T tempered, T margin) {
-    if (exp_reuse == ExpReuse::separate) return fast_exp2(margin * T(log2_e));
+KDDP_DEVICE T untempered_of(ExpReuse exp_reuse, T tempered, T margin, T unit) {
+    if (exp_reuse == ExpReuse::separate) return fast_exp2(margin * (unit * T(log2_e)));
     T power = tempered;
     if (exp_reuse >= ExpReuse::square) power *= power;
     if (exp_reuse >= ExpReuse::fourth) power *= power;
@@ -83,7 +89,8 @@ KDDP_DEVICE Element<T> add_element(const LossLaunch& launch, const LogitScale<T>
         }
         if (moments) sums.student_moment += product_or_zero(e.student, margin);
     }
-    if (launch.exp_reuse != ExpReuse::absent) sums.untempered += untempered_of(launch.exp_reuse, e.student, margin);
+    if (launch.exp_reuse != ExpReuse::absent)
+        sums.untempered += untempered_of(launch.exp_reuse, e.student, margin, scale.unit);
     return e;
 }
 
@@ -164,13 +171,14 @@ KDDP_DEVICE Element<T> mix_element(const MixtureScale<T>& mixture, const LogitSc
 
 template <class T>
 struct GradientScale : RowGradientOf<T> {
-    T reference_less_mean;  // of the student's logits
+    T reference_less_mean, unit;  // of the student's logits
 };
 
 template <class T>
-KDDP_DEVICE GradientScale<T> gradient_scale(const RowGradient& row, double reference, double mean) {
+KDDP_DEVICE GradientScale<T> gradient_scale(const RowGradient& row, double reference, const Moments& student) {
     return {{T(row.first), T(row.second), T(row.untempered), T(row.constant), T(row.label), T(row.projection)},
-            T(reference - mean)};
+            T(reference - student.mean),
+            T(student.unit)};
 }
 
 // d loss / d s. A term of weight 0 has no gradient, rather than 0 times one that may be infinite.
@@ -184,7 +192,7 @@ KDDP_DEVICE T gradient_of(const LossLaunch& launch, const GradientScale<T>& scal
         if (launch.standardize) gradient -= scale.projection * (margin + scale.reference_less_mean);
     }
     if (launch.with_labels && launch.alpha != 1)
-        gradient += scale.untempered * untempered_of(launch.exp_reuse, e.student, margin) - scale.constant;
+        gradient += scale.untempered * untempered_of(launch.exp_reuse, e.student, margin, scale.unit) - scale.constant;
     return gradient;
 }
 

@@ -53,6 +53,28 @@ class RowPart {
         }
     }
 
+    // Reads the logits in these units from now on (see Moments).
+    KDDP_DEVICE void set_units(double student, double teacher) {
+        student_factor_ = T(1 / student), teacher_factor_ = T(1 / teacher);
+    }
+
+    // Converts the cached logits to the units.
+    KDDP_DEVICE void rescale() {
+        if (!cached || (student_factor_ == 1 && teacher_factor_ == 1)) return;
+#pragma unroll 1
+        for (int p = 0; p < planes; ++p) {
+#pragma unroll 1
+            for (int v = rank(); v < vectors_; v += Team<lanes>::size()) {
+                T s[m], t[m];
+                load_chunk(p, v, s, t);
+#pragma unroll
+                for (int i = 0; i < m; ++i)
+                    if (is_class(first_of(v) + p * m + i)) s[i] *= student_factor_, t[i] *= teacher_factor_;
+                student_cache_.store(p, v, s), teacher_cache_.store(p, v, t);
+            }
+        }
+    }
+
     KDDP_DEVICE bool excludes_label() const {
         return form == GradientForm::difference && launch_.with_teacher && launch_.divergence == Divergence::dkd;
     }
@@ -90,11 +112,11 @@ class RowPart {
     // The logits of the row's label. A barrier must separate this from load().
     KDDP_DEVICE T student_at_label(int64_t row, int64_t label) const {
         if constexpr (cached) return label_in_cache(student_cache_);
-        return load_element_of<T>(launch_.student.type, address_of(launch_.student, row, label));
+        return load_element_of<T>(launch_.student.type, address_of(launch_.student, row, label)) * student_factor_;
     }
     KDDP_DEVICE T teacher_at_label(int64_t row, int64_t label) const {
         if constexpr (cached) return label_in_cache(teacher_cache_);
-        return load_element_of<T>(launch_.teacher.type, address_of(launch_.teacher, row, label));
+        return load_element_of<T>(launch_.teacher.type, address_of(launch_.teacher, row, label)) * teacher_factor_;
     }
 
     // Excludes the label from the sums: its logit becomes the lowest number.
@@ -228,7 +250,15 @@ class RowPart {
 #pragma unroll
             for (int i = 0; i < n; ++i) t[i] = 0;
         }
-        if (cached || !label_excluded_) return;
+        if constexpr (cached) return;
+        if (launch_.standardize) {
+#pragma unroll
+            for (int i = 0; i < n; ++i) {
+                if (!is_class(first_of(v) + i)) continue;  // padding stays the lowest number
+                s[i] *= student_factor_, t[i] *= teacher_factor_;
+            }
+        }
+        if (!label_excluded_) return;
 #pragma unroll
         for (int i = 0; i < n; ++i)
             if (first_of(v) + i == label_) s[i] = t[i] = lowest_number<T>;
@@ -306,8 +336,8 @@ class RowPart {
         if (!cached) {
             Team<lanes>::sync();
             maxima_of_team<lanes>(student, teacher, scratch_);
-            if (!reference_ok(student, scale.student_reference, scale.student_to_nats) ||
-                (launch_.with_teacher && !reference_ok(teacher, scale.teacher_reference, scale.teacher_to_nats)))
+            if (!reference_ok(student, scale.student_reference, scale.student_to_nats, scale.unit) ||
+                (launch_.with_teacher && !reference_ok(teacher, scale.teacher_reference, scale.teacher_to_nats, T(1))))
                 return false;
         }
         // Quotients of the first sums are later subtracted from one another, or from similar numbers.
@@ -318,9 +348,9 @@ class RowPart {
 
     // False if exponentials relative to this reference could overflow or lose accuracy. The weighted form allows less:
     // its differences amplify what a distant reference rounds away.
-    static KDDP_DEVICE bool reference_ok(T highest, T reference, T to_nats) {
+    static KDDP_DEVICE bool reference_ok(T highest, T reference, T to_nats, T unit) {
         const T delta = magnitude(reference_of(highest) - reference), reach = form == GradientForm::weighted ? 1 : 8;
-        return !(delta > reach || delta * to_nats > reach);
+        return !(delta * unit > reach || delta * to_nats > reach);
     }
 
     // The element of a class for the gradient, from the cached values or from the logits.
@@ -357,6 +387,7 @@ class RowPart {
     RowSource student_, teacher_;
     int head_, count_, vectors_, label_, before_label_;
     bool label_excluded_;
+    T student_factor_ = 1, teacher_factor_ = 1;  // 1 / unit
 };
 
 }  // namespace kddp

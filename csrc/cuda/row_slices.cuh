@@ -48,7 +48,7 @@ class Slices {
             ChunkSums other{};
             double* to = &other.student_reference;
             for (int k = 0; k < references; ++k) to[k] = load_workspace(from + k);
-            const Rebase shift = rebase(other, sums, student_to_nats, teacher_to_nats);
+            const Rebase shift = rebase(other, sums, student_to_nats, teacher_to_nats, 1);
             for (int k = references; k < numbers; ++k) to[k] = load_workspace(from + k);
             merge(other, shift, form, sums);
         }

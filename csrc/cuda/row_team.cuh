@@ -12,7 +12,7 @@ namespace kddp {
 struct alignas(16) TeamRecord {  // two doubles per access
     ChunkSums sums;
     MixtureSums mixture;
-    Moments student;
+    Moments student, teacher;
     TargetMargins target;
     double label_logit, value_scale, gradient_scale;
     RowGradient gradient;
@@ -61,8 +61,9 @@ KDDP_DEVICE void finish_record(const LossLaunch& launch, TeamRecord& record) {
                           record.target, record.label_logit, weight_of(launch, record.row, 0), record.gradient);
     if (record.counts) record.terms.kd += kd, store_term(opaque(launch), record.row, 0, kd);
     compiler_barrier();
-    const double ce = finish_cross_entropy(params_of_row<form>(opaque(launch), record), record.sums, record.label_logit,
-                                           weight_of(launch, record.row, 1), record.gradient);
+    const double ce =
+        finish_cross_entropy(params_of_row<form>(opaque(launch), record), record.sums, record.student.unit,
+                             record.label_logit, weight_of(launch, record.row, 1), record.gradient);
     if (record.counts) {
         record.terms.ce += ce, record.terms.correct += record.outranked ? 0 : 1;
         store_term(opaque(launch), record.row, 1, ce);
@@ -71,7 +72,7 @@ KDDP_DEVICE void finish_record(const LossLaunch& launch, TeamRecord& record) {
     if (!record.sliced) return;
     ChunkSums slice{};
     slice.student_reference = record.scale.student_reference, slice.teacher_reference = record.scale.teacher_reference;
-    const Rebase by = rebase(slice, record.sums, record.scale.student_to_nats, record.scale.teacher_to_nats);
+    const Rebase by = rebase(slice, record.sums, record.scale.student_to_nats, record.scale.teacher_to_nats, 1);
     rebase_gradient(params_of_row<form>(opaque(launch), record), by, record.gradient);
 }
 
@@ -120,6 +121,7 @@ class TeamRows {
         const TeamRecord& record = own_record();
         Part part(launch, scratch_, own_memory(launch), launch.side_vectors);
         part.locate(record.row, start(), record.count, record.label);
+        if (launch.standardize) part.set_units(record.student.unit, record.teacher.unit);
         return part;
     }
 
@@ -130,7 +132,7 @@ class TeamRows {
         if (Part::rank() == 0) {
             TeamRecord& record = own_record();
             record.row = computed ? row : 0, record.label = label, record.count = computed ? count : 0;
-            record.computed = computed, record.student = Moments{};
+            record.computed = computed, record.student = record.teacher = Moments{};
         }
         if constexpr (cached) {
             Part part(launch_, scratch_, own_memory(launch_), launch_.side_vectors);
@@ -198,23 +200,28 @@ class TeamRows {
         MixtureScale<T> mixture{};
         if (!cached && part.mixes()) mixture = mixture_scale<T>(launch_, record.sums);
         const GradientScale<T> gradient =
-            gradient_scale<T>(record.gradient, record.scale.student_reference, record.student.mean);
+            gradient_scale<T>(record.gradient, record.scale.student_reference, record.student);
         part.write(scale, gradient, mixture, T(record.label_logit) - scale.student_reference,
                    gradient_row(record.row, start()));
     }
 
     // Returns the sum of the student's logits if label smoothing needs it, and sets the scale of standardized logits.
     KDDP_DEVICE double compute_totals(Part& part, LogitScale<T>& scale) {
-        double student_nats = 0;
+        double student_nats = 0, units[2] = {1, 1};
 #pragma unroll 1
         for (int side = 0; launch_.standardize && side < 2; ++side) {
             const Moments moments = moments_of(part, side == 0);
             const double nats = launch_.inverse_temperature / divisor_of(moments);
             if (side == 1) scale.set_nats(student_nats, nats);
-            if (side == 0 && Part::rank() == 0) own_record().student = moments;
-            student_nats = nats;
+            if (Part::rank() == 0) (side == 0 ? own_record().student : own_record().teacher) = moments;
+            student_nats = nats, units[side] = moments.unit;
         }
-        return launch_.label_smoothing != 0 ? part.total(true, Part::Total::sum, 0) : 0;
+        const double logits = launch_.label_smoothing != 0 ? part.total(true, Part::Total::sum, 0) / units[0] : 0;
+        scale.unit = T(units[0]);
+        part.set_units(units[0], units[1]);
+        part.rescale();
+        if (launch_.standardize) Team<lanes>::sync();  // every thread reads the label's logit
+        return logits;
     }
 
     // Of one side's logits, in double: float cannot hold the square of 1e20. The mean is computed relative to a logit,
@@ -224,7 +231,7 @@ class TeamRows {
         const double first = part.total(of_student, Total::first, 0), classes = double(launch_.classes);
         const double mean = first + part.total(of_student, Total::sum, first) / (part.count() > 0 ? classes : 1);
         const double squares = part.total(of_student, Total::squares, mean);
-        return {mean, classes > 1 ? sqrt(squares / (classes - 1)) : 0};
+        return in_own_unit(mean, classes > 1 ? sqrt(squares / (classes - 1)) : 0);
     }
 
     // The second pass, relative to the references of the row.

@@ -243,6 +243,11 @@ def test_distillm_js_distance(tokens, lam):
     assert_equal(batch, theirs, alpha=1.0, temperature=1.0, divergence="jsd", jsd_beta=1 - lam)
 
 
+def test_jeffreys_divergence(batch):
+    """The sum of the two KLs, which is twice our mean, no T²."""
+    assert_equal(batch, lambda s, t, y: kl(t, s) + kl(s, t), factor=2 / T**2, alpha=1.0, divergence="symmetric_kl")
+
+
 def test_mdistiller_dkd(batch):
     """alpha · TCKD + beta · NCKD, each with T²; NCKD masks the label by -1000."""
     alpha, beta = 1.0, 8.0

@@ -5,10 +5,12 @@ import torch
 import torch.nn.functional as F
 from loss_cases import (
     Case,
+    composite,
     each_divergence,
     each_form,
     evaluate,
     fused,
+    largest_error,
     loss_and_gradient,
     reference,
     reverse_source,
@@ -240,3 +242,57 @@ def test_half_precision_gradients_do_not_vanish_before_they_are_scaled():
     (kddp_ext.fused_kd_l1_loss(exact, teacher, labels, backend="reference") * 2**16).backward()
     torch.testing.assert_close(student.grad.double(), exact.grad, rtol=2e-3, atol=1e-6)
     torch.testing.assert_close(activation.grad.unique(), torch.tensor([2**16 * 1e-5 / 4096]).half())
+
+
+@each_divergence
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("classes", [4, 3000, 40_000])
+@pytest.mark.parametrize("largest", [1e12, 1e20, 1.5e38])
+def test_huge_standardized_logits_are_as_exact_as_the_references(largest, classes, dtype, divergence):
+    """Their squares overflow, and the factor that turns them into exponents vanishes."""
+    logits = torch.randn(2, 1, classes, generator=torch.Generator().manual_seed(classes)).clamp(-1, 1)
+    logits[..., :4] = torch.tensor([[[1, -1, 0, 0.7]], [[-1, 1, 0.1, 0]]])
+    student, teacher = (logits * largest).to(dtype)
+    options = {"divergence": divergence, "standardize_logits": True, "label_smoothing": 0.1, "temperature": 1.0}
+    for alpha in (1.0, 0.6):
+        case = Case(student, teacher, torch.tensor([1]), [], options | {"alpha": alpha})
+        ours, plain = evaluate(case, fused), evaluate(case, reference)
+        truth = evaluate(case, reference, torch.float64)
+        for name, value, other, true in zip(
+            ("loss", "terms", "gradient"),
+            (ours.loss, ours.terms, *ours.gradients),
+            (plain.loss, plain.terms, *plain.gradients),
+            (truth.loss, truth.terms, *truth.gradients),
+            strict=True,
+        ):
+            size = float(true.abs().max()) + (name != "gradient")  # a divergence is a difference of numbers near 1
+            rounding = 4 * torch.finfo(value.dtype).eps * size + 2e-44
+            assert largest_error(value, true) <= 2 * largest_error(other, true) + rounding, name
+
+
+@each_divergence
+@pytest.mark.parametrize("offset", [1e2, 1e4, 1e6])
+@pytest.mark.parametrize("classes", [10, 1000, 20_000])
+def test_standardized_logits_with_a_common_offset_are_as_exact_as_pytorchs(offset, classes, divergence):
+    """An error of the mean is one of the value and the gradient, offset times as large."""
+    logits = torch.randn(2, 4, classes, generator=torch.Generator().manual_seed(classes))
+    student, teacher = logits + offset
+    options = {"divergence": divergence, "standardize_logits": True, "alpha": 1.0, "temperature": 2.0}
+    options |= {"l1_weight": 0.0, "label_smoothing": 0.0}
+    case = Case(student, teacher, torch.arange(4), [torch.zeros(4, 1)], options)
+    ours, theirs, truth = evaluate(case, fused), evaluate(case, composite), evaluate(case, reference, torch.float64)
+    eps = torch.finfo(torch.float32).eps
+    for value, other, true in (
+        (ours.loss, theirs.loss, truth.loss),
+        (ours.gradients[0], theirs.gradients[0], truth.gradients[0]),
+    ):
+        assert largest_error(value, true) <= 2 * largest_error(other, true) + 4 * eps * float(true.abs().max())
+
+
+def test_a_teacher_without_a_softmax_is_nan_everywhere(logits):
+    """Not infinite, as the weights of the reverse divergence are."""
+    logits[1, 1] = -INFINITY
+    for divergence in ("reverse_kl", "symmetric_kl"):
+        case = Case(*logits, LABELS, [], {"divergence": divergence})
+        for function in (fused, reference):
+            assert evaluate(case, function).gradients[0][1].isnan().all(), divergence
