@@ -2,6 +2,7 @@
 
 from kddp_ext.activations.statistics import NeuronStatistics, TrackedActivations
 from kddp_ext.loss.functional import LossTerms, fused_kd_l1_loss
+from kddp_ext.loss.fused_linear import fused_linear_kd_loss
 from kddp_ext.loss.module import FusedKDL1Loss
 from kddp_ext.loss.settings import LossSettings
 from kddp_ext.ops import build_info
@@ -35,6 +36,7 @@ __all__ = [
     "build_info",
     "export_onnx",
     "fused_kd_l1_loss",
+    "fused_linear_kd_loss",
     "load_student",
     "read_student_header",
     "rewrap",

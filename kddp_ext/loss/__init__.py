@@ -1,1 +1,1 @@
-"""The loss: its settings, function, autograd and module."""
+"""The loss: its settings, checks, functions and module."""

@@ -22,6 +22,7 @@ def check_tensors(
     activations: Sequence[Tensor],
     sample_weights: Tensor | None,
     settings: LossSettings,
+    scalars: Sequence[Any],
 ) -> None:
     """Raise unless the tensors are as `fused_kd_l1_loss` describes them."""
     _check_values("student_logits", student_logits, student_logits)
@@ -42,15 +43,20 @@ def check_tensors(
             raise ValueError(f"teacher_logits: expected the student's shape {expected}, got {got}")
     elif isinstance(settings.alpha, Tensor) or settings.alpha != 0:
         raise ValueError(f"teacher_logits: expected a tensor, since alpha is {settings.alpha} and not 0, got None")
+    expected = without_classes(student_logits, class_dim)
     if labels is not None:
-        _check_labels(labels, student_logits, class_dim)
+        _check_labels(labels, student_logits, expected, settings.divergence)
     elif isinstance(settings.alpha, Tensor) or settings.alpha != 1:
         raise ValueError(f"labels: expected a tensor, since alpha is {settings.alpha} and not 1, got None")
     elif settings.divergence == "dkd":
         raise ValueError("labels: expected a tensor, since divergence is 'dkd', got None")
-    _check_activations(activations, student_logits, settings)
+    _check_activations(activations, student_logits, expected[0] if expected else 1)
+    if settings.reduction == "none" and any(isinstance(weight, Tensor) or weight != 0 for weight in scalars[3:]):
+        raise ValueError(
+            "reduction: expected 'mean' or 'sum' with an l1_weight, because a penalty is no value of a row, got 'none'"
+        )
     if sample_weights is not None:
-        _check_weights("sample_weights", sample_weights, without_classes(student_logits, class_dim), student_logits)
+        _check_weights("sample_weights", sample_weights, expected, student_logits)
     if settings.class_weights is not None:
         _check_weights("class_weights", settings.class_weights, student_logits.shape[class_dim:][:1], student_logits)
 
@@ -65,45 +71,45 @@ def _check_weights(name: str, weights: Tensor, shape: tuple[int, ...], student_l
         raise ValueError(f"{name}: expected finite numbers of at least 0, got {weights.min():g} to {weights.max():g}")
 
 
-def require_constants(settings: LossSettings, sample_weights: Tensor | None) -> None:
+def require_constants(scalars: Sequence[Any], class_weights: Tensor | None, sample_weights: Tensor | None) -> None:
     """Raise if a setting requires a gradient, which the kernels do not have."""
-    names = ("temperature", "alpha", "l1_weight", "normalizer", "class_weights")
-    values = {**{name: getattr(settings, name) for name in names}, "sample_weights": sample_weights}
-    for name, value in values.items():
-        for each in value if isinstance(value, Sequence) else (value,):
-            if isinstance(each, Tensor) and each.requires_grad and torch.is_grad_enabled():
-                raise ValueError(
-                    f"{name}: expected a constant, because the kernels have no derivative with respect to settings, "
-                    "got a tensor that requires a gradient; detach it, or use backend='reference'"
-                )
+    values = (*scalars, class_weights, sample_weights)
+    if not (torch.is_grad_enabled() and any(isinstance(value, Tensor) for value in values)):
+        return
+    l1_weights = ["l1_weight"] * (len(scalars) - 3)
+    names = ("temperature", "alpha", "normalizer", *l1_weights, "class_weights", "sample_weights")
+    for name, value in zip(names, values, strict=True):
+        if isinstance(value, Tensor) and value.requires_grad:
+            raise ValueError(
+                f"{name}: expected a constant, because the kernels have no derivative with respect to it, got a tensor "
+                "that requires a gradient; detach it, or use backend='reference'"
+            )
 
 
 def without_classes(student_logits: Tensor, class_dim: int) -> tuple[int, ...]:
     """The shape of the labels."""
-    class_dim %= student_logits.dim()
-    return (*student_logits.shape[:class_dim], *student_logits.shape[class_dim + 1 :])
+    shape = student_logits.shape
+    if class_dim == -1:
+        return shape[:-1]
+    return (*shape[:class_dim], *shape[class_dim:][1:])
 
 
-def _check_labels(labels: Tensor, student_logits: Tensor, class_dim: int) -> None:
+def _check_labels(labels: Tensor, student_logits: Tensor, expected: tuple[int, ...], divergence: str) -> None:
     _check_dense("labels", labels)
-    if labels.dtype not in _LABEL_DTYPES:
-        raise TypeError(f"labels: expected an integer dtype such as int64, got {labels.dtype}")
-    expected = without_classes(student_logits, class_dim)
+    if labels.dtype in ops.ELEMENT_TYPES:
+        expected = student_logits.shape
+        if divergence == "dkd":
+            raise ValueError("labels: expected classes, since divergence is 'dkd', got probabilities")
+    elif labels.dtype not in _LABEL_DTYPES:
+        raise TypeError(f"labels: expected an integer dtype such as int64, or probabilities, got {labels.dtype}")
     if labels.shape != expected:
         raise ValueError(f"labels: expected shape {tuple(expected)}, got {tuple(labels.shape)}")
     _check_device("labels", labels, student_logits)
 
 
-def _check_activations(activations: Sequence[Tensor], student_logits: Tensor, settings: LossSettings) -> None:
+def _check_activations(activations: Sequence[Tensor], student_logits: Tensor, rows: int) -> None:
     if not isinstance(activations, Sequence):
         raise TypeError(f"activations: expected a tensor or a sequence of tensors, got {type(activations).__name__}")
-    l1_weights = settings.scalars(len(activations))[3:]
-    if settings.reduction == "none" and any(isinstance(weight, Tensor) or weight != 0 for weight in l1_weights):
-        raise ValueError(
-            "reduction: expected 'mean' or 'sum' with an l1_weight, because a penalty is no value of a row, got 'none'"
-        )
-    leading = without_classes(student_logits, settings.class_dim)
-    rows = leading[0] if leading else 1
     axes = activations.axes if isinstance(activations, TrackedActivations) else None
     for index, activation in enumerate(activations):
         name = f"activations[{index}]"

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import warnings
 from collections.abc import Sequence
-from typing import Any, Literal, NamedTuple, overload
+from typing import Literal, NamedTuple, overload
 
 import torch
 from torch import Tensor
@@ -20,6 +21,7 @@ from kddp_ext.loss.checks import (
     require_constants,
     without_classes,
 )
+from kddp_ext.loss.cross_entropy import add_cross_entropy, is_in_kernels
 from kddp_ext.loss.settings import LossOptions, LossSettings
 from kddp_ext.ops import reference
 
@@ -107,7 +109,8 @@ def fused_kd_l1_loss(
         student_logits: (..., C) float32, float64, bfloat16 or float16, with any strides; (N, C) for images, (B, S, C)
             for sequences. Every index of the leading dimensions is a row. `class_dim` moves the classes elsewhere.
         teacher_logits: the same shape, of any of these dtypes. May be None if alpha is 0.
-        labels: (...) integers from 0 to C - 1, or `ignore_index`. May be None if alpha is 1.
+        labels: (...) integers from 0 to C - 1, or `ignore_index`; or probabilities of the classes in the shape of
+            student_logits, for mixup and cutmix, of any of these dtypes. May be None if alpha is 1.
         activations: the tensor or tensors to penalise, of any of these dtypes: (N, H) outputs of fully-connected
             layers, or (N, C, *positions) of convolutions, where each channel counts with the mean of |a| over
             positions. With the activations of a `DynamicPruner`, the same pass also updates the pruner's statistics.
@@ -129,11 +132,25 @@ def fused_kd_l1_loss(
 
     The distillation term is by Hinton, Vinyals and Dean 2015 (arXiv:1503.02531), with their factor T²; the penalty by
     Şener and Akbaş 2022 (doi 10.29109/gujsc.1141648). The other divergences are by Gu et al. 2024 (arXiv:2306.08543),
-    Agarwal et al. 2024 (arXiv:2306.13649) and Zhao et al. 2022 (arXiv:2203.08679), standardised logits by Sun et al.
-    2024 (arXiv:2403.01427). docs/losses.md compares them, and the conventions of other libraries.
+    Agarwal et al. 2024 (arXiv:2306.13649), Zhao et al. 2022 (arXiv:2203.08679) and Ko et al. 2024 (arXiv:2402.03898),
+    standardised logits by Sun et al. 2024 (arXiv:2403.01427). docs/losses.md compares them, and the conventions of
+    other libraries.
     """
     tensors = (student_logits, teacher_logits, labels, activations, sample_weights)
-    return compute_loss(*tensors, LossSettings(**settings), return_terms, backend)
+    return compute_loss(*tensors, _settings(settings), return_terms, backend)
+
+
+_checked_settings = functools.lru_cache(maxsize=16, typed=True)(LossSettings)
+
+
+def _settings(options: LossOptions) -> LossSettings:
+    """The checked settings. A call with those of a recent one gets the same, which saves 5% of a small batch's time."""
+    if torch.compiler.is_compiling():
+        return LossSettings(**options)
+    try:
+        return _checked_settings(**options)
+    except TypeError:  # a list cannot be a key, or a setting is wrong
+        return LossSettings(**options)
 
 
 def compute_loss(
@@ -150,46 +167,57 @@ def compute_loss(
     check_output(return_terms, backend)
     if isinstance(activations, Tensor):
         activations = (activations,)
-    check_tensors(student_logits, teacher_logits, labels, activations, sample_weights, settings)
-    native = _choose_native(student_logits.device, backend)
-    if native and torch._C._get_tracing_state() is not None:
-        raise RuntimeError(
-            "fused_kd_l1_loss: torch.jit.trace cannot record the native kernels; use backend='reference' "
-            "or torch.export"
-        )
+    scalars = settings.scalars(len(activations))
+    check_tensors(student_logits, teacher_logits, labels, activations, sample_weights, settings, scalars)
+    native = choose_native(student_logits.device, backend)
+    if native:
+        refuse_jit_trace("fused_kd_l1_loss")
     tracing = torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
     if native:
-        require_constants(settings, sample_weights)
-    if settings.has_tensors() and not tracing:
-        numbers = settings.read()  # also checks the values
-        settings = numbers if native else settings
+        require_constants(scalars, settings.class_weights, sample_weights)
+    if not tracing and any(isinstance(scalar, Tensor) for scalar in scalars):
+        numbers = settings.read().scalars(len(activations))  # also checks the values
+        scalars = numbers if native else scalars
     logits = _as_rows(student_logits, settings.class_dim)
     targets = None if teacher_logits is None else _as_rows(teacher_logits.detach(), settings.class_dim)
-    if labels is not None:
+    in_kernels = is_in_kernels(labels, settings)
+    soft_labels = None
+    if labels is not None and labels.is_floating_point():
+        soft_labels, labels = _as_rows(labels.detach(), settings.class_dim), None
+    elif labels is not None and (labels.dim() != 1 or labels.dtype != torch.int64):
         labels = labels.reshape(-1).to(torch.int64)
     tracked = activations if isinstance(activations, TrackedActivations) and torch.is_grad_enabled() else None
-    matrices = _matrices(activations)
-    scalars = settings.scalars(len(matrices))
     if tracked is not None:
         check_tracked(tracked, scalars[3:], student_logits)
-    weights = _row_weights(logits, labels, sample_weights, settings)
-    arguments: Any = (logits, targets, labels, weights, [matrix.values for matrix in matrices])
-    arguments += (scalars, [matrix.samples for matrix in matrices], settings.constants())
+    matrices = as_matrices(activations)
+    weights = of_kernels = row_weights(logits, labels, sample_weights, settings, in_kernels)
+    if not in_kernels and labels is not None and weights is not None:
+        of_kernels = torch.stack([weights[0], torch.zeros_like(weights[0])])  # the kernels leave CE out
+    tensors = (logits, targets, labels, of_kernels, [matrix.values for matrix in matrices])
+    samples, constants = [matrix.samples for matrix in matrices], settings.constants()
     if native and ops.native_derivatives():
-        loss, terms, rows, sums = ops.kd_l1_loss(*arguments, statistics=tracked is not None)
+        is_tracked = tracked is not None
+        loss, terms, rows, sums = ops.kd_l1_loss(*tensors, scalars, samples, constants, statistics=is_tracked)
         if tracked is not None:
             tracked.update(matrices, sums)
     else:
         if type(labels) is Tensor and labels.is_cpu and not tracing:
             check_label_values(labels, logits.shape[1], settings.ignore_index)
-        loss, terms, rows = reference.kd_l1_loss(*arguments[:-1], *settings.constants())
+        loss, terms, rows = reference.kd_l1_loss(*tensors, scalars, samples, *constants)
         if tracked is not None:
             tracked.observe()
-    kd, ce, l1, correct = terms.unbind()
-    if settings.reduction == "none":
+    if not in_kernels:
+        wanted = labels if soft_labels is None else soft_labels
+        assert wanted is not None
+        loss, terms, rows = add_cross_entropy((loss, terms, rows), logits, wanted, weights, scalars, settings)
+    by_row = settings.reduction == "none"
+    if by_row:
         shape = without_classes(student_logits, settings.class_dim)
-        loss, kd, ce = (values.reshape(shape) for values in (loss, *rows.unbind()))
-    return (loss, LossTerms(kd, ce, l1, correct)) if return_terms else loss
+        loss, rows = loss.reshape(shape), rows.reshape(2, *shape)
+    if not return_terms:
+        return loss
+    kd, ce, l1, correct = terms.unbind()
+    return loss, LossTerms(rows[0] if by_row else kd, rows[1] if by_row else ce, l1, correct)
 
 
 def _as_rows(logits: Tensor, class_dim: int) -> Tensor:
@@ -199,33 +227,41 @@ def _as_rows(logits: Tensor, class_dim: int) -> Tensor:
     return logits.movedim(class_dim, -1).reshape(-1, logits.shape[class_dim])
 
 
-def _row_weights(
-    logits: Tensor, labels: Tensor | None, sample_weights: Tensor | None, settings: LossSettings
+def row_weights(
+    logits: Tensor,
+    labels: Tensor | None,
+    sample_weights: Tensor | None,
+    settings: LossSettings,
+    in_kernels: bool = True,
 ) -> Tensor | None:
-    """(2, rows) float64 factors of KD and CE. For "mean" they are scaled to the number of rows, which is divided by."""
+    """(2, rows) float64 factors of KD and CE. For "mean" they are scaled to the number of rows, which is divided by.
+
+    Those of CE contain the class weights if the kernels compute it.
+    """
     if sample_weights is None and settings.class_weights is None:
         return None
     valid = torch.ones(len(logits), dtype=torch.float64, device=logits.device)
     if labels is not None:
         valid = (labels != settings.ignore_index).to(torch.float64)
     of_samples = valid if sample_weights is None else valid * sample_weights.reshape(-1)
-    weights = torch.stack([of_samples, of_samples])
+    of_labels = of_samples
     if settings.class_weights is not None and labels is not None:
         of_classes = settings.class_weights.to(torch.float64)[labels.clamp(0, logits.shape[1] - 1)]
-        weights = torch.stack([of_samples, of_samples * of_classes])
+        of_labels = of_samples * of_classes
+    weights = torch.stack([of_samples, of_labels if in_kernels else of_samples])
     if settings.reduction == "mean" and settings.normalizer is None:
-        total = weights.sum(1, keepdim=True)
-        weights = torch.where(total > 0, weights * (valid.sum() / total), 0)
+        totals = torch.stack([of_samples.sum(), of_labels.sum()])[:, None]
+        weights = torch.where(totals > 0, weights * (valid.sum() / totals), 0)
     return weights
 
 
-def _matrices(activations: Sequence[Tensor]) -> list[NeuronMatrix]:
+def as_matrices(activations: Sequence[Tensor]) -> list[NeuronMatrix]:
     if isinstance(activations, TrackedActivations):
         return activations.matrices()
     return [as_matrix(activation) for activation in activations]
 
 
-def _choose_native(device: torch.device, backend: Backend) -> bool:
+def choose_native(device: torch.device, backend: Backend) -> bool:
     if backend == "reference":
         return False
     if ops.is_native(device):
@@ -243,6 +279,14 @@ def _choose_native(device: torch.device, backend: Backend) -> bool:
             stacklevel=4,
         )
     return False
+
+
+def refuse_jit_trace(function: str) -> None:
+    """Raise under torch.jit.trace."""
+    if torch._C._get_tracing_state() is not None:
+        raise RuntimeError(
+            f"{function}: torch.jit.trace cannot record the native kernels; use backend='reference' or torch.export"
+        )
 
 
 def check_output(return_terms: bool, backend: str) -> None:

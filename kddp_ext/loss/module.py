@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, Generic, Literal, cast, overload
 
 from torch import Tensor, nn
-from typing_extensions import TypeVar, Unpack
+from typing_extensions import Self, TypeVar, Unpack
 
 from kddp_ext.loss.functional import Backend, LossTerms, check_output, compute_loss
 from kddp_ext.loss.settings import LossOptions, LossSettings
@@ -26,7 +26,8 @@ class FusedKDL1Loss(nn.Module, Generic[Result]):
 
     Attributes:
         settings: the settings as one `LossSettings`. Its fields are attributes of the module, too: read
-            `criterion.alpha`, or set `criterion.alpha = 0.5` for a schedule, which checks the new value.
+            `criterion.alpha`, or set `criterion.alpha = 0.5` for a schedule, which checks the new value. Moving the
+            module moves `class_weights`.
 
     Raises:
         TypeError, ValueError: a setting is not as described there.
@@ -75,6 +76,12 @@ class FusedKDL1Loss(nn.Module, Generic[Result]):
         if name in _SETTINGS:
             name, value = "settings", dataclasses.replace(self.settings, **{name: value})
         super().__setattr__(name, value)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        """Move `class_weights` with the module, as `criterion.to(device)` moves the weights of a CrossEntropyLoss."""
+        if self.settings.class_weights is not None:
+            self.class_weights = fn(self.settings.class_weights)
+        return cast("Self", super()._apply(fn, recurse))  # type: ignore[no-untyped-call]
 
     def extra_repr(self) -> str:
         settings = (

@@ -7,7 +7,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from numbers import Real
-from typing import TYPE_CHECKING, Any, Literal, TypedDict, get_args
+from typing import TYPE_CHECKING, Any, Literal, TypedDict, TypeGuard, get_args
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -78,11 +78,13 @@ class LossSettings:
         class_dim: the dimension of the classes in both logits. Default -1. Use 1 for segmentation, (N, C, H, W).
         reduction: "mean" (default) divides KD and CE by the number of rows whose label is not `ignore_index`, and the
             penalty by the number of samples. "sum" does not divide. "none" returns KD and CE by row, without a penalty.
-        normalizer: what "mean" divides by instead, a positive number: for gradient accumulation the number of rows of
-            all micro-batches, and for several processes that of all of them. The penalty is divided by it as well,
-            times the samples of a row. Default None.
+        normalizer: what "mean" divides by instead, a positive number. For gradient accumulation, the number of rows of
+            all micro-batches. For several processes whose gradients are averaged, the number of rows of all of them,
+            divided by the number of processes. The penalty is divided by it, too, times the samples of a row. Default
+            None.
         class_weights: (C,), the weight of each class in CE, as `weight` of `torch.nn.functional.cross_entropy`: "mean"
-            divides CE by the sum of the labels' weights. Not together with label_smoothing. Default None.
+            divides CE by the sum of the labels' weights, and by the number of rows if labels are probabilities. Default
+            None.
 
     Raises:
         TypeError, ValueError: a setting is not as described. The message names it, what was expected and what came.
@@ -137,11 +139,6 @@ class LossSettings:
         self._check_reduction()
         if self.class_weights is not None and not _is_tensor(self.class_weights):
             raise TypeError(f"class_weights: expected a tensor or None, got {type(self.class_weights).__name__}")
-        if self.class_weights is not None and self.label_smoothing != 0:
-            raise ValueError(
-                "class_weights: expected None with label_smoothing, which would need the weight of every class in "
-                "every row, got a tensor; use one of the two"
-            )
 
     def _check_reduction(self) -> None:
         if not isinstance(self.reduction, str) or self.reduction not in REDUCTIONS:
@@ -161,7 +158,7 @@ class LossSettings:
             ValueError: a value is not as described.
         """
         weight = self.l1_weight
-        weight = [_number(each) for each in weight] if isinstance(weight, Sequence) else _number(weight)
+        weight = [_number(each) for each in weight] if _is_sequence(weight) else _number(weight)
         numbers = {name: _number(getattr(self, name)) for name in ("temperature", "alpha", "normalizer")}
         return replace(self, **numbers, l1_weight=weight)
 
@@ -172,17 +169,12 @@ class LossSettings:
             ValueError: l1_weight is a sequence of another length.
         """
         weight = self.l1_weight
-        weights = list(weight) if isinstance(weight, Sequence) else [weight] * layers
+        weights = list(weight) if _is_sequence(weight) else [weight] * layers
         if len(weights) != layers:
             raise ValueError(f"l1_weight: expected one weight for each of {layers} activations, got {len(weights)}")
         normalizer = (0.0 if self.reduction == "mean" else 1.0) if self.normalizer is None else self.normalizer
-        values = (self.temperature, self.alpha, normalizer, *weights)
-        return [each if _is_tensor(each) else float(each) for each in values]
-
-    def has_tensors(self) -> bool:
-        """Whether a setting is a tensor."""
-        weights = self.l1_weight if isinstance(self.l1_weight, Sequence) else (self.l1_weight,)
-        return any(map(_is_tensor, (self.temperature, self.alpha, self.normalizer, *weights)))
+        values: tuple[Any, ...] = (self.temperature, self.alpha, normalizer, *weights)
+        return [value if type(value) is float or _is_tensor(value) else float(value) for value in values]
 
     def _mixture(self) -> tuple[float, float, float]:
         """The share of p in the mixture m, and the weights of KL(p ‖ m) and KL(q ‖ m)."""
@@ -231,13 +223,18 @@ def _check_weight(name: str, value: Any) -> None:
 
 
 def _check_weights(l1_weight: Any) -> None:
-    is_sequence = isinstance(l1_weight, Sequence) and not isinstance(l1_weight, str | bytes)
-    for weight in l1_weight if is_sequence else (l1_weight,):
+    for weight in l1_weight if _is_sequence(l1_weight) else (l1_weight,):
         if not _is_scalar_tensor("l1_weight", weight):
             _check_weight("l1_weight", weight)
 
 
+def _is_sequence(value: Any) -> TypeGuard[Sequence[Any]]:
+    return not isinstance(value, float | str | bytes) and isinstance(value, Sequence)
+
+
 def _is_tensor(value: Any) -> bool:
+    if isinstance(value, float):
+        return False
     torch = sys.modules.get("torch")  # `kddp --help` imports this module and must not import torch
     return torch is not None and isinstance(value, torch.Tensor)
 

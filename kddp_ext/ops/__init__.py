@@ -8,6 +8,7 @@ torch.compile and torch.export.
 from kddp_ext.ops.gather_slices import gather_slices
 from kddp_ext.ops.kd_l1_loss import kd_l1_loss, kd_l1_loss_operator, native_derivatives, neuron_statistics
 from kddp_ext.ops.library import ELEMENT_TYPES, build_info, how_to_build, is_native, storage_key
+from kddp_ext.ops.linear_kd_loss import linear_kd_loss
 
 __all__ = [
     "ELEMENT_TYPES",
@@ -17,6 +18,7 @@ __all__ = [
     "is_native",
     "kd_l1_loss",
     "kd_l1_loss_operator",
+    "linear_kd_loss",
     "native_derivatives",
     "neuron_statistics",
     "storage_key",

@@ -85,10 +85,10 @@ def kd_l1_loss(
         statistics: whether to compute the statistics.
     """
     grad_enabled = torch.is_grad_enabled()
-    penalised = any(isinstance(weight, Tensor) or weight != 0 for weight in scalars[3:])
+    penalised = grad_enabled and any(isinstance(weight, Tensor) or weight != 0 for weight in scalars[3:])
     wanted = _Wanted(
         logits_gradient=grad_enabled and student_logits.requires_grad,
-        activation_gradients=grad_enabled and penalised and any(a.requires_grad for a in activations),
+        activation_gradients=penalised and any(a.requires_grad for a in activations),
         # float16 cannot hold gradients that were divided by the batch size.
         scaled_gradients=student_logits.dtype == torch.float16 or torch.float16 in [a.dtype for a in activations],
         statistics=statistics,
@@ -96,7 +96,7 @@ def kd_l1_loss(
     tensors = (student_logits, teacher_logits, labels, row_weights)
     if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack():
         loss, terms, rows, sums, *_ = kd_l1_loss_operator(
-            *tensors, list(activations), _as_tensor(scalars), samples, *constants, *wanted
+            *tensors, list(activations), as_tensor(scalars), samples, *constants, *wanted
         )
         return loss, terms, rows, sums
     inputs = (*tensors, *activations)
@@ -106,9 +106,7 @@ def kd_l1_loss(
         outputs = _compute(*tensors, activations, scalars, samples, constants, wanted)
     else:
         with torch.no_grad():
-            outputs = kd_l1_loss_operator(
-                *tensors, list(activations), _as_tensor(scalars), samples, *constants, *wanted
-            )
+            outputs = kd_l1_loss_operator(*tensors, list(activations), as_tensor(scalars), samples, *constants, *wanted)
     loss, terms, rows, sums, logits_gradient, activation_gradients = outputs
     if wanted.logits_gradient or wanted.activation_gradients:
         gradients = [*[logits_gradient][: wanted.logits_gradient], *activation_gradients]
@@ -131,7 +129,7 @@ def _is_plain(tensor: Tensor | None) -> bool:
     return tensor is None or (type(tensor) in _PLAIN_TYPES and tensor.is_cpu and not tensor.is_neg())
 
 
-def _as_tensor(scalars: Sequence[Any]) -> Tensor:
+def as_tensor(scalars: Sequence[Any]) -> Tensor:
     """(2 + layers,) float64 on the CPU, of numbers, symbolic numbers and 0-dim tensors."""
     values = [
         scalar.detach().to("cpu", torch.float64)
@@ -155,7 +153,16 @@ def _kd_l1_loss(
     samples: Sequence[int],
     *arguments: Any,
 ) -> LossOutputs:
-    values = scalars.tolist()
+    values = checked_values(scalars)
+    constants, wanted = arguments[:-4], _Wanted(*arguments[-4:])
+    return _compute(
+        student_logits, teacher_logits, labels, row_weights, activations, values, samples, constants, wanted
+    )
+
+
+def checked_values(scalars: Tensor) -> list[float]:
+    """The numbers in `scalars`; raises a ValueError unless they are as `LossSettings` describes them."""
+    values: list[float] = scalars.tolist()
     temperature, alpha, normalizer, *l1_weights = values
     finite = all(0 <= value < math.inf for value in (temperature, normalizer, *l1_weights))
     if not (finite and temperature > 0 and 0 <= alpha <= 1):
@@ -163,10 +170,31 @@ def _kd_l1_loss(
             "temperature, alpha, normalizer, l1_weight: expected a finite number above 0, a number from 0 to 1, and "
             f"finite numbers of at least 0, got {temperature}, {alpha}, {normalizer}, {l1_weights}"
         )
-    constants, wanted = arguments[:-4], _Wanted(*arguments[-4:])
-    return _compute(
-        student_logits, teacher_logits, labels, row_weights, activations, values, samples, constants, wanted
-    )
+    return values
+
+
+def loss_of_chunk(
+    student_logits: Tensor,
+    teacher_logits: Tensor | None,
+    labels: Tensor | None,
+    row_weights: Tensor | None,
+    scalars: Sequence[float],
+    constants: tuple[Any, ...],
+    gradient: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The loss, its terms and its terms by row, without autograd and activations.
+
+    Args:
+        student_logits, teacher_logits, labels, row_weights: as of `kd_l1_loss`.
+        scalars: temperature, alpha and normalizer.
+        constants: `LossSettings.constants()`.
+        gradient: contiguous, of the shape and dtype of the student's logits; receives their gradient. On the CPU it may
+            be `student_logits` itself, because the kernel has read a block of classes when it overwrites it.
+    """
+    wanted = _Wanted(gradient is not None, False, student_logits.dtype == torch.float16, False)
+    tensors = (student_logits, teacher_logits, labels, row_weights)
+    loss, terms, rows, *_ = _compute(*tensors, [], scalars, [], constants, wanted, gradient)
+    return loss, terms, rows
 
 
 def _compute(
@@ -179,11 +207,22 @@ def _compute(
     samples: Sequence[int],
     constants: tuple[Any, ...],
     wanted: _Wanted,
+    logits_gradient: Tensor | None = None,
 ) -> LossOutputs:
-    outputs = _loss_outputs(
-        *(student_logits, teacher_logits, labels, row_weights, activations, scalars, samples, *constants, *wanted)
+    arguments = (
+        student_logits,
+        teacher_logits,
+        labels,
+        row_weights,
+        activations,
+        scalars,
+        samples,
+        *constants,
+        *wanted._replace(logits_gradient=wanted.logits_gradient and logits_gradient is None),
     )
-    loss, terms, rows, statistics, logits_gradient, activation_gradients = outputs
+    outputs = _loss_outputs(*arguments)
+    loss, terms, rows, statistics, of_logits, activation_gradients = outputs
+    of_logits = of_logits if logits_gradient is None else logits_gradient
     # These names keep copies alive while the kernel uses their addresses.
     student = _readable(student_logits)
     teacher = None if teacher_logits is None else _readable(teacher_logits)
@@ -191,7 +230,7 @@ def _compute(
     row_weights = None if row_weights is None else row_weights.contiguous()
     readable = [_readable(activation) for activation in activations]
     temperature, alpha, normalizer, *l1_weights = scalars
-    divisors = [float(reference.penalty_divisor(count, len(student), normalizer)) for count in samples]
+    divisors = [float(reference.penalty_divisor(count, student.shape[0], normalizer)) for count in samples]
     *settings, by_row = constants
     total = loss.new_empty(()) if by_row else loss
     module, place = native(student)
@@ -208,7 +247,7 @@ def _compute(
         normalizer,
         *settings,
         wanted.scaled_gradients,
-        logits_gradient.data_ptr() if wanted.logits_gradient else 0,
+        of_logits.data_ptr() if wanted.logits_gradient else 0,
         ELEMENT_TYPES[loss.dtype],
         total.data_ptr(),
         terms.data_ptr(),
@@ -233,15 +272,16 @@ def _loss_outputs(
 ) -> LossOutputs:
     """The outputs of the operator for its arguments, not filled yet. Optional outputs that are not wanted are empty."""
     by_row, with_logits_gradient, with_activation_gradients, _, with_statistics = arguments[-5:]
-    inputs = (student_logits, teacher_logits, *activations)
-    is_double = any(tensor is not None and tensor.dtype == torch.float64 for tensor in inputs)
-    dtype, device, rows = torch.float64 if is_double else torch.float32, student_logits.device, student_logits.shape[0]
-    columns = sum([activation.shape[1] for activation in activations])
+    is_double = torch.float64 in [x.dtype for x in (student_logits, teacher_logits, *activations) if x is not None]
+    dtype, rows = torch.float64 if is_double else torch.float32, student_logits.shape[0]
+    terms = student_logits.new_empty(4, dtype=dtype)
     return (
-        torch.empty((rows,) if by_row else (), dtype=dtype, device=device),
-        torch.empty(4, dtype=dtype, device=device),
-        torch.zeros((2, rows) if by_row else (0,), dtype=dtype, device=device),  # ignored rows stay 0
-        torch.empty((_STATISTICS_ROWS, columns) if with_statistics else (0,), dtype=torch.float64, device=device),
+        terms.new_empty((rows,) if by_row else ()),
+        terms,
+        terms.new_zeros(2, rows) if by_row else terms.new_empty(0),  # ignored rows stay 0
+        terms.new_empty((_STATISTICS_ROWS, sum([a.shape[1] for a in activations])), dtype=torch.float64)
+        if with_statistics
+        else terms.new_empty(0, dtype=torch.float64),
         _gradient_of(student_logits) if with_logits_gradient else student_logits.new_empty(0),
         [_gradient_of(activation) for activation in activations] if with_activation_gradients else [],
     )
@@ -299,7 +339,7 @@ class _LossNode(torch.autograd.Function):
         ctx.packed = torch._C._autograd._top_saved_tensors_default_hooks(False) is not None
         # Hooks on saved tensors may move the gradients elsewhere, or recompute them (checkpointing).
         ctx.gradients = None if ctx.packed else gradients
-        ctx.save_for_backward(*inputs, *(gradients if ctx.packed else ()))
+        save(ctx, *inputs, *(gradients if ctx.packed else ()))
         return loss
 
     @staticmethod
@@ -308,8 +348,8 @@ class _LossNode(torch.autograd.Function):
         if grad_loss is None:
             return (None,) * (3 + inputs)
         if torch.is_grad_enabled():  # create_graph=True
-            return (None, None, None, *_differentiable_gradients(ctx, grad_loss, ctx.saved_tensors[:inputs]))
-        gradients = ctx.saved_tensors[inputs:] if ctx.packed else ctx.gradients
+            return (None, None, None, *_differentiable_gradients(ctx, grad_loss, saved_by(ctx)[:inputs]))
+        gradients = saved_by(ctx)[inputs:] if ctx.packed else ctx.gradients
         if gradients is None:
             raise RuntimeError(
                 "Trying to backward through the graph of fused_kd_l1_loss a second time, but its gradients have been "
@@ -325,6 +365,17 @@ class _LossNode(torch.autograd.Function):
 _attach: Any = super(torch.autograd.Function, _LossNode).apply
 
 
+def save(ctx: Any, *tensors: Tensor | None) -> None:
+    """Save tensors for the backward. Autograd refuses inference tensors, which may be a teacher's: `ctx` keeps them."""
+    ctx.inference = {i: x for i, x in enumerate(tensors) if x is not None and x.is_inference()}
+    ctx.save_for_backward(*[None if i in ctx.inference else x for i, x in enumerate(tensors)])
+
+
+def saved_by(ctx: Any) -> list[Any]:
+    """The tensors of `save`."""
+    return [ctx.inference[i].clone() if i in ctx.inference else x for i, x in enumerate(ctx.saved_tensors)]
+
+
 def _set_up(ctx: Any, inputs: tuple[Any, ...], output: LossOutputs) -> None:
     """The operator's own node, for compilers and dispatch modes."""
     *tensors, activations, scalars, samples = inputs[:7]
@@ -335,11 +386,11 @@ def _set_up(ctx: Any, inputs: tuple[Any, ...], output: LossOutputs) -> None:
     ctx.layers = len(activations)
     ctx.mark_non_differentiable(terms, rows, statistics, logits_gradient, *activation_gradients)
     gradients = [*[logits_gradient][: wanted.logits_gradient], *activation_gradients]
-    ctx.save_for_backward(scalars, *tensors, *activations, *gradients)
+    save(ctx, scalars, *tensors, *activations, *gradients)
 
 
 def _backward(ctx: Any, grad_loss: Tensor, *_: Any) -> tuple[Any, ...]:
-    scalars, *saved = ctx.saved_tensors
+    scalars, *saved = saved_by(ctx)
     ctx.call = ctx.call._replace(scalars=scalars)
     inputs, gradients = saved[: 4 + ctx.layers], saved[4 + ctx.layers :]
     if torch.is_grad_enabled() and not torch.compiler.is_compiling():
@@ -369,15 +420,10 @@ def _scaled(call: _Call, gradients: Sequence[Tensor], grad_loss: Tensor, owned: 
 def _factors(call: _Call, rows: int) -> list[Any]:
     """What the kernel has left out of each gradient, see `scaled_gradients` in csrc/include/kddp/kd_l1_loss.h."""
     _, _, normalizer, *l1_weights = call.scalars
-    divisor: Any = max(rows, 1)
-    if isinstance(normalizer, Tensor):  # under a compiler; 0 in it stands for the rows
-        divisor = torch.where(normalizer == 0, torch.full_like(normalizer, max(rows, 1)), normalizer)
-    elif normalizer != 0:
-        divisor = normalizer
-    factors = [1 / divisor] * call.wanted.logits_gradient
+    factors = [1 / reference.divisor(normalizer, max(rows, 1))] * call.wanted.logits_gradient
     if call.wanted.activation_gradients:
         factors += [
-            weight / (divisor * max(count, 1) / max(rows, 1))
+            weight / reference.penalty_divisor(count, rows, normalizer)
             for weight, count in zip(l1_weights, call.samples, strict=True)
         ]
     return factors

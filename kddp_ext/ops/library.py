@@ -65,6 +65,11 @@ def scales_natively(device: torch.device) -> bool:
     return (device.type == "cuda" and cuda.is_built()) or _stand_in is not None
 
 
+def overwrites_logits(tensor: Tensor) -> bool:
+    """Whether the kernels for `tensor` may write a gradient in place of its logits. GPUs cache what they read."""
+    return tensor.is_cpu and _stand_in is None
+
+
 def workspace_on(device: torch.device) -> Callable[[int], Tensor]:
     """The allocator that native modules call for their workspace, with a number of bytes."""
     return lambda size: torch.empty(size, dtype=torch.uint8, device=device)

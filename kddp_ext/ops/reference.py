@@ -80,8 +80,8 @@ def kd_l1_loss(
         kd, ce = torch.where(row_weights == 0, 0, row_weights * torch.stack([kd, ce])).to(dtype)
     rows = torch.stack([kd, ce]).detach()
     if not by_row:
-        divisor = normalizer if _is_given(normalizer) else count
-        kd, ce = kd.sum() / divisor, ce.sum() / divisor
+        count = divisor(normalizer, count)
+        kd, ce = kd.sum() / count, ce.sum() / count
     # A term of weight 0 is left out, because an infinite one would turn the sum into NaN.
     loss = torch.zeros_like(kd)
     if isinstance(alpha, Tensor) or alpha != 0:
@@ -97,15 +97,18 @@ def kd_l1_loss(
     return loss, torch.stack([kd.sum(), ce.sum(), l1, correct]).detach(), rows
 
 
+def divisor(normalizer: Any, rows: Any) -> Any:
+    """`normalizer`, or `rows` if it is 0, which a tensor may be as well."""
+    if isinstance(normalizer, Tensor):
+        return torch.where(normalizer == 0, rows * torch.ones_like(normalizer), normalizer)
+    return normalizer if normalizer != 0 else rows
+
+
 def penalty_divisor(samples: int, rows: int, normalizer: Any) -> Any:
     """What the sum of an activation is divided by: the samples, or the normalizer times the samples of a row."""
-    if not _is_given(normalizer):
+    if not isinstance(normalizer, Tensor) and normalizer == 0:
         return max(samples, 1)
-    return normalizer * max(samples, 1) / max(rows, 1)
-
-
-def _is_given(normalizer: Any) -> bool:
-    return isinstance(normalizer, Tensor) or normalizer != 0
+    return divisor(normalizer, max(rows, 1)) * max(samples, 1) / max(rows, 1)
 
 
 # The divergences take logits that are divided by the temperature, (N, C), the teacher's first, and return (N,). With p

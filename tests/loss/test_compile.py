@@ -92,6 +92,19 @@ def test_each_form_compiles_without_a_graph_break(form):
     torch.testing.assert_close(of_channels[1], of_channels[0])
 
 
+def test_soft_labels_and_weights_compile():
+    student, teacher, _, activation = batch(8)
+    labels, weights = torch.rand(8, 21), torch.rand(8)
+
+    def step(s, teacher, labels, a):
+        options = {"sample_weights": weights, "class_weights": torch.linspace(1, 2, 21), "l1_weight": 0.1}
+        return kddp_ext.fused_kd_l1_loss(s, teacher, labels, a, **options)
+
+    compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
+    inputs = (student, teacher, labels, activation)
+    torch.testing.assert_close(results(compiled, *inputs), results(step, *inputs))
+
+
 def test_one_tensor_as_logits_and_activation():
     def step(s, teacher, labels):
         return kddp_ext.fused_kd_l1_loss(s, teacher, labels, [s], l1_weight=0.1)

@@ -162,3 +162,19 @@ def test_jit_trace_is_an_error_that_names_the_way_out(batch):
         torch.jit.trace(lambda s: loss_of(s, teacher, labels, activation), (student,))
     traced = torch.jit.trace(lambda s: loss_of(s, teacher, labels, activation, "reference"), (student,))
     torch.testing.assert_close(traced(student * 2), loss_of(student * 2, teacher, labels, activation))
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_a_teacher_in_inference_mode(batch, compiled):
+    student, teacher, labels, activation = batch
+    with torch.inference_mode():
+        frozen = teacher.clone()
+
+    def gradients(teacher):
+        function = torch.compile(loss_of, backend="eager", fullgraph=True) if compiled else loss_of
+        leaf = student.clone().requires_grad_()
+        loss = function(leaf, teacher, labels, activation)
+        first = torch.autograd.grad(loss, leaf, create_graph=True)
+        return *first, *torch.autograd.grad(first[0].square().sum(), leaf)
+
+    torch.testing.assert_close(gradients(frozen), gradients(teacher))

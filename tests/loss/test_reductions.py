@@ -82,11 +82,49 @@ def test_weights(loss_of, reduction, weights):
     assert_same(loss, ALPHA * kd + (1 - ALPHA) * ce, student, torch.ones_like(loss))
 
 
-def test_class_weights_equal_cross_entropy(loss_of):
-    student, _, labels = batch()
-    weights = torch.linspace(0, 3, 7, dtype=torch.float64)
-    loss = loss_of(student, None, labels, alpha=0.0, class_weights=weights)
-    assert_same(loss, F.cross_entropy(student, labels, weight=weights), student)
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+@pytest.mark.parametrize("weighted", [False, True])
+@pytest.mark.parametrize("soft", [False, True])
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+def test_every_cross_entropy_of_pytorch(loss_of, smoothing, weighted, soft, reduction):
+    student, teacher, labels = batch()
+    labels = teacher.softmax(1) * 1.5 if soft else labels
+    weights = torch.linspace(0, 3, 7, dtype=torch.float64) if weighted else None
+    loss, terms = loss_of(
+        *(student, None, labels),
+        alpha=0.0,
+        class_weights=weights,
+        label_smoothing=smoothing,
+        reduction=reduction,
+        return_terms=True,
+    )
+    wanted = F.cross_entropy(student, labels, weights, label_smoothing=smoothing, reduction=reduction)
+    assert_same(loss, wanted, student, torch.ones_like(loss))
+    torch.testing.assert_close(terms.ce, wanted.detach())
+
+
+@pytest.mark.parametrize("class_dim", [1, -1])
+def test_soft_labels_with_a_teacher_and_sample_weights(loss_of, class_dim):
+    student, teacher, _ = batch()
+    labels = torch.rand(9, 7, generator=torch.Generator().manual_seed(1)).softmax(1).double()
+    weights = torch.linspace(0, 2, 9, dtype=torch.float64)
+    kd = rows_of(student, teacher, torch.zeros(9, dtype=torch.int64))[0]
+    ce = F.cross_entropy(student, labels, reduction="none")
+    wanted = (weights * (ALPHA * kd + (1 - ALPHA) * ce)).sum() / weights.sum()
+    loss, terms = loss_of(
+        *(x.reshape(3, 3, 7).movedim(-1, class_dim) for x in (student, teacher, labels)),
+        sample_weights=weights.reshape(3, 3),
+        class_dim=class_dim,
+        return_terms=True,
+    )
+    assert_same(loss, wanted, student)
+    assert terms.correct == ((student.argmax(1) == labels.argmax(1)) & (weights > 0)).sum()
+
+
+def test_the_module_moves_its_class_weights():
+    module = kddp_ext.FusedKDL1Loss(class_weights=torch.ones(7))
+    assert module.to(torch.float64).class_weights.dtype == torch.float64
+    assert module.to("meta").class_weights.device.type == "meta"
 
 
 def test_rows_of_weight_0_have_no_effect_whatever_they_contain(loss_of):

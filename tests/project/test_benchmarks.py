@@ -26,7 +26,8 @@ HAS_ONNX = not latency.missing_packages()
 
 SETTINGS = Settings(threads=1, seconds=0.001, rounds=2, compile=False, smoke=True)
 NAMES = [
-    "loss", "class-counts", "threads", "memory", "statistics", "divergences", "compaction", "pruning", "prune-step",
+    "loss", "class-counts", "threads", "memory", "statistics", "divergences", "fused-linear", "compaction",
+    "pruning", "prune-step",
 ]  # fmt: skip
 
 
@@ -161,7 +162,7 @@ def students(tmp_path):
     for path, removed in zip(paths, (0, PRUNED), strict=True):
         path.parent.mkdir(parents=True)
         history = kddp_ext.PruningHistory({"hidden": WIDTH})
-        history.steps.append({"hidden": list(range(removed))})
+        history.add_step({"hidden": list(range(removed))})
         model = build_student(config, INFO["digits"])
         history.replay(model, (torch.zeros(2, 1, 8, 8),))
         kddp_ext.save_student(path, model, history, {"stage": "kddp", "config": json.dumps(config.to_json())})

@@ -113,7 +113,8 @@ def included(folder: str) -> Iterator[tuple[Path, str]]:
 
 
 # For each folder of csrc, what its files may include.
-OF_CSRC = {"cpu": r"cpu/|kddp/|row_math\.h$", "cuda": r"cuda/|kddp/|row_math\.h$", "include": r"kddp/", "": r"kddp/"}
+SHARED = r"kddp/|(row_math|workspace)\.h$"
+OF_CSRC = {"cpu": rf"cpu/|{SHARED}", "cuda": rf"cuda/|{SHARED}", "include": r"kddp/", "": r"kddp/"}
 SYSTEM = r"<([a-z_]+|cuda_\w+\.h|immintrin\.h|omp\.h|sys/mman\.h)>$"
 
 

@@ -101,6 +101,7 @@ def transformers() -> Names:
 SETUPS: dict[str, Callable[[], Names]] = {
     "README.md": loop,
     "docs/your-loop.md": with_processes,
+    "docs/losses.md": with_processes,
     "docs/pruning.md": pruning,
     "docs/integrations.md#Lightning": lightning,
     "docs/integrations.md#Hugging Face Transformers": transformers,

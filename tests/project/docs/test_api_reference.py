@@ -14,10 +14,8 @@ from docs.blocks import ROOT
 import kddp_ext
 
 INTEGRATIONS = ("kddp_ext.integrations.lightning", "kddp_ext.integrations.transformers")
-# The class of the public object gradient_pool.
-POOL = "kddp_ext.ops.GradientPool"
 # Names that are neither classes nor functions; a string after the assignment documents them.
-ASSIGNED = {"Criterion", "gradient_pool"}
+ASSIGNED = {"Criterion"}
 PUBLIC = {name: getattr(kddp_ext, name) for name in kddp_ext.__all__}
 CLASSES = [value for name, value in PUBLIC.items() if inspect.isclass(value)]
 FUNCTIONS = [value for value in PUBLIC.values() if inspect.isfunction(value)]
@@ -65,12 +63,12 @@ def undocumented(kind: type) -> list[str]:
 def test_the_reference_has_every_public_name_once() -> None:
     shown = re.findall(r"^::: (\S+)$", (ROOT / "docs" / "api.md").read_text(encoding="utf-8"), re.MULTILINE)
     integrations = [f"{module}.DynamicPruning" for module in INTEGRATIONS]
-    assert sorted(shown) == sorted([*(f"kddp_ext.{name}" for name in PUBLIC), *integrations, POOL])
+    assert sorted(shown) == sorted([*(f"kddp_ext.{name}" for name in PUBLIC), *integrations])
     assert {each.__name__ for each in [*CLASSES, *FUNCTIONS]} | ASSIGNED == set(PUBLIC)
 
 
 def test_public_names_are_documented() -> None:
-    for kind in [*CLASSES, type(kddp_ext.gradient_pool)]:
+    for kind in CLASSES:
         assert undocumented(kind) == []
     for function in FUNCTIONS:
         assert missing_parameters(function.__name__, function, inspect.getdoc(function) or "") == []

@@ -34,6 +34,12 @@ def the_loss_of_a_call(logits: Tensor, teacher_logits: Tensor, labels: Tensor, w
     assert_type(terms.kd + terms.ce + terms.l1 + terms.correct, Tensor)
     either = kddp_ext.fused_kd_l1_loss(logits, teacher_logits, labels, return_terms=with_terms)
     assert_type(either, Tensor | tuple[Tensor, kddp_ext.LossTerms])
+    weights = torch.ones(labels.shape)
+    by_row = kddp_ext.fused_kd_l1_loss(logits, teacher_logits, labels, sample_weights=weights, reduction="none")
+    assert_type(by_row, Tensor)
+    temperature = torch.tensor(3.0)
+    kddp_ext.fused_kd_l1_loss(logits, teacher_logits, labels, logits, temperature=temperature, normalizer=32)
+    kddp_ext.fused_kd_l1_loss(logits, None, labels, alpha=0, class_dim=1, class_weights=torch.ones(10))
 
 
 def the_loss_as_a_module(logits: Tensor, teacher_logits: Tensor, labels: Tensor, with_terms: bool) -> None:
@@ -121,9 +127,6 @@ def the_build() -> None:
     info = kddp_ext.build_info()
     assert_type((info["cpu"], info["cuda"]), tuple[str, bool])
     assert_type(info["cuda_architectures"], list[str])
-    kddp_ext.gradient_pool.limit = 1 << 28
-    kddp_ext.gradient_pool.release()
-    assert_type(kddp_ext.gradient_pool.bytes, int)
     assert_type(kddp_ext.__version__, str)
 
 
