@@ -1,1 +1,1 @@
-"""The loss: its settings, checks, function and module."""
+"""The loss: its settings, checks, functions and module."""

@@ -132,8 +132,9 @@ def fused_kd_l1_loss(
 
     The distillation term is by Hinton, Vinyals and Dean 2015 (arXiv:1503.02531), with their factor T²; the penalty by
     Şener and Akbaş 2022 (doi 10.29109/gujsc.1141648). The other divergences are by Gu et al. 2024 (arXiv:2306.08543),
-    Agarwal et al. 2024 (arXiv:2306.13649) and Zhao et al. 2022 (arXiv:2203.08679), standardised logits by Sun et al.
-    2024 (arXiv:2403.01427). docs/losses.md compares them, and the conventions of other libraries.
+    Agarwal et al. 2024 (arXiv:2306.13649), Zhao et al. 2022 (arXiv:2203.08679) and Ko et al. 2024 (arXiv:2402.03898),
+    standardised logits by Sun et al. 2024 (arXiv:2403.01427). docs/losses.md compares them, and the conventions of
+    other libraries.
     """
     tensors = (student_logits, teacher_logits, labels, activations, sample_weights)
     return compute_loss(*tensors, _settings(settings), return_terms, backend)

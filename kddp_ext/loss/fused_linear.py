@@ -121,11 +121,16 @@ def fused_linear_kd_loss(
         teacher_hidden: (..., D_teacher), the same for the teacher, with the same leading dimensions; its dtype may
             differ from the student's. May be None if alpha is 0.
         teacher_weight: (C, D_teacher), in the dtype of `teacher_hidden`. None without it.
-        labels, activations, sample_weights, return_terms, backend: as of `fused_kd_l1_loss`. Labels that are
-            probabilities, and class_weights with label_smoothing, need backend "reference".
-        student_bias, teacher_bias: (C,), in the dtype of their layer, or None (default).
+        labels: as of `fused_kd_l1_loss`. Probabilities, and class_weights with label_smoothing, need backend
+            "reference".
+        activations: as of `fused_kd_l1_loss`.
+        student_bias: (C,), in the dtype of `student_hidden`, or None (default).
+        teacher_bias: (C,), in the dtype of `teacher_hidden`, or None (default).
+        sample_weights: as of `fused_kd_l1_loss`.
         chunk_rows: the most rows of a chunk. By default a chunk's logits take 64 MiB for each network, which is enough
             for the products to be as fast as those of all rows.
+        return_terms: as of `fused_kd_l1_loss`.
+        backend: as of `fused_kd_l1_loss`.
         **settings: the fields of `LossSettings`; `class_dim` must be -1.
 
     Returns:

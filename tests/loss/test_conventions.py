@@ -41,7 +41,7 @@ def assert_equal(batch, theirs, factor=1.0, **settings):
     value = theirs(leaf, teacher, labels)
     (gradient,) = torch.autograd.grad(value, leaf)
     for backend in ("native", "reference"):
-        ours, ours_gradient = loss_and_gradient(*batch, temperature=T, backend=backend, **settings)
+        ours, ours_gradient = loss_and_gradient(*batch, backend=backend, **({"temperature": T} | settings))
         torch.testing.assert_close(factor * ours, value.detach(), rtol=1e-10, atol=1e-12)
         torch.testing.assert_close(factor * ours_gradient, gradient, rtol=1e-8, atol=1e-12)
 
@@ -207,6 +207,40 @@ def test_liger_fused_linear_jsd_loss(tokens, beta, settings):
 
     total = hard + soft / T**2
     assert_equal(batch, theirs, factor=total, alpha=soft / T**2 / total, **settings)
+
+
+def of_distillm(tokens, loss_of_token):
+    """The mean of a loss of two rows of probabilities over the tokens that are not padding, without a temperature."""
+    batch = tuple(x.flatten(0, 1) for x in tokens)
+
+    def theirs(s, t, y):
+        losses = loss_of_token(F.softmax(s, -1), F.softmax(t, -1))
+        return (losses * (y != -100)).sum() / (y != -100).sum()
+
+    return batch, theirs
+
+
+@pytest.mark.parametrize("lam", [0.1, 0.7])
+def test_distillm_skewed_forward_kl(tokens, lam):
+    """The gradient is that of the skewed KL; the value differs by the teacher's entropy."""
+    batch, theirs = of_distillm(tokens, lambda q, p: (p * (p.log() - (lam * p + (1 - lam) * q).log())).sum(-1))
+    assert_equal(batch, theirs, alpha=1.0, temperature=1.0, divergence="skew_kl", skew=lam)
+
+
+@pytest.mark.parametrize("lam", [0.1, 0.7])
+def test_distillm_skewed_reverse_kl(tokens, lam):
+    batch, theirs = of_distillm(tokens, lambda q, p: (q * (q.log() - ((1 - lam) * p + lam * q).log())).sum(-1))
+    assert_equal(batch, theirs, alpha=1.0, temperature=1.0, divergence="skew_reverse_kl", skew=lam)
+
+
+@pytest.mark.parametrize("lam", [0.1, 0.9])
+def test_distillm_js_distance(tokens, lam):
+    def of_token(q, p):
+        m = (1 - lam) * p + lam * q
+        return (1 - lam) * (p * (p / m).log()).sum(-1) + lam * (q * (q / m).log()).sum(-1)
+
+    batch, theirs = of_distillm(tokens, of_token)
+    assert_equal(batch, theirs, alpha=1.0, temperature=1.0, divergence="jsd", jsd_beta=1 - lam)
 
 
 def test_mdistiller_dkd(batch):
