@@ -1,5 +1,7 @@
 """Derivatives beyond the first: the values of the reference, or an error that says what to do."""
 
+import weakref
+
 import pytest
 import torch
 from loss_cases import each_divergence
@@ -178,3 +180,11 @@ def test_a_teacher_in_inference_mode(batch, compiled):
         return *first, *torch.autograd.grad(first[0].square().sum(), leaf)
 
     torch.testing.assert_close(gradients(frozen), gradients(teacher))
+
+
+def test_a_settings_tensor_is_not_kept(batch):
+    temperature = torch.tensor(2.0)
+    loss_of(*batch, temperature=temperature)
+    reference = weakref.ref(temperature)
+    del temperature
+    assert reference() is None
