@@ -86,6 +86,13 @@ def require_constants(scalars: Sequence[Any], class_weights: Tensor | None, samp
             )
 
 
+def is_in_kernels(labels: Tensor | None, settings: LossSettings) -> bool:
+    """Whether the kernels have this cross entropy; loss/cross_entropy.py has the others."""
+    if labels is None:
+        return True
+    return not (labels.is_floating_point() or (settings.class_weights is not None and settings.label_smoothing != 0))
+
+
 def without_classes(student_logits: Tensor, class_dim: int) -> tuple[int, ...]:
     """The shape of the labels."""
     shape = student_logits.shape

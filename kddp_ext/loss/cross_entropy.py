@@ -16,13 +16,6 @@ from kddp_ext.loss.settings import LossSettings
 from kddp_ext.ops import reference
 
 
-def is_in_kernels(labels: Tensor | None, settings: LossSettings) -> bool:
-    """Whether the kernels have this cross entropy."""
-    if labels is None:
-        return True
-    return not (labels.is_floating_point() or (settings.class_weights is not None and settings.label_smoothing != 0))
-
-
 def add_cross_entropy(
     outputs: tuple[Tensor, Tensor, Tensor],
     logits: Tensor,

@@ -18,10 +18,11 @@ from kddp_ext.loss.checks import (
     check_label_values,
     check_tensors,
     check_tracked,
+    is_in_kernels,
     require_constants,
     without_classes,
 )
-from kddp_ext.loss.cross_entropy import add_cross_entropy, is_in_kernels
+from kddp_ext.loss.cross_entropy import add_cross_entropy
 from kddp_ext.loss.settings import LossOptions, LossSettings
 from kddp_ext.ops import reference
 

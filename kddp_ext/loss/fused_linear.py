@@ -12,8 +12,7 @@ from typing_extensions import Unpack
 
 from kddp_ext import ops
 from kddp_ext.activations.statistics import TrackedActivations
-from kddp_ext.loss.checks import check_label_values, check_tensors, check_tracked, require_constants
-from kddp_ext.loss.cross_entropy import is_in_kernels
+from kddp_ext.loss.checks import check_label_values, check_tensors, check_tracked, is_in_kernels, require_constants
 from kddp_ext.loss.functional import (
     Backend,
     LossTerms,
