@@ -101,7 +101,7 @@ struct Moments {
 };
 
 KDDP_INLINE Moments in_own_unit(double mean, double deviation) {
-    if (!(deviation > 0x1p40) || deviation > 0x1p200) return {mean, deviation, 1};
+    if (!(deviation > 0x1p40)) return {mean, deviation, 1};
     const int exponent = std::ilogb(deviation);
     const double unit = std::ldexp(1.0, exponent < 124 ? exponent : 124);
     return {mean / unit, deviation / unit, unit};
