@@ -207,18 +207,18 @@ class TeamRows {
 
     // Returns the sum of the student's logits if label smoothing needs it, and sets the scale of standardized logits.
     KDDP_DEVICE double compute_totals(Part& part, LogitScale<T>& scale) {
-        double student_nats = 0, units[2] = {1, 1};
+        double student_nats = 0, student_unit = 1, teacher_unit = 1;
 #pragma unroll 1
         for (int side = 0; launch_.standardize && side < 2; ++side) {
             const Moments moments = moments_of(part, side == 0);
             const double nats = launch_.inverse_temperature / divisor_of(moments);
             if (side == 1) scale.set_nats(student_nats, nats);
             if (Part::rank() == 0) (side == 0 ? own_record().student : own_record().teacher) = moments;
-            student_nats = nats, units[side] = moments.unit;
+            student_nats = nats, student_unit = side == 0 ? moments.unit : student_unit, teacher_unit = moments.unit;
         }
-        const double logits = launch_.label_smoothing != 0 ? part.total(true, Part::Total::sum, 0) / units[0] : 0;
-        scale.unit = T(units[0]);
-        part.set_units(units[0], units[1]);
+        const double logits = launch_.label_smoothing != 0 ? part.total(true, Part::Total::sum, 0) / student_unit : 0;
+        scale.unit = T(student_unit);
+        part.set_units(student_unit, teacher_unit);
         part.rescale();
         if (launch_.standardize) Team<lanes>::sync();  // every thread reads the label's logit
         return logits;

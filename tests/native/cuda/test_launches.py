@@ -13,7 +13,8 @@ import pytest
 import torch
 
 import kddp_ext
-from kddp_ext.ops import cuda, gather_slices, library, scale_gradients
+from kddp_ext.ops import cuda, gather_slices, library
+from kddp_ext.ops.scale_gradients import scale_gradients
 
 
 @pytest.fixture

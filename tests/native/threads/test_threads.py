@@ -49,7 +49,7 @@ def run(program):
 def test_no_data_race_and_same_bytes_for_any_number_of_threads(programs):
     ended = run(programs["right"])
     assert ended.returncode == 0, ended.stdout[-2000:] + ended.stderr[-4000:]
-    assert ended.stdout == "116 jobs on several threads, 0 different\n"
+    assert ended.stdout == "132 jobs on several threads, 0 different\n"
 
 
 @pytest.mark.timeout(600)

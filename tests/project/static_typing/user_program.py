@@ -42,6 +42,15 @@ def the_loss_of_a_call(logits: Tensor, teacher_logits: Tensor, labels: Tensor, w
     kddp_ext.fused_kd_l1_loss(logits, None, labels, alpha=0, class_dim=1, class_weights=torch.ones(10))
 
 
+def the_loss_of_last_layers(hidden: Tensor, weight: Tensor, labels: Tensor, with_terms: bool) -> None:
+    layers = hidden, weight, hidden, weight
+    assert_type(kddp_ext.fused_linear_kd_loss(*layers, labels, student_bias=weight[0], chunk_rows=16), Tensor)
+    both = kddp_ext.fused_linear_kd_loss(hidden, weight, None, None, labels, hidden, alpha=0.0, return_terms=True)
+    assert_type(both, tuple[Tensor, kddp_ext.LossTerms])
+    either = kddp_ext.fused_linear_kd_loss(*layers, labels, return_terms=with_terms)
+    assert_type(either, Tensor | tuple[Tensor, kddp_ext.LossTerms])
+
+
 def the_loss_as_a_module(logits: Tensor, teacher_logits: Tensor, labels: Tensor, with_terms: bool) -> None:
     plain = kddp_ext.FusedKDL1Loss(temperature=2.0, l1_weight=1e-3)
     annotated: kddp_ext.FusedKDL1Loss = plain
