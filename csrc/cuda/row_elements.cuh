@@ -112,7 +112,7 @@ KDDP_DEVICE MixtureScale<T> mixture_scale(const LossLaunch& launch, const ChunkS
     const T factor = T(row.student / row.teacher);
     const MixtureSlopes slopes = mixture_slopes(launch.mixture);
     const double mean = row.dot / row.student;
-    const bool is_finite = mean - mean == 0;
+    const bool is_finite = mean - mean == 0;  // NOLINT(misc-redundant-expression)
     // The logarithm of the rounded factor: an error that is the same in all classes would not average out.
     return {factor,
             T(log2(double(factor))),

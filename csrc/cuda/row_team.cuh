@@ -36,7 +36,7 @@ KDDP_DEVICE void store_term(const LossLaunch& launch, int64_t row, int term, dou
 
 template <GradientForm form>
 KDDP_DEVICE RowParams params_of_row(const LossLaunch& launch, const TeamRecord& record) {
-    RowParams params = launch;
+    RowParams params = static_cast<const RowParams&>(launch);
     const Divergence given = params.divergence;
     if (form == GradientForm::weighted)
         params.divergence = has_second_pass(given) ? given : Divergence::reverse_kl;
@@ -51,7 +51,7 @@ KDDP_DEVICE RowParams params_of_row(const LossLaunch& launch, const TeamRecord& 
 template <GradientForm form>
 KDDP_DEVICE void finish_record(const LossLaunch& launch, TeamRecord& record) {
     if (record.value_scale == 0) {
-        RowParams params = launch;
+        RowParams params = static_cast<const RowParams&>(launch);
         set_scales(params, params.normalizer > 0 ? 0 : valid_rows(launch));
         record.value_scale = params.value_scale, record.gradient_scale = params.gradient_scale;
     }
