@@ -36,6 +36,9 @@ def build() -> Any:
     return backends.Emulated(ROOT / "build" / "emulator")
 
 
+INCOMING = Traffic(1, 0, 4)  # PyTorch fills the gradient of the loss
+
+
 class Counter:
     """Counts passes on the emulator, as on a GPU with a given number of multiprocessors.
 
@@ -70,8 +73,8 @@ class Counter:
         smaller, factor = self._shrunk(shape, max(shape.classes, shape.neurons))
         forward, scaling, usual = passes.loss_passes(make_inputs(smaller))
         fewer = -(-multiprocessors // factor)
-        first, (report,) = self._count(forward, fewer)
-        scaled, in_place = self._count(scaling, fewer)[0], self._count(usual, fewer)[0]
+        first, (report,) = self._count_kernels(forward, fewer)
+        scaled, in_place = (self._count_kernels(run, fewer)[0].plus(INCOMING) for run in (scaling, usual))
         cached = report["dynamic_shared"] > 0  # the kernel caches rows there
         per_class = EXPONENTIALS_OF_CACHED_CLASS if cached else EXPONENTIALS_OF_CLASS_READ_TWICE
         first = first.times(factor)._replace(
@@ -95,11 +98,22 @@ class Counter:
 
     def _count(self, run: Callable[[], object], multiprocessors: int) -> tuple[Traffic, list[dict[str, Any]]]:
         """The costs of a run's kernels and of its PyTorch operations, and the reports of the kernels."""
-        emulator, operations = self._emulated.emulator, OperationCounter()
+        operations = OperationCounter()
+
+        def recorded() -> None:
+            with operations:
+                run()
+
+        kernels, reports = self._count_kernels(recorded, multiprocessors)
+        return operations.traffic().plus(kernels), reports
+
+    def _count_kernels(self, run: Callable[[], object], multiprocessors: int) -> tuple[Traffic, list[dict[str, Any]]]:
+        """The costs of a run's kernels alone, and their reports. Under a dispatch mode the loss takes another path."""
+        emulator = self._emulated.emulator
         emulator.set_devices(MOST_DEVICES, multiprocessors)
         emulator.clear()
         try:
-            with self._emulated.serves(), operations:
+            with self._emulated.serves():
                 library._stand_in = (self._emulated.module, self._emulated.place(_device_of(multiprocessors)))
                 run()
             reports = emulator.reports()
@@ -107,7 +121,7 @@ class Counter:
             emulator.set_devices()
             emulator.clear()
         sectors = sum(report["sectors_read"] + report["sectors_written"] for report in reports)
-        return operations.traffic().plus(Traffic(len(reports), 0, sectors * SECTOR_BYTES)), reports
+        return Traffic(len(reports), 0, sectors * SECTOR_BYTES), reports
 
 
 _devices: dict[int, int] = {}

@@ -86,6 +86,15 @@ def require_constants(scalars: Sequence[Any], class_weights: Tensor | None, samp
             )
 
 
+def as_sequence(activations: Any) -> Sequence[Tensor]:
+    """One or several activations as a sequence."""
+    if isinstance(activations, Tensor):
+        return (activations,)
+    if not isinstance(activations, Sequence):
+        raise TypeError(f"activations: expected a tensor or a sequence of tensors, got {type(activations).__name__}")
+    return activations
+
+
 def is_in_kernels(labels: Tensor | None, settings: LossSettings) -> bool:
     """Whether the kernels have this cross entropy; loss/cross_entropy.py has the others."""
     if labels is None:
@@ -115,8 +124,6 @@ def _check_labels(labels: Tensor, student_logits: Tensor, expected: tuple[int, .
 
 
 def _check_activations(activations: Sequence[Tensor], student_logits: Tensor, rows: int) -> None:
-    if not isinstance(activations, Sequence):
-        raise TypeError(f"activations: expected a tensor or a sequence of tensors, got {type(activations).__name__}")
     axes = activations.axes if isinstance(activations, TrackedActivations) else None
     for index, activation in enumerate(activations):
         name = f"activations[{index}]"

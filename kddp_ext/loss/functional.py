@@ -15,6 +15,7 @@ from kddp_ext import ops
 from kddp_ext.activations.layout import NeuronMatrix, as_matrix
 from kddp_ext.activations.statistics import TrackedActivations
 from kddp_ext.loss.checks import (
+    as_sequence,
     check_label_values,
     check_tensors,
     check_tracked,
@@ -163,8 +164,7 @@ def compute_loss(
 ) -> Tensor | tuple[Tensor, LossTerms]:
     """`fused_kd_l1_loss` with settings that are checked already."""
     check_output(return_terms, backend)
-    if isinstance(activations, Tensor):
-        activations = (activations,)
+    activations = as_sequence(activations)
     scalars = settings.scalars(len(activations))
     check_tensors(student_logits, teacher_logits, labels, activations, sample_weights, settings, scalars)
     native = choose_native(student_logits.device, backend)

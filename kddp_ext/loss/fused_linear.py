@@ -12,7 +12,14 @@ from typing_extensions import Unpack
 
 from kddp_ext import ops
 from kddp_ext.activations.statistics import TrackedActivations
-from kddp_ext.loss.checks import check_label_values, check_tensors, check_tracked, is_in_kernels, require_constants
+from kddp_ext.loss.checks import (
+    as_sequence,
+    check_label_values,
+    check_tensors,
+    check_tracked,
+    is_in_kernels,
+    require_constants,
+)
 from kddp_ext.loss.functional import (
     Backend,
     LossTerms,
@@ -146,7 +153,7 @@ def fused_linear_kd_loss(
     teacher = _autocast(teacher_hidden, teacher_weight, teacher_bias)
     _check_layers(student, teacher, checked)
     student_hidden, student_weight, _ = student
-    activations = (activations,) if isinstance(activations, Tensor) else activations
+    activations = as_sequence(activations)
     if chunk_rows is None:
         chunk_rows = max(1, CHUNK_BYTES // (student_weight.shape[0] * student_weight.element_size()))
     elif not isinstance(chunk_rows, int) or isinstance(chunk_rows, bool):
