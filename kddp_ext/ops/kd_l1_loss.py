@@ -336,10 +336,7 @@ class _LossNode(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, loss: Tensor, gradients: list[Tensor], call: _Call, *inputs: Tensor | None) -> Tensor:
         ctx.call = call
-        ctx.packed = torch._C._autograd._top_saved_tensors_default_hooks(False) is not None
-        # Hooks on saved tensors may move the gradients elsewhere, or recompute them (checkpointing).
-        ctx.gradients = None if ctx.packed else gradients
-        save(ctx, *inputs, *(gradients if ctx.packed else ()))
+        keep_gradients(ctx, gradients, inputs)
         return loss
 
     @staticmethod
@@ -347,22 +344,41 @@ class _LossNode(torch.autograd.Function):
         inputs = len(ctx.needs_input_grad) - 3
         if grad_loss is None:
             return (None,) * (3 + inputs)
+        tensors, gradients, owned = take_gradients(ctx, inputs, "fused_kd_l1_loss")
         if torch.is_grad_enabled():  # create_graph=True
-            return (None, None, None, *_differentiable_gradients(ctx, grad_loss, saved_by(ctx)[:inputs]))
-        gradients = saved_by(ctx)[inputs:] if ctx.packed else ctx.gradients
-        if gradients is None:
-            raise RuntimeError(
-                "Trying to backward through the graph of fused_kd_l1_loss a second time, but its gradients have been "
-                "handed out already. Specify retain_graph=True for the first backward."
-            )
-        owned = not (ctx.packed or torch._C._autograd._get_current_graph_task_keep_graph())
-        if owned:
-            ctx.gradients = None
+            return (None, None, None, *_differentiable_gradients(ctx, grad_loss, tensors))
         return (None, None, None, *_by_input(ctx.call, _scaled(ctx.call, gradients, grad_loss, owned), inputs - 4))
 
 
 # Function.apply would inspect the forward's signature for torch.func's transforms, none of which is active here.
 _attach: Any = super(torch.autograd.Function, _LossNode).apply
+
+
+def keep_gradients(ctx: Any, gradients: list[Tensor], inputs: Sequence[Tensor | None]) -> None:
+    """Let the node own `gradients`, and save its inputs."""
+    ctx.packed = torch._C._autograd._top_saved_tensors_default_hooks(False) is not None
+    # Hooks on saved tensors may move the gradients elsewhere, or recompute them (checkpointing).
+    ctx.gradients = None if ctx.packed else gradients
+    save(ctx, *inputs, *(gradients if ctx.packed else ()))
+
+
+def take_gradients(
+    ctx: Any, inputs: int, function: str, *, read_inputs: bool = False
+) -> tuple[list[Any], Sequence[Tensor], bool]:
+    """The saved inputs, empty unless they are needed, the gradients, and whether the caller owns these from now on."""
+    if ctx.gradients is None and not ctx.packed:
+        raise RuntimeError(
+            f"Trying to backward through the graph of {function} a second time, but its gradients have been handed out "
+            "already. Specify retain_graph=True for the first backward."
+        )
+    create_graph = torch.is_grad_enabled()
+    # Checkpoints allow reading the saved tensors once.
+    tensors = saved_by(ctx) if ctx.packed or read_inputs or create_graph else []
+    gradients = tensors[inputs:] if ctx.packed else ctx.gradients
+    owned = not (ctx.packed or create_graph or torch._C._autograd._get_current_graph_task_keep_graph())
+    if owned:
+        ctx.gradients = None
+    return tensors[:inputs], gradients, owned
 
 
 def save(ctx: Any, *tensors: Tensor | None) -> None:

@@ -15,7 +15,15 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kddp_ext.ops import reference
-from kddp_ext.ops.kd_l1_loss import as_tensor, checked_values, loss_of_chunk, save, saved_by
+from kddp_ext.ops.kd_l1_loss import (
+    as_tensor,
+    checked_values,
+    keep_gradients,
+    loss_of_chunk,
+    save,
+    saved_by,
+    take_gradients,
+)
 from kddp_ext.ops.library import library, overwrites_logits, scales_natively
 from kddp_ext.ops.scale_gradients import is_batched, scale_gradients
 
@@ -196,9 +204,7 @@ class _LinearLossNode(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, loss: Tensor, gradients: list[Tensor], call: _Call, *inputs: Tensor | None) -> Tensor:
         ctx.call = call
-        ctx.packed = torch._C._autograd._top_saved_tensors_default_hooks(False) is not None
-        ctx.gradients = None if ctx.packed else gradients
-        save(ctx, *inputs, *(gradients if ctx.packed else ()))
+        keep_gradients(ctx, gradients, inputs)
         return loss
 
     @staticmethod
@@ -206,21 +212,11 @@ class _LinearLossNode(torch.autograd.Function):
         if grad_loss is None:
             return (None,) * (3 + _INPUTS)
         call: _Call = ctx.call
-        gradients = ctx.gradients
-        if gradients is None and not ctx.packed:
-            raise RuntimeError(
-                "Trying to backward through the graph of fused_linear_kd_loss a second time, but its gradients have "
-                "been handed out already. Specify retain_graph=True for the first backward."
-            )
-        is_read = ctx.packed or call.constants[-1] or torch.is_grad_enabled()
-        tensors = saved_by(ctx) if is_read else []  # checkpoints allow reading them once
-        inputs, saved = tensors[:_INPUTS], tensors[_INPUTS:]
-        owned = not (ctx.packed or torch._C._autograd._get_current_graph_task_keep_graph())
+        by_row = call.constants[-1]
+        inputs, gradients, owned = take_gradients(ctx, _INPUTS, "fused_linear_kd_loss", read_inputs=by_row)
         if torch.is_grad_enabled():  # create_graph=True
             return (None, None, None, *_differentiable_gradients(call, inputs, grad_loss))
-        if owned:
-            ctx.gradients = None
-        return (None, None, None, *_by_input(call, inputs, saved if ctx.packed else gradients, grad_loss, owned))
+        return (None, None, None, *_by_input(call, inputs, gradients, grad_loss, owned))
 
 
 _attach: Any = _LinearLossNode.apply
