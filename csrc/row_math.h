@@ -24,12 +24,19 @@ static inline bool computes_in_double(const KdL1Loss& job) {
     return job.student.type == ElementType::float64 || (job.teacher.data && job.teacher.type == ElementType::float64);
 }
 
+static inline bool has_labels(const KdL1Loss& job) { return job.labels || job.soft_labels.data; }
+
+// Whether every class has a factor of its own in the cross entropy, see TargetSums.
+static inline bool has_targets(const KdL1Loss& job) {
+    return job.soft_labels.data || (job.labels && job.class_weights);
+}
+
 // How the cross entropy gets e^s: e^(s/T) itself (T = 1), its square (T = 2), its fourth power (T = 4), or a separate
 // exponential. `absent`: there are no labels.
 enum class ExpReuse : int { absent, same, square, fourth, separate };
 
 static inline ExpReuse choose_exp_reuse(const KdL1Loss& job) {
-    if (!job.labels) return ExpReuse::absent;
+    if (!has_labels(job)) return ExpReuse::absent;
     if (job.standardize_logits && job.teacher.data) return ExpReuse::separate;
     if (job.temperature == 1) return ExpReuse::same;
     // Squaring costs too many of a double's digits. Without a teacher e^(s/T) has no other use.
@@ -73,10 +80,11 @@ KDDP_INLINE MixtureSlopes mixture_slopes(const Mixture& mixture) {
 
 // A call, and what the formulas derive from it.
 struct RowParams : KdL1Loss {
-    bool with_teacher, with_labels, standardize;
+    bool with_teacher, with_labels, with_targets, standardize;
     ExpReuse exp_reuse;
-    double value_scale;     // what a row's terms are multiplied by
-    double gradient_scale;  // the same for the gradient, see scaled_gradients
+    double target_share, target_constant;  // see TargetSums
+    double value_scale;                    // what a row's terms are multiplied by
+    double gradient_scale;                 // the same for the gradient, see scaled_gradients
 };
 
 KDDP_INLINE void set_scales(RowParams& params, double valid_rows) {
@@ -88,8 +96,17 @@ KDDP_INLINE void set_scales(RowParams& params, double valid_rows) {
 
 // The caller sets both scales with set_scales, once it has counted the valid rows.
 static inline RowParams row_params(const KdL1Loss& job) {
-    const bool with_teacher = job.teacher.data, with_labels = job.labels;
-    return {job, with_teacher, with_labels, with_teacher && job.standardize_logits, choose_exp_reuse(job), 0, 0};
+    const bool with_teacher = job.teacher.data;
+    return {job,
+            with_teacher,
+            has_labels(job),
+            has_targets(job),
+            with_teacher && job.standardize_logits,
+            choose_exp_reuse(job),
+            job.soft_labels.data ? 1 - job.label_smoothing : 0,
+            job.label_smoothing / double(job.classes),
+            0,
+            0};
 }
 
 // Mean and standard deviation of a row (with classes - 1 in the denominator, as torch.std), in multiples of `unit`, a
@@ -119,6 +136,24 @@ struct ChunkSums {
     double logits;                        // sum s
     double student_moment, other_moment;  // sum e^u (s - r_s), sum (e^v or e^u w) (s - r_s)
 };
+
+// Sums over the targets of a chunk or a row. The target of class c is v_c = w_c (share z_c + constant), the factor of
+// -log softmax(s)_c: `share` is 1 - label_smoothing, `constant` is label_smoothing / classes, and kddp/kd_l1_loss.h has
+// w and z. With `labels` z is left out here, and cross_entropy_of_targets adds the label's share.
+struct TargetSums {
+    double reference = 0;     // the highest logit, at least half of the lowest number
+    double sum = 0, dot = 0;  // sum v, sum v (s - reference)
+};
+
+// Adds the sums of a chunk to those of the chunks before.
+KDDP_INLINE void merge_targets(const TargetSums& chunk, TargetSums& row) {
+    if (chunk.reference > row.reference) {
+        row.dot += (row.reference - chunk.reference) * row.sum;
+        row.reference = chunk.reference;
+    }
+    row.sum += chunk.sum;
+    row.dot += chunk.dot + (chunk.reference - row.reference) * chunk.sum;
+}
 
 // The sums of a second pass.
 template <class T>
@@ -179,6 +214,7 @@ struct RowGradientOf {
     T constant;       // subtracted from every class
     T label;          // subtracted from the label's class
     T projection;     // times s - mean, subtracted: the path through the standard deviation of standardized logits
+    T targets;        // times the target of each class, subtracted (see TargetSums)
 };
 using RowGradient = RowGradientOf<double>;
 
@@ -306,11 +342,30 @@ KDDP_INLINE void through_standardization(const RowParams& params, const ChunkSum
         gradient.projection = along / (double(params.classes - 1) * student.deviation * divisor * in_logits);
 }
 
-// Cross entropy against (1 - smoothing) onehot(label) + smoothing / C, and its coefficients of the gradient. With dkd
-// the sums exclude the label.
-KDDP_INLINE double cross_entropy(const RowParams& params, const ChunkSums& row, double unit, double label_logit,
-                                 double scale, RowGradient& gradient) {
-    const double margin = (label_logit - row.student_reference) * unit;
+// A row's label, where there is one: its logit, and its class weight if there are targets.
+struct RowLabel {
+    double logit, weight;
+};
+
+// Cross entropy against the targets and the label's share of them, and its coefficients of the gradient, from log sum
+// e^(s - r_s) and `at_label`, the label's probability where the sums exclude it.
+KDDP_INLINE double cross_entropy_of_targets(const RowParams& params, const ChunkSums& row, const TargetSums& targets,
+                                            double unit, RowLabel label, double log_sum, double at_label, double scale,
+                                            RowGradient& gradient) {
+    const double share = params.labels ? (1 - params.label_smoothing) * label.weight : 0;
+    const double sum = targets.sum + share;
+    gradient.untempered *= sum;
+    gradient.targets = scale;
+    gradient.label += scale * (share - sum * at_label);
+    const double of_label = params.labels ? share * (label.logit - targets.reference) : 0;
+    return sum * (log_sum - (targets.reference - row.student_reference) * unit) - (targets.dot + of_label) * unit;
+}
+
+// Cross entropy against (1 - smoothing) onehot(label) + smoothing / C, or the targets, and its coefficients of the
+// gradient. With dkd the sums exclude the label.
+KDDP_INLINE double cross_entropy(const RowParams& params, const ChunkSums& row, const TargetSums& targets, double unit,
+                                 RowLabel label, double scale, RowGradient& gradient) {
+    const double margin = (label.logit - row.student_reference) * unit;
     double log_sum = std::log(row.untempered), at_label = 0;
     if (params.divergence == Divergence::dkd && params.with_teacher) {
         const double higher = log_sum > margin ? log_sum : margin, lower = log_sum > margin ? margin : log_sum;
@@ -320,6 +375,8 @@ KDDP_INLINE double cross_entropy(const RowParams& params, const ChunkSums& row, 
     } else {
         gradient.untempered = scale / row.untempered;
     }
+    if (params.with_targets)
+        return cross_entropy_of_targets(params, row, targets, unit, label, log_sum, at_label, scale, gradient);
     gradient.constant = scale * params.label_smoothing / double(params.classes);
     gradient.label += scale * (1 - params.label_smoothing - at_label);
     const double nll = log_sum - margin;
@@ -342,16 +399,17 @@ KDDP_INLINE double finish_divergence(const RowParams& params, const ChunkSums& r
     return divergence * params.temperature * params.temperature * params.value_scale * weight;
 }
 
-KDDP_INLINE double finish_cross_entropy(const RowParams& params, const ChunkSums& row, double unit, double label_logit,
-                                        double weight, RowGradient& gradient) {
+KDDP_INLINE double finish_cross_entropy(const RowParams& params, const ChunkSums& row, const TargetSums& targets,
+                                        double unit, RowLabel label, double weight, RowGradient& gradient) {
     if (!params.with_labels || weight == 0) return 0;
     const double scale = (1 - params.alpha) * params.gradient_scale * weight;
-    RowGradient of_labels{0, 0, 0, 0, gradient.label, 0};
-    const double entropy = cross_entropy(params, row, unit, label_logit, scale, of_labels);
+    RowGradient of_labels{0, 0, 0, 0, gradient.label, 0, 0};
+    const double entropy = cross_entropy(params, row, targets, unit, label, scale, of_labels);
     if (params.alpha != 1) {
         gradient.untempered = of_labels.untempered;
         gradient.constant = of_labels.constant;
         gradient.label = of_labels.label;
+        gradient.targets = of_labels.targets;
     }
     return params.value_scale * weight * entropy;
 }

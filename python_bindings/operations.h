@@ -38,12 +38,13 @@ using LayerArguments = std::tuple<MatrixArguments, int64_t, int64_t, double, dou
 
 template <class Backend>
 void kd_l1_loss(int64_t rows, int64_t classes, const MatrixArguments& student, const MatrixArguments& teacher,
-                Address labels, Address row_weights, const std::vector<LayerArguments>& layer_arguments,
-                int64_t statistics_stride, double temperature, double alpha, double normalizer, double label_smoothing,
-                int64_t ignore_index, int divergence, double mixture_share, double teacher_weight,
-                double student_weight, double dkd_target_weight, double dkd_non_target_weight, bool standardize_logits,
-                bool scaled_gradients, Address logits_gradient, int result_type, Address loss, Address terms,
-                Address row_terms, const py::function& allocate, const typename Backend::Context& context) {
+                Address labels, const MatrixArguments& soft_labels, Address class_weights, Address row_weights,
+                const std::vector<LayerArguments>& layer_arguments, int64_t statistics_stride, double temperature,
+                double alpha, double normalizer, double label_smoothing, int64_t ignore_index, int divergence,
+                double mixture_share, double teacher_weight, double student_weight, double dkd_target_weight,
+                double dkd_non_target_weight, bool standardize_logits, bool scaled_gradients, Address logits_gradient,
+                int result_type, Address loss, Address terms, Address row_terms, const py::function& allocate,
+                const typename Backend::Context& context) {
     std::vector<kddp::ActivationLayer> layers;
     layers.reserve(layer_arguments.size());
     for (const auto& [activation, layer_rows, neurons, samples, l1_weight, gradient, statistics] : layer_arguments)
@@ -52,7 +53,8 @@ void kd_l1_loss(int64_t rows, int64_t classes, const MatrixArguments& student, c
     kddp::KdL1Loss job{};
     job.rows = rows, job.classes = classes;
     job.student = matrix(student), job.teacher = matrix(teacher);
-    job.labels = pointer<const int64_t>(labels), job.row_weights = pointer<const double>(row_weights);
+    job.labels = pointer<const int64_t>(labels), job.soft_labels = matrix(soft_labels);
+    job.class_weights = pointer<const void>(class_weights), job.row_weights = pointer<const double>(row_weights);
     job.activations = {layers.data(), static_cast<int64_t>(layers.size()), statistics_stride};
     job.temperature = temperature;
     job.alpha = alpha;

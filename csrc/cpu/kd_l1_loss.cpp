@@ -64,12 +64,14 @@ struct Schedule {
     template <class T>
     RowScratch<T> take_scratch(Workspace& from) const {
         const bool mixes = has_second_pass(job.divergence), rereads = job.standardize_logits || mixes;
-        const bool separate = choose_exp_reuse(job) == ExpReuse::separate || job.standardize_logits;
+        const bool targets = has_targets(job);
+        const bool separate = choose_exp_reuse(job) == ExpReuse::separate || job.standardize_logits || targets;
         const int64_t kept = kept_places<T>(job.classes), of_chunk = chunk_classes(job.classes);
         const int64_t reread = rereads ? of_chunk : 0, chunks = divide_up(job.classes + lanes<T>, of_chunk);
         // Evaluated in this order.
-        return {{from.take<T>(kept), from.take<T>(kept), from.take<T>(separate ? kept : 0)},
-                {from.take<T>(reread), from.take<T>(reread), nullptr},
+        return {{from.take<T>(kept), from.take<T>(kept), from.take<T>(separate ? kept : 0),
+                 from.take<T>(targets ? kept : 0)},
+                {from.take<T>(reread), from.take<T>(reread), nullptr, nullptr},
                 from.take<ChunkSums>(chunks),
                 from.take<MixtureSums>(mixes ? chunks : 0)};
     }
@@ -189,9 +191,9 @@ void advise_outputs(const KdL1Loss& job) {
 template <Distillation distillation, class Body>
 void dispatch_cross_entropy(const KdL1Loss& job, Body body) {
     if (job.standardize_logits)
-        return job.labels ? body(LossForm<distillation, CrossEntropy::separate, true>{})
-                          : body(LossForm<distillation, CrossEntropy::absent, true>{});
-    if (!job.labels) return body(LossForm<distillation, CrossEntropy::absent, false>{});
+        return has_labels(job) ? body(LossForm<distillation, CrossEntropy::separate, true>{})
+                               : body(LossForm<distillation, CrossEntropy::absent, true>{});
+    if (!has_labels(job)) return body(LossForm<distillation, CrossEntropy::absent, false>{});
     if (choose_exp_reuse(job) == ExpReuse::separate)
         return body(LossForm<distillation, CrossEntropy::separate, false>{});
     body(LossForm<distillation, CrossEntropy::power, false>{});
@@ -248,10 +250,11 @@ void set_reading_kernels(RowKernels<T>& kernels) {
 // A term of weight 0 has no gradient, rather than 0 times a gradient that may be infinite.
 template <class T, class Element, Distillation distillation>
 auto write_gradient_of(const KdL1Loss& job) {
-    // add_projection leaves there everything that standardized logits add.
+    // add_projection and subtract_targets write their terms where the untempered exponentials were.
     const bool standardized = distillation != Distillation::none && job.standardize_logits;
     if (standardized) return write_gradient<T, Element, distillation, ExpReuse::separate>;
-    if (!job.labels || job.alpha == 1) return write_gradient<T, Element, distillation, ExpReuse::absent>;
+    if (!has_labels(job) || job.alpha == 1) return write_gradient<T, Element, distillation, ExpReuse::absent>;
+    if (has_targets(job)) return write_gradient<T, Element, distillation, ExpReuse::separate>;
     const ExpReuse reuse = choose_exp_reuse(job);
     if (reuse == ExpReuse::same) return write_gradient<T, Element, distillation, ExpReuse::same>;
     if constexpr (sizeof(T) == 4) {
@@ -268,6 +271,8 @@ RowKernels<ComputedIn<Element>> row_kernels(const KdL1Loss& job, Element, Form) 
     RowKernels<T> kernels{};
     kernels.convert_student = kernels.read_student = convert_chunk_of<T>(student);
     kernels.convert_teacher = kernels.read_teacher = convert_chunk_of<T>(teacher);
+    const bool labels_in_place = job.soft_labels.type == type_of_element<T>;
+    kernels.read_soft_labels = labels_in_place ? view_chunk<T, T> : convert_chunk_of<T>(job.soft_labels.type);
 
     // Logits are read where they are if both sides have one type and nothing modifies them, as dkd does, or sums them.
     const bool dkd = job.teacher.data && job.divergence == Divergence::dkd;
@@ -275,8 +280,9 @@ RowKernels<ComputedIn<Element>> row_kernels(const KdL1Loss& job, Element, Form) 
     constexpr bool reads_16_bits =
         sizeof(Element) == 2 && Form::distillation == Distillation::forward && !Form::standardized;
     // Long rows are exponentiated twice instead of being stored, unless a term has the weight 0 (see below).
-    const bool weightless = (job.teacher.data && job.alpha == 0) || (job.labels && job.alpha == 1);
-    const bool keep = job.classes <= longest_kept_row || weightless || !same_types || dkd;
+    const bool weightless = (job.teacher.data && job.alpha == 0) || (has_labels(job) && job.alpha == 1);
+    const bool targets = has_targets(job);
+    const bool keep = job.classes <= longest_kept_row || weightless || !same_types || dkd || targets;
     const auto read_in_place = [&](auto element) {
         using Read = decltype(element);
         if (!dkd && student == type_of_element<Read>) kernels.read_student = view_chunk<T, Read>;
@@ -286,7 +292,7 @@ RowKernels<ComputedIn<Element>> row_kernels(const KdL1Loss& job, Element, Form) 
             if (!keep) return set_reading_kernels<T, Read, Form, false>(kernels);
         set_reading_kernels<T, Read, Form, true>(kernels);
     };
-    if (same_types && !dkd && job.label_smoothing == 0)
+    if (same_types && !dkd && job.label_smoothing == 0 && !targets)
         read_in_place(std::conditional_t<reads_16_bits, Element, T>{});
     else
         read_in_place(T{});

@@ -28,6 +28,7 @@ template <class T>
 struct RowKernels {
     ReadChunk<T> read_student, read_teacher;        // as `exponentiate` wants its logits
     ReadChunk<T> convert_student, convert_teacher;  // to T
+    ReadChunk<T> read_soft_labels;                  // to T, or where they are
     T (*highest_of)(const void* logits, Chunk, int64_t places);
     Highest<T> (*exponentiate[2])(const void* student, const void* teacher, const RowBuffers<T>&, const Chunk&,
                                   const LogitScale<T>&, const NextLogits&, ChunkSums&);
@@ -56,6 +57,7 @@ struct RowState {
     double student_to_nats, teacher_to_nats;  // 1 / T, for standardized logits also divided by the row's deviation
     Moments student, teacher;
     const ChunkSums* sums;  // of the row
+    ChunkTargets targets;   // of the row
     ChunkSums merged;       // if it has several chunks
     MixtureSums mixture;
     RowGradient gradient;
@@ -65,7 +67,7 @@ struct RowState {
 template <class T>
 struct RowScratch {
     RowBuffers<T> kept;    // exponentials: of a row, or of one chunk
-    RowBuffers<T> logits;  // the logits of a chunk, for passes that read it again; no `untempered`
+    RowBuffers<T> logits;  // the logits of a chunk, for passes that read it again; the first two buffers
     ChunkSums* sums;       // of each chunk
     MixtureSums* mixture;  // of each chunk
 };
@@ -90,7 +92,11 @@ class LogitsRows {
         RowState state;
         begin(row, scratch, state);
         const int64_t chunks = chunks_of(row);
-        for (int64_t k = 0; k < chunks; ++k) exponentiate(row, k, state, buffers_of(k, scratch), scratch.sums[k]);
+        for (int64_t k = 0; k < chunks; ++k) {
+            ChunkTargets targets;
+            exponentiate(row, k, state, buffers_of(k, scratch), scratch.sums[k], targets);
+            if (params_.with_targets) add_targets(targets, k == 0, state.targets);
+        }
         merge_sums(scratch.sums, chunks, state);
         if (mixes()) {
             for (int64_t k = 0; k < chunks; ++k) scratch.mixture[k] = mix(row, k, state, scratch.sums[k], scratch);
@@ -219,14 +225,17 @@ class LogitsRows {
         return running.moments();
     }
 
+    // The sums of a chunk, and its exponentials and targets in the buffers.
     KDDP_NOINLINE void exponentiate(int64_t row, int64_t k, const RowState& state, RowBuffers<T> buffers,
-                                    ChunkSums& sums) const {
+                                    ChunkSums& sums, ChunkTargets& targets) const {
         const Chunk chunk = chunk_of(row, k);
         const LogitScale<T> scale = scale_of(state);
         Logits logits = read(row, chunk, state, buffers);
-        // kd_l1_loss.cpp has the student's logits read as T where label_smoothing needs their sum.
+        // kd_l1_loss.cpp has the student's logits read as T for these sums.
         sums.logits = 0;
-        if (params_.label_smoothing != 0)
+        if (params_.with_targets)
+            targets = targets_of(row, k, static_cast<const T*>(logits.student), buffers.targets);
+        else if (params_.label_smoothing != 0)
             sums.logits = sum_of_chunk(static_cast<const T*>(logits.student), chunk, T(0), [](auto v) { return v; });
         pad_label(row, chunk, buffers);
         // The first vectors show where the highest logits are; if not, the chunk is done again. The weighted form takes
@@ -236,7 +245,7 @@ class LogitsRows {
                         params_.with_teacher ? kernels_.highest_of(logits.teacher, chunk, places) : T(0)},
                        scale, sums);
         const Highest<T> highest = kernels_.exponentiate[shifts(sums, scale)](logits.student, logits.teacher, buffers,
-                                                                              chunk, scale, next_of(row, k), sums);
+                                                                              chunk, scale, next_logits(row, k), sums);
         if (!reference_ok(highest.student, sums.student_reference, state.student_to_nats, state.student.unit) ||
             (params_.with_teacher &&
              !reference_ok(highest.teacher, sums.teacher_reference, state.teacher_to_nats, 1))) {
@@ -244,9 +253,32 @@ class LogitsRows {
             pad_label(row, chunk, buffers);
             set_references(highest, scale, sums);
             kernels_.exponentiate[shifts(sums, scale)](logits.student, logits.teacher, buffers, chunk, scale,
-                                                       next_of(row, k), sums);
+                                                       next_logits(row, k), sums);
         }
         sums.highest = double(highest.student);
+    }
+
+    KDDP_NOINLINE ChunkTargets targets_of(int64_t row, int64_t k, const T* logits, T* buffer) const {
+        const Chunk chunk = chunk_of(row, k);
+        const T* soft_labels = nullptr;
+        const T* weights = static_cast<const T*>(params_.class_weights);
+        if (params_.soft_labels.data)
+            soft_labels = static_cast<const T*>(
+                kernels_.read_soft_labels(element(params_.soft_labels, row, chunk.start), chunk, buffer));
+        if (weights) weights += chunk.start - chunk.head;
+        const auto [next_row, next_start] = next_of(row, k);
+        return sum_targets(logits, soft_labels, weights, T(params_.target_share), T(params_.target_constant), chunk,
+                           element(params_.soft_labels, next_row, next_start),
+                           lanes<T> * size_of(params_.soft_labels.type), buffer);
+    }
+
+    static void add_targets(const ChunkTargets& chunk, bool is_first, ChunkTargets& row) {
+        if (is_first) {
+            row = chunk;
+            return;
+        }
+        merge_targets(chunk.sums, row.sums);
+        if (chunk.highest_label > row.highest_label) row.highest_label = chunk.highest_label, row.label = chunk.label;
     }
 
     // References must be finite: a row of -inf then has differences of -inf, and padding stays below it.
@@ -274,11 +306,18 @@ class LogitsRows {
         return delta * unit <= 20 && delta * to_nats <= 20;
     }
 
+    struct Position {
+        int64_t row, column;
+    };
+
     // The next chunk of this row, or the first chunk of the next row.
-    NextLogits next_of(int64_t row, int64_t k) const {
+    Position next_of(int64_t row, int64_t k) const {
         const bool ends = k + 1 == chunks_of(row);
-        const int64_t next_row = ends && row + 1 < params_.rows ? row + 1 : row;
-        const int64_t start = ends ? 0 : chunk_of(row, k + 1).start;
+        return {ends && row + 1 < params_.rows ? row + 1 : row, ends ? 0 : chunk_of(row, k + 1).start};
+    }
+
+    NextLogits next_logits(int64_t row, int64_t k) const {
+        const auto [next_row, start] = next_of(row, k);
         return {element(params_.student, next_row, start), element(params_.teacher, next_row, start),
                 lanes<T> * size_of(params_.student.type), lanes<T> * size_of(params_.teacher.type)};
     }
@@ -308,7 +347,8 @@ class LogitsRows {
         const Chunk chunk = chunk_of(row, k);
         const RowBuffers<T> buffers = buffers_of(k, scratch);
         ChunkSums unused;
-        if (!kept_) exponentiate(row, k, state, buffers, unused);
+        ChunkTargets unused_targets;
+        if (!kept_) exponentiate(row, k, state, buffers, unused, unused_targets);
         const Logits logits = read(row, chunk, state, scratch.logits);
         const Rebase by = rebased(of_chunk, state);
         MixtureScale<T> scale{};
@@ -358,7 +398,7 @@ class LogitsRows {
     }
 
     KDDP_NOINLINE RowTerms finish(int64_t row, RowState& state) const {
-        const int64_t label = label_of(row);
+        const int64_t label = params_.soft_labels.data ? state.targets.label : label_of(row);
         TargetMargins target{};
         double label_logit = 0;
         if (label >= 0) {
@@ -371,10 +411,15 @@ class LogitsRows {
         }
         const double kd = finish_divergence(params_, *state.sums, state.mixture, state.student, target, label_logit,
                                             weight_of(row, 0), state.gradient);
-        const double ce = finish_cross_entropy(params_, *state.sums, state.student.unit, label_logit, weight_of(row, 1),
-                                               state.gradient);
+        const double ce =
+            finish_cross_entropy(params_, *state.sums, state.targets.sums, state.student.unit,
+                                 {label_logit, class_weight_of(label)}, weight_of(row, 1), state.gradient);
         const bool highest = label >= 0 && label_logit >= state.sums->highest;
         return {kd, ce, double(highest && !appears_before(row, label, T(label_logit * state.student.unit)))};
+    }
+
+    double class_weight_of(int64_t label) const {
+        return params_.class_weights && label >= 0 ? double(static_cast<const T*>(params_.class_weights)[label]) : 1;
     }
 
     double logit(const Matrix& matrix, ReadChunk<T> convert, int64_t row, int64_t column, double unit) const {
@@ -408,10 +453,15 @@ class LogitsRows {
             return;
         }
         ChunkSums unused;
+        ChunkTargets unused_targets;
         if (!kept_ && mixes())
             mix(row, k, state, sums, scratch);
         else if (!kept_)
-            exponentiate(row, k, state, buffers, unused);
+            exponentiate(row, k, state, buffers, unused, unused_targets);
+        if (params_.with_targets && params_.alpha != 1) {
+            subtract_targets(buffers, chunk, params_.exp_reuse, of.untempered, of.targets);
+            of.untempered = 1;
+        }
         if (params_.standardize && params_.alpha != 0) {
             const void* logits = in_unit(kernels_.convert_student, kernels_.convert_student, params_.student, row,
                                          chunk, state.student.unit, scratch.logits.student);
@@ -433,7 +483,7 @@ class LogitsRows {
         RowGradient of = state.gradient;
         if (&sums != state.sums) rebase_gradient(params_, rebased(sums, state), of);
         const int64_t label = label_of(row) - chunk.start;
-        to.first = T(of.first), to.second = T(of.second);
+        to.first = T(of.first), to.second = T(of.second), to.targets = T(of.targets);
         const double mean = state.student.mean;  // add_projection uses it rounded
         to.untempered = T(of.untempered), to.label = T(of.label);
         to.constant = T(of.constant + of.projection * (double(T(mean)) - mean));

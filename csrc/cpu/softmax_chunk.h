@@ -40,12 +40,13 @@ template <class T>
 struct RowBuffers {
     T* student;
     T* teacher;
-    T* untempered;  // used with CrossEntropy::separate
+    T* untempered;  // used with CrossEntropy::separate, and by add_projection and subtract_targets
+    T* targets;
 };
 
 template <class T>
 inline RowBuffers<T> operator+(RowBuffers<T> buffers, int64_t offset) {
-    return {buffers.student + offset, buffers.teacher + offset, buffers.untempered + offset};
+    return {buffers.student + offset, buffers.teacher + offset, buffers.untempered + offset, buffers.targets + offset};
 }
 
 // Padding for lanes outside the chunk: exp(pad) = 0 and pad - pad = 0.
@@ -78,12 +79,17 @@ using ReadChunk = const void* (*)(const void* source, Chunk chunk, T* buffer);
 template <class T, class Element>
 T highest_of(const void* logits, Chunk chunk, int64_t places) {
     const Element* from = static_cast<const Element*>(logits);
-    Vector<T> highest = broadcast<T>(padding<T>);
+    Vector<T> even = broadcast<T>(padding<T>), odd = even;  // two, because a maximum has to wait for the one before
     chunk.count = smaller(chunk.end(), places) - chunk.head;
-    for_each_vector<T>(chunk, [&](int64_t i, int64_t first, int64_t last) KDDP_ALWAYS_INLINE {
-        highest = maximum<T>(load_logits<T>(from + i, first, last), highest);
-    });
-    return maximum_of_lanes<T>(highest);
+    for_each_vector<T, true>(
+        chunk,
+        [&](int64_t i, int64_t first, int64_t last)
+            KDDP_ALWAYS_INLINE { even = maximum<T>(load_logits<T>(from + i, first, last), even); },
+        [&](int64_t i) KDDP_ALWAYS_INLINE {
+            even = maximum<T>(load_elements<T>(from + i), even);
+            odd = maximum<T>(load_elements<T>(from + i + lanes<T>), odd);
+        });
+    return maximum_of_lanes<T>(maximum<T>(even, odd));
 }
 
 // Sum of f(value) over a chunk, where f(fill) = 0.
@@ -93,6 +99,71 @@ double sum_of_chunk(const T* values, Chunk chunk, T fill, F f) {
     for_each_vector<T>(chunk, [&](int64_t i, int64_t first, int64_t last)
                                   KDDP_ALWAYS_INLINE { sum += f(load_lanes<T>(values + i, first, last, fill)); });
     return sum_of_lanes<T>(sum);
+}
+
+// A sum over many vectors: every few of them in T, then in double, so that rounding does not grow with the count.
+template <class T>
+struct LongSum {
+    static constexpr unsigned vectors_at_once = 8;
+    Vector<T> few{};
+    DoubleSum<T> all;
+
+    void operator+=(Vector<T> v) { few += v; }
+    void flush() { all += few, few = Vector<T>{}; }
+    double of_lanes() { return flush(), all.of_lanes(); }
+};
+
+// The sums of a chunk's targets, and the first class with the highest soft label.
+struct ChunkTargets {
+    TargetSums sums;
+    double highest_label;
+    int64_t label;
+};
+
+// Writes the targets of a chunk to `targets` and returns their sums. `soft_labels` and `class_weights` are indexed by
+// place, and may be null. `next`: the soft labels of the next chunk, `next_bytes` for each vector, to prefetch them.
+template <class T>
+ChunkTargets sum_targets(const T* logits, const T* soft_labels, const T* class_weights, T share, T constant,
+                         Chunk chunk, const char* next, int64_t next_bytes, T* targets) {
+    const T lowest = padding<T> / 2, highest = highest_of<T, T>(logits, chunk, chunk.end());
+    const T reference = highest > lowest ? highest : lowest;
+    // The highest labels of the lanes, and their places. Partial vectors have their own, because the last one comes
+    // before others that have lower places.
+    struct Highest {
+        Vector<T> labels = broadcast<T>(-infinity<T>), places{};
+    } of_whole, of_partial;
+    LongSum<T> sum, dot;
+    unsigned vectors = 0;
+    Vector<T> lane_numbers{};
+    for (int i = 0; i < lanes<T>; ++i) lane_numbers[i] = T(i);
+    for_each_vector<T>(chunk, [&](int64_t i, int64_t first, int64_t last) KDDP_ALWAYS_INLINE {
+        const Vector<T> s = load_lanes<T>(logits + i, first, last, reference), places = lane_numbers + T(i);
+        Vector<T> target = broadcast<T>(constant);
+        if (soft_labels) {
+            prefetch(next);
+            next += next_bytes;
+            const Vector<T> z = load_lanes<T>(soft_labels + i, first, last, -infinity<T>);
+            Highest& of = last - first < lanes<T> ? of_partial : of_whole;
+            of.places = z > of.labels ? places : of.places;
+            of.labels = maximum<T>(z, of.labels);
+            target += share * z;
+        }
+        if (class_weights) target *= load_lanes<T>(class_weights + i, first, last, T(0));
+        if (last - first < lanes<T>)
+            target = (places >= T(chunk.head)) & (places < T(chunk.end())) ? target : Vector<T>{};
+        store<T>(targets + i, target);
+        sum += target;
+        dot += target * (s - reference);
+        if (++vectors % LongSum<T>::vectors_at_once == 0) sum.flush(), dot.flush();
+    });
+    const T highest_label = maximum_of_lanes<T>(maximum<T>(of_whole.labels, of_partial.labels));
+    T place = T(chunk.end());
+    for (const Highest& of : {of_whole, of_partial})
+        for (int i = 0; i < lanes<T>; ++i)
+            if (of.labels[i] == highest_label && of.places[i] < place) place = of.places[i];
+    return {{double(reference), sum.of_lanes(), dot.of_lanes()},
+            double(highest_label),
+            chunk.start - chunk.head + int64_t(place)};
 }
 
 // Mean and standard deviation, updated chunk by chunk (Chan, Golub, LeVeque 1979). Deviations are taken from the first
@@ -142,18 +213,6 @@ struct Exponentials {
     Vector<T> student{};     // e^u
     Vector<T> other{};       // e^v; in the weighted form u - v
     Vector<T> untempered{};  // e^(s - r_s)
-};
-
-// A sum over many vectors: every few of them in T, then in double, so that rounding does not grow with the count.
-template <class T>
-struct LongSum {
-    static constexpr unsigned vectors_at_once = 8;
-    Vector<T> few{};
-    DoubleSum<T> all;
-
-    void operator+=(Vector<T> v) { few += v; }
-    void flush() { all += few, few = Vector<T>{}; }
-    double of_lanes() { return flush(), all.of_lanes(); }
 };
 
 // The gradient of standardized logits is a difference of quotients of these sums, which needs the longer ones.
@@ -420,7 +479,7 @@ void symmetrize_chunk(const void* student_logits, const void* teacher_logits, Ro
 // The coefficients of RowGradient for one chunk, and where its gradient goes.
 template <class T>
 struct ChunkGradient {
-    T first, second, untempered, constant, label;
+    T first, second, untempered, constant, label, targets;
     int64_t label_place;  // of the label in this chunk; otherwise below 0
     void* target;         // of the chunk's first class
     bool past_caches;
@@ -428,7 +487,7 @@ struct ChunkGradient {
     // A copy that no store can alias, so that the compiler keeps it in registers. Copied field by field: a wide load of
     // fields that were just stored would stall.
     ChunkGradient copy() const {
-        return {first, second, untempered, constant, label, label_place, target, past_caches};
+        return {first, second, untempered, constant, label, targets, label_place, target, past_caches};
     }
 };
 
@@ -483,6 +542,22 @@ void add_projection(const T* logits, T* exponentials, Chunk chunk, T untempered,
         if (untempered != 0) sum = untempered * load<T>(exponentials + i);
         if (projection != 0) sum -= projection * (load_logits<T>(logits + i, first, last) - mean);
         store<T>(exponentials + i, sum);
+    });
+}
+
+// Writes to buffers.untempered what the cross entropy with the targets adds to the gradient: untempered * e^(s - r_s) -
+// targets * target. Without a weight that is 0, whatever the targets are.
+template <class T>
+void subtract_targets(const RowBuffers<T>& from, Chunk chunk, ExpReuse reuse, T untempered, T targets) {
+    const RowBuffers<T> buffers = from;
+    const T* exponentials = reuse == ExpReuse::separate ? buffers.untempered : buffers.student;
+    const int squarings = squarings_of(reuse);
+    for_each_vector<T>(chunk, [&](int64_t i, int64_t, int64_t) KDDP_ALWAYS_INLINE {
+        Vector<T> sum{};
+        if (targets != 0)
+            sum =
+                untempered * power_of<T>(load<T>(exponentials + i), squarings) - targets * load<T>(buffers.targets + i);
+        store<T>(buffers.untempered + i, sum);
     });
 }
 

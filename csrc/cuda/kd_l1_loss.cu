@@ -169,6 +169,7 @@ class Launches {
         launch_.side_vectors = plan_.side_vectors, launch_.team_vectors = plan_.team_vectors;
         launch_.student_elements = extent(job_.student, job_.rows, job_.classes);
         launch_.teacher_elements = extent(job_.teacher, job_.rows, job_.classes);
+        launch_.soft_label_elements = extent(job_.soft_labels, job_.rows, job_.classes);
         launch_.count_labels = with_rows && job_.labels && job_.student.data;
         launch_.label_counter = reinterpret_cast<unsigned long long*>(context_->counters);
         launch_.done_counter = context_->counters + 2;

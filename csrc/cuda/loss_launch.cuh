@@ -26,14 +26,19 @@ struct LayerLaunch {
     int aligned;  // a thread may load in one access: 16 bytes, or with statistics the columns that it sums
 };
 
+// The highest logit and the highest soft label, each with the first class that has it.
+struct Predictions {
+    double logit, logit_class, label, label_class;
+};
+
 constexpr int layers_per_launch = 20;
 
 // A call, and what the host has planned for one of its launches. Without rows, the student is absent.
 struct LossLaunch : RowParams {
-    int slice_classes, slices;                   // blocks that share a row take a slice each
-    unsigned row_groups;                         // blocks, or groups of blocks that share a row, that take rows in turn
-    int side_vectors, team_vectors;              // of 16 bytes, in shared memory
-    int64_t student_elements, teacher_elements;  // from the first of the matrix to behind its last
+    int slice_classes, slices;       // blocks that share a row take a slice each
+    unsigned row_groups;             // blocks, or groups of blocks that share a row, that take rows in turn
+    int side_vectors, team_vectors;  // of 16 bytes, in shared memory
+    int64_t student_elements, teacher_elements, soft_label_elements;  // from the first of the matrix to behind its last
     bool count_labels;
     double inverse_temperature;
     LayerLaunch layers[layers_per_launch];

@@ -176,7 +176,8 @@ struct GradientScale : RowGradientOf<T> {
 
 template <class T>
 KDDP_DEVICE GradientScale<T> gradient_scale(const RowGradient& row, double reference, const Moments& student) {
-    return {{T(row.first), T(row.second), T(row.untempered), T(row.constant), T(row.label), T(row.projection)},
+    return {{T(row.first), T(row.second), T(row.untempered), T(row.constant), T(row.label), T(row.projection),
+             T(row.targets)},
             T(reference - student.mean),
             T(student.unit)};
 }

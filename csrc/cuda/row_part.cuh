@@ -9,6 +9,24 @@
 
 namespace kddp {
 
+// The sums of a team's row, from which one thread computes its terms and the coefficients of its gradient. In shared
+// memory, because so many doubles do not fit in registers.
+struct alignas(16) TeamRecord {  // two doubles per access
+    ChunkSums sums;
+    MixtureSums mixture;
+    TargetSums targets;
+    Moments student, teacher;
+    TargetMargins target;
+    double label_logit, value_scale, gradient_scale;
+    RowGradient gradient;
+    RowTerms terms;  // of all rows so far
+    LogitScale<double> scale;
+    int64_t row, label;
+    int count;
+    bool computed, outranked;
+    bool sliced, counts;  // its references differ from the row's; it adds to the terms
+};
+
 template <class Types, int lanes, bool cached, GradientForm form>
 class RowPart {
   public:
@@ -152,6 +170,45 @@ class RowPart {
         highest = student;
     }
 
+    // The sums over the targets, for the team's first warp, and the predictions with classes counted from the part's
+    // first. The logits must be in the cache. `label_logit`: of the row's label, which may be excluded.
+    KDDP_DEVICE TargetSums sum_targets(int64_t row, int64_t start, T reference, T label_logit,
+                                       Predictions& predictions) {
+        const RowSource soft_labels = soft_labels_of(launch_, row, start);
+        T values[2] = {0, 0}, logit = -HUGE_VAL, label = -HUGE_VAL;
+        int logit_class = 0, label_class = 0;
+        for_each_position(vectors_, [&](int p, int v, int first) {
+            T s[m], z[m], targets[m];
+            if constexpr (cached)
+                student_cache_.load(p, v, s);
+            else
+                read_vector<Types, true>(student_, v, head_, count_, s);
+            read_targets(launch_, soft_labels, start, p, v, z, targets);
+#pragma unroll
+            for (int i = 0; i < m; ++i) {
+                if (!is_class(first + i)) continue;
+                if (!cached) s[i] *= student_factor_;
+                if (first + i == label_) s[i] = label_logit;
+                values[0] += targets[i], values[1] += targets[i] * (s[i] - reference);
+                // Later planes of a vector come later, so the first class must be looked for.
+                if (s[i] > logit || (s[i] == logit && first + i < logit_class)) logit = s[i], logit_class = first + i;
+                if (z[i] > label || (z[i] == label && first + i < label_class)) label = z[i], label_class = first + i;
+            }
+        });
+        T highest_logit = logit, highest_label = label;
+        Team<lanes>::sync();
+        maxima_of_team<lanes>(highest_logit, highest_label, scratch_);
+        T first_logit = logit == highest_logit ? T(-logit_class) : lowest_number<T>;
+        T first_label = label == highest_label ? T(-label_class) : lowest_number<T>;
+        Team<lanes>::sync();
+        maxima_of_team<lanes>(first_logit, first_label, scratch_);
+        predictions = {double(highest_logit), -double(first_logit), double(highest_label), -double(first_label)};
+        double sums[2];
+        sums_of_team<lanes>(values, sums, false, scratch_, 2);
+        Team<lanes>::sync();
+        return {double(reference), sums[0], sums[1]};
+    }
+
     // The second pass, for the team's first warp: its sums times the student's sum. KL(p || m) is in bits.
     KDDP_DEVICE MixtureSums sum_mixture(const LogitScale<T>& scale, const MixtureScale<T>& mixture) {
         MixtureSumsOf<T> thread;
@@ -221,7 +278,49 @@ class RowPart {
             for (int i = 0; i < n; ++i)
                 if (first_of(v) + i == label_) values[i] = label_gradient(values[i], gradient, label_margin);
         }
+        if (launch_.with_targets && gradient.targets != 0) subtract_targets(v, gradient.targets, values);
         write_gradient<Types>(to, launch_.student.type, aligned, first_of(v), count_, values);
+    }
+
+    // Where the part's soft labels are is worked out for each vector, because registers that keep it would be too many.
+    KDDP_DEVICE void subtract_targets(int v, T coefficient, T (&values)[n]) const {
+        const LossLaunch& launch = opaque(launch_);
+        const int64_t row = scratch_.records[Team<lanes>::number() + opaque_zero()].row;
+        const int64_t start = cached ? 0 : opaque_block() % launch.slices * int64_t(launch.slice_classes);
+        const RowSource soft_labels = soft_labels_of(launch, row, start);
+#pragma unroll
+        for (int p = 0; p < planes; ++p) {
+            T z[m], targets[m];
+            read_targets(launch, soft_labels, start, p, v, z, targets);
+#pragma unroll
+            for (int i = 0; i < m; ++i) values[p * m + i] -= coefficient * targets[i];
+        }
+    }
+
+    KDDP_DEVICE RowSource soft_labels_of(const LossLaunch& launch, int64_t row, int64_t start) const {
+        if (!launch.soft_labels.data) return {};
+        return source_of<m>(launch.soft_labels, launch.soft_label_elements, row, start, head_, vectors_ * planes);
+    }
+
+    // The soft labels and the targets of a chunk, see TargetSums. Outside of the part they are anything.
+    KDDP_DEVICE void read_targets(const LossLaunch& launch, const RowSource& soft_labels, int64_t start, int p, int v,
+                                  T (&z)[m], T (&targets)[m]) const {
+        const T share = T(launch.target_share), constant = T(launch.target_constant);
+        if (launch.soft_labels.data) {
+            read_vector<Types, false>(soft_labels, v * planes + p, head_, count_, z);
+        } else {
+#pragma unroll
+            for (int i = 0; i < m; ++i) z[i] = 0;
+        }
+#pragma unroll
+        for (int i = 0; i < m; ++i) targets[i] = share * z[i] + constant;
+        if (!launch.class_weights) return;
+        const T* weights = static_cast<const T*>(launch.class_weights) + start;
+#pragma unroll
+        for (int i = 0; i < m; ++i) {
+            const int c = first_of(v) + p * m + i;
+            if (is_class(c)) targets[i] *= load_global(weights + c);
+        }
     }
 
     // The index of the label in a cached row, seen as an array of numbers.

@@ -10,6 +10,8 @@ struct SliceRecord {
     ChunkSums sums;
     double outranked;
     MixtureSums mixture;
+    TargetSums targets;
+    Predictions predictions;
 };
 
 class Slices {
@@ -74,10 +76,43 @@ class Slices {
         }
     }
 
+    KDDP_DEVICE void merge_targets(TargetSums& sums, Predictions& predictions) {
+        if (threadIdx.x == 0) store(sums, &record(slice())->targets), store(predictions, &record(slice())->predictions);
+        wait();
+        if (threadIdx.x != 0) return;
+#pragma unroll 1
+        for (int i = 0; i < launch_.slices; ++i) {
+            TargetSums of_slice;
+            Predictions other;
+            load(&record(i)->targets, of_slice), load(&record(i)->predictions, other);
+            if (i == 0) sums = of_slice, predictions = other;
+            if (i == 0) continue;
+            kddp::merge_targets(of_slice, sums);
+            if (other.logit > predictions.logit)
+                predictions.logit = other.logit, predictions.logit_class = other.logit_class;
+            if (other.label > predictions.label)
+                predictions.label = other.label, predictions.label_class = other.label_class;
+        }
+    }
+
     // There are two sets of records, because some blocks write the next row's while others still read this row's.
     KDDP_DEVICE void next_row() { parity_ ^= 1; }
 
   private:
+    // Structs of doubles.
+    template <class Doubles>
+    static KDDP_DEVICE void store(const Doubles& from, Doubles* to) {
+        const double* numbers = reinterpret_cast<const double*>(&from);
+        for (int i = 0; i < static_cast<int>(sizeof from / sizeof(double)); ++i)
+            store_global(reinterpret_cast<double*>(to) + i, numbers[i]);
+    }
+    template <class Doubles>
+    static KDDP_DEVICE void load(const Doubles* from, Doubles& to) {
+        double* numbers = reinterpret_cast<double*>(&to);
+        for (int i = 0; i < static_cast<int>(sizeof to / sizeof(double)); ++i)
+            numbers[i] = load_workspace(reinterpret_cast<const double*>(from) + i);
+    }
+
     KDDP_DEVICE SliceRecord* record(int slice) const {
         SliceRecord* records = reinterpret_cast<SliceRecord*>(launch_.slices_workspace);
         return records + (group() * 2 + parity_) * launch_.slices + slice;

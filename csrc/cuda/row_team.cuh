@@ -7,23 +7,6 @@
 
 namespace kddp {
 
-// The sums of a team's row, from which one thread computes its terms and the coefficients of its gradient. In shared
-// memory, because so many doubles do not fit in registers.
-struct alignas(16) TeamRecord {  // two doubles per access
-    ChunkSums sums;
-    MixtureSums mixture;
-    Moments student, teacher;
-    TargetMargins target;
-    double label_logit, value_scale, gradient_scale;
-    RowGradient gradient;
-    RowTerms terms;  // of all rows so far
-    LogitScale<double> scale;
-    int64_t row, label;
-    int count;
-    bool computed, outranked;
-    bool sliced, counts;  // its references differ from the row's; it adds to the terms
-};
-
 // Stores a row's kd (term 0) or ce (term 1).
 KDDP_DEVICE void store_term(const LossLaunch& launch, int64_t row, int term, double value) {
     if (!launch.row_terms) return;
@@ -48,7 +31,7 @@ KDDP_DEVICE RowParams params_of_row(const LossLaunch& launch, const TeamRecord& 
 
 // Computes a row's terms and the coefficients of its gradient. One thread of the team calls it, and keeps nothing in
 // registers between the steps.
-template <GradientForm form>
+template <GradientForm form, class T>
 KDDP_DEVICE void finish_record(const LossLaunch& launch, TeamRecord& record) {
     if (record.value_scale == 0) {
         RowParams params = static_cast<const RowParams&>(launch);
@@ -61,9 +44,12 @@ KDDP_DEVICE void finish_record(const LossLaunch& launch, TeamRecord& record) {
                           record.target, record.label_logit, weight_of(launch, record.row, 0), record.gradient);
     if (record.counts) record.terms.kd += kd, store_term(opaque(launch), record.row, 0, kd);
     compiler_barrier();
+    RowLabel label{record.label_logit, 1};
+    if (launch.class_weights && record.label >= 0)
+        label.weight = double(load_global(static_cast<const T*>(launch.class_weights) + record.label));
     const double ce =
-        finish_cross_entropy(params_of_row<form>(opaque(launch), record), record.sums, record.student.unit,
-                             record.label_logit, weight_of(launch, record.row, 1), record.gradient);
+        finish_cross_entropy(params_of_row<form>(opaque(launch), record), record.sums, record.targets,
+                             record.student.unit, label, weight_of(launch, record.row, 1), record.gradient);
     if (record.counts) {
         record.terms.ce += ce, record.terms.correct += record.outranked ? 0 : 1;
         store_term(opaque(launch), record.row, 1, ce);
@@ -159,6 +145,7 @@ class TeamRows {
             part.exclude_label();
         }
         part.find_references(scale);
+        if (cached && launch_.with_targets) compute_targets(part, scale.student_reference, student_logit);
         compute_sums(part, scale, student_logit, logits);
         if (leads) record.scale = scale.template as<double>();
         if (part.mixes()) compute_mixture(part, scale);
@@ -166,8 +153,22 @@ class TeamRows {
             record.target = {(record.label_logit - record.sums.student_reference) * record.scale.student_to_nats,
                              (record.target.teacher - record.sums.teacher_reference) * record.scale.teacher_to_nats};
             record.sliced = is_sliced() && !part.mixes(), record.counts = record.computed && slice() == 0;
-            finish_record<form>(opaque(launch_), record);
+            finish_record<form, T>(opaque(launch_), record);
         }
+    }
+
+    // Leaves the sums over the targets in the record, and whether the highest soft label is the prediction.
+    KDDP_DEVICE void compute_targets(Part& part, T reference, T label_logit) {
+        TeamRecord& record = own_record();
+        if (record.label >= 0) reference = larger(reference, label_logit);
+        Predictions predictions;
+        TargetSums sums = part.sum_targets(record.row, start(), reference, label_logit, predictions);
+        predictions.logit_class += double(start()), predictions.label_class += double(start());
+        if constexpr (!cached)
+            if (is_sliced()) slices_.merge_targets(sums, predictions);
+        if (Part::rank() != 0) return;
+        record.targets = sums;
+        if (launch_.soft_labels.data) record.outranked = predictions.logit_class != predictions.label_class;
     }
 
     // Leaves the sums of the row in the record.
@@ -176,6 +177,10 @@ class TeamRows {
         double sums[7];
         T highest;
         part.sum(scale, student_logit, sums, highest);
+        if (!cached && launch_.with_targets) {
+            Team<lanes>::sync();
+            compute_targets(part, reference_of(highest), student_logit);
+        }
         const auto& [student, teacher, student_moment, other_moment, dot, untempered, outranked] = sums;
         if (Part::rank() == 0) {
             const double student_reference = scale.student_reference, teacher_reference = scale.teacher_reference;
@@ -183,7 +188,8 @@ class TeamRows {
                 student_reference, teacher_reference, double(highest), student, teacher, untempered, dot, logits,
                 student_moment,    other_moment};
             // A label whose logit is NaN is not the top class. NOLINTNEXTLINE(misc-redundant-expression)
-            record.outranked = outranked != 0 || student_logit != student_logit || record.label < 0;
+            if (!launch_.soft_labels.data)
+                record.outranked = outranked != 0 || student_logit != student_logit || record.label < 0;
         }
         if constexpr (!cached)
             if (is_sliced())

@@ -71,13 +71,15 @@ def _check_weights(name: str, weights: Tensor, shape: tuple[int, ...], student_l
         raise ValueError(f"{name}: expected finite numbers of at least 0, got {weights.min():g} to {weights.max():g}")
 
 
-def require_constants(scalars: Sequence[Any], class_weights: Tensor | None, sample_weights: Tensor | None) -> None:
-    """Raise if a setting requires a gradient, which the kernels do not have."""
-    values = (*scalars, class_weights, sample_weights)
+def require_constants(
+    labels: Tensor | None, scalars: Sequence[Any], class_weights: Tensor | None, sample_weights: Tensor | None
+) -> None:
+    """Raise if labels or a setting require a gradient, which the kernels do not have."""
+    values = (labels, *scalars, class_weights, sample_weights)
     if not (torch.is_grad_enabled() and any(isinstance(value, Tensor) for value in values)):
         return
     l1_weights = ["l1_weight"] * (len(scalars) - 3)
-    names = ("temperature", "alpha", "normalizer", *l1_weights, "class_weights", "sample_weights")
+    names = ("labels", "temperature", "alpha", "normalizer", *l1_weights, "class_weights", "sample_weights")
     for name, value in zip(names, values, strict=True):
         if isinstance(value, Tensor) and value.requires_grad:
             raise ValueError(
@@ -93,13 +95,6 @@ def as_sequence(activations: Any) -> Sequence[Tensor]:
     if not isinstance(activations, Sequence):
         raise TypeError(f"activations: expected a tensor or a sequence of tensors, got {type(activations).__name__}")
     return activations
-
-
-def is_in_kernels(labels: Tensor | None, settings: LossSettings) -> bool:
-    """Whether the kernels have this cross entropy; loss/cross_entropy.py has the others."""
-    if labels is None:
-        return True
-    return not (labels.is_floating_point() or (settings.class_weights is not None and settings.label_smoothing != 0))
 
 
 def without_classes(student_logits: Tensor, class_dim: int) -> tuple[int, ...]:

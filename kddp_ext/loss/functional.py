@@ -19,11 +19,9 @@ from kddp_ext.loss.checks import (
     check_label_values,
     check_tensors,
     check_tracked,
-    is_in_kernels,
     require_constants,
     without_classes,
 )
-from kddp_ext.loss.cross_entropy import add_cross_entropy
 from kddp_ext.loss.settings import LossOptions, LossSettings
 from kddp_ext.ops import reference
 
@@ -172,26 +170,22 @@ def compute_loss(
         refuse_jit_trace("fused_kd_l1_loss")
     tracing = torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
     if native:
-        require_constants(scalars, settings.class_weights, sample_weights)
+        require_constants(labels, scalars, settings.class_weights, sample_weights)
     if not tracing and any(isinstance(scalar, Tensor) for scalar in scalars):
         numbers = settings.read().scalars(len(activations))  # also checks the values
         scalars = numbers if native else scalars
     logits = _as_rows(student_logits, settings.class_dim)
     targets = None if teacher_logits is None else _as_rows(teacher_logits.detach(), settings.class_dim)
-    in_kernels = is_in_kernels(labels, settings)
-    soft_labels = None
     if labels is not None and labels.is_floating_point():
-        soft_labels, labels = _as_rows(labels.detach(), settings.class_dim), None
+        labels = _as_rows(labels, settings.class_dim)
     elif labels is not None and (labels.dim() != 1 or labels.dtype != torch.int64):
         labels = labels.reshape(-1).to(torch.int64)
     tracked = activations if isinstance(activations, TrackedActivations) and torch.is_grad_enabled() else None
     if tracked is not None:
         check_tracked(tracked, scalars[3:], student_logits)
     matrices = as_matrices(activations)
-    weights = of_kernels = row_weights(logits, labels, sample_weights, settings, in_kernels)
-    if not in_kernels and labels is not None and weights is not None:
-        of_kernels = torch.stack([weights[0], torch.zeros_like(weights[0])])  # the kernels leave CE out
-    tensors = (logits, targets, labels, of_kernels, [matrix.values for matrix in matrices])
+    weights = settings.kernel_class_weights(labels), row_weights(logits, labels, sample_weights, settings)
+    tensors = (logits, targets, labels, *weights, [matrix.values for matrix in matrices])
     samples, constants = [matrix.samples for matrix in matrices], settings.constants()
     if native and ops.native_derivatives():
         is_tracked = tracked is not None
@@ -199,15 +193,11 @@ def compute_loss(
         if tracked is not None:
             tracked.update(matrices, sums)
     else:
-        if type(labels) is Tensor and labels.is_cpu and not tracing:
+        if type(labels) is Tensor and labels.is_cpu and not labels.is_floating_point() and not tracing:
             check_label_values(labels, logits.shape[1], settings.ignore_index)
         loss, terms, rows = reference.kd_l1_loss(*tensors, scalars, samples, *constants)
         if tracked is not None:
             tracked.observe()
-    if not in_kernels:
-        wanted = labels if soft_labels is None else soft_labels
-        assert wanted is not None
-        loss, terms, rows = add_cross_entropy((loss, terms, rows), logits, wanted, weights, scalars, settings)
     by_row = settings.reduction == "none"
     if by_row:
         shape = without_classes(student_logits, settings.class_dim)
@@ -230,23 +220,24 @@ def row_weights(
     labels: Tensor | None,
     sample_weights: Tensor | None,
     settings: LossSettings,
-    in_kernels: bool = True,
 ) -> Tensor | None:
     """(2, rows) float64 factors of KD and CE. For "mean" they are scaled to the number of rows, which is divided by.
 
-    Those of CE contain the class weights if the kernels compute it.
+    Those of CE contain the class's weight, unless the kernels read the class weights themselves.
     """
-    if sample_weights is None and settings.class_weights is None:
+    hard = labels is not None and not labels.is_floating_point()
+    if sample_weights is None and (settings.class_weights is None or not hard):
         return None
     valid = torch.ones(len(logits), dtype=torch.float64, device=logits.device)
-    if labels is not None:
+    if labels is not None and hard:
         valid = (labels != settings.ignore_index).to(torch.float64)
     of_samples = valid if sample_weights is None else valid * sample_weights.reshape(-1)
     of_labels = of_samples
-    if settings.class_weights is not None and labels is not None:
+    if settings.class_weights is not None and labels is not None and hard:
         of_classes = settings.class_weights.to(torch.float64)[labels.clamp(0, logits.shape[1] - 1)]
         of_labels = of_samples * of_classes
-    weights = torch.stack([of_samples, of_labels if in_kernels else of_samples])
+    in_kernels = settings.kernel_class_weights(labels) is not None
+    weights = torch.stack([of_samples, of_samples if in_kernels else of_labels])
     if settings.reduction == "mean" and settings.normalizer is None:
         totals = torch.stack([of_samples.sum(), of_labels.sum()])[:, None]
         weights = torch.where(totals > 0, weights * (valid.sum() / totals), 0)

@@ -17,7 +17,6 @@ from kddp_ext.loss.checks import (
     check_label_values,
     check_tensors,
     check_tracked,
-    is_in_kernels,
     require_constants,
 )
 from kddp_ext.loss.functional import (
@@ -127,8 +126,7 @@ def fused_linear_kd_loss(
         teacher_hidden: (..., D_teacher), the same for the teacher, with the same leading dimensions; its dtype may
             differ from the student's. May be None if alpha is 0.
         teacher_weight: (C, D_teacher), in the dtype of `teacher_hidden`. None without it.
-        labels: as of `fused_kd_l1_loss`. Probabilities, and class_weights with label_smoothing, need backend
-            "reference".
+        labels: as of `fused_kd_l1_loss`.
         activations: as of `fused_kd_l1_loss`.
         student_bias: (C,), in the dtype of `student_hidden`, or None (default).
         teacher_bias: (C,), in the dtype of `teacher_hidden`, or None (default).
@@ -168,12 +166,7 @@ def fused_linear_kd_loss(
     logits = _stand_in_logits(*student[:2]), None if teacher[0] is None else _stand_in_logits(*teacher[:2])
     scalars = checked.scalars(len(activations))
     check_tensors(*logits, labels, activations, sample_weights, checked, scalars)
-    require_constants(scalars, checked.class_weights, sample_weights)
-    if not is_in_kernels(labels, checked):
-        raise ValueError(
-            "labels: expected classes, and not class_weights with label_smoothing, because the kernels do not have the "
-            "other cross entropies; use fused_kd_l1_loss, or backend='reference'"
-        )
+    require_constants(labels, scalars, checked.class_weights, sample_weights)
     if not torch.compiler.is_compiling() and any(isinstance(scalar, Tensor) for scalar in scalars):
         scalars = checked.read().scalars(len(activations))  # also checks the values
     arguments = (labels, activations, sample_weights, checked, scalars, chunk_rows, return_terms)
@@ -197,7 +190,9 @@ def _compute(
 ) -> Tensor | tuple[Tensor, LossTerms]:
     """The loss by the kernels. `logits` has the shape and dtype of the student's, and no memory."""
     shape, classes = logits.shape[:-1], logits.shape[-1]
-    if labels is not None:
+    if labels is not None and labels.is_floating_point():
+        labels = labels.reshape(-1, classes)
+    elif labels is not None:
         labels = labels.reshape(-1).to(torch.int64)
         if type(labels) is Tensor and labels.is_cpu and not torch.compiler.is_compiling():
             check_label_values(labels, classes, settings.ignore_index)
@@ -213,6 +208,7 @@ def _compute(
         *_as_rows(student, rows),
         *_as_rows(teacher, rows),
         labels,
+        settings.kernel_class_weights(labels),
         weights,
         scalars=[temperature, alpha, max(rows, 1) if _divides_by_rows(settings) else normalizer],
         chunk_rows=chunk_rows,
@@ -222,7 +218,7 @@ def _compute(
     if matrices:
         share = 1.0 if _divides_by_rows(settings) else rows / normalizer
         penalty, of_penalty, _, sums = ops.kd_l1_loss(
-            *(logits.new_empty(0, classes), None, None, None, [matrix.values for matrix in matrices]),
+            *(logits.new_empty(0, classes), None, None, None, None, [matrix.values for matrix in matrices]),
             [1.0, 0.0, 0.0, *[weight * share for weight in l1_weights]],
             [matrix.samples for matrix in matrices],
             (*settings.constants()[:-1], False),
@@ -251,7 +247,7 @@ def _weights_of_chunks(
     As factors they need no transfer of their number from the device.
     """
     weights = row_weights(logits, labels, sample_weights, settings)
-    if labels is None or not _divides_by_rows(settings):
+    if labels is None or labels.is_floating_point() or not _divides_by_rows(settings):
         return weights
     valid = (labels != settings.ignore_index).to(torch.float64)
     share = len(labels) / valid.sum().clamp(min=1)

@@ -184,6 +184,12 @@ class LossSettings:
             return 1 - self.skew, 0.0, 1.0
         return self.jsd_beta, self.jsd_beta, 1 - self.jsd_beta
 
+    def kernel_class_weights(self, labels: Tensor | None) -> Tensor | None:
+        """`class_weights`, unless a row's weight of CE contains its class's, which is enough without smoothing."""
+        if labels is None or not (labels.is_floating_point() or self.label_smoothing != 0):
+            return None
+        return self.class_weights
+
     def constants(self) -> tuple[Any, ...]:
         """All other settings, in the order of the operator `kddp::kd_l1_loss`."""
         return (

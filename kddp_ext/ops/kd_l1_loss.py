@@ -22,8 +22,8 @@ from kddp_ext.ops.scale_gradients import is_batched, scale_gradients
 # at every step, and as values of a tensor they cost no new compilation. From `label_smoothing` to `by_row` the order is
 # that of `LossSettings.constants`.
 library.define(
-    "kd_l1_loss(Tensor student_logits, Tensor? teacher_logits, Tensor? labels, Tensor? row_weights, "
-    "Tensor[] activations, Tensor scalars, SymInt[] samples, "
+    "kd_l1_loss(Tensor student_logits, Tensor? teacher_logits, Tensor? labels, Tensor? class_weights, "
+    "Tensor? row_weights, Tensor[] activations, Tensor scalars, SymInt[] samples, "
     "float label_smoothing, int ignore_index, int divergence, "
     "float mixture_share, float teacher_weight, float student_weight, "
     "float dkd_target_weight, float dkd_non_target_weight, bool standardize_logits, bool by_row, "
@@ -35,6 +35,7 @@ library.define("neuron_statistics(Tensor activation) -> Tensor")
 
 LossOutputs = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, list[Tensor]]
 _STATISTICS_ROWS = 5
+_TENSORS = 5  # inputs before the activations
 _ABSENT = (0, 0, 0)
 _NEUTRAL_SETTINGS = (1.0, 0.0, 0.0, 0.0, 0, 0, 0.5, 0.5, 0.5, 1.0, 8.0, False)  # for the statistics, which need no loss
 _PLAIN_TYPES = (Tensor, torch.nn.Parameter)
@@ -62,6 +63,7 @@ def kd_l1_loss(
     student_logits: Tensor,
     teacher_logits: Tensor | None,
     labels: Tensor | None,
+    class_weights: Tensor | None,
     row_weights: Tensor | None,
     activations: Sequence[Tensor],
     scalars: Sequence[Any],
@@ -76,7 +78,9 @@ def kd_l1_loss(
     function must not be used.
 
     Args:
-        student_logits, teacher_logits, labels: (N, C), (N, C) and (N,), already checked.
+        student_logits, teacher_logits: (N, C), already checked.
+        labels: (N,) int64, or (N, C) probabilities.
+        class_weights: (C,), the weight of each class in ce, of a floating dtype; `LossSettings.kernel_class_weights`.
         row_weights: (2, N) float64, factors of each row's kd and ce; a row with two factors of 0 is ignored.
         activations: one matrix for each layer.
         scalars: temperature, alpha, normalizer, and the weight of each matrix; 0-dim tensors only under a compiler.
@@ -93,7 +97,7 @@ def kd_l1_loss(
         scaled_gradients=student_logits.dtype == torch.float16 or torch.float16 in [a.dtype for a in activations],
         statistics=statistics,
     )
-    tensors = (student_logits, teacher_logits, labels, row_weights)
+    tensors = (student_logits, teacher_logits, labels, class_weights, row_weights)
     if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack():
         loss, terms, rows, sums, *_ = kd_l1_loss_operator(
             *tensors, list(activations), as_tensor(scalars), samples, *constants, *wanted
@@ -147,6 +151,7 @@ def _kd_l1_loss(
     student_logits: Tensor,
     teacher_logits: Tensor | None,
     labels: Tensor | None,
+    class_weights: Tensor | None,
     row_weights: Tensor | None,
     activations: Sequence[Tensor],
     scalars: Tensor,
@@ -155,9 +160,8 @@ def _kd_l1_loss(
 ) -> LossOutputs:
     values = checked_values(scalars)
     constants, wanted = arguments[:-4], _Wanted(*arguments[-4:])
-    return _compute(
-        student_logits, teacher_logits, labels, row_weights, activations, values, samples, constants, wanted
-    )
+    tensors = (student_logits, teacher_logits, labels, class_weights, row_weights)
+    return _compute(*tensors, activations, values, samples, constants, wanted)
 
 
 def checked_values(scalars: Tensor) -> list[float]:
@@ -177,6 +181,7 @@ def loss_of_chunk(
     student_logits: Tensor,
     teacher_logits: Tensor | None,
     labels: Tensor | None,
+    class_weights: Tensor | None,
     row_weights: Tensor | None,
     scalars: Sequence[float],
     constants: tuple[Any, ...],
@@ -185,14 +190,14 @@ def loss_of_chunk(
     """The loss, its terms and its terms by row, without autograd and activations.
 
     Args:
-        student_logits, teacher_logits, labels, row_weights: as of `kd_l1_loss`.
+        student_logits, teacher_logits, labels, class_weights, row_weights: as of `kd_l1_loss`.
         scalars: temperature, alpha and normalizer.
         constants: `LossSettings.constants()`.
         gradient: contiguous, of the shape and dtype of the student's logits; receives their gradient. On the CPU it may
             be `student_logits` itself, because the kernel has read a block of classes when it overwrites it.
     """
     wanted = _Wanted(gradient is not None, False, student_logits.dtype == torch.float16, False)
-    tensors = (student_logits, teacher_logits, labels, row_weights)
+    tensors = (student_logits, teacher_logits, labels, class_weights, row_weights)
     loss, terms, rows, *_ = _compute(*tensors, [], scalars, [], constants, wanted, gradient)
     return loss, terms, rows
 
@@ -201,6 +206,7 @@ def _compute(
     student_logits: Tensor,
     teacher_logits: Tensor | None,
     labels: Tensor | None,
+    class_weights: Tensor | None,
     row_weights: Tensor | None,
     activations: Sequence[Tensor],
     scalars: Sequence[float],
@@ -213,6 +219,7 @@ def _compute(
         student_logits,
         teacher_logits,
         labels,
+        class_weights,
         row_weights,
         activations,
         scalars,
@@ -226,7 +233,12 @@ def _compute(
     # These names keep copies alive while the kernel uses their addresses.
     student = _readable(student_logits)
     teacher = None if teacher_logits is None else _readable(teacher_logits)
+    soft_labels = None
+    if labels is not None and labels.is_floating_point():
+        soft_labels, labels = _readable(_narrowed(labels, student, teacher)), None
     labels = None if labels is None else labels.contiguous()
+    if class_weights is not None:
+        class_weights = class_weights.to(torch.float64 if _in_double(student, teacher) else torch.float32).contiguous()
     row_weights = None if row_weights is None else row_weights.contiguous()
     readable = [_readable(activation) for activation in activations]
     temperature, alpha, normalizer, *l1_weights = scalars
@@ -239,6 +251,8 @@ def _compute(
         _matrix(student),
         _ABSENT if teacher is None else _matrix(teacher),
         0 if labels is None else labels.data_ptr(),
+        _ABSENT if soft_labels is None else _matrix(soft_labels),
+        0 if class_weights is None else class_weights.data_ptr(),
         0 if row_weights is None else row_weights.data_ptr(),
         _layers(readable, l1_weights, divisors, activation_gradients, statistics if wanted.statistics else None),
         statistics.shape[-1],
@@ -266,6 +280,7 @@ def _loss_outputs(
     student_logits: Tensor,
     teacher_logits: Tensor | None,
     _labels: Tensor | None,
+    _class_weights: Tensor | None,
     _row_weights: Tensor | None,
     activations: Sequence[Tensor],
     *arguments: Any,
@@ -294,6 +309,16 @@ def _gradient_of(tensor: Tensor) -> Tensor:
 def _readable(matrix: Tensor) -> Tensor:
     """The matrix itself if its rows are contiguous, whatever their stride, else a contiguous copy."""
     return matrix if matrix.stride(1) == 1 or matrix.shape[1] <= 1 else matrix.contiguous()
+
+
+def _narrowed(labels: Tensor, student: Tensor, teacher: Tensor | None) -> Tensor:
+    """float64 labels in float32, unless the kernels compute in float64."""
+    is_wider = labels.dtype == torch.float64 and not _in_double(student, teacher)
+    return labels.to(torch.float32) if is_wider else labels
+
+
+def _in_double(student: Tensor, teacher: Tensor | None) -> bool:
+    return torch.float64 in (student.dtype, student.dtype if teacher is None else teacher.dtype)
 
 
 def _matrix(matrix: Tensor) -> tuple[int, int, int]:
@@ -347,7 +372,8 @@ class _LossNode(torch.autograd.Function):
         tensors, gradients, owned = take_gradients(ctx, inputs, "fused_kd_l1_loss")
         if torch.is_grad_enabled():  # create_graph=True
             return (None, None, None, *_differentiable_gradients(ctx, grad_loss, tensors))
-        return (None, None, None, *_by_input(ctx.call, _scaled(ctx.call, gradients, grad_loss, owned), inputs - 4))
+        scaled = _scaled(ctx.call, gradients, grad_loss, owned)
+        return (None, None, None, *_by_input(ctx.call, scaled, inputs - _TENSORS))
 
 
 # Function.apply would inspect the forward's signature for torch.func's transforms, none of which is active here.
@@ -394,8 +420,8 @@ def saved_by(ctx: Any) -> list[Any]:
 
 def _set_up(ctx: Any, inputs: tuple[Any, ...], output: LossOutputs) -> None:
     """The operator's own node, for compilers and dispatch modes."""
-    *tensors, activations, scalars, samples = inputs[:7]
-    arguments = inputs[7:]
+    tensors, (activations, scalars, samples) = inputs[:_TENSORS], inputs[_TENSORS:][:3]
+    arguments = inputs[_TENSORS + 3 :]
     _, terms, rows, statistics, logits_gradient, activation_gradients = output
     wanted = _Wanted(*arguments[-4:])
     ctx.call = _Call(scalars, samples, tuple(arguments[:-4]), wanted)
@@ -408,12 +434,12 @@ def _set_up(ctx: Any, inputs: tuple[Any, ...], output: LossOutputs) -> None:
 def _backward(ctx: Any, grad_loss: Tensor, *_: Any) -> tuple[Any, ...]:
     scalars, *saved = saved_by(ctx)
     ctx.call = ctx.call._replace(scalars=scalars)
-    inputs, gradients = saved[: 4 + ctx.layers], saved[4 + ctx.layers :]
+    inputs, gradients = saved[: _TENSORS + ctx.layers], saved[_TENSORS + ctx.layers :]
     if torch.is_grad_enabled() and not torch.compiler.is_compiling():
         by_input = _differentiable_gradients(ctx, grad_loss, inputs)
     else:
         by_input = _by_input(ctx.call, _scaled(ctx.call, gradients, grad_loss, owned=False), ctx.layers)
-    *of_tensors, activations = (*by_input[:4], list(by_input[4:]))
+    *of_tensors, activations = (*by_input[:_TENSORS], list(by_input[_TENSORS:]))
     of_samples: list[Tensor] | None = None if ctx.call.samples else []  # torch takes an empty list for one of tensors
     others = (None,) * (len(ctx.call.constants) + len(ctx.call.wanted))
     return (*of_tensors, activations, None, of_samples, *others)
@@ -449,7 +475,7 @@ def _by_input(call: _Call, gradients: Sequence[Tensor], layers: int) -> tuple[Te
     """The gradients of each input, in the order of `kd_l1_loss`."""
     student = gradients[0] if call.wanted.logits_gradient else None
     activations = gradients[len(gradients) - layers :] if call.wanted.activation_gradients else (None,) * layers
-    return (student, None, None, None, *activations)
+    return (student, *(None,) * (_TENSORS - 1), *activations)
 
 
 def _differentiable_gradients(ctx: Any, grad_loss: Tensor, inputs: Sequence[Any]) -> tuple[Tensor | None, ...]:
@@ -458,10 +484,8 @@ def _differentiable_gradients(ctx: Any, grad_loss: Tensor, inputs: Sequence[Any]
     with torch.enable_grad():
         # An activation is usually an ancestor of the logits. Views let each input have its own partial derivative.
         views: list[Any] = [x if x is None else x.view_as(x) for x in inputs]
-        student, teacher, labels, row_weights, *activations = views
-        loss, *_ = reference.kd_l1_loss(
-            *(student, teacher, labels, row_weights, activations), call.scalars, call.samples, *call.constants
-        )
+        arguments: Any = (*views[:_TENSORS], views[_TENSORS:], call.scalars, call.samples, *call.constants)
+        loss, *_ = reference.kd_l1_loss(*arguments)
         wanted = [x for x in views if x is not None and x.requires_grad]
         found = iter(torch.autograd.grad(loss, wanted, grad_loss, create_graph=True, allow_unused=True))
     return tuple(next(found) if x is not None and x.requires_grad else None for x in views)
@@ -493,7 +517,7 @@ def _neuron_statistics(activation: Tensor) -> Tensor:
     rows, neurons = activation.shape
     module, place = native(activation)
     module.kd_l1_loss(
-        *(rows, 0, _ABSENT, _ABSENT, 0, 0, layers, neurons),
+        *(rows, 0, _ABSENT, _ABSENT, 0, _ABSENT, 0, 0, layers, neurons),
         *_NEUTRAL_SETTINGS,
         *(False, 0, ELEMENT_TYPES[loss.dtype], loss.data_ptr(), 0, 0),
         *(workspace_on(activation.device), place),

@@ -31,8 +31,8 @@ from kddp_ext.ops.scale_gradients import is_batched, scale_gradients
 # `LossSettings.constants`.
 library.define(
     "linear_kd_loss(Tensor student_hidden, Tensor student_weight, Tensor? student_bias, "
-    "Tensor? teacher_hidden, Tensor? teacher_weight, Tensor? teacher_bias, Tensor? labels, Tensor? row_weights, "
-    "Tensor scalars, SymInt chunk_rows, "
+    "Tensor? teacher_hidden, Tensor? teacher_weight, Tensor? teacher_bias, Tensor? labels, "
+    "Tensor? class_weights, Tensor? row_weights, Tensor scalars, SymInt chunk_rows, "
     "float label_smoothing, int ignore_index, int divergence, "
     "float mixture_share, float weight_of_teacher, float weight_of_student, "
     "float dkd_target_weight, float dkd_non_target_weight, bool standardize_logits, bool by_row, "
@@ -41,7 +41,7 @@ library.define(
     "Tensor hidden_gradient, Tensor weight_gradient, Tensor bias_gradient)"
 )
 
-_INPUTS = 8
+_INPUTS = 9
 
 
 class _Wanted(NamedTuple):
@@ -68,9 +68,9 @@ def linear_kd_loss(
     """The loss, its four terms (l1 is 0), and its terms by row. Only the loss is differentiable.
 
     Args:
-        inputs: the student's hidden states (N, D), weight (C, D) and bias (C,), the teacher's, labels (N,), and
-            (2, N) float64 factors of each row's kd and ce. All are checked; biases, teacher, labels and factors may be
-            None.
+        inputs: the student's hidden states (N, D), weight (C, D) and bias (C,), the teacher's, and labels, class
+            weights and row weights as of `kd_l1_loss`. All are checked; all but the student's hidden states and weight
+            may be None.
         scalars: temperature, alpha, and the normalizer of all rows.
         chunk_rows: the most rows whose logits exist at a time.
         constants: `LossSettings.constants()`.
@@ -104,6 +104,7 @@ def _linear_kd_loss(
     teacher_weight: Tensor | None,
     teacher_bias: Tensor | None,
     labels: Tensor | None,
+    class_weights: Tensor | None,
     row_weights: Tensor | None,
     scalars: Tensor,
     chunk_rows: int,
@@ -112,7 +113,7 @@ def _linear_kd_loss(
     values, constants, wanted = checked_values(scalars), arguments[:-3], _Wanted(*arguments[-3:])
     outputs = _outputs(
         *(student_hidden, student_weight, student_bias, teacher_hidden, teacher_weight, teacher_bias, labels),
-        *(row_weights, scalars, chunk_rows, *arguments),
+        *(class_weights, row_weights, scalars, chunk_rows, *arguments),
     )
     loss, terms, row_terms, hidden_gradient, weight_gradient, bias_gradient = outputs
     for sum_of_chunks in (loss, terms, row_terms, weight_gradient, bias_gradient):
@@ -132,7 +133,8 @@ def _linear_kd_loss(
         if teacher_hidden is not None and teacher_weight is not None and teacher_buffer is not None:
             teacher = _linear(teacher_hidden[part], teacher_weight, teacher_bias, teacher_buffer[:count])
         of_logits = gradient_buffer[:count] if any(wanted) else None
-        of_rows = None if labels is None else labels[part], None if row_weights is None else row_weights[:, part]
+        labels_of_rows = None if labels is None else labels[part]
+        of_rows = labels_of_rows, class_weights, None if row_weights is None else row_weights[:, part]
         value, of_chunk, by_row = loss_of_chunk(student, teacher, *of_rows, values, constants, of_logits)
         if constants[-1]:
             loss[part] = value

@@ -19,6 +19,7 @@ def kd_l1_loss(
     student_logits: Tensor,
     teacher_logits: Tensor | None,
     labels: Tensor | None,
+    class_weights: Tensor | None,
     row_weights: Tensor | None,
     activations: Sequence[Tensor],
     scalars: Sequence[float | Tensor] | Tensor,
@@ -48,7 +49,8 @@ def kd_l1_loss(
     dtype = torch.float64 if any(x.dtype == torch.float64 for x in inputs) else torch.float32
     student = student_logits.to(dtype)
     valid = torch.ones(student.shape[0], dtype=torch.bool, device=student.device)
-    if labels is not None:
+    soft = labels is not None and labels.is_floating_point()
+    if labels is not None and not soft:
         valid = labels != ignore_index
     count = valid.sum().clamp(min=1)
     if row_weights is not None:
@@ -74,8 +76,11 @@ def kd_l1_loss(
         kd = temperature**2 * torch.where(valid, kd, 0)
     if labels is not None:
         options: Any = {"ignore_index": ignore_index, "label_smoothing": label_smoothing, "reduction": "none"}
-        ce = F.cross_entropy(student, torch.where(valid, labels, ignore_index), **options)
-        correct = ((student.detach().argmax(1) == labels) & valid).sum().to(dtype)
+        weights = None if class_weights is None else class_weights.to(dtype)
+        targets = torch.where(valid[:, None], labels.to(dtype), 0) if soft else torch.where(valid, labels, ignore_index)
+        ce = F.cross_entropy(student, targets, weights, **options)
+        predicted = labels.detach().argmax(1) if soft else labels
+        correct = ((student.detach().argmax(1) == predicted) & valid).sum().to(dtype)
     if row_weights is not None:
         kd, ce = torch.where(row_weights == 0, 0, row_weights * torch.stack([kd, ce])).to(dtype)
     rows = torch.stack([kd, ce]).detach()

@@ -130,6 +130,7 @@ def loss_launch(
     Without a student: the activations alone.
     """
     given = {"student": student, "teacher": teacher, "labels": labels}
+    soft = labels is not None and labels.is_floating_point()
     inputs = {name: tensor for name, tensor in given.items() if tensor is not None}
     inputs |= {f"activation {i}": tensor for i, tensor in enumerate(activations)}
     outputs = {"loss": aligned((), torch.float32)}
@@ -150,7 +151,8 @@ def loss_launch(
     rows = (student if student is not None else activations[0]).shape[0]
     arguments = (
         rows, 0 if student is None else student.shape[1], _matrix(student), _matrix(teacher),
-        0 if labels is None else labels.data_ptr(), 0, layers, activations[0].shape[1] if activations else 0,
+        0 if labels is None or soft else labels.data_ptr(), _matrix(labels) if soft else ABSENT, 0, 0,
+        layers, activations[0].shape[1] if activations else 0,
         4.0, 0.9, 0.0, *LossSettings(**settings).constants()[:-1], False,
         0 if student is None else outputs["logits gradient"].data_ptr(),
         ELEMENT_TYPES[torch.float32], outputs["loss"].data_ptr(),

@@ -77,15 +77,22 @@ def cases(draw, dtypes=tuple(DTYPES), rows=300, classes=2000, largest_logit=1e4,
         values = values.scatter_add(1, peaks, torch.full(peaks.shape, peak))
         return with_layout(values.to(dtype), draw(st.sampled_from(LAYOUTS)))
 
+    settings = draw(settings_of_loss()) | fixed
     labels = torch.randint(0, c, (n,), generator=generator)
     labels[torch.rand(n, generator=generator) < draw(st.sampled_from([0.0, 0.3, 1.0]))] = -100
+    if settings["divergence"] != "dkd" and draw(st.booleans()):
+        sharpness = draw(st.sampled_from([0.0, 1.0, 30.0]))
+        probabilities = (sharpness * torch.randn(n, c, generator=generator)).softmax(1)
+        labels = with_layout(probabilities.to(DTYPES[draw(st.sampled_from(dtypes))]), draw(st.sampled_from(LAYOUTS)))
+    if draw(st.booleans()):
+        settings["class_weights"] = torch.rand(c, generator=generator)
     activation = torch.relu(torch.randn(n, h, generator=generator)).to(student_type)
     return Case(
         logits(student_type),
         logits(teacher_type),
         labels,
         [with_layout(activation, draw(st.sampled_from(LAYOUTS)))],
-        draw(settings_of_loss()) | fixed,
+        settings,
     )
 
 
@@ -132,8 +139,15 @@ def loss_and_gradient(student, teacher, labels, activations=(), **settings):
     return loss.detach(), torch.autograd.grad(loss, leaf)[0]
 
 
+def classes_of(case: Case) -> Tensor:
+    """(N,) classes: the labels, or the most probable ones; -100 for ignored rows."""
+    return case.labels.argmax(1) if case.labels.is_floating_point() else case.labels
+
+
 def composite(student, teacher, labels, activations, *, temperature, alpha, l1_weight, label_smoothing, **settings):
     """The loss written with PyTorch's functions, each in the dtype of its input."""
+    soft, class_weights = labels.is_floating_point(), settings.pop("class_weights", None)
+    targets, labels = (labels.to(student.dtype), labels.argmax(1)) if soft else (labels, labels)
     valid = labels != -100
     count = valid.sum().clamp(min=1)
     sides = [student, teacher.to(student.dtype)]
@@ -143,7 +157,9 @@ def composite(student, teacher, labels, activations, *, temperature, alpha, l1_w
     tempered = [x / temperature for x in sides]
     divergence = divergence_of_rows(*tempered, labels.clamp(min=0), **settings)
     kd = temperature**2 * divergence[valid].sum() / count
-    ce = F.cross_entropy(student, labels, label_smoothing=label_smoothing, reduction="sum") / count
+    weights = None if class_weights is None else class_weights.to(student.dtype)
+    ce = F.cross_entropy(student, targets, weights, label_smoothing=label_smoothing, reduction="sum")
+    ce = ce / (count if soft or weights is None or not valid.any() else weights[labels[valid]].sum())
     l1 = sum(a.abs().sum() / a.shape[0] for a in activations)
     correct = ((student.argmax(1) == labels) & valid).sum()
     loss = alpha * kd + (1 - alpha) * ce + l1_weight * l1

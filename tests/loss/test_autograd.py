@@ -62,9 +62,14 @@ def test_opcheck_of_the_loss(batch, flags):
     activation.requires_grad_(flags[1])
     constants = kddp_ext.LossSettings(label_smoothing=0.1).constants()
     scalars = torch.tensor([3.0, 0.6, 0.0, 0.01], dtype=torch.float64)
-    opcheck(ops.kd_l1_loss_operator, (student, teacher, labels, None, [activation], scalars, [9], *constants, *flags))
+    layers = ([activation], scalars, [9])
+    opcheck(ops.kd_l1_loss_operator, (student, teacher, labels, None, None, *layers, *constants, *flags))
     by_row, weights = (*constants[:-1], True), torch.rand(2, 9, dtype=torch.float64)
-    for alpha, *sides in [(0.0, None, labels), (1.0, teacher, None)]:
+    for alpha, *sides in [
+        (0.0, None, labels, None),
+        (1.0, teacher, None, None),
+        (0.5, teacher, teacher.softmax(1), torch.rand(21)),
+    ]:
         scalars = torch.tensor([3.0, alpha, 20.0], dtype=torch.float64)
         opcheck(ops.kd_l1_loss_operator, (student, *sides, weights, [], scalars, [], *by_row, *flags))
 

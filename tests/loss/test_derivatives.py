@@ -9,18 +9,21 @@ from torch.autograd import forward_ad
 
 import kddp_ext
 
-SETTINGS = {"temperature": 3.0, "alpha": 0.6, "l1_weight": 0.05, "label_smoothing": 0.1}
+CLASS_WEIGHTS = torch.linspace(0.5, 2, 5, dtype=torch.float64)
+SETTINGS = {"temperature": 3.0, "alpha": 0.6, "l1_weight": 0.05, "label_smoothing": 0.1, "class_weights": CLASS_WEIGHTS}
 
 
 def loss_of(student, teacher, labels, activation, backend="native", **settings):
+    if settings.get("divergence") == "dkd" and labels.is_floating_point():
+        labels = labels.argmax(-1)
     return kddp_ext.fused_kd_l1_loss(student, teacher, labels, [activation], backend=backend, **(SETTINGS | settings))
 
 
-@pytest.fixture
-def batch():
+@pytest.fixture(params=["classes", "probabilities"])
+def batch(request):
     generator = torch.Generator().manual_seed(5)
     student, teacher = torch.randn(2, 4, 5, generator=generator, dtype=torch.float64)
-    labels = torch.tensor([0, 4, -100, 2])
+    labels = torch.tensor([0, 4, -100, 2]) if request.param == "classes" else teacher.flip(1).softmax(1)
     return student, teacher, labels, torch.randn(4, 3, generator=generator, dtype=torch.float64)
 
 
@@ -155,6 +158,14 @@ def test_settings_as_tensors(batch, setting):
     with pytest.raises(ValueError, match=f"^{setting}: expected a constant.*backend='reference'"):
         loss_of(*batch, **{setting: learnable})
     assert torch.autograd.gradcheck(lambda x: loss_of(*batch, "reference", **{setting: x}), learnable)
+
+
+def test_probabilities_that_require_a_gradient(batch):
+    student, teacher, _, activation = batch
+    labels = teacher.softmax(1).requires_grad_()
+    with pytest.raises(ValueError, match=r"^labels: expected a constant.*backend='reference'"):
+        loss_of(student, teacher, labels, activation)
+    assert torch.autograd.gradcheck(lambda x: loss_of(student, teacher, x, activation, "reference"), labels)
 
 
 @pytest.mark.filterwarnings("ignore")  # torch.jit's own

@@ -268,7 +268,8 @@ def test_compiles_without_a_graph_break(reduction, dynamic):
 @pytest.mark.parametrize("by_row", [False, True])
 def test_the_operator_is_registered_rightly(by_row):
     *tensors, labels, student_bias, teacher_bias = batch().values()
-    inputs = [*tensors[:2], student_bias, *tensors[2:], teacher_bias, labels, torch.rand(2, 37, dtype=torch.float64)]
+    layers = *tensors[:2], student_bias, *tensors[2:], teacher_bias
+    inputs = [*layers, labels, torch.rand(len(student_bias)), torch.rand(2, 37, dtype=torch.float64)]
     scalars = torch.tensor([2.0, 0.5, 37.0], dtype=torch.float64)
     constants = kddp_ext.LossSettings(reduction="none" if by_row else "mean").constants()
     opcheck(torch.ops.kddp.linear_kd_loss.default, (*inputs, scalars, 8, *constants, *[not by_row] * 3))

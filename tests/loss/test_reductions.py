@@ -189,14 +189,18 @@ def test_one_tensor_as_activations(loss_of):
     classes=st.integers(2, 300),
     dtype=st.sampled_from(sorted(DTYPES)),
     reduction=st.sampled_from(["mean", "sum", "none", "normalizer"]),
+    soft=st.booleans(),
+    smoothing=st.sampled_from([0.0, 0.1]),
     seed=st.integers(0, 1000),
 )
 @settings(max_examples=15)
-def test_errors_are_at_most_twice_pytorchs(divergence, rows, classes, dtype, reduction, seed):
+def test_errors_are_at_most_twice_pytorchs(divergence, rows, classes, dtype, reduction, soft, smoothing, seed):
     student, teacher, labels = batch(rows, classes, DTYPES[dtype], seed)
     generator = torch.Generator().manual_seed(seed)
     options = {"normalizer": 3.7} if reduction == "normalizer" else {"reduction": reduction}
-    options |= {"temperature": T, "alpha": ALPHA, "divergence": divergence}
+    if soft and divergence != "dkd":
+        labels = torch.randn(rows, classes, generator=generator).softmax(1).to(DTYPES[dtype])
+    options |= {"temperature": T, "alpha": ALPHA, "divergence": divergence, "label_smoothing": smoothing}
     options |= {"sample_weights": torch.rand(rows, generator=generator)}
     options |= {"class_weights": torch.rand(classes, generator=generator)}
 

@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from loss_cases import (
     Case,
     cases,
+    classes_of,
     composite,
     each_form,
     evaluate,
@@ -74,7 +75,11 @@ def sources_of(case: Case) -> dict[str, float]:
     if standardize:
         gradient = through_standardization(gradient, case.student.double())
     of_gradient = alpha * temperature * float(gradient.amax()) + (1 - alpha)
-    rows = max(int((case.labels != -100).sum()), 1)
+    labels = classes_of(case)
+    rows = max(int((labels != -100).sum()), 1)
+    if "class_weights" in settings and not case.labels.is_floating_point() and (labels != -100).any():
+        weights = settings["class_weights"][labels[labels != -100]]
+        rows = float(weights.sum() / weights.amax())
     return {"kd": kd, "ce": 1.0, "loss": alpha * kd + (1 - alpha), "student gradient": of_gradient / rows}
 
 

@@ -5,6 +5,9 @@
 // kd = T^2 * divergence(softmax(teacher/T), softmax(student/T)) and ce are sums over the rows whose label is not
 // ignore_index, divided by their number or by `normalizer`; l1 is sum |a| divided by the layer's samples. A term of
 // weight 0 is left out.
+//
+// The ce of a row is -sum over c of w_c y_c log softmax(student)_c with the class weights w (absent: 1) and y =
+// (1 - label_smoothing) z + label_smoothing / classes, where z is the row of `soft_labels`, or 1 at the label.
 #pragma once
 
 #include "kddp/types.h"
@@ -49,7 +52,11 @@ struct KdL1Loss {
     int64_t classes;
     Matrix student;         // absent: activations only
     Matrix teacher;         // absent: kd is 0
-    const int64_t* labels;  // (rows); absent: ce is 0
+    const int64_t* labels;  // (rows)
+    Matrix soft_labels;  // instead of `labels`; without both ce is 0. float64 only if the loss is computed in double.
+    // (classes), of the type that the loss is computed in: float64 if the student's or the teacher's logits are,
+    // otherwise float32. Absent: all are 1.
+    const void* class_weights;
     // (2, rows): factors of each row's kd and ce. A row with two factors of 0 is ignored. Absent: all are 1.
     const double* row_weights;
     ActivationL1 activations;
