@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -21,17 +21,22 @@ Loss = Callable[["Inputs"], Tensor]
 
 
 class Shape(NamedTuple):
-    """N rows of C classes, and (N, H) activations of one layer; H = 0 for none."""
+    """N rows of C classes, (N, H) activations of one layer (H = 0 for none), and labels.
+
+    Of `labels` with padding, every other one is `ignore_index`.
+    """
 
     rows: int
     classes: int
     neurons: int
     dtype: torch.dtype = torch.float32
+    labels: Literal["classes", "probabilities", "padding"] = "classes"
 
     def __str__(self) -> str:
         activations = f" with {self.rows}×{self.neurons}" if self.neurons else ""
         dtype = "" if self.dtype == torch.float32 else f" {str(self.dtype).removeprefix('torch.')}"
-        return f"{self.rows}×{self.classes}{activations}{dtype}"
+        labels = "" if self.labels == "classes" else f", {self.labels}"
+        return f"{self.rows}×{self.classes}{activations}{dtype}{labels}"
 
     def at(self, settings: Settings) -> Shape:
         """This shape, or a similar tiny one in a smoke run."""
@@ -55,7 +60,10 @@ class Inputs(NamedTuple):
 
 
 def make_inputs(shape: Shape, device: str = "cpu") -> Inputs:
-    """Standard normal logits, uniform labels, and activations behind a ReLU; the same in every call."""
+    """Standard normal logits, labels, and activations behind a ReLU; the same in every call.
+
+    Classes are uniform; probabilities are the softmax of standard normal numbers.
+    """
     generator = torch.Generator().manual_seed(0)
 
     def normal(columns: int) -> Tensor:
@@ -63,6 +71,10 @@ def make_inputs(shape: Shape, device: str = "cpu") -> Inputs:
 
     student, teacher = (normal(shape.classes).to(device, shape.dtype) for _ in range(2))
     labels = torch.randint(0, shape.classes, (shape.rows,), generator=generator).to(device)
+    if shape.labels == "padding":
+        labels[1::2] = -100
+    elif shape.labels == "probabilities":
+        labels = normal(shape.classes).softmax(1).to(device, shape.dtype)
     activations = []
     if shape.neurons:
         activation = torch.relu(normal(shape.neurons))

@@ -10,6 +10,7 @@ from torch import Tensor
 
 TEMPERATURE, ALPHA, L1_WEIGHT = 4.0, 0.9, 1e-4
 JSD_BETA = 0.3  # the teacher's share of the mixture; with 0.5 the two could be swapped unnoticed
+SKEW = 0.1
 DKD_TARGET_WEIGHT, DKD_NON_TARGET_WEIGHT = 1.0, 8.0
 
 # The distillation term for student logits / T, teacher logits / T and labels, averaged over the rows.
@@ -32,6 +33,13 @@ def forward_kl(student: Tensor, teacher: Tensor, labels: Tensor) -> Tensor:
     return F.kl_div(F.log_softmax(student, dim=1), F.softmax(teacher, dim=1), reduction="batchmean")
 
 
+def forward_kl_of_tokens(student: Tensor, teacher: Tensor, labels: Tensor) -> Tensor:
+    """KL(teacher ‖ student), averaged over the rows that are not padding."""
+    of_rows = F.kl_div(F.log_softmax(student, dim=1), F.softmax(teacher, dim=1), reduction="none").sum(dim=1)
+    mask = labels != -100
+    return (of_rows * mask).sum() / mask.sum()
+
+
 def reverse_kl(student: Tensor, teacher: Tensor, labels: Tensor) -> Tensor:
     """KL(student ‖ teacher): Gu et al. 2024, arXiv:2306.08543."""
     log_q, log_p = F.log_softmax(student, dim=1), F.log_softmax(teacher, dim=1)
@@ -47,6 +55,18 @@ def jsd(student: Tensor, teacher: Tensor, labels: Tensor) -> Tensor:
     of_teacher = F.kl_div(log_m, log_p, reduction="batchmean", log_target=True)
     of_student = F.kl_div(log_m, log_q, reduction="batchmean", log_target=True)
     return JSD_BETA * of_teacher + (1 - JSD_BETA) * of_student
+
+
+def skew_kl(student: Tensor, teacher: Tensor, labels: Tensor) -> Tensor:
+    """KL(teacher ‖ λ teacher + (1 - λ) student): Ko et al. 2024, arXiv:2402.03898."""
+    q, p = F.softmax(student, dim=1), F.softmax(teacher, dim=1)
+    return F.kl_div((SKEW * p + (1 - SKEW) * q).log(), p, reduction="batchmean")
+
+
+def symmetric_kl(student: Tensor, teacher: Tensor, labels: Tensor) -> Tensor:
+    """The mean of KL(teacher ‖ student) and KL(student ‖ teacher)."""
+    log_q, log_p = F.log_softmax(student, dim=1), F.log_softmax(teacher, dim=1)
+    return ((log_p.exp() - log_q.exp()) * (log_p - log_q)).sum(dim=1).mean() / 2
 
 
 def dkd(student: Tensor, teacher: Tensor, labels: Tensor) -> Tensor:

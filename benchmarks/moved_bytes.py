@@ -15,10 +15,12 @@ COPY_REPETITIONS = 9
 def needed_bytes(shape: Shape) -> int:
     """The bytes that a step must move: each value read once and each gradient written once.
 
-    These are three arrays of logits (student, teacher, gradient) and two of activations (value, gradient). Labels are
-    not counted, nor the lines that a processor reads before it overwrites them.
+    These are three arrays of logits (student, teacher, gradient) and two of activations (value, gradient), and a fourth
+    of logits for labels that are probabilities. Logits of rows that are padding need not be read. Other labels are not
+    counted, nor the lines that a processor reads before it overwrites them.
     """
-    return (3 * shape.rows * shape.classes + 2 * shape.rows * shape.neurons) * shape.dtype.itemsize
+    arrays = {"classes": 3, "probabilities": 4, "padding": 2}[shape.labels]
+    return (arrays * shape.rows * shape.classes + 2 * shape.rows * shape.neurons) * shape.dtype.itemsize
 
 
 def gradient_bytes(shape: Shape) -> int:

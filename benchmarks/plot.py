@@ -21,7 +21,7 @@ _GREY = "#6b7280"
 
 def draw(path: str, by_heap: dict[str, dict[str, Any]], head: str) -> None:
     """Draw the results of the loss comparison, by heap, into a PNG file. `head` describes the machine."""
-    figure = Figure(figsize=(11, 4.6), dpi=150, layout="constrained")
+    figure = Figure(figsize=(11, 6.4), dpi=150, layout="constrained")
     left, right = figure.subplots(1, 2, sharey=True, width_ratios=(3, 2))
     _speed_ups(left, by_heap)
     _bandwidth(right, by_heap)

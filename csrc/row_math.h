@@ -139,10 +139,11 @@ struct ChunkSums {
 
 // Sums over the targets of a chunk or a row. The target of class c is v_c = w_c (share z_c + constant), the factor of
 // -log softmax(s)_c: `share` is 1 - label_smoothing, `constant` is label_smoothing / classes, and kddp/kd_l1_loss.h has
-// w and z. With `labels` z is left out here, and cross_entropy_of_targets adds the label's share.
+// w and z. With `labels` z is left out of the chunks, and add_label adds the label's share to the row.
 struct TargetSums {
     double reference = 0;     // the highest logit, at least half of the lowest number
     double sum = 0, dot = 0;  // sum v, sum v (s - reference)
+    double label = 0;         // of a row: the label's share of its target
 };
 
 // Adds the sums of a chunk to those of the chunks before.
@@ -153,6 +154,12 @@ KDDP_INLINE void merge_targets(const TargetSums& chunk, TargetSums& row) {
     }
     row.sum += chunk.sum;
     row.dot += chunk.dot + (chunk.reference - row.reference) * chunk.sum;
+}
+
+KDDP_INLINE void add_label(const RowParams& params, double logit, double class_weight, TargetSums& row) {
+    row.label = (1 - params.label_smoothing) * class_weight;
+    row.sum += row.label;
+    row.dot += row.label * (logit - row.reference);
 }
 
 // The sums of a second pass.
@@ -342,30 +349,21 @@ KDDP_INLINE void through_standardization(const RowParams& params, const ChunkSum
         gradient.projection = along / (double(params.classes - 1) * student.deviation * divisor * in_logits);
 }
 
-// A row's label, where there is one: its logit, and its class weight if there are targets.
-struct RowLabel {
-    double logit, weight;
-};
-
-// Cross entropy against the targets and the label's share of them, and its coefficients of the gradient, from log sum
-// e^(s - r_s) and `at_label`, the label's probability where the sums exclude it.
-KDDP_INLINE double cross_entropy_of_targets(const RowParams& params, const ChunkSums& row, const TargetSums& targets,
-                                            double unit, RowLabel label, double log_sum, double at_label, double scale,
-                                            RowGradient& gradient) {
-    const double share = params.labels ? (1 - params.label_smoothing) * label.weight : 0;
-    const double sum = targets.sum + share;
-    gradient.untempered *= sum;
+// Cross entropy against the targets, and its coefficients of the gradient, from log sum e^(s - r_s) and the label's
+// probability where the sums exclude it.
+KDDP_INLINE double cross_entropy_of_targets(const ChunkSums& row, const TargetSums& targets, double unit,
+                                            double log_sum, double at_label, double scale, RowGradient& gradient) {
+    gradient.untempered *= targets.sum;
     gradient.targets = scale;
-    gradient.label += scale * (share - sum * at_label);
-    const double of_label = params.labels ? share * (label.logit - targets.reference) : 0;
-    return sum * (log_sum - (targets.reference - row.student_reference) * unit) - (targets.dot + of_label) * unit;
+    gradient.label += scale * (targets.label - targets.sum * at_label);
+    return targets.sum * (log_sum - (targets.reference - row.student_reference) * unit) - targets.dot * unit;
 }
 
 // Cross entropy against (1 - smoothing) onehot(label) + smoothing / C, or the targets, and its coefficients of the
 // gradient. With dkd the sums exclude the label.
 KDDP_INLINE double cross_entropy(const RowParams& params, const ChunkSums& row, const TargetSums& targets, double unit,
-                                 RowLabel label, double scale, RowGradient& gradient) {
-    const double margin = (label.logit - row.student_reference) * unit;
+                                 double label_logit, double scale, RowGradient& gradient) {
+    const double margin = (label_logit - row.student_reference) * unit;
     double log_sum = std::log(row.untempered), at_label = 0;
     if (params.divergence == Divergence::dkd && params.with_teacher) {
         const double higher = log_sum > margin ? log_sum : margin, lower = log_sum > margin ? margin : log_sum;
@@ -375,8 +373,7 @@ KDDP_INLINE double cross_entropy(const RowParams& params, const ChunkSums& row, 
     } else {
         gradient.untempered = scale / row.untempered;
     }
-    if (params.with_targets)
-        return cross_entropy_of_targets(params, row, targets, unit, label, log_sum, at_label, scale, gradient);
+    if (params.with_targets) return cross_entropy_of_targets(row, targets, unit, log_sum, at_label, scale, gradient);
     gradient.constant = scale * params.label_smoothing / double(params.classes);
     gradient.label += scale * (1 - params.label_smoothing - at_label);
     const double nll = log_sum - margin;
@@ -400,11 +397,11 @@ KDDP_INLINE double finish_divergence(const RowParams& params, const ChunkSums& r
 }
 
 KDDP_INLINE double finish_cross_entropy(const RowParams& params, const ChunkSums& row, const TargetSums& targets,
-                                        double unit, RowLabel label, double weight, RowGradient& gradient) {
+                                        double unit, double label_logit, double weight, RowGradient& gradient) {
     if (!params.with_labels || weight == 0) return 0;
     const double scale = (1 - params.alpha) * params.gradient_scale * weight;
     RowGradient of_labels{0, 0, 0, 0, gradient.label, 0, 0};
-    const double entropy = cross_entropy(params, row, targets, unit, label, scale, of_labels);
+    const double entropy = cross_entropy(params, row, targets, unit, label_logit, scale, of_labels);
     if (params.alpha != 1) {
         gradient.untempered = of_labels.untempered;
         gradient.constant = of_labels.constant;

@@ -17,6 +17,8 @@ DIVERGENCES: dict[str, tuple[formulas.Divergence, dict[str, Any]]] = {
     "forward_kl": (formulas.forward_kl, {"divergence": "forward_kl"}),
     "reverse_kl": (formulas.reverse_kl, {"divergence": "reverse_kl"}),
     "jsd": (formulas.jsd, {"divergence": "jsd", "jsd_beta": formulas.JSD_BETA}),
+    "skew_kl": (formulas.skew_kl, {"divergence": "skew_kl", "skew": formulas.SKEW}),
+    "symmetric_kl": (formulas.symmetric_kl, {"divergence": "symmetric_kl"}),
     "dkd": (
         formulas.dkd,
         {

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from benchmarks import formulas
 from benchmarks.cases import Shape, contenders, make_inputs
 from benchmarks.moved_bytes import copy_bandwidth, needed_bytes
 from benchmarks.settings import Settings
@@ -21,6 +22,12 @@ SHAPES = [
     Shape(512, 32000, 1024),
     Shape(64, 128256, 0, torch.bfloat16),
 ]
+# Labels of another kind: mixup's probabilities, and the padding of a language model's (8, 512, 32000) logits.
+OTHER_LABELS = [
+    Shape(4096, 1000, 0, labels="probabilities"),
+    Shape(4096, 1000, 0, torch.bfloat16, labels="probabilities"),
+    Shape(8 * 512, 32000, 0, torch.bfloat16, labels="padding"),
+]
 
 _FAULT_STEPS = 5
 _TITLES = {"default": "a default heap", "warm": "a warm heap"}
@@ -29,13 +36,14 @@ _TITLES = {"default": "a default heap", "warm": "a warm heap"}
 def measure(settings: Settings) -> dict[str, Any]:
     """Times, ratios, bytes and page faults at each shape, and the better copy bandwidth of before and after."""
     bandwidths = [copy_bandwidth(settings)]
-    rows = [_measure_shape(shape.at(settings), settings) for shape in SHAPES]
+    rows = [_measure_shape(shape.at(settings), settings) for shape in (*SHAPES, *OTHER_LABELS)]
     bandwidths.append(copy_bandwidth(settings))
     return {"copy_bytes_per_second": max(bandwidths), "shapes": rows}
 
 
 def _measure_shape(shape: Shape, settings: Settings) -> dict[str, Any]:
-    steps = contenders(make_inputs(shape), settings)
+    formula = formulas.forward_kl_of_tokens if shape.labels == "padding" else formulas.forward_kl
+    steps = contenders(make_inputs(shape), settings, formula)
     timed = in_turns(steps, settings).to_json(base="kddp_ext")
     faults = {name: _page_faults(step) for name, step in steps.items()}
     return {"shape": str(shape), "needed_bytes": needed_bytes(shape), **timed, "page_faults": faults}

@@ -411,16 +411,15 @@ class LogitsRows {
         }
         const double kd = finish_divergence(params_, *state.sums, state.mixture, state.student, target, label_logit,
                                             weight_of(row, 0), state.gradient);
-        const double ce =
-            finish_cross_entropy(params_, *state.sums, state.targets.sums, state.student.unit,
-                                 {label_logit, class_weight_of(label)}, weight_of(row, 1), state.gradient);
+        if (params_.with_targets && params_.labels)
+            add_label(params_, label_logit, class_weight_of(label), state.targets.sums);
+        const double ce = finish_cross_entropy(params_, *state.sums, state.targets.sums, state.student.unit,
+                                               label_logit, weight_of(row, 1), state.gradient);
         const bool highest = label >= 0 && label_logit >= state.sums->highest;
         return {kd, ce, double(highest && !appears_before(row, label, T(label_logit * state.student.unit)))};
     }
 
-    double class_weight_of(int64_t label) const {
-        return params_.class_weights && label >= 0 ? double(static_cast<const T*>(params_.class_weights)[label]) : 1;
-    }
+    double class_weight_of(int64_t label) const { return double(static_cast<const T*>(params_.class_weights)[label]); }
 
     double logit(const Matrix& matrix, ReadChunk<T> convert, int64_t row, int64_t column, double unit) const {
         T vector[lanes<T>];

@@ -177,24 +177,30 @@ class RowPart {
         const RowSource soft_labels = soft_labels_of(launch_, row, start);
         T values[2] = {0, 0}, logit = -HUGE_VAL, label = -HUGE_VAL;
         int logit_class = 0, label_class = 0;
-        for_each_position(vectors_, [&](int p, int v, int first) {
-            T s[m], z[m], targets[m];
-            if constexpr (cached)
-                student_cache_.load(p, v, s);
-            else
-                read_vector<Types, true>(student_, v, head_, count_, s);
-            read_targets(launch_, soft_labels, start, p, v, z, targets);
+#pragma unroll 1
+        for (int v = rank(); v < vectors_; v += Team<lanes>::size()) {
+            T z[n];
+            read_soft_labels(launch_, soft_labels, v, z);
 #pragma unroll
-            for (int i = 0; i < m; ++i) {
-                if (!is_class(first + i)) continue;
-                if (!cached) s[i] *= student_factor_;
-                if (first + i == label_) s[i] = label_logit;
-                values[0] += targets[i], values[1] += targets[i] * (s[i] - reference);
-                // Later planes of a vector come later, so the first class must be looked for.
-                if (s[i] > logit || (s[i] == logit && first + i < logit_class)) logit = s[i], logit_class = first + i;
-                if (z[i] > label || (z[i] == label && first + i < label_class)) label = z[i], label_class = first + i;
+            for (int p = 0; p < planes; ++p) {
+                T s[m];
+                if constexpr (cached)
+                    student_cache_.load(p, v, s);
+                else
+                    read_vector<Types, true>(student_, v, head_, count_, s);
+#pragma unroll
+                for (int i = 0; i < m; ++i) {
+                    const int c = first_of(v) + p * m + i;
+                    if (!is_class(c)) continue;
+                    if (!cached) s[i] *= student_factor_;
+                    if (c == label_) s[i] = label_logit;
+                    const T target = target_of(launch_, start, c, z[p * m + i]);
+                    values[0] += target, values[1] += target * (s[i] - reference);
+                    if (s[i] > logit) logit = s[i], logit_class = c;
+                    if (z[p * m + i] > label) label = z[p * m + i], label_class = c;
+                }
             }
-        });
+        }
         T highest_logit = logit, highest_label = label;
         Team<lanes>::sync();
         maxima_of_team<lanes>(highest_logit, highest_label, scratch_);
@@ -278,49 +284,40 @@ class RowPart {
             for (int i = 0; i < n; ++i)
                 if (first_of(v) + i == label_) values[i] = label_gradient(values[i], gradient, label_margin);
         }
-        if (launch_.with_targets && gradient.targets != 0) subtract_targets(v, gradient.targets, values);
+        if (launch_.with_targets) subtract_targets(v, values);
         write_gradient<Types>(to, launch_.student.type, aligned, first_of(v), count_, values);
     }
 
-    // Where the part's soft labels are is worked out for each vector, because registers that keep it would be too many.
-    KDDP_DEVICE void subtract_targets(int v, T coefficient, T (&values)[n]) const {
+    // Subtracts the targets, times their coefficient. What that takes is worked out for each vector, because the
+    // registers that would keep it are needed.
+    KDDP_DEVICE void subtract_targets(int v, T (&values)[n]) const {
         const LossLaunch& launch = opaque(launch_);
-        const int64_t row = scratch_.records[Team<lanes>::number() + opaque_zero()].row;
+        const TeamRecord& record = scratch_.records[Team<lanes>::number() + opaque_zero()];
+        const T coefficient = T(record.gradient.targets);
+        if (coefficient == 0) return;  // whatever the targets are
         const int64_t start = cached ? 0 : opaque_block() % launch.slices * int64_t(launch.slice_classes);
-        const RowSource soft_labels = soft_labels_of(launch, row, start);
+        T z[n];
+        read_soft_labels(launch, soft_labels_of(launch, record.row, start), v, z);
 #pragma unroll
-        for (int p = 0; p < planes; ++p) {
-            T z[m], targets[m];
-            read_targets(launch, soft_labels, start, p, v, z, targets);
-#pragma unroll
-            for (int i = 0; i < m; ++i) values[p * m + i] -= coefficient * targets[i];
-        }
+        for (int i = 0; i < n; ++i)
+            if (is_class(first_of(v) + i)) values[i] -= coefficient * target_of(launch, start, first_of(v) + i, z[i]);
     }
 
     KDDP_DEVICE RowSource soft_labels_of(const LossLaunch& launch, int64_t row, int64_t start) const {
         if (!launch.soft_labels.data) return {};
-        return source_of<m>(launch.soft_labels, launch.soft_label_elements, row, start, head_, vectors_ * planes);
+        return source_of<n>(launch.soft_labels, launch.soft_label_elements, row, start, head_, vectors_);
+    }
+    KDDP_DEVICE void read_soft_labels(const LossLaunch& launch, const RowSource& source, int v, T (&z)[n]) const {
+        if (launch.soft_labels.data) return read_vector<Types, false>(source, v, head_, count_, z);
+#pragma unroll
+        for (int i = 0; i < n; ++i) z[i] = 0;
     }
 
-    // The soft labels and the targets of a chunk, see TargetSums. Outside of the part they are anything.
-    KDDP_DEVICE void read_targets(const LossLaunch& launch, const RowSource& soft_labels, int64_t start, int p, int v,
-                                  T (&z)[m], T (&targets)[m]) const {
-        const T share = T(launch.target_share), constant = T(launch.target_constant);
-        if (launch.soft_labels.data) {
-            read_vector<Types, false>(soft_labels, v * planes + p, head_, count_, z);
-        } else {
-#pragma unroll
-            for (int i = 0; i < m; ++i) z[i] = 0;
-        }
-#pragma unroll
-        for (int i = 0; i < m; ++i) targets[i] = share * z[i] + constant;
-        if (!launch.class_weights) return;
-        const T* weights = static_cast<const T*>(launch.class_weights) + start;
-#pragma unroll
-        for (int i = 0; i < m; ++i) {
-            const int c = first_of(v) + p * m + i;
-            if (is_class(c)) targets[i] *= load_global(weights + c);
-        }
+    // The target of class c of the part, see TargetSums. `z`: its soft label.
+    static KDDP_DEVICE T target_of(const LossLaunch& launch, int64_t start, int c, T z) {
+        const T target = T(launch.target_share) * z + T(launch.target_constant);
+        if (!launch.class_weights) return target;
+        return target * load_global(static_cast<const T*>(launch.class_weights) + start + c);
     }
 
     // The index of the label in a cached row, seen as an array of numbers.

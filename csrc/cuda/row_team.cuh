@@ -31,7 +31,7 @@ KDDP_DEVICE RowParams params_of_row(const LossLaunch& launch, const TeamRecord& 
 
 // Computes a row's terms and the coefficients of its gradient. One thread of the team calls it, and keeps nothing in
 // registers between the steps.
-template <GradientForm form, class T>
+template <GradientForm form>
 KDDP_DEVICE void finish_record(const LossLaunch& launch, TeamRecord& record) {
     if (record.value_scale == 0) {
         RowParams params = static_cast<const RowParams&>(launch);
@@ -44,12 +44,9 @@ KDDP_DEVICE void finish_record(const LossLaunch& launch, TeamRecord& record) {
                           record.target, record.label_logit, weight_of(launch, record.row, 0), record.gradient);
     if (record.counts) record.terms.kd += kd, store_term(opaque(launch), record.row, 0, kd);
     compiler_barrier();
-    RowLabel label{record.label_logit, 1};
-    if (launch.class_weights && record.label >= 0)
-        label.weight = double(load_global(static_cast<const T*>(launch.class_weights) + record.label));
-    const double ce =
-        finish_cross_entropy(params_of_row<form>(opaque(launch), record), record.sums, record.targets,
-                             record.student.unit, label, weight_of(launch, record.row, 1), record.gradient);
+    const double ce = finish_cross_entropy(params_of_row<form>(opaque(launch), record), record.sums, record.targets,
+                                           record.student.unit, record.label_logit, weight_of(launch, record.row, 1),
+                                           record.gradient);
     if (record.counts) {
         record.terms.ce += ce, record.terms.correct += record.outranked ? 0 : 1;
         store_term(opaque(launch), record.row, 1, ce);
@@ -153,7 +150,7 @@ class TeamRows {
             record.target = {(record.label_logit - record.sums.student_reference) * record.scale.student_to_nats,
                              (record.target.teacher - record.sums.teacher_reference) * record.scale.teacher_to_nats};
             record.sliced = is_sliced() && !part.mixes(), record.counts = record.computed && slice() == 0;
-            finish_record<form, T>(opaque(launch_), record);
+            finish_record<form>(opaque(launch_), record);
         }
     }
 
@@ -167,6 +164,9 @@ class TeamRows {
         if constexpr (!cached)
             if (is_sliced()) slices_.merge_targets(sums, predictions);
         if (Part::rank() != 0) return;
+        if (record.label >= 0)
+            add_label(launch_, double(label_logit),
+                      double(load_global(static_cast<const T*>(launch_.class_weights) + record.label)), sums);
         record.targets = sums;
         if (launch_.soft_labels.data) record.outranked = predictions.logit_class != predictions.label_class;
     }

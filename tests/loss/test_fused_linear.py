@@ -87,6 +87,11 @@ def test_labels(alpha, label_smoothing, reduction):
     inputs, options = batch(), {"alpha": alpha, "label_smoothing": label_smoothing, "reduction": reduction}
     assert_same(inputs, **options)
     assert_same({**inputs, "labels": inputs["labels"].to(torch.int16)}, **options)
+    probabilities = torch.rand(37, CLASSES, generator=torch.Generator().manual_seed(2)).softmax(1)
+    class_weights = torch.linspace(0, 2, CLASSES)
+    assert_same({**inputs, "labels": probabilities}, **options)
+    assert_same({**inputs, "labels": probabilities}, class_weights=class_weights, **options)
+    assert_same(inputs, class_weights=class_weights, **options)
     if alpha == 1:
         assert_same({**inputs, "labels": None}, **options)
     if alpha == 0:

@@ -180,7 +180,12 @@ def test_every_remainder_of_the_vector_width(classes, form):
     student, teacher = torch.randn(2, 3, classes, generator=generator)
     labels = torch.tensor([0, classes - 1, classes // 2])
     options = {"temperature": 3.0, "alpha": 0.7, "l1_weight": 0.1, "label_smoothing": 0.1, "jsd_beta": 0.3, **form}
-    assert_within_twice_pytorchs_error(Case(student, teacher, labels, [student[:, :1].relu()], options))
+    activations = [student[:, :1].relu()]
+    assert_within_twice_pytorchs_error(Case(student, teacher, labels, activations, options))
+    options["class_weights"] = torch.rand(classes, generator=generator)
+    if form["divergence"] != "dkd":
+        labels = torch.randn(3, classes, generator=generator).softmax(1)
+    assert_within_twice_pytorchs_error(Case(student, teacher, labels, activations, options))
 
 
 def test_the_first_of_equal_logits_is_the_prediction():

@@ -15,7 +15,7 @@ double use(const kddp::KdL1Loss& job, kddp::ChunkSums& row, kddp::RowGradient& g
     const kddp::RowParams rule = kddp::row_params(job);
     merge(row, rebase(row, row, 1, 1, 1), kddp::gradient_form(rule.divergence), row);
     const double kd = finish_divergence(rule, row, {}, {}, {}, 0, 1, gradient);
-    return kd + finish_cross_entropy(rule, row, {}, 1, {}, 1, gradient);
+    return kd + finish_cross_entropy(rule, row, {}, 1, 0, 1, gradient);
 }
 """
 

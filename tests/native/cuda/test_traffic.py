@@ -43,10 +43,12 @@ def measure(emulated):
     return measure
 
 
-def logits_launch(rows, classes, dtype, layers=(), **settings):
+def logits_launch(rows, classes, dtype, layers=(), soft=False, **settings):
     generator = torch.Generator().manual_seed(classes)
     student, teacher = (filled(torch.randn(rows, classes, generator=generator).to(dtype)) for _ in range(2))
     labels = filled(torch.randint(0, classes, (rows,), generator=generator))
+    if soft:
+        labels = filled(torch.randn(rows, classes, generator=generator).softmax(1).to(dtype))
     return loss_launch(student, teacher, labels, [*layers], **settings)
 
 
@@ -118,6 +120,19 @@ SHORT = [
 def test_rows_in_shared_memory_are_moved_once(measure, rows, classes, dtype, most):
     ratio, _ = measure(f"loss, {rows} rows of {classes} {NAMES[dtype]}", logits_launch(rows, classes, dtype))
     assert ratio <= most
+
+
+@pytest.mark.parametrize(
+    ("rows", "classes", "dtype", "most"),
+    [(512, 64, F32, 1.05), (512, 257, F32, 1.05), (64, 1000, F32, 1.05), (64, 1000, BF16, 1.05), (8, 20000, F32, 1.05)],
+)
+def test_probabilities_are_read_twice(measure, rows, classes, dtype, most):
+    launch = logits_launch(rows, classes, dtype, soft=True)
+    logits = launch.inputs["student"]
+    again = logits.numel() * logits.element_size()
+    long_row = 3 * again if classes > 16384 else 0
+    what = f"loss, {rows} rows of {classes} {NAMES[dtype]}, probabilities"
+    assert measure(what, launch, launch.needed_bytes + again + long_row)[0] <= most
 
 
 @pytest.mark.parametrize(
