@@ -332,7 +332,7 @@ KDDP_INLINE double divergence_of_row(const RowParams& params, const ChunkSums& r
 // Turns the gradient with respect to z = (s - mean) / (std + epsilon) into that with respect to s. No divergence
 // depends on a shift of z, so its gradient sums to 0 and the mean contributes nothing.
 KDDP_INLINE void through_standardization(const RowParams& params, const ChunkSums& row, const MixtureSums& mixture,
-                                         Moments student, double target_logit, RowGradient& gradient) {
+                                         const Moments& student, const double& target_logit, RowGradient& gradient) {
     double along = gradient.first * row.student_moment - gradient.second * row.other_moment;  // sum g (s - r_s)
     if (params.divergence == Divergence::reverse_kl)
         along = gradient.first * (row.other_moment + gradient.second * row.student_moment);
@@ -385,13 +385,18 @@ KDDP_INLINE double cross_entropy(const RowParams& params, const ChunkSums& row, 
 // Terms and gradient of a row from its merged sums: the divergence sets the gradient, then the cross entropy adds to
 // it. A term of weight 0 contributes no gradient, even if its own gradient is infinite.
 KDDP_INLINE double finish_divergence(const RowParams& params, const ChunkSums& row, const MixtureSums& mixture,
-                                     Moments student, TargetMargins target, double label_logit, double weight,
-                                     RowGradient& gradient) {
+                                     const Moments& student, TargetMargins target, const double& label_logit,
+                                     double weight, RowGradient& gradient) {
     gradient = {};
     if (!params.with_teacher || weight == 0) return 0;
     const double scale = params.alpha * params.temperature * params.gradient_scale * weight;
     const double divergence = divergence_of_row(params, row, mixture, target, scale, gradient);
-    if (params.standardize) through_standardization(params, row, mixture, student, label_logit, gradient);
+    if (params.standardize) {
+#if defined(__CUDA_ARCH__)
+        asm volatile("" ::: "memory");  // what is loaded earlier would be spilled
+#endif
+        through_standardization(params, row, mixture, student, label_logit, gradient);
+    }
     if (params.alpha == 0) gradient = {};
     return divergence * params.temperature * params.temperature * params.value_scale * weight;
 }

@@ -150,7 +150,7 @@ ChunkTargets sum_targets(const T* logits, const T* soft_labels, const T* class_w
         }
         if (class_weights) target *= load_lanes<T>(class_weights + i, first, last, T(0));
         if (last - first < lanes<T>)
-            target = (places >= T(chunk.head)) & (places < T(chunk.end())) ? target : Vector<T>{};
+            target = ((places >= T(chunk.head)) & (places < T(chunk.end()))) ? target : Vector<T>{};
         store<T>(targets + i, target);
         sum += target;
         dot += target * (s - reference);

@@ -25,7 +25,8 @@ KDDP_DEVICE RowParams params_of_row(const LossLaunch& launch, const TeamRecord& 
         params.divergence = has_second_pass(given) ? given : Divergence::reverse_kl;
     else
         params.divergence = given == Divergence::dkd ? given : Divergence::forward_kl;
-    params.value_scale = record.value_scale, params.gradient_scale = record.gradient_scale;
+    params.value_scale = 1;  // finish_record multiplies by it, because registers are scarce before
+    params.gradient_scale = record.gradient_scale;
     return params;
 }
 
@@ -41,12 +42,14 @@ KDDP_DEVICE void finish_record(const LossLaunch& launch, TeamRecord& record) {
     compiler_barrier();
     const double kd =
         finish_divergence(params_of_row<form>(opaque(launch), record), record.sums, record.mixture, record.student,
-                          record.target, record.label_logit, weight_of(launch, record.row, 0), record.gradient);
+                          record.target, record.label_logit, weight_of(launch, record.row, 0), record.gradient) *
+        record.value_scale;
     if (record.counts) record.terms.kd += kd, store_term(opaque(launch), record.row, 0, kd);
     compiler_barrier();
     const double ce = finish_cross_entropy(params_of_row<form>(opaque(launch), record), record.sums, record.targets,
                                            record.student.unit, record.label_logit, weight_of(launch, record.row, 1),
-                                           record.gradient);
+                                           record.gradient) *
+                      record.value_scale;
     if (record.counts) {
         record.terms.ce += ce, record.terms.correct += record.outranked ? 0 : 1;
         store_term(opaque(launch), record.row, 1, ce);
@@ -187,8 +190,8 @@ class TeamRows {
             record.sums = {
                 student_reference, teacher_reference, double(highest), student, teacher, untempered, dot, logits,
                 student_moment,    other_moment};
-            // A label whose logit is NaN is not the top class. NOLINTNEXTLINE(misc-redundant-expression)
-            if (!launch_.soft_labels.data)
+            // A label whose logit is NaN is not the top class.
+            if (!launch_.soft_labels.data)  // NOLINTNEXTLINE(misc-redundant-expression)
                 record.outranked = outranked != 0 || student_logit != student_logit || record.label < 0;
         }
         if constexpr (!cached)
