@@ -101,8 +101,8 @@ def trained(build: Callable[[], nn.Module], epochs: int) -> nn.Module:
 
 def changes(model: nn.Module, share: float) -> list[Change]:
     """The changes for each layer that can be pruned, one at a time."""
-    groups = find_neurons(model, (digits()[0][:2],)).groups
-    return [_change(model, layer, group.readers[0].module, share) for layer, group in groups.items()]
+    neurons = find_neurons(model, (digits()[0][:2],)).neurons
+    return [_change(model, group.name, neurons.readers_of(group)[0].module, share) for group in neurons.groups]
 
 
 def _change(model: nn.Module, layer: str, reader: str, share: float) -> Change:

@@ -12,7 +12,7 @@ from kddp_ext.pruning.pruner import DynamicPruner
 from kddp_ext.pruning.report import LayerPreview, LayerReport, Preview, PruneReport
 from kddp_ext.pruning.selection import KeptBy
 from kddp_ext.pruning.settings import Criterion
-from kddp_ext.pruning.tracing.find import UnsupportedModelError
+from kddp_ext.pruning.tracing.recording import UnsupportedModelError
 from kddp_ext.saving.onnx import export_onnx
 from kddp_ext.saving.student_file import load_student, read_student_header, save_student
 

@@ -108,10 +108,13 @@ class NeuronStatistics:
 
     @property
     def std(self) -> Tensor:
-        """Standard deviation over the samples (dividing by their number), (H,); NaN before any sample."""
+        """Standard deviation over the samples (dividing by their number), (H,); NaN before any sample.
+
+        With `positions`, each entry of a neuron varies about its own mean.
+        """
         if not self.rows:
             return torch.full_like(self.sum, torch.nan)
-        variance = self.sum_squares / self.rows - self.mean.square()
+        variance = self.sum_squares / self.rows - self.position_mean.square().mean(1)
         # The variance of a constant neuron is a difference of two equal numbers; its rounding noise counts as 0.
         noise = self.sum_squares / self.rows * 1e-14
         return torch.where(variance > noise, variance, variance * 0).sqrt()
@@ -176,7 +179,7 @@ class NeuronStatistics:
             if self.position_sums is not None:
                 self.position_sums = self.position_sums.to(device)
             if self.ring is not None:
-                self.ring.values = self.ring.values.to(device)
+                self.ring.to(device)
 
     def reset(self) -> None:
         """Remove all samples."""
@@ -199,7 +202,8 @@ class NeuronStatistics:
             joined.rows += part.rows
         rings = [part.ring for part in parts if part.ring is not None]
         if joined.ring is not None:
-            joined.ring.fill(torch.cat([ring.samples for ring in rings]))
+            entries = [ring.entries[: ring.filled] for ring in rings]
+            joined.ring.fill(torch.cat([ring.samples for ring in rings]), torch.cat(entries))
         return joined
 
     def select(self, keep: Tensor) -> NeuronStatistics:
@@ -258,12 +262,14 @@ class SampleRing:
 
     Attributes:
         values: (capacity, H) float32; the first `filled` rows contain samples.
+        entries: (capacity,) int64, which of the neurons' entries each sample is; 0 where a neuron has one.
         taken: number of samples added so far.
     """
 
     def __init__(self, capacity: int, width: int, device: torch.device | str | None = None) -> None:
         with torch.inference_mode(False):  # later writes may happen outside inference mode
             self.values = torch.zeros(capacity, width, dtype=torch.float32, device=device)
+            self.entries = torch.zeros(capacity, dtype=torch.int64, device=device)
         self.taken = 0
 
     @property
@@ -289,13 +295,18 @@ class SampleRing:
         row, position = sample // (outer * inner), sample % (outer * inner)
         slots = (torch.arange(count, device=entries.device) + self.taken) % capacity
         self.values[slots] = entries[row, position // inner, :, position % inner].float()
+        self.entries[slots] = position
         self.taken += count
 
-    def fill(self, samples: Tensor) -> None:
-        """Replace the content by `samples`, (S, H); if they are too many, by evenly spread ones."""
+    def to(self, device: torch.device) -> None:
+        """Move the samples to `device`."""
+        self.values, self.entries = self.values.to(device), self.entries.to(device)
+
+    def fill(self, samples: Tensor, entries: Tensor) -> None:
+        """Replace the content by `samples`, (S, H), of `entries`, (S,); if they are too many, by evenly spread ones."""
         count = min(len(samples), self.values.shape[0])
         chosen = torch.arange(count, device=samples.device) * len(samples) // max(count, 1)
-        self.values[:count] = samples[chosen]
+        self.values[:count], self.entries[:count] = samples[chosen], entries[chosen]
         self.taken = count
 
     def reset(self) -> None:
@@ -304,7 +315,8 @@ class SampleRing:
 
     def state_dict(self) -> dict[str, Any]:
         """A copy that `load_state_dict` restores exactly."""
-        return {"values": self.samples.clone(), "taken": self.taken}
+        entries = self.entries[: self.filled].clone()
+        return {"values": self.samples.clone(), "entries": entries, "taken": self.taken}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore the result of `state_dict`.
@@ -320,6 +332,7 @@ class SampleRing:
                 f"{tuple(values.shape)} and a count of {taken}"
             )
         self.values[: len(values)] = values.to(self.values)
+        self.entries[: len(values)] = state["entries"].to(self.entries)
         self.taken = taken
 
 

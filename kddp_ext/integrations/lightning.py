@@ -8,7 +8,7 @@ from typing import Any
 from torch import nn
 
 from kddp_ext.integrations.student_pruning import StudentPruning
-from kddp_ext.pruning.tracing.graph import unwrapped
+from kddp_ext.pruning.tracing.recording import unwrapped
 
 try:
     from lightning.pytorch import Callback, LightningModule, Trainer

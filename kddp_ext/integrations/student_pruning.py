@@ -20,7 +20,8 @@ class StudentPruning:
     Args:
         example_inputs: positional arguments for the student's forward, as a tuple; they are moved to its device.
         every_n_epochs: how often to prune. Default 1. None, with an `interval` among the settings: by steps.
-        settings: `criterion`, `threshold`, `patience` and the other settings of `DynamicPruner`.
+        settings: `criterion`, `threshold`, `patience` and the other settings of `DynamicPruner`. Tensors of
+            `example_kwargs` are moved to the student's device, too.
 
     Attributes:
         pruner: the `DynamicPruner`; None before training starts.
@@ -42,7 +43,7 @@ class StudentPruning:
     def start_pruning(self, student: nn.Module, optimizer: Optimizer | Sequence[Optimizer]) -> DynamicPruner:
         """Make the pruner, in the state of the previous training or of a restored checkpoint."""
         self.stop_pruning()
-        pruner = DynamicPruner(student, optimizer, example_inputs=self._inputs(student), **self.settings)
+        pruner = DynamicPruner(student, optimizer, **{**self.settings, **self._examples(student)})
         if self._state is not None:
             pruner.load_state_dict(self._state)
         self.pruner = pruner
@@ -83,10 +84,19 @@ class StudentPruning:
         history = PruningHistory.from_json(state["history"])
         already = self.pruner is not None and self.pruner.model is student and self.pruner.widths == history.widths
         if not already:
-            history.replay(student, self._inputs(student))
+            history.replay(student, **self._examples(student))
         self.stop_pruning()
         self.pruner, self._state = None, state
 
-    def _inputs(self, student: nn.Module) -> tuple[Any, ...]:
+    def _examples(self, student: nn.Module) -> dict[str, Any]:
+        """`example_inputs` and `example_kwargs` on the student's device."""
         device = next(student.parameters()).device
-        return tuple(value.to(device) if isinstance(value, Tensor) else value for value in self.example_inputs)
+
+        def moved(value: Any) -> Any:
+            return value.to(device) if isinstance(value, Tensor) else value
+
+        named = self.settings.get("example_kwargs") or {}
+        return {
+            "example_inputs": tuple(moved(value) for value in self.example_inputs),
+            "example_kwargs": {name: moved(value) for name, value in named.items()},
+        }

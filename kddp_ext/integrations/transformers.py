@@ -12,7 +12,7 @@ from torch.optim import Optimizer
 
 from kddp_ext.files import atomic_write
 from kddp_ext.integrations.student_pruning import StudentPruning
-from kddp_ext.pruning.tracing.graph import unwrapped
+from kddp_ext.pruning.tracing.recording import unwrapped
 
 try:
     from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from math import prod
 from typing import Any
 
 import torch
@@ -16,55 +17,46 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from kddp_ext import ops
-from kddp_ext.activations.layout import Layout
+from kddp_ext.pruning.attention import with_removable_heads
 from kddp_ext.pruning.reconstruction import Reconstruction
-from kddp_ext.pruning.tracing.graph import unwrapped
-from kddp_ext.pruning.tracing.groups import NeuronGroup, NeuronSlices, StoredTensor, all_but
+from kddp_ext.pruning.tracing.recording import tensors_in, unwrapped
+from kddp_ext.pruning.tracing.structure import PrunableNeurons, Reader, ReadValue, StoredTensor
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Removal:
-    """Neurons of one group to be removed.
+    """Neurons to be removed.
 
-    `means` are float64, of each neuron, (width,), or of each of its entries in the value that the next layer reads,
-    (width, entries). The mean contribution of the removed neurons is added to that layer; None: no compensation. The
-    `reconstruction` of the removed neurons, if any, is added to the next layer's weights; it needs `means`.
+    Attributes:
+        neurons: all prunable neurons of the model.
+        keep: a (number,) mask of the neurons that stay, at least one of each group.
+        means: for each value that is read, the mean of each of its entries, (units, entries) or (units,) float64. The
+            mean contribution of the removed neurons is added to the layers that read them. None: no compensation.
+        reconstructions: for each value, the reconstruction of its removed units from the others, which is added to the
+            weights of the layers that read it; it needs `means`. Empty: none.
     """
 
-    group: NeuronGroup
-    keep: Tensor  # ascending int64 indices of the neurons that stay, at least one
-    means: Tensor | None = None
-    reconstruction: Reconstruction | None = None
+    neurons: PrunableNeurons
+    keep: Tensor
+    means: tuple[Tensor, ...] | None = None
+    reconstructions: tuple[Reconstruction | None, ...] = ()
 
-    @property
-    def pruned(self) -> Tensor:
-        """Ascending int64 indices of the neurons to be removed."""
-        return all_but(self.keep, self.group.width)
+    def units(self, value: ReadValue) -> tuple[Tensor, Tensor]:
+        """The units of a value that stay and those that go, ascending indices."""
+        gone = units_gone(value, self.keep)
+        return (~gone).nonzero().flatten(), gone.nonzero().flatten()
+
+    def entry_means(self, reader: Reader, units: Tensor) -> Tensor:
+        """The means of the entries of some units of the value that `reader` reads, in the order of the entries."""
+        assert self.means is not None
+        layout, means = self.neurons.values[reader.value].layout, self.means[reader.value][units]
+        entries = means.view(len(means), -1).expand(-1, layout.entries)
+        return entries.reshape(len(means), layout.outer, layout.inner).transpose(0, 1).flatten()
 
 
-@dataclass(frozen=True)
-class _Cut:
-    """A removal along one dimension of a tensor; `keep` and `pruned` are ascending int64 indices of its entries."""
-
-    removal: Removal
-    layout: Layout
-
-    @property
-    def keep(self) -> Tensor:
-        return self.layout.indices(self.removal.keep, self.removal.group.width)
-
-    @property
-    def pruned(self) -> Tensor:
-        return self.layout.indices(self.removal.pruned, self.removal.group.width)
-
-    def means(self, neurons: Tensor) -> Tensor | None:
-        """The mean values of the entries of `neurons`, float64; None without compensation."""
-        if self.removal.means is None:
-            return None
-        means = self.removal.means[neurons]
-        outer, inner = self.layout.outer, self.layout.inner
-        entries = means.view(len(means), -1).expand(-1, outer * inner)
-        return entries.reshape(len(means), outer, inner).transpose(0, 1).flatten()
+def units_gone(value: ReadValue, keep: Tensor) -> Tensor:
+    """A mask of the units of a value whose neurons are not in `keep`."""
+    return (value.neurons >= 0) & ~keep[value.neurons.clamp(min=0)]
 
 
 Change = tuple[Callable[[], object], Callable[[], object]]
@@ -126,50 +118,47 @@ def set_data(tensor: Tensor, data: Tensor, grad: Tensor | None) -> None:
 @torch.inference_mode(False)
 def plan_compaction(
     model: nn.Module,
-    removals: Sequence[Removal],
+    removal: Removal,
     optimizers: Sequence[Optimizer] = (),
     copies: Sequence[nn.Module] = (),
 ) -> CompactionPlan:
     """Plan the removal of neurons from a model, its optimizers' state and its copies; nothing is changed.
 
     The means are compensated in a copy through the copy's own weights. A ValueError names a tensor that has another
-    shape than the groups say.
+    shape than it had when the model was traced.
     """
-    changes = _plan_module(model, removals, optimizers, role="model")
-    for index, each in enumerate(copies):
-        changes += _plan_module(each, removals, (), role=f"copies[{index}]")
-    return CompactionPlan(changes)
+    with with_removable_heads(model, *copies):
+        changes = _plan_module(model, removal, optimizers, role="model")
+        for index, each in enumerate(copies):
+            changes += _plan_module(each, removal, (), role=f"copies[{index}]")
+        return CompactionPlan(changes)
 
 
-def _plan_module(
-    model: nn.Module, removals: Sequence[Removal], optimizers: Sequence[Optimizer], *, role: str
-) -> list[Change]:
+def _plan_module(model: nn.Module, removal: Removal, optimizers: Sequence[Optimizer], *, role: str) -> list[Change]:
     """The changes to one module; messages call it `role`."""
-    cuts: dict[StoredTensor, dict[int, _Cut]] = {}
-    changes: list[Change] = []
-    for removal in removals:
-        for slices in removal.group.slices:
-            cuts.setdefault(slices.stored, {})[slices.layout.axis] = _Cut(removal, slices.layout)
-        for count in removal.group.counts:
-            size = int(removal.keep.numel()) * count.entries
-            changes.append(assign(model.get_submodule(count.module), count.attribute, size))
+    neurons, keep, changes = removal.neurons, removal.keep, list[Change]()
+    tensors = neurons.tensors(model, role=role)
+    for count in neurons.counts:
+        module = model.get_submodule(count.module)
+        size = neurons.count_after(count, getattr(module, count.attribute), keep)
+        changes.append(assign(module, count.attribute, size))
 
+    readers = {reader.weight: reader for reader in neurons.readers if removal.means is not None}
     new: dict[StoredTensor, tuple[Tensor, Tensor | None]] = {}  # values and gradients
     shifts: list[tuple[StoredTensor, Tensor]] = []
-    for stored, by_axis in cuts.items():
-        for cut in by_axis.values():
-            tensor = NeuronSlices(stored, cut.layout).tensor(model, cut.removal.group, role=role)
-        values, gradient, state_changes, shift = _plan_tensor(stored, tensor, by_axis, optimizers)
+    for stored, tensor in tensors.items():
+        cut = _Cut(neurons.entries_kept(stored, keep), removal, readers.get(stored))
+        if not cut.kept:
+            continue
+        values, gradient, state_changes, shift = _plan_tensor(stored, tensor, cut, optimizers)
         new[stored] = values, gradient
         changes += state_changes
-        read = by_axis[1].removal if 1 in by_axis else None
-        if read is None or read.means is None:
-            continue
-        reader = next(reader for reader in read.group.readers if reader.weight == stored)
-        if read.reconstruction is not None:
-            shift = shift - apply_reconstruction(values, tensor, by_axis)
-        if reader.shift is not None:
-            shifts.append((reader.shift, shift))
+        if cut.reader is not None and cut.reader.axis in cut.kept:
+            reconstruction = cut.reconstruction
+            if reconstruction is not None:
+                shift = shift - apply_reconstruction(values, tensor, cut, reconstruction)
+            if cut.reader.shift is not None:
+                shifts.append((cut.reader.shift, shift))
     for target, shift in shifts:
         tensor = target.of(model)
         values, gradient = new.get(target, (tensor.data, tensor.grad))
@@ -181,10 +170,32 @@ def _plan_module(
     return changes
 
 
+@dataclass(frozen=True)
+class _Cut:
+    """What is removed from a tensor: the kept entries by dimension, and its reader where it is compensated."""
+
+    kept: Mapping[int, Tensor]
+    removal: Removal
+    reader: Reader | None = None
+
+    @property
+    def reconstruction(self) -> Reconstruction | None:
+        if self.reader is None or not self.removal.reconstructions:
+            return None
+        return self.removal.reconstructions[self.reader.value]
+
+    def pruned(self, size: int) -> Tensor:
+        """The entries that go along the dimension that the reader reads, of `size` entries."""
+        assert self.reader is not None
+        gone = torch.ones(size, dtype=torch.bool, device="cpu")
+        gone[self.kept[self.reader.axis]] = False
+        return gone.nonzero().flatten()
+
+
 def _plan_tensor(
-    stored: StoredTensor, tensor: Tensor, by_axis: Mapping[int, _Cut], optimizers: Sequence[Optimizer]
+    stored: StoredTensor, tensor: Tensor, cut: _Cut, optimizers: Sequence[Optimizer]
 ) -> tuple[Tensor, Tensor | None, list[Change], Tensor]:
-    """The sliced tensor, its gradient, the changes of its optimizer state; and W2[:, p] · E[h_p], (kept rows,)."""
+    """The sliced tensor, its gradient, the changes of its optimizer state; and W2[:, p] · E[h_p], (kept outputs,)."""
     # One call gathers everything of the tensor's shape. Factored moments have length 1 along some dimensions, which
     # stay; other state may be on another device.
     alike: list[tuple[dict[Any, Any], Any]] = []  # an optimizer's state of the tensor, and a key
@@ -194,36 +205,66 @@ def _plan_tensor(
             same = value.shape == tensor.shape and value.device == tensor.device
             (alike if same else others).append((optimizer.state[tensor], key))
     gradients = [] if tensor.grad is None else [tensor.grad]
-    (new, *rest), shift = _gather([tensor.data, *gradients, *(state[key] for state, key in alike)], by_axis)
+    (new, *rest), shift = _gather([tensor.data, *gradients, *(state[key] for state, key in alike)], cut)
     gradient = rest.pop(0) if gradients else None
     sliced = [(state, key, value) for (state, key), value in zip(alike, rest, strict=True)]
     for state, key in others:
-        present = {axis: cut for axis, cut in by_axis.items() if state[key].shape[axis] != 1}
-        sliced.append((state, key, _gather([state[key]], present, compensate=False)[0][0]))
+        present = {axis: kept for axis, kept in cut.kept.items() if state[key].shape[axis] != 1}
+        sliced.append((state, key, _gather([state[key]], _Cut(present, cut.removal))[0][0]))
     changes: list[Change] = [
         (partial(state.update, {key: value}), partial(state.update, {key: state[key]})) for state, key, value in sliced
     ]
     return new, gradient, changes, shift
 
 
-def _gather(
-    tensors: list[Tensor], by_axis: Mapping[int, _Cut], *, compensate: bool = True
-) -> tuple[list[Tensor], Tensor]:
+def _gather(tensors: list[Tensor], cut: _Cut) -> tuple[list[Tensor], Tensor]:
+    """The kept entries of tensors of one shape, and the mean contribution of what the reader loses with them."""
     first, device = tensors[0], tensors[0].device
-    keep = {axis: cut.keep.to(device) for axis, cut in by_axis.items()}
-    means = by_axis[1].means(by_axis[1].removal.pruned) if compensate and 1 in by_axis else None
+    keep = {axis: kept.to(device) for axis, kept in cut.kept.items()}
+    reads = cut.reader is not None and cut.reader.axis in keep
+    fused = reads and cut.reader is not None and cut.reader.axis == 1 and cut.reader.groups == 1
+    pruned = means = None
+    if fused and cut.reader is not None:
+        pruned = cut.pruned(first.shape[1])
+        means = cut.removal.entry_means(cut.reader, cut.removal.units(cut.removal.neurons.values[cut.reader.value])[1])
     gathered, shift = ops.gather_slices(
         tensors,
         keep.get(0),
         keep.get(1),
         rows=first.shape[0],
         columns=first.shape[1] if first.dim() > 1 else 1,
-        pruned_columns=None if means is None else by_axis[1].pruned.to(device),
+        pruned_columns=None if pruned is None else pruned.to(device),
         pruned_means=None if means is None else means.to(device),
     )
+    if reads and not fused and cut.reader is not None:
+        shift = _mean_contribution(first, cut, cut.reader)
+    for axis in keep:
+        if axis > 1:  # as columns of a matrix whose rows are all dimensions before
+            flat = [each.contiguous().view(prod(each.shape[:axis]), each.shape[axis], -1) for each in gathered]
+            narrow, _ = ops.gather_slices(flat, None, keep[axis], rows=flat[0].shape[0], columns=flat[0].shape[1])
+            gathered = [
+                new.reshape(*old.shape[:axis], -1, *old.shape[axis + 1 :])
+                for old, new in zip(gathered, narrow, strict=True)
+            ]
     return [
         new.contiguous(memory_format=_memory_format(old)) for old, new in zip(tensors, gathered, strict=True)
     ], shift
+
+
+def _mean_contribution(weight: Tensor, cut: _Cut, reader: Reader) -> Tensor:
+    """W2[:, p] · E[h_p] of the outputs that stay, float64, for a transposed weight or one with groups."""
+    value, device = cut.removal.neurons.values[reader.value], weight.device
+    means = cut.removal.entry_means(reader, torch.arange(value.units, device="cpu"))
+    gone = torch.ones(value.units, dtype=torch.bool, device="cpu")
+    gone[cut.removal.units(value)[0]] = False
+    present = cut.removal.neurons.values[reader.value].layout
+    entries = gone.view(1, -1, 1).expand(present.outer, -1, present.inner).flatten()
+    means = torch.where(entries, means, 0).to(device).view(reader.groups, -1)  # of each group's entries
+    taps = weight.detach().transpose(0, 1) if reader.axis == 0 else weight.detach()
+    taps = taps.double().reshape(reader.groups, -1, means.shape[1], prod(weight.shape[2:])).sum(3)
+    shift = (taps @ means[:, :, None]).flatten()
+    kept = cut.kept.get(1 - reader.axis)
+    return shift if kept is None else shift[kept.to(device)]
 
 
 def _memory_format(tensor: Tensor) -> torch.memory_format:
@@ -235,24 +276,24 @@ def _memory_format(tensor: Tensor) -> torch.memory_format:
     return torch.contiguous_format
 
 
-def apply_reconstruction(new: Tensor, weight: Tensor, by_axis: Mapping[int, _Cut]) -> Tensor:
-    """Add W2[:, p] A to `new`, the sliced `weight`; return what this adds to the layer's mean output, (kept rows,)."""
-    cut, device = by_axis[1], weight.device
-    reconstruction, means = cut.removal.reconstruction, cut.means(cut.removal.keep)
-    assert reconstruction is not None
-    assert means is not None
+def apply_reconstruction(new: Tensor, weight: Tensor, cut: _Cut, reconstruction: Reconstruction) -> Tensor:
+    """Add W2[:, p] A to `new`, the sliced `weight`; return what this adds to the mean output, (kept outputs,)."""
+    reader, removal, device = cut.reader, cut.removal, weight.device
+    assert reader is not None
+    value = removal.neurons.values[reader.value]
+    means = removal.entry_means(reader, removal.units(value)[0])
     dtype = torch.float64 if weight.dtype == torch.float64 else torch.float32
     left, right = (factor.to(device, dtype) for factor in (reconstruction.left, reconstruction.right))
-    rows = by_axis[0].keep.to(device) if 0 in by_axis else None
-    gone = ops.gather_slices(
-        [weight], rows, cut.pruned.to(device), rows=weight.shape[0], columns=weight.shape[1]
-    )[0][0].to(dtype)  # fmt: skip
-    if new.dim() == 2 and cut.layout.entries == 1 and new.dtype == dtype:
+    rows = cut.kept.get(1 - reader.axis)
+    weight, new = (each.transpose(0, 1) if reader.axis == 0 else each for each in (weight.detach(), new))
+    gone = weight.index_select(1, cut.pruned(weight.shape[1]).to(device)).to(dtype)
+    gone = gone if rows is None else gone.index_select(0, rows.to(device))
+    if new.dim() == 2 and value.layout.entries == 1 and new.dtype == dtype:
         projected = gone @ left
         new.addmm_(projected, right)
         return projected.double() @ (reconstruction.right.to(device) @ means.to(device))
-    # (rows, outer, neurons, inner · filter): all entries of a neuron and all taps of its filter change alike.
-    gone = gone.reshape(len(gone), cut.layout.outer, left.shape[0], -1).transpose(2, 3)
+    # (outputs, outer, units, inner · filter): all entries of a unit and all taps of its filter change alike.
+    gone = gone.reshape(len(gone), value.layout.outer, left.shape[0], -1).transpose(2, 3)
     change = ((gone @ left) @ right).transpose(2, 3)
     new.copy_((new.to(dtype) + change.reshape(new.shape)).to(new.dtype))
     return change.double().reshape(len(gone), means.numel(), -1).sum(2) @ means.to(device)
@@ -283,6 +324,29 @@ def require_sliceable_optimizer(optimizer: Optimizer) -> None:
         )
 
 
+def with_inner_optimizers(optimizers: Sequence[Optimizer]) -> tuple[Optimizer, ...]:
+    """The optimizers, and those that they hold as attributes, as Lookahead and SAM do; each state once.
+
+    A ValueError is raised for an optimizer whose state cannot be sliced, or that keeps tensors of the parameters
+    outside of its state.
+    """
+    found: dict[int, Optimizer] = {}
+    waiting = list(optimizers)
+    while waiting:
+        optimizer = waiting.pop(0)
+        require_sliceable_optimizer(optimizer)
+        inner = [each for each in vars(optimizer).values() if isinstance(each, Optimizer)]
+        for name, value in vars(optimizer).items():
+            if name not in ("state", "param_groups", "defaults") and any(each.dim() for each in tensors_in(value)):
+                raise ValueError(
+                    f"optimizer: {type(optimizer).__name__} keeps tensors in its attribute {name}, and the pruner does "
+                    "not know how they follow the parameters; keep them in its state, by parameter"
+                )
+        waiting += inner
+        found.setdefault(id(optimizer.state), optimizer)
+    return tuple(found.values())
+
+
 def sliceable_state(stored: StoredTensor, tensor: Tensor, optimizer: Optimizer) -> dict[Any, Tensor]:
     """The tensors in an optimizer's state of the parameter `tensor` that have its dimensions, by key; no scalars."""
     sliceable = {}
@@ -311,10 +375,13 @@ def checked_copies(model: nn.Module, copies: Sequence[nn.Module]) -> tuple[nn.Mo
     found = []
     for index, copy in enumerate(copies):
         role = f"copies[{index}]"
-        if not isinstance(copy, nn.Module):
-            raise TypeError(f"{role}: expected a torch.nn.Module, got {type(copy).__name__}")
-        inner = unwrapped(copy)
-        _check_structure(model, inner, role)
+        # timm's first moving average is no module
+        module = copy.ema if type(copy).__name__ == "ModelEma" else copy
+        if not isinstance(module, nn.Module):
+            raise TypeError(f"{role}: expected a torch.nn.Module, got {type(module).__name__}")
+        inner = unwrapped(module)
+        with with_removable_heads(model, inner):
+            _check_structure(model, inner, role)
         for name, tensor in _tensors(inner).items():
             owner = owners.setdefault(ops.storage_key(tensor), role)
             if owner != role:

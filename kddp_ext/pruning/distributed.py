@@ -20,9 +20,9 @@ from torch.nn.parallel import DistributedDataParallel
 from kddp_ext.activations.statistics import NeuronStatistics
 from kddp_ext.files import hash_tensors
 from kddp_ext.pruning.compaction import set_data
-from kddp_ext.pruning.selection import LayerObservation
+from kddp_ext.pruning.selection import Observation
 from kddp_ext.pruning.settings import PruningSettings
-from kddp_ext.pruning.tracing.find import UnsupportedModelError
+from kddp_ext.pruning.tracing.recording import UnsupportedModelError
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -111,12 +111,12 @@ def _difference(name: str, value: object, of_rank_0: object) -> str:
 
 def gather(
     ranks: Ranks,
-    observe: Callable[[], Sequence[LayerObservation]],
+    observe: Callable[[], Observation],
     *,
     model: nn.Module,
     settings: PruningSettings,
     steps: int,
-) -> Sequence[LayerObservation]:
+) -> Observation:
     """The observations of all ranks' samples; `model`, `settings` and the number of `steps` must be the same on all.
 
     The statistics are added in the order of the ranks, which gives the same bits on each. The norms of the weights are
@@ -125,14 +125,14 @@ def gather(
     if ranks.size == 1:
         return observe()
 
-    def share() -> tuple[Sequence[LayerObservation], dict[str, object]]:
-        observations = observe()
-        return observations, _record(observations, model, settings, steps)
+    def share() -> tuple[Observation, dict[str, object]]:
+        observation = observe()
+        return observation, _record(observation, model, settings, steps)
 
     shares = ranks.all_or_raise(share)
     ranks.require_same([record for _, record in shares])
-    layers = zip(*(observations for observations, _ in shares), strict=True)
-    return [replace(each[0], statistics=NeuronStatistics.joined([one.statistics for one in each])) for each in layers]
+    values = zip(*(observation.statistics for observation, _ in shares), strict=True)
+    return replace(shares[0][0], statistics=tuple(NeuronStatistics.joined(each) for each in values))
 
 
 def from_rank_0(ranks: Ranks, action: Callable[[], T]) -> T:
@@ -149,19 +149,19 @@ def on_each_rank(ranks: Ranks, action: Callable[[], T]) -> T:
     return results[0]
 
 
-def _record(
-    observations: Sequence[LayerObservation], model: nn.Module, settings: PruningSettings, steps: int
-) -> dict[str, object]:
+def _record(observation: Observation, model: nn.Module, settings: PruningSettings, steps: int) -> dict[str, object]:
     """What ranks must agree in: values, or bytes and hashes, by the names that an error message gives them."""
     record: dict[str, object] = {"the number of steps": steps}
     for setting in fields(settings):
         value = getattr(settings, setting.name)
         record[setting.name] = f"{value.__module__}.{value.__qualname__}" if hasattr(value, "__qualname__") else value
-    for each in observations:
-        name, scales = each.group.name, [] if each.first_scales is None else [each.first_scales]
-        record[f"the width of {name}"] = each.group.width
-        record[f"the slices of {name}"] = repr(each.group).encode()
-        record[f"the history of {name}"] = _digest([each.inactive_checks, each.original, *scales])
+    neurons, scales = observation.neurons, observation.first_scales
+    for group, original in zip(neurons.groups, observation.original, strict=True):
+        first = [] if scales is None else [scales[:, group.numbers]]
+        record[f"the width of {group.name}"] = group.width
+        record[f"the history of {group.name}"] = _digest([observation.inactive_checks[group.numbers], original, *first])
+    for stored, by_axis in neurons.slices.items():
+        record[f"the slices of {stored.name}"] = _digest([torch.tensor(list(by_axis), device="cpu"), *by_axis.values()])
     for name, parameter in model.named_parameters():
         record[f"the weights {name}"] = _digest([parameter])
     return record

@@ -12,8 +12,9 @@ from torch import nn
 
 from kddp_ext.files import parse_json
 from kddp_ext.pruning.compaction import Removal, plan_compaction
+from kddp_ext.pruning.settings import Streams, check_streams
 from kddp_ext.pruning.tracing.find import find_neurons
-from kddp_ext.pruning.tracing.groups import count_neurons
+from kddp_ext.pruning.tracing.structure import count_neurons
 
 FORMAT, VERSION = "kddp_ext.pruning_history", 1
 _MOST_CHARACTERS = 2**24  # of JSON: enough for two million pruned neurons
@@ -26,14 +27,16 @@ class PruningHistory:
 
     Args:
         original_widths: number of neurons by layer, before any pruning.
+        streams: the argument of the `DynamicPruner` that decided what the layers' neurons are. Default "exact".
 
     Attributes:
-        original_widths: the argument.
+        original_widths, streams: the arguments.
         steps: for each step, the pruned neurons (ascending original indices) by layer.
     """
 
-    def __init__(self, original_widths: Mapping[str, int]) -> None:
+    def __init__(self, original_widths: Mapping[str, int], *, streams: Streams = "exact") -> None:
         self.original_widths: dict[str, int] = {}
+        self.streams: Streams = check_streams(streams)
         for layer, width in original_widths.items():
             if not isinstance(layer, str) or not _is_int(width) or width < 1:
                 got = f"{_brief(layer)}: {_brief(width)}"
@@ -45,7 +48,8 @@ class PruningHistory:
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, PruningHistory):
             return NotImplemented
-        return self.original_widths == other.original_widths and self.steps == other.steps
+        mine, others = ((each.original_widths, each.streams, each.steps) for each in (self, other))
+        return mine == others
 
     __hash__ = None  # type: ignore[assignment]  # it is mutable
 
@@ -98,16 +102,15 @@ class PruningHistory:
 
     def copy(self) -> PruningHistory:
         """An independent history with the same steps."""
-        other = PruningHistory(self.original_widths)
+        other = PruningHistory(self.original_widths, streams=self.streams)
         other.steps = [dict(step) for step in self.steps]
         other._lost = {layer: set(lost) for layer, lost in self._lost.items()}
         return other
 
     def to_json(self) -> str:
         """The history as JSON text, with its format and version."""
-        return json.dumps(
-            {"format": FORMAT, "version": VERSION, "original_widths": self.original_widths, "steps": self.steps}
-        )
+        content = {"format": FORMAT, "version": VERSION, "original_widths": self.original_widths, "steps": self.steps}
+        return json.dumps(content if self.streams == "exact" else {**content, "streams": self.streams})
 
     @classmethod
     def from_json(cls, text: str) -> PruningHistory:
@@ -128,14 +131,19 @@ class PruningHistory:
         if not isinstance(widths, dict) or not isinstance(steps, list):
             got = f"{_brief(widths)} and {_brief(steps)}"
             raise ValueError(f"text: expected original_widths by layer and a list of steps, got {got}")
-        history = cls(widths)
+        history = cls(widths, streams=content.get("streams", "exact"))
         for step in steps:
             if not isinstance(step, dict) or not all(isinstance(indices, list) for indices in step.values()):
                 raise ValueError(f"text: expected each step to have lists of neurons by layer, got {_brief(step)}")
             history.add_step(step)
         return history
 
-    def replay(self, model: nn.Module, example_inputs: tuple[Any, ...]) -> None:
+    def replay(
+        self,
+        model: nn.Module,
+        example_inputs: tuple[Any, ...],
+        example_kwargs: Mapping[str, Any] | None = None,
+    ) -> None:
         """Shrink a fresh model to the widths of this history.
 
         Its parameters keep the values of the remaining neurons; nothing is compensated.
@@ -143,14 +151,15 @@ class PruningHistory:
         Args:
             model: of the architecture that was pruned, at its original widths.
             example_inputs: positional arguments for its forward.
+            example_kwargs: keyword arguments for it. Default: none.
 
         Raises:
             UnsupportedModelError: the model cannot be traced.
             ValueError: a layer is missing, cannot be pruned, or does not have its original width (for instance because
                 the history was replayed on it before). The model is not changed.
         """
-        found = find_neurons(model, example_inputs)
-        removals = []
+        found = find_neurons(model, example_inputs, example_kwargs, streams=self.streams)
+        keep = torch.ones(found.neurons.number, dtype=torch.bool, device="cpu")
         for layer, width in self.original_widths.items():
             if layer not in found.groups:
                 reason = found.refused.get(layer, "it has no such layer")
@@ -161,10 +170,8 @@ class PruningHistory:
                     f"model: {layer} has {count_neurons(group.width)} but the history starts from {width}; replay it "
                     "once, on a model with its original widths"
                 )
-            kept = self.kept(layer)
-            if len(kept) < width:
-                removals.append(Removal(group, torch.tensor(kept, dtype=torch.int64)))
-        plan_compaction(model, removals).apply()
+            keep[group.numbers][self.pruned(layer)] = False
+        plan_compaction(model, Removal(found.neurons, keep)).apply()
 
 
 def _is_int(value: object) -> bool:

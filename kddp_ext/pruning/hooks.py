@@ -6,50 +6,58 @@ The activations that are kept belong to the logits that the loss is about to get
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 
-from kddp_ext.pruning.tracing.groups import NeuronGroup, count_neurons
+from kddp_ext.pruning.tracing.recording import first_argument
+from kddp_ext.pruning.tracing.structure import ReadValue, count_neurons
 
 # A dropout's hook stores its input under this attribute of its output, for the reader behind it.
 _BEFORE_DROPOUT = "_kddp_before_dropout"
 
 
 class ActivationHooks:
-    """The hooks of one pruner, and the latest activations of each group.
+    """The hooks of one pruner, and the latest activations of each value.
 
     The hooks hold the activations and not the pruner, so a model does not keep a pruner alive. A copied or unpickled
     model gets hooks that do nothing, because its activations are not those of the model that is pruned.
     """
 
-    def __init__(self, model: nn.Module, groups: Iterable[NeuronGroup]) -> None:
+    def __init__(self, model: nn.Module, values: Sequence[ReadValue]) -> None:
         self._hooks: dict[str, _ReaderHook] = {}
         self._handles = []
-        for group in groups:
-            for name in group.dropouts:
+        for value in values:
+            for name in value.dropouts:
                 module = model.get_submodule(name)
                 self._handles.append(module.register_forward_hook(_DropoutHook(), with_kwargs=True))
-            hook = self._hooks[group.name] = _ReaderHook(dropouts=len(group.dropouts))
-            reader = model.get_submodule(group.readers[0].module)
+            hook = self._hooks[value.module] = _ReaderHook(dropouts=len(value.dropouts))
+            reader = model.get_submodule(value.module)
             self._handles.append(reader.register_forward_pre_hook(hook, with_kwargs=True))
 
-    def value(self, group: NeuronGroup) -> tuple[Tensor, int] | None:
-        """The latest activations and the dimension of the neurons, which is split where they have several entries."""
-        value, layout = self._hooks[group.name].read(group.name), group.value
+    def value(self, read: ReadValue, name: str) -> tuple[Tensor, int] | None:
+        """The latest activations of a value, which messages call `name`, and the dimension of its neurons.
+
+        Where the neurons have several entries, the shape is (samples, outer, units, inner): all other dimensions are
+        samples.
+        """
+        value, layout = self._hooks[read.module].read(name), read.layout
         if value is None:
             return None
-        if value.dim() != group.dimensions or value.shape[layout.axis] != group.width * layout.entries:
+        if value.dim() != read.dimensions or value.shape[layout.axis] != read.units * layout.entries:
             raise RuntimeError(
-                f"activations: {group.readers[0].module} was traced with an input of {group.dimensions} dimensions and "
-                f"{count_neurons(group.width)}, which have {group.width * layout.entries} entries along dimension "
+                f"activations: {read.module} was traced with an input of {read.dimensions} dimensions and "
+                f"{count_neurons(read.units)}, which have {read.units * layout.entries} entries along dimension "
                 f"{layout.axis}; now its shape is {tuple(value.shape)}"
             )
         if layout.entries == 1:
             return value, layout.axis
-        return value.unflatten(layout.axis, (layout.outer, group.width, layout.inner)), layout.axis + 1
+        samples = value.movedim(layout.axis, -1).flatten(0, -2)
+        return samples.unflatten(1, (layout.outer, read.units, layout.inner)), 2
 
     def clear(self) -> None:
         for hook in self._hooks.values():
@@ -64,13 +72,10 @@ class ActivationHooks:
 
 
 class _Hook:
-    """A hook that does nothing; copies of all hooks are of this class."""
+    """A hook. Its copies do nothing, and a pickled model does not need this package for them."""
 
-    def __call__(self, *arguments: Any) -> None:
-        return None
-
-    def __reduce__(self) -> tuple[type[_Hook], tuple[()]]:
-        return _Hook, ()
+    def __reduce__(self) -> tuple[Callable[..., Any], tuple[object, str]]:
+        return getattr, (nullcontext(), "__exit__")  # a function of any arguments that returns None
 
 
 class _ReaderHook(_Hook):
@@ -80,9 +85,9 @@ class _ReaderHook(_Hook):
         self._is_unread = self._is_ambiguous = False
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if _is_replayed() or (self._is_unread and not torch.is_grad_enabled()):
+        value = first_argument(args, kwargs)
+        if _is_replayed(value) or (self._is_unread and not torch.is_grad_enabled()):
             return
-        value = args[0] if args else kwargs["input"]
         for _ in range(self._dropouts):
             value = getattr(value, _BEFORE_DROPOUT, value)
         # Flags and not a counter: torch.compile would compile the model anew for each value of a counter.
@@ -108,13 +113,13 @@ class _ReaderHook(_Hook):
 
 class _DropoutHook(_Hook):
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> None:
-        source = args[0] if args else kwargs["input"]
-        if output is not source and not _is_replayed():
+        source = first_argument(args, kwargs)
+        if output is not source and not _is_replayed(source):
             setattr(output, _BEFORE_DROPOUT, source)
 
 
-def _is_replayed() -> bool:
+def _is_replayed(value: Tensor) -> bool:
     """True while another pruner traces the model, and in a checkpoint's recomputation inside a backward."""
     if torch.compiler.is_compiling():
         return torch.compiler.is_exporting()
-    return torch._C._current_graph_task_id() != -1
+    return isinstance(value, FakeTensor) or torch._C._current_graph_task_id() != -1

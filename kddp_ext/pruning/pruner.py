@@ -19,7 +19,7 @@ from kddp_ext.pruning.compaction import (
     assign,
     checked_copies,
     plan_compaction,
-    require_sliceable_optimizer,
+    with_inner_optimizers,
 )
 from kddp_ext.pruning.distributed import (
     Ranks,
@@ -32,14 +32,14 @@ from kddp_ext.pruning.distributed import (
 )
 from kddp_ext.pruning.history import PruningHistory
 from kddp_ext.pruning.hooks import ActivationHooks
-from kddp_ext.pruning.reconstruction import reconstruct
+from kddp_ext.pruning.reconstruction import Reconstruction, reconstruct
 from kddp_ext.pruning.report import Preview, PruneReport
-from kddp_ext.pruning.selection import LayerDecision, LayerObservation, ModelSize, decide
-from kddp_ext.pruning.settings import Criterion, PruningSettings, Schedule
+from kddp_ext.pruning.selection import Decision, ModelSize, Observation, decide
+from kddp_ext.pruning.settings import Criterion, PruningSettings, Schedule, Streams, check_streams
 from kddp_ext.pruning.state import PrunerState
-from kddp_ext.pruning.tracing.find import TracedNeurons, UnsupportedModelError, find_neurons
-from kddp_ext.pruning.tracing.graph import unwrapped
-from kddp_ext.pruning.tracing.groups import NeuronGroup
+from kddp_ext.pruning.tracing.find import TracedNeurons, find_neurons
+from kddp_ext.pruning.tracing.recording import TracedModules, UnsupportedModelError, unwrapped
+from kddp_ext.pruning.tracing.structure import PrunableNeurons
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -83,7 +83,12 @@ class DynamicPruner:
         reconstruction_samples: the number of recent values of each neuron from which a ridge regression expresses
             removed neurons through the remaining ones; the result is added to the next layer's weights. Default 256,
             which are a few batches' worth. 0 compensates only the mean.
-        layers: names of the layers to prune. Default: all prunable layers.
+        layers: names of the layers to prune. A layer that writes the same neurons as others, as in a residual stream,
+            stands for all of them. Default: all prunable layers.
+        streams: "exact" (default) prunes only what can be removed without changing the other neurons. "all" also
+            prunes neurons that a LayerNorm, RMSNorm or GroupNorm normalises together, such as the channels of a
+            transformer's residual stream; the norm's statistics are then over fewer neurons, which changes them.
+        example_kwargs: keyword arguments for the model's forward, by name. Default: none.
         copies: modules of the model's structure that are pruned with it, such as a moving average of its weights
             (torch.optim.swa_utils.AveragedModel, or a plain copy). Default: none.
         process_group: the processes that prune together, each with its share of the samples; all must call `prune()`.
@@ -125,6 +130,8 @@ class DynamicPruner:
         compensate: bool = True,
         reconstruction_samples: int = 256,
         layers: Sequence[str] | None = None,
+        streams: Streams = "exact",
+        example_kwargs: Mapping[str, Any] | None = None,
         copies: Sequence[nn.Module] = (),
         process_group: ProcessGroup | Literal[False] | None = None,
         interval: int | None = None,
@@ -159,17 +166,18 @@ class DynamicPruner:
         )
         self.schedule = Schedule(interval, start, l1_weight, l1_warmup)
 
-        found = find_neurons(model, example_inputs)
+        found = find_neurons(model, example_inputs, example_kwargs, streams=check_streams(streams))
         self.refused = found.refused
-        groups = _choose_layers(model, found, layers)
+        neurons = _choose_layers(model, found, layers)
         self._positions = found.positions
-        self._state = PrunerState.fresh(model, groups, self.settings)
-        self._hooks: ActivationHooks | None = ActivationHooks(model, groups)
+        self._state = PrunerState.fresh(model, neurons, self.settings, streams)
+        self._hooks: ActivationHooks | None = ActivationHooks(model, neurons.values)
+        self._traced = TracedModules(model, [value.module for value in neurons.values])
         weakref.finalize(self, self._hooks.remove)
 
     def __getstate__(self) -> dict[str, Any]:
         """A copy or an unpickled pruner is closed, because its model has no hooks of this pruner."""
-        return {**self.__dict__, "_hooks": None}
+        return {**self.__dict__, "_hooks": None, "_traced": None}
 
     def __repr__(self) -> str:
         widths = ", ".join(f"{name} {width}" for name, width in self.widths.items())
@@ -187,8 +195,12 @@ class DynamicPruner:
 
     @property
     def statistics(self) -> dict[str, NeuronStatistics]:
-        """The sums since the last check, by layer."""
-        return dict(zip(self.widths, self._state.statistics, strict=True))
+        """The sums since the last check, by layer.
+
+        Neurons that are read at several places, or together with those of other layers, have statistics at each place,
+        under "reader.input" for the first layer that reads them there.
+        """
+        return dict(zip(self._state.neurons.value_names, self._state.statistics, strict=True))
 
     @property
     def l1_weight(self) -> float:
@@ -198,9 +210,9 @@ class DynamicPruner:
 
     @property
     def activations(self) -> TrackedActivations:
-        """The neurons' activations in the latest forward pass, for each layer of `widths`.
+        """The neurons' activations in the latest forward pass: one value for each entry of `statistics`.
 
-        They are the values that the next layer reads, taken before a Dropout in front of it, and part of the autograd
+        They are the values that the next layers read, taken before a Dropout in front of it, and part of the autograd
         graph. Shapes: (N, H) for a Linear layer, (..., H) where it is applied along a sequence, (N, C, *positions) for
         a convolution. `axes` tells which dimension the neurons are. Positions count as samples.
         A pass under torch.no_grad() does not replace activations that were not read yet.
@@ -211,11 +223,12 @@ class DynamicPruner:
         """
         hooks = self._open_hooks("activations")
         values, axes = [], []
-        for group, statistics in zip(self._state.groups, self._state.statistics, strict=True):
-            seen = hooks.value(group)
+        neurons = self._state.neurons
+        for name, read, statistics in zip(neurons.value_names, neurons.values, self._state.statistics, strict=True):
+            seen = hooks.value(read, name)
             if seen is None:
                 raise RuntimeError(
-                    f"activations: no forward pass has reached {group.name} since the pruner was made or last pruned; "
+                    f"activations: no forward pass has reached {name} since the pruner was made or last pruned; "
                     "call the model first (a compiled model must not have been called before the pruner was made)"
                 )
             value, axis = seen
@@ -275,9 +288,9 @@ class DynamicPruner:
         self._open_hooks("preview")
         threshold = self.settings.threshold if threshold is None else threshold
         settings = replace(self.settings, threshold=threshold, patience=1)
-        size = ModelSize(self.model, self._state.groups, self._positions)
-        decisions = decide(self._state.observe(self.model, caller="preview"), settings, size)
-        return Preview.of(decisions, size, settings.threshold)
+        observation = self._state.observe(self.model, caller="preview")
+        size = ModelSize(self.model, self._state.neurons, self._positions)
+        return Preview.of(decide(observation, settings, size), size, settings.threshold)
 
     def reset(self) -> None:
         """Discard the statistics since the last check."""
@@ -309,10 +322,14 @@ class DynamicPruner:
     def _prune(self, state: PrunerState, hooks: ActivationHooks) -> PruneReport:
         """Observe, gather, select, plan, apply."""
         ranks, wrappers = self._ranks("prune")
-        observe = partial(state.observe, self.model, caller="prune")
-        observations = gather(ranks, observe, model=self.model, settings=self.settings, steps=state.steps)
-        decisions, report = from_rank_0(ranks, partial(self._select, observations, state))
-        compaction = on_each_rank(ranks, partial(self._plan, decisions, state, wrappers))
+
+        def observe() -> Observation:
+            self._traced.require_unchanged(self.model)
+            return state.observe(self.model, caller="prune")
+
+        observation = gather(ranks, observe, model=self.model, settings=self.settings, steps=state.steps)
+        decision, report = from_rank_0(ranks, partial(self._select, observation))
+        compaction = on_each_rank(ranks, partial(self._plan, decision, state, wrappers))
         refresh = [partial(rewrap, wrapper) for wrapper in wrappers if report.neurons_pruned]
         try:
             on_each_rank(ranks, partial(compaction.apply, refresh))
@@ -322,26 +339,23 @@ class DynamicPruner:
         hooks.clear()
         return report
 
-    def _select(
-        self, observations: Sequence[LayerObservation], state: PrunerState
-    ) -> tuple[tuple[LayerDecision, ...], PruneReport]:
+    def _select(self, observation: Observation) -> tuple[Decision, PruneReport]:
         """Select the neurons to be removed; nothing is changed."""
-        size = ModelSize(self.model, state.groups, self._positions)
-        decisions = decide(observations, self.settings, size)
+        size = ModelSize(self.model, observation.neurons, self._positions)
+        decision = decide(observation, self.settings, size)
         if self.settings.compensate and self.settings.reconstruction_samples:
-            decisions = tuple(_fit_reconstruction(decision) for decision in decisions)
-        return decisions, PruneReport.of(decisions, size)
+            decision = replace(decision, reconstructions=_reconstructions(decision))
+        return decision, PruneReport.of(decision, size)
 
     def _plan(
-        self, decisions: Sequence[LayerDecision], state: PrunerState, wrappers: Sequence[DistributedDataParallel]
+        self, decision: Decision, state: PrunerState, wrappers: Sequence[DistributedDataParallel]
     ) -> CompactionPlan:
         """Prepare the removal of the neurons; nothing is changed."""
         for wrapper in wrappers:
             require_rewrappable(wrapper)
         checked_copies(self.model, self._copies)
-        removals = [_removal(decision) for decision in decisions if decision.pruned.numel()]
-        compaction = plan_compaction(self.model, removals, self._optimizers, self._copies)
-        compaction.changes.append(assign(self, "_state", state.after(decisions, self.settings)))
+        compaction = plan_compaction(self.model, _removal(decision), self._optimizers, self._copies)
+        compaction.changes.append(assign(self, "_state", state.after(decision, self.settings)))
         return compaction
 
     def _ranks(self, caller: str) -> tuple[Ranks, Sequence[DistributedDataParallel]]:
@@ -354,27 +368,37 @@ class DynamicPruner:
         return self._hooks
 
 
-def _fit_reconstruction(decision: LayerDecision) -> LayerDecision:
-    ring, readers = decision.observation.statistics.ring, decision.group.readers
-    if ring is None or not decision.pruned.numel():
-        return decision
-    reconstruction = reconstruct(
-        ring.samples,
-        decision.keep,
-        decision.pruned,
-        decision.observation.outgoing,
-        constant=all(reader.shift is not None for reader in readers),
-        padded=any(reader.padded for reader in readers),
-    )
-    return replace(decision, reconstruction=reconstruction)
+def _reconstructions(decision: Decision) -> tuple[Reconstruction | None, ...]:
+    """For each value, the reconstruction of its removed units; None where their mean is as good."""
+    observation, found = decision.observation, []
+    for index, (value, statistics) in enumerate(zip(observation.neurons.values, observation.statistics, strict=True)):
+        readers = [reader for reader in observation.neurons.readers if reader.value == index]
+        gone = decision.units_gone(value)
+        reconstruction = None
+        ring = statistics.ring
+        if ring is not None and bool(gone.any()) and all(reader.groups == 1 for reader in readers):
+            reconstruction = reconstruct(
+                ring.samples,
+                (~gone).nonzero().flatten(),
+                gone.nonzero().flatten(),
+                observation.outgoing_of(index),
+                means=None if value.positions is None else statistics.position_mean[:, ring.entries[: ring.filled]].T,
+                constant=all(reader.shift is not None for reader in readers),
+                padded=any(reader.padded for reader in readers),
+            )
+        found.append(reconstruction)
+    return tuple(found)
 
 
-def _removal(decision: LayerDecision) -> Removal:
+def _removal(decision: Decision) -> Removal:
+    neurons = decision.observation.neurons
     if not decision.compensate:
-        return Removal(decision.group, decision.keep)
-    statistics = decision.observation.statistics
-    means = statistics.mean if decision.group.positions is None else statistics.position_mean
-    return Removal(decision.group, decision.keep, means, decision.reconstruction)
+        return Removal(neurons, decision.keep)
+    means = tuple(
+        statistics.mean if value.positions is None else statistics.position_mean
+        for value, statistics in zip(neurons.values, decision.observation.statistics, strict=True)
+    )
+    return Removal(neurons, decision.keep, means, decision.reconstructions)
 
 
 # --- Arguments
@@ -401,8 +425,8 @@ def _checked_optimizers(optimizer: Optimizer | Sequence[Optimizer] | None, model
     else:
         got = f"{optimizer!r}" if isinstance(optimizer, list | tuple) else type(optimizer).__name__
         raise TypeError(f"optimizer: expected a torch.optim.Optimizer, a list of them or None, got {got}")
+    optimizers = with_inner_optimizers(optimizers)
     for each in optimizers:
-        require_sliceable_optimizer(each)
         held = {id(parameter) for group in each.param_groups for parameter in group["params"]}
         if not any(id(parameter) in held for parameter in model.parameters()):
             raise ValueError(
@@ -411,11 +435,11 @@ def _checked_optimizers(optimizer: Optimizer | Sequence[Optimizer] | None, model
     return tuple(optimizers)
 
 
-def _choose_layers(model: nn.Module, found: TracedNeurons, layers: Sequence[str] | None) -> tuple[NeuronGroup, ...]:
+def _choose_layers(model: nn.Module, found: TracedNeurons, layers: Sequence[str] | None) -> PrunableNeurons:
     groups, refused = found.groups, found.refused
     if layers is None:
         if groups:
-            return tuple(groups.values())
+            return found.neurons
         reasons = "".join(f"\n  {name}: {reason}" for name, reason in refused.items())
         raise UnsupportedModelError(
             f"model: it has no layer that can be pruned{reasons or ', because it has no Linear layer or convolution'}"
@@ -429,7 +453,10 @@ def _choose_layers(model: nn.Module, found: TracedNeurons, layers: Sequence[str]
     for name in layers:
         if name not in producers:
             reason = f"the model has no such module; its prunable layers are {', '.join(groups) or 'none'}"
-            if name in modules:
-                reason = f"it is a {type(modules[name]).__name__}; only Linear layers and convolutions can be pruned"
+            group = found.neurons.group_of(name)
+            if group is not None:
+                reason = f"it has the neurons of {group.name} and is pruned with that layer; name {group.name} instead"
+            elif name in modules:
+                reason = f"it is a {type(modules[name]).__name__}; only layers that write neurons can be pruned"
             raise UnsupportedModelError(f"layers: {name} cannot be pruned: {refused.get(name, reason)}")
-    return tuple(group for group in groups.values() if not set(layers).isdisjoint(group.producers))
+    return found.neurons.only([group for group in groups.values() if not set(layers).isdisjoint(group.producers)])

@@ -35,7 +35,14 @@ class Reconstruction:
 
 
 def reconstruct(
-    samples: Tensor, keep: Tensor, pruned: Tensor, outgoing: Tensor, *, constant: bool = True, padded: bool = False
+    samples: Tensor,
+    keep: Tensor,
+    pruned: Tensor,
+    outgoing: Tensor,
+    *,
+    means: Tensor | None = None,
+    constant: bool = True,
+    padded: bool = False,
 ) -> Reconstruction | None:
     """Fit the removed neurons to the remaining ones, by an eigendecomposition; None where their mean is as good.
 
@@ -44,6 +51,8 @@ def reconstruct(
         keep: (K,) int64, the neurons that remain.
         pruned: (P,) int64, the neurons to be removed.
         outgoing: (H,) float64, ‖W2[:,j]‖₂, the weight of each neuron's error.
+        means: (S, H), what the mean alone predicts for each sample, where that depends on the entry. Default None: the
+            mean of the samples.
         constant: whether the next layer can absorb a constant. Otherwise the fit is h_p ≈ A h_k, so that the remaining
             neurons also replace the mean.
         padded: whether the next layer reads zeros beyond a border. The fit is then also h_p ≈ A h_k, and the constant
@@ -52,7 +61,7 @@ def reconstruct(
     if not len(pruned) or len(samples) < _FEWEST_SAMPLES or not bool(samples.isfinite().all()):
         return None
     values = samples.double()
-    centred = values - values.mean(0)
+    centred = values - (values.mean(0) if means is None else means)
     fitted = centred if constant and not padded else values
     kept, gone = fitted[:, keep], fitted[:, pruned]
     eigenvalues, vectors = torch.linalg.eigh(kept @ kept.T)

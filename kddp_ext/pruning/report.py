@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass, fields
 
 from torch import Tensor
 
-from kddp_ext.pruning.selection import KeptBy, LayerDecision, ModelSize
-from kddp_ext.pruning.tracing.groups import count_neurons
+from kddp_ext.pruning.selection import Decision, KeptBy, LayerDecision, ModelSize
+from kddp_ext.pruning.tracing.structure import count_neurons
 
 
 @dataclass(frozen=True)
@@ -25,7 +24,8 @@ class LayerReport:
         kept_by: number of neurons that were inactive for long enough and kept by a limit, for each limit.
         compensated: tensors that absorbed the mean contribution of the removed neurons.
         reconstruction_error: leave-one-out estimate of the squared error of replacing the removed neurons by the
-            remaining ones, relative to replacing them by their mean; None where only the mean was compensated.
+            remaining ones, relative to replacing them by their mean; the largest where they are read at several places;
+            None where only the mean was compensated.
         uncompensated: layers that read the removed neurons and have neither a bias nor a BatchNorm to absorb the mean.
         activation_scale: Σ mean|h| over the remaining neurons, relative to the same at the first check; None at the
             first check, and where they were all dead then.
@@ -48,24 +48,32 @@ class LayerReport:
     collapsed: bool = False
 
     @classmethod
-    def of(cls, decision: LayerDecision) -> LayerReport:
-        """The report of a decision that is applied."""
-        readers, observation = decision.group.readers, decision.observation
-        compensated = decision.compensate and decision.pruned.numel() > 0
-        activation_scale, outgoing_scale = _relative_scales(observation.first_scales, observation.scales, decision.keep)
+    def of(cls, decision: Decision, layer: LayerDecision) -> LayerReport:
+        """One layer's part of a decision that is applied."""
+        observation, group = decision.observation, layer.group
+        neurons, read = observation.neurons, observation.neurons.readers_of(group)
+        compensated = decision.compensate and layer.pruned.numel() > 0
+        keep = decision.keep[group.numbers]
+        first = None if observation.first_scales is None else observation.first_scales[:, group.numbers][:, keep]
+        activation_scale, outgoing_scale = _relative_scales(first, observation.scales[:, group.numbers][:, keep])
+        errors = [
+            reconstruction.error
+            for value, reconstruction in zip(neurons.values, decision.reconstructions, strict=False)
+            if reconstruction is not None and neurons.of_group(value, group)[0].numel() and layer.pruned.numel()
+        ]
         return cls(
-            name=decision.group.name,
-            width_before=decision.group.width,
-            width_after=decision.width_after,
-            pruned=tuple(decision.pruned_originals),
-            waiting=int((decision.inactive & ~decision.marked).sum()),
-            kept_by=decision.kept_by,
-            compensated=tuple(r.shift.name for r in readers if r.shift is not None) if compensated else (),
-            reconstruction_error=None if decision.reconstruction is None else decision.reconstruction.error,
-            uncompensated=tuple(r.module for r in readers if r.shift is None) if compensated else (),
+            name=group.name,
+            width_before=group.width,
+            width_after=layer.width_after,
+            pruned=tuple(decision.pruned_originals(layer)),
+            waiting=int((layer.inactive & ~layer.marked).sum()),
+            kept_by=layer.kept_by,
+            compensated=tuple(r.shift.name for r in read if r.shift is not None) if compensated else (),
+            reconstruction_error=max(errors, default=None),
+            uncompensated=tuple(r.module for r in read if r.shift is None) if compensated else (),
             activation_scale=activation_scale,
             outgoing_scale=outgoing_scale,
-            collapsed=decision.collapsed,
+            collapsed=decision.collapsed(layer),
         )
 
     @property
@@ -98,9 +106,9 @@ class PruneReport:
     macs_after: int
 
     @classmethod
-    def of(cls, decisions: Sequence[LayerDecision], size: ModelSize) -> PruneReport:
-        """The report of decisions that are applied, for a model of `size` before."""
-        return cls(tuple(LayerReport.of(decision) for decision in decisions), *_sizes(decisions, size))
+    def of(cls, decision: Decision, size: ModelSize) -> PruneReport:
+        """The report of a decision that is applied, for a model of `size` before."""
+        return cls(tuple(LayerReport.of(decision, layer) for layer in decision.layers), *_sizes(decision, size))
 
     @property
     def neurons_pruned(self) -> int:
@@ -194,20 +202,20 @@ class Preview:
     macs_after: int
 
     @classmethod
-    def of(cls, decisions: Sequence[LayerDecision], size: ModelSize, threshold: float) -> Preview:
-        """The preview of decisions made at `threshold` and patience 1, for a model of `size` now."""
+    def of(cls, decision: Decision, size: ModelSize, threshold: float) -> Preview:
+        """The preview of a decision made at `threshold` and patience 1, for a model of `size` now."""
         layers = tuple(
             LayerPreview(
-                name=decision.group.name,
-                width=decision.group.width,
-                inactive=int(decision.inactive.sum()),
-                width_after=decision.width_after,
-                kept_by=decision.kept_by,
-                output_change=_output_change(decision),
+                name=layer.group.name,
+                width=layer.group.width,
+                inactive=int(layer.inactive.sum()),
+                width_after=layer.width_after,
+                kept_by=layer.kept_by,
+                output_change=_output_change(decision, layer),
             )
-            for decision in decisions
+            for layer in decision.layers
         )
-        return cls(threshold, layers, *_sizes(decisions, size))
+        return cls(threshold, layers, *_sizes(decision, size))
 
     def __str__(self) -> str:
         rows: list[tuple[str, ...]] = [("layer", "neurons", "inactive", "kept", "left", "output change")]
@@ -223,40 +231,40 @@ class Preview:
         return "\n".join([f"a prune at threshold {self.threshold:g}, patience 1:", *table, last])
 
 
-def _output_change(decision: LayerDecision) -> float:
+def _output_change(decision: Decision, layer: LayerDecision) -> float:
     """The relative change of the outputs of the layer's readers, predicted from the statistics alone.
 
     The contributions of uncorrelated neurons add up as squares. A removed neuron loses ‖W2[:,j]‖² · var(h_j) where its
     mean is compensated, else ‖W2[:,j]‖² · E[h_j²]. The result is the root of this sum relative to the sum of
     ‖W2[:,j]‖² · var(h_j) over all neurons.
     """
-    observation, pruned = decision.observation, decision.pruned
-    variances = (observation.outgoing * observation.statistics.std).square()
-    not_compensated = observation.outgoing_unshifted if decision.compensate else observation.outgoing
-    means = (not_compensated * observation.statistics.mean).square()
-    lost, whole = float((variances + means)[pruned].sum()), float(variances.sum())
+    observation, numbers = decision.observation, layer.group.numbers
+    variances = observation.times_outgoing([each.std for each in observation.statistics])[numbers].square()
+    means = observation.times_outgoing(
+        [each.mean for each in observation.statistics], without_shift=decision.compensate
+    )[numbers].square()
+    lost, whole = float((variances + means)[layer.pruned].sum()), float(variances.sum())
     if lost == 0:
         return 0.0
     return math.sqrt(lost / whole) if whole > 0 else math.inf
 
 
-def _relative_scales(first: Tensor | None, now: Tensor, keep: Tensor) -> tuple[float | None, float | None]:
-    """Σ mean|h| and the norm of the outgoing weights over the neurons `keep`, now relative to the first check.
+def _relative_scales(first: Tensor | None, now: Tensor) -> tuple[float | None, float | None]:
+    """Σ mean|h| and the norm of the outgoing weights over some neurons, now relative to the first check.
 
     None at the first check, and where the first value was 0.
     """
     if first is None:
         return None, None
     (before_abs, before_norm), (abs_, norm) = (
-        (scales[0, keep].sum(), scales[1, keep].square().sum().sqrt()) for scales in (first, now)
+        (scales[0].sum(), scales[1].square().sum().sqrt()) for scales in (first, now)
     )
     return float(abs_ / before_abs) if before_abs > 0 else None, float(norm / before_norm) if before_norm > 0 else None
 
 
-def _sizes(decisions: Sequence[LayerDecision], size: ModelSize) -> tuple[int, int, int, int]:
+def _sizes(decision: Decision, size: ModelSize) -> tuple[int, int, int, int]:
     """Parameters before and after, MACs before and after."""
-    parameters, macs = size.at([decision.group.width for decision in decisions])
-    parameters_after, macs_after = size.at([decision.width_after for decision in decisions])
+    (parameters, macs), (parameters_after, macs_after) = size.at(), size.at(decision.keep)
     return parameters, parameters_after, macs, macs_after
 
 

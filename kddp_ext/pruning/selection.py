@@ -1,6 +1,6 @@
-"""Decides which neurons are removed: what is observed, how active each neuron is, what limits apply, who goes.
+"""Decides which neurons are removed: how active each one is, which limits apply, and what the model's size allows.
 
-`decide` depends on its arguments only, so processes with the same observations come to the same decisions.
+A decision depends on its arguments only, so processes with the same observations come to the same decisions.
 """
 
 from __future__ import annotations
@@ -9,34 +9,85 @@ import math
 from bisect import bisect_left
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import astuple, dataclass, replace
+from functools import cached_property
 
 import torch
 from torch import Tensor, nn
 
 from kddp_ext.activations.statistics import NeuronStatistics
+from kddp_ext.pruning.compaction import units_gone
 from kddp_ext.pruning.reconstruction import Reconstruction
 from kddp_ext.pruning.settings import Criterion, PruningSettings
-from kddp_ext.pruning.tracing.groups import NeuronGroup, NeuronSlices, Reader, StoredTensor, all_but, count_neurons
+from kddp_ext.pruning.tracing.structure import (
+    NeuronGroup,
+    PrunableNeurons,
+    Reader,
+    ReadValue,
+    StoredTensor,
+    count_neurons,
+)
 
 # --- What is observed
 
 
-@dataclass(frozen=True)
-class LayerObservation:
-    """Everything that the decision about a layer of H neurons depends on. All tensors are on the CPU."""
+@dataclass(frozen=True, eq=False)
+class Observation:
+    """Everything that a decision depends on. All tensors are on the CPU; N is the number of all neurons."""
 
-    group: NeuronGroup
-    statistics: NeuronStatistics  # since the last check
-    outgoing: Tensor  # (H,) float64, ‖W2[:,j]‖₂ over all layers that read neuron j
-    outgoing_unshifted: Tensor  # (H,) float64, the same over the layers that cannot absorb a mean
-    inactive_checks: Tensor  # (H,) int64, consecutive checks before this one at which the neuron was inactive
-    original: Tensor  # (H,) int64, the neurons' indices before any pruning
-    first_scales: Tensor | None  # (2, H) float64, `scales` at the first check; None at that check
+    neurons: PrunableNeurons
+    statistics: tuple[NeuronStatistics, ...]  # of each value since the last check
+    outgoing: tuple[Tensor, ...]  # of each reader: ‖W2[:,j]‖₂ for each unit of the value that it reads, float64
+    inactive_checks: Tensor  # (N,) int64, consecutive checks before this one at which the neuron was inactive
+    original: tuple[Tensor, ...]  # of each group: its neurons' indices before any pruning, int64
+    first_scales: Tensor | None  # (2, N) float64, `scales` at the first check; None at that check
 
-    @property
+    @cached_property
+    def mean_abs(self) -> Tensor:
+        """Mean |h_j|, (N,) float64; the largest where a neuron is read at several places."""
+        return self.largest([statistics.mean_abs for statistics in self.statistics])
+
+    @cached_property
+    def norms(self) -> Tensor:
+        """‖W2[:,j]‖₂ over all layers that read neuron j, (N,) float64."""
+        return self.root_of_squares(list(self.outgoing))
+
+    @cached_property
     def scales(self) -> Tensor:
-        """mean|h_j| and ‖W2[:,j]‖₂ of each neuron, (2, H) float64; used to notice a penalty met by rescaling."""
-        return torch.stack([self.statistics.mean_abs, self.outgoing])
+        """`mean_abs` and `norms`, (2, N) float64; used to notice a penalty that is met by rescaling."""
+        return torch.stack([self.mean_abs, self.norms])
+
+    def largest(self, by_value: Sequence[Tensor]) -> Tensor:
+        """(N,) float64: for each neuron the largest entry over its units in all values."""
+        result = torch.zeros(self.neurons.number, dtype=torch.float64, device="cpu")
+        for value, entries in zip(self.neurons.values, by_value, strict=True):
+            read = value.neurons >= 0
+            result.scatter_reduce_(0, value.neurons[read], entries[read].double(), "amax")
+        return result
+
+    def root_of_squares(self, by_reader: Sequence[Tensor]) -> Tensor:
+        """(N,) float64: for each neuron √Σ of squares over its units and all layers that read it."""
+        result = torch.zeros(self.neurons.number, dtype=torch.float64, device="cpu")
+        for reader, entries in zip(self.neurons.readers, by_reader, strict=True):
+            value = self.neurons.values[reader.value]
+            read = value.neurons >= 0
+            result.index_add_(0, value.neurons[read], entries[read].square())
+        return result.sqrt()
+
+    def times_outgoing(self, by_value: Sequence[Tensor], *, without_shift: bool = False) -> Tensor:
+        """`root_of_squares` of a value's entries times the norms of the weights that read them.
+
+        `without_shift` counts only the readers that cannot absorb a constant.
+        """
+        products = [
+            norms * by_value[reader.value] if reader.shift is None or not without_shift else torch.zeros_like(norms)
+            for reader, norms in zip(self.neurons.readers, self.outgoing, strict=True)
+        ]
+        return self.root_of_squares(products)
+
+    def outgoing_of(self, value: int) -> Tensor:
+        """‖W2[:,j]‖₂ for each unit of a value, over all layers that read it, float64."""
+        norms = [n for reader, n in zip(self.neurons.readers, self.outgoing, strict=True) if reader.value == value]
+        return torch.stack(norms).square().sum(0).sqrt()
 
 
 def check_statistics(statistics: NeuronStatistics, layer: str, caller: str) -> None:
@@ -53,59 +104,64 @@ def check_statistics(statistics: NeuronStatistics, layer: str, caller: str) -> N
         )
 
 
-def norms_of_readers(model: nn.Module, group: NeuronGroup, caller: str) -> tuple[Tensor, Tensor]:
-    """`outgoing` and `outgoing_unshifted` of a `LayerObservation`; a ValueError where a weight is not finite."""
-    weights = [_columns(model, group, reader) for reader in group.readers]
-    outgoing = outgoing_norms(weights)
-    if not bool(outgoing.isfinite().all()):
-        raise ValueError(f"{caller}: the weights that read {group.name} are infinite or NaN")
-    unshifted = [weight for weight, reader in zip(weights, group.readers, strict=True) if reader.shift is None]
-    return outgoing, outgoing_norms(unshifted) if unshifted else torch.zeros_like(outgoing)
+def norms_of_reader(model: nn.Module, neurons: PrunableNeurons, reader: Reader, caller: str) -> Tensor:
+    """One of the `outgoing` of an `Observation`; a ValueError where a weight is not finite."""
+    norms = outgoing_norms(_columns(reader.weight.of(model).detach(), reader, neurons.values[reader.value]))
+    if not bool(norms.isfinite().all()):
+        names = " and ".join(group.name for group in neurons.groups if reader in neurons.readers_of(group))
+        raise ValueError(f"{caller}: the weights that read {names} are infinite or NaN")
+    return norms
 
 
-def _columns(model: nn.Module, group: NeuronGroup, reader: Reader) -> Tensor:
-    """The weights that read the neurons, with one column for each neuron: (rows, width)."""
-    weight = NeuronSlices(reader.weight, reader.layout).tensor(model, group).detach()
-    if weight.dim() == 2 and reader.layout.entries == 1:
+def _columns(weight: Tensor, reader: Reader, value: ReadValue) -> Tensor:
+    """The weights that read a value, with one column for each of its units: (rows, units)."""
+    weight = weight.transpose(0, 1) if reader.axis == 0 else weight
+    if weight.dim() == 2 and value.layout.entries == 1:
         return weight
-    return weight.reshape(len(weight), reader.layout.outer, group.width, -1).movedim(2, -1).flatten(0, -2)
+    if reader.groups > 1:  # each group of outputs reads its own part of the value
+        weight = weight.reshape(reader.groups, len(weight) // reader.groups, weight.shape[1], -1)
+        weight = weight.permute(1, 0, 2, 3).flatten(1, 2)
+    return weight.reshape(len(weight), value.layout.outer, value.units, -1).movedim(2, -1).flatten(0, -2)
 
 
-def outgoing_norms(weights: Sequence[Tensor]) -> Tensor:
-    """‖W2[:,j]‖₂ over all layers that read neuron j, (H,) float64 on the CPU; each of `weights` is (outputs, H)."""
+def outgoing_norms(weight: Tensor) -> Tensor:
+    """‖W2[:,j]‖₂ of an (outputs, H) weight, (H,) float64 on the CPU."""
     # In blocks of a few rows: torch converts and sums a large matrix along its rows an order of magnitude slower.
-    blocks = [[rows.double().square().sum(0) for rows in weight.detach().split(64)] for weight in weights]
-    return torch.stack([torch.stack(sums).sum(0).cpu() for sums in blocks]).sum(0).sqrt()
+    return torch.stack([rows.double().square().sum(0) for rows in weight.split(64)]).sum(0).sqrt().cpu()
 
 
 # --- How active each neuron is
 
 
-def contribution(statistics: NeuronStatistics, outgoing: Tensor) -> Tensor:
-    """‖W2[:,j]‖₂ · std(h_j), relative to the layer's largest: how much the next layer's input varies with neuron j.
+def contribution(observation: Observation) -> Tensor:
+    """‖W2[:,j]‖₂ · std(h_j) over all layers that read neuron j: how much their inputs vary with it.
 
     Scaling W1 down and W2 up does not change it. A constant neuron contributes nothing; the next bias can replace it.
     """
-    return _relative(outgoing * statistics.std)
+    return observation.times_outgoing([statistics.std for statistics in observation.statistics])
 
 
-def mean_activation(statistics: NeuronStatistics, outgoing: Tensor) -> Tensor:
-    """mean|h_j|, relative to the layer's largest."""
-    return _relative(statistics.mean_abs)
+def mean_activation(observation: Observation) -> Tensor:
+    """mean|h_j|."""
+    return observation.mean_abs
 
 
-def apoz(statistics: NeuronStatistics, outgoing: Tensor) -> Tensor:
+def apoz(observation: Observation) -> Tensor:
     """1 - APoZ: the share of samples in which h_j is not exactly zero (Hu et al., 2016, arXiv:1607.03250)."""
-    return statistics.active_fraction
+    return observation.largest([statistics.active_fraction for statistics in observation.statistics])
 
 
-def dead(statistics: NeuronStatistics, outgoing: Tensor) -> Tensor:
+def dead(observation: Observation) -> Tensor:
     """1 where h_j was nonzero in any sample, else 0."""
-    return (statistics.nonzero > 0).to(torch.float64)
+    return observation.largest([(statistics.nonzero > 0).double() for statistics in observation.statistics])
 
 
 # By the names in settings.CRITERIA.
-_FUNCTIONS: dict[str, Criterion] = {each.__name__: each for each in (contribution, mean_activation, apoz, dead)}
+_FUNCTIONS: dict[str, Callable[[Observation], Tensor]] = {
+    each.__name__: each for each in (contribution, mean_activation, apoz, dead)
+}
+# Their activities are relative to the most active neuron of a layer.
+_RELATIVE = ("contribution", "mean_activation")
 
 
 def _relative(activity: Tensor) -> Tensor:
@@ -113,13 +169,35 @@ def _relative(activity: Tensor) -> Tensor:
     return activity / highest if highest > 0 else torch.ones_like(activity)  # no neuron is less active than the others
 
 
-def activities(criterion: str | Criterion, statistics: NeuronStatistics, outgoing: Tensor, *, layer: str) -> Tensor:
-    """The activities of a layer's neurons, (H,) float64; those of the user's own criterion are checked."""
-    if isinstance(criterion, str):
-        return _FUNCTIONS[criterion](statistics, outgoing)
-    width = statistics.width
-    with torch.no_grad():  # the function gets copies, so that it cannot change the decision in another way
-        activity = criterion(statistics.select(torch.arange(width, device="cpu")), outgoing.clone())
+def activities(criterion: str | Criterion, observation: Observation) -> Tensor:
+    """The activities of all neurons, (N,) float64; those of the user's own criterion are checked."""
+    if not isinstance(criterion, str):
+        return _users_activities(criterion, observation)
+    activity = _FUNCTIONS[criterion](observation)
+    if criterion in _RELATIVE:
+        activity = torch.cat([_relative(activity[group.numbers]) for group in observation.neurons.groups])
+    return activity
+
+
+def _users_activities(criterion: Criterion, observation: Observation) -> Tensor:
+    """The user's criterion is asked about each layer's neurons in each value; the highest of the answers counts."""
+    neurons = observation.neurons
+    result = torch.zeros(neurons.number, dtype=torch.float64, device="cpu")
+    for index, (value, statistics) in enumerate(zip(neurons.values, observation.statistics, strict=True)):
+        outgoing = observation.outgoing_of(index)
+        for group in neurons.groups:
+            units, members = neurons.of_group(value, group)
+            if not units.numel():
+                continue
+            with torch.no_grad():  # it gets copies, so that it cannot change the decision in another way
+                activity = criterion(statistics.select(units), outgoing[units])
+            checked = _checked(activity, units.numel(), group.name)
+            result.scatter_reduce_(0, members + group.start, checked, "amax")
+    return result
+
+
+def _checked(activity: Tensor, width: int, layer: str) -> Tensor:
+    """What a user's criterion returned for a layer, as float64 on the CPU."""
     if not isinstance(activity, Tensor):
         raise TypeError(f"criterion: expected a tensor of activities for {layer}, got {type(activity).__name__}")
     if activity.shape != (width,) or activity.is_complex():
@@ -183,43 +261,45 @@ def removable(
 
 
 class ModelSize:
-    """Parameters and multiply-accumulates of a model at any widths of its groups.
+    """Parameters and multiply-accumulates of a model with any of its neurons.
 
-    A tensor shrinks in proportion to the width of each group that slices it. `positions` is that of `TracedNeurons`;
-    weights that are missing there count as parameters only.
+    `positions` is that of `TracedNeurons`; weights that are missing there count as parameters only.
     """
 
-    def __init__(self, model: nn.Module, groups: Sequence[NeuronGroup], positions: Mapping[str, float]) -> None:
-        self._widths = [group.width for group in groups]
-        slicing: dict[int, list[int]] = {}  # by the id of a tensor, the indices of the groups that slice it
-        for index, group in enumerate(groups):
-            for slices in group.slices:
-                slicing.setdefault(id(slices.tensor(model, group)), []).append(index)
-        # (elements, positions, groups) of each tensor
-        self._parameters = [(each.numel(), 1, slicing.get(id(each), [])) for each in model.parameters()]
-        weights = [(StoredTensor.named(name).of(model), count) for name, count in positions.items()]
-        self._weights = [(each.numel(), count, slicing.get(id(each), [])) for each, count in weights]
+    def __init__(self, model: nn.Module, neurons: PrunableNeurons, positions: Mapping[StoredTensor, float]) -> None:
+        self._neurons = neurons
+        sliced = {id(stored.of(model)): stored for stored in neurons.slices}
+        # (tensor, factor) of what shrinks, and the sum of what does not
+        self._parameters, self._fixed_parameters = self._split(sliced, [(each, 1.0) for each in model.parameters()])
+        weights = [(stored.of(model), count) for stored, count in positions.items()]
+        self._weights, self._fixed_macs = self._split(sliced, weights)
 
-    def at(self, widths: Sequence[int]) -> tuple[int, int]:
-        """Parameters of the whole model, and multiply-accumulates of one sample, where the groups have `widths`."""
-        return self._total(self._parameters, widths), self._total(self._weights, widths)
+    @staticmethod
+    def _split(
+        sliced: Mapping[int, StoredTensor], tensors: Sequence[tuple[Tensor, float]]
+    ) -> tuple[list[tuple[StoredTensor, float]], float]:
+        shrinking = [(sliced[id(tensor)], factor) for tensor, factor in tensors if id(tensor) in sliced]
+        return shrinking, sum(tensor.numel() * factor for tensor, factor in tensors if id(tensor) not in sliced)
 
-    def _total(self, tensors: Sequence[tuple[int, float, list[int]]], widths: Sequence[int]) -> int:
-        total = 0.0
-        for elements, count, groups in tensors:
-            whole = math.prod(self._widths[group] for group in groups)
-            total += elements * math.prod(widths[group] for group in groups) // whole * count
-        return round(total)
+    def at(self, keep: Tensor | None = None) -> tuple[int, int]:
+        """Parameters of the whole model, and multiply-accumulates of one sample, with the neurons `keep` (all)."""
+        if keep is None:
+            keep = torch.ones(self._neurons.number, dtype=torch.bool, device="cpu")
+        needed = dict.fromkeys(stored for stored, _ in [*self._parameters, *self._weights])
+        sizes = {stored: math.prod(self._neurons.shape_after(stored, keep)) for stored in needed}
+        parameters = self._fixed_parameters + sum(sizes[stored] for stored, _ in self._parameters)
+        macs = self._fixed_macs + sum(sizes[stored] * count for stored, count in self._weights)
+        return round(parameters), round(macs)
 
 
 def affordable(
     activities: Sequence[Tensor], widths: Sequence[int], round_to: int, fits: Callable[[list[int]], bool]
 ) -> list[int]:
-    """How many removable neurons of each layer go until the model `fits` at the remaining widths: as few as possible.
+    """How many removable neurons of each layer go until the model `fits` without them: as few as possible.
 
     `activities` are those of each layer's removable neurons, ascending. The neurons of all layers are ranked by
     activity; among equals, the first layer and the lowest index stay. With `round_to` above 1, as many neurons go at
-    once as it takes to reach the next multiple, ranked by the strongest.
+    once as it takes to reach the next multiple, ranked by the strongest. `fits` gets the numbers that go.
     """
     steps = []
     for layer, (activity, width) in enumerate(zip(activities, widths, strict=True)):
@@ -235,63 +315,72 @@ def affordable(
             gone[-layer] += size
         return gone
 
-    def enough(number: int) -> bool:
-        return fits([width - gone for width, gone in zip(widths, counts(number), strict=True)])
-
-    return counts(bisect_left(range(len(steps)), True, key=enough))
+    return counts(bisect_left(range(len(steps)), True, key=lambda number: fits(counts(number))))
 
 
 # --- The decision
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class LayerDecision:
     """The decision about a layer of H neurons."""
 
-    observation: LayerObservation
+    group: NeuronGroup
     activity: Tensor  # (H,) float64, by the criterion
     inactive: Tensor  # (H,) bool, at this check
     marked: Tensor  # (H,) bool, inactive at `patience` consecutive checks
     inactive_checks: Tensor  # (H,) int64, the number of consecutive checks, including this one
     pruned: Tensor  # ascending int64 indices of the neurons to be removed
     kept_by: KeptBy
-    compensate: bool  # whether the mean contribution of the removed neurons is added to the next layer
-    reconstruction: Reconstruction | None = None
-
-    @property
-    def group(self) -> NeuronGroup:
-        return self.observation.group
-
-    @property
-    def keep(self) -> Tensor:
-        """Ascending int64 indices of the neurons that stay."""
-        return all_but(self.pruned, self.group.width)
 
     @property
     def width_after(self) -> int:
         return self.group.width - self.pruned.numel()
 
-    @property
-    def pruned_originals(self) -> list[int]:
-        """Indices before any pruning of the neurons to be removed, ascending."""
-        return [int(index) for index in self.observation.original[self.pruned]]
 
-    @property
-    def collapsed(self) -> bool:
+@dataclass(frozen=True, eq=False)
+class Decision:
+    """The decision about all layers, in the order of the forward pass."""
+
+    observation: Observation
+    layers: tuple[LayerDecision, ...]
+    compensate: bool  # whether the mean contribution of removed neurons is added to the next layers
+    reconstructions: tuple[Reconstruction | None, ...] = ()  # of each value
+
+    @cached_property
+    def keep(self) -> Tensor:
+        """A mask of the neurons that stay, (N,)."""
+        keep = torch.ones(self.observation.neurons.number, dtype=torch.bool, device="cpu")
+        for layer in self.layers:
+            keep[layer.group.numbers][layer.pruned] = False
+        return keep
+
+    def pruned_originals(self, layer: LayerDecision) -> list[int]:
+        """Indices before any pruning of a layer's neurons to be removed, ascending."""
+        original = self.observation.original[self.layers.index(layer)]
+        return [int(index) for index in original[layer.pruned]]
+
+    def collapsed(self, layer: LayerDecision) -> bool:
         """True if all activations were exactly zero since the last check, or every neuron was inactive at it."""
-        return not bool(self.observation.statistics.max_abs.any()) or bool(self.inactive.all())
+        largest = self.observation.largest([each.max_abs for each in self.observation.statistics])
+        return not bool(largest[layer.group.numbers].any()) or bool(layer.inactive.all())
+
+    def units_gone(self, value: ReadValue) -> Tensor:
+        """A mask of the units of a value that are removed."""
+        return units_gone(value, self.keep)
 
 
-def decide(
-    observations: Sequence[LayerObservation], settings: PruningSettings, size: ModelSize
-) -> tuple[LayerDecision, ...]:
-    """Decide about each layer, in the order of the forward pass."""
-    alone = [_decide_alone(observation, settings) for observation in observations]
+def decide(observation: Observation, settings: PruningSettings, size: ModelSize) -> Decision:
+    """Decide about each layer."""
+    activity = activities(settings.criterion, observation)
+    alone = [
+        _decide_alone(group, activity[group.numbers], observation, settings) for group in observation.neurons.groups
+    ]
     counts = [len(weakest_first) for _, weakest_first in alone]
     if settings.target_parameters is not None or settings.target_macs is not None:
 
-        def fits(widths: Sequence[int]) -> bool:
-            parameters, macs = size.at(widths)
+        def fits(counts: Sequence[int]) -> bool:
+            parameters, macs = size.at(_decision(alone, counts, observation, settings).keep)
             return parameters <= (settings.target_parameters or math.inf) and macs <= (settings.target_macs or math.inf)
 
         counts = affordable(
@@ -300,26 +389,32 @@ def decide(
             settings.round_to,
             fits,
         )
-    return tuple(
+    return _decision(alone, counts, observation, settings)
+
+
+def _decision(
+    alone: Sequence[tuple[LayerDecision, Tensor]], counts: Sequence[int], observation: Observation,
+    settings: PruningSettings,
+) -> Decision:  # fmt: skip
+    """The decision in which as many of each layer's weakest neurons go as `counts` says."""
+    layers = [
         replace(
             decision,
             pruned=weakest_first[:count].sort().values,
             kept_by=replace(decision.kept_by, budget=len(weakest_first) - count),
         )
         for (decision, weakest_first), count in zip(alone, counts, strict=True)
-    )
+    ]
+    return Decision(observation, tuple(layers), settings.compensate)
 
 
-def _decide_alone(observation: LayerObservation, settings: PruningSettings) -> tuple[LayerDecision, Tensor]:
+def _decide_alone(
+    group: NeuronGroup, activity: Tensor, observation: Observation, settings: PruningSettings
+) -> tuple[LayerDecision, Tensor]:
     """The decision about one layer without a budget, and the neurons that it removes, weakest first."""
-    layer = observation.group.name
-    activity = activities(settings.criterion, observation.statistics, observation.outgoing, layer=layer)
     inactive = activity < (1.0 if settings.criterion == "dead" else settings.threshold)
-    inactive_checks = torch.where(inactive, observation.inactive_checks + 1, 0)
+    inactive_checks = torch.where(inactive, observation.inactive_checks[group.numbers] + 1, 0)
     marked = inactive_checks >= settings.patience
     limits = {name: getattr(settings, name) for name in ("minimum_width", "maximum_share", "round_to")}
     weakest_first, kept_by = removable(marked, activity, **limits)
-    decision = LayerDecision(
-        observation, activity, inactive, marked, inactive_checks, weakest_first, kept_by, settings.compensate
-    )
-    return decision, weakest_first
+    return LayerDecision(group, activity, inactive, marked, inactive_checks, weakest_first, kept_by), weakest_first

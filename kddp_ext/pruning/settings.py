@@ -7,6 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from math import inf
 from numbers import Integral
+from typing import Literal, get_args
 
 from torch import Tensor
 
@@ -22,6 +23,16 @@ The higher the activity, the more is lost with the neuron. Its arguments, both o
 since the last check and ‖W2[:,j]‖₂ of the weights that read each neuron, (H,) float64. The built-in criteria give
 activities in [0, 1]; docs/pruning.md compares them.
 """
+
+Streams = Literal["exact", "all"]
+"""Whether neurons are pruned that a normalisation, such as LayerNorm, computes together ("all") or not ("exact")."""
+
+
+def check_streams(streams: object) -> Streams:
+    """`streams`, if it is an option."""
+    if streams not in get_args(Streams):
+        raise ValueError(f"streams: expected 'exact' or 'all', got {streams!r}")
+    return streams  # type: ignore[return-value]
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from kddp_ext.files import atomic_write
-from kddp_ext.pruning.tracing.graph import unchanged_modules, unwrapped
+from kddp_ext.pruning.tracing.recording import unchanged_modules, unwrapped
 
 LARGEST_FILE = 2**31 - 1  # bytes: an ONNX file is one protobuf message
 

@@ -17,8 +17,8 @@ from torch import Tensor, nn
 
 from kddp_ext.files import atomic_write, hash_json, hash_tensors, parse_json
 from kddp_ext.pruning.history import PruningHistory
-from kddp_ext.pruning.tracing.graph import unwrapped
-from kddp_ext.pruning.tracing.groups import count_neurons
+from kddp_ext.pruning.tracing.recording import unwrapped
+from kddp_ext.pruning.tracing.structure import count_neurons
 
 FORMAT, VERSION = "kddp_ext.student", "1"
 _MOST_METADATA = 2**22  # characters of JSON
@@ -64,8 +64,9 @@ def save_student(
             raise TypeError(f"model: {name} in its state_dict is a {type(value).__name__}; only tensors can be saved")
     for layer, width in history.widths.items():
         weight = state.get(f"{layer}.weight")
-        if weight is None or weight.shape[0] != width:
-            found = "no such layer" if weight is None else count_neurons(weight.shape[0])
+        # A layer has several rows for each head, and it may have neurons that cannot be pruned.
+        if weight is None or max(weight.shape[:2]) < width:
+            found = "no such layer" if weight is None else count_neurons(max(weight.shape[:2]))
             raise ValueError(f"history: it ends with {count_neurons(width)} in {layer}, but the model has {found}")
     tensors = {name: value.detach().cpu().contiguous().clone() for name, value in state.items()}
     header = {"format": FORMAT, "version": VERSION, "history": history.to_json(), "metadata": json.dumps(metadata)}
@@ -74,13 +75,19 @@ def save_student(
     atomic_write(path, lambda file: file.write(content))
 
 
-def load_student(path: Path, constructor: Callable[[], Student], example_inputs: tuple[Any, ...]) -> Student:
+def load_student(
+    path: Path,
+    constructor: Callable[[], Student],
+    example_inputs: tuple[Any, ...],
+    example_kwargs: Mapping[str, Any] | None = None,
+) -> Student:
     """Rebuild a student: construct it at its original widths, replay its pruning, load its tensors.
 
     Args:
         path: a file that `save_student` wrote.
         constructor: makes the model as it was before any pruning.
         example_inputs: positional arguments for the model's forward, as for `DynamicPruner`.
+        example_kwargs: keyword arguments for it. Default: none.
 
     Raises:
         FileNotFoundError: the file does not exist.
@@ -97,7 +104,7 @@ def load_student(path: Path, constructor: Callable[[], Student], example_inputs:
     if not isinstance(model, nn.Module):
         raise TypeError(f"constructor: expected it to return a torch.nn.Module, got {type(model).__name__}")
     try:
-        PruningHistory.from_json(header["history"]).replay(model, example_inputs)
+        PruningHistory.from_json(header["history"]).replay(model, example_inputs, example_kwargs)
     except ValueError as error:
         raise ValueError(f"{path}: the student does not fit the constructor's model: {error}") from error
     made = model.state_dict()

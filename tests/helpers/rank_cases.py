@@ -37,6 +37,24 @@ def make_convolutions():
     return nn.Sequential(nn.Unflatten(1, (1, INPUTS)), convolution, nn.ReLU(), nn.Flatten(), reader).double()
 
 
+class Residual(nn.Module):
+    """A stream of 12 neurons that two layers write and two read."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.up, self.down = nn.Linear(INPUTS, 12), nn.Linear(12, 10), nn.Linear(10, 12)
+        self.last = nn.Linear(12, CLASSES)
+
+    def forward(self, x):
+        h = self.first(x)
+        return self.last(h + self.down(self.up(h).relu()))
+
+
+def make_residual():
+    torch.manual_seed(0)
+    return Residual().double()
+
+
 def example(rows=4):
     return torch.randn(rows, INPUTS, dtype=torch.float64, generator=torch.Generator().manual_seed(7))
 

@@ -4,7 +4,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from pruner_cases import assert_narrows_every, assert_same_state
+from pruner_cases import assert_narrows_every, assert_same_state, observed_pruner
 from torch import nn
 
 import kddp_ext
@@ -65,7 +65,7 @@ def samples(count=64):
 
 
 def make_pruning(**settings):
-    return DynamicPruning(example_inputs=(torch.zeros(2, PIXELS),), **{"threshold": 0.75, **settings})
+    return DynamicPruning(**{"example_inputs": (torch.zeros(2, PIXELS),), "threshold": 0.75, **settings})
 
 
 def make_trainer(folder, pruning, student=None, **arguments):
@@ -124,12 +124,13 @@ def test_an_epoch_that_is_cut_short_does_not_count(tmp_path):
 
 @pytest.mark.parametrize("stopped_after", [1, 2, 3])
 def test_resumed_training_equals_the_uninterrupted(tmp_path, stopped_after):
-    pruning = make_pruning()
+    example = {"example_inputs": (), "example_kwargs": {"pixels": torch.zeros(2, PIXELS)}}
+    pruning = make_pruning(**example)
     uninterrupted = make_trainer(tmp_path, pruning)
     uninterrupted.train()
 
     folder = str(tmp_path / f"checkpoint-{4 * stopped_after}")
-    again = make_pruning()
+    again = make_pruning(**example)
     resumed = make_trainer(tmp_path / "again", again, resume_from_checkpoint=folder)
     resumed.train(resume_from_checkpoint=resumed.args.resume_from_checkpoint)
     assert len(resumed.widths_seen) == 16 - 4 * stopped_after
@@ -168,6 +169,7 @@ def small(name, **settings):
     return lambda: getattr(transformers, name)(getattr(transformers, name.split("For")[0] + "Config")(**settings))
 
 
+# A constructor, example inputs, and the widths with streams="exact" and of the residual stream with "all".
 MODELS = {
     "BERT": (
         small(
@@ -175,43 +177,55 @@ MODELS = {
             intermediate_size=32,
         ),
         TOKENS,
-        ["bert.encoder.layer.0.intermediate.dense", "bert.pooler.dense"],
+        {
+            "bert.encoder.layer.0.attention.self.query": 2,
+            "bert.encoder.layer.0.intermediate.dense": 32,
+            "bert.pooler.dense": 16,
+        },
+        "bert.embeddings.word_embeddings",
     ),
     "DistilBERT": (
         small("DistilBertForSequenceClassification", vocab_size=50, dim=16, n_layers=1, n_heads=2, hidden_dim=32),
         TOKENS,
-        ["distilbert.transformer.layer.0.ffn.lin1", "pre_classifier"],
+        {
+            "distilbert.transformer.layer.0.attention.q_lin": 2,
+            "distilbert.transformer.layer.0.ffn.lin1": 32,
+            "pre_classifier": 16,
+        },
+        "distilbert.embeddings.word_embeddings",
     ),
     "ViT": (
         small(
             "ViTForImageClassification", hidden_size=16, num_hidden_layers=1, num_attention_heads=2,
             intermediate_size=32, image_size=8, patch_size=4, num_channels=1,
         ),
-        torch.zeros(2, 1, 8, 8),
-        ["vit.layers.0.mlp.fc1"],
+        torch.randn(2, 1, 8, 8),
+        {"vit.layers.0.attention.q_proj": 2, "vit.layers.0.mlp.fc1": 32},
+        "vit.embeddings.patch_embeddings.projection",
     ),
-    "Llama": (
+    "Llama with a cache": (
         small(
             "LlamaForCausalLM", vocab_size=50, hidden_size=16, num_hidden_layers=1, num_attention_heads=2,
-            intermediate_size=32, use_cache=False,
+            intermediate_size=32,
         ),
         TOKENS,
-        ["model.layers.0.mlp.gate_proj"],
+        {"model.layers.0.self_attn.q_proj": 2, "model.layers.0.mlp.gate_proj": 32},
+        "model.embed_tokens",
     ),
 }  # fmt: skip
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_mlps_are_pruned_and_attention_and_residual_streams_are_refused(name):
-    make, inputs, layers = MODELS[name]
-    pruner = kddp_ext.DynamicPruner(make(), example_inputs=(inputs,), criterion="dead", patience=1)
-    assert list(pruner.widths) == layers
-    if name == "BERT":
-        assert "view" in pruner.refused["bert.encoder.layer.0.attention.self.query"]
-        assert "residual sum" in pruner.refused["bert.encoder.layer.0.output.dense"]
-
-
-def test_a_decoder_with_a_cache_is_refused():
-    model = small("LlamaForCausalLM", vocab_size=50, hidden_size=16, num_hidden_layers=1, num_attention_heads=2)()
-    with pytest.raises(kddp_ext.UnsupportedModelError, match=r"could not be traced.*DynamicCache"):
-        kddp_ext.DynamicPruner(model, example_inputs=(TOKENS,))
+def test_heads_and_mlps_are_pruned_and_the_residual_stream_where_it_is_asked_for(name):
+    make, inputs, widths, stream = MODELS[name]
+    for streams, expected in (("exact", widths), ("all", {stream: 16, **widths})):
+        torch.manual_seed(0)
+        model = make()
+        options = {"criterion": "mean_activation", "threshold": 1.0, "patience": 1, "maximum_share": 0.5}
+        pruner = observed_pruner(model, inputs, streams=streams, **options)
+        assert pruner.widths == expected
+        assert ("streams='all'" in pruner.refused.get(stream, "")) == (streams == "exact")
+        logits = model(inputs).logits
+        pruner.prune()
+        assert pruner.widths == {layer: width // 2 for layer, width in expected.items()}
+        assert model(inputs).logits.shape == logits.shape

@@ -10,9 +10,10 @@ _traces = {}
 def one_trace_each(monkeypatch):
     """Trace each architecture once: models of the same repr have the same trace."""
 
-    def remembered(model, example_inputs):
-        if repr(model) not in _traces:
-            _traces[repr(model)] = find_neurons(model, example_inputs)
-        return _traces[repr(model)]
+    def remembered(model, example_inputs, example_kwargs=None, *, streams="exact"):
+        key = repr(model), streams
+        if key not in _traces:
+            _traces[key] = find_neurons(model, example_inputs, example_kwargs, streams=streams)
+        return _traces[key]
 
     monkeypatch.setattr(pruner, "find_neurons", remembered)

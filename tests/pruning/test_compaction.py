@@ -122,6 +122,35 @@ def constant_neurons(*behind):
     return model
 
 
+class Residual(nn.Module):
+    """A stream that two layers write and three read; the last reads it behind an activation."""
+
+    def __init__(self):
+        super().__init__()
+        self.body, self.up, self.down = constant_neurons(), nn.Linear(5, 6).double(), nn.Linear(6, 5).double()
+        self.side, self.last = nn.Linear(5, 2).double(), nn.Linear(5, 3).double()
+        with torch.no_grad():
+            self.down.weight[[1, 4]] = 0
+
+    def forward(self, x):
+        h = self.body(x)
+        h = h + self.down(self.up(h).relu())
+        return torch.cat([self.side(h), self.last(h.tanh())], 1)
+
+
+class Gated(nn.Module):
+    """Both layers are constant in the neurons that go."""
+
+    def __init__(self):
+        super().__init__()
+        self.body, self.gate, self.last = constant_neurons(), nn.Linear(4, 5).double(), nn.Linear(5, 3).double()
+        with torch.no_grad():
+            self.gate.weight[[1, 4]] = 0
+
+    def forward(self, x):
+        return self.last(self.body(x) * self.gate(x).sigmoid())
+
+
 class TwoHeads(nn.Module):
     def __init__(self):
         super().__init__()
@@ -130,6 +159,20 @@ class TwoHeads(nn.Module):
     def forward(self, x):
         h = self.body(x)
         return torch.cat([self.left(h), self.right(h)], 1)
+
+
+class Grouped(nn.Module):
+    """Each of two groups of outputs reads five channels; a neuron is a channel of either group."""
+
+    def __init__(self):
+        super().__init__()
+        self.body = nn.Sequential(nn.Conv1d(4, 10, 1), nn.Sigmoid()).double()
+        self.last = nn.Conv1d(10, 6, 1, groups=2).double()
+        with torch.no_grad():
+            self.body[0].weight[[1, 4, 6, 9]] = 0
+
+    def forward(self, x):
+        return self.last(self.body(x.unsqueeze(2))).flatten(1)
 
 
 COMPENSATED = {
@@ -144,11 +187,20 @@ COMPENSATED = {
         ("3.running_mean",),
     ),
     "two heads": (TwoHeads, ("left.bias", "right.bias")),
+    "residual stream": (Residual, ("up.bias", "side.bias", "last.bias")),
+    "gated": (Gated, ("last.bias",)),
+    "grouped convolution": (Grouped, ("last.bias",)),
+    "depthwise convolution": (
+        lambda: constant_neurons(
+            nn.Unflatten(1, (-1, 1)), nn.Conv1d(5, 10, 1, groups=5), nn.Tanh(), nn.Conv1d(10, 4, 1), nn.Flatten()
+        ),
+        ("5.bias",),
+    ),
 }
 
 
 def prune_constant_neurons(model, x, **options):
-    layer = "body.0" if isinstance(model, TwoHeads) else "0"
+    layer = "0" if isinstance(model, nn.Sequential) else "body.0"
     return observed_pruner(model.eval(), x, layers=[layer], **options).prune()
 
 
@@ -381,8 +433,12 @@ def test_a_failure_of_any_change_changes_nothing(monkeypatch, after, error):
             "optimizer: AdamW keeps 'history' of 5.weight, list, .* nothing was pruned",
         ),
         (
-            lambda t: t.model.__setitem__(5, nn.Linear(7, 3)),
-            "model: 5.weight was traced with 6 neurons of 3 along dimension 1",
+            lambda t: setattr(t.model[5], "weight", nn.Parameter(torch.zeros(3, 7))),
+            r"model: 5.weight was traced with shape \(3, 6\) and now has shape \(3, 7\)",
+        ),
+        (
+            lambda t: t.model.__setitem__(5, nn.Linear(6, 3)),
+            "model: 5 is another module since the pruner was made; make a new pruner",
         ),
         (
             lambda t: t.copy.__setitem__(5, nn.Linear(7, 3)),

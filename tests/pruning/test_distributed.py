@@ -61,6 +61,7 @@ OPTIONS = {
     "compiled": {"compiled": True},
     "accumulated gradients": {"accumulate": True},
     "convolutions": {"make": rank_cases.make_convolutions, "rounds": 2},
+    "residual stream": {"make": rank_cases.make_residual, "rounds": 2},
 }
 
 

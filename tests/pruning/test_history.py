@@ -35,6 +35,7 @@ def test_widths_and_indices():
     assert history().steps == [{"0": [2, 7]}, {"0": [0], "3": [5]}]
     assert repr(history()) == "PruningHistory(0 8→5, 3 6→5; 2 steps)"
     assert history() != "a history"
+    assert PruningHistory({"0": 8}) != PruningHistory({"0": 8}, streams="all")
 
 
 def test_replay_takes_the_kept_slices_and_works_only_once():
@@ -57,7 +58,7 @@ def test_replay_takes_the_kept_slices_and_works_only_once():
     ("widths", "reason"),
     [
         ({"0": 7}, "model: 0 has 8 neurons but the history starts from 7"),
-        ({"5": 3}, "model: the history has a layer '5' .*: its neurons are the model's outputs"),
+        ({"5": 3}, "model: the history has a layer '5' .*: its neurons are outputs of the model"),
         ({"fc": 3}, "model: the history has a layer 'fc' .*: it has no such layer"),
     ],
 )
@@ -67,9 +68,26 @@ def test_replay_on_another_architecture_is_refused(widths, reason):
         PruningHistory(widths).replay(make_model(), EXAMPLE)
 
 
-@given(widths=st.dictionaries(st.text(min_size=1, max_size=5), st.integers(2, 30), max_size=4), data=st.data())
-def test_json_round_trip(widths, data):
-    original = PruningHistory(widths)
+def test_replay_finds_the_neurons_that_the_pruner_had():
+    """Neurons that are normalised together are prunable only with streams="all"."""
+    model = nn.Sequential(nn.Linear(5, 8), nn.LayerNorm(8), nn.Linear(8, 3))
+    with pytest.raises(ValueError, match=r"a layer '0' that cannot be pruned here: .*layer_norm"):
+        PruningHistory({"0": 8}).replay(model, EXAMPLE)
+    made = PruningHistory({"0": 8}, streams="all")
+    made.add_step({"0": [1, 4]})
+    PruningHistory.from_json(made.to_json()).replay(model, EXAMPLE)
+    assert model[0].out_features == model[2].in_features == model[1].weight.numel() == 6
+    assert model[1].normalized_shape == (6,)
+    assert model(torch.zeros(4, 5)).shape == (4, 3)
+
+
+@given(
+    widths=st.dictionaries(st.text(min_size=1, max_size=5), st.integers(2, 30), max_size=4),
+    streams=st.sampled_from(["exact", "all"]),
+    data=st.data(),
+)
+def test_json_round_trip(widths, streams, data):
+    original = PruningHistory(widths, streams=streams)
     for layer, width in widths.items():
         gone = data.draw(st.lists(st.integers(0, width - 1), unique=True, max_size=width - 1))
         original.add_step({layer: gone[:2]})
@@ -115,6 +133,7 @@ HEAD = '{"format": "kddp_ext.pruning_history", "version": 1'
         ('{"format": "kddp_ext.pruning_history", "version": 2}', "expected a history of version 1, got 2"),
         (HEAD + ', "original_widths": [], "steps": []}', "original_widths by layer and a list of steps, got .* and"),
         (HEAD + ', "original_widths": {"a": 0}, "steps": []}', "at least 1"),
+        (HEAD + ', "original_widths": {}, "steps": [], "streams": "some"}', "streams: expected 'exact' or 'all', got"),
         (HEAD + ', "original_widths": {"a": 2}}', "a list of steps, got .* and None"),
         (HEAD + ', "original_widths": {"a": 2}, "steps": [{"a": 1}]}', "each step to have lists"),
     ],

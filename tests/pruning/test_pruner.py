@@ -10,9 +10,8 @@ import weakref
 import pytest
 import torch
 import torch.nn.functional as F
-from pruner_cases import INPUTS, check, example, kill, make_model, make_pruner, observe
+from pruner_cases import INPUTS, check, example, kill, make_model, make_pruner, observe, recipe
 from torch import nn
-from zoo import recipe
 
 import kddp_ext
 from kddp_ext import PruningHistory
@@ -217,21 +216,68 @@ def test_state_resumes_in_a_rebuilt_student():
         assert torch.equal(a, b)
 
 
-COUNTERS = "expected statistics, counters and scales of the 8 neurons of 0"
+class Streams(nn.Module):
+    """Heads that are read as a whole, in a residual stream that is read at two places."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.heads, self.embed, self.qkv, self.output = 4, nn.Linear(INPUTS, 6), nn.Linear(6, 24), nn.Linear(8, 6)
+        self.last = nn.Linear(6, 3)
+
+    def forward(self, x):
+        h = self.embed(x)
+        q, k, v = self.qkv(h).unflatten(2, (3, self.heads, 2)).permute(2, 0, 3, 1, 4)
+        return self.last(h + self.output(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)))
+
+
+def test_streams_and_heads_are_observed_where_they_are_read_and_resume():
+    x = torch.randn(8, 5, INPUTS)
+    options = {"example_inputs": (x,), "threshold": 1.0, "maximum_share": 0.5, "minimum_width": 2}
+    model = Streams()
+    pruner = make_pruner(model, **options)
+    assert pruner.widths == {"embed": 6, "qkv": 4}
+    assert list(pruner.statistics) == ["qkv.input", "qkv", "last.input"]
+    seen = []
+    for name in ("qkv", "output", "last"):
+        model.get_submodule(name).register_forward_pre_hook(lambda module, args: seen.append(args[0]))
+    model(x).sum().backward()
+    stream, heads, end = pruner.activations
+    assert stream is seen[0]
+    assert end is seen[2]
+    assert torch.equal(heads, seen[1].reshape(40, 1, 4, 2))
+    assert pruner.activations.axes == (2, 2, 2)
+    pruner.activations.observe()
+    assert [each.rows for each in pruner.statistics.values()] == [40, 80, 40]
+    report = pruner.prune()
+    assert [layer.width_after for layer in report.layers] == [3, 2]
+    assert model.heads == 2
+
+    rebuilt = Streams()
+    pruner.history.replay(rebuilt, (x,))
+    rebuilt.load_state_dict(model.state_dict())
+    model(x)
+    pruner.activations.observe()
+    resumed = make_pruner(rebuilt, **options)
+    resumed.load_state_dict(pruner.state_dict())
+    assert resumed.prune() == pruner.prune()
+    for a, b in zip(model.parameters(), rebuilt.parameters(), strict=True):
+        assert torch.equal(a, b)
 
 
 @pytest.mark.parametrize(
     ("changes", "reason"),
     [
-        ({"version": 1}, "state: expected the state of a DynamicPruner, version 2, got 1"),
+        ({"version": 2}, "state: expected the state of a DynamicPruner, version 3, got 2"),
         ([], "state: expected the state of a DynamicPruner"),
         ("version alone", "state: first_scales, history, inactive_checks, statistics, steps missing"),
         ({"steps": -1}, "state: expected steps as a whole number of at least 0, got -1"),
-        ({"first_scales": {"0": torch.zeros(2, 3)}}, COUNTERS),
+        ({"first_scales": {"0": torch.zeros(2, 3)}}, r"expected first_scales of the 8 neurons of 0, got \(2, 3\)"),
         ({"history": "nonsense"}, "expected the JSON of a pruning history"),
-        ({"history": PruningHistory({"0": 7}).to_json()}, "of a model with widths {'0': 7}, .* {'0': 8}; replay"),
-        ({"statistics": {}}, COUNTERS),
-        ({"inactive_checks": {"0": torch.zeros(3)}}, COUNTERS),
+        ({"history": PruningHistory({"0": 7}).to_json()}, "of a model with widths {'0': 7} .* {'0': 8} .*; replay"),
+        ({"history": PruningHistory({"0": 8}, streams="all").to_json()}, "and streams='all', but this .* 'exact'"),
+        ({"statistics": {}}, "state: the statistics of 0 are missing"),
+        ({"inactive_checks": {"0": torch.zeros(3)}}, r"expected inactive_checks of the 8 neurons of 0, got \(3,\)"),
         ({"statistics": {"0": {"values": torch.zeros(5, 3), "rows": 1}}}, "statistics of 8 neurons"),
     ],
 )
@@ -241,7 +287,7 @@ def test_a_wrong_state_is_refused_and_changes_nothing(changes, reason):
     before = pruner._state
     state = {**pruner.state_dict(), **changes} if isinstance(changes, dict) else changes
     if changes == "version alone":
-        state = {"version": 2}
+        state = {"version": 3}
     with pytest.raises(ValueError, match=reason):
         pruner.load_state_dict(state)
     assert pruner._state is before

@@ -47,6 +47,29 @@ def test_too_few_constant_or_infinite_samples_give_no_reconstruction():
     assert reconstruct(dead, keep, pruned, ones) is None
 
 
+class Residual(nn.Module):
+    """Two layers write a stream, and each of two layers reads it."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second, self.last = nn.Linear(6, 24), nn.Linear(24, 24), nn.Linear(24, 5)
+
+    def forward(self, x):
+        h = self.first(x)
+        return self.last(h + self.second(h).tanh())
+
+
+class Concatenation(nn.Module):
+    """A layer reads the neurons of two layers."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second, self.last = nn.Linear(6, 24), nn.Linear(6, 4), nn.Linear(28, 5)
+
+    def forward(self, x):
+        return self.last(torch.cat([self.first(x), self.second(x)], 1).tanh())
+
+
 MODELS = {
     "linear": lambda: (nn.Sequential(nn.Linear(6, 24), nn.Tanh(), nn.Linear(24, 5)), (300, 6), "0"),
     "no bias, a norm behind": lambda: (
@@ -58,6 +81,11 @@ MODELS = {
     "flattened": lambda: (
         nn.Sequential(nn.Conv2d(3, 20, 1), nn.Tanh(), nn.Flatten(), nn.Linear(20 * 16, 5)), (60, 3, 4, 4), "0"
     ),
+    "transposed convolution": lambda: (
+        nn.Sequential(nn.Conv2d(3, 20, 1), nn.Tanh(), nn.ConvTranspose2d(20, 4, 2)), (40, 3, 6, 6), "0"
+    ),
+    "residual stream": lambda: (Residual(), (300, 6), "first"),
+    "concatenation": lambda: (Concatenation(), (300, 6), "first"),
     "no bias": lambda: (nn.Sequential(nn.Linear(6, 24), nn.Tanh(), nn.Linear(24, 5, bias=False)), (300, 6), "0"),
     "tokens": lambda: (nn.Sequential(nn.Linear(6, 24), nn.Tanh(), nn.Linear(24, 5)), (30, 10, 6), "0"),
 }  # fmt: skip

@@ -3,18 +3,15 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from pruner_cases import changed
+from pruner_cases import changed, recipe
+from pruning.zoo.layers import CLASSES
 from torch import nn
-from zoo import recipe
 
 from kddp_ext.pruning.pruner import DynamicPruner
-from kddp_ext.pruning.tracing.find import UnsupportedModelError, find_neurons
+from kddp_ext.pruning.tracing.find import find_neurons
+from kddp_ext.pruning.tracing.recording import UnsupportedModelError
 
 INPUTS = 6
-
-
-def tie(m):
-    m.other.weight = m.first.weight
 
 
 def share_memory(m):
@@ -23,9 +20,9 @@ def share_memory(m):
     m.first.bias = nn.Parameter(flat[-8:])
 
 
-def only_in_training(m, x):
+def evaluates(m, x):
     h = m.first(x).relu()
-    return (m.last(h), m.second(h)) if m.training else m.last(h)
+    return m.last(h) if m.training else m.last(h) + m.other(h)
 
 
 def asserts(m, x):
@@ -40,141 +37,115 @@ def overwrites(m, x):
     return m.last(h)
 
 
-def no_grad_relu(x):
-    with torch.no_grad():
-        return x.relu()
-
-
 PLAIN = recipe(lambda m, x: m.last(m.first(x).relu()))
 TWICE = recipe(lambda m, x: m.last(m.second(m.second(m.first(x)).relu())))
 
 # A constructor, the layer that is refused, and a part of the reason.
 REFUSED = {
-    "the last": (PLAIN, "last", "its neurons are the model's outputs"),
+    "the last": (PLAIN, "last", "its neurons are outputs of the model"),
     "also an output": (
-        recipe(lambda m, x: ((h := m.first(x).relu()), m.last(h))), "first", "is also an output of the model"
+        recipe(lambda m, x: ((h := m.first(x).relu()), m.last(h))), "first", "its neurons are outputs of the model"
     ),
     "unknown operation": (
-        recipe(lambda m, x: m.last(m.first(x).cumsum(1))),
-        "first", "does not know whether the operation cumsum in the forward of Recipe keeps neurons separate",
+        recipe(lambda m, x: m.last(m.first(x).cumsum(1))), "first", "cumsum in the forward of Recipe computes with all"
     ),
-    "overwritten in part": (recipe(overwrites), "first", "operation (slice|select|index_put|copy)"),
-    "softmax": (recipe(lambda m, x: m.last(m.first(x).softmax(1))), "first", "softmax in .* from all of them"),
+    "overwritten in part": (recipe(overwrites), "first", "select in .* takes single entries of them"),
+    "every second": (
+        recipe(lambda m, x: m.last(m.first(x)[:, ::2].repeat(1, 2))), "first", "slice in .* takes every second of them"
+    ),
+    "shifted": (recipe(lambda m, x: m.last(m.first(x).roll(1, 1))), "first", "roll in .* shifts them"),
+    "softmax": (recipe(lambda m, x: m.last(m.first(x).softmax(1))), "first", "softmax in .* computes with all of them"),
     "layer norm": (
         recipe(lambda m, x: m.last(m.norm(m.first(x))), norm=lambda: nn.LayerNorm(8)),
-        "first", r"layer_norm in norm \(LayerNorm\) .* use BatchNorm",
+        "first", r"layer_norm in norm \(LayerNorm\) .* would change the others \(streams='all' accepts that\)",
     ),
-    "residual sum": (
-        recipe(lambda m, x: m.last((h := m.first(x)) + m.second(h.relu()))),
-        "first", r"add in .* adds another tensor to them \(a residual sum\?\)",
+    "norm over positions": (
+        recipe(lambda m, x: m.last(m.norm(m.first(x.view(-1, 2, INPUTS)))), norm=lambda: nn.BatchNorm1d(2)),
+        "first", r"batch_norm in norm \(BatchNorm1d\) .* would change the others",
     ),
     "maximum with another": (
-        recipe(lambda m, x: m.last(m.first(x).maximum(x.repeat(1, 2)[:, :8]))), "first", "combines them with another"
+        recipe(lambda m, x: m.last(m.first(x).maximum(x.repeat(1, 2)[:, :8]))),
+        "first", "maximum in .* combines them with a tensor that cannot be narrowed",
     ),
     "gated by inputs": (
         recipe(lambda m, x: m.last(m.first(x).sigmoid() * x.repeat(1, 2)[:, :8])),
-        "first", "multiplied by the result of slice .* not an elementwise function",
+        "first", "mul in .* multiplies them by a tensor that cannot be narrowed",
     ),
     "gated by what is an output": (
         recipe(lambda m, x: ((g := m.up(x)), m.last(m.first(x) * g)), up=lambda: nn.Linear(INPUTS, 8)),
-        "first", "is also an output of the model|are the model's outputs",
+        "first", "its neurons are outputs of the model",
     ),
-    "scaled by a vector": (
-        recipe(lambda m, x: m.last(m.first(x) * m.scale), scale=lambda: nn.Parameter(torch.ones(8))),
-        "first", "multiplies them by another tensor",
+    "a view of another": (
+        changed(PLAIN, share_memory), "first", "first.weight shares its memory with another parameter or buffer"
     ),
-    "tied": (
-        changed(recipe(lambda m, x: m.last(m.first(x).relu() + m.other(x)), other=lambda: nn.Linear(INPUTS, 8)), tie),
-        "first", r"shared \(tied\) between first.weight and other.weight",
-    ),
-    "a view of another": (changed(PLAIN, share_memory), "first", "shared .*first.bias and first.weight"),
-    "called twice": (TWICE, "second", "weight is used 2 times in one forward pass"),
-    "read by a layer called twice": (TWICE, "first", "weight of second is used 2 times"),
+    "called twice": (TWICE, "second", "second.weight reads them 2 times in one forward pass; use a separate module"),
+    "read by a layer called twice": (TWICE, "first", "second.weight reads them 2 times"),
     "weight read elsewhere": (
-        recipe(lambda m, x: m.last(m.first(x).relu()) + m.first.weight.square().sum()), "first", "is used 2 times"
+        recipe(lambda m, x: m.last(m.first(x).relu()) + m.first.weight.square().sum()),
+        "first", "sum in .* computes with all of them",
     ),
     "parametrized": (
         changed(PLAIN, lambda m: nn.utils.parametrizations.weight_norm(m.first)),
-        "first", "the weight is computed in the forward pass",
+        "first", "its weight is computed in the forward pass, so it cannot be sliced",
+    ),
+    "tied to an embedding": (
+        changed(
+            recipe(lambda m, x: m.last(m.table(x[:, 0].long())), table=lambda: nn.Embedding(CLASSES, 8)),
+            lambda m: setattr(m.table, "weight", m.last.weight),
+        ),
+        "last", "its neurons are outputs of the model",
     ),
     "parametrized reader": (
         changed(PLAIN, lambda m: nn.utils.parametrizations.orthogonal(m.last)),
-        "first", "the weight of last is computed in the forward pass",
-    ),
-    "a weight without a module": (
-        recipe(lambda m, x: m.last(F.linear(x, m.bare)), bare=lambda: nn.Parameter(torch.zeros(8, INPUTS))),
-        "bare", "the weight bare belongs to no nn.Linear",
+        "first", "last .* its weight is computed in the forward pass",
     ),
     "reader called as a function": (
         recipe(lambda m, x: F.linear(m.first(x).relu(), m.last.weight, m.last.bias)),
-        "first", "is a function call that reads last.weight",
-    ),
-    "norm called as a function": (
-        recipe(
-            lambda m, x: m.last(F.batch_norm(m.first(x), None, None, m.gain, None, True)),
-            gain=lambda: nn.Parameter(torch.ones(8)),
-        ),
-        "first", "batch_norm in .* is a function call; use a BatchNorm module",
+        "first", "reads them by a function call with last.weight; use a module",
     ),
     "hard-coded width": (
-        recipe(lambda m, x: m.last(m.first(x).view(-1, 8))), "first", "with one neuron fewer, .* RuntimeError: shape"
+        recipe(lambda m, x: m.last(m.first(x).view(-1, 8))), "first", "with one neuron fewer, .* RuntimeError: "
     ),
     "hard-coded width that happens to divide": (
         recipe(lambda m, x: m.last(m.first(x.repeat(2, 1)).view(-1, 8))), "first", "with one neuron fewer, .*"
     ),
+    "hard-coded parts": (
+        recipe(lambda m, x: m.last(m.first(x).view(-1, 4, 2).relu().reshape(-1, 8))),
+        "first", "with one neuron fewer, .* RuntimeError: ",
+    ),
     "asserted width": (recipe(asserts), "first", "with one neuron fewer, .* AssertionError: eight"),
     "scaled by their number": (
         recipe(lambda m, x: m.last((h := m.first(x)) / h.shape[1])),
-        "first", "with one neuron fewer, div in .* another number: the model depends on their number",
+        "first", "with one neuron fewer, div in .* computes with another number, so the model depends on the number",
     ),
     "scaled by their number, as a tensor": (
         recipe(lambda m, x: m.last(m.first(x) * torch.tensor(m.first.out_features**-0.5))),
-        "first", "with one neuron fewer, it computes with another constant tensor",
+        "first", "with one neuron fewer, mul in .* computes with another constant tensor",
     ),
     "another path for another number": (
         recipe(lambda m, x: m.last(m.first(x).relu() if m.last.in_features == 8 else m.first(x).tanh())),
         "first", "with one neuron fewer, relu in .* becomes tanh",
     ),
-    "rearranged": (
-        recipe(lambda m, x: m.last(m.first(x).view(-1, 4, 2).relu().reshape(-1, 8))),
-        "first", "view in .* rearranges the neurons",
-    ),
-    "broadcast": (
-        recipe(lambda m, x: m.last(m.first(x) + torch.zeros(1, 1, 1))), "first", "broadcasts the neurons"
-    ),
     "as a weight": (
         recipe(lambda m, x: (F.linear((h := m.first(x)), m.second(h)), m.last(h))),
-        "second", "linear in .* uses the neurons as its weight or bias",
+        "second", "multiplies activations and sums over the neurons",
     ),
-    "two functions of them": (
-        recipe(lambda m, x: (m.last((h := m.first(x)).relu()), m.second(h.tanh()))),
-        "first", "last and second read different functions of its neurons",
+    "summed over": (
+        recipe(lambda m, x: m.last(m.first(x).sum(1, keepdim=True).expand(-1, 8))),
+        "first", "sum in .* computes with all of them",
     ),
-    "norm over positions": (
-        recipe(lambda m, x: m.last(m.norm(m.first(x.view(-1, 2, INPUTS)))), norm=lambda: nn.BatchNorm1d(2)),
-        "first", "batch_norm in norm .* along another",
-    ),
-    "slopes from them": (
-        recipe(lambda m, x: m.last(F.prelu(m.first(x), m.second(x.repeat(1, 2)[:, :8]).mean(0)))),
-        "first", "prelu in .* is a function call; use a PReLU module",
-    ),
-    "slopes of positions": (
-        recipe(lambda m, x: m.last(m.slopes(m.first(x.view(-1, 2, INPUTS)))), slopes=lambda: nn.PReLU(2)),
-        "first", r"prelu in slopes \(PReLU\) has a slope for each entry of another dimension",
-    ),
-    "summed over": (recipe(lambda m, x: m.last(m.first(x).sum(1, keepdim=True).expand(-1, 8))), "first", "sums over"),
     "pooled over": (
-        recipe(lambda m, x: m.last(F.max_pool1d(m.first(x), 3, 1, 1))), "first", "pools over the neurons"
-    ),
-    "read as another dimension": (
-        recipe(lambda m, x: m.last(m.first(x.view(-1, 2, INPUTS)).transpose(1, 2).reshape(-1, 8))),
-        "first", "rearranges",
+        recipe(lambda m, x: m.last(F.max_pool1d(m.first(x), 3, 1, 1))), "first", "max_pool2d in .* pools over them"
     ),
     "unreached": (recipe(lambda m, x: m.last(m.first(x))), "second", "the forward pass does not reach it as a Linear"),
-    "unread": (recipe(lambda m, x: (m.first(x), m.last(m.second(x.repeat(1, 2)[:, :8])))[1]), "first", "nothing"),
-    "another head in training": (recipe(only_in_training), "first", "differently|is also an output|outputs"),
-    "without gradient": (recipe(lambda m, x: m.last(no_grad_relu(m.first(x)))), "first", "wrap_with_set_grad_enabled"),
-    "single sample": (recipe(lambda m, x: m.last(m.first(x[0]))), "first", "without a batch dimension"),
+    "unread": (
+        recipe(lambda m, x: (m.first(x), m.last(m.second(x.repeat(1, 2)[:, :8])))[1]),
+        "first", "nothing reads its neurons",
+    ),
+    "read in evaluation mode only": (
+        recipe(evaluates, other=lambda: nn.Linear(8, 3)), "first", "other.weight reads them in evaluation mode only"
+    ),
+    "single sample": (recipe(lambda m, x: m.last(m.first(x[0]))), "first", "last .* without a batch dimension"),
 }  # fmt: skip
 
 
@@ -182,12 +153,6 @@ REFUSED = {
 def test_layers_are_refused_with_the_reason(make, layer, reason):
     with pytest.raises(UnsupportedModelError, match=rf"(?s)layers: {layer} cannot be pruned: .*({reason})"):
         DynamicPruner(make(), example_inputs=(torch.randn(4, INPUTS),), layers=[layer])
-
-
-class MaxAndIndices(nn.Module):
-    def forward(self, x):
-        values, indices = F.max_pool2d(x, 1, return_indices=True)
-        return values * indices
 
 
 class AsFilter(nn.Module):
@@ -205,28 +170,32 @@ class Depthwise(nn.Module):
 
 
 CONVOLUTIONS = {
-    "grouped": (lambda: (nn.Conv2d(4, 8, 1), nn.Conv2d(8, 8, 1, groups=2)), "has 2 groups of channels"),
-    "grouped itself": (lambda: (nn.Conv2d(4, 8, 1, groups=2), nn.Conv2d(8, 8, 1)), "its 2 groups of channels"),
-    "several filters a channel": (lambda: (nn.Conv2d(4, 8, 1), nn.Conv2d(8, 16, 1, groups=8)), "has 8 groups"),
-    "depthwise": (lambda: (nn.Conv2d(4, 4, 1, groups=4), nn.Conv2d(4, 8, 1)), "pruned with the layer in front"),
-    "group norm": (
-        lambda: (nn.Conv2d(4, 8, 1), nn.GroupNorm(2, 8), nn.Conv2d(8, 8, 1)), "group_norm in .* from all of them"
+    "grouped and transposed": (
+        lambda: (nn.Conv2d(4, 8, 1), nn.ConvTranspose2d(8, 8, 1, groups=2), nn.Conv2d(8, 2, 1)),
+        "has 2 groups of channels, which must keep equal sizes",
     ),
-    "pixel shuffle": (lambda: (nn.Conv2d(4, 16, 1), nn.PixelShuffle(2), nn.Conv2d(4, 8, 1)), "pixel_shuffle"),
+    "several outputs a channel": (
+        lambda: (nn.Conv2d(4, 8, 1), nn.Conv2d(8, 16, 1, groups=8)), "its neurons are outputs of the model"
+    ),
+    "channels of the inputs": (
+        lambda: (nn.Conv2d(4, 4, 1, groups=4), nn.Conv2d(4, 8, 1)), "its channels are those of the model's inputs"
+    ),
     "spectral norm": (
         lambda: (nn.utils.parametrizations.spectral_norm(nn.Conv2d(4, 8, 1)), nn.Conv2d(8, 8, 1)),
-        "could not be traced|computed in the forward pass",
+        "its weight is computed in the forward pass, so it cannot be sliced",
     ),
-    "a Linear over positions": (
+    "channels as samples": (
         lambda: (nn.Conv2d(4, 8, 1), nn.Flatten(2), nn.Flatten(0, 1), nn.Linear(9, 9), nn.Linear(9, 2)),
-        "sums over another dimension",
+        "its neurons are outputs of the model",
     ),
-    "pooling indices": (lambda: (nn.Conv2d(4, 8, 1), MaxAndIndices(), nn.Conv2d(8, 8, 1)), "indices of the pooling"),
-    "as a filter": (lambda: (nn.Conv2d(4, 8, 1), AsFilter(), nn.Conv2d(8, 8, 1)), "uses the neurons as its weight"),
-    "depthwise called as a function": (
-        lambda: (nn.Conv2d(4, 8, 1), Depthwise(), nn.Conv2d(8, 8, 1)), "is a function call; use a ConvNd module"
+    "as a filter": (
+        lambda: (nn.Conv2d(4, 8, 1), AsFilter(), nn.Conv2d(8, 8, 1)),
+        r"convolution in 1 \(AsFilter\) has a weight that is computed in the forward pass",
     ),
-    "the only layer": (lambda: (nn.Conv2d(4, 2, 3),), "its neurons are the model's outputs"),
+    "a hard-coded number of groups": (
+        lambda: (nn.Conv2d(4, 8, 1), Depthwise(), nn.Conv2d(8, 8, 1)), "with one neuron fewer, .* groups=8"
+    ),
+    "the only layer": (lambda: (nn.Conv2d(4, 2, 3),), "its neurons are outputs of the model"),
 }  # fmt: skip
 
 
@@ -234,6 +203,25 @@ CONVOLUTIONS = {
 def test_convolutions_are_refused_with_the_reason(make, reason):
     with pytest.raises(UnsupportedModelError, match=rf"(?s)({reason})"):
         DynamicPruner(nn.Sequential(*make()), example_inputs=(torch.randn(2, 4, 3, 3),), layers=["0"])
+
+
+def test_a_depthwise_convolution_is_named_with_the_layer_whose_channels_it_filters():
+    model = nn.Sequential(nn.Conv2d(4, 8, 1), nn.Conv2d(8, 16, 3, groups=8), nn.Conv2d(16, 2, 1))
+    with pytest.raises(UnsupportedModelError, match=r"layers: 1 cannot be pruned: it has the neurons of 0 .* name 0 "):
+        DynamicPruner(model, example_inputs=(torch.randn(2, 4, 3, 3),), layers=["1"])
+
+
+def test_a_depthwise_convolution_is_refused_with_the_layer_whose_channels_it_filters():
+    layers = {"first": lambda: nn.Conv2d(2, 8, 1), "second": lambda: nn.Conv2d(8, 8, 1, groups=8)}
+    make = recipe(
+        lambda m, x: m.last((h := m.second(m.first(x))) / h.shape[1]), last=lambda: nn.Conv2d(8, 3, 1), **layers
+    )
+    refused = find_neurons(make(), (torch.randn(2, 2, 3, 3),)).refused
+    assert "another number" in refused["first"]
+    assert refused["second"] == refused["first"]
+    model = nn.Sequential(nn.Conv2d(4, 8, 1), nn.Softmax(1), nn.Conv2d(8, 8, 1, groups=8), nn.Conv2d(8, 2, 1))
+    refused = find_neurons(model, (torch.randn(2, 4, 3, 3),)).refused
+    assert refused["2"] == "convolution in 2 (Conv2d) filters channels that cannot be removed"
 
 
 def test_dependence_on_one_width_spares_the_other_layers_and_all_reasons_are_listed():

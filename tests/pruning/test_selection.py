@@ -10,8 +10,18 @@ from pruner_cases import observed_pruner
 from torch import nn
 
 from kddp_ext import KeptBy, NeuronStatistics
-from kddp_ext.pruning.selection import ModelSize, activities, affordable, decide, outgoing_norms, removable
+from kddp_ext.activations.layout import Layout
+from kddp_ext.pruning.selection import (
+    ModelSize,
+    Observation,
+    activities,
+    affordable,
+    decide,
+    outgoing_norms,
+    removable,
+)
 from kddp_ext.pruning.tracing.find import find_neurons
+from kddp_ext.pruning.tracing.structure import NeuronGroup, PrunableNeurons, Reader, ReadValue, StoredTensor
 
 pytestmark = pytest.mark.usefixtures("one_trace_each")
 
@@ -19,29 +29,54 @@ pytestmark = pytest.mark.usefixtures("one_trace_each")
 # --- criteria
 
 
-def observed(*batches):
-    statistics = NeuronStatistics(batches[0].shape[1])
-    for batch in batches:
-        statistics.observe(batch)
-    return statistics
-
-
-def activity(criterion, statistics, outgoing):
-    return activities(criterion, statistics, outgoing, layer="0")
+def observation(*values):
+    """One of the neurons of a layer; each value is its samples (N, H) and the weights (outputs, H) that read it."""
+    width, read, readers, statistics, outgoing = values[0][0].shape[1], [], [], [], []
+    for h, *weights in values:
+        statistics.append(NeuronStatistics(width))
+        for half in h.split(len(h) // 2):
+            statistics[-1].observe(half)
+        for weight in weights:
+            name = f"reader{len(readers)}"
+            readers.append(Reader(name, StoredTensor(name, "weight"), 1, len(read), None))
+            outgoing.append(outgoing_norms(weight))
+        read.append(ReadValue(readers[-1].module, Layout(1), 2, torch.arange(width)))
+    neurons = PrunableNeurons(
+        (NeuronGroup("0", ("0",), 0, width),), {}, values=tuple(read), readers=tuple(readers)
+    )  # fmt: skip
+    checks, original = torch.zeros(width, dtype=torch.int64), (torch.arange(width),)
+    return Observation(neurons, tuple(statistics), tuple(outgoing), checks, original, None)
 
 
 def test_criteria_follow_their_formulas():
-    h = torch.tensor([[0.0, 1.0, -2.0, 5.0], [0.0, 3.0, 0.0, 5.0], [0.0, -1.0, 2.0, 5.0]], dtype=torch.float64)
+    h = torch.tensor([[0, 1, -2, 5], [0, 3, 0, 5], [0, 0, 0, 5], [0, -1, 2, 5]], dtype=torch.float64)
     weights = [torch.tensor([[1.0, 2.0, 0.5, 9.0]]), torch.tensor([[0.0, 0.0, 2.0, 1.0], [3.0, 1.0, 0.0, 1.0]])]
-    outgoing = outgoing_norms(weights)
-    torch.testing.assert_close(outgoing, torch.cat(weights).double().norm(dim=0))
-    statistics = observed(h[:1], h[1:])
-    contribution = outgoing * h.std(0, unbiased=False)
-    torch.testing.assert_close(activity("contribution", statistics, outgoing), contribution / contribution.max())
-    torch.testing.assert_close(activity("mean_activation", statistics, outgoing), h.abs().mean(0) / 5)
-    expected = torch.tensor([0, 1, 2 / 3, 1], dtype=torch.float64)
-    torch.testing.assert_close(activity("apoz", statistics, outgoing), expected)
-    assert activity("dead", statistics, outgoing).tolist() == [0, 1, 1, 1]
+    seen = observation((h, *weights))
+    torch.testing.assert_close(seen.norms, torch.cat(weights).double().norm(dim=0))
+    expected = seen.norms * h.std(0, unbiased=False)
+    torch.testing.assert_close(activities("contribution", seen), expected / expected.max())
+    torch.testing.assert_close(activities("mean_activation", seen), h.abs().mean(0) / 5)
+    torch.testing.assert_close(activities("apoz", seen), torch.tensor([0, 0.75, 0.5, 1], dtype=torch.float64))
+    assert activities("dead", seen).tolist() == [0, 1, 1, 1]
+
+
+def test_neurons_that_are_read_at_several_places_have_the_activity_of_all():
+    """As in a residual stream: each block reads another function of the same neurons."""
+    first, second = torch.randn(2, 6, 3, generator=torch.Generator().manual_seed(0)).double()
+    first[:, 0] = second[:, 1] = 0
+    first[:3, 2] = 0
+    weights = [torch.tensor([[1.0, 2.0, 3.0]]), torch.tensor([[0.5, 0.5, 2.0], [1.0, 0.0, 1.0]])]
+    seen = observation((first, weights[0]), (second, weights[1]))
+    parts = [w.double().norm(dim=0) * h.std(0, unbiased=False) for h, w in zip((first, second), weights, strict=True)]
+    expected = torch.stack(parts).norm(dim=0)
+    torch.testing.assert_close(activities("contribution", seen), expected / expected.max())
+    expected = torch.stack([first.abs().mean(0), second.abs().mean(0)]).amax(0)
+    torch.testing.assert_close(activities("mean_activation", seen), expected / expected.max())
+    assert activities("apoz", seen).tolist() == [1, 1, 1]
+    assert activities("dead", seen).tolist() == [1, 1, 1]
+    asked = activities(lambda statistics, outgoing: statistics.mean_abs * outgoing, seen)
+    parts = [w.double().norm(dim=0) * h.abs().mean(0) for h, w in zip((first, second), weights, strict=True)]
+    torch.testing.assert_close(asked, torch.stack(parts).amax(0))  # the highest of the answers counts
 
 
 @settings(deadline=None)
@@ -50,15 +85,15 @@ def test_contribution_is_invariant_to_rescaling_between_layers(scales, seed):
     generator = torch.Generator().manual_seed(seed)
     h, weight = torch.randn(20, 5, generator=generator).double(), torch.randn(3, 5, generator=generator).double()
     scale = torch.tensor(scales, dtype=torch.float64)
-    plain = activity("contribution", observed(h), outgoing_norms([weight]))
-    scaled = activity("contribution", observed(h * scale), outgoing_norms([weight / scale]))
+    plain, scaled = (
+        activities("contribution", observation(each)) for each in ((h, weight), (h * scale, weight / scale))
+    )
     torch.testing.assert_close(scaled, plain, rtol=1e-9, atol=1e-12)
 
 
 @pytest.mark.parametrize("criterion", ["contribution", "mean_activation"])
 def test_no_neuron_of_a_silent_layer_is_less_active_than_the_others(criterion):
-    silent = activity(criterion, observed(torch.zeros(4, 3)), torch.ones(3, dtype=torch.float64))
-    assert silent.tolist() == [1, 1, 1]
+    assert activities(criterion, observation((torch.zeros(4, 3), torch.ones(1, 3)))).tolist() == [1, 1, 1]
 
 
 @pytest.mark.parametrize("flat", [False, True])
@@ -88,7 +123,8 @@ def test_a_function_gets_copies_of_statistics_and_norms():
 
     def spoiling(statistics, outgoing):
         seen.append((statistics.values.clone(), outgoing.clone()))
-        result = activity("contribution", statistics, outgoing)
+        result = statistics.std * outgoing
+        result /= result.max()
         statistics.values.fill_(7)
         outgoing.fill_(7)
         return result
@@ -221,7 +257,15 @@ def traced():
 
 
 def size_of(model):
-    return ModelSize(model, list(traced().groups.values()), traced().positions)
+    return ModelSize(model, traced().neurons, traced().positions)
+
+
+def keep(neurons, widths):
+    """A mask that keeps the first neurons of each layer."""
+    mask = torch.ones(neurons.number, dtype=torch.bool)
+    for group, width in zip(neurons.groups, widths, strict=True):
+        mask[group.numbers][width:] = False
+    return mask
 
 
 def built_size(widths):
@@ -233,7 +277,7 @@ def built_size(widths):
 @settings(deadline=None)
 @given(widths=st.tuples(*(st.integers(1, width) for width in WIDTHS)))
 def test_sizes_equal_those_of_a_model_built_at_these_widths(widths):
-    assert size_of(make_model()).at(widths) == built_size(widths)
+    assert size_of(make_model()).at(keep(traced().neurons, widths)) == built_size(widths)
 
 
 def test_sizes_of_convolutions_and_flattened_channels():
@@ -245,11 +289,11 @@ def test_sizes_of_convolutions_and_flattened_channels():
         )  # fmt: skip
 
     found = find_neurons(make(), (torch.randn(5, 3, 8, 8),))
-    size = ModelSize(make(), list(found.groups.values()), found.positions)
+    size = ModelSize(make(), found.neurons, found.positions)
     for first, second, hidden in ((6, 8, 10), (5, 3, 1), (1, 7, 4)):
         macs = 64 * 27 * first + 4 * 9 * first * second + 4 * second * hidden + hidden * 4
         parameters = sum(p.numel() for p in make(first, second, hidden).parameters())
-        assert size.at([first, second, hidden]) == (parameters, macs)
+        assert size.at(keep(found.neurons, (first, second, hidden))) == (parameters, macs)
 
 
 def test_a_missing_weight_is_named():
@@ -265,7 +309,7 @@ def test_a_missing_weight_is_named():
 def one_by_one(values, widths, round_to, fits):
     """Remove the weakest group until the model fits; a group reaches the next multiple, and ranks as its strongest."""
     gone = [0] * len(widths)
-    while not fits([width - count for width, count in zip(widths, gone, strict=True)]):
+    while not fits(gone):
         groups = []
         for layer, (activity, width, count) in enumerate(zip(values, widths, gone, strict=True)):
             after = count + ((width - count) % round_to or round_to)
@@ -291,7 +335,8 @@ def removables(draw):
 def test_as_few_as_possible_go_weakest_first(layers, target, round_to):
     widths, values = layers
 
-    def fits(left):  # the elements of the weights between neighbouring layers
+    def fits(gone):  # the elements of the weights between neighbouring layers
+        left = [width - count for width, count in zip(widths, gone, strict=True)]
         return sum(a * b for a, b in zip([2, *left], [*left, 3], strict=True)) <= target
 
     assert affordable(values, widths, round_to, fits) == one_by_one(values, widths, round_to, fits)
@@ -303,12 +348,12 @@ def budgeted(**options):
 
 def ranked(pruner):
     """(activity, -layer, -neuron) of all neurons, in the order of removal."""
-    size = ModelSize(pruner.model, pruner._state.groups, {})
-    decisions = decide(pruner._state.observe(pruner.model, caller="test"), pruner.settings, size)
+    size = ModelSize(pruner.model, pruner._state.neurons, {})
+    decision = decide(pruner._state.observe(pruner.model, caller="test"), pruner.settings, size)
     return sorted(
         (float(value), -layer, -neuron)
-        for layer, decision in enumerate(decisions)
-        for neuron, value in enumerate(decision.activity)
+        for layer, each in enumerate(decision.layers)
+        for neuron, value in enumerate(each.activity)
     )
 
 

@@ -7,6 +7,7 @@ from pruner_cases import observed_pruner
 from torch import nn
 
 from kddp_ext.pruning.history import PruningHistory
+from kddp_ext.pruning.pruner import DynamicPruner
 from kddp_ext.saving.student_file import load_student, read_student_header, save_student
 
 EXAMPLE = (torch.zeros(2, 5),)
@@ -76,6 +77,32 @@ def test_tied_tensors_and_other_layouts(tmp_path):
     loaded = load_student(tmp_path / "s", Tied, (torch.zeros(2, 4),))
     assert torch.equal(loaded.a.weight, model.a.weight)
     assert loaded.b.weight is loaded.a.weight
+
+
+class Attention(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.heads, self.qkv, self.output = 4, nn.Linear(6, 3 * 4 * 2), nn.Linear(4 * 2, 3)
+
+    def forward(self, *, tokens):
+        q, k, v = self.qkv(tokens).unflatten(2, (3, self.heads, 2)).permute(2, 0, 3, 1, 4)
+        mixed = nn.functional.scaled_dot_product_attention(q, k, v)
+        return self.output(mixed.transpose(1, 2).flatten(2))
+
+
+def test_a_student_with_fewer_heads_and_inputs_by_keyword(tmp_path):
+    model, tokens = Attention(), torch.randn(2, 5, 6)
+    options = {"threshold": 1.0, "maximum_share": 0.5, "patience": 1}
+    pruner = DynamicPruner(model, example_inputs=(), example_kwargs={"tokens": tokens}, **options)
+    expected = pruner.history.original_widths
+    model(tokens=tokens)
+    pruner.activations.observe()
+    pruner.prune()
+    assert (expected, pruner.widths, model.heads) == ({"qkv": 4}, {"qkv": 2}, 2)
+    save_student(tmp_path / "s", model, pruner.history)
+    loaded = load_student(tmp_path / "s", Attention, (), {"tokens": tokens})
+    assert loaded.heads == 2
+    assert torch.equal(loaded(tokens=tokens), model(tokens=tokens))
 
 
 def test_every_truncation_is_refused(path, tmp_path):
@@ -156,8 +183,8 @@ def test_another_architecture(path, constructor, reason):
 def test_saving_checks_its_arguments(student, tmp_path):
     model, history = student
     path = tmp_path / "s"
-    with pytest.raises(ValueError, match=r"history: it ends with \d neurons? in 0, but the model has 8 neurons"):
-        save_student(path, make_model(), history)
+    with pytest.raises(ValueError, match=r"history: it ends with 8 neurons in 0, but the model has \d neurons"):
+        save_student(path, model, PruningHistory({"0": 8}))
     with pytest.raises(ValueError, match="history: it ends with 4 neurons in 9, but the model has no such layer"):
         save_student(path, model, PruningHistory({"9": 4}))
     with pytest.raises(TypeError, match=r"metadata: expected strings by name, got {'a': 1}"):

@@ -115,13 +115,25 @@ def test_the_default_channels_are_those_of_the_papers() -> None:
 @pytest.mark.parametrize(
     ("network", "prunable"),
     [
-        (PreActivationResNet(3, 10, 20, (4, 6, 8)), [f"blocks.{number}.conv1" for number in range(9)]),
-        (VGG11(3, 16, 10, (4, 5, 6, 7, 8, 9, 10, 11), 12), [*(f"features.{n}" for n in VGG_CONVOLUTIONS), "hidden"]),
+        (
+            PreActivationResNet(3, 10, 20, (4, 6, 8)),
+            {
+                "conv": 4, "blocks.0.conv1": 4, "blocks.1.conv1": 4, "blocks.2.conv1": 4,
+                "blocks.3.shortcut": 6, "blocks.3.conv1": 6, "blocks.4.conv1": 6, "blocks.5.conv1": 6,
+                "blocks.6.shortcut": 8, "blocks.6.conv1": 8, "blocks.7.conv1": 8, "blocks.8.conv1": 8,
+            },
+        ),
+        (
+            VGG11(3, 16, 10, (4, 5, 6, 7, 8, 9, 10, 11), 12),
+            {**{f"features.{n}": 4 + i for i, n in enumerate(VGG_CONVOLUTIONS)}, "hidden": 12},
+        ),
     ],
     ids=["resnet20", "vgg11"],
-)
-def test_the_layers_that_can_be_pruned(network: torch.nn.Module, prunable: list[str]) -> None:
-    assert list(kddp_ext.DynamicPruner(network, example_inputs=(torch.zeros(2, 3, 16, 16),)).widths) == prunable
+)  # fmt: skip
+def test_the_layers_that_can_be_pruned(network: torch.nn.Module, prunable: dict[str, int]) -> None:
+    """A residual network's streams have the names of the layers that begin them."""
+    widths = kddp_ext.DynamicPruner(network, example_inputs=(torch.zeros(2, 3, 16, 16),)).widths
+    assert list(widths.items()) == list(prunable.items())
 
 
 @pytest.mark.parametrize(

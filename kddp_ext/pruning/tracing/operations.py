@@ -1,308 +1,833 @@
-"""What each operation does to the neurons of a value that it reads: a table with one handler for each operation.
+"""What each aten operation does to the labels of the tensors that it reads.
 
-A handler follows the neurons into the operation's result, or ends because the operation reads them (the next Linear
-layer or convolution), or refuses them. An operation that is not in the table is always refused.
+An operation that only moves entries is run on the labels themselves. An elementwise operation makes labels equal. The
+others have a handler each; an operation without one freezes everything that it reads.
 """
 
 from __future__ import annotations
 
-import operator
-from collections.abc import Callable, Iterable
+import math
+from collections import Counter, defaultdict
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.fx import Node
 
 from kddp_ext.activations.layout import Layout
-from kddp_ext.pruning.tracing.graph import OperationGraph, Refusal
-from kddp_ext.pruning.tracing.groups import NeuronCount, NeuronSlices, StoredTensor
-
-# The number of dimensions that each operation convolves or pools over.
-CONVOLUTIONS = {"conv1d": 1, "conv2d": 2, "conv3d": 3}
-POOLINGS = {
-    f"{kind}{n}d": n for n in (1, 2, 3) for kind in ("max_pool", "avg_pool", "adaptive_avg_pool", "adaptive_max_pool")
-}
+from kddp_ext.pruning.tracing.labels import Axes, Labels, along, varying_axes
+from kddp_ext.pruning.tracing.recording import Operation, Recording
+from kddp_ext.pruning.tracing.structure import StoredTensor
 
 
-@dataclass
-class NeuronPath:
-    """The path of some layers' neurons through the graph, as far as it has been followed.
+@dataclass(frozen=True, eq=False)
+class Read:
+    """An operation that sums over the entries of one dimension of a value, weighted by a stored tensor."""
 
-    `readers` are the operations that sum over the neurons: Linear layers and convolutions. `factors` are values outside
-    the path that the neurons are multiplied with elementwise.
+    operation: Operation
+    value: Tensor
+    value_axis: int
+    weight: StoredTensor
+    weight_axis: int
+    groups: int = 1
+    padded: bool = False
+
+
+@dataclass(eq=False)
+class NeuronFlow:
+    """The labels as they flow through one recording.
+
+    Attributes:
+        choices: for each kind of operation that can keep neurons in several ways, the index of the way.
+        options: the number of ways, for each kind that was met.
+        proof_options: the same for kinds whose best way only the proof can tell.
+        reads: operations that read neurons.
+        writes: the name of each layer that writes neurons, and the labels of its outputs.
+        applied: for each weight, at how many positions it is applied.
+        origins: by the id of a tensor, the stored tensor that it is a view or copy of.
+        moved: by the id of a tensor, the tensor whose entries it has in another order or shape.
+        sizes: module attributes that follow the size of a stored tensor's dimension.
+        sites: operations whose arguments are sizes, with the labels of a dimension that they make.
     """
 
-    graph: OperationGraph
-    at: dict[Node, Layout] = field(default_factory=dict)  # the layout of the neurons in each value on the path
-    slices: list[NeuronSlices] = field(default_factory=list)
-    counts: list[NeuronCount] = field(default_factory=list)
-    readers: list[Node] = field(default_factory=list)
-    factors: list[Node] = field(default_factory=list)
+    model: nn.Module
+    recording: Recording
+    labels: Labels
+    choices: dict[Hashable, int]
+    keep_norm_statistics: bool = True
+    options: dict[Hashable, int] = field(default_factory=dict)
+    proof_options: dict[Hashable, int] = field(default_factory=dict)
+    reads: list[Read] = field(default_factory=list)
+    writes: list[tuple[str, Tensor]] = field(default_factory=list)
+    applied: Counter[StoredTensor] = field(default_factory=Counter)
+    origins: dict[int, StoredTensor] = field(default_factory=dict)
+    moved: dict[int, Tensor] = field(default_factory=dict)
+    sizes: set[tuple[str, str, StoredTensor, int]] = field(default_factory=set)
+    sites: list[tuple[Operation, Tensor]] = field(default_factory=list)
 
-    def add_slices(self, argument: Any, role: str, layout: Layout) -> StoredTensor | None:
-        """Record that the stored tensor behind `argument`, unless it is None, has slices of each neuron."""
-        if argument is None:
-            return None
-        stored = self.graph.own(argument, role)
-        self.slices.append(NeuronSlices(stored, layout))
-        return stored
+    def run(self) -> None:
+        """Follow all operations, and freeze what the model returns."""
+        for fake in self.recording.fakes:
+            self.origins[id(fake)] = self.recording.stored[id(fake)]
+        used = _used(self.recording)
+        for operation, is_used in zip(self.recording.operations, used, strict=True):
+            self.labels.is_used = is_used
+            labelled = any(label is not None for each in operation.inputs for label in self.labels.of(each))
+            if not labelled and operation.name not in (*FACTORIES, *LAYERS):
+                continue
+            handler = HANDLERS.get(operation.name)
+            if handler is None and torch.Tag.pointwise in operation.target.tags:
+                handler = _pointwise
+            if handler is None:
+                self.labels.freeze_all(
+                    operation.inputs,
+                    f"the pruner does not know whether the operation {operation.title} in {self.place(operation)} "
+                    "keeps neurons separate; leave this layer unpruned or move the operation behind the next layer",
+                )
+                continue
+            handler(self, operation)
+        self.labels.is_used = True
+        for output in self.recording.outputs:
+            for labels in self.labels.of(output):
+                self.labels.freeze(labels, "its neurons are outputs of the model", foremost=True)
 
-    def add_module(
-        self, node: Node, kind: type[nn.Module], tensors: Iterable[Any], sizes: Iterable[str], layout: Layout
-    ) -> None:
-        """Record that the module that runs `node` slices `tensors` by neuron, and counts neurons in its `sizes`."""
-        name = self.graph.module(node)
-        if not isinstance(self.graph.model.get_submodule(name), kind):
-            raise self.refusal(node, f"is a function call; use a {kind.__name__.strip('_')} module")
-        for argument in tensors:
-            stored = self.add_slices(argument, f"parameter of {name}", Layout(0, layout.outer, layout.inner))
-            if stored is not None and stored.module != name:
-                raise self.refusal(node, f"reads {stored.name} of another module")
-        self.counts += [NeuronCount(name, size, layout.entries) for size in sizes]
+    def place(self, operation: Operation) -> str:
+        """The module that runs an operation, for messages: "act (GELU)"."""
+        name = "" if operation.call is None else operation.call.module
+        kind = type(self.model.get_submodule(name)).__name__
+        return f"{name} ({kind})" if name else f"the forward of {kind}"
 
-    def step(self, node: Node) -> None:
-        """Follow the neurons through `node`, which reads at least one value on the path."""
-        if node.op == "output":
-            if self.readers:
-                raise Refusal("a value that holds its neurons is also an output of the model; do not return it")
-            raise Refusal("its neurons are the model's outputs")
-        name = operation_name(node)
-        handler = HANDLERS.get(name)
-        if handler is None:
-            place = self.graph.place(node)
-            raise Refusal(
-                f"the pruner does not know whether the operation {name} in {place} keeps neurons separate; leave this "
-                "layer unpruned or move the operation behind the next Linear layer or convolution"
-            )
-        handler(self, node)
+    def reason(self, operation: Operation, effect: str) -> str:
+        """The reason of a refusal: what `operation` does to the neurons."""
+        return f"{operation.title} in {self.place(operation)} {effect}"
 
-    def source(self, node: Node) -> Node:
-        """The first argument of `node`, proven to be a value on the path."""
-        source = node.args[0]
-        if not isinstance(source, Node) or source not in self.at:
-            raise self.refusal(node, "reads its settings from the neurons")
-        return source
+    def choose(
+        self, operation: Operation, labels: Tensor | None, what: Hashable, options: int, *, by_proof: bool = False
+    ) -> int:
+        """Which of several ways to keep neurons is tried at `operation`; alike operations choose alike."""
+        if (
+            labels is not None and int(labels.min()) >= self.labels.stored
+        ):  # of tensors that the forward pass makes, such as masks
+            return 0
+        caller = "" if operation.call is None else type(self.model.get_submodule(operation.call.module)).__name__
+        kind = (operation.name, caller, what)
+        (self.proof_options if by_proof else self.options)[kind] = options
+        return self.choices.get(kind, 0)
 
-    def refusal(self, node: Node, reason: str) -> Refusal:
-        return Refusal(f"{operation_name(node)} in {self.graph.place(node)} {reason}")
+    def stored(self, tensor: Any) -> StoredTensor | None:
+        """The stored tensor that `tensor` is a view or a copy of."""
+        return self.origins.get(id(tensor))
 
+    def move(self, source: Tensor, result: Tensor) -> None:
+        """Note that `result` has the entries of `source`."""
+        self.moved[id(result)] = source
+        if id(source) in self.origins:
+            self.origins[id(result)] = self.origins[id(source)]
 
-Handler = Callable[[NeuronPath, Node], None]
+    def holder(self, operation: Operation, stored: StoredTensor) -> str:
+        """The module that holds a stored tensor: that which runs `operation`, if it is among them."""
+        name = "" if operation.call is None else operation.call.module
+        return name if name in self._modules[id(stored.of(self.model))] else stored.module
 
+    def write(self, operation: Operation, stored: StoredTensor, axis: int, labels: Tensor) -> None:
+        """Note that `operation` writes neurons with the weight `stored`."""
+        holder = self.holder(operation, stored)
+        producer = holder if stored.attribute == "weight" else f"{holder}.{stored.attribute}" if holder else stored.name
+        self.writes.append((producer, labels))
 
-def operation_name(node: Node) -> str:
-    """'relu' for aten.relu.default and for the in-place aten.relu_.default."""
-    if isinstance(node.target, torch._ops.OpOverload):
-        return node.target._schema.name.removeprefix("aten::").rstrip("_")
-    return "getitem" if node.target is operator.getitem else str(node.target)
+    def set_size(self, attribute: str, stored: StoredTensor, axis: int) -> None:
+        """Note that an attribute of the modules that hold `stored` follows its dimension."""
+        for module in self._modules[id(stored.of(self.model))]:
+            if hasattr(self.model.get_submodule(module), attribute):
+                self.sizes.add((module, attribute, stored, axis))
 
+    @cached_property
+    def _modules(self) -> dict[int, list[str]]:
+        """By the id of each parameter and buffer, the modules that hold it; a tied one has several."""
+        modules: dict[int, list[str]] = defaultdict(list)
+        for name, module in self.model.named_modules():
+            for tensor in [*module._parameters.values(), *module._buffers.values()]:
+                modules[id(tensor)].append(name)
+        return modules
 
-def shape_of(node: Node) -> torch.Size:
-    """Shape of the value of `node`; of the first where it has several."""
-    value = node.meta["val"]
-    value = value[0] if isinstance(value, tuple | list) else value
-    assert isinstance(value, Tensor)
-    return value.shape
+    def factored(self, operation: Operation, labels: Tensor, what: Hashable) -> Axes:
+        """Labels of every entry as labels of dimensions.
 
-
-def groups_of(convolution: Node) -> int:
-    groups = argument_of(convolution, 6, "groups", 1)
-    assert isinstance(groups, int)
-    return groups
-
-
-def argument_of(node: Node, position: int, name: str, default: Any) -> Any:
-    """An argument that may be passed by position or by name."""
-    return node.args[position] if len(node.args) > position else node.kwargs.get(name, default)
-
-
-def _pointwise(path: NeuronPath, node: Node) -> None:
-    """An elementwise operation on one or several values of the same neurons keeps their layout."""
-    carried = [source for source in node.all_input_nodes if source in path.at]
-    for other in node.all_input_nodes:
-        if other in path.at or shape_of(other).numel() == 1:
-            continue
-        if operation_name(node) != "mul" or shape_of(other) != shape_of(node) or path.graph.stored(other):
-            raise Refusal(foreign_operand(path.graph, node))
-        path.factors.append(other)
-    if any(shape_of(source) != shape_of(node) for source in carried):
-        raise path.refusal(node, "broadcasts the neurons; keep their shape")
-    layouts = {path.at[source] for source in carried}
-    if len(layouts) > 1:
-        raise path.refusal(node, "combines different neurons")
-    path.at[node] = layouts.pop()
-
-
-def foreign_operand(graph: OperationGraph, node: Node) -> str:
-    """The reason why neurons cannot be followed through `node`, which combines them with another tensor."""
-    name, effect = operation_name(node), "combines them with another tensor"
-    if name == "mul":
-        effect = "multiplies them by another tensor (a scale, or a gate that no Linear layer or convolution computes?)"
-    elif name in ("add", "sub", "rsub"):
-        effect = "adds another tensor to them (a residual sum?)"
-    return f"{name} in {graph.place(node)} {effect}, which is not supported"
-
-
-def _type_as(path: NeuronPath, node: Node) -> None:
-    """Only the first argument contributes values; the second gives the dtype."""
-    if node.args[0] in path.at:
-        path.at[node] = path.at[path.source(node)]
-
-
-def _reshape(path: NeuronPath, node: Node) -> None:
-    """view, flatten and similar. A hard-coded number of neurons is found when the model is traced with one fewer."""
-    source = path.source(node)
-    layout = path.at[source].reshaped(shape_of(source), shape_of(node))
-    if layout is None:
-        raise path.refusal(node, "rearranges the neurons")
-    path.at[node] = layout
+        Where they differ along several dimensions, as after a split of q into heads, one dimension is chosen; entries
+        with the same index along it become one neuron.
+        """
+        axes: Axes = [None] * labels.dim()
+        varying = varying_axes(labels)
+        if len(varying) > 1:
+            # The last of several is most often the size of a head, and the first of three the choice of q, k and v.
+            order = sorted(varying, key=lambda axis: (axis != varying[-2], axis))
+            chosen = order[self.choose(operation, labels, what, len(order))]
+            rows = labels.permute([axis for axis in range(labels.dim()) if axis not in varying] + [
+                *(axis for axis in varying if axis != chosen), chosen])  # fmt: skip
+            rows = rows[(0,) * (labels.dim() - len(varying))].reshape(-1, labels.shape[chosen])
+            axes[chosen] = self.labels.unite_rows(rows).clone()
+        elif varying:
+            axes[varying[0]] = labels.movedim(varying[0], -1)[(0,) * (labels.dim() - 1)].clone()
+        elif labels.numel():
+            self.labels.freeze(labels.flatten()[:1], self.reason(operation, "takes a single entry of them"))
+        return axes
 
 
-def _permute(path: NeuronPath, node: Node) -> None:
-    source = path.source(node)
-    count = len(shape_of(source))
-    order = list(range(count))
-    if operation_name(node) == "permute":
-        order = [axis % count for axis in argument_of(node, 1, "dims", order)]
-    elif operation_name(node) == "transpose":
-        a, b = argument_of(node, 1, "dim0", 0) % count, argument_of(node, 2, "dim1", 1) % count
-        order[a], order[b] = b, a
-    else:  # t, of at most two dimensions
-        order.reverse()
-    layout = path.at[source]
-    path.at[node] = Layout(order.index(layout.axis), layout.outer, layout.inner)
+def _used(recording: Recording) -> list[bool]:
+    """Whether the outputs of the model depend on each operation; those in place always count."""
+    needed = {id(output) for output in recording.outputs}
+    used = []
+    for operation in reversed(recording.operations):
+        used.append(operation.target._schema.is_mutable or any(id(output) in needed for output in operation.outputs))
+        if used[-1]:
+            needed.update(map(id, operation.inputs))
+    return used[::-1]
 
 
-def _batch_norm(path: NeuronPath, node: Node) -> None:
-    """One scale, one shift and two running statistics for each entry of dimension 1."""
-    source, *tensors = node.args[:5]
-    if not isinstance(source, Node) or source not in path.at or path.at[source].axis != 1:
-        raise path.refusal(node, "normalises over dimension 1, but the neurons are along another dimension")
-    path.at[node] = path.at[source]
-    path.add_module(node, nn.modules.batchnorm._BatchNorm, tensors, ["num_features"], path.at[node])
+# --- Operations that move entries
 
 
-def _prelu(path: NeuronPath, node: Node) -> None:
-    """One slope for all neurons, or one for each entry of dimension 1."""
-    source, slope = path.source(node), node.args[1]
-    layout = path.at[source]
-    if not isinstance(slope, Node):
-        raise path.refusal(node, "computes its slopes from the neurons")
-    if shape_of(slope).numel() > 1:
-        if layout.axis != 1:
-            raise path.refusal(node, "has a slope for each entry of another dimension")
-        path.add_module(node, nn.PReLU, [slope], ["num_parameters"], layout)
-    path.at[node] = layout
+def _movement(flow: NeuronFlow, operation: Operation) -> None:
+    """view, permute, select and similar: run on the labels of each dimension."""
+    source = operation.args[0]
+    results = [_moved(flow, operation, axis) for axis, each in enumerate(flow.labels.of(source)) if each is not None]
+    for index, output in enumerate(operation.outputs):
+        axes: Axes = [None] * output.dim()
+        for result in results:
+            for axis, labels in enumerate(result[index]):
+                if labels is not None and operation.name in SIZED:
+                    flow.sites.append((operation, labels))
+                if labels is not None and axes[axis] is not None:
+                    for each in (axes[axis], labels):
+                        flow.labels.freeze(each, flow.reason(operation, "merges two dimensions of neurons"))
+                    labels = None
+                axes[axis] = labels if axes[axis] is None else axes[axis]
+        flow.labels.set(output, axes)
+        flow.move(source, output)
 
 
-def _linear(path: NeuronPath, node: Node) -> None:
-    """The next layer sums over the neurons, so the path ends."""
-    source = _read_source(path, node)
-    if path.at[source].axis != len(shape_of(source)) - 1:
-        raise path.refusal(node, "sums over another dimension than the neurons'")
-    _read(path, node, "in_features", path.at[source])
+def _moved(flow: NeuronFlow, operation: Operation, axis: int) -> list[Axes]:
+    """The labels of the outputs that come from dimension `axis` of the input."""
+    source, labels = operation.args[0], flow.labels.of(operation.args[0])[axis]
+    assert labels is not None
+    if operation.name in _PARTS:
+        return _parts(flow, operation, axis, labels)
+    if labels.numel() == 1:
+        return [_moved_single(operation, axis, labels)]
+    entries = along(labels, axis, source.shape)
+    if operation.name in ("view", "_unsafe_view", "reshape"):
+        result = entries.reshape(operation.outputs[0].shape)
+    else:
+        result = operation.target(entries, *operation.args[1:], **operation.kwargs)
+    what = (tuple(source.shape[1:]), axis)
+    return [flow.factored(operation, each, what) for each in (result if isinstance(result, list | tuple) else [result])]
 
 
-def _convolution(path: NeuronPath, node: Node) -> None:
-    """The next layer, which ends the path; or a depthwise convolution, which filters each channel separately."""
-    source = _read_source(path, node)
-    channel = len(shape_of(source)) - CONVOLUTIONS[operation_name(node)] - 1
-    if path.at[source] != Layout(channel):
-        raise path.refusal(node, "reads channels, but the neurons are along another dimension")
-    groups, outputs = groups_of(node), shape_of(node)[channel]
-    if groups == 1:
-        _read(path, node, "in_channels", path.at[source])
-        return
-    if not groups == shape_of(source)[channel] == outputs:
-        raise path.refusal(
-            node,
-            f"has {groups} groups of channels, which must keep equal sizes; single channels can only be removed from "
-            "depthwise convolutions with one filter for each channel",
+def _moved_single(operation: Operation, axis: int, labels: Tensor) -> Axes:
+    """The label of a single entry, which constant labels do not show; it is lost where its dimension is not clear."""
+    source, output = operation.args[0], operation.outputs[0]
+    axes: Axes = [None] * output.dim()
+    if operation.name in ("permute", "transpose", "t"):
+        marked = source.new_empty(
+            [7919 if each == axis else size for each, size in enumerate(source.shape)], device="meta"
         )
-    tensors = node.args[1], argument_of(node, 2, "bias", None)
-    path.add_module(node, nn.modules.conv._ConvNd, tensors, ["in_channels", "out_channels", "groups"], Layout(channel))
-    path.at[node] = Layout(channel)
+        axes[operation.target(marked, *operation.args[1:]).shape.index(7919)] = labels
+        return axes
+    layout = Layout(axis).reshaped(source.shape, output.shape)
+    if layout is not None:
+        axes[layout.axis] = labels.expand(output.shape[layout.axis])
+    return axes
 
 
-def _read_source(path: NeuronPath, node: Node) -> Node:
-    if any(argument in path.at for argument in node.args[1:] if isinstance(argument, Node)):
-        raise path.refusal(node, "uses the neurons as its weight or bias")
-    return path.source(node)
+def _parts(flow: NeuronFlow, operation: Operation, axis: int, labels: Tensor) -> list[Axes]:
+    """slice, select, split and unbind along a dimension of neurons, whose bounds depend on the number of neurons."""
+    source, dim = operation.args[0], operation.argument("dim", 0) % operation.args[0].dim()
+    others: list[Axes] = [[None] * each.dim() for each in operation.outputs]
+    if dim != axis:
+        lost = operation.name in ("select", "unbind") and dim < axis
+        for each in others:
+            each[axis - lost] = labels
+        return others
+    size, sizes = source.shape[dim], [each.shape[dim] for each in operation.outputs if each.dim() == source.dim()]
+    if operation.name in ("select", "unbind"):
+        flow.labels.freeze(labels, flow.reason(operation, "takes single entries of them"))
+    elif operation.name == "slice":
+        start, end = operation.argument("start") or 0, operation.argument("end")
+        start, end = (
+            min(max(each + size if each < 0 else each, 0), size) for each in (start, size if end is None else end)
+        )
+        if (start, end, operation.argument("step", 1)) == (0, size, 1):
+            others[0][dim] = labels
+            return others
+        step, equal = operation.argument("step", 1), sizes[0] and size % sizes[0] == 0 and start % sizes[0] == 0
+        way = flow.choose(operation, labels, "bounds", 3, by_proof=True)
+        if step == 1 and equal and way == 0:  # one of several parts that keep equal sizes
+            others[0][dim] = flow.labels.unite_rows(labels.view(-1, sizes[0]))
+            return others
+        if step != 1:
+            flow.labels.freeze(labels, flow.reason(operation, "takes every second of them, or fewer"))
+        elif way == 2:
+            reason = flow.reason(operation, "cuts them at a fixed index")
+            flow.labels.freeze(labels[: start if end == size else end], reason)
+        others[0][dim] = labels[start:end:step]  # the proof compares the bounds
+    elif len(set(sizes)) == 1:  # equal parts keep equal sizes
+        first = flow.labels.unite_rows(labels.view(len(sizes), -1))
+        for each in others:
+            each[dim] = first
+    else:
+        for each, part in zip(others, labels.split(sizes), strict=True):
+            each[dim] = part
+    return others
 
 
-def _read(path: NeuronPath, node: Node, attribute: str, layout: Layout) -> None:
-    graph = path.graph
-    name = graph.module(node)
-    stored = graph.own(node.args[1], f"weight of {name or 'the next layer'}")
-    wanted = nn.Linear if attribute == "in_features" else nn.modules.conv._ConvNd
-    if not isinstance(graph.model.get_submodule(name), wanted) or stored != StoredTensor(name, "weight"):
-        raise path.refusal(node, f"is a function call that reads {stored.name}; use a module")
-    path.slices.append(NeuronSlices(stored, Layout(1, layout.outer, layout.inner)))
-    path.counts.append(NeuronCount(name, attribute, layout.entries))
-    path.readers.append(node)
+def _expand(flow: NeuronFlow, operation: Operation) -> None:
+    """Dimensions of one entry are repeated: what is new cannot be removed."""
+    (output,), source = operation.outputs, operation.args[0]
+    axes = flow.labels.of(source)
+    flow.labels.set(output, [None] * (output.dim() - source.dim()) + axes)
+    flow.move(source, output)
 
 
-def _pooling(path: NeuronPath, node: Node) -> None:
-    """Pooling over positions, for each channel separately."""
-    source = path.source(node)
-    pooled = POOLINGS[operation_name(node).removesuffix("_with_indices")]
-    if path.at[source].axis >= len(shape_of(source)) - pooled:
-        raise path.refusal(node, "pools over the neurons")
-    path.at[node] = path.at[source]
+def _roll(flow: NeuronFlow, operation: Operation) -> None:
+    """A shift around the end, which another number of neurons would change."""
+    source, dims = operation.args[0], operation.argument("dims", ())
+    axes = list(flow.labels.of(source))
+    for axis in [dim % source.dim() for dim in dims] or range(source.dim()):
+        flow.labels.freeze(axes[axis], flow.reason(operation, "shifts them"))
+        axes[axis] = None
+    flow.labels.set(operation.outputs[0], axes)
 
 
-def _getitem(path: NeuronPath, node: Node) -> None:
-    """The values of a pooling that also returns indices."""
-    if node.args[1] == 0:
-        path.at[node] = path.at[path.source(node)]
-    elif node.users:
-        raise Refusal(f"the indices of the pooling in {path.graph.place(node)} are used")
+def _channel_shuffle(flow: NeuronFlow, operation: Operation) -> None:
+    """Channel j of group g becomes channel j · groups + g; equally many channels of each group are removed."""
+    axes, groups = list(flow.labels.of(operation.args[0])), operation.args[1]
+    if axes[1] is not None:
+        axes[1] = flow.labels.unite_rows(axes[1].view(groups, -1)).repeat_interleave(groups)
+    flow.labels.set(operation.outputs[0], axes)
 
 
-def _reduction(path: NeuronPath, node: Node) -> None:
-    """A mean, sum or maximum over dimensions other than the neurons'."""
-    source = path.source(node)
-    count, layout = len(shape_of(source)), path.at[source]
-    dims = argument_of(node, 1, "dim", None)
-    over = {axis % count for axis in ([dims] if isinstance(dims, int) else dims or range(count))}
-    if layout.axis in over or (isinstance(dims, list) and not dims):
-        raise path.refusal(node, "sums over the neurons")
-    kept = argument_of(node, 2, "keepdim", False)
-    shift = 0 if kept else sum(axis < layout.axis for axis in over)
-    path.at[node] = Layout(layout.axis - shift, layout.outer, layout.inner)
+def _strided(flow: NeuronFlow, operation: Operation) -> None:
+    """as_strided with the shape of its argument, which PyTorch uses to change a memory format."""
+    (output,), source = operation.outputs, operation.args[0]
+    if output.shape == source.shape:
+        flow.labels.set(output, flow.labels.of(source))
+    else:
+        flow.labels.freeze_all([source], flow.reason(operation, "rearranges them"))
 
 
-def _mixes_neurons(path: NeuronPath, node: Node) -> None:
-    raise path.refusal(
-        node,
-        "computes each neuron from all of them, so removing one would change the others; use BatchNorm or leave "
-        "this layer unpruned",
+def _concatenation(flow: NeuronFlow, operation: Operation) -> None:
+    """The labels along the dimension follow each other; those along the others are equal."""
+    (output,) = operation.outputs
+    sources = [each for each in operation.args[0] if each.dim() == output.dim()]  # cat skips empty vectors
+    axes: Axes = [None] * output.dim()
+    dim = operation.argument("dim", 0) % output.dim()
+    reason = flow.reason(operation, "joins them to entries that cannot be removed")
+    for axis in range(output.dim()):
+        parts = [flow.labels.of(each)[axis] for each in sources]
+        if axis != dim:
+            axes[axis] = parts[0]
+            for part in parts[1:]:
+                axes[axis] = flow.labels.unite(axes[axis], part, reason)
+        elif any(part is not None for part in parts):
+            axes[axis] = torch.cat([
+                _frozen(flow, each.shape[axis]) if part is None else part
+                for each, part in zip(sources, parts, strict=True)
+            ])  # fmt: skip
+    flow.labels.set(output, axes)
+
+
+def _frozen(flow: NeuronFlow, size: int) -> Tensor:
+    """Labels of entries that cannot be removed."""
+    flow.labels.number += size
+    labels = torch.arange(flow.labels.number - size, flow.labels.number, device="cpu")
+    flow.labels.freeze(labels, "its entries cannot be removed")
+    return labels
+
+
+def _padding(flow: NeuronFlow, operation: Operation) -> None:
+    """Padding adds entries that cannot be removed."""
+    (output,), source = operation.outputs, operation.args[0]
+    axes, pad = flow.labels.of(source), operation.args[1]
+    for index in range(len(pad) // 2):
+        axis, (before, behind) = source.dim() - 1 - index, pad[2 * index : 2 * index + 2]
+        labels = axes[axis]
+        if labels is not None and (before or behind):
+            if min(before, behind) < 0 or operation.name != "constant_pad_nd":
+                flow.labels.freeze(labels, flow.reason(operation, "takes away or repeats some of them"))
+                labels = None
+            else:
+                labels = torch.cat([_frozen(flow, before), labels, _frozen(flow, behind)])
+        axes = [*axes[:axis], labels, *axes[axis + 1 :]]
+    flow.labels.set(output, axes)
+
+
+def _index(flow: NeuronFlow, operation: Operation) -> None:
+    """Indexing by tensors: the other dimensions keep their labels."""
+    (output,), source, indices = operation.outputs, operation.args[0], operation.args[1]
+    axes = flow.labels.of(source)
+    indexed = [axis for axis, index in enumerate(indices) if index is not None]
+    for axis in indexed:
+        flow.labels.freeze(axes[axis], flow.reason(operation, "takes some of them by their indices"))
+    if indexed != list(range(indexed[0], indexed[-1] + 1)) or any(
+        indices[axis].dtype in (torch.bool, torch.uint8) for axis in indexed
+    ):
+        flow.labels.freeze_all([source], flow.reason(operation, "mixes dimensions"))
+        return
+    new = output.dim() - (source.dim() - len(indexed))
+    flow.labels.set(output, [*axes[: indexed[0]], *[None] * new, *axes[indexed[-1] + 1 :]])
+
+
+def _index_select(flow: NeuronFlow, operation: Operation) -> None:
+    (output,), source, dim = operation.outputs, operation.args[0], operation.args[1]
+    axes = list(flow.labels.of(source))
+    flow.labels.freeze(axes[dim], flow.reason(operation, "takes some of them by their indices"))
+    axes[dim] = None
+    flow.labels.set(output, axes)
+
+
+def _glu(flow: NeuronFlow, operation: Operation) -> None:
+    (output,), source = operation.outputs, operation.args[0]
+    axes, dim = list(flow.labels.of(source)), operation.argument("dim", -1) % source.dim()
+    if axes[dim] is not None:
+        axes[dim] = flow.labels.unite_rows(axes[dim].view(2, -1))
+    flow.labels.set(output, axes)
+
+
+# --- Elementwise operations, and operations that mix entries of some dimensions only
+
+
+def _pointwise(flow: NeuronFlow, operation: Operation) -> None:
+    """The labels of all operands are equal, dimension by dimension; operands of one entry broadcast."""
+    for output in operation.outputs:
+        operands = [each for each in operation.inputs if each.dim() <= output.dim()]
+        axes: Axes = []
+        for back in range(output.dim(), 0, -1):
+            size = output.shape[-back]
+            parts = [
+                flow.labels.of(each)[-back] for each in operands if each.dim() >= back and each.shape[-back] == size
+            ]
+            if size == 1:  # a single entry is never removed, and may be a number that broadcasts
+                parts = [part for part in parts if part is not None]
+            label = parts[0] if parts else None
+            for part in parts[1:]:
+                if part is not label:
+                    label = flow.labels.unite(label, part, _foreign_operand(flow, operation))
+            axes.append(label)
+        flow.labels.set(output, axes)
+    for each in operation.inputs:  # nn.RMSNorm scales by its weight in an elementwise product
+        stored = flow.stored(each)
+        if stored is not None and each.dim() == 1:
+            flow.set_size("normalized_shape", stored, 0)
+    if operation.name in ("clone", "_to_copy", "detach", "alias", "lift_fresh"):
+        flow.move(operation.args[0], operation.outputs[0])
+
+
+def _foreign_operand(flow: NeuronFlow, operation: Operation) -> str:
+    effect = {
+        "mul": "multiplies them by a tensor that cannot be narrowed",
+        "add": "adds a tensor to them that cannot be narrowed",
+    }.get(operation.name, "combines them with a tensor that cannot be narrowed")
+    return flow.reason(operation, effect)
+
+
+def _pool(flow: NeuronFlow, operation: Operation) -> None:
+    """Pooling, interpolation and padding by reflection: over the last dimensions, for each channel separately."""
+    source, name = operation.args[0], operation.name
+    dimensions = next(int(name[at - 1]) for at in range(1, len(name)) if name[at] == "d" and name[at - 1].isdigit())
+    axes = list(flow.labels.of(source))
+    for axis in range(source.dim() - dimensions, source.dim()):
+        flow.labels.freeze(axes[axis], flow.reason(operation, "pools over them"))
+        axes[axis] = None
+    for output in operation.outputs:
+        flow.labels.set(output, axes)
+
+
+def _softmax(flow: NeuronFlow, operation: Operation) -> None:
+    _mix(flow, operation, [operation.args[1]], kept=True)
+
+
+def _reduction(flow: NeuronFlow, operation: Operation) -> None:
+    """mean, sum, amax, var and similar over some dimensions."""
+    dims = operation.argument("dim")
+    if dims is None or (isinstance(dims, list | tuple) and not dims):
+        dims = range(operation.args[0].dim())
+    dims = [dims] if isinstance(dims, int) else list(dims)
+    _mix(flow, operation, dims, kept=bool(operation.argument("keepdim", False)))
+
+
+def _mix(flow: NeuronFlow, operation: Operation, dims: list[int], *, kept: bool) -> None:
+    source = operation.args[0]
+    axes = list(flow.labels.of(source))
+    over = {dim % source.dim() for dim in dims} if source.dim() else set()
+    for axis in over:
+        if flow.keep_norm_statistics or not _in_norm(flow, operation):
+            effect = _MIXES if _in_norm(flow, operation) else "computes with all of them"
+            flow.labels.freeze(axes[axis], flow.reason(operation, effect))
+        axes[axis] = None
+    for output in operation.outputs:
+        same = output.dim() == source.dim() or kept
+        flow.labels.set(output, axes if same else [each for axis, each in enumerate(axes) if axis not in over])
+
+
+def _in_norm(flow: NeuronFlow, operation: Operation) -> bool:
+    return "norm" in type(_caller(flow, operation)).__name__.lower()
+
+
+def _caller(flow: NeuronFlow, operation: Operation) -> nn.Module:
+    """The innermost module that runs an operation."""
+    return flow.model.get_submodule("" if operation.call is None else operation.call.module)
+
+
+def _cumulative(flow: NeuronFlow, operation: Operation) -> None:
+    _mix(flow, operation, [operation.args[1]], kept=True)
+
+
+# --- Normalisation
+
+
+def _batch_norm(flow: NeuronFlow, operation: Operation) -> None:
+    """One scale, one shift and two running statistics for each entry of dimension 1."""
+    source, tensors = operation.args[0], [each for each in operation.args[1:5] if isinstance(each, Tensor)]
+    labels = flow.labels.of(source)[1]
+    for tensor in tensors:
+        labels = flow.labels.unite(labels, flow.labels.of(tensor)[0], flow.reason(operation, "normalises them"))
+        stored = flow.stored(tensor)
+        if stored is not None:
+            flow.set_size("num_features", stored, 0)
+    axes = [*flow.labels.of(source)[:1], labels, *flow.labels.of(source)[2:]]
+    if flow.keep_norm_statistics:
+        for others in (axes[0], *axes[2:]):  # statistics of a batch are over all other dimensions
+            flow.labels.freeze(others, flow.reason(operation, _MIXES))
+    for output in operation.outputs:  # the others are the batch's statistics
+        flow.labels.set(output, axes if output.dim() > 1 else [labels if output.numel() == source.shape[1] else None])
+
+
+def _layer_norm(flow: NeuronFlow, operation: Operation) -> None:
+    """Statistics over the last dimensions, which depend on every neuron."""
+    source, shape = operation.args[0], operation.args[1]
+    axes = list(flow.labels.of(source))
+    for back in range(len(shape), 0, -1):
+        for tensor in (each for each in operation.args[2:4] if isinstance(each, Tensor)):
+            part = flow.labels.of(tensor)[-back]
+            axes[-back] = flow.labels.unite(axes[-back], part, flow.reason(operation, "scales them"))
+            stored = flow.stored(tensor)
+            if stored is not None and len(shape) == 1:
+                flow.set_size("normalized_shape", stored, 0)
+        if flow.keep_norm_statistics:
+            flow.labels.freeze(axes[-back], flow.reason(operation, _MIXES))
+    statistics = [*axes[: -len(shape)], *[None] * len(shape)]
+    for index, output in enumerate(operation.outputs):
+        flow.labels.set(output, statistics if index else axes)
+
+
+def _group_norm(flow: NeuronFlow, operation: Operation) -> None:
+    """Statistics over groups of channels; whole groups are removed."""
+    source, weight, bias, groups = operation.args[0], operation.args[1], operation.args[2], operation.args[6]
+    axes = list(flow.labels.of(source))
+    labels = axes[1]
+    for tensor in (each for each in (weight, bias) if isinstance(each, Tensor)):
+        labels = flow.labels.unite(labels, flow.labels.of(tensor)[0], flow.reason(operation, "scales them"))
+        stored = flow.stored(tensor)
+        if stored is not None:
+            flow.set_size("num_channels", stored, 0)
+            if groups > 1:
+                flow.set_size("num_groups", stored, 0)
+    statistics = None
+    if labels is not None and groups > 1:
+        statistics = flow.labels.unite_rows(labels.view(groups, -1).T)
+    elif flow.keep_norm_statistics:
+        flow.labels.freeze(labels, flow.reason(operation, _MIXES))
+    axes[1] = labels
+    for index, output in enumerate(operation.outputs):
+        flow.labels.set(output, [None, statistics] if index else axes)
+
+
+_MIXES = "computes each neuron from all of them, so removing one would change the others (streams='all' accepts that)"
+
+
+# --- Layers
+
+
+def _product(flow: NeuronFlow, operation: Operation) -> None:
+    """mm, bmm, addmm and baddbmm."""
+    *bias, a, b = operation.args[: 3 if operation.name in ("addmm", "baddbmm") else 2]
+    batch: Axes = []
+    if a.dim() == 3:
+        batch = [flow.labels.unite(flow.labels.of(a)[0], flow.labels.of(b)[0], _foreign_operand(flow, operation))]
+    _contract(flow, operation, a, a.dim() - 1, b, b.dim() - 2)
+    axes = [*batch, flow.labels.of(a)[-2], flow.labels.of(b)[-1]]
+    for each in bias:
+        _add_bias(flow, operation, axes, each)
+    flow.labels.set(operation.outputs[0], axes)
+    weight = flow.stored(b)
+    if weight is not None:
+        rows = math.prod(operation.outputs[0].shape[:-1])
+        _write(flow, operation, weight, b, b.dim() - 1, rows)
+
+
+def _linear(flow: NeuronFlow, operation: Operation) -> None:
+    value, weight = operation.args[:2]
+    _contract(flow, operation, value, value.dim() - 1, weight, 1)
+    axes = [*flow.labels.of(value)[:-1], flow.labels.of(weight)[0]]
+    if len(operation.args) > 2 and operation.args[2] is not None:
+        _add_bias(flow, operation, axes, operation.args[2])
+    flow.labels.set(operation.outputs[0], axes)
+    stored = flow.stored(weight)
+    if stored is not None:
+        _write(flow, operation, stored, weight, 0, math.prod(value.shape[:-1]))
+
+
+def _add_bias(flow: NeuronFlow, operation: Operation, axes: Axes, bias: Tensor) -> None:
+    for back in range(1, bias.dim() + 1):
+        if bias.shape[-back] > 1:
+            axes[-back] = flow.labels.unite(axes[-back], flow.labels.of(bias)[-back], _foreign_operand(flow, operation))
+
+
+def _contract(flow: NeuronFlow, operation: Operation, a: Tensor, a_axis: int, b: Tensor, b_axis: int) -> None:
+    """A sum over one dimension of two tensors, one of which is a stored weight where neurons are read."""
+    mine, other = flow.labels.of(a)[a_axis], flow.labels.of(b)[b_axis]
+    stored_a, stored_b = flow.stored(a), flow.stored(b)
+    if (stored_a is None) == (stored_b is None):
+        effect = "multiplies activations and sums over the neurons, or its weight is computed in the forward pass"
+        for labels in (mine, other):
+            flow.labels.freeze(labels, flow.reason(operation, effect))
+        return
+    flow.labels.unite(mine, other, flow.reason(operation, "reads them together with entries that cannot be removed"))
+    value, value_axis, weight, tensor, axis = (
+        (a, a_axis, stored_b, b, b_axis) if stored_b else (b, b_axis, stored_a, a, a_axis)
     )
+    labels = flow.labels.of(tensor)[axis]
+    if mine is not None and labels is not None and weight is not None:
+        weight_axis = _stored_axis(flow, weight, labels)
+        own = None if weight_axis is None else _stored_labels(flow, weight)[weight_axis]
+        if weight_axis is None or own is None or not torch.equal(labels, own):
+            flow.labels.freeze(mine, flow.reason(operation, f"reads them through a rearranged {weight.name}"))
+            return
+        flow.reads.append(Read(operation, value, value_axis, weight, weight_axis))
+        for attribute in ("in_features", "nx"):
+            flow.set_size(attribute, weight, weight_axis)
 
 
-# Each entry of the result depends only on the same entry of the inputs.
-POINTWISE = """
-    relu relu6 gelu silu mish tanh sigmoid hardtanh hardswish hardsigmoid leaky_relu elu selu celu softplus
-    log_sigmoid threshold hardshrink softshrink abs neg exp expm1 log log1p sqrt rsqrt square reciprocal
-    sin cos erf sign pow clamp clamp_min clamp_max add sub rsub mul div maximum minimum
-    dropout alpha_dropout feature_dropout to _to_copy contiguous clone detach alias
+def _stored_axis(flow: NeuronFlow, stored: StoredTensor, labels: Tensor | None) -> int | None:
+    """The dimension of a stored tensor that all these labels come from."""
+    for axis, own in enumerate(_stored_labels(flow, stored)):
+        if own is not None and labels is not None and bool(((labels >= own[0]) & (labels <= own[-1])).all()):
+            return axis
+    return None
+
+
+def _stored_labels(flow: NeuronFlow, stored: StoredTensor) -> Axes:
+    return flow.labels.of(next(each for each in flow.recording.fakes if flow.recording.stored[id(each)] == stored))
+
+
+def _write(
+    flow: NeuronFlow, operation: Operation, stored: StoredTensor, tensor: Tensor, axis: int, positions: int
+) -> None:
+    """Note that a layer with the weight `stored` writes neurons."""
+    flow.applied[stored] += positions
+    labels = flow.labels.of(tensor)[axis]
+    stored_axis = _stored_axis(flow, stored, labels)
+    if labels is not None and stored_axis is not None:
+        flow.write(operation, stored, stored_axis, labels)
+        for attribute in ("out_features", "nf"):  # nf is that of transformers' Conv1D
+            flow.set_size(attribute, stored, stored_axis)
+
+
+def _convolution(flow: NeuronFlow, operation: Operation) -> None:
+    """Convolutions of any dimension: transposed, depthwise and with groups."""
+    value, weight, bias = operation.args[:3]
+    transposed, groups = operation.args[6], operation.args[8]
+    for axis in range(2, weight.dim()):
+        flow.labels.freeze(flow.labels.of(weight)[axis], "a filter's positions cannot be removed")
+    stored, (output,) = flow.stored(weight), operation.outputs
+    x, reads, writes = flow.labels.of(value)[1], int(not transposed), int(transposed)
+    w_in, w_out = flow.labels.of(weight)[reads], flow.labels.of(weight)[writes]
+    if stored is None:
+        flow.labels.freeze_all(
+            [value, weight], flow.reason(operation, "has a weight that is computed in the forward pass")
+        )
+        return
+    out = w_out
+    if groups == 1:
+        reason = flow.reason(operation, "reads them together with entries that cannot be removed")
+        flow.labels.unite(x, w_in, reason)
+    else:
+        w_in, out = _grouped(flow, operation, stored, x, w_in, w_out, groups, transposed=transposed)
+    if bias is not None:
+        out = flow.labels.unite(out, flow.labels.of(bias)[0], _foreign_operand(flow, operation))
+    flow.labels.set(output, [flow.labels.of(value)[0], out, *[None] * (output.dim() - 2)])
+    if x is not None and w_in is not None:
+        padded = not transposed and any(operation.args[4])
+        flow.reads.append(Read(operation, value, 1, stored, reads, groups, padded))
+        flow.set_size("in_channels", stored, reads)
+    shape = value.shape if transposed else output.shape
+    flow.applied[stored] += shape[0] * math.prod(shape[2:])
+    if out is not None and not (groups > 1 and value.shape[1] == groups):  # a depthwise convolution computes none
+        flow.write(operation, stored, writes, out)
+        flow.set_size("out_channels", stored, writes)
+
+
+def _grouped(
+    flow: NeuronFlow, operation: Operation, stored: StoredTensor, x: Tensor | None, w_in: Tensor | None,
+    w_out: Tensor | None, groups: int, *, transposed: bool,
+) -> tuple[Tensor | None, Tensor | None]:  # fmt: skip
+    """Labels of the inputs and outputs of a convolution with groups.
+
+    Each group has the same number of inputs and of outputs. So either equally many channels of each group are removed,
+    and the inputs are independent of the outputs; or whole groups, with their inputs and outputs. The second is the
+    only way for a depthwise convolution.
+    """
+    reason = flow.reason(operation, f"has {groups} groups of channels, which must keep equal sizes")
+    value, (output,) = operation.args[0], operation.outputs
+    inputs, outputs = value.shape[1] // groups, output.shape[1] // groups
+    if transposed:  # its weight is (inputs, outputs of a group)
+        for labels in (x, w_in, w_out):
+            flow.labels.freeze(labels, reason)
+        return None, None
+    whole = inputs == 1 or (outputs > 1 and flow.choose(operation, w_out, "groups", 2) == 1)
+    if not whole and w_out is not None:
+        if x is not None and w_in is not None:
+            flow.labels.unite(flow.labels.unite_rows(x.view(groups, -1)), w_in, reason)
+        flow.labels.unite_rows(w_out.view(groups, -1)) if outputs > 1 else flow.labels.freeze(w_out, reason)
+        return w_in, w_out
+    flow.labels.freeze(w_in, reason)
+    if x is None or w_out is None:
+        flow.labels.freeze(x, reason)
+        flow.labels.freeze(w_out, _fixed_channels(flow, operation))
+        return None, w_out
+    flow.labels.unite(
+        flow.labels.unite_rows(x.view(groups, -1).T), flow.labels.unite_rows(w_out.view(groups, -1).T), reason
+    )
+    for attribute in ("in_channels", "groups"):
+        flow.set_size(attribute, stored, 0)
+    flow.set_size("out_channels", stored, 0)
+    return None, w_out
+
+
+def _fixed_channels(flow: NeuronFlow, operation: Operation) -> str:
+    """The reason why a convolution of whole groups keeps its outputs where its inputs cannot be removed."""
+    value = operation.args[0]
+    while id(value) in flow.moved:
+        value = flow.moved[id(value)]
+    if any(value is output for each in flow.recording.operations for output in each.outputs):
+        return flow.reason(operation, "filters channels that cannot be removed")
+    return "its channels are those of the model's inputs"
+
+
+def _embedding(flow: NeuronFlow, operation: Operation) -> None:
+    """Rows are chosen by tokens; the entries of a row are neurons."""
+    (output,), weight = operation.outputs, operation.args[0]
+    rows, columns = flow.labels.of(weight)
+    flow.labels.freeze(rows, flow.reason(operation, "chooses one of them for each token"))
+    flow.labels.set(output, [None] * (output.dim() - 1) + [columns])
+    stored = flow.stored(weight)
+    if stored is not None and columns is not None:
+        flow.write(operation, stored, 1, columns)
+        flow.set_size("embedding_dim", stored, 1)
+
+
+def _attention(flow: NeuronFlow, operation: Operation) -> None:
+    """scaled_dot_product_attention keeps batches and heads, and sums over positions and the entries of q and k."""
+    query, key, value = operation.args[:3]
+    axes: Axes = [None] * query.dim()
+    reason = flow.reason(operation, "computes with all of them")
+    for axis in range(query.dim() - 2):
+        axes[axis], *parts = [flow.labels.of(each)[axis] for each in (query, key, value)]
+        heads = axes[axis]
+        if heads is not None and heads.numel() != key.shape[axis]:  # each head of k and v has several of q
+            heads = flow.labels.unite_rows(heads.view(key.shape[axis], -1).T)
+        for part in parts:
+            flow.labels.unite(heads, part, reason)
+    for tensor, axis in ((query, -2), (query, -1), (key, -2), (key, -1), (value, -2)):
+        flow.labels.freeze(flow.labels.of(tensor)[axis], reason)
+    axes[-1] = flow.labels.of(value)[-1]
+    for mask in operation.inputs[3:]:  # it broadcasts over batches and heads
+        for back in range(1, mask.dim() + 1):
+            if back > 2 and mask.shape[-back] > 1:
+                flow.labels.unite(axes[-back], flow.labels.of(mask)[-back], reason)
+            else:
+                flow.labels.freeze(flow.labels.of(mask)[-back], reason)
+    for output in operation.outputs:  # the second is the logarithm of the sums of exponentials
+        flow.labels.set(
+            output, axes if output.dim() == 4 else [*axes[:2], None] if output.dim() == 3 else [None] * output.dim()
+        )
+
+
+# --- Tensors made in the forward pass
+
+
+def _factory(flow: NeuronFlow, operation: Operation) -> None:
+    """zeros, empty, rand and similar: all entries are alike, and sizes may follow from other tensors."""
+    for output in operation.outputs:
+        flow.labels.set(output, [flow.labels.new(size) for size in output.shape])
+
+
+def _ignored(flow: NeuronFlow, operation: Operation) -> None:
+    """Nothing is computed, or the result has no entries of neurons."""
+
+
+Handler = Callable[[NeuronFlow, Operation], None]
+
+FACTORIES = """
+    zeros ones full empty empty_strided empty_permuted new_zeros new_ones new_empty new_full new_empty_strided
+    rand randn scalar_tensor
 """.split()  # noqa: SIM905 - a list would be a page long
+_PARTS = ("slice", "select", "split", "split_with_sizes", "unbind", "chunk")
+SIZED = ("view", "_unsafe_view", "reshape", "expand", "slice", "split", "split_with_sizes")
+_POINTWISE = """
+    _to_copy detach alias lift_fresh copy fill zero hardswish _prelu_kernel log_sigmoid_forward
+    native_dropout dropout bernoulli uniform normal exponential
+    zeros_like ones_like empty_like full_like rand_like randn_like
+""".split()  # noqa: SIM905
+_MOVEMENTS = """
+    view _unsafe_view reshape permute transpose t squeeze unsqueeze flip repeat pixel_shuffle pixel_unshuffle unfold
+""".split()  # noqa: SIM905
+_POOLS = [
+    *(f"{kind}{n}d" for n in (1, 2, 3) for kind in ("max_pool", "avg_pool", "adaptive_max_pool", "reflection_pad",
+      "_adaptive_avg_pool", "adaptive_avg_pool", "replication_pad", "upsample_nearest", "_upsample_nearest_exact")),
+    *(f"max_pool{n}d_with_indices" for n in (1, 2, 3)),
+    "upsample_bilinear2d", "upsample_bicubic2d", "upsample_trilinear3d", "upsample_linear1d",
+    "_upsample_bilinear2d_aa", "_upsample_bicubic2d_aa",
+]  # fmt: skip
+_BATCH_NORMS = """
+    native_batch_norm _native_batch_norm_legit _native_batch_norm_legit_no_training cudnn_batch_norm
+    miopen_batch_norm batch_norm _batch_norm_with_update _batch_norm_no_update
+""".split()  # noqa: SIM905
+_ATTENTIONS = """
+    _scaled_dot_product_flash_attention_for_cpu _scaled_dot_product_flash_attention
+    _scaled_dot_product_efficient_attention _scaled_dot_product_cudnn_attention
+    _scaled_dot_product_fused_attention_overrideable
+""".split()  # noqa: SIM905
+LAYERS = ("mm", "addmm", "bmm", "baddbmm", "linear", "convolution", "embedding")
 
 HANDLERS: dict[str, Handler] = {
-    **dict.fromkeys(POINTWISE, _pointwise),
-    **dict.fromkeys(["layer_norm", "rms_norm", "group_norm", "softmax", "log_softmax"], _mixes_neurons),
-    **dict.fromkeys(POOLINGS, _pooling),
-    **dict.fromkeys([f"max_pool{n}d_with_indices" for n in (1, 2, 3)], _pooling),
-    **dict.fromkeys(["mean", "sum", "amax", "amin"], _reduction),
-    **dict.fromkeys(["view", "reshape", "flatten", "unflatten", "squeeze", "unsqueeze"], _reshape),
-    **dict.fromkeys(["permute", "transpose", "t"], _permute),
-    **dict.fromkeys(CONVOLUTIONS, _convolution),
-    "getitem": _getitem,
-    "type_as": _type_as,
-    "_assert_tensor_metadata": lambda path, node: None,  # torch.export's check before a cast; nothing is computed
-    "batch_norm": _batch_norm,
-    "prelu": _prelu,
+    **dict.fromkeys(_POINTWISE, _pointwise),
+    **dict.fromkeys([*_MOVEMENTS, *_PARTS], _movement),
+    **dict.fromkeys(_POOLS, _pool),
+    **dict.fromkeys(_BATCH_NORMS, _batch_norm),
+    **dict.fromkeys(_ATTENTIONS, _attention),
+    **dict.fromkeys(FACTORIES, _factory),
+    **dict.fromkeys(["_softmax", "_log_softmax", "_safe_softmax"], _softmax),
+    **dict.fromkeys(["mean", "sum", "amax", "amin", "var", "var_mean", "std", "std_mean", "logsumexp", "prod", "all",
+                     "any", "max", "min", "linalg_vector_norm", "argmax", "argmin"], _reduction),
+    **dict.fromkeys(["cumsum", "cumprod", "sort", "topk"], _cumulative),
+    **dict.fromkeys(["mm", "addmm", "bmm", "baddbmm"], _product),
+    **dict.fromkeys(["_assert_tensor_metadata", "sym_size", "_local_scalar_dense"], _ignored),
+    "as_strided": _strided,
+    "channel_shuffle": _channel_shuffle,
+    "native_channel_shuffle": _channel_shuffle,
+    "roll": _roll,
+    "cat": _concatenation,
+    "constant_pad_nd": _padding,
+    "convolution": _convolution,
+    "embedding": _embedding,
+    "expand": _expand,
+    "glu": _glu,
+    "index": _index,
+    "index_select": _index_select,
     "linear": _linear,
-}
+    "native_group_norm": _group_norm,
+    "native_layer_norm": _layer_norm,
+}  # fmt: skip

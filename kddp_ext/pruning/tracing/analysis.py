@@ -1,0 +1,364 @@
+"""Collects the prunable neurons from the labels of a model's forward passes.
+
+The labels of both modes' forward passes say which entries of which tensors go together. A class of entries is a neuron
+if a layer writes it, a layer reads it, and nothing freezes it. Neurons that a layer writes together are a group.
+"""
+
+from __future__ import annotations
+
+from collections import Counter, defaultdict
+from collections.abc import Hashable, Mapping, Sequence
+from functools import cached_property
+
+import torch
+from torch import Tensor, nn
+
+from kddp_ext import ops
+from kddp_ext.activations.layout import Layout
+from kddp_ext.pruning.tracing.labels import Labels
+from kddp_ext.pruning.tracing.operations import NeuronFlow, Read
+from kddp_ext.pruning.tracing.recording import ModuleCall, Operation, Recording
+from kddp_ext.pruning.tracing.structure import (
+    NeuronCount,
+    NeuronGroup,
+    PrunableNeurons,
+    Reader,
+    ReadValue,
+    StoredTensor,
+)
+
+_DROPOUTS = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d)
+# A constant added to a channel passes unchanged through a maximum, and through a mean without padding.
+_SHIFT_PASSES = ("max_pool", "adaptive_max_pool", "adaptive_avg_pool", "_adaptive_avg_pool")
+
+
+class Analysis:
+    """The neurons that the labels of some recordings tell, with one choice for each kind of ambiguous operation.
+
+    Args:
+        model: the traced model.
+        recordings: of its forward pass in training and in evaluation mode.
+        choices: as `NeuronFlow` takes them.
+        keep_norm_statistics: freeze neurons that are normalised together.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        recordings: Sequence[Recording],
+        choices: dict[Hashable, int],
+        *,
+        keep_norm_statistics: bool,
+    ) -> None:
+        self.model = model
+        self.labels = Labels()
+        self.axes = self._stored_labels(recordings)
+        self.flows = [NeuronFlow(model, each, self.labels, choices, keep_norm_statistics) for each in recordings]
+        for flow in self.flows:
+            flow.run()
+        self._reads = self._resolved_reads()
+        self._classes, self._reasons = self.labels.classes()
+
+    def _stored_labels(self, recordings: Sequence[Recording]) -> dict[StoredTensor, list[Tensor | None]]:
+        """Labels of the dimensions of all stored tensors, which both recordings share."""
+        axes: dict[StoredTensor, list[Tensor | None]] = {}
+        for recording in recordings:
+            for fake in recording.fakes:
+                stored = recording.stored[id(fake)]
+                if stored not in axes:
+                    axes[stored] = [self.labels.new(size) for size in fake.shape]
+                    reason = _unsliceable(self.model, stored, self._holders)
+                    if reason is not None:
+                        for labels in axes[stored]:
+                            self.labels.freeze(labels, reason)
+                self.labels.set(fake, axes[stored])
+        self.labels.stored = self.labels.number
+        return axes
+
+    @cached_property
+    def _holders(self) -> dict[tuple[torch.device, int], set[int]]:
+        """The ids of all stored tensors by their memory."""
+        holders: dict[tuple[torch.device, int], set[int]] = defaultdict(set)
+        for tensor in [*self.model.parameters(), *self.model.buffers()]:
+            if type(tensor) in (Tensor, nn.Parameter) and tensor.layout == torch.strided and tensor.numel():
+                holders[ops.storage_key(tensor)].add(id(tensor))
+        return holders
+
+    # --- Who reads the neurons
+
+    def _resolved_reads(self) -> list[tuple[Read, ModuleCall, Tensor, int]]:
+        """The reads of the training pass whose values can be observed: with the call, the value and its dimension.
+
+        What the others read is frozen.
+        """
+        training, evaluation = self.flows
+        times = Counter(read.weight for read in training.reads)
+        resolved = []
+        for read in training.reads:
+            found = self._observed(training, read)
+            if not isinstance(found, str) and times[read.weight] > 1:
+                found = (
+                    f"{read.weight.name} reads them {times[read.weight]} times in one forward pass; use a separate "
+                    "module for each"
+                )
+            if isinstance(found, str):
+                self.labels.freeze(self.labels.of(read.value)[read.value_axis], found)
+            else:
+                resolved.append((read, *found))
+        for read in evaluation.reads:
+            if read.weight not in times:
+                reason = f"{read.weight.name} reads them in evaluation mode only"
+                self.labels.freeze(self.labels.of(read.value)[read.value_axis], reason)
+        return resolved
+
+    def _observed(self, flow: NeuronFlow, read: Read) -> tuple[ModuleCall, Tensor, int] | str:
+        """The module call whose first argument is the value, and that argument's dimension; or why there is none."""
+        call = read.operation.call
+        weight = read.weight.of(self.model)  # a tied weight has the name of its first module
+        if (
+            call is None
+            or call.input is None
+            or not any(each is weight for each in self.model.get_submodule(call.module)._parameters.values())
+        ):
+            return f"{flow.place(read.operation)} reads them by a function call with {read.weight.name}; use a module"
+        value: Tensor | None = read.value
+        while value is not None and value is not call.input[0]:
+            value = flow.moved.get(id(value))
+        labels = self.labels.of(read.value)[read.value_axis]
+        for axis, each in enumerate([] if value is None else self.labels.of(value)):
+            if each is not None and labels is not None and axis and torch.equal(each, labels):
+                return call, call.input[0], axis
+        if value is not None and value.dim() < 2:
+            return f"{call.module} is called on a single sample without a batch dimension"
+        return f"{call.module} computes with something else than its first argument"
+
+    # --- The neurons
+
+    @cached_property
+    def _neuron_of(self) -> Tensor:
+        """The number of each label's neuron, (labels,) int64, or -1; set together with `_groups`."""
+        return self._numbered[1]
+
+    @cached_property
+    def _groups(self) -> tuple[NeuronGroup, ...]:
+        return self._numbered[0]
+
+    @cached_property
+    def _numbered(self) -> tuple[tuple[NeuronGroup, ...], Tensor]:
+        classes = self._classes
+        read = torch.zeros(self.labels.number, dtype=torch.bool, device="cpu")
+        for each, *_ in self._reads:
+            labels = self.labels.of(each.value)[each.value_axis]
+            if labels is not None:
+                read[classes[labels]] = True
+        writes = [
+            (name, list(dict.fromkeys(c for c in classes[labels].tolist() if read[c] and self._reasons[c] is None)))
+            for name, labels in self.flows[0].writes
+            if labels.numel() == 1 or len(set(classes[labels].tolist())) > 1  # else all its outputs would go together
+        ]
+        members: list[tuple[list[str], dict[int, None]]] = []  # producers and classes of each group
+        for name, written in writes:
+            if not written:
+                continue
+            mine = set(written)
+            joined = [each for each in members if not mine.isdisjoint(each[1])]
+            producers = list(dict.fromkeys([*(p for each in joined for p in each[0]), name]))
+            together = dict.fromkeys([*(c for each in joined for c in each[1]), *written])
+            if joined:
+                members[members.index(joined[0])] = (producers, together)
+                members = [each for each in members if not any(each is other for other in joined[1:])]
+            else:
+                members.append((producers, together))
+        numbers, groups = torch.full((self.labels.number,), -1, device="cpu"), []
+        start = 0
+        for producers, together in members:
+            groups.append(NeuronGroup(producers[0], tuple(producers), start, len(together)))
+            numbers[list(together)] = torch.arange(start, start + len(together), device="cpu")
+            start += len(together)
+        return tuple(groups), numbers[classes] if self.labels.number else numbers
+
+    @cached_property
+    def neurons(self) -> PrunableNeurons:
+        """Everything that belongs to the neurons."""
+        slices: dict[StoredTensor, dict[int, Tensor]] = {}
+        for stored, axes in self.axes.items():
+            for axis, labels in enumerate(axes):
+                numbers = self.numbers(labels)
+                if numbers is not None:
+                    slices.setdefault(stored, {})[axis] = numbers
+        counts = {
+            NeuronCount(*size) for flow in self.flows for size in flow.sizes if size[3] in slices.get(size[2], {})
+        }
+        values: dict[tuple[int, int, int], ReadValue] = {}
+        readers = []
+        for read, call, argument, axis in self._reads:
+            assert call.input is not None  # else it would not have been resolved
+            value, version, dropouts = self._before_dropouts(argument, call.input[1])
+            labels = self.labels.of(read.value)[read.value_axis]
+            assert labels is not None
+            if self.numbers(labels) is None:
+                continue
+            key = (id(value), version, axis)
+            if key not in values:
+                layout, units = _layout(labels, axis)
+                numbers = self._neuron_of[units]
+                values[key] = ReadValue(call.module, layout, value.dim(), numbers, dropouts)
+            shift, index = self._shift(read, call.module), list(values).index(key)
+            readers.append(Reader(call.module, read.weight, read.weight_axis, index, shift, read.padded, read.groups))
+        shapes = {stored: tuple(stored.of(self.model).shape) for stored in slices}
+        order = sorted(counts, key=lambda each: (each.module, each.attribute))
+        return PrunableNeurons(self._groups, slices, tuple(order), tuple(values.values()), tuple(readers), shapes)
+
+    def numbers(self, labels: Tensor | None) -> Tensor | None:
+        """The neurons of some labels; None where there is none."""
+        if labels is None:
+            return None
+        numbers = self._neuron_of[labels]
+        return numbers if bool((numbers >= 0).any()) else None
+
+    def _before_dropouts(self, value: Tensor, version: int) -> tuple[Tensor, int, tuple[str, ...]]:
+        """The value in front of the nn.Dropout modules that made `value`, its version, and their names."""
+        names: list[str] = []
+        while True:
+            call = self._made_by.get((id(value), version))
+            module = None if call is None else self.model.get_submodule(call.module)
+            # An in-place dropout overwrites the value.
+            if call is None or call.input is None or not isinstance(module, _DROPOUTS) or call.input[0] is value:
+                return value, version, tuple(names)
+            names.append(call.module)
+            value, version = call.input
+
+    @cached_property
+    def _made_by(self) -> dict[tuple[int, int], ModuleCall]:
+        """The innermost module call that returned each tensor of the training pass."""
+        calls = self.flows[0].recording.calls
+        made: dict[tuple[int, int], ModuleCall] = {}
+        for call in calls:
+            if call.output is not None:
+                made.setdefault((id(call.output[0]), call.output[1]), call)
+        return made
+
+    def _shift(self, read: Read, module: str) -> StoredTensor | None:
+        """The tensor that can absorb a constant added to the output of the reader `module`."""
+        bias = read.weight.attribute.replace("weight", "bias")  # also in_proj_bias
+        if self.model.get_submodule(module)._parameters.get(bias) is not None:
+            shift = StoredTensor(module, bias)
+        else:
+            norm = self._norm_behind(read.operation)
+            stored = None if norm is None else self.flows[0].stored(norm.args[3])
+            if stored is None:
+                return None
+            shift = stored
+        return None if _unsliceable(self.model, shift, self._holders) else shift
+
+    def _norm_behind(self, operation: Operation) -> Operation | None:
+        """The BatchNorm that is the only user of the output of a reader, directly or through pooling."""
+        while True:
+            value = operation.outputs[0]
+            users = self._users.get(id(value), [])
+            if len(users) != 1 or users[0].args[0] is not value:
+                return None
+            (operation,) = users
+            if "batch_norm" in operation.name and isinstance(operation.args[3], Tensor):
+                return operation
+            if not operation.name.startswith(_SHIFT_PASSES) and not _is_global_mean(operation):
+                return None
+
+    @cached_property
+    def _users(self) -> dict[int, list[Operation]]:
+        users: dict[int, list[Operation]] = defaultdict(list)
+        for operation in self.flows[0].recording.operations:
+            for tensor in {id(each): each for each in operation.inputs}:
+                users[tensor].append(operation)
+        return users
+
+    # --- For the proof
+
+    def gone(self, keep: Tensor) -> Tensor:
+        """A mask of the labels whose neurons are not in `keep`, a (neurons,) mask."""
+        if not keep.numel():
+            return torch.zeros_like(self._neuron_of, dtype=torch.bool)
+        return (self._neuron_of >= 0) & ~keep[self._neuron_of.clamp(min=0)]
+
+    def followed(self, labels: Tensor) -> tuple[StoredTensor, int] | None:
+        """A stored tensor's dimension that consists of the neurons with these labels."""
+        numbers = self.numbers(labels)
+        if numbers is None or bool((numbers < 0).any()):
+            return None
+        wanted = set(numbers.tolist())
+        for stored, by_axis in self.neurons.slices.items():
+            for axis, own in by_axis.items():
+                if set(own.tolist()) == wanted:
+                    return stored, axis
+        return None
+
+    # --- What was refused
+
+    @cached_property
+    def refused(self) -> dict[str, str]:
+        """By the name of each layer that is not pruned, the reason."""
+        reasons: dict[str, str] = {}
+        producers = {name for group in self._groups for name in group.producers}
+        for flow in self.flows:
+            for name, labels in flow.writes:
+                found = [self._reasons[c] for c in self._classes[labels].tolist()]
+                reason = next((each for each in found if each is not None), "nothing reads its neurons")
+                reasons.setdefault(name, reason)
+        for name, module in self.model.named_modules():
+            if isinstance(module, nn.Linear | nn.modules.conv._ConvNd) and self.neurons.group_of(name) is None:
+                reasons.setdefault(name, self._why_unwritten(name, module))
+        return {name: reason for name, reason in reasons.items() if name not in producers}
+
+    def _why_unwritten(self, name: str, module: nn.Module) -> str:
+        """Why a layer is not pruned that writes no neurons of its own."""
+        if module._parameters.get("weight") is None:  # parametrizations, and the masks of torch.nn.utils.prune
+            return "its weight is computed in the forward pass, so it cannot be sliced"
+        labels = next(iter(self.axes.get(StoredTensor(name, "weight"), [])), None)
+        found = [] if labels is None else [self._reasons[c] for c in self._classes[labels].tolist()]
+        kind = "Linear layer" if isinstance(module, nn.Linear) else "convolution"
+        unreached = f"the forward pass does not reach it as a {kind}"
+        return next((each for each in found if each is not None), unreached)
+
+    def removable(self, neurons: PrunableNeurons) -> float:
+        """The number of parameters that go with half of the neurons of every group."""
+        removed = 0.0
+        goes = torch.zeros(neurons.number + 1, dtype=torch.bool, device="cpu")  # the last is for the number -1
+        for group in neurons.groups:
+            goes[group.numbers] = group.width > 1
+        for stored, by_axis in neurons.slices.items():
+            left = 1.0
+            for numbers in by_axis.values():
+                left *= 1 - float(goes[numbers].float().mean()) / 2
+            removed += stored.of(self.model).numel() * (1 - left)
+        return removed
+
+
+def _is_global_mean(operation: Operation) -> bool:
+    return operation.name == "mean" and operation.args[0].dim() > 2
+
+
+def _layout(labels: Tensor, axis: int) -> tuple[Layout, Tensor]:
+    """The layout of a dimension with these labels, and the label of each unit."""
+    size = labels.numel()
+    inner = int((labels != labels[0]).nonzero()[0]) if bool((labels != labels[0]).any()) else size
+    if size % inner == 0 and bool((labels.view(-1, inner) == labels.view(-1, inner)[:, :1]).all()):
+        runs = labels.view(-1, inner)[:, 0]
+        again = (runs[1:] == runs[0]).nonzero().flatten()
+        count = int(again[0]) + 1 if again.numel() else runs.numel()
+        units = runs[:count]
+        repeats = runs.numel() % count == 0 and torch.equal(units.repeat(runs.numel() // count), runs)
+        if repeats and units.unique().numel() == count:
+            return Layout(axis, runs.numel() // count, inner), units
+    return Layout(axis), labels
+
+
+def _unsliceable(
+    model: nn.Module, stored: StoredTensor, holders: Mapping[tuple[torch.device, int], set[int]]
+) -> str | None:
+    """The reason why a stored tensor cannot be sliced."""
+    tensor = stored.of(model)
+    if type(tensor) not in (Tensor, nn.Parameter) or tensor.layout != torch.strided:
+        return f"{stored.name} is a {type(tensor).__name__}; only plain dense tensors can be sliced"
+    if tensor.numel() and len(holders[ops.storage_key(tensor)]) > 1:
+        return f"{stored.name} shares its memory with another parameter or buffer; give each its own"
+    return None

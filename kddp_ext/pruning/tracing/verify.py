@@ -1,0 +1,241 @@
+"""Proves groups of neurons: the model is traced again with fewer neurons, and must run the same operations.
+
+A recording holds the numbers that Python computed, so it cannot tell a constant from a number that depends on a width
+(1/sqrt(width), an asserted size). Comparing it with the recording of a narrowed model can. One neuron fewer and half of
+them are tried, because a width that is used in arithmetic may survive one of the two (`width // 4`).
+
+Modules hold sizes in attributes of any name, such as the number of heads. Where a proof fails, integer attributes that
+have the value of a size with which the neurons are split or joined are tried: one that lets the narrowed model run
+further is a size that must follow.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import zip_longest
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kddp_ext.pruning.tracing.analysis import Analysis
+from kddp_ext.pruning.tracing.operations import FACTORIES, SIZED, NeuronFlow
+from kddp_ext.pruning.tracing.recording import Operation, Recorder, Recording, UnsupportedModelError
+from kddp_ext.pruning.tracing.structure import NeuronCount, NeuronGroup, PrunableNeurons
+
+# Whether these are run depends on memory layouts, which sizes of 1 change; the shapes behind them are compared.
+_LAYOUT_ONLY = ("view", "as_strided", "_unsafe_view", "reshape", "clone", "expand", "alias", "detach", "_reshape_alias")
+
+_DEPENDS = "so the model depends on the number of neurons"
+
+
+def verified(recorder: Recorder, analysis: Analysis) -> tuple[PrunableNeurons, dict[str, str]]:
+    """The neurons whose groups are proven, and by the name of each other group why it is not."""
+    proof = _Proof(recorder, analysis)
+    refuted = proof.run()
+    return proof.neurons.only([group for group in proof.neurons.groups if group.name not in refuted]), refuted
+
+
+@dataclass(frozen=True)
+class _Failure:
+    half: bool
+    flow: NeuronFlow
+    position: int  # among the operations that are compared
+    reason: str
+
+
+class _Proof:
+    def __init__(self, recorder: Recorder, analysis: Analysis) -> None:
+        self._recorder, self._analysis = recorder, analysis
+        self.neurons = analysis.neurons
+        self._compared = [_compared(flow.recording) for flow in analysis.flows]
+
+    def run(self) -> dict[str, str]:
+        """Find all sizes that must follow, and refute what still fails: the reason by group name."""
+        remaining, refuted = list(self.neurons.groups), dict[str, str]()
+        candidates: list[list[NeuronCount]] | None = None
+        while remaining:
+            failure = self._failure(remaining)
+            if failure is None:
+                break
+            candidates = self._candidates() if candidates is None else candidates
+            if self._follow_one(candidates, remaining, failure):
+                continue
+            involved = self._involved(failure, remaining)
+            guilty = [
+                group for group in involved if len(involved) == 1 or self._fails_alone(group, failure)
+            ] or involved
+            refuted.update((group.name, failure.reason) for group in guilty)
+            remaining = [group for group in remaining if group.name not in refuted]
+        return refuted
+
+    def _follow_one(
+        self, candidates: list[list[NeuronCount]], groups: Sequence[NeuronGroup], failure: _Failure
+    ) -> bool:
+        """Let the first of `candidates` that lets the model run further follow, and take it out of the list."""
+        before = self.neurons
+        for counts in candidates:
+            self.neurons = replace(before, counts=(*before.counts, *counts))
+            after = self._failure_at(groups, failure.half, failure.flow)
+            if after is None or after.position > failure.position:
+                taken = {(each.module, each.attribute) for each in counts}
+                candidates[:] = [
+                    each for each in candidates if taken.isdisjoint((one.module, one.attribute) for one in each)
+                ]
+                return True
+        self.neurons = before
+        return False
+
+    def _failure(self, groups: Sequence[NeuronGroup]) -> _Failure | None:
+        """What changes in the forward pass with fewer neurons in each of `groups`; None where nothing does."""
+        attempts = ((half, flow) for half in (False, True) for flow in self._analysis.flows)
+        failures = (self._failure_at(groups, half, flow) for half, flow in attempts)
+        return next((failure for failure in failures if failure is not None), None)
+
+    def _fails_alone(self, group: NeuronGroup, failure: _Failure) -> bool:
+        return self._failure_at([group], failure.half, failure.flow) is not None
+
+    def _involved(self, failure: _Failure, groups: Sequence[NeuronGroup]) -> list[NeuronGroup]:
+        """The groups whose neurons the failing operation reads or returns."""
+        compared = self._compared[self._analysis.flows.index(failure.flow)]
+        operation = compared[min(failure.position, len(compared) - 1)]
+        found: set[int] = set()
+        for tensor in (*operation.inputs, *operation.outputs):
+            for labels in failure.flow.labels.of(tensor):
+                numbers = self._analysis.numbers(labels)
+                found.update([] if numbers is None else numbers.tolist())
+        involved = [group for group in groups if not found.isdisjoint(range(group.start, group.start + group.width))]
+        return involved or list(groups)
+
+    def _failure_at(self, groups: Sequence[NeuronGroup], half: bool, flow: NeuronFlow) -> _Failure | None:
+        """The same with one neuron fewer or `half` of them, in the mode of one recording."""
+        neurons, model = self.neurons, self._recorder.model
+        keep = torch.ones(neurons.number, dtype=torch.bool, device="cpu")
+        for group in groups:
+            if group.width > 1:
+                keep[group.numbers][slice(1, None, 2) if half else -1] = False
+        shapes = {stored: neurons.shape_after(stored, keep) for stored in neurons.slices}
+        index = self._analysis.flows.index(flow)
+        fewer = "half of the neurons" if half else "one neuron fewer"
+        sizes = [(each, model.get_submodule(each.module), each.attribute) for each in neurons.counts]
+        before = [getattr(module, attribute) for _, module, attribute in sizes]
+        try:
+            for (count, module, attribute), value in zip(sizes, before, strict=True):
+                setattr(module, attribute, neurons.count_after(count, value, keep))
+            narrow = self._recorder.record(training=index == 0, shapes=shapes)
+        except UnsupportedModelError as error:
+            position = len(_compared(self._recorder.latest))
+            return _Failure(half, flow, position, f"with {fewer}, {error}")
+        finally:
+            for (_, module, attribute), value in zip(sizes, before, strict=True):
+                setattr(module, attribute, value)
+        gone = self._analysis.gone(keep)
+        for position, (old, new) in enumerate(zip_longest(self._compared[index], _compared(narrow))):
+            reason = _difference(flow, old, new, gone)
+            if reason is not None:
+                return _Failure(half, flow, position, f"with {fewer}, {reason}")
+        return None
+
+    def _candidates(self) -> list[list[NeuronCount]]:
+        """Integer attributes with the value of a size with which neurons are split or joined.
+
+        Those of one name in modules of one class are tried together. Each follows a stored tensor's dimension that
+        consists of the same neurons.
+        """
+        found: dict[tuple[str, str], list[NeuronCount]] = {}  # by module and attribute
+        known = {(each.module, each.attribute) for each in self.neurons.counts}
+        for flow in self._analysis.flows:
+            for operation, labels in flow.sites:
+                followed, call = self._analysis.followed(labels), operation.call
+                while call is not None and followed is not None:
+                    module = self._analysis.model.get_submodule(call.module)
+                    for attribute, value in vars(module).items():
+                        if type(value) is not int or value != labels.numel() or hasattr(type(module), attribute):
+                            continue
+                        if (call.module, attribute) not in known:
+                            count = NeuronCount(call.module, attribute, *followed)
+                            alike = found.setdefault((call.module, attribute), [])
+                            alike += [] if count in alike else [count]
+                    call = call.caller
+        together: dict[tuple[str, str, int], list[NeuronCount]] = {}
+        for (name, attribute), counts in found.items():
+            kind = type(self._analysis.model.get_submodule(name)).__name__
+            for index, count in enumerate(counts):
+                together.setdefault((kind, attribute, index), []).append(count)
+        return [together[kind] for kind in sorted(together, key=lambda kind: "head" not in kind[1])]
+
+
+def _compared(recording: Recording) -> list[Operation]:
+    return [each for each in recording.operations if each.name not in _LAYOUT_ONLY]
+
+
+def _difference(flow: NeuronFlow, before: Operation | None, after: Operation | None, gone: Tensor) -> str | None:
+    """How an operation of the narrow recording differs from what is expected, if it does.
+
+    `gone` is a mask of the labels whose entries are missing in the narrow recording.
+    """
+    if before is None or after is None:
+        return "it runs more or fewer operations"
+    if before.target is not after.target:
+        return f"{before.title} in {flow.place(before)} becomes {after.title}"
+    for old, new in zip(before.outputs, after.outputs, strict=True):
+        expected = [
+            size if labels is None else size - int(gone[labels].sum())
+            for size, labels in zip(old.shape, flow.labels.of(old), strict=True)
+        ]
+        if list(new.shape) != expected:
+            return (
+                f"{before.title} in {flow.place(before)} gives the shape {tuple(new.shape)} instead of "
+                f"{tuple(expected)}, {_DEPENDS}"
+            )
+    if before.name == "slice" and not _same_bounds(flow, before, after, gone):
+        return f"slice in {flow.place(before)} cuts them at an index that does not follow their number"
+    if list(_numbers(before)) != list(_numbers(after)):
+        return f"{before.title} in {flow.place(before)} computes with another number, {_DEPENDS}"
+    if not all(map(_same_constant, before.inputs, after.inputs)):
+        return f"{before.title} in {flow.place(before)} computes with another constant tensor, {_DEPENDS}"
+    return None
+
+
+def _same_bounds(flow: NeuronFlow, before: Operation, after: Operation, gone: Tensor) -> bool:
+    """Whether a slice of the narrowed model begins at the same neuron."""
+    source, narrowed, axis = before.args[0], after.args[0], before.argument("dim", 0)
+    labels = flow.labels.of(source)[axis]
+    if labels is None:
+        return True
+    start, there = (
+        slice(each.argument("start"), None).indices(tensor.shape[axis])[0]
+        for each, tensor in ((before, source), (after, narrowed))
+    )
+    return there == start - int(gone[labels[:start]].sum())
+
+
+def _numbers(operation: Operation) -> Iterator[Any]:
+    """The arguments that are no tensors. Sizes are left out, because the shapes of outputs are compared."""
+    if operation.name in SIZED or operation.name in FACTORIES:
+        return
+    arguments: Any = (operation.args, operation.kwargs)
+    if operation.name == "convolution":
+        arguments = operation.args[3:8]  # without the number of groups
+    elif operation.name in ("native_layer_norm", "native_group_norm"):
+        arguments = operation.args[-1]  # eps
+    yield from _plain(arguments)
+
+
+def _plain(value: Any) -> Iterator[Any]:
+    if isinstance(value, tuple | list):
+        for each in value:
+            yield from _plain(each)
+    elif isinstance(value, Mapping):
+        yield from _plain(list(value.items()))
+    elif not isinstance(value, Tensor):
+        yield value
+
+
+def _same_constant(before: Tensor, after: Tensor) -> bool:
+    """True unless both are constants with other values; a fake tensor remembers the constant it was made from."""
+    old, new = (getattr(each, "constant", None) for each in (before, after))
+    if old is None or new is None:
+        return (old is None) == (new is None)
+    return old.shape == new.shape and bool(torch.equal(old, new))
