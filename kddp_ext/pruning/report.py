@@ -58,8 +58,8 @@ class LayerReport:
         activation_scale, outgoing_scale = _relative_scales(first, observation.scales[:, group.numbers][:, keep])
         errors = [
             reconstruction.error
-            for value, reconstruction in zip(neurons.values, decision.reconstructions, strict=False)
-            if reconstruction is not None and neurons.of_group(value, group)[0].numel() and layer.pruned.numel()
+            for value, reconstruction in enumerate(decision.reconstructions)
+            if reconstruction is not None and neurons.units_of(value, group)[0].numel() and layer.pruned.numel()
         ]
         return cls(
             name=group.name,

@@ -183,10 +183,10 @@ def _users_activities(criterion: Criterion, observation: Observation) -> Tensor:
     """The user's criterion is asked about each layer's neurons in each value; the highest of the answers counts."""
     neurons = observation.neurons
     result = torch.zeros(neurons.number, dtype=torch.float64, device="cpu")
-    for index, (value, statistics) in enumerate(zip(neurons.values, observation.statistics, strict=True)):
+    for index, statistics in enumerate(observation.statistics):
         outgoing = observation.outgoing_of(index)
         for group in neurons.groups:
-            units, members = neurons.of_group(value, group)
+            units, members = neurons.units_of(index, group)
             if not units.numel():
                 continue
             with torch.no_grad():  # it gets copies, so that it cannot change the decision in another way
@@ -362,8 +362,12 @@ class Decision:
 
     def collapsed(self, layer: LayerDecision) -> bool:
         """True if all activations were exactly zero since the last check, or every neuron was inactive at it."""
-        largest = self.observation.largest([each.max_abs for each in self.observation.statistics])
-        return not bool(largest[layer.group.numbers].any()) or bool(layer.inactive.all())
+        return not bool(self._largest[layer.group.numbers].any()) or bool(layer.inactive.all())
+
+    @cached_property
+    def _largest(self) -> Tensor:
+        """max|h_j| since the last check, (N,) float64."""
+        return self.observation.largest([each.max_abs for each in self.observation.statistics])
 
     def units_gone(self, value: ReadValue) -> Tensor:
         """A mask of the units of a value that are removed."""

@@ -7,8 +7,10 @@ many layers write and read the neurons, and at whatever offsets.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 
 import torch
 from torch import Tensor, nn
@@ -131,20 +133,32 @@ class PrunableNeurons:
         """How many neurons there are."""
         return sum(group.width for group in self.groups)
 
-    def of_group(self, value: ReadValue, group: NeuronGroup) -> tuple[Tensor, Tensor]:
-        """The units of a value that belong to a group, and the indices of their neurons in the group."""
-        units = ((value.neurons >= group.start) & (value.neurons < group.start + group.width)).nonzero().flatten()
-        return units, value.neurons[units] - group.start
+    def units_of(self, value: int, group: NeuronGroup) -> tuple[Tensor, Tensor]:
+        """The units of a value, by its index, that belong to a group; and the indices of their neurons in the group."""
+        units = self._units[value].get(group.name, torch.empty(0, dtype=torch.int64, device="cpu"))
+        return units, self.values[value].neurons[units] - group.start
 
-    @property
+    @cached_property
+    def _units(self) -> list[dict[str, Tensor]]:
+        """For each value the units of each group that it has neurons of, by the group's name."""
+        widths = torch.tensor([group.width for group in self.groups], dtype=torch.int64, device="cpu")
+        group_of_neuron = torch.arange(len(self.groups), device="cpu").repeat_interleave(widths)
+        found = []
+        for value in self.values:
+            read = (value.neurons >= 0).nonzero().flatten()
+            owners = group_of_neuron[value.neurons[read]]
+            found.append({self.groups[owner].name: read[owners == owner] for owner in owners.unique().tolist()})
+        return found
+
+    @cached_property
     def value_names(self) -> tuple[str, ...]:
         """A name for each value: its layer's, or "reader.input" where other values have that layer's neurons too."""
-        names = []
-        for value in self.values:
-            groups = [group for group in self.groups if self.of_group(value, group)[0].numel()]
-            alone = len(groups) == 1 and len(self.values_of(groups[0])) == 1
-            names.append(groups[0].name if alone else f"{value.module}.input")
-        return tuple(names)
+        values_of = Counter(name for units in self._units for name in units)
+        alone = [len(units) == 1 and values_of[next(iter(units))] == 1 for units in self._units]
+        return tuple(
+            next(iter(units)) if is_alone else f"{value.module}.input"
+            for value, units, is_alone in zip(self.values, self._units, alone, strict=True)
+        )
 
     def group_of(self, module: str) -> NeuronGroup | None:
         """The group whose neurons a module's tensors have along their first dimension, as those of a BatchNorm have."""
@@ -154,13 +168,9 @@ class PrunableNeurons:
                 return next(each for each in self.groups if first < each.start + each.width)
         return None
 
-    def values_of(self, group: NeuronGroup) -> tuple[ReadValue, ...]:
-        """The values that hold neurons of `group`."""
-        return tuple(value for value in self.values if self.of_group(value, group)[0].numel())
-
     def readers_of(self, group: NeuronGroup) -> tuple[Reader, ...]:
         """The layers that read a neuron of `group`."""
-        return tuple(each for each in self.readers if self.of_group(self.values[each.value], group)[0].numel())
+        return tuple(each for each in self.readers if group.name in self._units[each.value])
 
     def tensors(self, model: nn.Module, *, role: str = "model") -> dict[StoredTensor, Tensor]:
         """The sliced tensors in `model`, which messages call `role`; their shapes must be those of the trace."""
