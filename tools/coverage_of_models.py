@@ -451,7 +451,9 @@ def messages(models: dict[str, dict[str, Result]]) -> str:
 
 def gain_of_streams(parts: dict[str, Result]) -> float:
     """What streams="all" removes beyond the default; 0 for models without a LayerNorm behind a stream."""
-    return float(parts.get("streams", _NOTHING).get("parameters", 0.0) - parts["kddp_ext"].get("parameters", 0.0))
+    return float(
+        parts.get("streams", _NOTHING).get("parameters", 0.0) - parts.get("kddp_ext", _NOTHING).get("parameters", 0.0)
+    )
 
 
 def page(results: dict[str, Any]) -> str:
