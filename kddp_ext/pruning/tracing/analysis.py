@@ -189,7 +189,8 @@ class Analysis:
         counts = {
             NeuronCount(*size) for flow in self.flows for size in flow.sizes if size[3] in slices.get(size[2], {})
         }
-        values: dict[tuple[int, int, int], ReadValue] = {}
+        values: list[ReadValue] = []
+        indices: dict[tuple[int, int, int], int] = {}
         readers = []
         for read, call, argument, axis in self._reads:
             assert call.input is not None  # else it would not have been resolved
@@ -199,15 +200,17 @@ class Analysis:
             if self.numbers(labels) is None:
                 continue
             key = (id(value), version, axis)
-            if key not in values:
+            if key not in indices:
                 layout, units = _layout(labels, axis)
-                numbers = self._neuron_of[units]
-                values[key] = ReadValue(call.module, layout, value.dim(), numbers, dropouts)
-            shift, index = self._shift(read, call.module), list(values).index(key)
-            readers.append(Reader(call.module, read.weight, read.weight_axis, index, shift, read.padded, read.groups))
+                indices[key] = len(values)
+                values.append(ReadValue(call.module, layout, value.dim(), self._neuron_of[units], dropouts))
+            shift = self._shift(read, call.module)
+            readers.append(
+                Reader(call.module, read.weight, read.weight_axis, indices[key], shift, read.padded, read.groups)
+            )
         shapes = {stored: tuple(stored.of(self.model).shape) for stored in slices}
         order = sorted(counts, key=lambda each: (each.module, each.attribute))
-        return PrunableNeurons(self._groups, slices, tuple(order), tuple(values.values()), tuple(readers), shapes)
+        return PrunableNeurons(self._groups, slices, tuple(order), tuple(values), tuple(readers), shapes)
 
     def numbers(self, labels: Tensor | None) -> Tensor | None:
         """The neurons of some labels; None where there is none."""

@@ -107,10 +107,8 @@ class NeuronFlow:
         self, operation: Operation, labels: Tensor | None, what: Hashable, options: int, *, by_proof: bool = False
     ) -> int:
         """Which of several ways to keep neurons is tried at `operation`; alike operations choose alike."""
-        if (
-            labels is not None and int(labels.min()) >= self.labels.stored
-        ):  # of tensors that the forward pass makes, such as masks
-            return 0
+        if labels is not None and int(labels.min()) >= self.labels.stored:
+            return 0  # the forward pass makes the tensor, such as a mask
         caller = "" if operation.call is None else type(self.model.get_submodule(operation.call.module)).__name__
         kind = (operation.name, caller, what)
         (self.proof_options if by_proof else self.options)[kind] = options
@@ -142,6 +140,11 @@ class NeuronFlow:
         for module in self._modules[id(stored.of(self.model))]:
             if hasattr(self.model.get_submodule(module), attribute):
                 self.sizes.add((module, attribute, stored, axis))
+
+    @cached_property
+    def stored_axes(self) -> dict[StoredTensor, Axes]:
+        """The labels of each stored tensor."""
+        return {self.recording.stored[id(fake)]: self.labels.of(fake) for fake in self.recording.fakes}
 
     @cached_property
     def _modules(self) -> dict[int, list[str]]:
@@ -340,8 +343,7 @@ def _concatenation(flow: NeuronFlow, operation: Operation) -> None:
 
 def _frozen(flow: NeuronFlow, size: int) -> Tensor:
     """Labels of entries that cannot be removed."""
-    flow.labels.number += size
-    labels = torch.arange(flow.labels.number - size, flow.labels.number, device="cpu")
+    labels = flow.labels.new(size)
     flow.labels.freeze(labels, "its entries cannot be removed")
     return labels
 
@@ -444,7 +446,8 @@ def _pool(flow: NeuronFlow, operation: Operation) -> None:
         flow.labels.set(output, axes)
 
 
-def _softmax(flow: NeuronFlow, operation: Operation) -> None:
+def _one_dimension(flow: NeuronFlow, operation: Operation) -> None:
+    """softmax, cumsum, sort and similar, along the dimension that the second argument names."""
     _mix(flow, operation, [operation.args[1]], kept=True)
 
 
@@ -478,10 +481,6 @@ def _in_norm(flow: NeuronFlow, operation: Operation) -> bool:
 def _caller(flow: NeuronFlow, operation: Operation) -> nn.Module:
     """The innermost module that runs an operation."""
     return flow.model.get_submodule("" if operation.call is None else operation.call.module)
-
-
-def _cumulative(flow: NeuronFlow, operation: Operation) -> None:
-    _mix(flow, operation, [operation.args[1]], kept=True)
 
 
 # --- Normalisation
@@ -601,7 +600,7 @@ def _contract(flow: NeuronFlow, operation: Operation, a: Tensor, a_axis: int, b:
     labels = flow.labels.of(tensor)[axis]
     if mine is not None and labels is not None and weight is not None:
         weight_axis = _stored_axis(flow, weight, labels)
-        own = None if weight_axis is None else _stored_labels(flow, weight)[weight_axis]
+        own = None if weight_axis is None else flow.stored_axes[weight][weight_axis]
         if weight_axis is None or own is None or not torch.equal(labels, own):
             flow.labels.freeze(mine, flow.reason(operation, f"reads them through a rearranged {weight.name}"))
             return
@@ -612,14 +611,10 @@ def _contract(flow: NeuronFlow, operation: Operation, a: Tensor, a_axis: int, b:
 
 def _stored_axis(flow: NeuronFlow, stored: StoredTensor, labels: Tensor | None) -> int | None:
     """The dimension of a stored tensor that all these labels come from."""
-    for axis, own in enumerate(_stored_labels(flow, stored)):
+    for axis, own in enumerate(flow.stored_axes[stored]):
         if own is not None and labels is not None and bool(((labels >= own[0]) & (labels <= own[-1])).all()):
             return axis
     return None
-
-
-def _stored_labels(flow: NeuronFlow, stored: StoredTensor) -> Axes:
-    return flow.labels.of(next(each for each in flow.recording.fakes if flow.recording.stored[id(each)] == stored))
 
 
 def _write(
@@ -764,10 +759,6 @@ def _factory(flow: NeuronFlow, operation: Operation) -> None:
         flow.labels.set(output, [flow.labels.new(size) for size in output.shape])
 
 
-def _ignored(flow: NeuronFlow, operation: Operation) -> None:
-    """Nothing is computed, or the result has no entries of neurons."""
-
-
 Handler = Callable[[NeuronFlow, Operation], None]
 
 FACTORIES = """
@@ -809,12 +800,10 @@ HANDLERS: dict[str, Handler] = {
     **dict.fromkeys(_BATCH_NORMS, _batch_norm),
     **dict.fromkeys(_ATTENTIONS, _attention),
     **dict.fromkeys(FACTORIES, _factory),
-    **dict.fromkeys(["_softmax", "_log_softmax", "_safe_softmax"], _softmax),
+    **dict.fromkeys(["_softmax", "_log_softmax", "_safe_softmax", "cumsum", "cumprod", "sort", "topk"], _one_dimension),
     **dict.fromkeys(["mean", "sum", "amax", "amin", "var", "var_mean", "std", "std_mean", "logsumexp", "prod", "all",
                      "any", "max", "min", "linalg_vector_norm", "argmax", "argmin"], _reduction),
-    **dict.fromkeys(["cumsum", "cumprod", "sort", "topk"], _cumulative),
     **dict.fromkeys(["mm", "addmm", "bmm", "baddbmm"], _product),
-    **dict.fromkeys(["_assert_tensor_metadata", "sym_size", "_local_scalar_dense"], _ignored),
     "as_strided": _strided,
     "channel_shuffle": _channel_shuffle,
     "native_channel_shuffle": _channel_shuffle,
