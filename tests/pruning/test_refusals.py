@@ -54,6 +54,9 @@ REFUSED = {
         recipe(lambda m, x: m.last(m.first(x)[:, ::2].repeat(1, 2))), "first", "slice in .* takes every second of them"
     ),
     "shifted": (recipe(lambda m, x: m.last(m.first(x).roll(1, 1))), "first", "roll in .* shifts them"),
+    "the largest": (
+        recipe(lambda m, x: m.last(m.first(x).topk(4, 1).values.repeat(1, 2))), "first", "topk in .* with all of them"
+    ),
     "softmax": (recipe(lambda m, x: m.last(m.first(x).softmax(1))), "first", "softmax in .* computes with all of them"),
     "layer norm": (
         recipe(lambda m, x: m.last(m.norm(m.first(x))), norm=lambda: nn.LayerNorm(8)),

@@ -447,8 +447,8 @@ def _pool(flow: NeuronFlow, operation: Operation) -> None:
 
 
 def _one_dimension(flow: NeuronFlow, operation: Operation) -> None:
-    """softmax, cumsum, sort and similar, along the dimension that the second argument names."""
-    _mix(flow, operation, [operation.args[1]], kept=True)
+    """softmax, cumsum, sort, topk and similar."""
+    _mix(flow, operation, [operation.argument("dim", -1)], kept=True)
 
 
 def _reduction(flow: NeuronFlow, operation: Operation) -> None:
