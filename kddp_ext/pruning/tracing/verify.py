@@ -80,9 +80,8 @@ class _Proof:
             after = self._failure_at(groups, failure.half, failure.flow)
             if after is None or after.position > failure.position:
                 taken = {(each.module, each.attribute) for each in counts}
-                candidates[:] = [
-                    each for each in candidates if taken.isdisjoint((one.module, one.attribute) for one in each)
-                ]
+                rest = ([one for one in each if (one.module, one.attribute) not in taken] for each in candidates)
+                candidates[:] = [each for each in rest if each]
                 return True
         self.neurons = before
         return False
