@@ -151,29 +151,32 @@ class Analysis:
             labels = self.labels.of(each.value)[each.value_axis]
             if labels is not None:
                 read[classes[labels]] = True
-        writes = [
-            (name, list(dict.fromkeys(c for c in classes[labels].tolist() if read[c] and self._reasons[c] is None)))
-            for name, labels in self.flows[0].writes
-            if labels.numel() == 1 or len(set(classes[labels].tolist())) > 1  # else all its outputs would go together
-        ]
-        members: list[tuple[list[str], dict[int, None]]] = []  # producers and classes of each group
-        for name, written in writes:
+        open_ = read & torch.tensor([reason is None for reason in self._reasons], dtype=torch.bool, device="cpu")
+        members: dict[int, tuple[list[str], list[int]]] = {}  # producers and classes of each group
+        owner: dict[int, int] = {}  # by class, the key of its group; a new group takes the number of classes so far
+        for name, labels in self.flows[0].writes:
+            mine = classes[labels]
+            if labels.numel() > 1 and bool((mine == mine[0]).all()):  # all its outputs would go together
+                continue
+            written = list(dict.fromkeys(mine[open_[mine]].tolist()))
             if not written:
                 continue
-            mine = set(written)
-            joined = [each for each in members if not mine.isdisjoint(each[1])]
-            producers = list(dict.fromkeys([*(p for each in joined for p in each[0]), name]))
-            together = dict.fromkeys([*(c for each in joined for c in each[1]), *written])
-            if joined:
-                members[members.index(joined[0])] = (producers, together)
-                members = [each for each in members if not any(each is other for other in joined[1:])]
-            else:
-                members.append((producers, together))
+            first, *others = sorted({owner[each] for each in written if each in owner}) or [len(owner)]
+            producers, together = members.setdefault(first, ([], []))
+            for other in others:
+                more_producers, more = members.pop(other)
+                producers += more_producers
+                together += more
+                owner.update(dict.fromkeys(more, first))
+            producers += [] if name in producers else [name]
+            new = [each for each in written if each not in owner]
+            together += new
+            owner.update(dict.fromkeys(new, first))
         numbers, groups = torch.full((self.labels.number,), -1, device="cpu"), []
         start = 0
-        for producers, together in members:
+        for _, (producers, together) in sorted(members.items()):
             groups.append(NeuronGroup(producers[0], tuple(producers), start, len(together)))
-            numbers[list(together)] = torch.arange(start, start + len(together), device="cpu")
+            numbers[together] = torch.arange(start, start + len(together), device="cpu")
             start += len(together)
         return tuple(groups), numbers[classes] if self.labels.number else numbers
 

@@ -60,20 +60,25 @@ def find_neurons(
         recorder = Recorder(model, example_inputs, example_kwargs or {})
         recordings = [recorder.record(training=mode) for mode in (True, False)]
 
-        def find(choices: dict[Hashable, int]) -> _Found:
-            analysis = _best(
+        def analyse(choices: dict[Hashable, int]) -> Analysis:
+            return _best(
                 lambda more: Analysis(model, recordings, {**more, **choices}, keep_norm_statistics=streams == "exact")
             )
-            return _Found(analysis, *verified(recorder, analysis))
 
-        best, choices = find({}), dict[Hashable, int]()
+        analysis = analyse({})
+        best, choices = _Found(analysis, *verified(recorder, analysis)), dict[Hashable, int]()
+        proven = [analysis.neurons]
         flows = best.analysis.flows
         options = {kind: count for flow in flows for kind, count in flow.proof_options.items()}
         if best.refuted:
             options = {kind: count for flow in flows for kind, count in flow.options.items()} | options
         for kind, count in options.items():
             for option in range(count):
-                other = find({**choices, kind: option})
+                analysis = analyse({**choices, kind: option})
+                if analysis.removable(analysis.neurons) <= best.removable or any(map(analysis.neurons.same, proven)):
+                    continue
+                proven.append(analysis.neurons)
+                other = _Found(analysis, *verified(recorder, analysis))
                 if other.removable > best.removable:
                     best, choices = other, {**choices, kind: option}
         samples = next((each.shape[0] for each in tensors_in((example_inputs, example_kwargs)) if each.dim()), 1)

@@ -85,11 +85,10 @@ class Labels:
                 lowest = lowest[lowest]
                 if torch.equal(lowest, before):
                     break
-        reasons: list[str | None] = [None] * self.number
-        for labels, reason in reversed(self._frozen):  # the first reason stays
-            for label in set(lowest[labels].tolist()):
-                reasons[label] = reason
-        return lowest, reasons
+        first = torch.full((self.number,), -1, device="cpu")
+        for index, (labels, _) in reversed(list(enumerate(self._frozen))):  # the first reason stays
+            first[lowest[labels]] = index
+        return lowest, [None if index < 0 else self._frozen[index][1] for index in first.tolist()]
 
 
 def varying_axes(labels: Tensor) -> list[int]:

@@ -38,6 +38,14 @@ class ModuleCall:
     input: tuple[Tensor, int] | None  # the first argument and its version, if it is a tensor
     output: tuple[Tensor, int] | None = None
 
+    @property
+    def stack(self) -> Iterator[ModuleCall]:
+        """This call and its callers, outwards."""
+        call: ModuleCall | None = self
+        while call is not None:
+            yield call
+            call = call.caller
+
 
 @dataclass
 class Operation:
@@ -77,6 +85,7 @@ class Recording:
     outputs: list[Tensor] = field(default_factory=list)
     stored: dict[int, StoredTensor] = field(default_factory=dict)  # by the id of the fake parameter or buffer
     fakes: list[Tensor] = field(default_factory=list)  # keeps the ids above valid
+    unfinished: ModuleCall | None = None  # where the forward pass failed: the innermost module call then
 
 
 class Recorder:
@@ -195,6 +204,7 @@ def _recorded_calls(model: nn.Module, recording: Recording) -> Iterator[None]:
     finally:
         for handle in handles:
             handle.remove()
+        recording.unfinished = recording.calls[-1]
         recording.calls[:] = [root, *finished]
 
 

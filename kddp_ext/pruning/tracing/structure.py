@@ -133,6 +133,14 @@ class PrunableNeurons:
         """How many neurons there are."""
         return sum(group.width for group in self.groups)
 
+    def same(self, other: PrunableNeurons) -> bool:
+        """Whether both have the same entries of the same tensors for each neuron."""
+        return self.slices.keys() == other.slices.keys() and all(
+            by_axis.keys() == other.slices[stored].keys()
+            and all(torch.equal(numbers, other.slices[stored][axis]) for axis, numbers in by_axis.items())
+            for stored, by_axis in self.slices.items()
+        )
+
     def units_of(self, value: int, group: NeuronGroup) -> tuple[Tensor, Tensor]:
         """The units of a value, by its index, that belong to a group; and the indices of their neurons in the group."""
         units = self._units[value].get(group.name, torch.empty(0, dtype=torch.int64, device="cpu"))

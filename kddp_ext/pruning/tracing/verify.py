@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from itertools import zip_longest
+from itertools import starmap, zip_longest
 from typing import Any
 
 import torch
@@ -21,7 +21,7 @@ from torch import Tensor
 
 from kddp_ext.pruning.tracing.analysis import Analysis
 from kddp_ext.pruning.tracing.operations import FACTORIES, SIZED, NeuronFlow
-from kddp_ext.pruning.tracing.recording import Operation, Recorder, Recording, UnsupportedModelError
+from kddp_ext.pruning.tracing.recording import ModuleCall, Operation, Recorder, Recording, UnsupportedModelError
 from kddp_ext.pruning.tracing.structure import NeuronCount, NeuronGroup, PrunableNeurons
 
 # Whether these are run depends on memory layouts, which sizes of 1 change; the shapes behind them are compared.
@@ -43,6 +43,7 @@ class _Failure:
     flow: NeuronFlow
     position: int  # among the operations that are compared
     reason: str
+    modules: frozenset[str]  # that were running
 
 
 class _Proof:
@@ -50,6 +51,8 @@ class _Proof:
         self._recorder, self._analysis = recorder, analysis
         self.neurons = analysis.neurons
         self._compared = [_compared(flow.recording) for flow in analysis.flows]
+        # The same code runs in both modes then, so each narrowing is tried in one of them.
+        self._alike = all(starmap(_same_code, zip_longest(*map(_without_modes, self._compared))))
 
     def run(self) -> dict[str, str]:
         """Find all sizes that must follow, and refute what still fails: the reason by group name."""
@@ -76,6 +79,8 @@ class _Proof:
         """Let the first of `candidates` that lets the model run further follow, and take it out of the list."""
         before = self.neurons
         for counts in candidates:
+            if failure.modules.isdisjoint(each.module for each in counts):
+                continue
             self.neurons = replace(before, counts=(*before.counts, *counts))
             after = self._failure_at(groups, failure.half, failure.flow)
             if after is None or after.position > failure.position:
@@ -88,8 +93,9 @@ class _Proof:
 
     def _failure(self, groups: Sequence[NeuronGroup]) -> _Failure | None:
         """What changes in the forward pass with fewer neurons in each of `groups`; None where nothing does."""
-        attempts = ((half, flow) for half in (False, True) for flow in self._analysis.flows)
-        failures = (self._failure_at(groups, half, flow) for half, flow in attempts)
+        training, evaluation = self._analysis.flows
+        attempts = [(False, training), (True, evaluation), (False, evaluation), (True, training)]
+        failures = (self._failure_at(groups, *each) for each in attempts[: 2 if self._alike else 4])
         return next((failure for failure in failures if failure is not None), None)
 
     def _fails_alone(self, group: NeuronGroup, failure: _Failure) -> bool:
@@ -124,8 +130,9 @@ class _Proof:
                 setattr(module, attribute, neurons.count_after(count, value, keep))
             narrow = self._recorder.record(training=index == 0, shapes=shapes)
         except UnsupportedModelError as error:
-            position = len(_compared(self._recorder.latest))
-            return _Failure(half, flow, position, f"with {fewer}, {error}")
+            latest = self._recorder.latest
+            position = len(_compared(latest))
+            return _Failure(half, flow, position, f"with {fewer}, {error}", _running(latest.unfinished))
         finally:
             for (_, module, attribute), value in zip(sizes, before, strict=True):
                 setattr(module, attribute, value)
@@ -133,7 +140,8 @@ class _Proof:
         for position, (old, new) in enumerate(zip_longest(self._compared[index], _compared(narrow))):
             reason = _difference(flow, old, new, gone)
             if reason is not None:
-                return _Failure(half, flow, position, f"with {fewer}, {reason}")
+                calls = [each.call for each in self._compared[index][max(position - 1, 0) : position + 1]]
+                return _Failure(half, flow, position, f"with {fewer}, {reason}", _running(*calls))
         return None
 
     def _candidates(self) -> list[list[NeuronCount]]:
@@ -146,8 +154,8 @@ class _Proof:
         known = {(each.module, each.attribute) for each in self.neurons.counts}
         for flow in self._analysis.flows:
             for operation, labels in flow.sites:
-                followed, call = self._analysis.followed(labels), operation.call
-                while call is not None and followed is not None:
+                followed = self._analysis.followed(labels)
+                for call in operation.call.stack if followed is not None and operation.call is not None else ():
                     module = self._analysis.model.get_submodule(call.module)
                     for attribute, value in vars(module).items():
                         if type(value) is not int or value != labels.numel() or hasattr(type(module), attribute):
@@ -156,7 +164,6 @@ class _Proof:
                             count = NeuronCount(call.module, attribute, *followed)
                             alike = found.setdefault((call.module, attribute), [])
                             alike += [] if count in alike else [count]
-                    call = call.caller
         together: dict[tuple[str, str, int], list[NeuronCount]] = {}
         for (name, attribute), counts in found.items():
             kind = type(self._analysis.model.get_submodule(name)).__name__
@@ -167,6 +174,32 @@ class _Proof:
 
 def _compared(recording: Recording) -> list[Operation]:
     return [each for each in recording.operations if each.name not in _LAYOUT_ONLY]
+
+
+def _running(*calls: ModuleCall | None) -> frozenset[str]:
+    """The modules of some calls and of their callers."""
+    return frozenset(each.module for call in calls if call is not None for each in call.stack)
+
+
+def _without_modes(operations: Sequence[Operation]) -> list[Operation]:
+    """The operations without those that dropout and the batch counter of a BatchNorm run in training only."""
+    return [
+        each for each in operations
+        if not each.name.endswith("dropout") and (each.outputs[0].dim() or each.outputs[0].is_floating_point())
+    ]  # fmt: skip
+
+
+def _module(operation: Operation) -> str:
+    return "" if operation.call is None else operation.call.module
+
+
+def _same_code(training: Operation | None, evaluation: Operation | None) -> bool:
+    """Whether two operations are the same, with the same numbers, apart from the statistics that a BatchNorm uses."""
+    if training is None or evaluation is None or _module(training) != _module(evaluation):
+        return False
+    if "batch_norm" in training.name and "batch_norm" in evaluation.name:
+        return True
+    return training.target is evaluation.target and list(_numbers(training)) == list(_numbers(evaluation))
 
 
 def _difference(flow: NeuronFlow, before: Operation | None, after: Operation | None, gone: Tensor) -> str | None:
