@@ -61,19 +61,17 @@ def find_neurons(
         recordings = [recorder.record(training=mode) for mode in (True, False)]
 
         def analyse(choices: dict[Hashable, int]) -> Analysis:
-            return _best(
-                lambda more: Analysis(model, recordings, {**more, **choices}, keep_norm_statistics=streams == "exact")
-            )
+            return Analysis(model, recordings, choices, keep_norm_statistics=streams == "exact")
 
-        analysis = analyse({})
-        best, choices = _Found(analysis, *verified(recorder, analysis)), dict[Hashable, int]()
-        proven = [analysis.neurons]
-        flows = best.analysis.flows
-        options = {kind: count for flow in flows for kind, count in flow.proof_options.items()}
+        analysis, choices = _best(analyse)
+        best, proven = _Found(analysis, *verified(recorder, analysis)), [analysis.neurons]
+        options = {kind: count for flow in analysis.flows for kind, count in flow.proof_options.items()}
         if best.refuted:
-            options = {kind: count for flow in flows for kind, count in flow.options.items()} | options
+            options = {kind: count for flow in analysis.flows for kind, count in flow.options.items()} | options
         for kind, count in options.items():
             for option in range(count):
+                if option == choices.get(kind, 0):
+                    continue
                 analysis = analyse({**choices, kind: option})
                 if analysis.removable(analysis.neurons) <= best.removable or any(map(analysis.neurons.same, proven)):
                     continue
@@ -111,15 +109,15 @@ class _Found:
         return refused
 
 
-def _best(analyse: Callable[[dict[Hashable, int]], Analysis]) -> Analysis:
-    """The analysis whose choices let most parameters be removed."""
+def _best(analyse: Callable[[dict[Hashable, int]], Analysis]) -> tuple[Analysis, dict[Hashable, int]]:
+    """The analysis whose choices let most parameters be removed, and its choices."""
     choices: dict[Hashable, int] = {}
     best = analyse(choices)
     tried: set[Hashable] = set()
     while True:
         options = {kind: count for flow in best.flows for kind, count in flow.options.items() if kind not in tried}
         if not options:
-            return best
+            return best, choices
         for kind, count in options.items():
             tried.add(kind)
             for option in range(1, count):

@@ -90,6 +90,8 @@ class NeuronFlow:
             handler(self, operation)
         self.labels.is_used = True
         for output in self.recording.outputs:
+            if not self.keep_norm_statistics and id(output) in self.recording.additional:
+                continue
             for labels in self.labels.of(output):
                 self.labels.freeze(labels, "its neurons are outputs of the model", foremost=True)
 
@@ -338,6 +340,17 @@ def _concatenation(flow: NeuronFlow, operation: Operation) -> None:
                 _frozen(flow, each.shape[axis]) if part is None else part
                 for each, part in zip(sources, parts, strict=True)
             ])  # fmt: skip
+    flow.labels.set(output, axes)
+
+
+def _stack(flow: NeuronFlow, operation: Operation) -> None:
+    """A new dimension, whose entries cannot be removed; the labels along the others are equal."""
+    (output,), sources = operation.outputs, operation.args[0]
+    reason = flow.reason(operation, "joins them to entries that cannot be removed")
+    axes = list(flow.labels.of(sources[0]))
+    for source in sources[1:]:
+        axes = [flow.labels.unite(*each, reason) for each in zip(axes, flow.labels.of(source), strict=True)]
+    axes.insert(operation.argument("dim", 0) % output.dim(), None)
     flow.labels.set(output, axes)
 
 
@@ -808,6 +821,7 @@ HANDLERS: dict[str, Handler] = {
     "channel_shuffle": _channel_shuffle,
     "native_channel_shuffle": _channel_shuffle,
     "roll": _roll,
+    "stack": _stack,
     "cat": _concatenation,
     "constant_pad_nd": _padding,
     "convolution": _convolution,

@@ -83,6 +83,7 @@ class Recording:
     operations: list[Operation] = field(default_factory=list)
     calls: list[ModuleCall] = field(default_factory=list)
     outputs: list[Tensor] = field(default_factory=list)
+    additional: set[int] = field(default_factory=set)  # the ids of those that models of transformers return with logits
     stored: dict[int, StoredTensor] = field(default_factory=dict)  # by the id of the fake parameter or buffer
     fakes: list[Tensor] = field(default_factory=list)  # keeps the ids above valid
     unfinished: ModuleCall | None = None  # where the forward pass failed: the innermost module call then
@@ -131,6 +132,9 @@ class Recorder:
                     f"{type(error).__name__}: {message}"
                 ) from error
         recording.outputs = tensors_in(outputs)
+        if isinstance(outputs, Mapping) and "logits" in outputs:
+            others = {name: each for name, each in outputs.items() if name not in ("logits", "loss")}
+            recording.additional = set(map(id, tensors_in(others)))
         return recording
 
     def _fake_tensors(self, recording: Recording, shapes: Mapping[StoredTensor, Sequence[int]]) -> None:

@@ -209,10 +209,12 @@ class PrunableNeurons:
     def count_after(self, count: NeuronCount, value: int | tuple[int, ...], keep: Tensor) -> int | tuple[int, ...]:
         """What the attribute `count` of a module, now `value`, becomes with the neurons `keep` alone.
 
-        A tuple is a `normalized_shape` of one dimension.
+        A tuple is a shape, such as a `normalized_shape`, of which one dimension follows.
         """
         before, after = self.shapes[count.stored][count.axis], self.shape_after(count.stored, keep)[count.axis]
-        return (after,) if isinstance(value, tuple) else value * after // before
+        if isinstance(value, tuple):
+            return tuple(after if each == before else each for each in value)
+        return value * after // before
 
     def only(self, groups: Sequence[NeuronGroup]) -> PrunableNeurons:
         """The same with some of the groups alone; the neurons of the others stay."""

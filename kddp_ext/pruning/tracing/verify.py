@@ -43,7 +43,7 @@ class _Failure:
     flow: NeuronFlow
     position: int  # among the operations that are compared
     reason: str
-    modules: frozenset[str]  # that were running
+    modules: tuple[str, ...]  # that were running, from the innermost outwards
 
 
 class _Proof:
@@ -58,12 +58,13 @@ class _Proof:
         """Find all sizes that must follow, and refute what still fails: the reason by group name."""
         remaining, refuted = list(self.neurons.groups), dict[str, str]()
         candidates: list[list[NeuronCount]] | None = None
+        vain: set[tuple[int, str]] = set()
         while remaining:
             failure = self._failure(remaining)
             if failure is None:
                 break
             candidates = self._candidates() if candidates is None else candidates
-            if self._follow_one(candidates, remaining, failure):
+            if self._follow_one(candidates, remaining, failure, vain):
                 continue
             involved = self._involved(failure, remaining)
             guilty = [
@@ -74,12 +75,21 @@ class _Proof:
         return refuted
 
     def _follow_one(
-        self, candidates: list[list[NeuronCount]], groups: Sequence[NeuronGroup], failure: _Failure
+        self,
+        candidates: list[list[NeuronCount]],
+        groups: Sequence[NeuronGroup],
+        failure: _Failure,
+        vain: set[tuple[int, str]],
     ) -> bool:
-        """Let the first of `candidates` that lets the model run further follow, and take it out of the list."""
+        """Let the first of `candidates` that lets the model run further follow, and take it out of the list.
+
+        `vain` collects what did not help: an index of `candidates` and the class of the module that failed. This is
+        not tried again for the next module of the class.
+        """
         before = self.neurons
-        for counts in candidates:
-            if failure.modules.isdisjoint(each.module for each in counts):
+        failed = type(self._analysis.model.get_submodule(next(iter(failure.modules), ""))).__name__
+        for index, counts in enumerate(candidates):
+            if (index, failed) in vain or not any(each.module in failure.modules for each in counts):
                 continue
             self.neurons = replace(before, counts=(*before.counts, *counts))
             after = self._failure_at(groups, failure.half, failure.flow)
@@ -87,7 +97,9 @@ class _Proof:
                 taken = {(each.module, each.attribute) for each in counts}
                 rest = ([one for one in each if (one.module, one.attribute) not in taken] for each in candidates)
                 candidates[:] = [each for each in rest if each]
+                vain.clear()
                 return True
+            vain.add((index, failed))
         self.neurons = before
         return False
 
@@ -140,12 +152,12 @@ class _Proof:
         for position, (old, new) in enumerate(zip_longest(self._compared[index], _compared(narrow))):
             reason = _difference(flow, old, new, gone)
             if reason is not None:
-                calls = [each.call for each in self._compared[index][max(position - 1, 0) : position + 1]]
+                calls = [each.call for each in self._compared[index][max(position - 1, 0) : position + 1][::-1]]
                 return _Failure(half, flow, position, f"with {fewer}, {reason}", _running(*calls))
         return None
 
     def _candidates(self) -> list[list[NeuronCount]]:
-        """Integer attributes with the value of a size with which neurons are split or joined.
+        """Attributes that are, or as tuples contain, a size with which neurons are split or joined.
 
         Those of one name in modules of one class are tried together. Each follows a stored tensor's dimension that
         consists of the same neurons.
@@ -155,10 +167,12 @@ class _Proof:
         for flow in self._analysis.flows:
             for operation, labels in flow.sites:
                 followed = self._analysis.followed(labels)
-                for call in operation.call.stack if followed is not None and operation.call is not None else ():
+                if followed is None or operation.call is None:
+                    continue
+                for call in operation.call.stack:
                     module = self._analysis.model.get_submodule(call.module)
                     for attribute, value in vars(module).items():
-                        if type(value) is not int or value != labels.numel() or hasattr(type(module), attribute):
+                        if not _is_size(value, labels.numel()) or hasattr(type(module), attribute):
                             continue
                         if (call.module, attribute) not in known:
                             count = NeuronCount(call.module, attribute, *followed)
@@ -172,13 +186,18 @@ class _Proof:
         return [together[kind] for kind in sorted(together, key=lambda kind: "head" not in kind[1])]
 
 
+def _is_size(value: Any, size: int) -> bool:
+    """Whether an attribute is an integer, or a shape with one dimension, of this size."""
+    return value == size if type(value) is int else type(value) is tuple and list(value).count(size) == 1
+
+
 def _compared(recording: Recording) -> list[Operation]:
     return [each for each in recording.operations if each.name not in _LAYOUT_ONLY]
 
 
-def _running(*calls: ModuleCall | None) -> frozenset[str]:
+def _running(*calls: ModuleCall | None) -> tuple[str, ...]:
     """The modules of some calls and of their callers."""
-    return frozenset(each.module for call in calls if call is not None for each in call.stack)
+    return tuple(each.module for call in calls if call is not None for each in call.stack)
 
 
 def _without_modes(operations: Sequence[Operation]) -> list[Operation]:
