@@ -20,7 +20,7 @@ from kddp_ext import ops
 from kddp_ext.pruning.attention import with_removable_heads
 from kddp_ext.pruning.reconstruction import Reconstruction
 from kddp_ext.pruning.tracing.recording import tensors_in, unwrapped
-from kddp_ext.pruning.tracing.structure import PrunableNeurons, Reader, ReadValue, StoredTensor
+from kddp_ext.pruning.tracing.structure import PrunableNeurons, Reader, ReadValue, RootMeanSquareNorm, StoredTensor
 
 
 @dataclass(frozen=True, eq=False)
@@ -138,11 +138,7 @@ def _plan_module(model: nn.Module, removal: Removal, optimizers: Sequence[Optimi
     """The changes to one module; messages call it `role`."""
     neurons, keep, changes = removal.neurons, removal.keep, list[Change]()
     tensors = neurons.tensors(model, role=role)
-    for count in neurons.counts:
-        module = model.get_submodule(count.module)
-        size = neurons.count_after(count, getattr(module, count.attribute), keep)
-        changes.append(assign(module, count.attribute, size))
-
+    changes += [assign(*change) for change in neurons.attributes_after(model, keep)]
     readers = {reader.weight: reader for reader in neurons.readers if removal.means is not None}
     new: dict[StoredTensor, tuple[Tensor, Tensor | None]] = {}  # values and gradients
     shifts: list[tuple[StoredTensor, Tensor]] = []
@@ -163,11 +159,21 @@ def _plan_module(model: nn.Module, removal: Removal, optimizers: Sequence[Optimi
         tensor = target.of(model)
         values, gradient = new.get(target, (tensor.data, tensor.grad))
         new[target] = _shifted(target, values, shift, role=role), gradient
+    for norm in neurons.norms:
+        if norm.weight in new:
+            _rescale(norm, *new[norm.weight], neurons.narrowing(norm, keep) ** 0.5)
     for stored, (values, gradient) in new.items():
         tensor = stored.of(model)
         undo = partial(set_data, tensor, tensor.data, tensor.grad)
         changes.append((partial(set_data, tensor, values, gradient), undo))
     return changes
+
+
+def _rescale(norm: RootMeanSquareNorm, weight: Tensor, gradient: Tensor | None, scale: float) -> None:
+    """Multiply the new weight of a norm by √(D/D'), in place; its gradient becomes smaller."""
+    weight.copy_((weight.double() + norm.offset) * scale - norm.offset)
+    if gradient is not None:
+        gradient.div_(scale)
 
 
 @dataclass(frozen=True)

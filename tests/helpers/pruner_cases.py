@@ -134,6 +134,13 @@ def silence(model, neurons, keep):
         parts = weight.chunk(reader.groups) if reader.groups > 1 else [weight.transpose(0, reader.axis)]
         for part, entries in zip(parts, gone, strict=True):
             (part.transpose(0, 1) if reader.groups > 1 else part)[entries] = 0
+    for norm in neurons.norms:  # it reads what enters the neurons, too
+        normalised = torch.zeros_like(keep)
+        normalised[neurons.slices[norm.weight][0]] = True
+        for stored, by_axis in neurons.slices.items():
+            for axis, numbers in by_axis.items():
+                gone = (numbers >= 0) & (normalised & ~keep)[numbers.clamp(min=0)]
+                stored.of(model).transpose(0, axis)[gone] = 0
 
 
 def exactly_narrowed(model, inputs, *, layer=None, **options):

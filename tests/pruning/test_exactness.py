@@ -3,8 +3,10 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from pruner_cases import changed, exactly_narrowed, recipe
+from pruner_cases import changed, exactly_narrowed, halves, recipe
 from torch import nn
+
+from kddp_ext.pruning.compaction import Removal, plan_compaction
 
 INPUTS = 6
 
@@ -147,3 +149,28 @@ def test_convolutions_are_narrowed_exactly(make, width):
     torch.manual_seed(0)
     _, neurons = exactly_narrowed(make(), (torch.randn(3, 4, 6, 6, dtype=torch.float64),), layer="0")
     assert [group.width for group in neurons.groups] == [width]
+
+
+class GemmaNorm(nn.Module):
+    """Multiplies by 1 + weight, as Gemma's norm does."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight, self.eps = nn.Parameter(torch.randn(8)), 0.1
+
+    def forward(self, x):
+        return x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + self.eps) * (1.0 + self.weight)
+
+
+@pytest.mark.parametrize("norm", [GemmaNorm, lambda: nn.RMSNorm(8, eps=0.1), lambda: nn.RMSNorm(8)])
+def test_channels_that_are_zero_leave_a_root_mean_square_norm_exactly(norm):
+    """The weight becomes larger by √(D/D'), and ε by D/D'; a gradient becomes smaller as the weight becomes larger."""
+    model = nn.Sequential(nn.Linear(INPUTS, 8), norm(), nn.Linear(8, 3)).double()
+    narrow, neurons = exactly_narrowed(model, (torch.randn(5, INPUTS, dtype=torch.float64),), layer="0")
+    assert [each.width for each in neurons.groups] == [8]
+    assert narrow[1].weight.shape == (4,)
+    epsilon = model[1].eps or torch.finfo(torch.float64).eps
+    assert narrow[1].eps == 2 * epsilon
+    model[1].weight.grad = torch.ones_like(model[1].weight)
+    plan_compaction(model, Removal(neurons, halves(neurons))).apply()
+    torch.testing.assert_close(model[1].weight.grad * 2**0.5, torch.ones(4, dtype=torch.float64))

@@ -152,6 +152,11 @@ def poisoned(model, inputs, places):
 @torch.no_grad()
 def test_a_nan_reaches_the_entries_of_its_neuron_only(name):
     model, neurons, inputs = build(name), traced(name).neurons, STRUCTURES[name].inputs()
+    normalised = [neurons.slices[norm.weight][0] for norm in neurons.norms]  # a NaN in one reaches the others
+    neurons = neurons.only([
+        group for group in neurons.groups
+        if not any(bool(((each >= group.start) & (each < group.start + group.width)).any()) for each in normalised)
+    ])  # fmt: skip
     places, together = entrances(model, neurons), list(writers(neurons))
     read = {(reader.weight, reader.axis) for reader in neurons.readers}
     for group in neurons.groups:

@@ -213,7 +213,10 @@ class Analysis:
             )
         shapes = {stored: tuple(stored.of(self.model).shape) for stored in slices}
         order = sorted(counts, key=lambda each: (each.module, each.attribute))
-        return PrunableNeurons(self._groups, slices, tuple(order), tuple(values), tuple(readers), shapes)
+        norms = {norm.weight: norm for flow in self.flows for norm in flow.norms.values() if norm.weight in slices}
+        return PrunableNeurons(
+            self._groups, slices, tuple(order), tuple(values), tuple(readers), tuple(norms.values()), shapes
+        )
 
     def numbers(self, labels: Tensor | None) -> Tensor | None:
         """The neurons of some labels; None where there is none."""

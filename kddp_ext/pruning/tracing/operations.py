@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from kddp_ext.activations.layout import Layout
 from kddp_ext.pruning.tracing.labels import Axes, Labels, along, varying_axes
 from kddp_ext.pruning.tracing.recording import Operation, Recording
-from kddp_ext.pruning.tracing.structure import StoredTensor
+from kddp_ext.pruning.tracing.structure import RootMeanSquareNorm, StoredTensor
 
 
 @dataclass(frozen=True, eq=False)
@@ -49,6 +49,7 @@ class NeuronFlow:
         origins: by the id of a tensor, the stored tensor that it is a view or copy of.
         moved: by the id of a tensor, the tensor whose entries it has in another order or shape.
         sizes: module attributes that follow the size of a stored tensor's dimension.
+        norms: by the id of the operation that adds ε, the norms that divide neurons by their root mean square.
         sites: operations whose arguments are sizes, with the labels of a dimension that they make.
     """
 
@@ -65,6 +66,7 @@ class NeuronFlow:
     origins: dict[int, StoredTensor] = field(default_factory=dict)
     moved: dict[int, Tensor] = field(default_factory=dict)
     sizes: set[tuple[str, str, StoredTensor, int]] = field(default_factory=set)
+    norms: dict[int, RootMeanSquareNorm] = field(default_factory=dict)
     sites: list[tuple[Operation, Tensor]] = field(default_factory=list)
 
     def run(self) -> None:
@@ -142,6 +144,21 @@ class NeuronFlow:
         for module in self._modules[id(stored.of(self.model))]:
             if hasattr(self.model.get_submodule(module), attribute):
                 self.sizes.add((module, attribute, stored, axis))
+
+    @cached_property
+    def users(self) -> dict[int, list[Operation]]:
+        """By the id of a tensor, the operations that read it, if the model uses what they return."""
+        users: dict[int, list[Operation]] = defaultdict(list)
+        for operation, is_used in zip(self.recording.operations, _used(self.recording), strict=True):
+            for tensor in {id(each): each for each in operation.inputs} if is_used else ():
+                users[tensor].append(operation)
+        return users
+
+    @cached_property
+    def makers(self) -> dict[int, Operation]:
+        """By the id of a tensor, the operation that made it."""
+        made = reversed(self.recording.operations)
+        return {id(output): operation for operation in made for output in operation.outputs}
 
     @cached_property
     def stored_axes(self) -> dict[StoredTensor, Axes]:
@@ -477,14 +494,78 @@ def _mix(flow: NeuronFlow, operation: Operation, dims: list[int], *, kept: bool)
     source = operation.args[0]
     axes = list(flow.labels.of(source))
     over = {dim % source.dim() for dim in dims} if source.dim() else set()
+    exact = _divides_by_root_mean_square(flow, operation, over)
     for axis in over:
-        if flow.keep_norm_statistics or not _in_norm(flow, operation):
+        if not exact and (flow.keep_norm_statistics or not _in_norm(flow, operation)):
             effect = _MIXES if _in_norm(flow, operation) else "computes with all of them"
             flow.labels.freeze(axes[axis], flow.reason(operation, effect))
         axes[axis] = None
     for output in operation.outputs:
         same = output.dim() == source.dim() or kept
         flow.labels.set(output, axes if same else [each for axis, each in enumerate(axes) if axis not in over])
+
+
+def _divides_by_root_mean_square(flow: NeuronFlow, mean: Operation, over: set[int]) -> bool:
+    """Whether a mean is that of x · rsqrt(mean(x²) + ε) · weight; the norm is noted then.
+
+    nn.RMSNorm and the norms of transformers run these operations.
+    """
+    square = mean.args[0]
+    if mean.name != "mean" or over != {square.dim() - 1} or not mean.argument("keepdim", False):
+        return False
+    source = flow.makers.get(id(square))
+    if source is None or source.name != "pow" or source.args[1] != 2:
+        return False
+    shifted = _only_user(flow, mean.outputs[0], "add", mean)
+    root = None if shifted is None else _only_user(flow, shifted.outputs[0], "rsqrt", shifted)
+    scaled = None if root is None else _only_user(flow, root.outputs[0], "mul", root)
+    weighted = None if scaled is None else _only_user(flow, scaled.outputs[0], "mul", scaled)
+    if shifted is None or root is None or scaled is None or weighted is None or mean.call is None:
+        return False
+    x = next((each for each in scaled.inputs if each is not root.outputs[0]), None)
+    if x is not source.args[0] or len(shifted.inputs) != 1:
+        return False
+    return _note_norm(flow, shifted, weighted, mean.call.module)
+
+
+def _only_user(flow: NeuronFlow, value: Tensor, name: str, maker: Operation) -> Operation | None:
+    """The operation `name` that alone reads what `maker` returned, directly or as another dtype."""
+    users = flow.users.get(id(value), [])
+    users = users[users.index(maker) + 1 :] if maker in users else users  # an operation in place returns its argument
+    if users and users[0].target._schema.is_mutable:
+        users = users[:1]
+    if len(users) == 1 and users[0].name == "_to_copy":
+        return _only_user(flow, users[0].outputs[0], name, users[0])
+    return users[0] if len(users) == 1 and users[0].name == name else None
+
+
+def _note_norm(flow: NeuronFlow, shifted: Operation, weighted: Operation, module: str) -> bool:
+    """Note a norm that adds ε in `shifted` and multiplies by its weight in `weighted`, if it can be rescaled."""
+    epsilon, held = shifted.args[1], vars(flow.model.get_submodule(module))
+    resolution = torch.finfo(shifted.outputs[0].dtype).eps
+    attributes = [name for name, value in held.items() if type(value) is float and same_epsilon(value, epsilon)]
+    attributes += ["eps"] if "eps" in held and held["eps"] is None and epsilon == resolution else []
+    for tensor in weighted.inputs:
+        offset = flow.makers.get(id(tensor))
+        is_offset = offset is not None and offset.name == "add" and len(offset.inputs) == 1
+        weight = _stored_or_cast(flow, offset.inputs[0] if is_offset and offset is not None else tensor)
+        if weight is None or weight.module != module or len(flow.stored_axes[weight]) != 1 or len(attributes) != 1:
+            continue
+        added = float(offset.args[1]) if is_offset and offset is not None else 0.0
+        flow.norms[id(shifted)] = RootMeanSquareNorm(module, attributes[0], weight, added)
+        return True
+    return False
+
+
+def same_epsilon(a: float, b: float) -> bool:
+    """Whether two numbers are the same in float32; nn.RMSNorm adds its ε in the dtype of its argument."""
+    return math.isclose(a, b, rel_tol=1e-6)
+
+
+def _stored_or_cast(flow: NeuronFlow, tensor: Tensor) -> StoredTensor | None:
+    """The stored tensor that `tensor` is, or is a copy of in another dtype; the copy may not have been followed yet."""
+    maker = flow.makers.get(id(tensor))
+    return flow.stored(maker.args[0] if maker is not None and maker.name == "_to_copy" else tensor)
 
 
 def _in_norm(flow: NeuronFlow, operation: Operation) -> bool:

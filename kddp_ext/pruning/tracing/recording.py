@@ -47,7 +47,7 @@ class ModuleCall:
             call = call.caller
 
 
-@dataclass
+@dataclass(eq=False)
 class Operation:
     """An aten operation that was run: its arguments and outputs contain fake tensors."""
 

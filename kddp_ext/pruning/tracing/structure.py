@@ -11,6 +11,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -76,6 +77,20 @@ class NeuronCount:
     axis: int
 
 
+@dataclass(frozen=True)
+class RootMeanSquareNorm:
+    """A norm that divides entries by the root of their mean square: w · x / √(mean(x²) + ε), with w = weight + offset.
+
+    Removing entries that are zero divides the mean of D entries by D'/D, for the D' that stay. So w·√(D/D') and ε·D/D'
+    compute the same.
+    """
+
+    module: str
+    attribute: str  # of the module: ε, or None for the resolution of the weight's dtype
+    weight: StoredTensor
+    offset: float = 0.0
+
+
 @dataclass(frozen=True, eq=False)
 class ReadValue:
     """A value that layers read, observed as the first argument of `module`, before the `dropouts` in front of it.
@@ -126,6 +141,7 @@ class PrunableNeurons:
     counts: tuple[NeuronCount, ...] = ()
     values: tuple[ReadValue, ...] = ()
     readers: tuple[Reader, ...] = ()
+    norms: tuple[RootMeanSquareNorm, ...] = ()
     shapes: Mapping[StoredTensor, tuple[int, ...]] = field(default_factory=dict)  # of the tensors of `slices`
 
     @property
@@ -216,6 +232,26 @@ class PrunableNeurons:
             return tuple(after if each == before else each for each in value)
         return value * after // before
 
+    def attributes_after(self, model: nn.Module, keep: Tensor) -> list[tuple[nn.Module, str, Any]]:
+        """The attributes of the modules of `model` that change with the neurons `keep` alone, and their new values."""
+        counted = [(model.get_submodule(each.module), each) for each in self.counts]
+        return [
+            *((module, each.attribute, self.count_after(each, getattr(module, each.attribute), keep))
+              for module, each in counted),
+            *((model.get_submodule(each.module), each.attribute, self.epsilon_after(each, model, keep))
+              for each in self.norms),
+        ]  # fmt: skip
+
+    def narrowing(self, norm: RootMeanSquareNorm, keep: Tensor) -> float:
+        """D/D' of a norm with the neurons `keep` alone."""
+        return self.shapes[norm.weight][0] / self.shape_after(norm.weight, keep)[0]
+
+    def epsilon_after(self, norm: RootMeanSquareNorm, model: nn.Module, keep: Tensor) -> float:
+        """The ε of a norm in `model` with the neurons `keep` alone."""
+        before = getattr(model.get_submodule(norm.module), norm.attribute)
+        epsilon = torch.finfo(norm.weight.of(model).dtype).eps if before is None else float(before)
+        return epsilon * self.narrowing(norm, keep)
+
     def only(self, groups: Sequence[NeuronGroup]) -> PrunableNeurons:
         """The same with some of the groups alone; the neurons of the others stay."""
         chosen = torch.zeros(self.number, dtype=torch.bool, device="cpu")
@@ -233,6 +269,7 @@ class PrunableNeurons:
             part,
             slices=slices,
             counts=tuple(each for each in part.counts if each.axis in slices.get(each.stored, {})),
+            norms=tuple(each for each in part.norms if each.weight in slices),
             values=tuple(part.values[index] for index in read),
             readers=tuple(replace(each, value=read.index(each.value)) for each in part.readers if each.value in read),
             shapes={stored: self.shapes[stored] for stored in slices},

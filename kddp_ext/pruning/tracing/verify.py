@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from kddp_ext.pruning.tracing.analysis import Analysis
-from kddp_ext.pruning.tracing.operations import FACTORIES, SIZED, NeuronFlow
+from kddp_ext.pruning.tracing.operations import FACTORIES, SIZED, NeuronFlow, same_epsilon
 from kddp_ext.pruning.tracing.recording import ModuleCall, Operation, Recorder, Recording, UnsupportedModelError
 from kddp_ext.pruning.tracing.structure import NeuronCount, NeuronGroup, PrunableNeurons
 
@@ -135,22 +135,24 @@ class _Proof:
         shapes = {stored: neurons.shape_after(stored, keep) for stored in neurons.slices}
         index = self._analysis.flows.index(flow)
         fewer = "half of the neurons" if half else "one neuron fewer"
-        sizes = [(each, model.get_submodule(each.module), each.attribute) for each in neurons.counts]
-        before = [getattr(module, attribute) for _, module, attribute in sizes]
+        changes = neurons.attributes_after(model, keep)
+        before = [getattr(module, attribute) for module, attribute, _ in changes]
         try:
-            for (count, module, attribute), value in zip(sizes, before, strict=True):
-                setattr(module, attribute, neurons.count_after(count, value, keep))
+            for change in changes:
+                setattr(*change)
             narrow = self._recorder.record(training=index == 0, shapes=shapes)
         except UnsupportedModelError as error:
             latest = self._recorder.latest
             position = len(_compared(latest))
             return _Failure(half, flow, position, f"with {fewer}, {error}", _running(latest.unfinished))
         finally:
-            for (_, module, attribute), value in zip(sizes, before, strict=True):
+            for (module, attribute, _), value in zip(changes, before, strict=True):
                 setattr(module, attribute, value)
         gone = self._analysis.gone(keep)
         for position, (old, new) in enumerate(zip_longest(self._compared[index], _compared(narrow))):
-            reason = _difference(flow, old, new, gone)
+            norm = flow.norms.get(id(old))
+            epsilon = None if norm is None or norm not in neurons.norms else neurons.epsilon_after(norm, model, keep)
+            reason = _difference(flow, old, new, gone, epsilon)
             if reason is not None:
                 calls = [each.call for each in self._compared[index][max(position - 1, 0) : position + 1][::-1]]
                 return _Failure(half, flow, position, f"with {fewer}, {reason}", _running(*calls))
@@ -221,10 +223,13 @@ def _same_code(training: Operation | None, evaluation: Operation | None) -> bool
     return training.target is evaluation.target and list(_numbers(training)) == list(_numbers(evaluation))
 
 
-def _difference(flow: NeuronFlow, before: Operation | None, after: Operation | None, gone: Tensor) -> str | None:
+def _difference(
+    flow: NeuronFlow, before: Operation | None, after: Operation | None, gone: Tensor, epsilon: float | None
+) -> str | None:
     """How an operation of the narrow recording differs from what is expected, if it does.
 
-    `gone` is a mask of the labels whose entries are missing in the narrow recording.
+    `gone` is a mask of the labels whose entries are missing in the narrow recording; `epsilon` is the number that a
+    norm adds there.
     """
     if before is None or after is None:
         return "it runs more or fewer operations"
@@ -242,7 +247,8 @@ def _difference(flow: NeuronFlow, before: Operation | None, after: Operation | N
             )
     if before.name == "slice" and not _same_bounds(flow, before, after, gone):
         return f"slice in {flow.place(before)} cuts them at an index that does not follow their number"
-    if list(_numbers(before)) != list(_numbers(after)):
+    numbers, others = list(_numbers(before)), list(_numbers(after))
+    if numbers != others if epsilon is None else len(others) != 1 or not same_epsilon(others[0], epsilon):
         return f"{before.title} in {flow.place(before)} computes with another number, {_DEPENDS}"
     if not all(map(_same_constant, before.inputs, after.inputs)):
         return f"{before.title} in {flow.place(before)} computes with another constant tensor, {_DEPENDS}"

@@ -66,12 +66,15 @@ GROUPS = _table(
         layers.1.intermediate 36, pooler 32
     GPT-2: h.0.c_attn 4, h.0.c_fc 40, h.1.c_attn 4, h.1.c_fc 36
     GPT-2, classifier: h.0.c_attn 4, h.0.c_fc 40, h.1.c_attn 4, h.1.c_fc 36
-    Llama: layers.0.1.q_proj 2x3, layers.0.3.gate_proj 36x2, layers.1.1.q_proj 2x3, layers.1.3.gate_proj 28x2
-    Qwen3: layers.0.1.q_proj 2x3, layers.0.3.gate_proj 36x2, layers.1.1.q_proj 2x3, layers.1.3.gate_proj 28x2
-    Phi-3: layers.0.3.gate_up_proj 36, layers.1.3.gate_up_proj 28
-    T5: encoder.block.0.1.q 4x7, encoder.block.0.3.wi 36, encoder.block.1.3.wi 28, decoder.block.0.1.q 4x7,
-        decoder.block.0.3.q 5x3, decoder.block.0.5.wi 44, decoder.block.1.3.q 5x3, decoder.block.1.5.wi 32
-    T5 v1.1: encoder.block.0.1.q 4x7, encoder.block.0.3.gate 36x2, encoder.block.1.3.gate 28x2,
+    Llama: embed_tokens 20x5, layers.0.1.q_proj 2x3, layers.0.3.gate_proj 36x2, layers.1.1.q_proj 2x3,
+        layers.1.3.gate_proj 28x2
+    Qwen3: embed_tokens 20x5, layers.0.1.q_proj 2x3, layers.0.3.gate_proj 36x2, layers.1.1.q_proj 2x3,
+        layers.1.3.gate_proj 28x2
+    Phi-3: embed_tokens 20x5, layers.0.3.gate_up_proj 36, layers.1.3.gate_up_proj 28
+    T5: shared 20x11, encoder.block.0.1.q 4x7, encoder.block.0.3.wi 36, encoder.block.1.3.wi 28,
+        decoder.block.0.1.q 4x7, decoder.block.0.3.q 5x3, decoder.block.0.5.wi 44, decoder.block.1.3.q 5x3,
+        decoder.block.1.5.wi 32
+    T5 v1.1: shared 20x11, encoder.block.0.1.q 4x7, encoder.block.0.3.gate 36x2, encoder.block.1.3.gate 28x2,
         decoder.block.0.1.q 4x7, decoder.block.0.3.q 5x3, decoder.block.0.5.gate 44x2, decoder.block.1.3.q 5x3,
         decoder.block.1.5.gate 32x2
     gated convolutions: embedding 12, fc1 10x2, convs.1 14
@@ -126,16 +129,5 @@ WITH_NORMS = _table(
         layers.1.attention.query 4x3, layers.1.intermediate 36, pooler 32
     GPT-2: wte 24x6, h.0.c_attn 4, h.0.c_fc 40, h.1.c_attn 4, h.1.c_fc 36
     GPT-2, classifier: wte 24x6, h.0.c_attn 4, h.0.c_fc 40, h.1.c_attn 4, h.1.c_fc 36
-    Llama: embed_tokens 20x5, layers.0.1.q_proj 2x3, layers.0.3.gate_proj 36x2, layers.1.1.q_proj 2x3,
-        layers.1.3.gate_proj 28x2
-    Qwen3: embed_tokens 20x5, layers.0.1.q_proj 2x3, layers.0.3.gate_proj 36x2, layers.1.1.q_proj 2x3,
-        layers.1.3.gate_proj 28x2
-    Phi-3: embed_tokens 20x5, layers.0.3.gate_up_proj 36, layers.1.3.gate_up_proj 28
-    T5: shared 20x11, encoder.block.0.1.q 4x7, encoder.block.0.3.wi 36, encoder.block.1.3.wi 28,
-        decoder.block.0.1.q 4x7, decoder.block.0.3.q 5x3, decoder.block.0.5.wi 44, decoder.block.1.3.q 5x3,
-        decoder.block.1.5.wi 32
-    T5 v1.1: shared 20x11, encoder.block.0.1.q 4x7, encoder.block.0.3.gate 36x2, encoder.block.1.3.gate 28x2,
-        decoder.block.0.1.q 4x7, decoder.block.0.3.q 5x3, decoder.block.0.5.gate 44x2, decoder.block.1.3.q 5x3,
-        decoder.block.1.5.gate 32x2
     """
 )
