@@ -35,6 +35,17 @@ def other():
     return nn.Linear(INPUTS, 8)
 
 
+class Shaped(nn.Module):
+    """Has the shape of its scale as a tuple."""
+
+    def __init__(self):
+        super().__init__()
+        self.scale, self.shape = nn.Parameter(torch.randn(8)), (1, 8)
+
+    def forward(self, x):
+        return x * self.scale.view(self.shape)
+
+
 # A constructor, and the layers that write the neurons of its group.
 VECTORS = {
     "residual sum": (recipe(lambda m, x: m.last((h := m.first(x)) + m.second(h.relu()))), ["first", "second"]),
@@ -54,6 +65,12 @@ VECTORS = {
     ),
     "scaled by a vector": (
         recipe(lambda m, x: m.last(m.first(x) * m.scale), scale=lambda: nn.Parameter(torch.randn(8))), ["first"]
+    ),
+    "scaled by a vector of a stored shape": (
+        recipe(lambda m, x: m.last(m.shaped(m.first(x))), shaped=Shaped), ["first"]
+    ),
+    "stacked": (
+        recipe(lambda m, x: m.last(torch.stack([m.first(x), m.other(x)], 1).sum(1)), other=other), ["first", "other"]
     ),
     "tied": (
         changed(recipe(lambda m, x: m.last(m.first(x).relu() + m.other(x)), other=other), tie), ["first", "other"]
@@ -174,3 +191,21 @@ def test_channels_that_are_zero_leave_a_root_mean_square_norm_exactly(norm):
     model[1].weight.grad = torch.ones_like(model[1].weight)
     plan_compaction(model, Removal(neurons, halves(neurons))).apply()
     torch.testing.assert_close(model[1].weight.grad * 2**0.5, torch.ones(4, dtype=torch.float64))
+
+
+class Sized(nn.Module):
+    """Views its input with the present size, and its output with a stored one."""
+
+    def __init__(self, inputs, width):
+        super().__init__()
+        self.linear, self.width = nn.Linear(inputs, width), width
+
+    def forward(self, x):
+        return self.linear(x.view(-1, x.shape[1])).view(len(x), self.width)
+
+
+def test_a_stored_size_follows_the_right_neurons_in_each_module():
+    """The first module's attribute equals the sizes of two layers, so it is tried with both."""
+    model = nn.Sequential(nn.Linear(INPUTS, 8), Sized(8, 8), Sized(8, 6), nn.Linear(6, 3))
+    narrow, _ = exactly_narrowed(model, (torch.randn(5, INPUTS, dtype=torch.float64),), layer="1.linear")
+    assert (narrow[1].width, narrow[2].width) == (4, 6)

@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from pruner_cases import assert_sizes, halves, plain, silence
+from pruner_cases import assert_sizes, halves, plain, recipe, silence
 from pruning.zoo import STRUCTURES
 from pruning.zoo.groups import GROUPS, WITH_NORMS
 from pruning.zoo.traces import as_traced, build, cast, traced
@@ -96,6 +96,13 @@ def test_the_size_of_a_norm_follows_its_weight(norm):
     plan_compaction(model, Removal(neurons, halves(neurons))).apply()
     assert model[1].normalized_shape == model[1].weight.shape == (4,)
     assert model(torch.randn(4, 5)).shape == (4, 3)
+
+
+def test_hidden_states_beside_logits_become_narrower_on_request():
+    model = recipe(lambda m, x: {"hidden": (h := m.first(x).relu()), "logits": m.last(h)})()
+    neurons = find_neurons(model, (torch.randn(4, 6),), streams="all").neurons
+    plan_compaction(model, Removal(neurons, halves(neurons))).apply()
+    assert [each.shape[1] for each in model(torch.randn(4, 6)).values()] == [4, 3]
 
 
 # --- NaNs as an oracle: whatever a NaN reaches depends on the entry that it is put into

@@ -46,6 +46,10 @@ REFUSED = {
     "also an output": (
         recipe(lambda m, x: ((h := m.first(x).relu()), m.last(h))), "first", "its neurons are outputs of the model"
     ),
+    "returned beside logits": (
+        recipe(lambda m, x: {"hidden": (h := m.first(x).relu()), "logits": m.last(h)}),
+        "first", "its neurons are outputs of the model",
+    ),
     "unknown operation": (
         recipe(lambda m, x: m.last(m.first(x).cumsum(1))), "first", "cumsum in the forward of Recipe computes with all"
     ),

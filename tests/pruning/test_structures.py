@@ -36,7 +36,10 @@ def step(model, optimizer, inputs):
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
 @pytest.mark.parametrize("name", [name for name in STRUCTURES if name != "one neuron"])
 def test_the_next_step_is_that_of_the_entries_that_stay(name, optimizer, monkeypatch):
-    """Narrowing and a step give the same as a step and narrowing, where nothing reads the neurons that go."""
+    """Narrowing and a step give the same as a step and narrowing, where nothing reads the neurons that go.
+
+    The weights of RMSNorms are excepted, because they become larger.
+    """
     whole = without_dropout(build(name, torch.float64), monkeypatch).train()
     inputs, neurons = cast(STRUCTURES[name].inputs(), torch.float64), traced(name).neurons
     make, removal = OPTIMIZERS[optimizer], Removal(neurons, halves(neurons))
@@ -53,12 +56,15 @@ def test_the_next_step_is_that_of_the_entries_that_stay(name, optimizer, monkeyp
     step(whole, wide, inputs)
     plan_compaction(whole, removal, [wide]).apply()
 
-    expected = whole.state_dict()
+    expected, rescaled = whole.state_dict(), {norm.weight.name for norm in neurons.norms}
     for key, tensor in narrow.state_dict().items():
-        torch.testing.assert_close(tensor, expected[key], rtol=1e-9, atol=1e-11, msg=lambda m, key=key: f"{key}: {m}")
+        if key not in rescaled:
+            torch.testing.assert_close(
+                tensor, expected[key], rtol=1e-9, atol=1e-11, msg=lambda m, key=key: f"{key}: {m}"
+            )
     assert sum(not torch.equal(tensor, before[key]) for key, tensor in narrow.state_dict().items()) > len(before) / 2
-    for one, other in zip(narrow.parameters(), whole.parameters(), strict=True):
-        for key, state in slim.state.get(one, {}).items():
+    for (parameter, one), other in zip(narrow.named_parameters(), whole.parameters(), strict=True):
+        for key, state in slim.state.get(one, {}).items() if parameter not in rescaled else ():
             torch.testing.assert_close(state, wide.state[other][key], rtol=1e-9, atol=1e-11)
 
 

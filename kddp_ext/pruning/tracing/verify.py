@@ -4,13 +4,15 @@ A recording holds the numbers that Python computed, so it cannot tell a constant
 (1/sqrt(width), an asserted size). Comparing it with the recording of a narrowed model can. One neuron fewer and half of
 them are tried, because a width that is used in arithmetic may survive one of the two (`width // 4`).
 
-Modules hold sizes in attributes of any name, such as the number of heads. Where a proof fails, integer attributes that
-have the value of a size with which the neurons are split or joined are tried: one that lets the narrowed model run
-further is a size that must follow.
+Modules hold sizes in attributes of any name, such as the number of heads. Where a proof fails, attributes that have the
+value of a size with which the neurons are split or joined are tried: one that lets the narrowed model run further is a
+size that must follow. Groups of the same width are then narrowed by different numbers of neurons, because a size could
+follow the wrong group otherwise.
 """
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import starmap, zip_longest
@@ -50,7 +52,13 @@ class _Proof:
     def __init__(self, recorder: Recorder, analysis: Analysis) -> None:
         self._recorder, self._analysis = recorder, analysis
         self.neurons = analysis.neurons
+        self._apart = False  # whether groups of the same width lose different numbers of neurons
         self._compared = [_compared(flow.recording) for flow in analysis.flows]
+        same_width: Counter[int] = Counter()
+        self._rank: dict[str, int] = {}  # by group name, the number of earlier groups of its width
+        for group in self.neurons.groups:
+            self._rank[group.name] = same_width[group.width]
+            same_width[group.width] += 1
         # The same code runs in both modes then, so each narrowing is tried in one of them.
         self._alike = all(starmap(_same_code, zip_longest(*map(_without_modes, self._compared))))
 
@@ -63,7 +71,11 @@ class _Proof:
             failure = self._failure(remaining)
             if failure is None:
                 break
-            candidates = self._candidates() if candidates is None else candidates
+            if candidates is None:
+                candidates = self._candidates()
+                self._apart = bool(candidates)
+                if self._apart:
+                    continue
             if self._follow_one(candidates, remaining, failure, vain):
                 continue
             involved = self._involved(failure, remaining)
@@ -126,15 +138,21 @@ class _Proof:
         return involved or list(groups)
 
     def _failure_at(self, groups: Sequence[NeuronGroup], half: bool, flow: NeuronFlow) -> _Failure | None:
-        """The same with one neuron fewer or `half` of them, in the mode of one recording."""
+        """The same with one or a few neurons fewer, or about `half` of them, in the mode of one recording."""
         neurons, model = self.neurons, self._recorder.model
         keep = torch.ones(neurons.number, dtype=torch.bool, device="cpu")
-        for group in groups:
-            if group.width > 1:
-                keep[group.numbers][slice(1, None, 2) if half else -1] = False
+        most = 1
+        for group in (group for group in groups if group.width > 1):
+            rank = self._rank[group.name] if self._apart else 0
+            if half:
+                keep[group.numbers][1::2][rank % (group.width // 2) :] = False
+            else:
+                fewer_by = 1 + rank % (group.width - 1)
+                keep[group.numbers][-fewer_by:] = False
+                most = max(most, fewer_by)
         shapes = {stored: neurons.shape_after(stored, keep) for stored in neurons.slices}
         index = self._analysis.flows.index(flow)
-        fewer = "half of the neurons" if half else "one neuron fewer"
+        fewer = "half of the neurons" if half else "one neuron fewer" if most == 1 else "a few neurons fewer"
         changes = neurons.attributes_after(model, keep)
         before = [getattr(module, attribute) for module, attribute, _ in changes]
         try:
@@ -183,6 +201,7 @@ class _Proof:
         together: dict[tuple[str, str, int], list[NeuronCount]] = {}
         for (name, attribute), counts in found.items():
             kind = type(self._analysis.model.get_submodule(name)).__name__
+            counts.sort(key=lambda count: not count.stored.module.startswith(count.module))  # its own tensors first
             for index, count in enumerate(counts):
                 together.setdefault((kind, attribute, index), []).append(count)
         return [together[kind] for kind in sorted(together, key=lambda kind: "head" not in kind[1])]
