@@ -218,8 +218,8 @@ class PrunableNeurons:
     def shape_after(self, stored: StoredTensor, keep: Tensor) -> tuple[int, ...]:
         """The shape of a stored tensor with the neurons `keep` alone."""
         shape = list(self.shapes[stored])
-        for axis, entries in self.entries_kept(stored, keep).items():
-            shape[axis] = entries.numel()
+        for axis, numbers in self.slices[stored].items():
+            shape[axis] = int(_stays(numbers, keep).sum())
         return tuple(shape)
 
     def count_after(self, count: NeuronCount, value: int | tuple[int, ...], keep: Tensor) -> int | tuple[int, ...]:
@@ -227,7 +227,8 @@ class PrunableNeurons:
 
         A tuple is a shape, such as a `normalized_shape`, of which one dimension follows.
         """
-        before, after = self.shapes[count.stored][count.axis], self.shape_after(count.stored, keep)[count.axis]
+        before = self.shapes[count.stored][count.axis]
+        after = int(_stays(self.slices[count.stored][count.axis], keep).sum())
         if isinstance(value, tuple):
             return tuple(after if each == before else each for each in value)
         return value * after // before
@@ -302,7 +303,7 @@ class PrunableNeurons:
 
 def _stays(numbers: Tensor, keep: Tensor) -> Tensor:
     """A mask of the entries whose neuron stays or that belong to none."""
-    return torch.where(numbers >= 0, keep[numbers.clamp(min=0)], True) if keep.numel() else numbers < 0
+    return keep.index_select(0, numbers.clamp(min=0)) | (numbers < 0) if keep.numel() else numbers < 0
 
 
 def count_neurons(count: int) -> str:
