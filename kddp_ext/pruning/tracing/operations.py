@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter, defaultdict
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Iterable
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -312,14 +312,20 @@ def _expand(flow: NeuronFlow, operation: Operation) -> None:
     flow.move(source, output)
 
 
+def _without(flow: NeuronFlow, operation: Operation, dims: Iterable[int], effect: str | None) -> Axes:
+    """The labels of the first argument without those along `dims`, which are frozen for an `effect` on the neurons."""
+    axes = list(flow.labels.of(operation.args[0]))
+    for axis in dims:
+        if effect is not None:
+            flow.labels.freeze(axes[axis], flow.reason(operation, effect))
+        axes[axis] = None
+    return axes
+
+
 def _roll(flow: NeuronFlow, operation: Operation) -> None:
     """A shift around the end, which another number of neurons would change."""
-    source, dims = operation.args[0], operation.argument("dims", ())
-    axes = list(flow.labels.of(source))
-    for axis in [dim % source.dim() for dim in dims] or range(source.dim()):
-        flow.labels.freeze(axes[axis], flow.reason(operation, "shifts them"))
-        axes[axis] = None
-    flow.labels.set(operation.outputs[0], axes)
+    dims = operation.argument("dims") or range(operation.args[0].dim())
+    flow.labels.set(operation.outputs[0], _without(flow, operation, dims, "shifts them"))
 
 
 def _channel_shuffle(flow: NeuronFlow, operation: Operation) -> None:
@@ -412,11 +418,8 @@ def _index(flow: NeuronFlow, operation: Operation) -> None:
 
 
 def _index_select(flow: NeuronFlow, operation: Operation) -> None:
-    (output,), source, dim = operation.outputs, operation.args[0], operation.args[1]
-    axes = list(flow.labels.of(source))
-    flow.labels.freeze(axes[dim], flow.reason(operation, "takes some of them by their indices"))
-    axes[dim] = None
-    flow.labels.set(output, axes)
+    axes = _without(flow, operation, [operation.args[1]], "takes some of them by their indices")
+    flow.labels.set(operation.outputs[0], axes)
 
 
 def _glu(flow: NeuronFlow, operation: Operation) -> None:
@@ -468,10 +471,7 @@ def _pool(flow: NeuronFlow, operation: Operation) -> None:
     """Pooling, interpolation and padding by reflection: over the last dimensions, for each channel separately."""
     source, name = operation.args[0], operation.name
     dimensions = next(int(name[at - 1]) for at in range(1, len(name)) if name[at] == "d" and name[at - 1].isdigit())
-    axes = list(flow.labels.of(source))
-    for axis in range(source.dim() - dimensions, source.dim()):
-        flow.labels.freeze(axes[axis], flow.reason(operation, "pools over them"))
-        axes[axis] = None
+    axes = _without(flow, operation, range(source.dim() - dimensions, source.dim()), "pools over them")
     for output in operation.outputs:
         flow.labels.set(output, axes)
 
@@ -492,14 +492,10 @@ def _reduction(flow: NeuronFlow, operation: Operation) -> None:
 
 def _mix(flow: NeuronFlow, operation: Operation, dims: list[int], *, kept: bool) -> None:
     source = operation.args[0]
-    axes = list(flow.labels.of(source))
     over = {dim % source.dim() for dim in dims} if source.dim() else set()
-    exact = _divides_by_root_mean_square(flow, operation, over)
-    for axis in over:
-        if not exact and (flow.keep_norm_statistics or not _in_norm(flow, operation)):
-            effect = _MIXES if _in_norm(flow, operation) else "computes with all of them"
-            flow.labels.freeze(axes[axis], flow.reason(operation, effect))
-        axes[axis] = None
+    in_norm = _in_norm(flow, operation)
+    accepted = _divides_by_root_mean_square(flow, operation, over) or (in_norm and not flow.keep_norm_statistics)
+    axes = _without(flow, operation, over, None if accepted else _MIXES if in_norm else "computes with all of them")
     for output in operation.outputs:
         same = output.dim() == source.dim() or kept
         flow.labels.set(output, axes if same else [each for axis, each in enumerate(axes) if axis not in over])
@@ -549,7 +545,9 @@ def _note_norm(flow: NeuronFlow, shifted: Operation, weighted: Operation, module
         offset = flow.makers.get(id(tensor))
         is_offset = offset is not None and offset.name == "add" and len(offset.inputs) == 1
         weight = _stored_or_cast(flow, offset.inputs[0] if is_offset and offset is not None else tensor)
-        if weight is None or weight.module != module or len(flow.stored_axes[weight]) != 1 or len(attributes) != 1:
+        if weight is None or weight.module != module or len(attributes) != 1:
+            continue
+        if weight.of(flow.model).shape != weighted.outputs[0].shape[-1:]:
             continue
         added = float(offset.args[1]) if is_offset and offset is not None else 0.0
         flow.norms[id(shifted)] = RootMeanSquareNorm(module, attributes[0], weight, added)
