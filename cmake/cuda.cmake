@@ -130,7 +130,8 @@ list(APPEND nvcc_flags ${generate_code} --expt-relaxed-constexpr -diag-suppress=
 
 # The kernels do not include pybind11, whose path differs between pip's build environments, so compiler caches find them.
 pybind11_add_module(_cuda NO_EXTRAS python_bindings/cuda.cpp)
-add_library(kernels_cuda OBJECT csrc/cuda/kd_l1_loss.cu csrc/cuda/scale.cu csrc/cuda/gather.cu csrc/cuda/occupancy.cu)
+add_library(kernels_cuda OBJECT csrc/cuda/kd_l1_loss.cu csrc/cuda/scale.cu csrc/cuda/gather.cu
+            csrc/cuda/gradient_products.cu csrc/cuda/occupancy.cu)
 set(kernel_libraries kernels_cuda)
 foreach(type float32 bfloat16 float16 float64)
   add_library(kernels_cuda_${type} OBJECT csrc/cuda/loss_kernels.cu)

@@ -18,6 +18,10 @@ struct Cpu {
         job.threads = threads;
         kddp::gather_slices(job);
     }
+    void run(kddp::GradientProducts& job) const {
+        job.threads = threads;
+        kddp::gradient_products(job);
+    }
 };
 
 }  // namespace
@@ -28,6 +32,7 @@ PYBIND11_MODULE(_core, m) {
     m.doc() = "The native CPU operations of kddp_ext; use kddp_ext.ops instead.";
     m.def("kd_l1_loss", &kddp_python::kd_l1_loss<Cpu>);
     m.def("gather_slices", &kddp_python::gather_slices<Cpu>);
+    m.def("gradient_products", &kddp_python::gradient_products<Cpu>);
     m.def("instruction_set", &kddp::instruction_set);
     m.attr("compiler") = KDDP_COMPILER;
 }

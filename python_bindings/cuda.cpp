@@ -71,6 +71,10 @@ class Cuda {
         kddp::cuda_gather_slices(job, context_);
         check(cudaGetLastError(), "the launch of the gather");
     }
+    void run(const kddp::GradientProducts& job) const {
+        kddp::cuda_gradient_products(job, context_);
+        check(cudaGetLastError(), "the launch of the gradient products");
+    }
     void run(const std::vector<kddp::ScaledTensor>& tensors, Address scalar, kddp::ElementType scalar_type) const {
         kddp::cuda_scale(tensors.data(), static_cast<int64_t>(tensors.size()), pointer<const void>(scalar), scalar_type,
                          context_);
@@ -119,6 +123,7 @@ PYBIND11_MODULE(KDDP_CUDA_MODULE, m) {
     m.doc() = "The native CUDA operations of kddp_ext; use kddp_ext.ops instead.";
     m.def("kd_l1_loss", &kddp_python::kd_l1_loss<Cuda>);
     m.def("gather_slices", &kddp_python::gather_slices<Cuda>);
+    m.def("gradient_products", &kddp_python::gradient_products<Cuda>);
     m.def("scale", &kddp_python::scale);
     m.def("device_error", &kddp_python::device_error);
     m.def("driver_version", [] { return kddp_python::version(cudaDriverGetVersion); });

@@ -13,6 +13,7 @@
 #include <vector>
 
 #include "kddp/gather_slices.h"
+#include "kddp/gradient_products.h"
 #include "kddp/kd_l1_loss.h"
 
 namespace kddp_python {
@@ -104,6 +105,19 @@ void gather_slices(const std::vector<BlockArguments>& block_arguments, int64_t c
     job.keep_columns = pointer<const int64_t>(keep_columns), job.kept_columns = kept_columns;
     job.compensation = {static_cast<kddp::ElementType>(type), pointer<const int64_t>(pruned_columns), pruned_count,
                         pointer<const double>(means), pointer<double>(shift)};
+    const Backend backend{context};
+    const py::gil_scoped_release unlocked;
+    backend.run(job);
+}
+
+template <class Backend>
+void gradient_products(Address activation, Address gradient, int type, Address mean, Address products, int64_t samples,
+                       int64_t before, int64_t entries, int64_t after, const typename Backend::Context& context) {
+    kddp::GradientProducts job{};
+    job.activation = pointer<const void>(activation), job.gradient = pointer<const void>(gradient);
+    job.type = static_cast<kddp::ElementType>(type);
+    job.mean = pointer<const double>(mean), job.products = pointer<void>(products);
+    job.samples = samples, job.before = before, job.entries = entries, job.after = after;
     const Backend backend{context};
     const py::gil_scoped_release unlocked;
     backend.run(job);

@@ -46,7 +46,7 @@ QUICK = (
 # Tests of numbers, which hold for all kernels. Only the CPU kernels have tests of threads and errors.
 ON_ALL_KERNELS = {
     "test_values", "test_extremes", "test_long_rows", "test_statistics", "test_autograd", "test_divergences",
-    "test_conventions", "test_gather_slices", "test_reductions",
+    "test_conventions", "test_gather_slices", "test_gradient_products", "test_reductions",
 }  # fmt: skip
 
 

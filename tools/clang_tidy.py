@@ -1,8 +1,8 @@
 """Checks the C++ and CUDA sources with clang-tidy: `python tools/clang_tidy.py [FILE ...]`; without a file, all.
 
-Clang's own warnings are on, too. CUDA sources are read as C++ through the
-headers of the tests' emulator. The CPU's loss is checked for the narrowest and the widest instruction set, without
-OpenMP, whose header clang-tidy does not contain. It takes a minute on two cores.
+Clang's own warnings are on, too. CUDA sources are read as C++ through the headers of the tests' emulator. The CPU's
+vector kernels are checked for the narrowest and the widest instruction set, without OpenMP, whose header clang-tidy
+does not contain. It takes a minute on two cores.
 """
 
 import os
@@ -37,6 +37,9 @@ def _units() -> Iterator[Unit]:
     for name, flags in INSTRUCTION_SETS.items():
         names = (f'-DKDDP_ISA_NAME="{name}"', f"-DKDDP_ISA_KERNELS={name}_kernels")
         yield CPU / "kd_l1_loss.cpp", (*CORE, *flags, *names)
+        # Only the loss has loops for avx512_bf16.
+        names = (f"-DKDDP_ISA_KERNELS={name.removesuffix('_bf16')}_kernels",)
+        yield CPU / "gradient_products.cpp", (*CORE, *flags, *names)
     yield BINDINGS / "cuda.cpp", (*CORE, *EMULATED, *NAMES, *PYTHON)
     yield BINDINGS / "core.cpp", (*CORE, *NAMES, *PYTHON)
     for source in sorted((ROOT / "csrc" / "cuda").glob("*.cu")):

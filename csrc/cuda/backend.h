@@ -6,6 +6,7 @@
 #include <cstdint>
 
 #include "kddp/gather_slices.h"
+#include "kddp/gradient_products.h"
 #include "kddp/kd_l1_loss.h"
 
 namespace kddp {
@@ -27,6 +28,9 @@ void cuda_kd_l1_loss(const KdL1Loss& job, const LaunchContext& context);
 
 // One launch for up to `blocks_per_launch` tensors. Indices must be in range. Needs no workspace.
 void cuda_gather_slices(const GatherSlices& job, const LaunchContext& context);
+
+// One launch. Needs no workspace.
+void cuda_gradient_products(const GradientProducts& job, const LaunchContext& context);
 
 // target = source * factor * scalar, for contiguous elements of one type. source and target may be the same.
 struct ScaledTensor {

@@ -6,6 +6,7 @@ torch.compile and torch.export.
 """
 
 from kddp_ext.ops.gather_slices import gather_slices
+from kddp_ext.ops.gradient_products import gradient_products
 from kddp_ext.ops.kd_l1_loss import kd_l1_loss, kd_l1_loss_operator, native_derivatives, neuron_statistics
 from kddp_ext.ops.library import ELEMENT_TYPES, build_info, how_to_build, is_native, storage_key
 from kddp_ext.ops.linear_kd_loss import linear_kd_loss
@@ -14,6 +15,7 @@ __all__ = [
     "ELEMENT_TYPES",
     "build_info",
     "gather_slices",
+    "gradient_products",
     "how_to_build",
     "is_native",
     "kd_l1_loss",

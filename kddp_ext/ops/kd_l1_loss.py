@@ -15,7 +15,15 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from kddp_ext.ops import reference
-from kddp_ext.ops.library import ELEMENT_TYPES, is_native, library, native, scales_natively, workspace_on
+from kddp_ext.ops.library import (
+    ELEMENT_TYPES,
+    is_native,
+    library,
+    native,
+    needs_no_dispatcher,
+    scales_natively,
+    workspace_on,
+)
 from kddp_ext.ops.scale_gradients import is_batched, scale_gradients
 
 # `scalars` holds temperature, alpha, the normalizer and one L1 weight for each activation. A schedule may change them
@@ -38,7 +46,6 @@ _STATISTICS_ROWS = 5
 _TENSORS = 5  # inputs before the activations
 _ABSENT = (0, 0, 0)
 _NEUTRAL_SETTINGS = (1.0, 0.0, 0.0, 0.0, 0, 0, 0.5, 0.5, 0.5, 1.0, 8.0, False)  # for the statistics, which need no loss
-_PLAIN_TYPES = (Tensor, torch.nn.Parameter)
 
 
 class _Wanted(NamedTuple):
@@ -104,9 +111,7 @@ def kd_l1_loss(
         )
         return loss, terms, rows, sums
     inputs = (*tensors, *activations)
-    if _nothing_intercepts() and all(map(_is_plain, inputs)):
-        # PyTorch's dispatcher would take 15 to 25% of the time of a small batch (128 × 10 logits, 128 × 1024
-        # activations).
+    if needs_no_dispatcher(inputs):
         outputs = _compute(*tensors, activations, scalars, samples, constants, wanted)
     else:
         with torch.no_grad():
@@ -121,16 +126,6 @@ def kd_l1_loss(
 def native_derivatives() -> bool:
     """False under torch.func's transforms and forward mode, whose derivatives only the reference has."""
     return not torch._C._are_functorch_transforms_active() and forward_ad._current_level < 0
-
-
-def _nothing_intercepts() -> bool:
-    """Whether no mode, transform or profiler would see a call of the operator."""
-    return not (torch._C._is_torch_function_mode_enabled() or torch._C._autograd._profiler_enabled())
-
-
-def _is_plain(tensor: Tensor | None) -> bool:
-    # The dispatcher resolves tensors whose memory holds the negative of their values, such as conj().imag.
-    return tensor is None or (type(tensor) in _PLAIN_TYPES and tensor.is_cpu and not tensor.is_neg())
 
 
 def as_tensor(scalars: Sequence[Any]) -> Tensor:

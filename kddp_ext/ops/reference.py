@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -230,3 +231,16 @@ def gather_slices(
         block = blocks[0] if keep_rows is None else blocks[0].index_select(0, keep_rows)
         shift = block.index_select(1, pruned_columns).to(torch.float64).sum(2) @ pruned_means
     return gathered, shift
+
+
+def gradient_products(
+    activation: Tensor, gradient: Tensor, mean: Tensor | None = None, *, axis: int, samples: int
+) -> Tensor:
+    """`kddp_ext.ops.gradient_products` in plain PyTorch."""
+    dtype = torch.float64 if activation.dtype == torch.float64 else torch.float32
+    entries, after = activation.shape[axis], math.prod(activation.shape[axis + 1 :])
+    before = math.prod(activation.shape[:axis]) // max(samples, 1)
+    values = activation.to(dtype).reshape(samples, before, entries, after)
+    if mean is not None:
+        values = values - mean.to(dtype)[:, None]
+    return (values * gradient.to(dtype).reshape(values.shape)).sum((1, 3))

@@ -22,7 +22,7 @@ CUDA = ROOT / "csrc" / "cuda"
 # As in cmake/cuda.cmake.
 LOGITS_TYPES = ("float32", "bfloat16", "float16", "float64")
 SOURCES: list[Source] = [
-    *(CUDA / f"{name}.cu" for name in ("kd_l1_loss", "scale", "gather", "occupancy")),
+    *(CUDA / f"{name}.cu" for name in ("kd_l1_loss", "scale", "gather", "gradient_products", "occupancy")),
     *((CUDA / "loss_kernels.cu", [f"-DKDDP_LOGITS={dtype}"]) for dtype in LOGITS_TYPES),
     ROOT / "python_bindings" / "cuda.cpp",
 ]

@@ -203,3 +203,13 @@ def scale_launch(gradients: list[Tensor], factor: float) -> Launch:
     inputs["scalar"] = aligned((), torch.float32, fill=factor)
     arguments = (tensors, inputs["scalar"].data_ptr(), ELEMENT_TYPES[torch.float32])
     return Launch(inputs, outputs, arguments, "scale")
+
+
+def products_launch(activation: Tensor, gradient: Tensor, mean: Tensor) -> Launch:
+    """The gradient products of contiguous tensors (samples, runs, entries, elements)."""
+    inputs = {"activation": activation, "gradient": gradient, "mean": mean}
+    samples, runs, entries, after = activation.shape
+    products = aligned((samples, entries), torch.float32)
+    addresses = (activation.data_ptr(), gradient.data_ptr(), ELEMENT_TYPES[activation.dtype], mean.data_ptr())
+    arguments = (*addresses, products.data_ptr(), samples, runs, entries, after)
+    return Launch(inputs, {"products": products}, arguments, "gradient_products")

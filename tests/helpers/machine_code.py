@@ -60,7 +60,8 @@ class Kernel:
         """A short name: `warps float32 difference` for a kernel of the loss, otherwise the function's."""
         loss = re.search(r"ElementTypeE(\d)EEELi(\d+)ELb(\d)ELNS_12GradientFormE(\d)", self.symbol)
         if loss is None:
-            return next((k for k in ("scale_gradients", "gather_layer", "probe") if k in self.symbol), self.symbol)
+            others = ("scale_gradients", "gather_layer", "sum_products", "probe")
+            return next((k for k in others if k in self.symbol), self.symbol)
         dtype, lanes, cached, form = loss.groups()
         rows = {"8": "small_teams", "32": "warps", "1024": "blocks" if cached == "1" else "long_rows"}[lanes]
         return f"{rows} {DTYPES[int(dtype)]} {('difference', 'weighted')[int(form)]}"

@@ -20,11 +20,12 @@ AVX2 = ["-mavx2", "-mfma", "-mf16c"]
 AVX512 = [*AVX2, "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mprefer-vector-width=512"]
 # As in CMakeLists.txt.
 INSTRUCTION_SETS = {"baseline": [], "avx2": AVX2, "avx512": AVX512, "avx512_bf16": [*AVX512, "-mavx512bf16"]}
+FOR_EACH = ("kd_l1_loss", "gradient_products")  # compiled for each instruction set
 SHARED = ("isa", "gather")  # compiled once for all instruction sets
 
 
 def kernel_flags(instruction_set: str) -> list[str]:
-    """Flags of the loss for an instruction set, under the name of the one that isa.cpp always knows."""
+    """Flags of `FOR_EACH` for an instruction set, under the name of the one that isa.cpp always knows."""
     names = ['-DKDDP_ISA_NAME="baseline"', "-DKDDP_ISA_KERNELS=baseline_kernels"]
     return ["-fopenmp", *names, *INSTRUCTION_SETS[instruction_set]]
 
@@ -62,7 +63,7 @@ def build_package(folder: Path, instruction_set: str, flags: Sequence[str]) -> P
         ROOT / "kddp_ext", site / "kddp_ext", ignore=shutil.ignore_patterns("_core*.so", "_cuda*.so", "__pycache__")
     )
     python = [f"-isystem{pybind11.get_include()}", f"-isystem{sysconfig.get_path('include')}"]
-    jobs = [(CSRC / "cpu" / "kd_l1_loss.cpp", [*kernel_flags(instruction_set), *flags])]
+    jobs = [(CSRC / "cpu" / f"{name}.cpp", [*kernel_flags(instruction_set), *flags]) for name in FOR_EACH]
     jobs += [(CSRC / "cpu" / f"{name}.cpp", ["-fopenmp", *flags]) for name in SHARED]
     binding = [*python, "-fvisibility=hidden", '-DKDDP_COMPILER="instrumented"', *flags]
     jobs += [(ROOT / "python_bindings" / "core.cpp", binding)]

@@ -17,7 +17,8 @@ from emulator import sanitizer_environment  # noqa: E402
 
 LOSS_TESTS = ("values", "extremes", "long_rows", "autograd", "divergences", "conventions")
 NUMERIC_SUITE = [TESTS / "loss" / f"test_{name}.py" for name in LOSS_TESTS]
-NUMERIC_SUITE += [TESTS / "activations" / "test_statistics.py", TESTS / "ops" / "test_gather_slices.py"]
+NUMERIC_SUITE += [TESTS / "activations" / "test_statistics.py"]
+NUMERIC_SUITE += [TESTS / "ops" / f"test_{name}.py" for name in ("gather_slices", "gradient_products")]
 
 
 def run(seed: int, arguments: list[str]) -> int:

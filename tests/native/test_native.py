@@ -13,9 +13,9 @@ import kddp_ext
 from kddp_ext import _core
 
 INSTRUCTION_SETS = ("baseline", "avx2", "avx512", "avx512_bf16")
-NUMERIC_SUITE = [
-    Path(__file__).parents[1] / "loss" / name for name in ("test_values.py", "test_extremes.py", "test_long_rows.py")
-]
+TESTS = Path(__file__).parents[1]
+NUMERIC_SUITE = [TESTS / "loss" / f"test_{name}.py" for name in ("values", "extremes", "long_rows")]
+NUMERIC_SUITE += [TESTS / "ops" / "test_gradient_products.py"]
 
 
 def run_python(*arguments, **environment):

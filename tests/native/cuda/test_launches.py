@@ -13,7 +13,7 @@ import pytest
 import torch
 
 import kddp_ext
-from kddp_ext.ops import cuda, gather_slices, library
+from kddp_ext.ops import cuda, gather_slices, gradient_products, library
 from kddp_ext.ops.scale_gradients import scale_gradients
 
 
@@ -52,6 +52,7 @@ OPERATIONS = {
     "forward": (lambda: None, lambda _: forward()),
     "backward": (forward, lambda loss: loss.backward(torch.tensor(3.0))),
     "gather": (lambda: None, lambda _: gather()),
+    "products": (lambda: torch.randn(9, 8), lambda a: gradient_products(a, a, axis=1, samples=9)),
 }
 
 

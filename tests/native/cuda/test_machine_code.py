@@ -20,6 +20,7 @@ MOST_REGISTERS = {
     **{f"{rows} float64": 128 for rows in ("warps", "blocks")},
     "scale_gradients": 64,
     "gather_layer": 64,
+    "sum_products": 64,
     "probe": 16,
 }
 
@@ -84,7 +85,9 @@ def test_kernels_access_16_bytes_at_once_and_no_local_memory(module, built):
                 continue
             found = counted[kernel.symbol]
             assert any(name.startswith("LDG") and ".128" in name for name in found), kernel
-            assert any(name.startswith("STG") and ".128" in name for name in found), kernel
+            # A product is one number, and its team stores it alone.
+            stores_vectors = kernel.name != "sum_products"
+            assert not stores_vectors or any(name.startswith("STG") and ".128" in name for name in found), kernel
             local = [name for name in found if name.split(".")[0] in ("LDL", "STL")]
             assert local == [], kernel
 

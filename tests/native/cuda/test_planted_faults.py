@@ -17,7 +17,13 @@ from emulator import Emulator, build, twin
 PLANTED = Path(__file__).parent / "planted"
 SOURCES = {
     "loss": (PLANTED / "loss.cu", CUDA / "kd_l1_loss.cu", CUDA / "occupancy.cu"),
-    "moves": (PLANTED / "moves.cu", CUDA / "gather.cu", CUDA / "scale.cu", CUDA / "occupancy.cu"),
+    "moves": (
+        PLANTED / "moves.cu",
+        CUDA / "gather.cu",
+        CUDA / "scale.cu",
+        CUDA / "gradient_products.cu",
+        CUDA / "occupancy.cu",
+    ),
 }
 SEEDS = (0, 1, 2)
 
@@ -84,6 +90,15 @@ FAULTS = {
         "launch.tensors[i].count / elements",
         "scale",
         NEEDED,
+    ),
+    # The first warp adds up sums of warps that have not finished.
+    "missing barrier before the sum of warps": Fault(
+        "gradient_products.cu",
+        "            __syncthreads();\n            for (int i = 1; warp == 0",
+        "            for (int i = 1; warp == 0",
+        "products",
+        "reads shared memory that no thread of the block has written|race in shared memory: ",
+        "of_warps.",
     ),
     # The last block reads sums that the other blocks may not have made visible.
     "missing fence before the ticket": Fault(
@@ -171,6 +186,19 @@ def run_scale(emulator):
     return error or (None if torch.equal(target, source * 3) else "the product is wrong")
 
 
+def run_products(emulator):
+    generator = torch.Generator().manual_seed(0)
+    activation, gradient = (torch.randn(3, 5, 1027, generator=generator) for _ in range(2))
+    mean = torch.randn(5, dtype=torch.float64, generator=generator)
+    buffers = {
+        "samples": 3, "entries": 5, "after": 1027, "activation": filled(activation), "gradient": filled(gradient),
+        "mean": filled(mean), "products": aligned((3, 5), torch.float32),
+    }  # fmt: skip
+    error = call(emulator, "run_products", buffers, ("products",))
+    truth = ((activation.double() - mean[:, None]) * gradient).sum(2).float()
+    return error or (None if torch.allclose(buffers["products"], truth, atol=1e-3) else "the sums are wrong")
+
+
 # The sources, what runs them, and the kernel.
 RUNS = {
     "8 lanes per row": ("loss", lambda emulator: run_loss(emulator, 140, 11), "kd_l1_loss_by_rows<.*, 8, true, "),
@@ -178,6 +206,7 @@ RUNS = {
     "a block per row": ("loss", lambda emulator: run_loss(emulator, 3, 1001), "kd_l1_loss_by_rows<.*, 1024, true, "),
     "gather": ("moves", run_gather, "gather_layer"),
     "scale": ("moves", run_scale, "scale_gradients"),
+    "products": ("moves", run_products, "sum_products"),
 }
 
 

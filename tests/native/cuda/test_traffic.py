@@ -13,7 +13,7 @@ from pathlib import Path
 import backends
 import pytest
 import torch
-from emulated_calls import compaction_launch, filled, loss_launch, scale_launch
+from emulated_calls import compaction_launch, filled, loss_launch, products_launch, scale_launch
 
 F32, BF16, F64 = torch.float32, torch.bfloat16, torch.float64
 ROOT = Path(__file__).parents[3]
@@ -224,6 +224,22 @@ def test_the_gather_moves_whole_sectors(measure, rows, columns, of, dtype, most)
         expected = tensor if keep_rows is None else tensor[keep_rows]
         expected = expected if keep_columns is None else expected[:, keep_columns]
         assert torch.equal(launch.outputs[f"gathered {i}"], expected)
+    assert ratio <= most
+
+
+@pytest.mark.parametrize(
+    ("shape", "most"),
+    [((4, 1, 8, 1024), 1.02), ((4, 1, 64, 16), 1.09), ((4, 100, 64, 1), 1.16), ((4, 1, 24, 49), 1.89)],
+)
+@pytest.mark.parametrize("dtype", [F32, BF16])
+def test_the_gradient_products_move_whole_sectors(measure, shape, most, dtype):
+    """Entries of 49 elements begin anywhere in a sector and are read one element per lane."""
+    generator = torch.Generator().manual_seed(0)
+    activation, gradient = (filled(torch.randn(shape, generator=generator).to(dtype)) for _ in range(2))
+    mean = filled(torch.randn(shape[2], generator=generator, dtype=torch.float64))
+    launch = products_launch(activation, gradient, mean)
+    ratio, report = measure(f"products, {shape} {NAMES[dtype]}", launch)
+    assert report["kernel"] == "sum_products"
     assert ratio <= most
 
 

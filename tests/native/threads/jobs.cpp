@@ -8,6 +8,7 @@
 #include <vector>
 
 #include "kddp/gather_slices.h"
+#include "kddp/gradient_products.h"
 #include "kddp/kd_l1_loss.h"
 
 namespace {
@@ -108,6 +109,17 @@ std::string gather(int64_t rows, int64_t columns, int threads) {
     return small.bytes() + shift.bytes();
 }
 
+// Entries of `after` elements, and runs of all entries.
+std::string products(int64_t samples, int64_t runs, int64_t entries, int64_t after, int threads) {
+    const int64_t elements = samples * runs * entries * after;
+    const Buffer activation = numbers(ElementType::bfloat16, elements, 7);
+    const Buffer gradient = numbers(ElementType::bfloat16, elements, 8);
+    const Buffer mean = numbers(ElementType::float64, entries, 9), sums(samples * entries * 4);
+    gradient_products({activation.as<void>(), gradient.as<void>(), ElementType::bfloat16, mean.as<double>(),
+                       sums.as<void>(), samples, runs, entries, after, threads});
+    return sums.bytes();
+}
+
 std::vector<std::function<std::string(int)>> jobs(std::vector<std::string>& names) {
     constexpr ElementType types[] = {ElementType::float32, ElementType::float64, ElementType::bfloat16,
                                      ElementType::float16};
@@ -130,6 +142,10 @@ std::vector<std::function<std::string(int)>> jobs(std::vector<std::string>& name
         }
     names.emplace_back("gather");
     made.emplace_back([](int threads) { return gather(500, 1200, threads); });
+    names.emplace_back("products of long entries");
+    made.emplace_back([](int threads) { return products(5, 2, 13, 700, threads); });
+    names.emplace_back("products of short entries");
+    made.emplace_back([](int threads) { return products(150, 3, 1500, 2, threads); });
     return made;
 }
 

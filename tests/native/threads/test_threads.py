@@ -9,7 +9,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
-from native_build import CSRC, CXX, SHARED, compile_all, kernel_flags, supported
+from native_build import CSRC, CXX, FOR_EACH, SHARED, compile_all, kernel_flags, supported
 
 HERE = Path(__file__).parent
 FLAGS = ["-g1", "-O1", "-fsanitize=thread"]
@@ -30,7 +30,7 @@ def programs(tmp_path_factory):
     folder = tmp_path_factory.mktemp("threads")
     # One instruction set is enough: threads do not depend on it, except that AVX2 and later may write past the caches.
     kernels = [*FLAGS, *kernel_flags("avx2" if "avx2" in supported() else "baseline")]
-    sources = [(CSRC / "cpu" / "kd_l1_loss.cpp", kernels), (HERE / "jobs.cpp", FLAGS)]
+    sources = [*((CSRC / "cpu" / f"{name}.cpp", kernels) for name in FOR_EACH), (HERE / "jobs.cpp", FLAGS)]
     sources += [(CSRC / "cpu" / f"{name}.cpp", [*FLAGS, "-fopenmp"]) for name in SHARED]
     sources += [(HERE / "openmp.cpp", FLAGS), (HERE / "openmp.cpp", [*FLAGS, "-DKDDP_WITHOUT_BARRIERS"])]
     *objects, right, wrong = compile_all(folder, sources)
@@ -49,7 +49,7 @@ def run(program):
 def test_no_data_race_and_same_bytes_for_any_number_of_threads(programs):
     ended = run(programs["right"])
     assert ended.returncode == 0, ended.stdout[-2000:] + ended.stderr[-4000:]
-    assert ended.stdout == "132 jobs on several threads, 0 different\n"
+    assert ended.stdout == "140 jobs on several threads, 0 different\n"
 
 
 @pytest.mark.timeout(600)

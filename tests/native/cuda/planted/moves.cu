@@ -1,4 +1,4 @@
-// The compaction and the backward as C functions, for one float32 matrix each.
+// The compaction, the backward and the gradient products as C functions, for float32.
 #include "cuda/backend.h"
 #include "cuda/platform.cuh"
 
@@ -15,5 +15,12 @@ const char* run_scale(int64_t count, const float* source, float* target, const f
     const kddp::ScaledTensor tensor{source, target, count, kddp::ElementType::float32, 2.0};
     return emulator::guarded(
         [&] { kddp::cuda_scale(&tensor, 1, scalar, kddp::ElementType::float32, {nullptr, nullptr}); });
+}
+
+const char* run_products(int64_t samples, int64_t entries, int64_t after, const float* activation,
+                         const float* gradient, const double* mean, float* products) {
+    const kddp::GradientProducts job{
+        activation, gradient, kddp::ElementType::float32, mean, products, samples, 1, entries, after, 1};
+    return emulator::guarded([&] { kddp::cuda_gradient_products(job, {nullptr, nullptr}); });
 }
 }
