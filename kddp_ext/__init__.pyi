@@ -9,6 +9,7 @@ from kddp_ext.ops import build_info
 from kddp_ext.pruning.distributed import rewrap
 from kddp_ext.pruning.history import PruningHistory
 from kddp_ext.pruning.pruner import DynamicPruner
+from kddp_ext.pruning.ranking import RankedStep, Resource
 from kddp_ext.pruning.report import LayerPreview, LayerReport, Preview, PruneReport
 from kddp_ext.pruning.selection import KeptBy
 from kddp_ext.pruning.settings import Criterion
@@ -31,6 +32,8 @@ __all__ = [
     "Preview",
     "PruneReport",
     "PruningHistory",
+    "RankedStep",
+    "Resource",
     "TrackedActivations",
     "UnsupportedModelError",
     "build_info",

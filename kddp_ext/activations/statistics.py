@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterable, Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -336,6 +336,16 @@ class SampleRing:
         self.taken = taken
 
 
+class StepObserver(Protocol):
+    """What a pruner measures of a training step besides the activations."""
+
+    def of_statistics(self) -> None:
+        """The statistics of the step are complete."""
+
+    def of_loss(self, loss: Tensor, mean: Tensor, per_sample: float) -> None:
+        """The step's loss, its mean over samples without the penalty, and what makes it the mean over samples."""
+
+
 class TrackedActivations(tuple[Tensor, ...]):
     """The penalised activations of one forward pass, with the statistics to update.
 
@@ -345,17 +355,24 @@ class TrackedActivations(tuple[Tensor, ...]):
     Attributes:
         statistics: one for each tensor.
         axes: the dimension of the neurons in each tensor. Default 1. All others are samples and positions.
+        observer: is told when the statistics are updated and what the loss is. Default None.
     """
 
     statistics: tuple[NeuronStatistics, ...]
     axes: tuple[int, ...]
+    observer: StepObserver | None
 
     def __new__(
-        cls, tensors: Iterable[Tensor], statistics: Sequence[NeuronStatistics], axes: Sequence[int] | None = None
+        cls,
+        tensors: Iterable[Tensor],
+        statistics: Sequence[NeuronStatistics],
+        axes: Sequence[int] | None = None,
+        observer: StepObserver | None = None,
     ) -> TrackedActivations:
         self = super().__new__(cls, tensors)
         self.statistics = tuple(statistics)
         self.axes = (1,) * len(self) if axes is None else tuple(axes)
+        self.observer = observer
         for name, given in (("statistics", self.statistics), ("axes", self.axes)):
             if len(self) != len(given):
                 raise ValueError(f"{name}: expected one for each of {len(self)} activations, got {len(given)}")
@@ -379,8 +396,25 @@ class TrackedActivations(tuple[Tensor, ...]):
             width = matrix.values.shape[1]
             statistics.update(sums[:, column : column + width], matrix)
             column += width
+        if self.observer is not None:
+            self.observer.of_statistics()
 
-    def observe(self) -> None:
-        """Update the statistics without computing a loss."""
+    def observe(self, loss: Tensor | None = None) -> None:
+        """Update the statistics without computing a loss.
+
+        Args:
+            loss: your own loss of this step, if you do not use `fused_kd_l1_loss`: the mean over the samples, 0-dim, of
+                which `backward` is called. A pruner with a `loss_budget` needs it; and with it, the scale of GradScaler
+                or of an accumulation step does not change the saliency. Default None.
+        """
         for activation, statistics, axis in zip(self, self.statistics, self.axes, strict=True):
             statistics.observe(activation, axis)
+        if self.observer is not None:
+            self.observer.of_statistics()
+        if loss is not None:
+            self.record(loss, loss, 1.0)
+
+    def record(self, loss: Tensor, mean: Tensor, per_sample: float) -> None:
+        """Tell the observer the step's loss, as `StepObserver.of_loss` describes it."""
+        if self.observer is not None and not torch.compiler.is_compiling():
+            self.observer.of_loss(loss, mean, per_sample)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import warnings
 from collections.abc import Sequence
-from typing import Literal, NamedTuple, overload
+from typing import Any, Literal, NamedTuple, overload
 
 import torch
 from torch import Tensor
@@ -198,6 +198,8 @@ def compute_loss(
         loss, terms, rows = reference.kd_l1_loss(*tensors, scalars, samples, *constants)
         if tracked is not None:
             tracked.observe()
+    if tracked is not None and tracked.observer is not None:
+        record_loss(tracked, loss, terms, scalars, len(logits))
     by_row = settings.reduction == "none"
     if by_row:
         shape = without_classes(student_logits, settings.class_dim)
@@ -206,6 +208,15 @@ def compute_loss(
         return loss
     kd, ce, l1, correct = terms.unbind()
     return loss, LossTerms(rows[0] if by_row else kd, rows[1] if by_row else ce, l1, correct)
+
+
+def record_loss(tracked: TrackedActivations, loss: Tensor, terms: Tensor, scalars: Sequence[Any], rows: int) -> None:
+    """Tell the pruner the loss, and the mean loss of a row without the penalty."""
+    _, alpha, divisor, *_ = scalars
+    per_row = 1.0 if isinstance(divisor, float) and divisor == 0 else divisor / max(rows, 1)
+    kd, ce = terms[:2].detach()
+    # Rows that are not reduced become a mean by what the caller does with them.
+    tracked.record(loss, (alpha * kd + (1 - alpha) * ce) * per_row, per_row if loss.dim() == 0 else 1.0)
 
 
 def _as_rows(logits: Tensor, class_dim: int) -> Tensor:

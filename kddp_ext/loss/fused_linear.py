@@ -26,6 +26,7 @@ from kddp_ext.loss.functional import (
     check_output,
     choose_native,
     compute_loss,
+    record_loss,
     refuse_jit_trace,
     row_weights,
 )
@@ -229,6 +230,9 @@ def _compute(
             loss = loss + penalty
         if tracked is not None:
             tracked.update(matrices, sums)
+            record_loss(
+                tracked, loss, terms, [temperature, alpha, 0.0 if _divides_by_rows(settings) else normalizer], rows
+            )
     if settings.reduction == "none":
         loss, kd, ce = (values.reshape(shape) for values in (loss, *by_row.unbind()))
     return (loss, LossTerms(kd, ce, l1, correct)) if return_terms else loss

@@ -20,6 +20,7 @@ from torch.nn.parallel import DistributedDataParallel
 from kddp_ext.activations.statistics import NeuronStatistics
 from kddp_ext.files import hash_tensors
 from kddp_ext.pruning.compaction import set_data
+from kddp_ext.pruning.saliency import Saliency
 from kddp_ext.pruning.selection import Observation
 from kddp_ext.pruning.settings import PruningSettings
 from kddp_ext.pruning.tracing.recording import UnsupportedModelError
@@ -132,7 +133,8 @@ def gather(
     shares = ranks.all_or_raise(share)
     ranks.require_same([record for _, record in shares])
     values = zip(*(observation.statistics for observation, _ in shares), strict=True)
-    return replace(shares[0][0], statistics=tuple(NeuronStatistics.joined(each) for each in values))
+    saliency = Saliency.joined([observation.saliency for observation, _ in shares])
+    return replace(shares[0][0], statistics=tuple(NeuronStatistics.joined(each) for each in values), saliency=saliency)
 
 
 def from_rank_0(ranks: Ranks, action: Callable[[], T]) -> T:

@@ -59,6 +59,12 @@ class ActivationHooks:
         samples = value.movedim(layout.axis, -1).flatten(0, -2)
         return samples.unflatten(1, (layout.outer, read.units, layout.inner)), 2
 
+    def latest(self, read: ReadValue) -> Tensor:
+        """The latest activations of a value in their own shape; there must have been a forward pass."""
+        value = self._hooks[read.module].value
+        assert value is not None
+        return value
+
     def clear(self) -> None:
         for hook in self._hooks.values():
             hook.clear()
@@ -71,14 +77,14 @@ class ActivationHooks:
         self.clear()
 
 
-class _Hook:
+class Hook:
     """A hook. Its copies do nothing, and a pickled model does not need this package for them."""
 
     def __reduce__(self) -> tuple[Callable[..., Any], tuple[object, str]]:
         return getattr, (nullcontext(), "__exit__")  # a function of any arguments that returns None
 
 
-class _ReaderHook(_Hook):
+class _ReaderHook(Hook):
     def __init__(self, dropouts: int) -> None:
         self.value: Tensor | None = None
         self._dropouts = dropouts
@@ -111,7 +117,7 @@ class _ReaderHook(_Hook):
         self._is_unread = self._is_ambiguous = False
 
 
-class _DropoutHook(_Hook):
+class _DropoutHook(Hook):
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> None:
         source = first_argument(args, kwargs)
         if output is not source and not _is_replayed(source):
@@ -119,7 +125,12 @@ class _DropoutHook(_Hook):
 
 
 def _is_replayed(value: Tensor) -> bool:
-    """True while another pruner traces the model, and in a checkpoint's recomputation inside a backward."""
+    """True while a pruner traces the model, and in a checkpoint's recomputation inside a backward."""
     if torch.compiler.is_compiling():
         return torch.compiler.is_exporting()
-    return isinstance(value, FakeTensor) or torch._C._current_graph_task_id() != -1
+    return is_fake(value) or torch._C._current_graph_task_id() != -1
+
+
+def is_fake(value: Tensor) -> bool:
+    """True while a pruner traces the model."""
+    return isinstance(value, FakeTensor)

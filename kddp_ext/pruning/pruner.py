@@ -9,7 +9,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from kddp_ext.activations.statistics import NeuronStatistics, TrackedActivations
@@ -32,9 +32,12 @@ from kddp_ext.pruning.distributed import (
 )
 from kddp_ext.pruning.history import PruningHistory
 from kddp_ext.pruning.hooks import ActivationHooks
+from kddp_ext.pruning.model_size import ModelSize
+from kddp_ext.pruning.ranking import Resource, saving
 from kddp_ext.pruning.reconstruction import Reconstruction, reconstruct
 from kddp_ext.pruning.report import Preview, PruneReport
-from kddp_ext.pruning.selection import Decision, ModelSize, Observation, decide
+from kddp_ext.pruning.saliency import GradientTaps
+from kddp_ext.pruning.selection import Decision, Observation, curve, decide
 from kddp_ext.pruning.settings import Criterion, PruningSettings, Schedule, Streams, check_streams
 from kddp_ext.pruning.state import PrunerState
 from kddp_ext.pruning.tracing.find import TracedNeurons, find_neurons
@@ -61,8 +64,10 @@ class DynamicPruner:
             model, or None.
         example_inputs: positional arguments for the model's forward, as a tuple; a batch of two samples is enough.
         criterion: how active a neuron is. "contribution" (default) measures how much the next layer's input varies with
-            the neuron; it ignores constant neurons and is invariant to rescaling between layers. The others are
-            "mean_activation", "apoz", "dead", or a `kddp_ext.Criterion`, a function that depends on its arguments only.
+            the neuron; it ignores constant neurons and is invariant to rescaling between layers. "saliency" predicts
+            the increase of the loss without the neuron from the gradients of the training, and is the one that compares
+            neurons of different layers; it needs neither `threshold` nor `patience`. The others are "mean_activation",
+            "apoz", "dead", or a `kddp_ext.Criterion`, a function that depends on its arguments only.
         threshold: a neuron is inactive at a check when its activity is below this, in (0, 1]. It is relative to the
             layer's most active neuron for "contribution" and "mean_activation", a share of the samples for "apoz",
             unused by "dead", and any positive number for a function. Default 0.01.
@@ -74,10 +79,20 @@ class DynamicPruner:
         maximum_share: at most this share of a layer's present neurons is removed by one prune, the least active first,
             in (0, 1]. The number is rounded down, so nothing is removed where it is less than one neuron. Default 1.0:
             no limit.
-        target_parameters: no neurons are removed once the model has at most this many parameters. The prune that gets
-            there removes only as many neurons as necessary, the least active of all layers. Default None: no target.
+        target_parameters: no neurons are removed once the model has at most this many parameters, or, as a float of at
+            most 1, this share of the parameters that it has now. The prune that gets there removes only as many neurons
+            as necessary, the least active of all layers. Default None: no target.
         target_macs: the same for the multiply-accumulates of one sample. With both targets, pruning stops when both are
             met.
+        target_steps: the number of checks in which the targets are approached; each takes away the same share. Default
+            1: the first check may go all the way.
+        resource: what a neuron costs: "macs", "parameters", or a function of the widths by layer. Neurons of all layers
+            are then ranked by activity for each unit that their removal saves, with the savings at that step. It
+            matters where a target or the loss budget decides. Default None: "macs" with "saliency"; the other criteria
+            rank by activity alone.
+        loss_budget: with "saliency", a check may remove neurons as long as the predicted increases of the loss add up
+            to at most this share of the present loss. So a layer's size is found by itself, and pruning ends when
+            nothing is cheap any more. Default None: 0.01 without a target, no limit with one.
         compensate: add the mean contribution of removed neurons to the next layer's bias, or to the BatchNorm behind a
             layer without bias. Default True.
         reconstruction_samples: the number of recent values of each neuron from which a ridge regression expresses
@@ -91,6 +106,8 @@ class DynamicPruner:
         example_kwargs: keyword arguments for the model's forward, by name. Default: none.
         copies: modules of the model's structure that are pruned with it, such as a moving average of its weights
             (torch.optim.swa_utils.AveragedModel, or a plain copy). Default: none.
+        history: what was pruned from the model before, such as the history of a loaded student. The history of this
+            pruner continues it. Default None: nothing.
         process_group: the processes that prune together, each with its share of the samples; all must call `prune()`.
             Default None: those of the model's DistributedDataParallel, or all of torch.distributed where it is
             initialised. False: this process prunes by itself.
@@ -125,14 +142,18 @@ class DynamicPruner:
         minimum_width: int = 1,
         round_to: int = 1,
         maximum_share: float = 1.0,
-        target_parameters: int | None = None,
-        target_macs: int | None = None,
+        target_parameters: int | float | None = None,
+        target_macs: int | float | None = None,
+        target_steps: int = 1,
+        resource: str | Resource | None = None,
+        loss_budget: float | None = None,
         compensate: bool = True,
         reconstruction_samples: int = 256,
         layers: Sequence[str] | None = None,
         streams: Streams = "exact",
         example_kwargs: Mapping[str, Any] | None = None,
         copies: Sequence[nn.Module] = (),
+        history: PruningHistory | None = None,
         process_group: ProcessGroup | Literal[False] | None = None,
         interval: int | None = None,
         start: int = 0,
@@ -161,6 +182,9 @@ class DynamicPruner:
             maximum_share=maximum_share,
             target_parameters=target_parameters,
             target_macs=target_macs,
+            target_steps=target_steps,
+            resource=resource,
+            loss_budget=loss_budget,
             compensate=compensate,
             reconstruction_samples=reconstruction_samples,
         )
@@ -170,14 +194,17 @@ class DynamicPruner:
         self.refused = found.refused
         neurons = _choose_layers(model, found, layers)
         self._positions = found.positions
-        self._state = PrunerState.fresh(model, neurons, self.settings, streams)
+        size = ModelSize(model, neurons, found.positions).at()
+        self._state = PrunerState.fresh(model, neurons, self.settings, streams, size, history)
         self._hooks: ActivationHooks | None = ActivationHooks(model, neurons.values)
-        self._traced = TracedModules(model, [value.module for value in neurons.values])
-        weakref.finalize(self, self._hooks.remove)
+        self._taps: GradientTaps | None = GradientTaps(model, neurons, self._state.saliency)  # behind the other hooks
+        observed = [*(value.module for value in neurons.values), *(reader.module for reader in neurons.readers)]
+        self._traced = TracedModules(model, observed)
+        weakref.finalize(self, _remove_all, self._hooks, self._taps)
 
     def __getstate__(self) -> dict[str, Any]:
         """A copy or an unpickled pruner is closed, because its model has no hooks of this pruner."""
-        return {**self.__dict__, "_hooks": None, "_traced": None}
+        return {**self.__dict__, "_hooks": None, "_taps": None, "_traced": None}
 
     def __repr__(self) -> str:
         widths = ", ".join(f"{name} {width}" for name, width in self.widths.items())
@@ -187,6 +214,11 @@ class DynamicPruner:
     def widths(self) -> dict[str, int]:
         """Present number of neurons by layer."""
         return self._state.widths
+
+    @property
+    def closed(self) -> bool:
+        """True after `close()`, and for copies."""
+        return self._hooks is None
 
     @property
     def history(self) -> PruningHistory:
@@ -203,10 +235,42 @@ class DynamicPruner:
         return dict(zip(self._state.neurons.value_names, self._state.statistics, strict=True))
 
     @property
+    def saliency(self) -> dict[str, Tensor]:
+        """The predicted increase of the loss if a neuron is replaced by its mean, (H,) float64 by layer.
+
+        It is that of the passes since the last check, with criterion "saliency"; NaN before there is one.
+        """
+        if self._taps is not None:
+            self._taps.finish()
+        state = self._state
+        return {group.name: state.saliency.increase[group.numbers] for group in state.neurons.groups}
+
+    @property
     def l1_weight(self) -> float:
         """The present weight of the L1 penalty for the loss; it rises linearly with the calls of `step()`."""
         schedule, steps = self.schedule, self._state.steps
         return schedule.l1_weight * (min(1.0, steps / schedule.l1_warmup) if schedule.l1_warmup else 1.0)
+
+    @property
+    def l1_weights(self) -> list[float]:
+        """The present weight of the L1 penalty for each entry of `activations`, in proportion to its neurons' cost.
+
+        The cost is what the removal of one neuron saves now, by `resource` ("macs" where that is None). The mean over
+        all neurons is `l1_weight`, so one number serves layers of any size (MorphNet, Gordon et al. 2018,
+        arXiv:1711.06798). Pass it to the loss as `l1_weight`; it changes with each prune.
+        """
+        neurons, resource = self._state.neurons, self.settings.resource or "macs"
+        orders = [torch.arange(group.width, device="cpu") for group in neurons.groups]
+        remaining = ModelSize(self.model, neurons, self._positions).removing(orders)
+        costs = torch.cat(
+            [
+                torch.full((group.width,), saving(remaining, index, 1, resource), dtype=torch.float64, device="cpu")
+                for index, group in enumerate(neurons.groups)
+            ]
+        )
+        mean = costs.mean()
+        of_values = [costs[value.neurons[value.neurons >= 0]].mean() for value in neurons.values]
+        return [self.l1_weight * float(cost / mean) if mean > 0 else self.l1_weight for cost in of_values]
 
     @property
     def activations(self) -> TrackedActivations:
@@ -221,7 +285,7 @@ class DynamicPruner:
             RuntimeError: there was no forward pass since the pruner was made or last pruned, there was more than one
                 with gradients since the activations were last read, or the pruner is closed.
         """
-        hooks = self._open_hooks("activations")
+        hooks, taps = self._open("activations")
         values, axes = [], []
         neurons = self._state.neurons
         for name, read, statistics in zip(neurons.value_names, neurons.values, self._state.statistics, strict=True):
@@ -235,7 +299,12 @@ class DynamicPruner:
             statistics.to(value.device)  # the model may have been moved
             values.append(value)
             axes.append(axis)
-        return TrackedActivations(values, self._state.statistics, axes)
+        if self.settings.criterion != "saliency" or not torch.is_grad_enabled():
+            return TrackedActivations(values, self._state.statistics, axes)
+        if not torch.compiler.is_compiling():
+            inputs = [hooks.latest(read) for read in neurons.values]
+            taps.end_pass(inputs, self._state.statistics, compensate=self.settings.compensate)
+        return TrackedActivations(values, self._state.statistics, axes, observer=taps)
 
     def prune(self) -> PruneReport:
         """Check every layer, and remove the neurons that were inactive at `patience` consecutive checks.
@@ -254,7 +323,7 @@ class DynamicPruner:
                 not have the expected shape.
             TypeError, ValueError: the user's criterion returned no valid activities.
         """
-        return self._prune(self._state, self._open_hooks("prune"))
+        return self._prune(self._state, *self._open("prune"))
 
     def step(self) -> PruneReport | None:
         """Count a training step: call it once after each `optimizer.step()`.
@@ -264,11 +333,11 @@ class DynamicPruner:
         Returns:
             What a prune did; None at a step without one.
         """
-        hooks = self._open_hooks("step")
+        hooks, taps = self._open("step")
         state, schedule = replace(self._state, steps=self._state.steps + 1), self.schedule
         if schedule.interval is not None and state.steps % schedule.interval == 0:
             if state.steps >= schedule.start:
-                return self._prune(state, hooks)
+                return self._prune(state, hooks, taps)
             self.reset()  # the next interval begins with no statistics
         self._state = state
         return None
@@ -285,23 +354,28 @@ class DynamicPruner:
         Raises:
             RuntimeError, ValueError: as `prune` does.
         """
-        self._open_hooks("preview")
+        _, taps = self._open("preview")
+        taps.finish()
         threshold = self.settings.threshold if threshold is None else threshold
         settings = replace(self.settings, threshold=threshold, patience=1)
         observation = self._state.observe(self.model, caller="preview")
         size = ModelSize(self.model, self._state.neurons, self._positions)
-        return Preview.of(decide(observation, settings, size), size, settings.threshold)
+        steps = curve(observation, settings, size) if settings.criterion == "saliency" else []
+        return Preview.of(decide(observation, settings, size), size, settings.threshold, steps)
 
     def reset(self) -> None:
         """Discard the statistics since the last check."""
         for statistics in self._state.statistics:
             statistics.reset()
+        self._state.saliency.reset()
+        if self._taps is not None:
+            self._taps.reset(self._taps.places(self._state.neurons), self._state.saliency)
 
     def close(self) -> None:
         """Remove the hooks from the model. The history stays readable."""
-        if self._hooks is not None:
-            self._hooks.remove()
-        self._hooks = None
+        if self._hooks is not None and self._taps is not None:
+            _remove_all(self._hooks, self._taps)
+        self._hooks = self._taps = None
 
     def state_dict(self) -> dict[str, Any]:
         """Statistics, patience counters, steps, first scales and history, as plain tensors, numbers and strings.
@@ -309,6 +383,8 @@ class DynamicPruner:
         To resume, rebuild the model with `PruningHistory.from_json(state["history"]).replay(...)`, make an optimizer
         and a pruner for it, and load their states.
         """
+        if self._taps is not None:
+            self._taps.finish()
         return self._state.to_dict()
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -318,9 +394,14 @@ class DynamicPruner:
             ValueError: the state is of another version, of other layers or of other widths. Nothing is changed.
         """
         self._state = self._state.restored(state)
+        if self._taps is not None:
+            self._taps.reset(self._taps.places(self._state.neurons), self._state.saliency)
+            if self.settings.criterion == "saliency":
+                self._taps.prepare(self._state.statistics, compensate=self.settings.compensate)
 
-    def _prune(self, state: PrunerState, hooks: ActivationHooks) -> PruneReport:
+    def _prune(self, state: PrunerState, hooks: ActivationHooks, taps: GradientTaps) -> PruneReport:
         """Observe, gather, select, plan, apply."""
+        taps.finish()
         ranks, wrappers = self._ranks("prune")
 
         def observe() -> Observation:
@@ -329,7 +410,9 @@ class DynamicPruner:
 
         observation = gather(ranks, observe, model=self.model, settings=self.settings, steps=state.steps)
         decision, report = from_rank_0(ranks, partial(self._select, observation))
-        compaction = on_each_rank(ranks, partial(self._plan, decision, state, wrappers))
+        following = state.after(decision, self.settings)
+        places = taps.places(following.neurons)
+        compaction = on_each_rank(ranks, partial(self._plan, decision, following, wrappers))
         refresh = [partial(rewrap, wrapper) for wrapper in wrappers if report.neurons_pruned]
         try:
             on_each_rank(ranks, partial(compaction.apply, refresh))
@@ -337,6 +420,7 @@ class DynamicPruner:
             compaction.undo()
             raise
         hooks.clear()
+        taps.reset(places, following.saliency)
         return report
 
     def _select(self, observation: Observation) -> tuple[Decision, PruneReport]:
@@ -348,24 +432,29 @@ class DynamicPruner:
         return decision, PruneReport.of(decision, size)
 
     def _plan(
-        self, decision: Decision, state: PrunerState, wrappers: Sequence[DistributedDataParallel]
+        self, decision: Decision, following: PrunerState, wrappers: Sequence[DistributedDataParallel]
     ) -> CompactionPlan:
-        """Prepare the removal of the neurons; nothing is changed."""
+        """Prepare the removal of the neurons and the `following` state; nothing is changed."""
         for wrapper in wrappers:
             require_rewrappable(wrapper)
         checked_copies(self.model, self._copies)
         compaction = plan_compaction(self.model, _removal(decision), self._optimizers, self._copies)
-        compaction.changes.append(assign(self, "_state", state.after(decision, self.settings)))
+        compaction.changes.append(assign(self, "_state", following))
         return compaction
 
     def _ranks(self, caller: str) -> tuple[Ranks, Sequence[DistributedDataParallel]]:
         wrappers = wrappers_of([self.model, *self._copies])
         return Ranks.of(self._process_group, wrappers, caller=caller), wrappers
 
-    def _open_hooks(self, caller: str) -> ActivationHooks:
-        if self._hooks is None:
+    def _open(self, caller: str) -> tuple[ActivationHooks, GradientTaps]:
+        if self._hooks is None or self._taps is None:
             raise RuntimeError(f"{caller}: the pruner is closed; copies of a pruner are always closed")
-        return self._hooks
+        return self._hooks, self._taps
+
+
+def _remove_all(hooks: ActivationHooks, taps: GradientTaps) -> None:
+    hooks.remove()
+    taps.remove()
 
 
 def _reconstructions(decision: Decision) -> tuple[Reconstruction | None, ...]:

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields
 
 from torch import Tensor
 
-from kddp_ext.pruning.selection import Decision, KeptBy, LayerDecision, ModelSize
+from kddp_ext.pruning.model_size import ModelSize
+from kddp_ext.pruning.ranking import RankedStep
+from kddp_ext.pruning.selection import Decision, KeptBy, LayerDecision
 from kddp_ext.pruning.tracing.structure import count_neurons
 
 
@@ -97,6 +100,12 @@ class PruneReport:
         parameters_after: parameters of the whole model after it.
         macs_before: multiply-accumulates of the whole model for one sample, before it.
         macs_after: multiply-accumulates after it.
+        loss: the mean loss of a sample since the last check, without the penalty; None where no loss was seen, which
+            only criterion "saliency" looks at.
+        predicted_increase: the increase of this loss that the saliency of the removed neurons predicts, before any
+            further training; None with another criterion.
+        latest_predicted: the increase that was predicted at the latest check before this one, or None.
+        latest_measured: by how much the loss has changed since that check, or None. The training in between lowers it.
     """
 
     layers: tuple[LayerReport, ...]
@@ -104,11 +113,19 @@ class PruneReport:
     parameters_after: int
     macs_before: int
     macs_after: int
+    loss: float | None = None
+    predicted_increase: float | None = None
+    latest_predicted: float | None = None
+    latest_measured: float | None = None
 
     @classmethod
     def of(cls, decision: Decision, size: ModelSize) -> PruneReport:
         """The report of a decision that is applied, for a model of `size` before."""
-        return cls(tuple(LayerReport.of(decision, layer) for layer in decision.layers), *_sizes(decision, size))
+        layers = tuple(LayerReport.of(decision, layer) for layer in decision.layers)
+        loss, latest = decision.observation.saliency.mean_loss, decision.observation.predicted
+        latest_loss, latest_predicted = latest or (None, None)
+        measured = None if loss is None or latest_loss is None else loss - latest_loss
+        return cls(layers, *_sizes(decision, size), loss, decision.predicted_increase, latest_predicted, measured)
 
     @property
     def neurons_pruned(self) -> int:
@@ -146,6 +163,13 @@ class PruneReport:
             f"pruned {count_neurons(self.neurons_pruned)} ({widths})",
             _change("parameters", self.parameters_before, self.parameters_after),
         ]
+        if self.predicted_increase is not None:
+            loss = "" if self.loss is None else f" of {self.loss:.4g}"
+            parts.append(f"predicted increase of the loss{loss}: {self.predicted_increase:.3g}")
+        if self.latest_predicted is not None and self.latest_measured is not None:
+            parts.append(
+                f"the prune before: predicted {self.latest_predicted:.3g}, measured {self.latest_measured:+.3g}"
+            )
         waiting = sum(layer.waiting for layer in self.layers)
         if waiting:
             parts.append(f"{waiting} inactive for less than patience")
@@ -185,6 +209,8 @@ class LayerPreview:
 class Preview:
     """What a prune now would do at patience 1. `str(preview)` is a table.
 
+    With criterion "saliency" it also tells what removing more or less would cost.
+
     Attributes:
         threshold: a neuron below it counts as inactive.
         layers: one entry for each layer, in the order of the forward pass.
@@ -192,6 +218,8 @@ class Preview:
         parameters_after: parameters of the whole model after the prune.
         macs_before: multiply-accumulates of the whole model for one sample, now.
         macs_after: multiply-accumulates after the prune.
+        curve: what is left along the ranking of all neurons, without targets and budget, from all neurons to none that
+            may go; `activity` is the predicted increase of the loss. Empty with another criterion.
     """
 
     threshold: float
@@ -200,9 +228,10 @@ class Preview:
     parameters_after: int
     macs_before: int
     macs_after: int
+    curve: tuple[RankedStep, ...] = ()
 
     @classmethod
-    def of(cls, decision: Decision, size: ModelSize, threshold: float) -> Preview:
+    def of(cls, decision: Decision, size: ModelSize, threshold: float, curve: Sequence[RankedStep] = ()) -> Preview:
         """The preview of a decision made at `threshold` and patience 1, for a model of `size` now."""
         layers = tuple(
             LayerPreview(
@@ -215,7 +244,7 @@ class Preview:
             )
             for layer in decision.layers
         )
-        return cls(threshold, layers, *_sizes(decision, size))
+        return cls(threshold, layers, *_sizes(decision, size), tuple(curve))
 
     def __str__(self) -> str:
         rows: list[tuple[str, ...]] = [("layer", "neurons", "inactive", "kept", "left", "output change")]
@@ -228,7 +257,17 @@ class Preview:
         parameters = _change("parameters", self.parameters_before, self.parameters_after)
         macs = _change("MACs", self.macs_before, self.macs_after)
         last = f"{parameters}; {macs}; output changes are predicted for uncorrelated neurons"
-        return "\n".join([f"a prune at threshold {self.threshold:g}, patience 1:", *table, last])
+        if not self.curve:
+            return "\n".join([f"a prune at threshold {self.threshold:g}, patience 1:", *table, last])
+        return "\n".join(["a prune by saliency:", *table, last, *self._curve_lines()])
+
+    def _curve_lines(self) -> Iterator[str]:
+        """The predicted increase of the loss at tenths of the MACs."""
+        yield "MACs left and the predicted increase of the loss, without targets and budget:"
+        for tenth in range(9, 0, -1):
+            step = next((each for each in self.curve if each.macs <= tenth / 10 * self.macs_before), None)
+            if step is not None:
+                yield f"  {tenth}0%  {step.activity:.3g}"
 
 
 def _output_change(decision: Decision, layer: LayerDecision) -> float:

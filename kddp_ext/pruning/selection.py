@@ -6,8 +6,7 @@ A decision depends on its arguments only, so processes with the same observation
 from __future__ import annotations
 
 import math
-from bisect import bisect_left
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import astuple, dataclass, replace
 from functools import cached_property
 
@@ -16,16 +15,12 @@ from torch import Tensor, nn
 
 from kddp_ext.activations.statistics import NeuronStatistics
 from kddp_ext.pruning.compaction import units_gone
+from kddp_ext.pruning.model_size import ModelSize, RemainingSize
+from kddp_ext.pruning.ranking import RankedStep, rank
 from kddp_ext.pruning.reconstruction import Reconstruction
-from kddp_ext.pruning.settings import Criterion, PruningSettings
-from kddp_ext.pruning.tracing.structure import (
-    NeuronGroup,
-    PrunableNeurons,
-    Reader,
-    ReadValue,
-    StoredTensor,
-    count_neurons,
-)
+from kddp_ext.pruning.saliency import Saliency
+from kddp_ext.pruning.settings import DEFAULT_LOSS_BUDGET, Criterion, PruningSettings
+from kddp_ext.pruning.tracing.structure import NeuronGroup, PrunableNeurons, Reader, ReadValue, count_neurons
 
 # --- What is observed
 
@@ -40,6 +35,10 @@ class Observation:
     inactive_checks: Tensor  # (N,) int64, consecutive checks before this one at which the neuron was inactive
     original: tuple[Tensor, ...]  # of each group: its neurons' indices before any pruning, int64
     first_scales: Tensor | None  # (2, N) float64, `scales` at the first check; None at that check
+    saliency: Saliency  # since the last check
+    original_size: tuple[int, int]  # parameters and multiply-accumulates before any pruning
+    checks: int  # the number of checks before this one
+    predicted: tuple[float, float] | None  # the loss before the latest prune, and the increase predicted for it
 
     @cached_property
     def mean_abs(self) -> Tensor:
@@ -156,9 +155,19 @@ def dead(observation: Observation) -> Tensor:
     return observation.largest([(statistics.nonzero > 0).double() for statistics in observation.statistics])
 
 
+def saliency(observation: Observation) -> Tensor:
+    """The predicted increase of the loss if h_j is replaced by its mean (kddp_ext/pruning/saliency.py)."""
+    if observation.saliency.samples == 0:
+        raise RuntimeError(
+            "prune: no gradients of the activations were seen since the last check, which criterion 'saliency' needs; "
+            "call backward() on a loss after each forward pass. The first pass after a check measures only the means"
+        )
+    return observation.saliency.increase
+
+
 # By the names in settings.CRITERIA.
 _FUNCTIONS: dict[str, Callable[[Observation], Tensor]] = {
-    each.__name__: each for each in (contribution, mean_activation, apoz, dead)
+    each.__name__: each for each in (contribution, mean_activation, apoz, dead, saliency)
 }
 # Their activities are relative to the most active neuron of a layer.
 _RELATIVE = ("contribution", "mean_activation")
@@ -260,64 +269,6 @@ def removable(
     return weakest_first[:by_rounding], kept_by
 
 
-class ModelSize:
-    """Parameters and multiply-accumulates of a model with any of its neurons.
-
-    `positions` is that of `TracedNeurons`; weights that are missing there count as parameters only.
-    """
-
-    def __init__(self, model: nn.Module, neurons: PrunableNeurons, positions: Mapping[StoredTensor, float]) -> None:
-        self._neurons = neurons
-        sliced = {id(stored.of(model)): stored for stored in neurons.slices}
-        # (tensor, factor) of what shrinks, and the sum of what does not
-        self._parameters, self._fixed_parameters = self._split(sliced, [(each, 1.0) for each in model.parameters()])
-        weights = [(stored.of(model), count) for stored, count in positions.items()]
-        self._weights, self._fixed_macs = self._split(sliced, weights)
-
-    @staticmethod
-    def _split(
-        sliced: Mapping[int, StoredTensor], tensors: Sequence[tuple[Tensor, float]]
-    ) -> tuple[list[tuple[StoredTensor, float]], float]:
-        shrinking = [(sliced[id(tensor)], factor) for tensor, factor in tensors if id(tensor) in sliced]
-        return shrinking, sum(tensor.numel() * factor for tensor, factor in tensors if id(tensor) not in sliced)
-
-    def at(self, keep: Tensor | None = None) -> tuple[int, int]:
-        """Parameters of the whole model, and multiply-accumulates of one sample, with the neurons `keep` (all)."""
-        if keep is None:
-            keep = torch.ones(self._neurons.number, dtype=torch.bool, device="cpu")
-        needed = dict.fromkeys(stored for stored, _ in [*self._parameters, *self._weights])
-        sizes = {stored: math.prod(self._neurons.shape_after(stored, keep)) for stored in needed}
-        parameters = self._fixed_parameters + sum(sizes[stored] for stored, _ in self._parameters)
-        macs = self._fixed_macs + sum(sizes[stored] * count for stored, count in self._weights)
-        return round(parameters), round(macs)
-
-
-def affordable(
-    activities: Sequence[Tensor], widths: Sequence[int], round_to: int, fits: Callable[[list[int]], bool]
-) -> list[int]:
-    """How many removable neurons of each layer go until the model `fits` without them: as few as possible.
-
-    `activities` are those of each layer's removable neurons, ascending. The neurons of all layers are ranked by
-    activity; among equals, the first layer and the lowest index stay. With `round_to` above 1, as many neurons go at
-    once as it takes to reach the next multiple, ranked by the strongest. `fits` gets the numbers that go.
-    """
-    steps = []
-    for layer, (activity, width) in enumerate(zip(activities, widths, strict=True)):
-        gone = 0
-        for count in range(width % round_to or round_to, len(activity) + 1, round_to):
-            steps.append((float(activity[count - 1]), -layer, count, count - gone))
-            gone = count
-    steps.sort()
-
-    def counts(number: int) -> list[int]:
-        gone = [0] * len(widths)
-        for _, layer, _, size in steps[:number]:
-            gone[-layer] += size
-        return gone
-
-    return counts(bisect_left(range(len(steps)), True, key=lambda number: fits(counts(number))))
-
-
 # --- The decision
 
 
@@ -345,6 +296,7 @@ class Decision:
     observation: Observation
     layers: tuple[LayerDecision, ...]
     compensate: bool  # whether the mean contribution of removed neurons is added to the next layers
+    predicted_increase: float | None = None  # of the loss, by the removed neurons' saliency; None: another criterion
     reconstructions: tuple[Reconstruction | None, ...] = ()  # of each value
 
     @cached_property
@@ -380,45 +332,102 @@ def decide(observation: Observation, settings: PruningSettings, size: ModelSize)
     alone = [
         _decide_alone(group, activity[group.numbers], observation, settings) for group in observation.neurons.groups
     ]
-    counts = [len(weakest_first) for _, weakest_first in alone]
-    if settings.target_parameters is not None or settings.target_macs is not None:
+    orders = [weakest_first for _, weakest_first in alone]
+    counts, predicted = [len(each) for each in orders], None
+    is_saliency = settings.criterion == "saliency"
+    if is_saliency or settings.target_parameters is not None or settings.target_macs is not None:
+        remaining = size.removing(orders)
+        budget = _budget(observation, settings) if is_saliency else math.inf
+        steps = _ranked(alone, remaining, settings, _goal(observation, settings), budget)
+        counts, predicted = remaining.gone, steps[-1].activity if is_saliency else None
+    layers = []
+    for (decision, weakest_first), count in zip(alone, counts, strict=True):
+        pruned = weakest_first[:count].sort().values
+        if is_saliency:
+            marked = torch.zeros_like(decision.marked)
+            marked[pruned] = True
+            layers.append(replace(decision, inactive=marked, marked=marked, pruned=pruned, kept_by=KeptBy()))
+        else:
+            kept_by = replace(decision.kept_by, budget=len(weakest_first) - count)
+            layers.append(replace(decision, pruned=pruned, kept_by=kept_by))
+    return Decision(observation, tuple(layers), settings.compensate, predicted_increase=predicted)
 
-        def fits(counts: Sequence[int]) -> bool:
-            parameters, macs = size.at(_decision(alone, counts, observation, settings).keep)
-            return parameters <= (settings.target_parameters or math.inf) and macs <= (settings.target_macs or math.inf)
 
-        counts = affordable(
-            [decision.activity[weakest_first] for decision, weakest_first in alone],
-            [decision.group.width for decision, _ in alone],
-            settings.round_to,
-            fits,
-        )
-    return _decision(alone, counts, observation, settings)
-
-
-def _decision(
-    alone: Sequence[tuple[LayerDecision, Tensor]], counts: Sequence[int], observation: Observation,
-    settings: PruningSettings,
-) -> Decision:  # fmt: skip
-    """The decision in which as many of each layer's weakest neurons go as `counts` says."""
-    layers = [
-        replace(
-            decision,
-            pruned=weakest_first[:count].sort().values,
-            kept_by=replace(decision.kept_by, budget=len(weakest_first) - count),
-        )
-        for (decision, weakest_first), count in zip(alone, counts, strict=True)
+def curve(observation: Observation, settings: PruningSettings, size: ModelSize) -> list[RankedStep]:
+    """What is left, and the predicted increase of the loss, along the whole ranking."""
+    activity = activities(settings.criterion, observation)
+    alone = [
+        _decide_alone(group, activity[group.numbers], observation, settings) for group in observation.neurons.groups
     ]
-    return Decision(observation, tuple(layers), settings.compensate)
+    return _ranked(alone, size.removing([order for _, order in alone]), settings)
+
+
+def _ranked(
+    alone: Sequence[tuple[LayerDecision, Tensor]],
+    remaining: RemainingSize,
+    settings: PruningSettings,
+    goal: tuple[float, float] = (0, 0),
+    budget: float = math.inf,
+) -> list[RankedStep]:
+    """Take neurons from `remaining`, by rank over all layers, until the goal or the budget is reached."""
+    return rank(
+        [decision.activity[order] for decision, order in alone],
+        remaining,
+        settings.round_to,
+        settings.resource or ("macs" if settings.criterion == "saliency" else None),
+        lambda left: left.parameters <= goal[0] and left.macs <= goal[1],
+        budget,
+    )
+
+
+def _goal(observation: Observation, settings: PruningSettings) -> tuple[float, float]:
+    """The parameters and multiply-accumulates at which this check stops; 0 without any target.
+
+    With several `target_steps`, each check takes away the same share of what is there.
+    """
+    targets = settings.target_parameters, settings.target_macs
+    if targets == (None, None):
+        return 0, 0
+    share_of_way = min(1.0, (observation.checks + 1) / settings.target_steps)
+    goal = []
+    for target, original in zip(targets, observation.original_size, strict=True):
+        final = math.inf
+        if target is not None:
+            final = target * original if isinstance(target, float) else target
+            if final < original:
+                final = original * (final / original) ** share_of_way
+        goal.append(final)
+    return goal[0], goal[1]
+
+
+def _budget(observation: Observation, settings: PruningSettings) -> float:
+    """The increase of the loss that this check may predict."""
+    budget, loss = settings.loss_budget, observation.saliency.mean_loss
+    if budget is None:
+        has_target = settings.target_parameters is not None or settings.target_macs is not None
+        if has_target:
+            return math.inf
+        budget = DEFAULT_LOSS_BUDGET
+    if loss is None:
+        raise RuntimeError(
+            "prune: the loss is not known, of which loss_budget is a share; compute it by fused_kd_l1_loss with "
+            "pruner.activations, or pass your own to pruner.activations.observe(loss)"
+        )
+    return budget * loss
 
 
 def _decide_alone(
     group: NeuronGroup, activity: Tensor, observation: Observation, settings: PruningSettings
 ) -> tuple[LayerDecision, Tensor]:
-    """The decision about one layer without a budget, and the neurons that it removes, weakest first."""
-    inactive = activity < (1.0 if settings.criterion == "dead" else settings.threshold)
-    inactive_checks = torch.where(inactive, observation.inactive_checks[group.numbers] + 1, 0)
-    marked = inactive_checks >= settings.patience
+    """The decision about one layer without a ranking over all layers, and the neurons that may go, weakest first."""
+    if settings.criterion == "saliency":  # any neuron may go; the ranking decides
+        inactive = torch.ones_like(activity, dtype=torch.bool)
+        inactive_checks = torch.zeros_like(observation.inactive_checks[group.numbers])
+        marked = inactive
+    else:
+        inactive = activity < (1.0 if settings.criterion == "dead" else settings.threshold)
+        inactive_checks = torch.where(inactive, observation.inactive_checks[group.numbers] + 1, 0)
+        marked = inactive_checks >= settings.patience
     limits = {name: getattr(settings, name) for name in ("minimum_width", "maximum_share", "round_to")}
     weakest_first, kept_by = removable(marked, activity, **limits)
     return LayerDecision(group, activity, inactive, marked, inactive_checks, weakest_first, kept_by), weakest_first

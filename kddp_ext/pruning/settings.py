@@ -13,16 +13,20 @@ from torch import Tensor
 
 from kddp_ext.activations.statistics import NeuronStatistics
 from kddp_ext.loss.settings import check_number
+from kddp_ext.pruning.ranking import Resource
 
-CRITERIA = ("contribution", "mean_activation", "apoz", "dead")
+CRITERIA = ("contribution", "mean_activation", "apoz", "dead", "saliency")
 
 Criterion = Callable[[NeuronStatistics, Tensor], Tensor]
 """A function that gives each of a layer's H neurons an activity, (H,), finite and not negative.
 
 The higher the activity, the more is lost with the neuron. Its arguments, both on the CPU, are the sums over the samples
 since the last check and ‖W2[:,j]‖₂ of the weights that read each neuron, (H,) float64. The built-in criteria give
-activities in [0, 1]; docs/pruning.md compares them.
+activities in [0, 1], except "saliency"; docs/pruning.md compares them.
 """
+
+RESOURCES = ("macs", "parameters")
+DEFAULT_LOSS_BUDGET = 0.01  # of criterion "saliency" without a target
 
 Streams = Literal["exact", "all"]
 """Whether neurons are pruned that a normalisation, such as LayerNorm, computes together ("all") or not ("exact")."""
@@ -45,8 +49,11 @@ class PruningSettings:
     minimum_width: int = 1
     round_to: int = 1
     maximum_share: float = 1.0
-    target_parameters: int | None = None
-    target_macs: int | None = None
+    target_parameters: int | float | None = None
+    target_macs: int | float | None = None
+    target_steps: int = 1
+    resource: str | Resource | None = None
+    loss_budget: float | None = None
     compensate: bool = True
     reconstruction_samples: int = 256
 
@@ -62,9 +69,24 @@ class PruningSettings:
         highest = 1.0 if isinstance(self.criterion, str) else sys.float_info.max
         object.__setattr__(self, "threshold", _positive("threshold", self.threshold, at_most=highest))
         object.__setattr__(self, "maximum_share", _positive("maximum_share", self.maximum_share, at_most=1.0))
-        for name in ("patience", "minimum_width", "round_to", "target_parameters", "target_macs"):
-            if not (name.startswith("target") and getattr(self, name) is None):
-                object.__setattr__(self, name, whole_number(name, getattr(self, name), at_least=1))
+        for name in ("patience", "minimum_width", "round_to", "target_steps"):
+            object.__setattr__(self, name, whole_number(name, getattr(self, name), at_least=1))
+        for name in ("target_parameters", "target_macs"):
+            object.__setattr__(self, name, _target(name, getattr(self, name)))
+        if self.resource not in (None, *RESOURCES) and not callable(self.resource):
+            raise ValueError(
+                f"resource: expected {', '.join(RESOURCES)}, a function of the widths by layer, or None, got "
+                f"{self.resource!r}"
+            )
+        if self.loss_budget is not None:
+            if self.criterion != "saliency":
+                raise ValueError(
+                    f"loss_budget: expected None with criterion {self.criterion!r}, since only 'saliency' predicts the "
+                    f"loss, got {self.loss_budget!r}"
+                )
+            object.__setattr__(
+                self, "loss_budget", _positive("loss_budget", self.loss_budget, at_most=sys.float_info.max)
+            )
         samples = whole_number("reconstruction_samples", self.reconstruction_samples, at_least=0)
         object.__setattr__(self, "reconstruction_samples", samples)
 
@@ -90,6 +112,17 @@ class Schedule:
             raise ValueError(f"start: {self.start} delays the checks that step() makes, but interval is None")
         if self.l1_warmup and not self.l1_weight:
             raise ValueError(f"l1_warmup: l1_weight rises over {self.l1_warmup} steps, but it is 0")
+
+
+def _target(name: str, value: object) -> int | float | None:
+    """A number of at least 1, or a share of the model's size: a float of at most 1."""
+    if value is None:
+        return None
+    if not isinstance(value, float):
+        return whole_number(name, value, at_least=1)
+    if not 0 < value <= 1:
+        raise ValueError(f"{name}: expected a whole number, or a share above 0 and at most 1, got {value!r}")
+    return value
 
 
 def whole_number(name: str, value: object, *, at_least: int) -> int:

@@ -12,11 +12,12 @@ from torch import Tensor, nn
 
 from kddp_ext.activations.statistics import NeuronStatistics
 from kddp_ext.pruning.history import PruningHistory
+from kddp_ext.pruning.saliency import Saliency
 from kddp_ext.pruning.selection import Decision, Observation, check_statistics, norms_of_reader
 from kddp_ext.pruning.settings import PruningSettings, Streams
 from kddp_ext.pruning.tracing.structure import PrunableNeurons, ReadValue, count_neurons
 
-STATE_VERSION = 3
+STATE_VERSION = 4
 
 
 @dataclass(frozen=True, eq=False)
@@ -27,20 +28,38 @@ class PrunerState:
     statistics: tuple[NeuronStatistics, ...]  # of each value since the last check, on the device of the activations
     inactive_checks: Tensor  # (N,) int64, the number of consecutive checks at which the neuron was inactive
     history: PruningHistory
-    first_scales: Tensor | None = None  # (2, N) float64, `Observation.scales` at the first check
+    first_scales: Tensor | None  # (2, N) float64, `Observation.scales` at the first check; None before it
+    saliency: Saliency  # of all neurons since the last check
+    original_size: tuple[int, int]  # parameters and multiply-accumulates before any pruning
+    checks: int = 0  # the number of prunes, those that removed nothing included
+    predicted: tuple[float, float] | None = None  # the loss before the latest prune, and the predicted increase
     steps: int = 0  # the number of calls of `step()`
 
     @classmethod
     def fresh(
-        cls, model: nn.Module, neurons: PrunableNeurons, settings: PruningSettings, streams: Streams
+        cls,
+        model: nn.Module,
+        neurons: PrunableNeurons,
+        settings: PruningSettings,
+        streams: Streams,
+        size: tuple[int, int],
+        history: PruningHistory | None = None,
     ) -> PrunerState:
-        """The state of a pruner before any observation."""
+        """The state of a pruner before any observation, for a model that was pruned as `history` says."""
         devices = {reader.value: reader.weight.of(model).device for reader in neurons.readers}
         statistics = tuple(
             _fresh_statistics(value, devices[index], settings) for index, value in enumerate(neurons.values)
         )
-        history = PruningHistory({group.name: group.width for group in neurons.groups}, streams=streams)
-        return cls(neurons, statistics, torch.zeros(neurons.number, dtype=torch.int64, device="cpu"), history)
+        widths = {group.name: group.width for group in neurons.groups}
+        if history is None:
+            history = PruningHistory(widths, streams=streams)
+        elif (history.widths, history.streams) != (widths, streams):
+            raise ValueError(
+                f"history: it ends with widths {history.widths} and streams={history.streams!r}, but the pruner has "
+                f"{widths} and {streams!r}"
+            )
+        checks = torch.zeros(neurons.number, dtype=torch.int64, device="cpu")
+        return cls(neurons, statistics, checks, history.copy(), None, Saliency(neurons.number), size)
 
     @property
     def widths(self) -> dict[str, int]:
@@ -61,6 +80,10 @@ class PrunerState:
             self.inactive_checks,
             tuple(torch.tensor(self.history.kept(group.name), device="cpu") for group in neurons.groups),
             self.first_scales,
+            self.saliency.on_cpu(),
+            self.original_size,
+            self.checks,
+            self.predicted,
         )
 
     def after(self, decision: Decision, settings: PruningSettings) -> PrunerState:
@@ -74,7 +97,19 @@ class PrunerState:
             for value, each in zip(neurons.values, self.statistics, strict=True)
         )
         checks = torch.cat([layer.inactive_checks for layer in decision.layers])[keep]
-        return PrunerState(neurons, statistics, checks, history, scales[:, keep], self.steps)
+        loss, predicted = observation.saliency.mean_loss, decision.predicted_increase
+        return PrunerState(
+            neurons,
+            statistics,
+            checks,
+            history,
+            scales[:, keep],
+            Saliency(neurons.number),
+            self.original_size,
+            self.checks + 1,
+            None if loss is None or predicted is None else (loss, predicted),
+            self.steps,
+        )
 
     def to_dict(self) -> dict[str, Any]:
         """The state as plain tensors, numbers and strings."""
@@ -82,6 +117,10 @@ class PrunerState:
             "version": STATE_VERSION,
             "history": self.history.to_json(),
             "steps": self.steps,
+            "checks": self.checks,
+            "original_size": list(self.original_size),
+            "predicted": None if self.predicted is None else list(self.predicted),
+            "saliency": self.saliency.state_dict(),
             "statistics": {
                 name: each.state_dict() for name, each in zip(self.neurons.value_names, self.statistics, strict=True)
             },
@@ -98,7 +137,7 @@ class PrunerState:
         version = state.get("version") if isinstance(state, Mapping) else None
         if version != STATE_VERSION:
             raise ValueError(f"state: expected the state of a DynamicPruner, version {STATE_VERSION}, got {version!r}")
-        missing = {"history", "steps", "statistics", "inactive_checks", "first_scales"} - state.keys()
+        missing = self.to_dict().keys() - state.keys()
         if missing:
             raise ValueError(f"state: {', '.join(sorted(missing))} missing")
         history = PruningHistory.from_json(state["history"])
@@ -108,9 +147,9 @@ class PrunerState:
                 f"has {self.widths} and {self.history.streams!r}; replay the state's history on a fresh model before "
                 "making the pruner"
             )
-        steps = state["steps"]
-        if not isinstance(steps, int) or steps < 0:
-            raise ValueError(f"state: expected steps as a whole number of at least 0, got {steps!r}")
+        for name in ("steps", "checks"):
+            if not isinstance(state[name], int) or state[name] < 0:
+                raise ValueError(f"state: expected {name} as a whole number of at least 0, got {state[name]!r}")
         checks = [self._saved(state, "inactive_checks", group.name, (group.width,)) for group in self.neurons.groups]
         scales = None
         if state["first_scales"]:
@@ -122,8 +161,18 @@ class PrunerState:
                 raise ValueError(f"state: the statistics of {name} are missing")
             statistics.append(copy.deepcopy(each))
             statistics[-1].load_state_dict(state["statistics"][name])
+        parameters, macs = state["original_size"]
         return PrunerState(
-            self.neurons, tuple(statistics), torch.cat(checks).to("cpu", torch.int64, copy=True), history, scales, steps
+            self.neurons,
+            tuple(statistics),
+            torch.cat(checks).to("cpu", torch.int64, copy=True),
+            history,
+            scales,
+            self.saliency.restored(state["saliency"]),
+            (int(parameters), int(macs)),
+            state["checks"],
+            None if state["predicted"] is None else tuple(state["predicted"]),
+            state["steps"],
         )
 
     @staticmethod

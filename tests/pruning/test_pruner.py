@@ -268,9 +268,14 @@ def test_streams_and_heads_are_observed_where_they_are_read_and_resume():
 @pytest.mark.parametrize(
     ("changes", "reason"),
     [
-        ({"version": 2}, "state: expected the state of a DynamicPruner, version 3, got 2"),
+        ({"version": 3}, "state: expected the state of a DynamicPruner, version 4, got 3"),
         ([], "state: expected the state of a DynamicPruner"),
-        ("version alone", "state: first_scales, history, inactive_checks, statistics, steps missing"),
+        (
+            "version alone",
+            "state: checks, first_scales, history, inactive_checks, original_size, predicted, saliency, ",
+        ),
+        ({"checks": None}, "state: expected checks as a whole number of at least 0, got None"),
+        ({"saliency": {}}, r"state: expected saliency\['squares'\] of shape \(8,\), got None"),
         ({"steps": -1}, "state: expected steps as a whole number of at least 0, got -1"),
         ({"first_scales": {"0": torch.zeros(2, 3)}}, r"expected first_scales of the 8 neurons of 0, got \(2, 3\)"),
         ({"history": "nonsense"}, "expected the JSON of a pruning history"),
@@ -287,7 +292,7 @@ def test_a_wrong_state_is_refused_and_changes_nothing(changes, reason):
     before = pruner._state
     state = {**pruner.state_dict(), **changes} if isinstance(changes, dict) else changes
     if changes == "version alone":
-        state = {"version": 3}
+        state = {"version": 4}
     with pytest.raises(ValueError, match=reason):
         pruner.load_state_dict(state)
     assert pruner._state is before
@@ -327,7 +332,15 @@ def default_device(device):
         torch.set_default_device(None)
 
 
-@pytest.mark.parametrize("options", [{}, {"reconstruction_samples": 0}, {"criterion": lambda s, outgoing: s.std}])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"reconstruction_samples": 0},
+        {"criterion": lambda s, outgoing: s.std},
+        {"criterion": "saliency", "target_macs": 0.5},
+    ],
+)
 def test_a_default_device_changes_nothing(options):
     """ "meta" stands for a GPU: tensors that are made there by mistake have no values."""
     widths = []
@@ -338,8 +351,10 @@ def test_a_default_device_changes_nothing(options):
         inputs = torch.randn(40, 2, 4, generator=torch.Generator().manual_seed(9))
         with default_device(device):
             pruner = make_pruner(model, example_inputs=(inputs[:2],), threshold=0.5, **options)
-            model(inputs)
-            pruner.activations.observe()
+            for _ in range(2):
+                loss = model(inputs).square().mean()
+                pruner.activations.observe()
+                loss.backward()
             preview, report = pruner.preview(), pruner.prune()
         assert preview.layers[0].width_after == report.layers[0].width_after
         assert all(parameter.device.type == "cpu" for parameter in model.parameters())

@@ -11,15 +11,10 @@ from torch import nn
 
 from kddp_ext import KeptBy, NeuronStatistics
 from kddp_ext.activations.layout import Layout
-from kddp_ext.pruning.selection import (
-    ModelSize,
-    Observation,
-    activities,
-    affordable,
-    decide,
-    outgoing_norms,
-    removable,
-)
+from kddp_ext.pruning.model_size import ModelSize
+from kddp_ext.pruning.ranking import rank
+from kddp_ext.pruning.saliency import Saliency
+from kddp_ext.pruning.selection import Observation, activities, decide, outgoing_norms, removable
 from kddp_ext.pruning.tracing.find import find_neurons
 from kddp_ext.pruning.tracing.structure import NeuronGroup, PrunableNeurons, Reader, ReadValue, StoredTensor
 
@@ -45,7 +40,8 @@ def observation(*values):
         (NeuronGroup("0", ("0",), 0, width),), {}, values=tuple(read), readers=tuple(readers)
     )  # fmt: skip
     checks, original = torch.zeros(width, dtype=torch.int64), (torch.arange(width),)
-    return Observation(neurons, tuple(statistics), tuple(outgoing), checks, original, None)
+    rest = None, Saliency(width), (0, 0), 0, None
+    return Observation(neurons, tuple(statistics), tuple(outgoing), checks, original, *rest)
 
 
 def test_criteria_follow_their_formulas():
@@ -306,40 +302,73 @@ def test_a_missing_weight_is_named():
 # --- the budget
 
 
-def one_by_one(values, widths, round_to, fits):
-    """Remove the weakest group until the model fits; a group reaches the next multiple, and ranks as its strongest."""
+def one_by_one(values, orders, size, round_to, resource, target):
+    """Remove the step of the lowest score until the target is met; every size is that of the whole model."""
+    widths = [group.width for group in size.neurons.groups]
+
+    def measure(gone):
+        mask = torch.ones(size.neurons.number, dtype=torch.bool)
+        for group, order, count in zip(size.neurons.groups, orders, gone, strict=True):
+            mask[group.numbers][order[:count]] = False
+        return size.at(mask)
+
     gone = [0] * len(widths)
-    while not fits(gone):
-        groups = []
+    while measure(gone)[1] > target:
+        steps = []
         for layer, (activity, width, count) in enumerate(zip(values, widths, gone, strict=True)):
             after = count + ((width - count) % round_to or round_to)
-            if after <= len(activity):
-                groups.append((float(activity[after - 1]), -layer, after))
-        if not groups:
+            if after > len(activity):
+                continue
+            score, spent = float(activity[after - 1]), float(activity[count:after].sum())
+            if resource is not None:
+                before, less = measure(gone), measure([*gone[:layer], after, *gone[layer + 1 :]])
+                saved = {"parameters": before[0] - less[0], "macs": before[1] - less[1]}
+                saved["a function"] = after - count
+                score = spent / saved[resource]
+            steps.append((score, -layer, after))
+        if not steps:
             break
-        _, layer, after = min(groups)
+        _, layer, after = min(steps)
         gone[-layer] = after
     return gone
 
 
-@st.composite
-def removables(draw):
-    widths = draw(st.lists(st.integers(1, 12), min_size=1, max_size=4))
-    levels = st.sampled_from([0.0, 0.1, 0.1, 0.2, 0.5])
-    values = [sorted(draw(st.lists(levels, max_size=width - 1))) for width in widths]
-    return widths, [torch.tensor(each, dtype=torch.float64) for each in values]
+@settings(deadline=None, max_examples=60)
+@given(
+    seed=st.integers(0, 2**32 - 1),
+    removable=st.tuples(*(st.integers(0, width - 1) for width in WIDTHS)),
+    resource=st.sampled_from([None, "parameters", "macs", "a function"]),
+    round_to=st.integers(1, 4),
+    target=st.integers(0, built_size(WIDTHS)[1]),
+)
+def test_the_ranking_takes_the_lowest_score_at_each_step(seed, removable, resource, round_to, target):
+    size, generator = size_of(make_model()), torch.Generator().manual_seed(seed)
+    orders = [
+        torch.randperm(width, generator=generator)[:count] for width, count in zip(WIDTHS, removable, strict=True)
+    ]
+    values = [torch.rand(count, generator=generator, dtype=torch.float64).sort().values for count in removable]
+    remaining = size.removing(orders)
+    function = (lambda widths: sum(widths.values())) if resource == "a function" else resource
+    steps = rank(values, remaining, round_to, function, lambda left: left.macs <= target)
+    assert remaining.gone == one_by_one(values, orders, size, round_to, resource, target)
+    kept = keep(size.neurons, WIDTHS)
+    for group, order, count in zip(size.neurons.groups, orders, remaining.gone, strict=True):
+        kept[group.numbers][order[:count]] = False
+    assert (steps[-1].parameters, steps[-1].macs) == size.at(kept)
+    spent = sum(float(value[:count].sum()) for value, count in zip(values, remaining.gone, strict=True))
+    assert steps[-1].activity == pytest.approx(spent)
 
 
-@settings(deadline=None)
-@given(layers=removables(), target=st.integers(0, 150), round_to=st.integers(1, 4))
-def test_as_few_as_possible_go_weakest_first(layers, target, round_to):
-    widths, values = layers
-
-    def fits(gone):  # the elements of the weights between neighbouring layers
-        left = [width - count for width, count in zip(widths, gone, strict=True)]
-        return sum(a * b for a, b in zip([2, *left], [*left, 3], strict=True)) <= target
-
-    assert affordable(values, widths, round_to, fits) == one_by_one(values, widths, round_to, fits)
+def test_the_ranking_stops_before_it_exceeds_the_budget():
+    size = size_of(make_model())
+    orders = [torch.arange(width - 1) for width in WIDTHS]
+    values = [torch.linspace(0, 1, width - 1, dtype=torch.float64) for width in WIDTHS]
+    everything = rank(values, size.removing(orders), 1, "macs", lambda left: False)
+    half = everything[len(everything) // 2].activity
+    assert (
+        rank(values, size.removing(orders), 1, "macs", lambda left: False, half)
+        == everything[: len(everything) // 2 + 1]
+    )
 
 
 def budgeted(**options):

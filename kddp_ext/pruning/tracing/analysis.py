@@ -206,7 +206,7 @@ class Analysis:
             if key not in indices:
                 layout, units = _layout(labels, axis)
                 indices[key] = len(values)
-                values.append(ReadValue(call.module, layout, value.dim(), self._neuron_of[units], dropouts))
+                values.append(ReadValue(call.module, layout, value.dim(), self._neuron_of[units], dropouts, len(value)))
             shift = self._shift(read, call.module)
             readers.append(
                 Reader(call.module, read.weight, read.weight_axis, indices[key], shift, read.padded, read.groups)

@@ -97,6 +97,7 @@ class ReadValue:
 
     Its dimension `layout.axis` has outer · units · inner entries. A unit is a neuron, or a part of one where a neuron
     has several entries that do not follow a pattern. `neurons` are the numbers of the units' neurons, (units,) int64.
+    `rows` is the size of its first dimension in the trace.
     """
 
     module: str
@@ -104,6 +105,7 @@ class ReadValue:
     dimensions: int
     neurons: Tensor
     dropouts: tuple[str, ...] = ()
+    rows: int = 1
 
     @property
     def units(self) -> int:
