@@ -15,11 +15,10 @@ from torch import Tensor
 import kddp_ext
 from benchmarks.settings import Settings
 from benchmarks.timing import Step, in_turns
-from kddp_ext.workflow.datasets import INFO
 from kddp_ext.workflow.errors import WorkflowError
-from kddp_ext.workflow.inspect import find_models
 from kddp_ext.workflow.measure import count_macs, count_parameters
 from kddp_ext.workflow.runtime import Runtime
+from kddp_ext.workflow.saved_models import find_models
 
 TOLERANCE = 1e-3  # of the largest logit; float32 sums in another order differ by about 1e-6
 
@@ -49,12 +48,12 @@ def compare_latencies(paths: Sequence[Path], batches: Sequence[int], settings: S
     results, steps = [], {}
     with tempfile.TemporaryDirectory() as folder:
         for index, saved in enumerate(saved for path in paths for saved in find_models(path)):
-            info = INFO[saved.config.dataset]
+            info = saved.info
             generator = torch.Generator().manual_seed(0)
             images = torch.randn(max(2, *batches), info.channels, info.size, info.size, generator=generator)
             inputs = {batch: images[:batch].contiguous(memory_format=torch.channels_last) for batch in batches}
             # The workflow trains in channels-last layout. ONNX Runtime has a layout of its own.
-            model = Runtime("cpu", "float32").place(saved.load(images[:2].clone()).eval().requires_grad_(False))
+            model = Runtime("cpu", "float32").place(saved.load().eval().requires_grad_(False))
             result: dict[str, Any] = {
                 "path": str(saved.path),
                 "parameters": count_parameters(model),

@@ -53,3 +53,15 @@ def gather_slices(
     compensation: _Compensation,
     threads: int,
 ) -> None: ...
+def gradient_products(
+    activation: int,
+    gradient: int,
+    element_type: int,
+    mean: int,
+    products: int,
+    samples: int,
+    before: int,
+    entries: int,
+    after: int,
+    threads: int,
+) -> None: ...

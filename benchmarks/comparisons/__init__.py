@@ -10,11 +10,13 @@ from benchmarks.comparisons import (
     compaction,
     divergences,
     fused_linear,
+    gradient_products,
     loss,
     memory,
     neuron_statistics,
     prune_step,
     pruning,
+    saliency_step,
     threads,
 )
 from benchmarks.settings import Settings
@@ -43,7 +45,9 @@ COMPARISONS = {
     "statistics": Comparison(neuron_statistics.measure, neuron_statistics.tables),
     "divergences": Comparison(divergences.measure, divergences.tables),
     "fused-linear": Comparison(fused_linear.measure, fused_linear.tables),
+    "gradient-products": Comparison(gradient_products.measure, gradient_products.tables),
     "compaction": Comparison(compaction.measure, compaction.tables, ("default", "warm")),
     "pruning": Comparison(pruning.measure, pruning.tables, ("default", "warm")),
     "prune-step": Comparison(prune_step.measure, prune_step.tables),
+    "saliency-step": Comparison(saliency_step.measure, saliency_step.tables, ("warm",)),
 }

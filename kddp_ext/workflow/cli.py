@@ -18,8 +18,20 @@ from typing import Annotated, Any, Generic, NoReturn, TypeVar, get_args
 import tyro
 from rich.console import Console
 
-from kddp_ext.workflow.config import Dataset, Device, Preset, RunConfig, SweepConfig, preset
+from kddp_ext.workflow.config import (
+    FOLDER_SIZE,
+    Dataset,
+    Device,
+    Preset,
+    RunConfig,
+    ShrinkConfig,
+    SweepConfig,
+    for_own_networks,
+    preset,
+)
+from kddp_ext.workflow.config_file import read_settings, run_with_settings, sweep_with_settings
 from kddp_ext.workflow.errors import OptionError, WorkflowError
+from kddp_ext.workflow.image_files import find_images
 
 Config = TypeVar("Config", RunConfig, SweepConfig)
 
@@ -28,8 +40,11 @@ kddp: train a small neural network with the help of a large one, and remove the 
 
   kddp run         train a teacher, then a student alone, with KD, and with KDDP; write a report
   kddp sweep       the same for several seeds, widths and penalty weights, in one report
+  kddp shrink      make a trained network smaller, while it is distilled from what it was
   kddp report      write the report of a run again, from the trainings that are finished
   kddp evaluate    measure the test accuracy of a run, or of one student file
+  kddp predict     classify image files with a student
+  kddp export      write a student as ONNX, torch.export program or state dict
   kddp info        show what a run or a student file is: accuracy, size, what was pruned, settings
 
 Start with `kddp run`. It uses small scanned digits, needs no download, and takes less than a minute.
@@ -37,8 +52,11 @@ Start with `kddp run`. It uses small scanned digits, needs no download, and take
 """
 _SYSTEM_ERROR, _USAGE_ERROR = 1, 2
 
-_DATA_HELP = "Folder of the data set, or its parent. Default: download the data set once."
+_DATA_HELP = "Folder of the data set, or its parent. Default: that of the run, or download the data set once."
 DataDir = Annotated[Path | None, tyro.conf.arg(metavar="DIR", help=_DATA_HELP, help_behavior_hint="")]
+
+OutputFile = Annotated[Path | None, tyro.conf.arg(metavar="FILE", help_behavior_hint="")]
+OwnNetwork = Annotated[str, tyro.conf.arg(metavar="MODULE:FUNCTION", help_behavior_hint="")]
 
 
 @dataclass(frozen=True)
@@ -46,11 +64,13 @@ class TrainCommand(Generic[Config]):
     """The options of `kddp run` and `kddp sweep`."""
 
     config: Annotated[Config, tyro.conf.arg(name="")]
+    settings_file: Annotated[Path | None, tyro.conf.arg(name="config", metavar="FILE", help_behavior_hint="")] = None
+    """Settings from a file: a run's config.json, or your own .toml, .yaml or .json. Other options override it."""
     name: Annotated[str, tyro.conf.arg(metavar="NAME", help_behavior_hint="")] = ""
-    """Name of the run and of its folder. Default: the data set, and the preset or "sweep"."""
+    """Name of the run and of its folder. Default: the data set, and the preset or "sweep"; with --config, the name of
+    the file, or that of the run that wrote it with "-again"."""
     runs_dir: Annotated[Path, tyro.conf.arg(metavar="DIR")] = Path("runs")
     """Folder that contains the runs' folders."""
-    data_dir: DataDir = None
     teacher_from: Annotated[Path | None, tyro.conf.arg(metavar="DIR", help_behavior_hint="")] = None
     """Folder of a run whose finished teacher is used. Its teacher's settings must be the same."""
     resume: Annotated[bool, tyro.conf.arg(help_behavior_hint="")] = False
@@ -121,8 +141,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _dispatch(arguments: list[str]) -> int:
     """Run the command that the arguments name; returns the exit code."""
     name, *options = arguments or [""]
-    if name in ("run", "sweep"):
-        (_run if name == "run" else _sweep)(options)
+    if name in ("run", "sweep", "shrink"):
+        {"run": _run, "sweep": _sweep, "shrink": _shrink}[name](options)
     elif name in _COMMANDS:
         action = tyro.cli(_COMMANDS[name], args=options, prog=f"kddp {name}", config=_TYRO)
         action()
@@ -134,7 +154,7 @@ def _dispatch(arguments: list[str]) -> int:
 
         print(f"kddp {__version__}")
     else:
-        _print_error(f"kddp: there is no command {name!r}; use run, sweep, {', '.join(_COMMANDS)}")
+        _print_error(f"kddp: there is no command {name!r}; use run, sweep, shrink, {', '.join(_COMMANDS)}")
         return _USAGE_ERROR
     return 0
 
@@ -150,33 +170,50 @@ _SWEEP = (
     "processes started with --resume while it runs share the work. report.md in its folder has the tables and a "
     "picture."
 )
+_SHRINK = (
+    "Make a trained network smaller: remove the neurons of all layers whose removal costs the loss least for what it "
+    "saves, and train the rest with the logits of what the network was. The result is runs/NAME/student."
+)
 
 
 def _run(arguments: list[str]) -> None:
-    default = TrainCommand(_chosen_preset(arguments))
+    path, settings = _settings_file(arguments)
+    config = _chosen_preset(arguments, settings)
+    default = TrainCommand(config if path is None else run_with_settings(config, settings, path))
     command = tyro.cli(
         TrainCommand[RunConfig], prog="kddp run", description=_RUN, args=arguments, default=default, config=_TYRO
     )
     suffix = "" if command.config.preset == "default" else f"-{command.config.preset}"
-    _train(command, SweepConfig.single(command.config), command.config.dataset + suffix)
+    _train(command, SweepConfig.single(command.config), suffix)
 
 
 def _sweep(arguments: list[str]) -> None:
+    path, settings = _settings_file(arguments)
+    run = _chosen_preset(arguments, settings)
+    own = bool(run.student.network)
     config = SweepConfig(
-        run=_chosen_preset(arguments),
+        run=run,
         seeds=(0, 1, 2),
-        widths=(16, 64, 256),
+        widths=() if own else (16, 64, 256),
         l1_weights=(3e-4, 1e-3, 3e-3, 1e-2),
-        retrain=True,
+        retrain=not own,
     )
-    default = TrainCommand(config)
+    default = TrainCommand(config if path is None else sweep_with_settings(config, settings, path))
     command = tyro.cli(
         TrainCommand[SweepConfig], prog="kddp sweep", description=_SWEEP, args=arguments, default=default, config=_TYRO
     )
-    _train(command, command.config, f"{command.config.run.dataset}-sweep")
+    _train(command, command.config, "-sweep")
 
 
-def _train(command: TrainCommand[Any], sweep: SweepConfig, default_name: str) -> None:
+def _default_name(config: RunConfig, settings_file: Path | None, suffix: str) -> str:
+    """The name of the file of settings, or that of the run that wrote it; else that of the data set or its folder."""
+    if settings_file is not None:
+        written_by_run = settings_file.name == "config.json"
+        return f"{settings_file.resolve().parent.name}-again" if written_by_run else settings_file.stem
+    return (config.dataset if config.dataset != "folder" else Path(config.data_dir).resolve().name or "images") + suffix
+
+
+def _train(command: TrainCommand[Any], sweep: SweepConfig, suffix: str) -> None:
     if command.threads < 0:
         raise OptionError("threads", "a number of at least 0", command.threads)
     # Torch and matplotlib load here, so that --help and a mistyped option do not wait for them.
@@ -191,14 +228,65 @@ def _train(command: TrainCommand[Any], sweep: SweepConfig, default_name: str) ->
     prepare_process()
     with process_group(use_gpus=command.device != "cpu"):
         run_sweep(
-            command.runs_dir / (command.name or default_name),
+            command.runs_dir / (command.name or _default_name(sweep.run, command.settings_file, suffix)),
             sweep,
             Output(),
-            data_dir=command.data_dir,
             resume=command.resume,
             device=command.device,
             teacher_from=command.teacher_from,
             tensorboard=command.tensorboard,
+        )
+
+
+@dataclass(frozen=True)
+class ShrinkCommand:
+    """The options of `kddp shrink`."""
+
+    source: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="MODEL")]
+    """Folder of a finished training, such as runs/first/teacher, or a student.safetensors file."""
+    config: Annotated[ShrinkConfig, tyro.conf.arg(name="")]
+    name: Annotated[str, tyro.conf.arg(metavar="NAME", help_behavior_hint="")] = ""
+    """Name of the folder of the result. Default: that of the run and of the training, and "shrunk"."""
+    runs_dir: Annotated[Path, tyro.conf.arg(metavar="DIR")] = Path("runs")
+    """Folder that contains the runs' folders."""
+    data_dir: DataDir = None
+    teacher: OwnNetwork = ""
+    """The --teacher that the run was trained with, if any."""
+    student: OwnNetwork = ""
+    """The --student that the run was trained with, if any."""
+    resume: Annotated[bool, tyro.conf.arg(help_behavior_hint="")] = False
+    """Continue after the last finished pass."""
+    device: Device = "auto"
+    """auto uses a GPU if there is one."""
+    threads: Annotated[int, tyro.conf.arg(metavar="N")] = 0
+    """CPU threads. 0 uses PyTorch's default."""
+
+
+def _shrink(arguments: list[str]) -> None:
+    command = tyro.cli(ShrinkCommand, prog="kddp shrink", description=_SHRINK, args=arguments, config=_TYRO)
+    if command.threads < 0:
+        raise OptionError("threads", "a number of at least 0", command.threads)
+    import torch
+
+    from kddp_ext.workflow.distributed import process_group
+    from kddp_ext.workflow.runtime import prepare_process
+    from kddp_ext.workflow.shrink import run_shrink
+
+    if command.threads:
+        torch.set_num_threads(command.threads)
+    prepare_process()
+    training = command.source.parent if command.source.is_file() else command.source
+    name = command.name or f"{training.parent.name}-{training.name}-shrunk"
+    with process_group(use_gpus=command.device != "cpu"):
+        run_shrink(
+            command.source,
+            command.runs_dir / name,
+            command.config,
+            Output(),
+            data_dir=command.data_dir,
+            resume=command.resume,
+            device=command.device,
+            own={"teacher": command.teacher, "student": command.student},
         )
 
 
@@ -214,17 +302,23 @@ def _report(path: tyro.conf.Positional[Path]) -> Callable[[], None]:
 
 
 def _evaluate(
-    path: tyro.conf.Positional[Path], data_dir: DataDir = None, device: Device = "auto"
+    path: tyro.conf.Positional[Path],
+    data_dir: DataDir = None,
+    teacher: OwnNetwork = "",
+    student: OwnNetwork = "",
+    device: Device = "auto",
 ) -> Callable[[], None]:
     """Measure the accuracy on the test images of every finished network of a run, or of one student file.
 
     Args:
         path: Folder of a run or a sweep, or a student.safetensors file.
+        teacher: The --teacher that the run was trained with, if any.
+        student: The --student that the run was trained with, if any.
         device: auto uses a GPU if there is one.
     """
     from kddp_ext.workflow.inspect import evaluate
 
-    return partial(evaluate, path, data_dir, device, Output())
+    return partial(evaluate, path, data_dir, device, Output(), {"teacher": teacher, "student": student})
 
 
 def _info(path: tyro.conf.Positional[Path]) -> Callable[[], None]:
@@ -238,22 +332,96 @@ def _info(path: tyro.conf.Positional[Path]) -> Callable[[], None]:
     return partial(describe, path, Output())
 
 
-_COMMANDS = {"report": _report, "evaluate": _evaluate, "info": _info}
+def _predict(
+    student_file: tyro.conf.Positional[Path],
+    images: tyro.conf.Positional[tuple[str, ...]],
+    student: OwnNetwork = "",
+    json: bool = False,
+    device: Device = "auto",
+) -> Callable[[], None]:
+    """Classify images with a student: a line for each, with path, class and probability, separated by tabs.
+
+    Args:
+        student_file: A student.safetensors file.
+        images: Image files and folders of images; - reads paths from standard input, one a line.
+        student: The --student that the run was trained with, if any.
+        json: Print a JSON object for each image instead.
+        device: auto uses a GPU if there is one.
+    """
+    if not images:
+        raise WorkflowError("expected image files or folders after the student's file, or - for standard input")
+    from kddp_ext.workflow.predict import predict
+
+    return partial(predict, student_file, images, device, student, json)
+
+
+def _export(
+    student_file: tyro.conf.Positional[Path],
+    onnx: OutputFile = None,
+    torch_export: OutputFile = None,
+    state_dict: OutputFile = None,
+    student: OwnNetwork = "",
+) -> Callable[[], None]:
+    """Write a student for use without this package. Each file is compared with the student on random images first.
+
+    Args:
+        student_file: A student.safetensors file.
+        onnx: An ONNX file, for any number of images at a time.
+        torch_export: A program that torch.export.load reads.
+        state_dict: The tensors by name: .safetensors, or any other ending for torch.load.
+        student: The --student that the run was trained with, if any.
+    """
+    from kddp_ext.workflow.export import export
+
+    files = {"onnx": onnx, "torch_export": torch_export, "state_dict": state_dict}
+    return partial(export, student_file, Output(), **files, student=student)
+
+
+_COMMANDS: dict[str, Callable[..., Callable[[], None]]] = {
+    "report": _report,
+    "evaluate": _evaluate,
+    "predict": _predict,
+    "export": _export,
+    "info": _info,
+}
 _TYRO = (tyro.conf.FlagCreatePairsOff, tyro.conf.HelptextFromCommentsOff)
 
 
-def _chosen_preset(arguments: list[str]) -> RunConfig:
-    """The defaults of the options, which depend on --dataset and --preset. The real parser reports wrong choices."""
-    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    parser.add_argument("--dataset", default="digits")
-    parser.add_argument("--preset", default="default")
+def _settings_file(arguments: list[str]) -> tuple[Path | None, dict[str, Any]]:
+    """The file that --config names and its settings; the real parser reports a missing name."""
+    chosen = _early_options(arguments, {"config": ""}).get("config")
+    return (Path(chosen), read_settings(Path(chosen))) if chosen else (None, {"run": {}})
+
+
+def _chosen_preset(arguments: list[str], settings: dict[str, Any]) -> RunConfig:
+    """The defaults of the options, which depend on a few of them; the real parser reports wrong choices.
+
+    `settings` are those of --config.
+    """
+    run = settings["run"]
+    defaults = {"dataset": "digits", "preset": "default", "size": str(FOLDER_SIZE), "data_dir": ""}
+    defaults = {name: str(run.get(name, default)) for name, default in defaults.items()}
+    for kind in ("teacher", "student"):
+        section = run.get(kind, {})
+        defaults[kind] = str(section.get("network", "")) if isinstance(section, dict) else ""
+    chosen = _early_options(arguments, defaults)
+    dataset, name, size = (chosen.get(option, "") for option in ("dataset", "preset", "size"))
+    if dataset not in get_args(Dataset) or name not in get_args(Preset) or not size.isdecimal():
+        return RunConfig()
+    images = len(find_images(Path(chosen["data_dir"]))) if dataset == "folder" and chosen["data_dir"] else 0
+    config = preset(dataset, name, int(size), images)  # type: ignore[arg-type]
+    return for_own_networks(config, chosen["teacher"], chosen["student"])
+
+
+def _early_options(arguments: list[str], defaults: dict[str, str]) -> dict[str, str]:
+    """The values of some options, before the others are known; none if one has no value."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
+    for name, default in defaults.items():
+        parser.add_argument(f"--{name.replace('_', '-')}", f"--{name}", f"--{name}.network", dest=name, default=default)
     try:
-        chosen, _ = parser.parse_known_args(arguments)
-    except SystemExit:
-        return RunConfig()
-    if chosen.dataset not in get_args(Dataset) or chosen.preset not in get_args(Preset):
-        return RunConfig()
-    return preset(chosen.dataset, chosen.preset)
+        return vars(parser.parse_known_args(arguments)[0])
+    except argparse.ArgumentError:
+        return {}
 
 
 def _interrupt(number: int, _frame: FrameType | None) -> NoReturn:
@@ -273,7 +441,7 @@ def _started_by_torchrun() -> bool:
 
 
 def _how_to_resume(arguments: list[str]) -> str:
-    if not arguments or arguments[0] not in ("run", "sweep") or {"-h", "--help"} & {*arguments}:
+    if not arguments or arguments[0] not in ("run", "sweep", "shrink") or {"-h", "--help"} & {*arguments}:
         return ""
     start = ["kddp"]
     if "LOCAL_WORLD_SIZE" in os.environ:

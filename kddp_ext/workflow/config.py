@@ -8,6 +8,7 @@ import math
 import reprlib
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple, TypeVar, get_args, get_origin, get_type_hints
 
 from tyro.conf import FlagConversionOff, arg
@@ -16,15 +17,16 @@ from kddp_ext import LossSettings
 from kddp_ext.workflow.errors import OptionError, WorkflowError
 
 Config = TypeVar("Config")
-Dataset = Literal["digits", "fashion-mnist", "cifar10"]
+Dataset = Literal["digits", "fashion-mnist", "cifar10", "folder"]
 Preset = Literal["quick", "default"]
 Precision = Literal["auto", "float32", "bfloat16"]
 Divergence = Literal["forward_kl", "reverse_kl", "jsd", "dkd", "skew_kl", "skew_reverse_kl", "symmetric_kl"]
 Device = Literal["auto", "cpu", "cuda"]
-Criterion = Literal["contribution", "mean_activation", "apoz", "dead"]
+Criterion = Literal["contribution", "mean_activation", "apoz", "dead", "saliency"]
+Resource = Literal["macs", "parameters"]
 TeacherArchitecture = Literal["fast", "resnet20", "resnet56", "resnet110"]
-TeacherOptimizer = Literal["sgd", "muon"]
-StudentArchitecture = Literal["cnn", "vgg11", "resnet20"]
+TeacherOptimizer = Literal["sgd", "muon", "adam"]
+StudentArchitecture = Literal["cnn", "vgg11", "resnet20", "fast"]
 PrunedLayers = Literal["hidden", "all"]
 PruningTime = Literal["every-epoch", "at-the-end"]
 Ablation = Literal[
@@ -41,7 +43,8 @@ Ablation = Literal[
 ]
 
 # Written into config.json. A config of another version is refused.
-CONFIG_VERSION = 3
+CONFIG_VERSION = 4
+FOLDER_SIZE = 64  # of the images of a folder: small enough for a CPU, and photographs are still recognisable
 
 
 class Bound(NamedTuple):
@@ -58,13 +61,24 @@ PositiveFloat = Annotated[float, _POSITIVE]
 NaturalInt = Annotated[int, _NOT_NEGATIVE]
 NaturalFloat = Annotated[float, _NOT_NEGATIVE]
 BelowOne = Annotated[float, Bound("a number from 0 to below 1", lambda value: 0 <= value < 1)]
+NaturalShare = Annotated[float, Bound("a number from 0 to 1", lambda value: 0 <= value <= 1)]
 PositiveShare = Annotated[float, Bound("a number above 0, at most 1", lambda value: 0 < value <= 1)]
 
 
 @dataclass(frozen=True)
 class TeacherConfig:
-    """The large network. It is trained once."""
+    """The large network. It is trained once, unless it comes with weights."""
 
+    network: Annotated[str, arg(aliases=("--teacher",), metavar="MODULE:FUNCTION[:WEIGHTS]", help_behavior_hint="")] = (
+        ""
+    )
+    """A network of your own instead of --teacher.architecture: FUNCTION() or FUNCTION(classes=) returns it. With
+    WEIGHTS, a .pt or .safetensors file, it is not trained."""
+    mean: tuple[NaturalFloat, ...] = ()
+    """Mean of the pixels, from 0 to 1, that your network expects. Default: the network's pretrained_cfg or mean, if it
+    has one, else that of the training images."""
+    std: tuple[PositiveFloat, ...] = ()
+    """Standard deviation that belongs to --teacher.mean."""
     architecture: TeacherArchitecture = "fast"
     """fast trains in a few epochs; the others are the pre-activation networks of He et al. (2016)."""
     channels: tuple[PositiveInt, ...] = (32, 64)
@@ -79,9 +93,10 @@ class TeacherConfig:
     batch_size: PositiveInt = 128
     """Images per step."""
     optimizer: TeacherOptimizer = "sgd"
-    """sgd uses Nesterov momentum; muon, for fast, makes the updates of the convolutions orthogonal (Jordan 2024)."""
+    """sgd uses Nesterov momentum; muon, for fast, makes the updates of the convolutions orthogonal (Jordan 2024);
+    adam trains most networks of your own."""
     learning_rate: PositiveFloat = 0.4
-    """Peak learning rate. sgd warms up over a quarter of the steps, muon starts at the peak; both decay to 0."""
+    """Peak learning rate. sgd and adam warm up over a quarter of the steps, muon starts at the peak; it decays to 0."""
     bias_learning_rate: PositiveFloat = 1.0
     """Factor on the learning rate of biases. fast tolerates large factors (Page 2018)."""
     classifier_learning_rate: PositiveFloat = 1.0
@@ -93,11 +108,19 @@ class TeacherConfig:
     label_smoothing: BelowOne = 0.0
     """Label smoothing. The default is 0 because smoothed teachers are known to distil worse."""
 
+    @property
+    def has_weights(self) -> bool:
+        """Whether the network comes with weights, so that it is not trained."""
+        return self.network.count(":") > 1
+
 
 @dataclass(frozen=True)
 class StudentConfig:
     """The small network. Three stages train it, with Adam and a cosine schedule."""
 
+    network: Annotated[str, arg(aliases=("--student",), metavar="MODULE:FUNCTION", help_behavior_hint="")] = ""
+    """A network of your own instead of --student.architecture: FUNCTION() or FUNCTION(classes=) returns it. It is
+    pruned in all layers."""
     architecture: StudentArchitecture = "cnn"
     """cnn is a plain network with one hidden layer; with three convolutions it is known as cnn5."""
     channels: tuple[PositiveInt, ...] = (16, 32)
@@ -161,15 +184,28 @@ class PruningConfig:
     l1_until: PositiveShare = 1.0
     """Share of the training after which the penalty is 0, so that the remaining neurons train without it."""
     layers: PrunedLayers = "hidden"
-    """hidden: only the fully-connected layer, as in the paper. all: the convolutions' channels too."""
+    """hidden: only the fully-connected layer, as in the paper. all: the convolutions' channels too, and what is added
+    up in residual sums."""
     when: PruningTime = "every-epoch"
     """every-epoch skips the last epoch, because nothing trains after it; at-the-end prunes once, after the last."""
+    steps: NaturalInt = 0
+    """Steps between two checks. 0 checks after epochs, as `when` says."""
+    until: PositiveShare = 1.0
+    """Share of the training after which nothing is removed."""
     criterion: Criterion = "contribution"
-    """How a neuron's activity is measured."""
+    """How a neuron's activity is measured. saliency predicts the increase of the loss without it, for all layers."""
     threshold: PositiveShare = 0.01
-    """A neuron is inactive if its activity is below this share of the layer's highest."""
+    """A neuron is inactive if its activity is below this share of the layer's highest. saliency does not use it."""
     patience: PositiveInt = 2
-    """Checks in a row at which a neuron must be inactive before it is removed."""
+    """Checks in a row at which a neuron must be inactive before it is removed. saliency does not use it."""
+    target_macs: NaturalShare = 0.0
+    """Share of the multiply-accumulates that is to be left, approached check by check. 0: no target."""
+    target_parameters: NaturalShare = 0.0
+    """The same for the parameters."""
+    resource: Resource = "macs"
+    """saliency: what a neuron costs. Those that are worth least for their cost are removed first."""
+    loss_budget: NaturalFloat = 0.0
+    """saliency: increase of the loss that a check may predict, as a share of it. 0: 0.01, or no limit with a target."""
     minimum_width: PositiveInt = 1
     """Number of neurons that each layer keeps at least."""
     round_to: PositiveInt = 1
@@ -211,7 +247,17 @@ class RunConfig(_Settings):
     """What is trained, on what, and how. Two runs with equal configs give equal results."""
 
     dataset: Dataset = "digits"
-    """digits needs no download; cifar10 and fashion-mnist are downloaded once, or read from --data-dir."""
+    """digits needs no download; cifar10 and fashion-mnist are downloaded once, or read from --data-dir; folder is your
+    own images, in --data-dir."""
+    data_dir: Annotated[str, arg(metavar="DIR", help_behavior_hint="")] = ""
+    """Folder of the data set, or its parent. For folder: train/CLASS/* and val/CLASS/* or test/CLASS/*, or CLASS/*, of
+    which a fifth is held out. Default: download the data set once."""
+    size: PositiveInt = FOLDER_SIZE
+    """folder: side in pixels to which images are resized; the longer side is cropped around the centre."""
+    channels: Literal[0, 1, 3] = 0
+    """folder: 1 reads grey images, 3 colour. 0: grey if all images are."""
+    flip: FlagConversionOff[bool] = True
+    """folder: whether a mirrored image still shows its class, so that augmentation may flip it."""
     preset: Preset = "default"
     """quick trades accuracy for minutes. Every option below overrides the preset's value."""
     seed: NaturalInt = 0
@@ -222,7 +268,7 @@ class RunConfig(_Settings):
     """Number of training images held out for choosing settings. 0 trains on all. Test images are used once, at the
     end."""
     augment: FlagConversionOff[bool] = False
-    """Random shifts and, except for digits, horizontal flips."""
+    """Random shifts and, except for digits, horizontal flips (for folder, see --flip)."""
     precision: Precision = "auto"
     """auto uses bfloat16 where the hardware computes in it natively, and float32 elsewhere."""
     compile: FlagConversionOff[bool] = False
@@ -232,13 +278,28 @@ class RunConfig(_Settings):
     distillation: DistillationConfig = field(default_factory=DistillationConfig)
     pruning: PruningConfig = field(default_factory=PruningConfig)
 
+    @property
+    def has_hidden_layer(self) -> bool:
+        """Whether the student has the hidden layer of `student.width` neurons."""
+        return not self.student.network and self.student.architecture not in ("resnet20", "fast")
+
+    @property
+    def data_path(self) -> Path | None:
+        """`data_dir` as a path; None for a download."""
+        return Path(self.data_dir) if self.data_dir else None
+
     def __post_init__(self) -> None:
         super().__post_init__()
         self.distillation.loss()  # checks its settings
-        if self.teacher.optimizer == "muon" and self.teacher.architecture != "fast":
-            raise WorkflowError(
-                f"--teacher.optimizer: muon needs --teacher.architecture fast, got {self.teacher.architecture}"
-            )
+        if self.pruning.loss_budget and self.pruning.criterion != "saliency":
+            raise OptionError("pruning.loss-budget", "0 with another criterion than saliency", self.pruning.loss_budget)
+        teacher = self.teacher.network or self.teacher.architecture
+        if self.teacher.optimizer == "muon" and teacher != "fast":
+            raise WorkflowError(f"--teacher.optimizer: muon needs --teacher.architecture fast, got {teacher}")
+        if bool(self.teacher.mean) != bool(self.teacher.std):
+            raise WorkflowError("--teacher.mean, --teacher.std: expected both or none, got one")
+        if self.student.network.count(":") > 1:
+            raise OptionError("student", "MODULE:FUNCTION, because students are trained", self.student.network)
 
 
 @dataclass(frozen=True)
@@ -272,8 +333,11 @@ class SweepConfig(_Settings):
         names = [f"{weight:g}" for weight in {*self.l1_weights, self.run.pruning.l1_weight}]
         if len(set(names)) < len(names):  # their trainings would share a folder
             raise OptionError("l1_weights", "values that differ in six digits", self.l1_weights)
-        if self.run.student.architecture == "resnet20" and self.widths:
-            raise WorkflowError("--widths: expected none for resnet20, which has no hidden layer")
+        if self.widths and not self.run.has_hidden_layer:
+            student = self.run.student.network or self.run.student.architecture
+            raise WorkflowError(f"--widths: expected none for {student}, which has no hidden layer of --student.width")
+        if self.retrain and self.run.student.network:
+            raise WorkflowError("--retrain: expected False, because --student has no hidden layer of --student.width")
 
     def options(self) -> dict[str, Any]:
         """The run's settings, then the lists."""
@@ -285,15 +349,118 @@ class SweepConfig(_Settings):
         return cls(run, seeds=(run.seed,))
 
 
+@dataclass(frozen=True)
+class ShrinkConfig:
+    """How a trained network is made smaller."""
+
+    target_macs: NaturalShare = 0.0
+    """Share of the multiply-accumulates that is to be left."""
+    target_parameters: NaturalShare = 0.0
+    """The same for the parameters. Without a target, the loss budget alone finds the size."""
+    loss_budget: NaturalFloat = 0.0
+    """Increase of the loss that a check may predict, as a share of the loss. 0: 0.01, or no limit with a target."""
+    epochs: PositiveInt = 6
+    """Passes over the training images."""
+    batch_size: NaturalInt = 0
+    """Images per step. 0: as many as the students of the source's run."""
+    learning_rate: PositiveFloat = 2e-3
+    """Adam's learning rate at the first step; a cosine schedule decays it to 0."""
+    temperature: PositiveFloat = 4.0
+    """Divides the logits of both networks."""
+    alpha: NaturalShare = 0.9
+    """Weight of the distillation; the rest is the cross entropy with the labels."""
+    shift: NaturalInt = 4
+    """Largest shift of augmented images, in pixels."""
+    checks: PositiveInt = 8
+    """Checks in each pass at which neurons may be removed; fewer where that would leave less than four steps each."""
+    until: PositiveShare = 0.5
+    """Share of the training after which nothing is removed."""
+    reconstruction_samples: NaturalInt = 1024
+    """Number of recent samples from which least squares redistributes removed neurons' outputs."""
+    seed: NaturalInt = 0
+    """Seed of the order of the images."""
+    calibrate: NaturalInt = 0
+    """Train nothing: one prune, with what N training images tell. For those who have no time."""
+
+    def __post_init__(self) -> None:
+        _check(self)
+
+
 def differences(saved: RunConfig, wanted: RunConfig) -> list[str]:
-    """The fields in which two configs differ, such as "student.width: 256 was saved, 512 is wanted"."""
+    """The fields in which two configs differ, such as "student.width: 256 was saved, 512 is wanted".
+
+    The place of the data does not count.
+    """
     old, new = saved.options(), wanted.options()
-    return [f"{key}: {old[key]} was saved, {new[key]} is wanted" for key in old if old[key] != new[key]]
+    return [
+        f"{key}: {old[key]} was saved, {new[key]} is wanted"
+        for key in old
+        if old[key] != new[key] and key != "data_dir"
+    ]
 
 
-def preset(dataset: Dataset, name: Preset) -> RunConfig:
-    """The settings that `dataset` starts from. docs/workflow.md says how they were chosen."""
-    return dataclasses.replace(_presets()[dataset, name], dataset=dataset, preset=name)
+def preset(dataset: Dataset, name: Preset, size: int = FOLDER_SIZE, images: int = 0) -> RunConfig:
+    """The settings that `dataset` starts from; those of "folder" depend on the size and the number of the images.
+
+    docs/workflow.md says how they were chosen.
+    """
+    config = _folder_preset(name, size, images) if dataset == "folder" else _presets()[dataset, name]
+    return dataclasses.replace(config, dataset=dataset, preset=name)
+
+
+def for_own_networks(config: RunConfig, teacher: str, student: str) -> RunConfig:
+    """`config` with the networks MODULE:FUNCTION and with settings that suit more networks; "" keeps a network."""
+    if teacher:
+        own = TeacherConfig(
+            network=teacher,
+            shift=config.teacher.shift,
+            epochs=config.teacher.epochs,
+            batch_size=min(256, config.teacher.batch_size),
+            optimizer="adam",  # needs no learning rate for each architecture
+            learning_rate=1e-3,
+            weight_decay=0.0,
+        )
+        config = dataclasses.replace(config, teacher=own)
+    if student:
+        own_student = dataclasses.replace(config.student, network=student, learning_rate=1e-3)
+        pruning = dataclasses.replace(config.pruning, layers="all")
+        config = dataclasses.replace(config, student=own_student, pruning=pruning)
+    return config
+
+
+def _folder_preset(name: Preset, size: int, images: int) -> RunConfig:
+    """Settings for images that nobody has tuned: few images make enough steps by small batches and many epochs.
+
+    A network has a pooling for each halving of the image's side down to 4 to 7 pixels.
+    """
+    quick = name == "quick"
+    poolings = min(6, max(1, (size // 4).bit_length() - 1))
+    teacher = (32, 64, 128, 256, 256, 256) if quick else (64, 128, 256, 256, 256, 256)
+    student = (16, 32, 64, 64, 64, 64) if quick else (32, 64, 128, 128, 128, 128)
+    batch_size = 32 if images < 5000 else 128
+    epochs_for_steps = (500 if quick else 1500) * batch_size // max(1, images)
+    return RunConfig(
+        size=size,
+        validation=0,
+        augment=True,
+        teacher=TeacherConfig(
+            channels=teacher[: max(2, poolings)],
+            shift=size // 16,
+            epochs=min(100, max(8 if quick else 20, epochs_for_steps * 2 // 3)),
+            batch_size=batch_size,
+            learning_rate=0.2,
+        ),
+        student=StudentConfig(
+            channels=student[:poolings],
+            width=256 if quick else 512,
+            shift=size // 8,
+            epochs=min(200, max(10 if quick else 30, epochs_for_steps)),
+            views=16,
+            batch_size=batch_size,
+            learning_rate=2e-3,
+        ),
+        pruning=PruningConfig(l1_weight=1e-3, l1_until=0.5),
+    )
 
 
 @functools.cache
@@ -373,6 +540,8 @@ def _expected_instead(value: Any, hint: Any) -> str | None:
         if not isinstance(value, tuple):
             return "a list"
         return next((text for each in value if (text := _expected_instead(each, get_args(kind)[0])) is not None), None)
+    if kind is str:
+        return None if isinstance(value, str) else "text"
     if kind is bool:
         return None if isinstance(value, bool) else "True or False"
     is_number = isinstance(value, kind | int) and not isinstance(value, bool)

@@ -37,21 +37,25 @@ class ImageData:
 
     def __init__(self, raw: RawDataset, info: DatasetInfo, config: RunConfig, device: torch.device) -> None:
         images, labels = torch.from_numpy(raw.train_images), torch.from_numpy(raw.train_labels)
-        if config.validation >= len(labels):
-            raise OptionError("validation", f"fewer than the {len(labels)} images", config.validation)
-        shuffled = torch.randperm(len(labels), generator=torch.Generator().manual_seed(config.data_seed))
+        test_images, test_labels = torch.from_numpy(raw.test_images), torch.from_numpy(raw.test_labels)
+        rows = torch.arange(len(labels)) if raw.train_rows is None else torch.from_numpy(raw.train_rows)
+        if config.validation >= len(rows):
+            raise OptionError("validation", f"fewer than the {len(rows)} images", config.validation)
+        shuffled = rows[torch.randperm(len(rows), generator=torch.Generator().manual_seed(config.data_seed))]
         validation, train = shuffled[: config.validation], shuffled[config.validation :]
+        if raw.validation_rows is not None:
+            validation = torch.cat([validation, torch.from_numpy(raw.validation_rows)])
+        if raw.test_rows is not None:
+            test = torch.from_numpy(raw.test_rows)
+            test_images, test_labels = test_images[test], test_labels[test]
         self.info = info
         self.seed = config.data_seed
         self.augment = config.augment
         self.device = device
         self.train = Split(images[train].to(device), labels[train].to(device))
         self.validation = Split(images[validation].to(device), labels[validation].to(device))
-        self.test = Split(torch.from_numpy(raw.test_images).to(device), torch.from_numpy(raw.test_labels).to(device))
-        # (x - mean) / std as one multiplication and one addition
-        std = torch.tensor(info.std, device=device)
-        self._scale = 1 / std
-        self._shift = -torch.tensor(info.mean, device=device) / std
+        self.test = Split(test_images.to(device), test_labels.to(device))
+        self._scale, self._shift = scale_and_shift(info, device)
 
     def batches(self, epoch: int, batch_size: int, seed: int) -> Iterator[Tensor]:
         """Indices into the training split, shuffled by (seed, epoch). An incomplete last batch is dropped."""
@@ -72,12 +76,23 @@ class ImageData:
         return self.normalise(shift_and_flip(self.train.images, indices, self.seed, view, shift, self.info.flips))
 
     def normalise(self, images: Tensor) -> Tensor:
-        """Normalise images, uint8 (N, S, S, C), to the networks' input: float32 (N, C, S, S), channels last."""
-        return (images * self._scale + self._shift).permute(0, 3, 1, 2)
+        """`normalise` by this data set."""
+        return normalise(images, self._scale, self._shift)
 
     def example(self, count: int = 1) -> Tensor:
         """The first `count` training images, normalised, for tracing and measuring."""
         return self.normalise(self.train.images[:count])
+
+
+def scale_and_shift(info: DatasetInfo, device: torch.device) -> tuple[Tensor, Tensor]:
+    """What `normalise` needs, both (C,): (x - mean) / std as one multiplication and one addition."""
+    mean, std = (torch.tensor(values, device=device) for values in (info.mean, info.std))
+    return 1 / std, -mean / std
+
+
+def normalise(images: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
+    """Normalise images, uint8 (N, S, S, C), to the networks' input: float32 (N, C, S, S), channels last."""
+    return (images * scale + shift).permute(0, 3, 1, 2)
 
 
 def shift_and_flip(images: Tensor, indices: Tensor, seed: int, view: int, shift: int, flips: bool) -> Tensor:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import io
+import math
 import os
 import pickle
 import pickletools
@@ -29,40 +30,83 @@ from kddp_ext.workflow.errors import DataFileError, WorkflowError
 
 @dataclass(frozen=True)
 class DatasetInfo:
-    """A data set's name, the side of its square images in pixels, its numbers of channels (1 or 3) and classes.
+    """What networks and reports must know of a data set; a student's file contains it.
 
-    `mean` and `std` are those of the training pixels, for each channel, on the scale 0 to 255. `flips` says whether a
-    mirrored image still shows its class, so that augmentation may flip it.
+    Images are square, with sides of `size` pixels and 1 (grey) or 3 `channels`. `mean` and `std` are those of the
+    training pixels, for each channel, on the scale 0 to 255. `flips` says whether a mirrored image still shows its
+    class, so that augmentation may flip it.
     """
 
     name: str
     size: int
     channels: int
-    classes: int
+    class_names: tuple[str, ...]
     mean: tuple[float, ...]
     std: tuple[float, ...]
     flips: bool = True
 
+    @property
+    def classes(self) -> int:
+        """The number of classes."""
+        return len(self.class_names)
+
+    @classmethod
+    def from_json(cls, values: Any) -> DatasetInfo:
+        """Rebuild the JSON object that `dataclasses.asdict` becomes; raises ValueError if it is anything else."""
+        try:
+            fields: dict[str, Any] = {
+                key: tuple(value) if isinstance(value, list) else value for key, value in values.items()
+            }
+            info = cls(**fields)
+            names, numbers = info.class_names, (*info.mean, *info.std)
+            valid = (
+                all(isinstance(name, str) for name in (info.name, *names))
+                and len(names) > 1
+                and isinstance(info.size, int)
+                and 0 < info.size <= LARGEST_SIZE
+                and info.channels in (1, 3)
+                and len(info.mean) == len(info.std) == info.channels
+                and all(isinstance(number, int | float) and math.isfinite(number) for number in numbers)
+                and min(info.std) > 0
+            )
+        except (AttributeError, TypeError) as error:
+            raise ValueError(f"it does not describe a data set: {error}") from error
+        if not valid:
+            raise ValueError("it does not describe a data set: a field has another type or size than expected")
+        return info
+
 
 @dataclass(frozen=True)
 class RawDataset:
-    """Images, uint8 (N, size, size, channels), and labels, int64 (N,), of the training and the test split."""
+    """Images, uint8 (N, size, size, channels), and labels, int64 (N,), of the training and the test split.
+
+    The rows say which images belong to a split; None: all of them, and for validation none of its own. So several
+    splits can share one array that is mapped into memory.
+    """
 
     train_images: NDArray[np.uint8]
     train_labels: NDArray[np.int64]
     test_images: NDArray[np.uint8]
     test_labels: NDArray[np.int64]
+    train_rows: NDArray[np.int64] | None = None
+    validation_rows: NDArray[np.int64] | None = None
+    test_rows: NDArray[np.int64] | None = None
 
 
+LARGEST_SIZE = 4096  # pixels
+_DIGITS = tuple("0123456789")
+_CLOTHES = ("T-shirt", "trouser", "pullover", "dress", "coat", "sandal", "shirt", "sneaker", "bag", "ankle boot")
+_CIFAR10_CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
+# Of a folder of images, `read_image_folder` returns it.
 INFO: dict[Dataset, DatasetInfo] = {
-    "digits": DatasetInfo("digits", 8, 1, 10, (77.8,), (95.9,), flips=False),
-    "fashion-mnist": DatasetInfo("Fashion-MNIST", 28, 1, 10, (72.9,), (90.0,)),
-    "cifar10": DatasetInfo("CIFAR-10", 32, 3, 10, (125.3, 123.0, 113.9), (63.0, 62.1, 66.7)),
+    "digits": DatasetInfo("digits", 8, 1, _DIGITS, (77.8,), (95.9,), flips=False),
+    "fashion-mnist": DatasetInfo("Fashion-MNIST", 28, 1, _CLOTHES, (72.9,), (90.0,)),
+    "cifar10": DatasetInfo("CIFAR-10", 32, 3, _CIFAR10_CLASSES, (125.3, 123.0, 113.9), (63.0, 62.1, 66.7)),
 }
 
 
 def read_dataset(dataset: Dataset, data_dir: Path | None) -> RawDataset:
-    """Read a data set from `data_dir` or its usual folder below, or from a cache, which downloads it the first time.
+    """Read a data set of `INFO` from `data_dir` or its usual folder below, or from a cache, which downloads it once.
 
     Raises:
         DataFileError: a file is missing, truncated or has other content than expected. The message names it.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import fcntl
 import io
 import json
@@ -16,6 +17,7 @@ import torch
 
 from kddp_ext.files import atomic_write, leftovers, parse_json, remove_leftovers, write_json, write_text
 from kddp_ext.workflow.config import SweepConfig, differences
+from kddp_ext.workflow.datasets import DatasetInfo
 from kddp_ext.workflow.errors import WorkflowError
 from kddp_ext.workflow.jobs import TEACHER, Point, Stage, points
 
@@ -24,7 +26,17 @@ _CHECKPOINT_FIELDS = {"version", "stage", "model", "optimizer", "pruner", "histo
 FIGURES = ("test_accuracy", "parameters", "linear_parameters", "macs")  # of every result
 _NO_RUN = "exists and is not a run of kddp. Give another --name or --runs-dir."
 # The settings, besides all of `teacher`, that decide a teacher's weights.
-_TEACHER_SETTINGS = ("dataset", "data_seed", "validation", "augment", "precision", "compile")
+_TEACHER_SETTINGS = (
+    "dataset",
+    "size",
+    "channels",
+    "flip",
+    "data_seed",
+    "validation",
+    "augment",
+    "precision",
+    "compile",
+)
 
 
 class RunFolder:
@@ -33,11 +45,13 @@ class RunFolder:
     def __init__(self, path: Path) -> None:
         self.path = path
         self.config = path / "config.json"
+        self.data = path / "data.json"
         self.report = path / "report.md"
         self.picture = path / "report.png"
         self.timing = path / "timing.md"
-        # All runs beside this one share the teachers' logits.
+        # All runs beside this one share the teachers' logits and decoded images.
         self.teacher_logits = path.parent / "teacher_logits"
+        self.images = path.parent / "images"
 
     def job(self, job: str) -> Path:
         """The folder of one training."""
@@ -93,6 +107,13 @@ class RunFolder:
         except ValueError as error:
             raise WorkflowError(f"{self.config} does not hold the settings of a run: {error}") from error
 
+    def read_info(self) -> DatasetInfo:
+        """What data.json says of the data set; raises WorkflowError naming the file if it cannot be used."""
+        try:
+            return DatasetInfo.from_json(parse_json(self.data.read_text(encoding="utf-8")))
+        except (OSError, ValueError) as error:
+            raise WorkflowError(f"{self.data} does not describe the run's data set: {error}") from error
+
     def points(self, sweep: SweepConfig) -> list[Point]:
         """The points of a sweep, as far as its finished trainings determine them."""
         found = {}
@@ -103,12 +124,14 @@ class RunFolder:
         return points(sweep, found)
 
 
-def open_folder(path: Path, sweep: SweepConfig, *, resume: bool, teacher_from: Path | None = None) -> RunFolder:
+def open_folder(
+    path: Path, sweep: SweepConfig, info: DatasetInfo, *, resume: bool, teacher_from: Path | None = None
+) -> RunFolder:
     """Start a run or sweep in `path`, or continue the one that is there, with the teacher of the run in `teacher_from`.
 
     Raises:
         WorkflowError: a run is there and `resume` is False; or it was started with other settings, which the message
-            names; or `path` is something else; or the teacher does not fit.
+            names, or with other images; or `path` is something else; or the teacher does not fit.
         OSError: the folder cannot be written to.
     """
     folder = RunFolder(path)
@@ -126,10 +149,13 @@ def open_folder(path: Path, sweep: SweepConfig, *, resume: bool, teacher_from: P
                     f"{path} was started with other settings: {'; '.join(changed)}. "
                     "Resume with the settings it was started with, or give another --name."
                 )
+            if folder.read_info() != info:
+                raise WorkflowError(f"{path} was started with other images. Restore them, or give another --name.")
         elif not folder.config.is_file() and not {*path.iterdir()} <= {*leftovers(path)}:
             raise WorkflowError(f"{path} {_NO_RUN}")
         remove_leftovers(path)
         write_json(folder.config, sweep.to_json())
+        write_json(folder.data, dataclasses.asdict(info))
         if teacher_from is not None:
             take_teacher(folder, teacher_from, sweep)
     return folder
@@ -161,6 +187,8 @@ def take_teacher(folder: RunFolder, source: Path, sweep: SweepConfig) -> None:
         raise WorkflowError(f"--teacher-from: expected a run with a finished teacher, got {source}")
     changed = differences(other.read_config().run, sweep.run)
     changed = [each for each in changed if each.startswith(("teacher.", *_TEACHER_SETTINGS))]
+    if not changed and other.read_info() != folder.read_info():
+        changed = ["other images"]
     if changed:
         raise WorkflowError(
             f"--teacher-from: the teacher of {source} was trained with other settings: {'; '.join(changed)}"

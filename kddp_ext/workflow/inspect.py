@@ -2,100 +2,58 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
+import dataclasses
+import tempfile
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from types import MappingProxyType
 
 import torch
 from rich.console import Console
-from torch import Tensor, nn
+from torch import nn
 
 import kddp_ext
-from kddp_ext.files import parse_json
-from kddp_ext.workflow.config import Device, RunConfig, preset
+from kddp_ext.workflow.config import Device, RunConfig, for_own_networks, preset
 from kddp_ext.workflow.data import ImageData
-from kddp_ext.workflow.datasets import INFO, read_dataset
-from kddp_ext.workflow.errors import WorkflowError
-from kddp_ext.workflow.folder import RunFolder, load_checkpoint
-from kddp_ext.workflow.jobs import TEACHER
+from kddp_ext.workflow.datasets import DatasetInfo, RawDataset, read_dataset
+from kddp_ext.workflow.errors import DataFileError
+from kddp_ext.workflow.folder import RunFolder
+from kddp_ext.workflow.image_folder import read_image_folder
 from kddp_ext.workflow.measure import accuracy, count_macs, count_parameters
-from kddp_ext.workflow.models import build_student, build_teacher
-from kddp_ext.workflow.report import measure_points, print_results, say
+from kddp_ext.workflow.report import classes_of, input_of, measure_points, print_results, say
 from kddp_ext.workflow.runtime import Runtime
+from kddp_ext.workflow.saved_models import SavedModel, find_models
 
 
-@dataclass(frozen=True)
-class SavedModel:
-    """A trained network on disk: its training's name, its file, its stage and settings.
-
-    `history` is what was pruned; None for the teacher.
-    """
-
-    name: str
-    path: Path
-    stage: str
-    config: RunConfig
-    history: kddp_ext.PruningHistory | None
-
-    def load(self, example: Tensor) -> nn.Module:
-        """The network on the CPU with its weights; `example` are images (2, C, S, S) on the CPU."""
-        info = INFO[self.config.dataset]
-        with _named(self.path):
-            if self.history is not None:
-                return kddp_ext.load_student(self.path, lambda: build_student(self.config, info), (example,))
-            model = build_teacher(self.config, info)
-            model.load_state_dict(load_checkpoint(self.path, "teacher")["model"])
-            return model
-
-
-def find_models(path: Path) -> list[SavedModel]:
-    """The finished networks in `path`, a run's folder or a student file; raises WorkflowError if it is neither."""
-    if not path.exists():
-        raise WorkflowError(f"{path}: no such file or folder")
-    if path.is_file():
-        return [_student(path)]
-    folder = RunFolder(path)
-    sweep = folder.read_config()
-    jobs = {job.name: job for point in folder.points(sweep) for job in point.jobs}
-    finished = [name for name in jobs if folder.read_result(name) is not None]
-    if not finished:
-        raise WorkflowError(f"{path}: no training of this run is finished yet. Continue it with --resume.")
-    teacher = SavedModel(TEACHER, folder.checkpoint(TEACHER), "teacher", sweep.run, None)
-    return [teacher if name == TEACHER else _student(folder.student(name)) for name in finished]
-
-
-def _student(path: Path) -> SavedModel:
-    with _named(path):
-        header = kddp_ext.read_student_header(path)
-        metadata = header["metadata"]
-        if not {"config", "stage"} <= metadata.keys():
-            raise WorkflowError(f"{path} was not written by kddp run: its header has no config and stage")
-        config = RunConfig.from_json(parse_json(metadata["config"], most=2**22))
-        history = kddp_ext.PruningHistory.from_json(header["history"])
-        return SavedModel(path.parent.name, path, metadata["stage"], config, history)
-
-
-@contextmanager
-def _named(path: Path) -> Iterator[None]:
-    """Make an error about the content of a file a WorkflowError of one line that names the file."""
-    try:
-        yield
-    except (ValueError, RuntimeError) as error:
-        message = " ".join(str(error).split())
-        raise WorkflowError(message if str(path) in message else f"{path}: {message}") from error
-
-
-def evaluate(path: Path, data_dir: Path | None, device: Device, console: Console) -> None:
-    """Print the test accuracy of each finished network in `path`."""
+def evaluate(
+    path: Path, data_dir: Path | None, device: Device, console: Console, own: Mapping[str, str] = MappingProxyType({})
+) -> None:
+    """Print the test accuracy of each finished network in `path`; `own` is as for `SavedModel.load`."""
     models = find_models(path)
-    config = models[0].config
+    config, info = models[0].config, models[0].info
+    if data_dir is not None:
+        config = dataclasses.replace(config, data_dir=str(data_dir))
     runtime = Runtime(device, config.precision)
-    data = ImageData(read_dataset(config.dataset, data_dir), INFO[config.dataset], config, runtime.device)
+    data = ImageData(read_images(path, config, info, console), info, config, runtime.device)
     for saved in models:
-        model = runtime.place(saved.load(data.example(2).cpu()))
+        model = runtime.place(saved.load(own))
         correct = accuracy(model, data, data.test, runtime)
         say(console, f"{saved.name:<8} {correct:.2%} of {len(data.test):,} test images  ({saved.path})")
+    say(console, classes_of(info))
+
+
+def read_images(path: Path, config: RunConfig, info: DatasetInfo, console: Console) -> RawDataset:
+    """The data set that the networks in `path` were trained for."""
+    if config.dataset != "folder":
+        return read_dataset(config.dataset, config.data_path)
+    if path.is_file():  # the new images may be other ones
+        config = dataclasses.replace(config, channels=1 if info.channels == 1 else 3)
+    with tempfile.TemporaryDirectory() as temporary:  # a file that is mapped may be removed
+        cache = RunFolder(path).images if path.is_dir() else Path(temporary)
+        raw, found = read_image_folder(config, cache, console)
+    if found.class_names != info.class_names:
+        raise DataFileError(config.data_dir, classes_of(info), classes_of(found))
+    return raw
 
 
 def describe(path: Path, console: Console) -> None:
@@ -105,13 +63,15 @@ def describe(path: Path, console: Console) -> None:
     if path.is_dir():
         folder = RunFolder(path)
         sweep = folder.read_config()
-        print_results(console, sweep, measure_points(folder, folder.points(sweep)))
+        print_results(console, models[0].info, measure_points(folder, folder.points(sweep)))
     else:
         _describe_student(models[0], console)
     for saved in models:
         for line in () if saved.history is None else _pruned(saved.history):
             say(console, f"{saved.name}: {line}")
-    base = preset(config.dataset, config.preset).options()
+    base = for_own_networks(
+        preset(config.dataset, config.preset, config.size), config.teacher.network, config.student.network
+    ).options()
     changed = [f"  {option} = {value}" for option, value in config.options().items() if base[option] != value]
     exceptions = ", except" if changed else ""
     for line in (f"\nSettings: {config.dataset}, preset {config.preset}{exceptions}", *changed):
@@ -120,12 +80,19 @@ def describe(path: Path, console: Console) -> None:
 
 
 def _describe_student(saved: SavedModel, console: Console) -> None:
-    info = INFO[saved.config.dataset]
-    images = torch.zeros(2, info.channels, info.size, info.size)
-    model = saved.load(images)
+    info = saved.info
     say(console, f"{saved.path}: a student for {info.name}, trained in the stage {saved.stage}")
+    say(console, classes_of(info))
+    say(console, f"Input: {input_of(info)}")
+    if saved.config.student.network:
+        say(console, f"It was trained from --student {saved.config.student.network}. Its tensors:\n")
+        for name, (dtype, shape) in kddp_ext.read_student_header(saved.path)["tensors"].items():
+            say(console, f"  {name:<32} {dtype} {shape}")
+        say(console, "")
+        return
+    model = saved.load()
     size = f"{saved.path.stat().st_size / 1024:,.0f} KiB"
-    macs = count_macs(model, images[:1])
+    macs = count_macs(model, torch.zeros(1, info.channels, info.size, info.size))
     say(console, f"{count_parameters(model):,} parameters, {macs:,} multiply-adds for one image, {size}\n")
     for name, module in model.named_modules():
         if isinstance(module, nn.Conv2d | nn.Linear):

@@ -1,13 +1,23 @@
-"""What is measured of a network: accuracy, active neurons, parameters and multiply-accumulates."""
+"""What is measured of a network: accuracy, active neurons, parameters, multiply-accumulates and latency."""
 
 from __future__ import annotations
+
+import logging
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from importlib.util import find_spec
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from kddp_ext import export_onnx
 from kddp_ext.workflow import distributed
 from kddp_ext.workflow.data import ImageData, Split
+from kddp_ext.workflow.networks import logits_of
 from kddp_ext.workflow.runtime import Runtime
 
 _EVALUATION_BATCH = 1000
@@ -27,7 +37,7 @@ def accuracy(model: nn.Module, data: ImageData, split: Split, runtime: Runtime, 
     for images, labels in zip(*shares, strict=True):
         with runtime.autocast():
             normalised = data.normalise(images)
-            logits = _logits_of_views(model, normalised, data.info.flips) if views else model(normalised)
+            logits = _logits_of_views(model, normalised, data.info.flips) if views else logits_of(model(normalised))
         correct += (logits.argmax(1) == labels).sum()
     return int(distributed.total(correct)) / len(split.labels)
 
@@ -38,7 +48,7 @@ def _logits_of_views(model: nn.Module, images: Tensor, flips: bool) -> Tensor:
     views = [(0.5, images), (0.25, padded[..., :size, :size]), (0.25, padded[..., 2:, 2:])]
     if flips:
         views += [(weight, view.flip(3)) for weight, view in views]
-    return torch.stack([weight * model(view).float() for weight, view in views]).sum(0)
+    return torch.stack([weight * logits_of(model(view)).float() for weight, view in views]).sum(0)
 
 
 @torch.inference_mode()
@@ -68,3 +78,53 @@ def count_macs(model: nn.Module, image: Tensor) -> int:
     with FlopCounterMode(display=False) as counter:
         model.eval()(image)
     return int(counter.get_total_flops()) // 2
+
+
+def latencies(models: Sequence[nn.Module], images: Tensor) -> list[dict[str, float]]:
+    """Milliseconds of one call of each model, with one of the `images` and with all, measured in turns.
+
+    In PyTorch on the models' device, and in ONNX Runtime on the CPU where its packages are installed.
+    """
+    calls: dict[str, list[Callable[[], object]]] = {}
+    with tempfile.TemporaryDirectory() as folder:
+        for number, model in enumerate(models):
+            for batch in (images[:1], images):
+                for engine, call in _engines(model.eval(), batch, Path(folder) / f"{number}.onnx"):
+                    calls.setdefault(f"{engine}, batch of {len(batch)}", []).append(call)
+        found = {name: _in_turns(each) for name, each in calls.items()}
+    return [{name: times[number] for name, times in found.items()} for number in range(len(models))]
+
+
+def _engines(model: nn.Module, batch: Tensor, file: Path) -> list[tuple[str, Callable[[], object]]]:
+    def in_torch() -> object:
+        with torch.inference_mode():
+            return model(batch)
+
+    engines: list[tuple[str, Callable[[], object]]] = [("PyTorch", in_torch)]
+    if all(find_spec(name) for name in ("onnx", "onnxscript", "onnxruntime")):
+        import onnxruntime
+
+        if not file.exists():
+            logging.getLogger("torch.onnx").setLevel(logging.ERROR)  # it warns that torchvision is not installed
+            export_onnx(model, file, (batch,))
+        options = onnxruntime.SessionOptions()
+        options.intra_op_num_threads = torch.get_num_threads()
+        session = onnxruntime.InferenceSession(file, options, providers=["CPUExecutionProvider"])
+        inputs = {session.get_inputs()[0].name: batch.cpu().contiguous().numpy()}
+        engines.append(("ONNX Runtime", lambda: session.run(None, inputs)))
+    return engines
+
+
+def _in_turns(calls: Sequence[Callable[[], object]], rounds: int = 15) -> list[float]:
+    """The median milliseconds of each call."""
+    seconds: list[list[float]] = [[] for _ in calls]
+    for call in calls:
+        call()
+    for _ in range(rounds):
+        for call, own in zip(calls, seconds, strict=True):
+            started = time.perf_counter()
+            call()
+            if torch.cuda.is_available():
+                torch.cuda.synchronize()
+            own.append(time.perf_counter() - started)
+    return [1000 * statistics.median(own) for own in seconds]

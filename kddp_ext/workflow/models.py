@@ -7,9 +7,11 @@ from typing import ClassVar, cast
 import torch
 from torch import Tensor, nn
 
+import kddp_ext
 from kddp_ext.workflow.config import RunConfig, StudentArchitecture, StudentConfig, TeacherArchitecture, TeacherConfig
 from kddp_ext.workflow.datasets import DatasetInfo
 from kddp_ext.workflow.errors import OptionError, WorkflowError
+from kddp_ext.workflow.networks import build_own, renormalised
 
 _RESNET_DEPTHS = {"resnet20": 20, "resnet56": 56, "resnet110": 110}
 
@@ -26,7 +28,8 @@ _CHANNELS: dict[TeacherArchitecture | StudentArchitecture, tuple[int, ...]] = {
 
 def build_teacher(config: RunConfig, info: DatasetInfo) -> nn.Module:
     """The teacher of a run. `config.teacher.seed` determines the initial weights."""
-    return _build(config.teacher, config.teacher.seed, info)
+    model = _build(config.teacher, config.teacher.seed, info)
+    return renormalised(model, config.teacher, info) if config.teacher.network else model
 
 
 def build_student(config: RunConfig, info: DatasetInfo) -> nn.Module:
@@ -38,10 +41,13 @@ def _build(network: TeacherConfig | StudentConfig, seed: int, info: DatasetInfo)
     architecture, channels = network.architecture, network.channels or _CHANNELS[network.architecture]
     with torch.random.fork_rng(devices=[]):  # keeps the caller's random state
         torch.manual_seed(seed)
+        if network.network:
+            return build_own("--teacher" if isinstance(network, TeacherConfig) else "--student", network.network, info)
         if architecture in _RESNET_DEPTHS:
             return PreActivationResNet(info.channels, info.classes, _RESNET_DEPTHS[architecture], channels)
-        if isinstance(network, TeacherConfig):
+        if architecture == "fast":
             return FastTeacher(info.channels, info.classes, channels)
+        assert isinstance(network, StudentConfig)
         student = PlainStudent if architecture == "cnn" else VGG11
         return student(info.channels, info.size, info.classes, channels, network.width)
 
@@ -52,6 +58,8 @@ def check_networks(config: RunConfig, info: DatasetInfo) -> None:
         architecture, channels = network.architecture, network.channels
         if config.augment and network.shift >= info.size:
             raise OptionError(f"{name}.shift", f"less than the image size {info.size}", network.shift)
+        if network.network:
+            continue
         if channels and architecture not in ("fast", "cnn") and len(channels) != len(_CHANNELS[architecture]):
             expected = f"{len(_CHANNELS[architecture])} numbers for {architecture}, or none for its default"
             raise OptionError(f"{name}.channels", expected, channels)
@@ -62,10 +70,24 @@ def check_networks(config: RunConfig, info: DatasetInfo) -> None:
                 f"--{name}.channels: expected fewer channels: {len(channels)} poolings leave no pixel of "
                 f"{info.size}x{info.size} images"
             )
-    if config.student.architecture == "resnet20" and config.pruning.layers == "hidden":
-        raise WorkflowError(
-            "--pruning.layers: expected all for --student.architecture resnet20, which has no hidden layer; got hidden"
-        )
+    if not config.has_hidden_layer and config.pruning.layers == "hidden":
+        student = config.student.network or f"--student.architecture {config.student.architecture}"
+        raise WorkflowError(f"--pruning.layers: expected all for {student}, which has no hidden layer; got hidden")
+
+
+def check_own_networks(config: RunConfig, info: DatasetInfo) -> None:
+    """Raise WorkflowError unless the user's own networks in `config` can be built, and the student pruned."""
+    if config.teacher.network:
+        build_teacher(config, info)
+    if config.student.network:
+        example = torch.zeros(2, info.channels, info.size, info.size)
+        try:
+            kddp_ext.DynamicPruner(build_student(config, info), None, example_inputs=(example,)).close()
+        except (ValueError, kddp_ext.UnsupportedModelError) as error:
+            if isinstance(error, WorkflowError):
+                raise
+            reason = " ".join(str(error).split())
+            raise WorkflowError(f"--student {config.student.network}: it cannot be pruned: {reason}") from error
 
 
 class FastTeacher(nn.Module):

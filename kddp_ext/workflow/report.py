@@ -14,7 +14,7 @@ from rich.table import Table as RichTable
 
 from kddp_ext.files import remove_leftovers, write_text
 from kddp_ext.workflow.config import SweepConfig
-from kddp_ext.workflow.datasets import INFO
+from kddp_ext.workflow.datasets import DatasetInfo
 from kddp_ext.workflow.folder import RunFolder, locked
 from kddp_ext.workflow.jobs import Job, Point, label_at_found_width
 from kddp_ext.workflow.measure import ACTIVE_IMAGES
@@ -41,6 +41,7 @@ _COLUMNS = (
     "smaller than kd",
 )
 _ON_TERMINAL = ("network", "test accuracy (%)", "hidden width", "parameters", "MACs", "smaller than kd")
+_CLASSES_SHOWN = 20
 _PHASES = ("data", "teacher", "student", "loss", "prune", "validation", "epoch")
 
 
@@ -84,9 +85,22 @@ def say(console: Console, line: str, style: str | None = None) -> None:
     console.print(line, style=style, highlight=False, soft_wrap=True, markup=False)
 
 
-def title_of(sweep: SweepConfig) -> str:
+def title_of(info: DatasetInfo) -> str:
     """The title of a run's report."""
-    return f"KDDP on {INFO[sweep.run.dataset].name}"
+    return f"KDDP on {info.name}"
+
+
+def classes_of(info: DatasetInfo) -> str:
+    """Such as "2 classes: cats, dogs"."""
+    shown = ", ".join(info.class_names[:_CLASSES_SHOWN])
+    return f"{info.classes:,} classes: {shown}{', …' * (info.classes > _CLASSES_SHOWN)}"
+
+
+def input_of(info: DatasetInfo) -> str:
+    """What the networks for a data set expect, in words."""
+    mean, std = (", ".join(f"{value:.4g}" for value in values) for values in (info.mean, info.std))
+    shape = f"(N, {info.channels}, {info.size}, {info.size})"
+    return f"float32 {shape}, each channel's values from 0 to 255 minus ({mean}), divided by ({std})"
 
 
 def measure_points(folder: RunFolder, points: Sequence[Point]) -> list[Measured]:
@@ -113,13 +127,13 @@ def write_report(folder: RunFolder, sweep: SweepConfig, console: Console) -> Non
     The first two depend on the trained weights alone: they are the same, byte for byte, however often a run was
     interrupted. All times are in timing.md.
     """
-    measured = measure_points(folder, folder.points(sweep))
+    measured, info = measure_points(folder, folder.points(sweep)), folder.read_info()
     with locked(folder.path):
         remove_leftovers(folder.path)
-        draw(folder.picture, measured, title_of(sweep))
+        draw(folder.picture, measured, title_of(info))
         write_text(folder.timing, "\n".join(_timing_lines(measured)) + "\n")
-        write_text(folder.report, "\n".join(_report_lines(folder, sweep, measured)) + "\n")
-    print_results(console, sweep, measured)
+        write_text(folder.report, "\n".join(_report_lines(folder, sweep, info, measured)) + "\n")
+    print_results(console, info, measured)
 
 
 def sweep_tables(measured: Sequence[Measured]) -> list[Table]:
@@ -135,9 +149,9 @@ def sweep_tables(measured: Sequence[Measured]) -> list[Table]:
     return tables
 
 
-def print_results(console: Console, sweep: SweepConfig, measured: Sequence[Measured]) -> None:
-    """Print the main columns of the first table, then the warnings."""
-    table = RichTable(title=title_of(sweep), title_style="bold", title_justify="left", box=SIMPLE_HEAD, pad_edge=False)
+def print_results(console: Console, info: DatasetInfo, measured: Sequence[Measured]) -> None:
+    """Print the main columns of the first table, the names of the classes, and the warnings."""
+    table = RichTable(title=title_of(info), title_style="bold", title_justify="left", box=SIMPLE_HEAD, pad_edge=False)
     for name in _ON_TERMINAL:
         first = name == "network"
         table.add_column(name.replace(" ", "\n", 1), justify="left" if first else "right", no_wrap=not first)
@@ -146,6 +160,7 @@ def print_results(console: Console, sweep: SweepConfig, measured: Sequence[Measu
         cells = dict(zip(_COLUMNS, _row(each, kd), strict=True))
         table.add_row(*(cells[name] for name in _ON_TERMINAL), style="bold" if each.point.kind == "kddp" else None)
     console.print(table)
+    say(console, classes_of(info))
     for warning in warnings_of(measured):
         say(console, f"warning: {warning}", "yellow")
 
@@ -162,8 +177,8 @@ def warnings_of(measured: Sequence[Measured]) -> list[str]:
     )
 
 
-def _report_lines(folder: RunFolder, sweep: SweepConfig, measured: Sequence[Measured]) -> list[str]:
-    lines = [f"# {title_of(sweep)}", ""]
+def _report_lines(folder: RunFolder, sweep: SweepConfig, info: DatasetInfo, measured: Sequence[Measured]) -> list[str]:
+    lines = [f"# {title_of(info)}", "", f"{classes_of(info)}.", ""]
     for warning in warnings_of(measured):
         lines += [f"> **Warning.** {warning}", ""]
     tables = sweep_tables(measured)

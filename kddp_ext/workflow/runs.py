@@ -6,6 +6,7 @@ starts share each training instead.
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 import time
@@ -24,13 +25,14 @@ from kddp_ext.files import remove_leftovers, write_json
 from kddp_ext.workflow import distributed
 from kddp_ext.workflow.config import Device, SweepConfig
 from kddp_ext.workflow.data import ImageData
-from kddp_ext.workflow.datasets import INFO, read_dataset
+from kddp_ext.workflow.datasets import INFO, DatasetInfo, RawDataset, read_dataset
 from kddp_ext.workflow.distributed import on_rank_zero
 from kddp_ext.workflow.errors import OptionError, WorkflowError
 from kddp_ext.workflow.folder import RunFolder, load_checkpoint, locked, open_folder, save_checkpoint
+from kddp_ext.workflow.image_folder import read_image_folder
 from kddp_ext.workflow.jobs import TEACHER, Job, points
 from kddp_ext.workflow.measure import accuracy, count_active, count_macs, count_parameters
-from kddp_ext.workflow.models import FastTeacher, build_student, build_teacher, check_networks
+from kddp_ext.workflow.models import FastTeacher, build_student, build_teacher, check_networks, check_own_networks
 from kddp_ext.workflow.report import say, title_of, write_report
 from kddp_ext.workflow.runtime import Runtime
 from kddp_ext.workflow.teacher_logits import TeacherLogits
@@ -58,7 +60,6 @@ def run_sweep(
     sweep: SweepConfig,
     console: Console,
     *,
-    data_dir: Path | None = None,
     resume: bool = False,
     device: Device = "auto",
     teacher_from: Path | None = None,
@@ -75,27 +76,38 @@ def run_sweep(
     started = time.monotonic()
     if distributed.rank() > 0:
         console = Console(quiet=True, force_terminal=False)
-    runtime = _runtime(device, sweep)
+    distributed.require_same("the settings", sweep.to_json())
+    # The networks depend on what is in a folder of images, so it is read before anything is written.
+    from_folder = sweep.run.dataset == "folder"
+    raw, info = (
+        read_image_folder(sweep.run, RunFolder(path).images, console)
+        if from_folder
+        else (None, INFO[sweep.run.dataset])
+    )
+    runtime = _runtime(device, sweep, info)
     if tensorboard:
         require_tensorboard()
-    folder = on_rank_zero(lambda: open_folder(path, sweep, resume=resume, teacher_from=teacher_from))
+    folder = on_rank_zero(lambda: open_folder(path, sweep, info, resume=resume, teacher_from=teacher_from))
     folder.read_config()  # checks that all processes see the folder
     if on_rank_zero(lambda: _unfinished(folder, sweep)):
-        data = _data(sweep, data_dir, runtime)
+        data = _data(sweep, raw or read_dataset(sweep.run.dataset, sweep.run.data_path), info, runtime)
+        raw = None
         say(
             console,
-            f"{title_of(sweep)}: {len(data.train):,} images for training, {len(data.validation):,} for validation, "
+            f"{title_of(info)}: {len(data.train):,} images for training, {len(data.validation):,} for validation, "
             f"{len(data.test):,} for the test; {runtime}",
         )
+        if sweep.run.student.network:
+            say(console, f"{sweep.run.student.network} is pruned in all layers; the report has no hidden width for it.")
         _train_all(Run(folder, data, runtime, console, tensorboard), sweep)
     on_rank_zero(lambda: write_report(folder, sweep, console))
     say(console, f"{time.monotonic() - started:.0f} s. The report is {folder.report}")
 
 
-def _runtime(device: Device, sweep: SweepConfig) -> Runtime:
-    distributed.require_same("the settings", sweep.to_json())
+def _runtime(device: Device, sweep: SweepConfig, info: DatasetInfo) -> Runtime:
     for config in {job.config for point in points(sweep, {}) for job in point.jobs}:
-        check_networks(config, INFO[config.dataset])
+        check_networks(config, info)
+    check_own_networks(sweep.run, info)
     if sweep.run.compile and distributed.count() > 1:
         raise WorkflowError(
             f"--compile: expected False with {distributed.count()} processes, got True: torch.compile does not support "
@@ -106,9 +118,9 @@ def _runtime(device: Device, sweep: SweepConfig) -> Runtime:
     return runtime
 
 
-def _data(sweep: SweepConfig, data_dir: Path | None, runtime: Runtime) -> ImageData:
+def _data(sweep: SweepConfig, raw: RawDataset, info: DatasetInfo, runtime: Runtime) -> ImageData:
     config, count = sweep.run, distributed.count()
-    data = ImageData(read_dataset(config.dataset, data_dir), INFO[config.dataset], config, runtime.device)
+    data = ImageData(raw, info, config, runtime.device)
     for option, batch_size in (("teacher", config.teacher.batch_size), ("student", config.student.batch_size)):
         images = min(batch_size, len(data.train))
         if images % count:
@@ -119,7 +131,7 @@ def _data(sweep: SweepConfig, data_dir: Path | None, runtime: Runtime) -> ImageD
 def _train_all(run: Run, sweep: SweepConfig) -> None:
     """Train until every job is finished, here or in another process."""
     teacher_job = points(sweep, {})[0].jobs[0]
-    with _claimed(run, teacher_job, wait=True):
+    with claimed(run, teacher_job, wait=True):
         teacher = train_teacher(run, teacher_job)
     logits = TeacherLogits(teacher, run.data, sweep.run.student.shift, run.folder.teacher_logits, run.runtime)
     while left := on_rank_zero(lambda: _unfinished(run.folder, sweep)):
@@ -135,7 +147,7 @@ def _unfinished(folder: RunFolder, sweep: SweepConfig) -> list[Job]:
 
 
 @contextmanager
-def _claimed(run: Run, job: Job, *, wait: bool) -> Iterator[bool]:
+def claimed(run: Run, job: Job, *, wait: bool) -> Iterator[bool]:
     """Hold the lock of a job's folder, on the first process for all; yields whether it is held."""
     path = run.folder.job(job.name)
     on_rank_zero(lambda: path.mkdir(exist_ok=True))
@@ -152,21 +164,29 @@ def train_teacher(run: Run, job: Job) -> nn.Module:
     model = build_teacher(job.config, run.data.info)
     if isinstance(model, FastTeacher):
         model.whiten(run.data.example(_WHITENING_IMAGES).cpu())
-    return _train_job(run, job, model, teacher_recipe(job.config), None).model.eval()
+    return train_job(run, job, model, teacher_recipe(job.config), None).model.eval()
 
 
 def train_student(run: Run, job: Job, logits: TeacherLogits) -> bool:
     """Train a student, or continue after its last checkpoint; returns False if another process trains it."""
-    with _claimed(run, job, wait=False) as held:
+    with claimed(run, job, wait=False) as held:
         if not held or _is_finished(run, job):
             return False
         recipe, model = student_recipe(job.config, job.stage), build_student(job.config, run.data.info)
-        _train_job(run, job, model, recipe, logits if recipe.loss.alpha > 0 else None)
+        train_job(run, job, model, recipe, logits if recipe.loss.alpha > 0 else None)
         return True
 
 
-def _train_job(run: Run, job: Job, model: nn.Module, recipe: Recipe, logits: TeacherLogits | None) -> Training:
-    training = _restore_or_start(run, job, run.runtime.place(model), recipe)
+def train_job(
+    run: Run,
+    job: Job,
+    model: nn.Module,
+    recipe: Recipe,
+    logits: TeacherLogits | None,
+    history: kddp_ext.PruningHistory | None = None,
+) -> Training:
+    """Train `model`, from which `history` was pruned before, or continue after the last checkpoint; then measure it."""
+    training = _restore_or_start(run, job, run.runtime.place(model), recipe, history)
     if _is_finished(run, job) and len(training.epochs) == recipe.epochs:
         return training
     on_rank_zero(lambda: remove_leftovers(run.folder.job(job.name)))
@@ -186,8 +206,11 @@ def _train_job(run: Run, job: Job, model: nn.Module, recipe: Recipe, logits: Tea
                 say(run.console, line)
 
         train(training, recipe, run.data, logits, run.runtime, epoch_done)
+    if not recipe.epochs:  # a teacher that came with weights
+        on_rank_zero(lambda: _save(run, job, training, recipe))
     if job.stage != "teacher":
-        on_rank_zero(lambda: _save_student(run, job, training))
+        history = kddp_ext.PruningHistory({}) if training.pruner is None else training.pruner.history
+        on_rank_zero(lambda: save_student(run, job, training.model, history))
     result = _measure(run, job, training)
     on_rank_zero(lambda: write_json(run.folder.result(job.name), result))
     width = f", width {result['width']:,}" if result["width"] is not None else ""
@@ -226,18 +249,21 @@ def _distribute(run: Run, training: Training, recipe: Recipe) -> None:
     )
 
 
-def _restore_or_start(run: Run, job: Job, model: nn.Module, recipe: Recipe) -> Training:
+def _restore_or_start(
+    run: Run, job: Job, model: nn.Module, recipe: Recipe, history: kddp_ext.PruningHistory | None
+) -> Training:
     path = run.folder.checkpoint(job.name)
     if not path.exists():
-        return start_training(run, job, model, recipe)
+        return start_training(run, job, model, recipe, history)
     saved = load_checkpoint(path, job.stage)
     try:
         # A pruned student is a fresh one, narrowed by its history.
         if saved["history"] is not None:
+            model = run.runtime.place(build_student(job.config, run.data.info))
             history = kddp_ext.PruningHistory.from_json(saved["history"])
             history.replay(model, (run.data.example(2),))
         model.load_state_dict(saved["model"])
-        training = start_training(run, job, model, recipe)
+        training = start_training(run, job, model, recipe, history)
         training.optimizer.load_state_dict(saved["optimizer"])
         if training.pruner is not None:
             training.pruner.load_state_dict(saved["pruner"])
@@ -249,10 +275,13 @@ def _restore_or_start(run: Run, job: Job, model: nn.Module, recipe: Recipe) -> T
     return training
 
 
-def start_training(run: Run, job: Job, model: nn.Module, recipe: Recipe) -> Training:
-    """The state in which a training of `model` begins."""
+def start_training(
+    run: Run, job: Job, model: nn.Module, recipe: Recipe, history: kddp_ext.PruningHistory | None = None
+) -> Training:
+    """The state in which a training of `model` begins; `history` is what was pruned from it before."""
     optimizer, pruning, pruner = recipe.optimizer(model), job.config.pruning, None
     if job.stage == "kddp":
+        steps = max(1, len(run.data.train) // recipe.batch_size)
         pruner = kddp_ext.DynamicPruner(
             model,
             optimizer,
@@ -263,8 +292,15 @@ def start_training(run: Run, job: Job, model: nn.Module, recipe: Recipe) -> Trai
             patience=1 if pruning.when == "at-the-end" else pruning.patience,  # there is only one check
             minimum_width=pruning.minimum_width,
             round_to=pruning.round_to,
+            target_macs=pruning.target_macs or None,
+            target_parameters=pruning.target_parameters or None,
+            target_steps=max(1, recipe.checks(steps)),
+            resource=pruning.resource if pruning.criterion == "saliency" else None,
+            loss_budget=pruning.loss_budget or None,
             compensate=pruning.compensate,
             reconstruction_samples=pruning.reconstruction_samples if pruning.compensate else 0,
+            history=history,
+            interval=pruning.steps or None,
         )
     network = compiled(model) if job.config.compile else model  # after the pruner has traced the model
     return Training(model, network, optimizer, pruner, epochs=[], compiled=job.config.compile)
@@ -293,21 +329,26 @@ def _write_metrics(run: Run, job: Job, training: Training, recipe: Recipe) -> No
         write_events(run.folder.tensorboard(job.name), training.epochs, images)
 
 
-def _save_student(run: Run, job: Job, training: Training) -> None:
-    history = kddp_ext.PruningHistory({}) if training.pruner is None else training.pruner.history
-    metadata = {"stage": job.stage, "config": json.dumps(job.config.to_json())}
-    kddp_ext.save_student(run.folder.student(job.name), training.model, history, metadata)
+def save_student(run: Run, job: Job, model: nn.Module, history: kddp_ext.PruningHistory) -> None:
+    """Write a finished student with everything that is needed to load it and to classify images."""
+    metadata = {
+        "stage": job.stage,
+        "config": json.dumps(job.config.to_json()),
+        "data": json.dumps(dataclasses.asdict(run.data.info)),
+    }
+    kddp_ext.save_student(run.folder.student(job.name), model, history, metadata)
 
 
 def _measure(run: Run, job: Job, training: Training) -> dict[str, Any]:
     """The figures of the report, except times. Only this function looks at the test images."""
     model, student = training.model, run.folder.student(job.name)
-    hidden = dict(model.named_modules()).get("hidden")
+    hidden = dict(model.named_modules()).get("hidden") if job.config.has_hidden_layer else None
     hidden = hidden if isinstance(hidden, nn.Linear) else None
+    validation = run.data.validation
     result: dict[str, Any] = {
         "stage": job.stage,
         "test_accuracy": accuracy(model, run.data, run.data.test, run.runtime),
-        "validation_accuracy": training.epochs[-1]["validation_accuracy"],
+        "validation_accuracy": accuracy(model, run.data, validation, run.runtime) if len(validation) else None,
         "parameters": count_parameters(model),
         "linear_parameters": sum(count_parameters(each) for each in model.modules() if isinstance(each, nn.Linear)),
         "macs": count_macs(model, run.data.example()),
@@ -319,7 +360,11 @@ def _measure(run: Run, job: Job, training: Training) -> dict[str, Any]:
     if job.stage == "teacher" and run.data.augment:
         result["test_accuracy_with_views"] = accuracy(model, run.data, run.data.test, run.runtime, views=True)
     classes, images = run.data.info.classes, len(run.data.test)
-    return {**result, "warnings": collapse_warnings(job, result, training.epochs, classes, images)}
+    warnings = collapse_warnings(job, result, training.epochs, classes, images)
+    if training.pruner is not None and training.pruner.history.widths == training.pruner.history.original_widths:
+        threshold = job.config.pruning.threshold
+        warnings.append(f"nothing was removed; try a larger --pruning.threshold (now {threshold:g}) or penalty")
+    return {**result, "warnings": warnings}
 
 
 def collapse_warnings(
@@ -339,9 +384,15 @@ def collapse_warnings(
         )
     elif network == "student":
         advice += " or, if the teacher learned nothing, train it longer"
+    elif network == "teacher" and job.config.teacher.has_weights:
+        advice = (
+            "check that it was trained for these classes in this order, and what it expects of its input "
+            "(--teacher.mean, --teacher.std, --size)"
+        )
     chance = 1 / classes
     margin = 2 * math.sqrt(chance * (1 - chance) / test_images)
-    layers = ["hidden"] if result["active"] == 0 else epochs[-1].get("collapsed", epochs[-2:][0].get("collapsed", []))
+    layers: list[str] = next((epoch["collapsed"] for epoch in epochs[:-3:-1] if "collapsed" in epoch), [])
+    layers = ["hidden"] if result["active"] == 0 else layers
     if layers:
         return [f"every activation of the layer {', '.join(layers)} is zero, or nearly so; {advice}"]
     if result["test_accuracy"] <= chance + margin:

@@ -13,6 +13,7 @@ from kddp_ext.files import atomic_write, hash_json, hash_tensors, remove_leftove
 from kddp_ext.workflow import distributed
 from kddp_ext.workflow.data import ImageData
 from kddp_ext.workflow.folder import locked
+from kddp_ext.workflow.networks import logits_of
 from kddp_ext.workflow.runtime import Runtime
 
 _BATCH = 1000
@@ -78,7 +79,7 @@ class TeacherLogits:
             if number % distributed.count() == distributed.rank():
                 images = self._data.training_images(indices, view, self._shift)
                 with self._runtime.autocast():
-                    logits[indices] = self._teacher(images).float()
+                    logits[indices] = logits_of(self._teacher(images)).float()
         return distributed.total(logits)  # each row is zero on all processes but one
 
 

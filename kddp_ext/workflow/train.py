@@ -21,6 +21,7 @@ from kddp_ext.workflow.jobs import Stage
 from kddp_ext.workflow.measure import accuracy, count_parameters
 from kddp_ext.workflow.models import FastTeacher
 from kddp_ext.workflow.muon import FILTER_MOMENTUM, Muon
+from kddp_ext.workflow.networks import logits_of
 from kddp_ext.workflow.runtime import PhaseClock, Runtime
 from kddp_ext.workflow.teacher_logits import TeacherLogits
 
@@ -42,6 +43,8 @@ class Recipe:
         shift: largest shift of augmented images in pixels.
         views: number of views of the images that the epochs cycle through; 0 draws a new view in each.
         prune_when: prune after every epoch except the last, or once after the last.
+        prune_steps: prune after this many steps instead; 0 prunes after epochs.
+        prune_until: position from which on nothing is pruned and no activations are read.
     """
 
     stage: Stage
@@ -57,6 +60,16 @@ class Recipe:
     shift: int = 0
     views: int = 0
     prune_when: PruningTime = "every-epoch"
+    prune_steps: int = 0
+    prune_until: float = 1.0
+
+    def checks(self, steps: int) -> int:
+        """The number of prunes, where an epoch has this many steps."""
+        if self.prune_steps:
+            return int(self.prune_until * self.epochs * steps) // self.prune_steps
+        if self.prune_when == "at-the-end":
+            return 1
+        return min(self.epochs - 1, int(self.prune_until * self.epochs))
 
     def l1_weight_at(self, position: float) -> float:
         """The penalty's weight by position in the training, from 0 (start) to 1 (end)."""
@@ -75,11 +88,12 @@ class Recipe:
 class Training:
     """A model in training, and the metrics of each finished epoch: everything that a checkpoint holds.
 
-    `network` is what a step calls: the model, or the wrapper that compiles or distributes it.
+    `network` is what a step calls: the model, or the wrapper that compiles or distributes it. `pruner` is closed once
+    nothing is pruned any more.
     """
 
     model: nn.Module
-    network: Callable[[Tensor], Tensor]
+    network: Callable[[Tensor], Any]
     optimizer: torch.optim.Optimizer
     pruner: kddp_ext.DynamicPruner | None
     epochs: list[dict[str, Any]]
@@ -87,18 +101,18 @@ class Training:
 
 
 def teacher_recipe(config: RunConfig) -> Recipe:
-    """SGD with a triangular learning rate, or Muon with a linearly decaying one."""
+    """SGD or Adam with a triangular learning rate, or Muon with a linearly decaying one."""
     teacher = config.teacher
-    schedule = triangle if teacher.optimizer == "sgd" else lambda position: 1 - position
+    schedule = (lambda position: 1 - position) if teacher.optimizer == "muon" else triangle
     return Recipe(
         stage="teacher",
         seed=teacher.seed,
-        epochs=teacher.epochs,
+        epochs=0 if teacher.has_weights else teacher.epochs,
         batch_size=teacher.batch_size,
         learning_rate=lambda position: teacher.learning_rate * schedule(position),
         optimizer=lambda model: _teacher_optimizer(model, teacher),
         loss=kddp_ext.LossSettings(alpha=0.0, label_smoothing=teacher.label_smoothing),
-        frozen_from=FastTeacher.frozen_from if teacher.architecture == "fast" else {},
+        frozen_from=FastTeacher.frozen_from if teacher.architecture == "fast" and not teacher.network else {},
         shift=teacher.shift,
     )
 
@@ -123,6 +137,8 @@ def _teacher_optimizer(model: nn.Module, teacher: TeacherConfig) -> torch.optim.
     if orthogonal:
         others.append({"params": filters, "orthogonalize": True, "momentum": FILTER_MOMENTUM})
         return Muon(others, lr=teacher.learning_rate, momentum=teacher.momentum)
+    if teacher.optimizer == "adam":
+        return torch.optim.Adam(others, lr=teacher.learning_rate, betas=(teacher.momentum, 0.999), fused=True)
     return torch.optim.SGD(
         others, lr=teacher.learning_rate, momentum=teacher.momentum, nesterov=teacher.momentum > 0, fused=True
     )
@@ -149,6 +165,8 @@ def student_recipe(config: RunConfig, stage: Stage) -> Recipe:
         shift=student.shift,
         views=student.views,
         prune_when=pruning.when,
+        prune_steps=pruning.steps,
+        prune_until=pruning.until,
     )
 
 
@@ -198,12 +216,17 @@ def train_epoch(
     training.model.train()
     batches = [distributed.share(batch) for batch in data.batches(epoch, recipe.batch_size, recipe.seed)]
     totals = torch.zeros(len(_TERMS), dtype=torch.float64, device=runtime.device)
+    report = None
     for step, indices in enumerate(batches):
         position = (epoch + step / len(batches)) / recipe.epochs
+        if training.pruner is not None and position >= recipe.prune_until:
+            training.pruner.close()  # from here on no activations are read
         with clock.phase("data"):
             images, labels = data.training_images(indices, view, recipe.shift), data.train.labels[indices]
             targets = None if teacher_logits is None else teacher_logits[indices]
         totals += _train_step(training, recipe, runtime, clock, position, images, labels, targets)
+        if recipe.prune_steps:
+            report = _prune(training, clock, lambda pruner: pruner.step()) or report
 
     distributed.average_buffers(training.model)
     # The epoch's only transfer to the host: until here the sums stay on the device.
@@ -214,12 +237,8 @@ def train_epoch(
             f"{recipe.stage}: the training diverged: the loss is {means['loss']} after epoch {epoch + 1}. "
             "Try a smaller learning rate."
         )
-    report = None
-    if training.pruner is not None:
-        with clock.phase("prune"):
-            report = _prune(training.pruner, recipe, epoch)
-        if report is not None and report.neurons_pruned and training.compiled:
-            training.network = compiled(training.model)
+    if not recipe.prune_steps:
+        report = _prune(training, clock, lambda pruner: _check_after(pruner, recipe, epoch))
     with clock.phase("validation"):
         validation = accuracy(training.model, data, data.validation, runtime) if len(data.validation) else None
     metrics: dict[str, Any] = {
@@ -250,13 +269,13 @@ def _train_step(
     for group in training.optimizer.param_groups:
         group["lr"] = recipe.learning_rate(position) * group.get("scale", 1.0)
     with clock.phase("student"), runtime.autocast():
-        logits = training.network(images)
+        logits = logits_of(training.network(images))
     with clock.phase("loss"):
         loss, terms = kddp_ext.fused_kd_l1_loss(
             logits,
             teacher_logits,
             labels,
-            () if training.pruner is None else training.pruner.activations,
+            () if training.pruner is None or training.pruner.closed else training.pruner.activations,
             return_terms=True,
             **{**vars(recipe.loss), "l1_weight": recipe.l1_weight_at(position)},
         )
@@ -267,7 +286,7 @@ def _train_step(
     return torch.stack([loss.detach(), terms.kd, terms.ce, terms.l1, terms.correct])
 
 
-def compiled(model: nn.Module) -> Callable[[Tensor], Tensor]:
+def compiled(model: nn.Module) -> Callable[[Tensor], Any]:
     """`model` through torch.compile, for its current shapes.
 
     The compiler's cache is cleared first. So a resumed run uses the same kernels as an uninterrupted one, and many
@@ -277,11 +296,27 @@ def compiled(model: nn.Module) -> Callable[[Tensor], Tensor]:
     return torch.compile(model, dynamic=False)
 
 
-def _prune(pruner: kddp_ext.DynamicPruner, recipe: Recipe, epoch: int) -> kddp_ext.PruneReport | None:
-    """Prune, if this epoch's end is a check."""
+def _prune(
+    training: Training, clock: PhaseClock, check: Callable[[kddp_ext.DynamicPruner], kddp_ext.PruneReport | None]
+) -> kddp_ext.PruneReport | None:
+    """Let the open pruner, if there is one, make a `check`."""
+    if training.pruner is None or training.pruner.closed:
+        return None
+    with clock.phase("prune"):
+        try:
+            report = check(training.pruner)
+        except ValueError as error:  # activations, gradients or weights are not finite
+            raise WorkflowError(f"the training diverged, so it cannot be pruned: {error}") from error
+    if report is not None and report.neurons_pruned and training.compiled:
+        training.network = compiled(training.model)
+    return report
+
+
+def _check_after(pruner: kddp_ext.DynamicPruner, recipe: Recipe, epoch: int) -> kddp_ext.PruneReport | None:
+    """Prune, if the end of this epoch is a check."""
     is_last = epoch + 1 == recipe.epochs
     # 'every-epoch' skips the last epoch, because nothing trains after it.
-    if is_last == (recipe.prune_when == "at-the-end"):
+    if is_last == (recipe.prune_when == "at-the-end") and (is_last or epoch + 1 <= recipe.prune_until * recipe.epochs):
         return pruner.prune()
     pruner.reset()  # a check uses only the statistics of the epoch before it
     return None

@@ -1,5 +1,6 @@
 """The benchmarks run, compare only implementations that agree, and write their tables. No time is asserted."""
 
+import dataclasses
 import json
 import os
 import subprocess
@@ -26,8 +27,8 @@ HAS_ONNX = not latency.missing_packages()
 
 SETTINGS = Settings(threads=1, seconds=0.001, rounds=2, compile=False, smoke=True)
 NAMES = [
-    "loss", "class-counts", "threads", "memory", "statistics", "divergences", "fused-linear", "compaction",
-    "pruning", "prune-step",
+    "loss", "class-counts", "threads", "memory", "statistics", "divergences", "fused-linear", "gradient-products",
+    "compaction", "pruning", "prune-step", "saliency-step",
 ]  # fmt: skip
 
 
@@ -165,7 +166,8 @@ def students(tmp_path):
         history.add_step({"hidden": list(range(removed))})
         model = build_student(config, INFO["digits"])
         history.replay(model, (torch.zeros(2, 1, 8, 8),))
-        kddp_ext.save_student(path, model, history, {"stage": "kddp", "config": json.dumps(config.to_json())})
+        metadata = {"config": json.dumps(config.to_json()), "data": json.dumps(dataclasses.asdict(INFO["digits"]))}
+        kddp_ext.save_student(path, model, history, {"stage": "kddp", **metadata})
     return paths
 
 

@@ -20,7 +20,7 @@ from kddp_ext.workflow import cli, config, folder
 
 SNAPSHOT = Path(__file__).parent / "public_api.txt"
 STABILITY = Path(__file__).parents[2] / "docs" / "stability.md"
-COMMANDS = ("run", "sweep", "report", "evaluate", "info")
+COMMANDS = ("run", "sweep", "shrink", "report", "evaluate", "predict", "export", "info")
 LINE = 110
 
 

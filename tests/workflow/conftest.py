@@ -87,7 +87,7 @@ def image_data() -> Callable[..., ImageData]:
         random = np.random.default_rng(1)
         images = random.integers(0, 256, (count, 16, 16, 3), dtype=np.uint8)
         raw = RawDataset(images, np.arange(count) % 10, images[:7], np.arange(7))
-        info = DatasetInfo("noise", 16, 3, 10, (120.0, 110.0, 100.0), (60.0, 50.0, 40.0))
+        info = DatasetInfo("noise", 16, 3, tuple("0123456789"), (120.0, 110.0, 100.0), (60.0, 50.0, 40.0))
         config = dataclasses.replace(RunConfig(), data_seed=seed, validation=validation, augment=augment)
         return ImageData(raw, info, config, torch.device("cpu"))
 

@@ -15,7 +15,7 @@ from kddp_ext.workflow.cli import main
 from kddp_ext.workflow.config import RunConfig, SweepConfig, differences, preset
 from kddp_ext.workflow.errors import WorkflowError
 
-COMMANDS = ("run", "sweep", "report", "evaluate", "info")
+COMMANDS = ("run", "sweep", "report", "evaluate", "predict", "export", "info")
 Calls = list[tuple[Path, SweepConfig, dict[str, Any]]]
 
 
@@ -89,7 +89,7 @@ def test_the_package_lists_its_names_and_has_no_others() -> None:
 
 def test_an_unknown_command_and_option_end_with_code_2(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["train"]) == 2
-    assert "no command 'train'; use run, sweep, report, evaluate, info" in capsys.readouterr().err
+    assert "no command 'train'; use run, sweep, report, evaluate, predict, export, info" in capsys.readouterr().err
     with pytest.raises(SystemExit) as end:
         main(["run", "--epochz", "3"])
     assert end.value.code == 2
@@ -149,7 +149,7 @@ def test_options_override_the_preset(started: Calls, tmp_path: Path) -> None:
         ),
         (
             "sweep --student.architecture resnet20 --student.channels --pruning.layers all",
-            "--widths: expected none for resnet20, which has no hidden layer",
+            "--widths: expected none for resnet20, which has no hidden layer of --student.width",
         ),
         (
             "run --student.channels 4 4 4 4",
@@ -199,7 +199,7 @@ def test_a_config_survives_json_and_refuses_what_it_does_not_know() -> None:
         assert type(config).from_json(config.to_json()) == config
         with pytest.raises(WorkflowError, match="missing or unknown: colour"):
             type(config).from_json({**config.to_json(), "colour": "blue"})
-        with pytest.raises(WorkflowError, match="expected version 3"):
+        with pytest.raises(WorkflowError, match="expected version 4"):
             type(config).from_json({**config.to_json(), "version": 1})
     with pytest.raises(WorkflowError, match=r"run\.teacher: expected a JSON object, got 3"):
         SweepConfig.from_json({**SweepConfig().to_json(), "run": {**SweepConfig().to_json()["run"], "teacher": 3}})

@@ -8,8 +8,10 @@ from itertools import pairwise
 from typing import Any
 
 import pytest
+import torch
+from torch import nn
 
-from kddp_ext.workflow.config import PruningConfig, RunConfig, StudentConfig, TeacherConfig
+from kddp_ext.workflow.config import PruningConfig, RunConfig, StudentConfig, TeacherConfig, for_own_networks, preset
 from kddp_ext.workflow.data import ImageData
 from kddp_ext.workflow.models import build_teacher
 from kddp_ext.workflow.runtime import Runtime
@@ -58,3 +60,13 @@ def test_the_whitenings_bias_learns_in_three_epochs_and_the_filters_in_all(
     moved = [(before[0] - after[0]).any() for before, after in pairwise(seen)]
     assert moved == [True, True, False, False]
     assert all((before[1] - after[1]).any() for before, after in pairwise(seen))
+
+
+def test_a_teacher_of_the_users_own_is_trained_with_adam() -> None:
+    config = for_own_networks(preset("digits", "default"), "networks:big", "")
+    recipe = teacher_recipe(config)
+    optimizer = recipe.optimizer(nn.Linear(4, 2))
+    assert isinstance(optimizer, torch.optim.Adam)
+    assert (recipe.learning_rate(0.0), recipe.learning_rate(1.0)) == pytest.approx((2e-4, 0))
+    assert recipe.frozen_from == {}
+    assert teacher_recipe(for_own_networks(config, "networks:big:weights.pt", "")).epochs == 0

@@ -44,6 +44,11 @@ def loop() -> Names:
     }
 
 
+def shrinking() -> Names:
+    """`loop`, with a trained network to shrink."""
+    return {**loop(), "original": make_student()}
+
+
 def with_processes() -> Names:
     """`loop`, with torch.distributed initialised for this process alone."""
     if not torch.distributed.is_initialized():
@@ -103,6 +108,7 @@ SETUPS: dict[str, Callable[[], Names]] = {
     "docs/your-loop.md": with_processes,
     "docs/losses.md": with_processes,
     "docs/pruning.md": pruning,
+    "docs/shrinking.md": shrinking,
     "docs/integrations.md#Lightning": lightning,
     "docs/integrations.md#Hugging Face Transformers": transformers,
     "docs/integrations.md#ONNX": loop,

@@ -15,7 +15,7 @@ import kddp_ext
 
 INTEGRATIONS = ("kddp_ext.integrations.lightning", "kddp_ext.integrations.transformers")
 # Names that are neither classes nor functions; a string after the assignment documents them.
-ASSIGNED = {"Criterion"}
+ASSIGNED = {"Criterion", "Resource"}
 PUBLIC = {name: getattr(kddp_ext, name) for name in kddp_ext.__all__}
 CLASSES = [value for name, value in PUBLIC.items() if inspect.isclass(value)]
 FUNCTIONS = [value for value in PUBLIC.values() if inspect.isfunction(value)]

@@ -122,7 +122,7 @@ def test_options_named_in_the_text_exist(monkeypatch: pytest.MonkeyPatch, capsys
     """Between backticks: on two pages all options are of `kddp`, on the others those with a dot, as --student.width."""
     monkeypatch.setenv("COLUMNS", "200")
     options = {"--nnodes", "--logdir"}  # of torchrun and tensorboard
-    for command in ("run", "sweep", "report", "evaluate", "info"):
+    for command in ("run", "sweep", "report", "evaluate", "predict", "export", "info"):
         with pytest.raises(SystemExit):
             main([command, "--help"])
         options.update(re.findall(r"--[a-z0-9.-]*[a-z0-9]", capsys.readouterr().out))
