@@ -1,0 +1,355 @@
+"""Shrinks a trained network with this package, with Torch-Pruning, and by training a narrower one, at equal cost.
+
+python -m benchmarks.shrinking SOURCE --folder DIR --data-dir DIR [--budgets 0.5 ...] [--contenders NAME ...]
+
+Every contender has the same passes over the images, the same distillation loss, batches, augmentation and learning
+rate. A training that is finished is not repeated, and processes that are started with the same folder share the work.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+import torch_pruning as tp
+from rich.console import Console
+from torch import nn
+
+import kddp_ext
+from benchmarks.table import Table, write_markdown
+from kddp_ext.files import write_json
+from kddp_ext.workflow.config import RunConfig, ShrinkConfig
+from kddp_ext.workflow.data import ImageData
+from kddp_ext.workflow.datasets import read_dataset
+from kddp_ext.workflow.folder import locked
+from kddp_ext.workflow.measure import accuracy, count_macs, count_parameters
+from kddp_ext.workflow.models import FastTeacher, build_student
+from kddp_ext.workflow.runtime import Runtime, prepare_process
+from kddp_ext.workflow.saved_models import SavedModel, find_model
+from kddp_ext.workflow.shrink import settings_of
+from kddp_ext.workflow.teacher_logits import TeacherLogits
+from kddp_ext.workflow.train import Recipe, Training, student_recipe, train
+
+OURS = ("saliency", "contribution")
+TORCH_PRUNING = ("GroupMagnitude", "GroupTaylor", "GroupNorm")
+NARROWER = ("narrower", "narrower, three times the passes")
+_FINEST = 400  # steps in which Torch-Pruning removes everything; it stops at the budget
+_PRUNES = 6  # of Torch-Pruning in a training, evenly spread over the part that prunes
+
+
+class TorchPruning:
+    """Prunes by Torch-Pruning where the training loop expects a pruner of this package.
+
+    Parameters become new objects, so the optimizer starts afresh after each prune.
+    """
+
+    activations: tuple[()] = ()
+    widths: dict[str, int] = {}  # noqa: RUF012
+
+    def __init__(self, kind: str, training: Training, data: ImageData, recipe: Recipe, target: float) -> None:
+        self.closed = False
+        self._training, self._recipe, self._image = training, recipe, data.example()
+        self._original, self._target = count_macs(training.model, self._image), target
+        steps = len(data.train) // recipe.batch_size
+        self._interval = int(recipe.epochs * steps * recipe.prune_until) // _PRUNES
+        self._count = 0
+        self.pruner = torch_pruner(kind, training.model, data)
+        self._watch(kind)
+
+    def _watch(self, kind: str) -> None:
+        if kind == "GroupNorm":  # its sparsity training adds to the gradients
+            regularize = self.pruner.regularize
+            self._training.optimizer.register_step_pre_hook(
+                lambda *_: None if self.closed else regularize(self._training.model)
+            )
+        self._kind = kind
+
+    def step(self) -> None:
+        """Count a step, and prune at each interval."""
+        self._count += 1
+        if self._count % self._interval == 0 and self._count // self._interval <= _PRUNES:
+            share = self._target ** (self._count // self._interval / _PRUNES)
+            prune_to(self.pruner, self._training.model, self._image, share * self._original)
+            if self._kind == "GroupNorm":
+                self.pruner.update_regularizer()
+            self._training.optimizer = self._recipe.optimizer(self._training.model)
+            self._watch(self._kind)
+
+    def close(self) -> None:
+        """Prune no more."""
+        self.closed = True
+
+
+def torch_pruner(kind: str, model: nn.Module, data: ImageData) -> Any:
+    """A pruner of Torch-Pruning over all layers, as its README advises."""
+    importances: dict[str, Callable[[], object]] = {
+        "GroupMagnitude": lambda: tp.importance.GroupMagnitudeImportance(p=2),
+        "GroupTaylor": tp.importance.GroupTaylorImportance,
+        "GroupNorm": lambda: tp.importance.GroupMagnitudeImportance(p=2),
+    }
+    pruner = tp.pruner.GroupNormPruner if kind == "GroupNorm" else tp.pruner.BasePruner
+    frozen = [each for each in model.modules() if isinstance(each, nn.Conv2d) and not each.weight.requires_grad]
+    return pruner(
+        model,
+        data.example(2),
+        importance=importances[kind](),
+        global_pruning=True,
+        pruning_ratio=1.0,
+        max_pruning_ratio=0.95,
+        iterative_steps=_FINEST,
+        ignored_layers=[*frozen, model.get_submodule("classifier")],
+    )
+
+
+def prune_to(pruner: Any, model: nn.Module, image: torch.Tensor, macs: float) -> None:
+    """Prune until the model has at most this many multiply-accumulates."""
+    training = model.training
+    for _ in range(_FINEST):
+        if count_macs(model, image) <= macs:
+            break
+        pruner.step()
+    model.train(training)
+
+
+class Study:
+    """What all contenders share."""
+
+    def __init__(self, arguments: argparse.Namespace) -> None:
+        self.arguments = arguments
+        self.saved: SavedModel = find_model(arguments.source)
+        config = replace(self.saved.config, validation=arguments.validation)
+        self.runtime = Runtime("auto", config.precision)
+        self.data = ImageData(
+            read_dataset(config.dataset, arguments.data_dir), self.saved.info, config, self.runtime.device
+        )
+        self.original = self.network().eval()
+        self.macs = count_macs(self.original, self.data.example())
+        self.split = self.data.validation if arguments.validation else self.data.test
+
+    def network(self) -> nn.Module:
+        """The trained network."""
+        return self.runtime.place(self.saved.load())
+
+    def settings(self, contender: str, budget: float, seed: int, **changes: Any) -> RunConfig:
+        """The settings of a training; a budget above 1 is a loss budget in thousandths."""
+        targets = {"target_macs": budget} if budget <= 1 else {"loss_budget": budget / 1000}
+        options = {"epochs": self.arguments.epochs, "learning_rate": self.arguments.learning_rate, "seed": seed}
+        config = settings_of(ShrinkConfig(**{**options, **targets, **changes}), self.saved, len(self.data.train))
+        if contender == "contribution":
+            pruning = replace(config.pruning, criterion="contribution", threshold=1.0, patience=1)
+            config = replace(config, pruning=pruning)
+        return config
+
+    def train(self, contender: str, budget: float, seed: int) -> dict[str, Any]:
+        """Train a contender; returns its figures."""
+        times = 3 if contender == NARROWER[1] else 1
+        config = self.settings(contender, budget, seed, epochs=times * self.arguments.epochs)
+        recipe = student_recipe(config, "kddp")
+        model = self.narrower(config, budget) if contender in NARROWER else self.network()
+        training = Training(model, model, recipe.optimizer(model), None, [])
+        if contender in OURS:
+            training.pruner = self.our_pruner(training, config, recipe)
+        elif contender in TORCH_PRUNING:
+            pruner = TorchPruning(contender, training, self.data, recipe, budget)
+            training.pruner = cast(kddp_ext.DynamicPruner, pruner)
+        folder = Path(self.arguments.folder) / "teacher_logits"
+        logits = TeacherLogits(self.original, self.data, config.student.shift, folder, self.runtime)
+        for view in range(recipe.epochs):
+            logits.view(view)  # not a part of the seconds
+        started, processor = time.perf_counter(), time.process_time()
+
+        def say(metrics: dict[str, Any]) -> None:
+            print(f"{contender} {budget:g} {seed}: {metrics}", flush=True)
+
+        train(training, recipe, self.data, logits, self.runtime, say)
+        seconds = time.perf_counter() - started, time.process_time() - processor
+        widths = {name: each.out_channels for name, each in model.named_modules() if isinstance(each, nn.Conv2d)}
+        return {**self.figures(model), "seconds": seconds[0], "processor_seconds": seconds[1], "widths": widths}
+
+    def our_pruner(self, training: Training, config: RunConfig, recipe: Recipe) -> kddp_ext.DynamicPruner:
+        """The pruner that `kddp shrink` makes."""
+        pruning, steps = config.pruning, len(self.data.train) // recipe.batch_size
+        return kddp_ext.DynamicPruner(
+            training.model,
+            training.optimizer,
+            example_inputs=(self.data.example(2),),
+            criterion=pruning.criterion,
+            threshold=pruning.threshold,
+            patience=pruning.patience,
+            target_macs=pruning.target_macs or None,
+            target_steps=recipe.checks(steps),
+            loss_budget=pruning.loss_budget or None,
+            reconstruction_samples=pruning.reconstruction_samples,
+            interval=pruning.steps,
+            history=self.saved.history,
+        )
+
+    def narrower(self, config: RunConfig, budget: float) -> nn.Module:
+        """A fresh network whose channels are all narrower by one factor, which meets the budget."""
+        channels = config.student.channels
+        for factor in (1 - step / 200 for step in range(200)):
+            narrow = tuple(max(1, math.floor(each * factor + 0.5)) for each in channels)
+            student = replace(config.student, channels=narrow)
+            model = build_student(replace(config, student=student), self.data.info)
+            if count_macs(model, self.data.example().cpu()) <= budget * self.macs:
+                break
+        if isinstance(model, FastTeacher):
+            model.whiten(self.data.example(2000).cpu())
+        return self.runtime.place(model)
+
+    def at_once(self, contender: str, budget: float) -> dict[str, Any]:
+        """Prune once, without any training, by the gradients of 2000 training images."""
+        model = self.network()
+        model.eval()
+        images, labels = self.data.normalise(self.data.train.images[:2000]), self.data.train.labels[:2000]
+        if contender.startswith("saliency"):
+            pruner = kddp_ext.DynamicPruner(
+                model, example_inputs=(images[:2],), criterion="saliency", target_macs=budget,
+                reconstruction_samples=0 if "without" in contender else 1024,
+            )  # fmt: skip
+            for some, their in zip(images.split(250), labels.split(250), strict=True):
+                loss = nn.functional.cross_entropy(model(some), their)
+                pruner.activations.observe(loss)
+                loss.backward()
+            pruner.prune()
+        else:
+            torch_kind = torch_pruner(contender, model, self.data)
+            for some, their in zip(images.split(250), labels.split(250), strict=True):
+                nn.functional.cross_entropy(model(some), their).backward()
+            prune_to(torch_kind, model, self.data.example(), budget * self.macs)
+        return self.figures(model)
+
+    def figures(self, model: nn.Module) -> dict[str, Any]:
+        """What is measured of a network; only this function looks at the test images."""
+        return {
+            "accuracy": accuracy(model, self.data, self.split, self.runtime),
+            "macs": count_macs(model, self.data.example()),
+            "parameters": count_parameters(model),
+        }
+
+
+AT_ONCE = ("saliency", "saliency, without reconstruction", "GroupMagnitude", "GroupTaylor")
+
+
+def main() -> None:
+    """Run everything that is not finished, then write the tables."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("source", type=Path, help="folder of a finished training, or a student file")
+    parser.add_argument("--folder", type=Path, required=True, help="where results are kept")
+    parser.add_argument("--data-dir", type=Path)
+    parser.add_argument("--epochs", type=int, default=6)
+    parser.add_argument("--learning-rate", type=float, default=ShrinkConfig.learning_rate)
+    parser.add_argument("--validation", type=int, default=0, help="images to choose settings by, instead of the test's")
+    parser.add_argument(
+        "--budgets",
+        type=float,
+        nargs="*",
+        default=[0.7, 0.5, 0.25],
+        help="shares of the MACs, or loss budgets in thousandths if above 1",
+    )
+    parser.add_argument("--contenders", nargs="*", default=[*OURS, *TORCH_PRUNING, *NARROWER])
+    parser.add_argument("--at-once", nargs="*", default=[*AT_ONCE])
+    parser.add_argument("--seeds", type=int, nargs="*", default=[0, 1, 2])
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--markdown", metavar="FILE", help="fill the tables of this page")
+    arguments = parser.parse_args()
+    torch.set_num_threads(arguments.threads)
+    prepare_process()
+    arguments.folder.mkdir(parents=True, exist_ok=True)
+    study = Study(arguments)
+    for contender in arguments.at_once:
+        for budget in arguments.budgets:
+            if budget <= 1:
+                finished(
+                    arguments.folder,
+                    f"at once, {contender}, {budget:g}",
+                    lambda c=contender, b=budget: study.at_once(c, b),
+                )
+    for seed in arguments.seeds:
+        for budget in arguments.budgets:
+            for contender in arguments.contenders:
+                if budget <= 1 or contender == "saliency":
+                    finished(
+                        arguments.folder,
+                        f"{contender}, {budget:g}, seed {seed}",
+                        lambda c=contender, b=budget, s=seed: study.train(c, b, s),
+                    )
+    finished(arguments.folder, "original", lambda: study.figures(study.original))
+    found = tables(arguments.folder, study.macs)
+    if arguments.markdown:
+        write_markdown(arguments.markdown, None, found)
+    for table in found:
+        Console().print(table.for_terminal())
+
+
+def finished(folder: Path, name: str, run: Callable[[], dict[str, Any]]) -> None:
+    """Make sure that there is a result of this name, unless another process is making it."""
+    path = folder / f"{name}.json"
+    work = folder / name
+    work.mkdir(exist_ok=True)
+    with locked(work, wait=False) as held:
+        if held and not path.exists():
+            result = run()
+            write_json(path, result)
+            print(name, result, flush=True)
+
+
+def tables(folder: Path, macs: int) -> list[Table]:
+    """The figures over the seeds, and those without training."""
+    runs: dict[tuple[str, float], list[dict[str, Any]]] = {}
+    once: dict[tuple[str, float], dict[str, Any]] = {}
+    for path in sorted(folder.glob("*.json")):
+        result, name = json.loads(path.read_text()), path.stem
+        if name.startswith("at once, "):
+            contender, budget = name.removeprefix("at once, ").rsplit(", ", 1)
+            once[contender, float(budget)] = result
+        elif ", seed" in name:
+            contender, budget, _ = name.rsplit(", ", 2)
+            runs.setdefault((contender, float(budget)), []).append(result)
+    rows = []
+    for (contender, budget), results in sorted(
+        runs.items(), key=lambda each: (-each[0][1] if each[0][1] <= 1 else each[0][1], each[0][0])
+    ):
+        scores = [100 * each["accuracy"] for each in results]
+        spread = f" ± {statistics.stdev(scores):.2f}" if len(scores) > 1 else ""
+        asked = f"{budget:.0%} of MACs" if budget <= 1 else f"loss budget {budget / 1000:g}"
+        share = statistics.fmean(each["macs"] for each in results) / macs
+        parameters = statistics.fmean(each["parameters"] for each in results)
+        seconds = statistics.fmean(each["processor_seconds"] for each in results)
+        rows.append(
+            [
+                asked,
+                contender,
+                str(len(scores)),
+                f"{statistics.fmean(scores):.2f}{spread}",
+                f"{share:.1%}",
+                f"{parameters:,.0f}",
+                f"{seconds:.0f}",
+            ]
+        )
+    columns = ["asked", "contender", "seeds", "test accuracy (%)", "MACs left", "parameters", "processor s"]
+    without = []
+    for (contender, budget), result in sorted(once.items(), key=lambda each: (-each[0][1], each[0][0])):
+        share = result["macs"] / macs
+        without.append([f"{budget:.0%} of MACs", contender, f"{100 * result['accuracy']:.2f}", f"{share:.1%}"])
+    return [
+        Table("trained", "Shrunk and trained: mean ± standard deviation over the seeds", columns, rows),
+        Table(
+            "at-once",
+            "Pruned once, without training",
+            ["asked", "contender", "test accuracy (%)", "MACs left"],
+            without,
+        ),
+    ]
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,267 @@
+"""`kddp shrink`: makes a trained network smaller while it is distilled from what it was.
+
+The network itself is the teacher, and a copy is the student. Neurons of all layers are removed by saliency, in small
+steps over the first part of the training; the rest of it trains what is left.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import io
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from matplotlib.figure import Figure
+from rich.console import Console
+from torch import nn
+
+import kddp_ext
+from kddp_ext.files import atomic_write, parse_json, write_json, write_text
+from kddp_ext.workflow import distributed
+from kddp_ext.workflow.config import Device, PruningConfig, RunConfig, ShrinkConfig, StudentConfig
+from kddp_ext.workflow.data import ImageData
+from kddp_ext.workflow.distributed import on_rank_zero
+from kddp_ext.workflow.errors import WorkflowError
+from kddp_ext.workflow.folder import RunFolder, locked
+from kddp_ext.workflow.inspect import read_images
+from kddp_ext.workflow.jobs import Job
+from kddp_ext.workflow.measure import accuracy, count_macs, count_parameters, latencies
+from kddp_ext.workflow.networks import logits_of
+from kddp_ext.workflow.report import Table, say
+from kddp_ext.workflow.runs import Run, claimed, save_student, train_job
+from kddp_ext.workflow.runtime import Runtime
+from kddp_ext.workflow.saved_models import SavedModel, find_model
+from kddp_ext.workflow.teacher_logits import TeacherLogits
+from kddp_ext.workflow.train import student_recipe
+
+_STUDENT = "student"  # the name of the training, and of its folder
+_CALIBRATION_BATCH = 250
+_FEWEST_STEPS = 4  # between two checks: the first of them measures only means
+
+
+def settings_of(shrink: ShrinkConfig, saved: SavedModel, images: int) -> RunConfig:
+    """The settings of the training, for a data set with this many training images."""
+    source = saved.config
+    batch_size = shrink.batch_size or source.student.batch_size
+    network: Any = source.teacher if saved.stage == "teacher" else source.student
+    student = StudentConfig(
+        architecture=network.architecture,
+        channels=network.channels,
+        width=source.student.width,
+        network=":".join(network.network.split(":")[:2]),  # without weights
+        epochs=shrink.epochs,
+        shift=shrink.shift,
+        batch_size=batch_size,
+        learning_rate=shrink.learning_rate,
+    )
+    pruning = PruningConfig(
+        l1_weight=0.0,
+        layers="all",
+        steps=max(_FEWEST_STEPS, images // batch_size // shrink.checks),
+        until=shrink.until,
+        criterion="saliency",
+        target_macs=shrink.target_macs,
+        target_parameters=shrink.target_parameters,
+        loss_budget=shrink.loss_budget,
+        reconstruction_samples=shrink.reconstruction_samples,
+    )
+    distillation = dataclasses.replace(source.distillation, temperature=shrink.temperature, alpha=shrink.alpha)
+    return dataclasses.replace(source, seed=shrink.seed, student=student, pruning=pruning, distillation=distillation)
+
+
+def run_shrink(
+    source: Path,
+    path: Path,
+    config: ShrinkConfig,
+    console: Console,
+    *,
+    data_dir: Path | None = None,
+    resume: bool = False,
+    device: Device = "auto",
+    own: Mapping[str, str] = MappingProxyType({}),
+) -> None:
+    """Shrink the network in `source` in the folder `path`, then write and print the report.
+
+    `own` is as for `SavedModel.load`.
+
+    Raises:
+        WorkflowError: a setting or a file cannot be used; the message says which.
+        OSError: the folder cannot be written to.
+    """
+    if distributed.rank() > 0:
+        console = Console(quiet=True, force_terminal=False)
+    saved = find_model(source)
+    source_config = saved.config
+    if data_dir is not None:
+        source_config = dataclasses.replace(source_config, data_dir=str(data_dir))
+    runtime, folder = Runtime(device, source_config.precision), RunFolder(path)
+    place = source.parent if source.is_dir() else source
+    data = ImageData(read_images(place, source_config, saved.info, console), saved.info, source_config, runtime.device)
+    on_rank_zero(lambda: _open(folder, config, saved, resume=resume))
+    run_config = settings_of(config, saved, len(data.train))
+    run = Run(folder, data, runtime, console)
+    original = runtime.place(saved.load(own)).eval()
+    student = runtime.place(saved.load(own))
+    say(console, f"{saved.path}: {count_macs(original, data.example()):,} multiply-adds; {runtime}")
+    started = time.monotonic()
+    job = Job(_STUDENT, "kddp", run_config)
+    with claimed(run, job, wait=True):
+        if config.calibrate:
+            history = _calibrated(student, data, config, saved, runtime)
+            on_rank_zero(lambda: save_student(run, job, student, history))
+        else:
+            logits = TeacherLogits(original, data, config.shift, folder.teacher_logits, runtime)
+            training = train_job(run, job, student, student_recipe(run_config, "kddp"), logits, saved.history)
+            assert training.pruner is not None
+            student, history = training.model, training.pruner.history
+    seconds = time.monotonic() - started
+    rows = _measured(original, student, saved.path, folder.student(_STUDENT), data, runtime)
+    on_rank_zero(lambda: _write(folder, config, saved, rows, history, seconds))
+    say(console, f"{Path(folder.report).read_text(encoding='utf-8')}\nThe report is {folder.report}")
+
+
+def _open(folder: RunFolder, config: ShrinkConfig, saved: SavedModel, *, resume: bool) -> None:
+    """Create the folder, or check that the one that is there was made by the same command."""
+    settings = {"shrink": str(saved.path.resolve()), **dataclasses.asdict(config)}
+    folder.path.mkdir(parents=True, exist_ok=True)
+    with locked(folder.path):
+        if folder.config.is_file():
+            found = parse_json(folder.config.read_text(encoding="utf-8"))
+            if not isinstance(found, dict) or "shrink" not in found:
+                raise WorkflowError(f"{folder.path} holds something else; give another --name")
+            if not resume:
+                raise WorkflowError(f"{folder.path} exists; continue it with --resume, or give another --name")
+            changed = [f"{key}: {found.get(key)} was saved, {settings[key]} is wanted"
+                       for key in settings if found.get(key) != settings[key]]  # fmt: skip
+            if changed:
+                raise WorkflowError(f"{folder.path} was started with other settings: {'; '.join(changed)}")
+        write_json(folder.config, settings)
+
+
+def _calibrated(
+    model: nn.Module, data: ImageData, config: ShrinkConfig, saved: SavedModel, runtime: Runtime
+) -> kddp_ext.PruningHistory:
+    """Prune `model` once, by the gradients of the cross entropy; returns what was pruned from it in all."""
+    pruner = kddp_ext.DynamicPruner(
+        model,
+        example_inputs=(data.example(2),),
+        criterion="saliency",
+        target_macs=config.target_macs or None,
+        target_parameters=config.target_parameters or None,
+        loss_budget=config.loss_budget or None,
+        reconstruction_samples=config.reconstruction_samples,
+        history=saved.history,
+    )
+    model.eval()
+    for indices in torch.arange(min(config.calibrate, len(data.train))).split(_CALIBRATION_BATCH):
+        images, labels = data.normalise(data.train.images[indices]), data.train.labels[indices]
+        with runtime.autocast():
+            loss = F.cross_entropy(logits_of(model(images)).float(), labels)
+        pruner.activations.observe(loss)
+        loss.backward()
+    model.zero_grad()
+    pruner.prune()
+    return pruner.history
+
+
+# --- The report
+
+
+@dataclass(frozen=True)
+class _Figures:
+    """What is measured of a network."""
+
+    accuracy: float
+    parameters: int
+    macs: int
+    bytes: int
+    milliseconds: Mapping[str, float]  # for one batch, by what runs it and its size
+
+
+def _measured(
+    original: nn.Module, student: nn.Module, source: Path, result: Path, data: ImageData, runtime: Runtime
+) -> tuple[_Figures, _Figures]:
+    """The figures before and after. Only this function looks at the test images."""
+    found = []
+    times = latencies([original, student], data.example(64))
+    for model, milliseconds in zip((original, student), times, strict=True):
+        found.append(
+            _Figures(
+                accuracy(model, data, data.test, runtime),
+                count_parameters(model),
+                count_macs(model, data.example()),
+                _size_on_disk(model),
+                milliseconds,
+            )
+        )
+    return found[0], found[1]
+
+
+def _size_on_disk(model: nn.Module) -> int:
+    """The bytes of its tensors, which a safetensors file has besides its header."""
+    return sum(each.numel() * each.element_size() for each in model.state_dict().values())
+
+
+def _write(
+    folder: RunFolder,
+    config: ShrinkConfig,
+    saved: SavedModel,
+    figures: tuple[_Figures, _Figures],
+    history: kddp_ext.PruningHistory,
+    seconds: float,
+) -> None:
+    before, after = figures
+    rows = [("test accuracy (%)", f"{100 * before.accuracy:.2f}", f"{100 * after.accuracy:.2f}",
+             f"{100 * (after.accuracy - before.accuracy):+.2f}")]  # fmt: skip
+    for name, old, new in (
+        ("parameters", before.parameters, after.parameters),
+        ("multiply-adds of an image", before.macs, after.macs),
+        ("bytes of the tensors", before.bytes, after.bytes),
+    ):
+        rows.append((name, f"{old:,}", f"{new:,}", f"{new / old:.3f}x"))
+    for name, old_time in before.milliseconds.items():
+        new_time = after.milliseconds[name]
+        rows.append((f"{name} (ms)", f"{old_time:.2f}", f"{new_time:.2f}", f"{new_time / old_time:.2f}x"))
+    table = Table("shrunk", ("", "before", "after", "change"), rows)
+    widths = {layer: (width, history.widths[layer]) for layer, width in history.original_widths.items()}
+    layers = Table(
+        "layers", ("layer", "before", "after"), [(name, str(old), str(new)) for name, (old, new) in widths.items()]
+    )
+    how = f"{config.calibrate} images, no training" if config.calibrate else f"{config.epochs} passes"
+    write_json(
+        folder.result(_STUDENT),
+        {
+            "before": dataclasses.asdict(before),
+            "after": dataclasses.asdict(after),
+            "widths": {layer: list(each) for layer, each in widths.items()},
+            "seconds": round(seconds, 1),
+        },
+    )
+    _draw(folder.picture, widths)
+    write_text(
+        folder.report,
+        f"# {saved.path}, shrunk\n\n{how}, {seconds:.0f} s. The student is {folder.student(_STUDENT)}.\n\n"
+        f"{table.to_markdown()}\n\n## Neurons of each layer\n\n![Neurons of each layer](report.png)\n\n"
+        f"{layers.to_markdown()}\n",
+    )
+
+
+def _draw(path: Path, widths: Mapping[str, tuple[int, int]]) -> None:
+    """Draw the widths of all layers before and after."""
+    figure = Figure(figsize=(7, 1 + 0.28 * len(widths)), dpi=150, layout="constrained")
+    axes = figure.subplots()
+    names = list(widths)[::-1]
+    axes.barh(names, [widths[name][0] for name in names], color="#dfe3e8", label="before")
+    axes.barh(names, [widths[name][1] for name in names], color="#c0354a", height=0.5, label="after")
+    axes.set(title="Neurons of each layer", xlabel="neurons")
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(frameon=False, loc="lower right")
+    picture = io.BytesIO()
+    figure.savefig(picture, format="png")
+    atomic_write(path, lambda file: file.write(picture.getbuffer()))
