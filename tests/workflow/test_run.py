@@ -48,6 +48,32 @@ def test_a_run_leaves_config_metrics_checkpoints_students_and_a_report(finished_
     assert len(list(folder.teacher_logits.iterdir())) == 1
 
 
+@pytest.mark.parametrize(
+    ("architecture", "channels"),
+    [("cnn", (8, 16)), ("vgg11", (8, 8, 16, 16, 16, 16, 16, 16)), ("resnet20", (4, 8, 8)), ("fast", (8, 16))],
+)
+def test_saliency_prunes_all_layers_to_a_target(
+    small: RunConfig, run: RunIt, tmp_path: Path, architecture: str, channels: tuple[int, ...]
+) -> None:
+    """Every group of channels and the hidden layer may become narrower, residual streams too."""
+    student = dataclasses.replace(small.student, architecture=architecture, channels=channels, epochs=2)
+    pruning = dataclasses.replace(
+        small.pruning, layers="all", criterion="saliency", target_macs=0.5, steps=4, until=0.8, l1_weight=0.0
+    )
+    config = dataclasses.replace(small, student=student, pruning=pruning)
+    run(tmp_path / architecture, config)
+    folder = RunFolder(tmp_path / architecture)
+    kd, kddp = folder.read_result("kd"), folder.read_result("kddp")
+    assert kd is not None
+    assert kddp is not None
+    assert kddp["macs"] <= 0.5 * kd["macs"]
+    original = kddp_ext.PruningHistory.from_json(
+        kddp_ext.read_student_header(folder.student("kddp"))["history"]
+    ).original_widths
+    narrower = [layer for layer, width in kddp["widths"].items() if width < original[layer]]
+    assert len(narrower) >= len(original) // 2
+
+
 def test_kddp_ends_smaller_than_kd_and_its_file_rebuilds_it(finished_run: Path, small: RunConfig) -> None:
     folder = RunFolder(finished_run)
     kd, kddp = folder.read_result("kd"), folder.read_result("kddp")
