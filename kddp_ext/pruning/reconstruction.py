@@ -1,7 +1,7 @@
 """Expresses removed neurons through the remaining ones: h_p ≈ E[h_p] + A (h_k - E[h_k]).
 
-A is a ridge regression over some samples of the layer's values. With S samples it is stored as two factors of rank S,
-because a wide layer has more neurons than samples. Leave-one-out errors choose the strength of the ridge and decide
+A is a ridge regression over S samples of the layer's values. It is stored as two factors of rank S or less, because a
+wide layer has more neurons than samples. Leave-one-out errors choose the strength of the ridge and decide
 whether the regression is better than the mean alone; neurons that cannot be predicted are replaced by their mean.
 """
 
@@ -29,8 +29,8 @@ class Reconstruction:
     error of replacing them by their mean (by zero, where the next layer cannot absorb a constant).
     """
 
-    left: Tensor  # (P, S) float64
-    right: Tensor  # (S, K) float64; the norms of its rows are at most 1, so float32 is enough for the products
+    left: Tensor  # (P, R) float64 of a rank R of at most S and K
+    right: Tensor  # (R, K) float64; the norms of its rows are at most 1, so float32 is enough for the products
     error: float
 
 
@@ -64,11 +64,10 @@ def reconstruct(
     centred = values - (values.mean(0) if means is None else means)
     fitted = centred if constant and not padded else values
     kept, gone = fitted[:, keep], fitted[:, pruned]
-    eigenvalues, vectors = torch.linalg.eigh(kept @ kept.T)
-    eigenvalues = eigenvalues.clamp(min=0)
-    highest = float(eigenvalues[-1])
-    if highest == 0:
+    eigenvalues, vectors = _principal_components(kept)
+    if not len(eigenvalues):
         return None
+    highest = float(eigenvalues[-1])
     generator = torch.Generator("cpu").manual_seed(0)
     mixtures = torch.randn(len(pruned), _MIXTURES, generator=generator, dtype=torch.float64, device="cpu")
     weighted = outgoing[pruned, None] * mixtures
@@ -83,6 +82,16 @@ def reconstruct(
         return None
     whitened = vectors / (eigenvalues + RIDGES[best] * highest).sqrt()
     return Reconstruction(gone.T @ whitened, whitened.T @ kept, errors[best] / error_of_mean)
+
+
+def _principal_components(matrix: Tensor) -> tuple[Tensor, Tensor]:
+    """The positive eigenvalues of matrix @ matrix.T, ascending, and their vectors (rows of matrix, number)."""
+    is_tall = matrix.shape[0] > matrix.shape[1]
+    eigenvalues, vectors = torch.linalg.eigh(matrix.T @ matrix if is_tall else matrix @ matrix.T)
+    # Those near the rounding of the largest are noise, and smaller than every ridge.
+    used = eigenvalues > eigenvalues[-1] * 1e-13 if float(eigenvalues[-1]) > 0 else torch.zeros_like(eigenvalues).bool()
+    eigenvalues, vectors = eigenvalues[used], vectors[:, used]
+    return eigenvalues, matrix @ vectors / eigenvalues.sqrt() if is_tall else vectors
 
 
 def _left_out_error(target: Tensor, eigenvalues: Tensor, vectors: Tensor, ridge: float, mean_leverage: float) -> float:
