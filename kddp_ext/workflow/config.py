@@ -363,17 +363,17 @@ class ShrinkConfig:
     """Passes over the training images."""
     batch_size: NaturalInt = 0
     """Images per step. 0: as many as the students of the source's run."""
-    learning_rate: PositiveFloat = 2e-3
+    learning_rate: PositiveFloat = 1e-3
     """Adam's learning rate at the first step; a cosine schedule decays it to 0."""
     temperature: PositiveFloat = 4.0
     """Divides the logits of both networks."""
     alpha: NaturalShare = 0.9
     """Weight of the distillation; the rest is the cross entropy with the labels."""
-    shift: NaturalInt = 4
+    shift: NaturalInt = 2
     """Largest shift of augmented images, in pixels."""
     checks: PositiveInt = 8
     """Checks in each pass at which neurons may be removed; fewer where that would leave less than four steps each."""
-    until: PositiveShare = 0.5
+    until: PositiveShare = 0.25
     """Share of the training after which nothing is removed."""
     reconstruction_samples: NaturalInt = 1024
     """Number of recent samples from which least squares redistributes removed neurons' outputs."""

@@ -6,6 +6,7 @@ import logging
 import statistics
 import tempfile
 import time
+import warnings
 from collections.abc import Callable, Sequence
 from importlib.util import find_spec
 from pathlib import Path
@@ -106,7 +107,9 @@ def _engines(model: nn.Module, batch: Tensor, file: Path) -> list[tuple[str, Cal
 
         if not file.exists():
             logging.getLogger("torch.onnx").setLevel(logging.ERROR)  # it warns that torchvision is not installed
-            export_onnx(model, file, (batch,))
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", FutureWarning)  # torch warns of its own calls
+                export_onnx(model, file, (batch,))
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = torch.get_num_threads()
         session = onnxruntime.InferenceSession(file, options, providers=["CPUExecutionProvider"])

@@ -189,7 +189,7 @@ def _measured(
 ) -> tuple[_Figures, _Figures]:
     """The figures before and after. Only this function looks at the test images."""
     found = []
-    times = latencies([original, student], data.example(64))
+    times = on_rank_zero(lambda: latencies([original, student], data.example(64)))  # alone, or they would wait
     for model, milliseconds in zip((original, student), times, strict=True):
         found.append(
             _Figures(
