@@ -34,7 +34,7 @@ from kddp_ext.workflow.measure import accuracy, count_macs, count_parameters
 from kddp_ext.workflow.models import FastTeacher, build_student
 from kddp_ext.workflow.runtime import Runtime, prepare_process
 from kddp_ext.workflow.saved_models import SavedModel, find_model
-from kddp_ext.workflow.shrink import settings_of
+from kddp_ext.workflow.shrink import settings_of, with_slow_norms
 from kddp_ext.workflow.teacher_logits import TeacherLogits
 from kddp_ext.workflow.train import Recipe, Training, student_recipe, train
 
@@ -136,7 +136,7 @@ class Study:
 
     def network(self) -> nn.Module:
         """The trained network."""
-        return self.runtime.place(self.saved.load())
+        return with_slow_norms(self.runtime.place(self.saved.load()))
 
     def settings(self, contender: str, budget: float, seed: int, **changes: Any) -> RunConfig:
         """The settings of a training; a budget above 1 is a loss budget in thousandths."""
@@ -203,7 +203,7 @@ class Study:
                 break
         if isinstance(model, FastTeacher):
             model.whiten(self.data.example(2000).cpu())
-        return self.runtime.place(model)
+        return with_slow_norms(self.runtime.place(model))
 
     def at_once(self, contender: str, budget: float) -> dict[str, Any]:
         """Prune once, without any training, by the gradients of 2000 training images."""

@@ -10,7 +10,7 @@ import dataclasses
 import json
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -184,9 +184,13 @@ def train_job(
     recipe: Recipe,
     logits: TeacherLogits | None,
     history: kddp_ext.PruningHistory | None = None,
+    prepare: Callable[[nn.Module], nn.Module] = lambda model: model,
 ) -> Training:
-    """Train `model`, from which `history` was pruned before, or continue after the last checkpoint; then measure it."""
-    training = _restore_or_start(run, job, run.runtime.place(model), recipe, history)
+    """Train `model`, from which `history` was pruned before, or continue after the last checkpoint; then measure it.
+
+    `prepare` changes what no checkpoint holds, in a model that is new or was built again.
+    """
+    training = _restore_or_start(run, job, model, recipe, history, prepare)
     if _is_finished(run, job) and len(training.epochs) == recipe.epochs:
         return training
     on_rank_zero(lambda: remove_leftovers(run.folder.job(job.name)))
@@ -250,8 +254,14 @@ def _distribute(run: Run, training: Training, recipe: Recipe) -> None:
 
 
 def _restore_or_start(
-    run: Run, job: Job, model: nn.Module, recipe: Recipe, history: kddp_ext.PruningHistory | None
+    run: Run,
+    job: Job,
+    model: nn.Module,
+    recipe: Recipe,
+    history: kddp_ext.PruningHistory | None,
+    prepare: Callable[[nn.Module], nn.Module],
 ) -> Training:
+    model = prepare(run.runtime.place(model))
     path = run.folder.checkpoint(job.name)
     if not path.exists():
         return start_training(run, job, model, recipe, history)
@@ -259,7 +269,7 @@ def _restore_or_start(
     try:
         # A pruned student is a fresh one, narrowed by its history.
         if saved["history"] is not None:
-            model = run.runtime.place(build_student(job.config, run.data.info))
+            model = prepare(run.runtime.place(build_student(job.config, run.data.info)))
             history = kddp_ext.PruningHistory.from_json(saved["history"])
             history.replay(model, (run.data.example(2),))
         model.load_state_dict(saved["model"])

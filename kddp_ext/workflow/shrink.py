@@ -42,6 +42,7 @@ from kddp_ext.workflow.train import student_recipe
 
 _STUDENT = "student"  # the name of the training, and of its folder
 _CALIBRATION_BATCH = 250
+_NORM_MOMENTUM = 0.1  # PyTorch's default
 _FEWEST_STEPS = 4  # between two checks: the first of them measures only means
 
 
@@ -117,13 +118,25 @@ def run_shrink(
             on_rank_zero(lambda: save_student(run, job, student, history))
         else:
             logits = TeacherLogits(original, data, config.shift, folder.teacher_logits, runtime)
-            training = train_job(run, job, student, student_recipe(run_config, "kddp"), logits, saved.history)
+            recipe = student_recipe(run_config, "kddp")
+            training = train_job(run, job, student, recipe, logits, saved.history, with_slow_norms)
             assert training.pruner is not None
             student, history = training.model, training.pruner.history
     seconds = time.monotonic() - started
     rows = _measured(original, student, saved.path, folder.student(_STUDENT), data, runtime)
     on_rank_zero(lambda: _write(folder, config, saved, rows, history, seconds))
     say(console, f"{Path(folder.report).read_text(encoding='utf-8')}\nThe report is {folder.report}")
+
+
+def with_slow_norms(model: nn.Module) -> nn.Module:
+    """`model`, whose batch normalisations average over at least some ten batches for evaluation.
+
+    A trained network changes slowly, so older batches count, and batches may be smaller than when it was trained.
+    """
+    for module in model.modules():
+        if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.momentum is not None:
+            module.momentum = min(module.momentum, _NORM_MOMENTUM)
+    return model
 
 
 def _open(folder: RunFolder, config: ShrinkConfig, saved: SavedModel, *, resume: bool) -> None:
