@@ -17,7 +17,7 @@ from kddp_ext.workflow.config import ShrinkConfig
 from kddp_ext.workflow.errors import WorkflowError
 from kddp_ext.workflow.shrink import run_shrink
 
-SMALL = ShrinkConfig(target_macs=0.5, epochs=3, checks=2, shift=1)
+SMALL = ShrinkConfig(target_macs=0.5, epochs=3, checks=2, shift=1, learning_rate=5e-3)
 
 
 def result_of(path: Path) -> dict[str, object]:
