@@ -90,9 +90,10 @@ class DynamicPruner:
             are then ranked by activity for each unit that their removal saves, with the savings at that step. It
             matters where a target or the loss budget decides. Default None: "macs" with "saliency"; the other criteria
             rank by activity alone.
-        loss_budget: with "saliency", a check may remove neurons as long as the predicted increases of the loss add up
-            to at most this share of the present loss. So a layer's size is found by itself, and pruning ends when
-            nothing is cheap any more. Default None: 0.01 without a target, no limit with one.
+        loss_budget: with "saliency", pruning may raise the loss to at most this share above the lowest that any check
+            has seen. A check removes neurons as long as their predicted increases fit into what is left, and nothing
+            while the loss is above. So a layer's size is found by itself, and pruning ends when nothing is cheap any
+            more. Default None: 0.01 without a target, no limit with one.
         compensate: add the mean contribution of removed neurons to the next layer's bias, or to the BatchNorm behind a
             layer without bias. Default True.
         reconstruction_samples: the number of recent values of each neuron from which a ridge regression expresses

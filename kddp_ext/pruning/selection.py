@@ -39,6 +39,13 @@ class Observation:
     original_size: tuple[int, int]  # parameters and multiply-accumulates before any pruning
     checks: int  # the number of checks before this one
     predicted: tuple[float, float] | None  # the loss before the latest prune, and the increase predicted for it
+    lowest_loss: float | None  # of the checks before this one
+
+    @property
+    def reference_loss(self) -> float | None:
+        """The lowest mean loss at a check, this one included; None where no loss was seen."""
+        seen = [loss for loss in (self.lowest_loss, self.saliency.mean_loss) if loss is not None]
+        return min(seen, default=None)
 
     @cached_property
     def mean_abs(self) -> Tensor:
@@ -401,19 +408,19 @@ def _goal(observation: Observation, settings: PruningSettings) -> tuple[float, f
 
 
 def _budget(observation: Observation, settings: PruningSettings) -> float:
-    """The increase of the loss that this check may predict."""
-    budget, loss = settings.loss_budget, observation.saliency.mean_loss
-    if budget is None:
-        has_target = settings.target_parameters is not None or settings.target_macs is not None
-        if has_target:
+    """The increase of the loss that this check may predict: what is left of the budget at the present loss."""
+    share, loss, reference = settings.loss_budget, observation.saliency.mean_loss, observation.reference_loss
+    if share is None:
+        if settings.target_parameters is not None or settings.target_macs is not None:
             return math.inf
-        budget = DEFAULT_LOSS_BUDGET
-    if loss is None:
+        share = DEFAULT_LOSS_BUDGET
+    if loss is None or reference is None:
         raise RuntimeError(
             "prune: the loss is not known, of which loss_budget is a share; compute it by fused_kd_l1_loss with "
             "pruner.activations, or pass your own to pruner.activations.observe(loss)"
         )
-    return budget * loss
+    # The prediction is too low for large changes. A loss that has risen too far has to fall before more is removed.
+    return max(0.0, reference * (1 + share) - loss)
 
 
 def _decide_alone(

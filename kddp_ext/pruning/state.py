@@ -33,6 +33,7 @@ class PrunerState:
     original_size: tuple[int, int]  # parameters and multiply-accumulates before any pruning
     checks: int = 0  # the number of prunes, those that removed nothing included
     predicted: tuple[float, float] | None = None  # the loss before the latest prune, and the predicted increase
+    lowest_loss: float | None = None  # of all checks; None where no loss was seen
     steps: int = 0  # the number of calls of `step()`
 
     @classmethod
@@ -84,6 +85,7 @@ class PrunerState:
             self.original_size,
             self.checks,
             self.predicted,
+            self.lowest_loss,
         )
 
     def after(self, decision: Decision, settings: PruningSettings) -> PrunerState:
@@ -108,6 +110,7 @@ class PrunerState:
             self.original_size,
             self.checks + 1,
             None if loss is None or predicted is None else (loss, predicted),
+            observation.reference_loss,
             self.steps,
         )
 
@@ -120,6 +123,7 @@ class PrunerState:
             "checks": self.checks,
             "original_size": list(self.original_size),
             "predicted": None if self.predicted is None else list(self.predicted),
+            "lowest_loss": self.lowest_loss,
             "saliency": self.saliency.state_dict(),
             "statistics": {
                 name: each.state_dict() for name, each in zip(self.neurons.value_names, self.statistics, strict=True)
@@ -172,6 +176,7 @@ class PrunerState:
             (int(parameters), int(macs)),
             state["checks"],
             None if state["predicted"] is None else tuple(state["predicted"]),
+            state["lowest_loss"],
             state["steps"],
         )
 

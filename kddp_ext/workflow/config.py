@@ -205,7 +205,7 @@ class PruningConfig:
     resource: Resource = "macs"
     """saliency: what a neuron costs. Those that are worth least for their cost are removed first."""
     loss_budget: NaturalFloat = 0.0
-    """saliency: increase of the loss that a check may predict, as a share of it. 0: 0.01, or no limit with a target."""
+    """saliency: the share by which pruning may raise the loss above its lowest. 0: 0.01, or no limit with a target."""
     minimum_width: PositiveInt = 1
     """Number of neurons that each layer keeps at least."""
     round_to: PositiveInt = 1
@@ -358,7 +358,7 @@ class ShrinkConfig:
     target_parameters: NaturalShare = 0.0
     """The same for the parameters. Without a target, the loss budget alone finds the size."""
     loss_budget: NaturalFloat = 0.0
-    """Increase of the loss that a check may predict, as a share of the loss. 0: 0.01, or no limit with a target."""
+    """The share by which pruning may raise the loss above its lowest. 0: 0.01, or no limit with a target."""
     epochs: PositiveInt = 6
     """Passes over the training images."""
     batch_size: NaturalInt = 0

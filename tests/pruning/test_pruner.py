@@ -272,7 +272,7 @@ def test_streams_and_heads_are_observed_where_they_are_read_and_resume():
         ([], "state: expected the state of a DynamicPruner"),
         (
             "version alone",
-            "state: checks, first_scales, history, inactive_checks, original_size, predicted, saliency, ",
+            "state: checks, first_scales, history, inactive_checks, lowest_loss, original_size, predicted, ",
         ),
         ({"checks": None}, "state: expected checks as a whole number of at least 0, got None"),
         ({"saliency": {}}, r"state: expected saliency\['squares'\] of shape \(8,\), got None"),

@@ -314,6 +314,21 @@ def test_the_loss_budget_bounds_the_predicted_increase():
         assert "predicted increase of the loss" in str(report)
 
 
+def test_a_loss_above_the_budget_has_to_fall_before_more_is_removed():
+    """The budget counts from the lowest loss that a check has seen."""
+    model, batches = make_model(32), batches_of()
+    pruner = measured(model, batches, loss_budget=0.001)
+    assert pruner.prune().neurons_pruned > 0
+    for factor, prunes in ((1.002, False), (1.0, True)):
+        for batch in batches:
+            loss = loss_of(model(*batch))
+            pruner.activations.observe(loss)
+            loss.backward()
+        pruner._taps.finish()
+        pruner._state.saliency.loss.fill_(pruner._state.lowest_loss * factor).mul_(pruner._state.saliency.steps)
+        assert (pruner.prune().neurons_pruned > 0) == prunes
+
+
 def test_without_a_loss_the_budget_says_what_to_do():
     batches = batches_of()
     pruner = DynamicPruner(model := make_model(), example_inputs=batches[0], criterion="saliency")

@@ -40,7 +40,7 @@ def observation(*values):
         (NeuronGroup("0", ("0",), 0, width),), {}, values=tuple(read), readers=tuple(readers)
     )  # fmt: skip
     checks, original = torch.zeros(width, dtype=torch.int64), (torch.arange(width),)
-    rest = None, Saliency(width), (0, 0), 0, None
+    rest = None, Saliency(width), (0, 0), 0, None, None
     return Observation(neurons, tuple(statistics), tuple(outgoing), checks, original, *rest)
 
 
