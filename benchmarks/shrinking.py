@@ -34,7 +34,7 @@ from kddp_ext.workflow.measure import accuracy, count_macs, count_parameters
 from kddp_ext.workflow.models import FastTeacher, build_student
 from kddp_ext.workflow.runtime import Runtime, prepare_process
 from kddp_ext.workflow.saved_models import SavedModel, find_model
-from kddp_ext.workflow.shrink import settings_of, with_slow_norms
+from kddp_ext.workflow.shrink import PROBES, settings_of, with_slow_norms
 from kddp_ext.workflow.teacher_logits import TeacherLogits
 from kddp_ext.workflow.train import Recipe, Training, student_recipe, train
 
@@ -152,7 +152,7 @@ class Study:
         """Train a contender; returns its figures."""
         times = 3 if contender == NARROWER[1] else 1
         config = self.settings(contender, budget, seed, epochs=times * self.arguments.epochs)
-        recipe = student_recipe(config, "kddp")
+        recipe = replace(student_recipe(config, "kddp"), probes=PROBES if contender in OURS else 0)
         model = self.narrower(config, budget) if contender in NARROWER else self.network()
         training = Training(model, model, recipe.optimizer(model), None, [])
         if contender in OURS:

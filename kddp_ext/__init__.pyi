@@ -1,6 +1,7 @@
 """The public names. Python, type checkers and editors all read them from here."""
 
 from kddp_ext.activations.statistics import NeuronStatistics, TrackedActivations
+from kddp_ext.loss.fisher import fisher_loss
 from kddp_ext.loss.functional import LossTerms, fused_kd_l1_loss
 from kddp_ext.loss.fused_linear import fused_linear_kd_loss
 from kddp_ext.loss.module import FusedKDL1Loss
@@ -38,6 +39,7 @@ __all__ = [
     "UnsupportedModelError",
     "build_info",
     "export_onnx",
+    "fisher_loss",
     "fused_kd_l1_loss",
     "fused_linear_kd_loss",
     "load_student",

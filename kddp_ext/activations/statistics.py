@@ -399,20 +399,22 @@ class TrackedActivations(tuple[Tensor, ...]):
         if self.observer is not None:
             self.observer.of_statistics()
 
-    def observe(self, loss: Tensor | None = None) -> None:
+    def observe(self, loss: Tensor | None = None, mean: Tensor | None = None) -> None:
         """Update the statistics without computing a loss.
 
         Args:
             loss: your own loss of this step, if you do not use `fused_kd_l1_loss`: the mean over the samples, 0-dim, of
                 which `backward` is called. A pruner with a `loss_budget` needs it; and with it, the scale of GradScaler
                 or of an accumulation step does not change the saliency. Default None.
+            mean: the value that a `loss_budget` refers to, 0-dim, where that is not the value of `loss`, as with
+                `fisher_loss`. Default None: the loss.
         """
         for activation, statistics, axis in zip(self, self.statistics, self.axes, strict=True):
             statistics.observe(activation, axis)
         if self.observer is not None:
             self.observer.of_statistics()
         if loss is not None:
-            self.record(loss, loss, 1.0)
+            self.record(loss, loss if mean is None else mean, 1.0)
 
     def record(self, loss: Tensor, mean: Tensor, per_sample: float) -> None:
         """Tell the observer the step's loss, as `StepObserver.of_loss` describes it."""

@@ -365,7 +365,9 @@ class DynamicPruner:
         return Preview.of(decide(observation, settings, size), size, settings.threshold, steps)
 
     def reset(self) -> None:
-        """Discard the statistics since the last check."""
+        """Discard the statistics since the last check, and activations that were not read."""
+        if self._hooks is not None:
+            self._hooks.clear()
         for statistics in self._state.statistics:
             statistics.reset()
         self._state.saliency.reset()

@@ -1,7 +1,8 @@
 """`kddp shrink`: makes a trained network smaller while it is distilled from what it was.
 
 The network itself is the teacher, and a copy is the student. Neurons of all layers are removed by saliency, in small
-steps over the first part of the training; the rest of it trains what is left.
+steps over the first part of the training; the rest of it trains what is left. A copy has nothing to learn from its
+teacher at first, so saliency is measured by `fisher_loss` on some batches before each check.
 """
 
 from __future__ import annotations
@@ -42,8 +43,9 @@ from kddp_ext.workflow.train import student_recipe
 
 _STUDENT = "student"  # the name of the training, and of its folder
 _CALIBRATION_BATCH = 250
+PROBES = 4  # batches: the first of them measures only means
 _NORM_MOMENTUM = 0.1  # PyTorch's default
-_FEWEST_STEPS = 4  # between two checks: the first of them measures only means
+_FEWEST_STEPS = 4  # between two checks, so that the loss between them is a mean
 
 
 def settings_of(shrink: ShrinkConfig, saved: SavedModel, images: int) -> RunConfig:
@@ -118,7 +120,7 @@ def run_shrink(
             on_rank_zero(lambda: save_student(run, job, student, history))
         else:
             logits = TeacherLogits(original, data, config.shift, folder.teacher_logits, runtime)
-            recipe = student_recipe(run_config, "kddp")
+            recipe = dataclasses.replace(student_recipe(run_config, "kddp"), probes=PROBES)
             training = train_job(run, job, student, recipe, logits, saved.history, with_slow_norms)
             assert training.pruner is not None
             student, history = training.model, training.pruner.history
@@ -160,7 +162,8 @@ def _open(folder: RunFolder, config: ShrinkConfig, saved: SavedModel, *, resume:
 def _calibrated(
     model: nn.Module, data: ImageData, config: ShrinkConfig, saved: SavedModel, runtime: Runtime
 ) -> kddp_ext.PruningHistory:
-    """Prune `model` once, by the gradients of the cross entropy; returns what was pruned from it in all."""
+    """Prune `model` once; returns what was pruned from it in all. A loss budget refers to the cross entropy."""
+    generator = torch.Generator(runtime.device).manual_seed(config.seed)
     pruner = kddp_ext.DynamicPruner(
         model,
         example_inputs=(data.example(2),),
@@ -175,8 +178,9 @@ def _calibrated(
     for indices in torch.arange(min(config.calibrate, len(data.train))).split(_CALIBRATION_BATCH):
         images, labels = data.normalise(data.train.images[indices]), data.train.labels[indices]
         with runtime.autocast():
-            loss = F.cross_entropy(logits_of(model(images)).float(), labels)
-        pruner.activations.observe(loss)
+            logits = logits_of(model(images)).float()
+        loss = kddp_ext.fisher_loss(logits, temperature=config.temperature, alpha=config.alpha, generator=generator)
+        pruner.activations.observe(loss, F.cross_entropy(logits, labels))
         loss.backward()
     model.zero_grad()
     pruner.prune()

@@ -45,6 +45,8 @@ class Recipe:
         prune_when: prune after every epoch except the last, or once after the last.
         prune_steps: prune after this many steps instead; 0 prunes after epochs.
         prune_until: position from which on nothing is pruned and no activations are read.
+        probes: number of batches that show the pruner the model before each check, in evaluation mode and by
+            `kddp_ext.fisher_loss`; the training steps then do not. 0: the training steps do. It needs `prune_steps`.
     """
 
     stage: Stage
@@ -62,6 +64,7 @@ class Recipe:
     prune_when: PruningTime = "every-epoch"
     prune_steps: int = 0
     prune_until: float = 1.0
+    probes: int = 0
 
     def checks(self, steps: int) -> int:
         """The number of prunes, where an epoch has this many steps."""
@@ -98,6 +101,7 @@ class Training:
     pruner: kddp_ext.DynamicPruner | None
     epochs: list[dict[str, Any]]
     compiled: bool = False
+    losses: list[Tensor] = field(default_factory=list)  # of the steps since the latest check
 
 
 def teacher_recipe(config: RunConfig) -> Recipe:
@@ -213,6 +217,7 @@ def train_epoch(
     with clock.phase("teacher"):
         teacher_logits = None if teacher is None else teacher.view(view)
 
+    training.losses.clear()  # a resumed training has none, either
     training.model.train()
     batches = [distributed.share(batch) for batch in data.batches(epoch, recipe.batch_size, recipe.seed)]
     totals = torch.zeros(len(_TERMS), dtype=torch.float64, device=runtime.device)
@@ -226,6 +231,16 @@ def train_epoch(
             targets = None if teacher_logits is None else teacher_logits[indices]
         totals += _train_step(training, recipe, runtime, clock, position, images, labels, targets)
         if recipe.prune_steps:
+            number = epoch * len(batches) + step + 1
+            if recipe.probes and number % recipe.prune_steps == 0:
+                shown = [batches[(step + k) % len(batches)] for k in range(recipe.probes)]
+                _show(
+                    training,
+                    recipe,
+                    runtime,
+                    [data.training_images(each, view, recipe.shift) for each in shown],
+                    number,
+                )
             report = _prune(training, clock, lambda pruner: pruner.step()) or report
 
     distributed.average_buffers(training.model)
@@ -275,7 +290,7 @@ def _train_step(
             logits,
             teacher_logits,
             labels,
-            () if training.pruner is None or training.pruner.closed else training.pruner.activations,
+            () if training.pruner is None or training.pruner.closed or recipe.probes else training.pruner.activations,
             return_terms=True,
             **{**vars(recipe.loss), "l1_weight": recipe.l1_weight_at(position)},
         )
@@ -283,6 +298,8 @@ def _train_step(
         training.optimizer.zero_grad()
         loss.backward()
         training.optimizer.step()
+    if recipe.probes:
+        training.losses.append(loss.detach())
     return torch.stack([loss.detach(), terms.kd, terms.ce, terms.l1, terms.correct])
 
 
@@ -294,6 +311,26 @@ def compiled(model: nn.Module) -> Callable[[Tensor], Any]:
     """
     torch.compiler.reset()
     return torch.compile(model, dynamic=False)
+
+
+def _show(training: Training, recipe: Recipe, runtime: Runtime, batches: list[Tensor], seed: int) -> None:
+    """Show the pruner the model, for a check: activations and what their change would do to the outputs."""
+    if training.pruner is None or training.pruner.closed:
+        return
+    generator = torch.Generator(runtime.device).manual_seed(seed)
+    temperature, alpha = float(recipe.loss.temperature), float(recipe.loss.alpha)
+    loss = torch.stack(training.losses).mean()
+    training.losses.clear()
+    training.pruner.reset()  # the training steps' activations were not read
+    training.model.eval()
+    for images in batches:
+        with runtime.autocast():
+            logits = logits_of(training.model(images))
+        probe = kddp_ext.fisher_loss(logits.float(), temperature=temperature, alpha=alpha, generator=generator)
+        training.pruner.activations.observe(probe, loss)
+        probe.backward()
+    training.optimizer.zero_grad()
+    training.model.train()
 
 
 def _prune(
