@@ -1,5 +1,7 @@
 """Forward hooks that keep the activations of each layer's neurons from the latest forward pass.
 
+A further hook explains why a state of other widths cannot be loaded.
+
 The activations that are kept belong to the logits that the loss is about to get. So a pass without gradients
 (validation) does not replace activations that were not read yet, and neither does a checkpoint's recomputation.
 """
@@ -30,7 +32,7 @@ class ActivationHooks:
 
     def __init__(self, model: nn.Module, values: Sequence[ReadValue]) -> None:
         self._hooks: dict[str, _ReaderHook] = {}
-        self._handles = []
+        self._handles = [model.register_load_state_dict_pre_hook(_LoadHook())]
         for value in values:
             for name in value.dropouts:
                 module = model.get_submodule(name)
@@ -122,6 +124,25 @@ class _DropoutHook(Hook):
         source = first_argument(args, kwargs)
         if output is not source and not _is_replayed(source):
             setattr(output, _BEFORE_DROPOUT, source)
+
+
+class _LoadHook(Hook):
+    """Adds to the error of load_state_dict that a state of other widths was saved before or after a prune."""
+
+    def __call__(
+        self, module: nn.Module, state: dict[str, Any], prefix: str, _metadata: object, _strict: bool, *lists: list[str]
+    ) -> None:
+        for name, own in module.named_parameters():
+            saved = getattr(state.get(prefix + name), "shape", own.shape)
+            # Pruning changes sizes and not the number of dimensions.
+            if len(saved) == own.dim() and saved != own.shape:
+                lists[-1].append(
+                    f"a DynamicPruner prunes this model: {prefix}{name} is {tuple(own.shape)} here and {tuple(saved)} "
+                    "in the state, which was saved at other widths. Save pruner.history with each state, and load it "
+                    "into a new model after PruningHistory.replay. A moving average is pruned together with the model "
+                    "if the pruner gets copies=[ema]."
+                )
+                return
 
 
 def _is_replayed(value: Tensor) -> bool:

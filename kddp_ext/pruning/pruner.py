@@ -59,7 +59,7 @@ class DynamicPruner:
 
     Args:
         model: the student. It may be wrapped in torch.compile or DistributedDataParallel; a wrapper is updated after
-            each prune. The prunable layers are found by tracing. Nothing is added to the model except forward hooks.
+            each prune. The prunable layers are found by tracing. Nothing is added to the model except hooks.
         optimizer: the optimizer whose state is sliced with the parameters, a list where several optimizers train the
             model, or None.
         example_inputs: positional arguments for the model's forward, as a tuple; a batch of two samples is enough.

@@ -132,7 +132,10 @@ def test_pruning_again_at_once_prunes_nothing():
 
 
 def has_hooks(model):
-    return any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
+    return any(
+        module._forward_hooks or module._forward_pre_hooks or module._load_state_dict_pre_hooks
+        for module in model.modules()
+    )
 
 
 def test_copies_of_the_model_a_second_pruner_and_an_export_do_not_disturb_the_pruner():
@@ -168,6 +171,33 @@ def test_a_dropped_or_closed_pruner_removes_its_hooks():
     with pytest.raises(RuntimeError, match="activations: the pruner is closed"):
         _ = pruner.activations
     assert pruner.history.widths == {"0": 8}
+
+
+def test_loading_a_state_of_other_widths_names_pruning():
+    model, original = make_model(), make_model()
+    pruner = make_pruner(model)
+    wide = {name: value.clone() for name, value in model.state_dict().items()}
+    check(pruner, [0, 1, 2])
+    pruned, outer, seen = copy.deepcopy(model), nn.ModuleDict({"student": model}), "a DynamicPruner prunes this model: "
+    for load, sizes in (
+        (lambda: model.load_state_dict(wide), r"0.weight is \(5, 5\) here and \(8, 5\)"),
+        (lambda: model.load_state_dict(wide, strict=False), r"0.weight is \(5, 5\)"),
+        (lambda: outer.load_state_dict({f"student.{n}": v for n, v in wide.items()}), r"student.0.weight is \(5, 5\)"),
+    ):
+        with pytest.raises(RuntimeError, match=seen + sizes) as failure:
+            load()
+        assert "PruningHistory.replay" in str(failure.value)
+        assert "copies=[ema]" in str(failure.value)
+    second = make_pruner(original)
+    with pytest.raises(RuntimeError, match=seen + r"0.weight is \(8, 5\) here and \(5, 5\)"):
+        original.load_state_dict(model.state_dict())
+    assert model.load_state_dict(pruned.state_dict()).missing_keys == []
+    second.close()
+    for silent in (original, pruned, pickle.loads(pickle.dumps(model))):
+        state = model.state_dict() if silent is original else wide
+        with pytest.raises(RuntimeError, match="size mismatch") as failure:
+            silent.load_state_dict(state)
+        assert "DynamicPruner" not in str(failure.value)
 
 
 @pytest.mark.parametrize("copied", [copy.copy, copy.deepcopy, lambda pruner: pickle.loads(pickle.dumps(pruner))])
