@@ -29,6 +29,7 @@ TeacherOptimizer = Literal["sgd", "muon", "adam"]
 StudentArchitecture = Literal["cnn", "vgg11", "resnet20", "fast"]
 PrunedLayers = Literal["hidden", "all"]
 PruningTime = Literal["every-epoch", "at-the-end"]
+Selection = Literal["last", "best"]
 Ablation = Literal[
     "no-teacher",
     "no-penalty",
@@ -141,6 +142,11 @@ class StudentConfig:
     """Adam's learning rate at the first step; a cosine schedule decays it to 0."""
     weight_decay: NaturalFloat = 0.0
     """Adam's L2 penalty."""
+    select: Annotated[Selection, arg(aliases=("--select",), help_behavior_hint="")] = "last"
+    """Which epoch's weights are measured and saved as the student: those of the last one, or those with the best
+    validation accuracy."""
+    patience: NaturalInt = 0
+    """End a training after this many epochs in a row without a better validation accuracy. 0: never."""
 
 
 @dataclass(frozen=True)

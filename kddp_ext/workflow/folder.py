@@ -65,6 +65,10 @@ class RunFolder:
         """The finished student, a safetensors file."""
         return self.job(job) / "student.safetensors"
 
+    def best(self, job: str) -> Path:
+        """The student at the epoch with the best validation accuracy, a safetensors file."""
+        return self.job(job) / "best.safetensors"
+
     def tensorboard(self, job: str) -> Path:
         """The folder of the training's event files."""
         return self.job(job) / "tensorboard"

@@ -194,11 +194,11 @@ def _report_lines(folder: RunFolder, sweep: SweepConfig, info: DatasetInfo, meas
         "",
         f"![Accuracy against parameters, widths over the epochs]({folder.picture.name})",
         "",
-        "Test accuracy is measured with the weights of the last epoch, on images that nothing else used; with several",
-        "seeds it is the mean ± the standard deviation. A neuron of the hidden layer is active if it fires for one of",
-        f"{ACTIVE_IMAGES:,} training images. MACs are the multiply-adds of the convolutions and linear layers for one",
-        "image. The last two columns compare with KD at the full width: the difference in percentage points by",
-        "seed, and how many times fewer parameters. Times are in timing.md.",
+        f"Test accuracy is measured with the weights of {_epochs(sweep, measured)},",
+        "on images that nothing else used; with several seeds it is the mean ± the standard deviation. A neuron of the",
+        f"hidden layer is active if it fires for one of {ACTIVE_IMAGES:,} training images. MACs are the multiply-adds",
+        "of the convolutions and linear layers for one image. The last two columns compare with KD at the full width:",
+        "the difference in percentage points by seed, and how many times fewer parameters. Times are in timing.md.",
         "",
         "## Settings",
         "",
@@ -206,6 +206,21 @@ def _report_lines(folder: RunFolder, sweep: SweepConfig, info: DatasetInfo, meas
         *(f"{option} = {value}" for option, value in sweep.options().items()),
         "```",
     ]
+
+
+def _epochs(sweep: SweepConfig, measured: Sequence[Measured]) -> str:
+    """Which epoch's weights were measured, and where that differs between the trainings its number for each."""
+    student = sweep.run.student
+    if student.select == "last" and not student.patience:
+        return "the last epoch"
+    numbers = dict.fromkeys(
+        f"{job.name} {result['epoch']}"
+        for each in measured
+        for job, result in zip(each.jobs, each.results, strict=True)
+        if each.point.kind != "teacher"
+    )
+    best = "with the best validation accuracy (of the teacher: the last one)"
+    return f"the {'last epoch' if student.select == 'last' else f'epoch {best}'}: {', '.join(numbers)}"
 
 
 def _timing_lines(measured: Sequence[Measured]) -> list[str]:

@@ -35,9 +35,18 @@ from kddp_ext.workflow.measure import accuracy, count_active, count_macs, count_
 from kddp_ext.workflow.models import FastTeacher, build_student, build_teacher, check_networks, check_own_networks
 from kddp_ext.workflow.report import say, title_of, write_report
 from kddp_ext.workflow.runtime import Runtime
+from kddp_ext.workflow.saved_models import read_student
 from kddp_ext.workflow.teacher_logits import TeacherLogits
 from kddp_ext.workflow.tensorboard import require_tensorboard, write_events
-from kddp_ext.workflow.train import Recipe, Training, compiled, student_recipe, teacher_recipe, train
+from kddp_ext.workflow.train import (
+    Recipe,
+    Training,
+    best_epoch,
+    compiled,
+    student_recipe,
+    teacher_recipe,
+    train,
+)
 
 _WAIT = 2.0  # seconds between two looks for work while other processes train what is left
 _LINE_SECONDS = 10.0  # between two lines of a training where there is no terminal
@@ -125,6 +134,8 @@ def _data(sweep: SweepConfig, raw: RawDataset, info: DatasetInfo, runtime: Runti
         images = min(batch_size, len(data.train))
         if images % count:
             raise OptionError(f"{option}.batch-size", f"a multiple of {count} (the processes)", images)
+    if not len(data.validation) and (config.student.select == "best" or config.student.patience):
+        raise OptionError("validation", "images for --select best or --student.patience", 0)
     return data
 
 
@@ -212,10 +223,10 @@ def train_job(
         train(training, recipe, run.data, logits, run.runtime, epoch_done)
     if not recipe.epochs:  # a teacher that came with weights
         on_rank_zero(lambda: _save(run, job, training, recipe))
+    model, history = _selected(run, job, training)
     if job.stage != "teacher":
-        history = kddp_ext.PruningHistory({}) if training.pruner is None else training.pruner.history
-        on_rank_zero(lambda: save_student(run, job, training.model, history))
-    result = _measure(run, job, training)
+        on_rank_zero(lambda: save_student(run, job, model, history))
+    result = _measure(run, job, model, history, training.epochs)
     on_rank_zero(lambda: write_json(run.folder.result(job.name), result))
     width = f", width {result['width']:,}" if result["width"] is not None else ""
     seconds = sum(epoch["seconds"]["epoch"] for epoch in training.epochs)
@@ -317,7 +328,10 @@ def start_training(
 
 
 def _save(run: Run, job: Job, training: Training, recipe: Recipe) -> None:
-    pruner = training.pruner
+    pruner, epochs = training.pruner, training.epochs
+    # Before the checkpoint: a run that is killed between the two repeats this epoch, and writes the same again.
+    if job.stage != "teacher" and len(run.data.validation) and best_epoch(epochs) == len(epochs):
+        save_student(run, job, training.model, training.history, run.folder.best(job.name))
     save_checkpoint(
         run.folder.checkpoint(job.name),
         {
@@ -325,7 +339,7 @@ def _save(run: Run, job: Job, training: Training, recipe: Recipe) -> None:
             "model": training.model.state_dict(),
             "optimizer": training.optimizer.state_dict(),
             "pruner": None if pruner is None else pruner.state_dict(),
-            "history": None if pruner is None else pruner.history.to_json(),
+            "history": None if pruner is None else training.history.to_json(),
             "epochs": training.epochs,
         },
     )
@@ -339,24 +353,42 @@ def _write_metrics(run: Run, job: Job, training: Training, recipe: Recipe) -> No
         write_events(run.folder.tensorboard(job.name), training.epochs, images)
 
 
-def save_student(run: Run, job: Job, model: nn.Module, history: kddp_ext.PruningHistory) -> None:
-    """Write a finished student with everything that is needed to load it and to classify images."""
+def save_student(
+    run: Run, job: Job, model: nn.Module, history: kddp_ext.PruningHistory, path: Path | None = None
+) -> None:
+    """Write a student with everything that is needed to load it; the default for `path` is the finished student's."""
     metadata = {
         "stage": job.stage,
         "config": json.dumps(job.config.to_json()),
         "data": json.dumps(dataclasses.asdict(run.data.info)),
     }
-    kddp_ext.save_student(run.folder.student(job.name), model, history, metadata)
+    kddp_ext.save_student(path or run.folder.student(job.name), model, history, metadata)
 
 
-def _measure(run: Run, job: Job, training: Training) -> dict[str, Any]:
+def _is_best_selected(job: Job) -> bool:
+    return job.stage != "teacher" and job.config.student.select == "best"
+
+
+def _selected(run: Run, job: Job, training: Training) -> tuple[nn.Module, kddp_ext.PruningHistory]:
+    """The model of the last epoch, or of the best one, and what was pruned from it."""
+    if not _is_best_selected(job):
+        return training.model, training.history
+    saved = read_student(run.folder.best(job.name))
+    assert saved.history is not None
+    return run.runtime.place(saved.load({"student": job.config.student.network})), saved.history
+
+
+def _measure(
+    run: Run, job: Job, model: nn.Module, history: kddp_ext.PruningHistory, epochs: list[dict[str, Any]]
+) -> dict[str, Any]:
     """The figures of the report, except times. Only this function looks at the test images."""
-    model, student = training.model, run.folder.student(job.name)
+    student = run.folder.student(job.name)
     hidden = dict(model.named_modules()).get("hidden") if job.config.has_hidden_layer else None
     hidden = hidden if isinstance(hidden, nn.Linear) else None
     validation = run.data.validation
     result: dict[str, Any] = {
         "stage": job.stage,
+        "epoch": best_epoch(epochs) if _is_best_selected(job) else len(epochs),
         "test_accuracy": accuracy(model, run.data, run.data.test, run.runtime),
         "validation_accuracy": accuracy(model, run.data, validation, run.runtime) if len(validation) else None,
         "parameters": count_parameters(model),
@@ -365,13 +397,13 @@ def _measure(run: Run, job: Job, training: Training) -> dict[str, Any]:
         "bytes": student.stat().st_size if job.stage != "teacher" else None,
         "width": None if hidden is None else hidden.out_features,
         "active": None if hidden is None else count_active(model, hidden, run.data, run.runtime),
-        "widths": {} if training.pruner is None else training.pruner.widths,
+        "widths": history.widths,
     }
     if job.stage == "teacher" and run.data.augment:
         result["test_accuracy_with_views"] = accuracy(model, run.data, run.data.test, run.runtime, views=True)
     classes, images = run.data.info.classes, len(run.data.test)
-    warnings = collapse_warnings(job, result, training.epochs, classes, images)
-    if training.pruner is not None and training.pruner.history.widths == training.pruner.history.original_widths:
+    warnings = collapse_warnings(job, result, epochs, classes, images)
+    if job.stage == "kddp" and history.widths == history.original_widths:
         threshold = job.config.pruning.threshold
         warnings.append(f"nothing was removed; try a larger --pruning.threshold (now {threshold:g}) or penalty")
     return {**result, "warnings": warnings}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections import defaultdict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -47,6 +47,7 @@ class Recipe:
         prune_until: position from which on nothing is pruned and no activations are read.
         probes: number of batches that show the pruner the model before each check, in evaluation mode and by
             `kddp_ext.fisher_loss`; the training steps then do not. 0: the training steps do. It needs `prune_steps`.
+        patience: the training ends after this many epochs without a better validation accuracy; 0: never.
     """
 
     stage: Stage
@@ -65,6 +66,7 @@ class Recipe:
     prune_steps: int = 0
     prune_until: float = 1.0
     probes: int = 0
+    patience: int = 0
 
     def checks(self, steps: int) -> int:
         """The number of prunes, where an epoch has this many steps."""
@@ -102,6 +104,11 @@ class Training:
     epochs: list[dict[str, Any]]
     compiled: bool = False
     losses: list[Tensor] = field(default_factory=list)  # of the steps since the latest check
+
+    @property
+    def history(self) -> kddp_ext.PruningHistory:
+        """What was pruned from the model."""
+        return kddp_ext.PruningHistory({}) if self.pruner is None else self.pruner.history
 
 
 def teacher_recipe(config: RunConfig) -> Recipe:
@@ -171,6 +178,7 @@ def student_recipe(config: RunConfig, stage: Stage) -> Recipe:
         prune_when=pruning.when,
         prune_steps=pruning.steps,
         prune_until=pruning.until,
+        patience=student.patience,
     )
 
 
@@ -189,17 +197,25 @@ def train(
     runtime: Runtime,
     epoch_done: Callable[[dict[str, Any]], None],
 ) -> None:
-    """Train until `recipe.epochs` epochs are done, starting after the last finished epoch of `training`.
+    """Train until `recipe.epochs` epochs are done or patience ends, after the last finished epoch of `training`.
 
     Without `teacher` it trains on the labels alone. `epoch_done` is called with the metrics of each epoch, when
     `training` can be saved. Raises WorkflowError if the loss is not finite.
     """
     for epoch in range(len(training.epochs), recipe.epochs):
+        if recipe.patience and epoch - best_epoch(training.epochs) >= recipe.patience:
+            return
         for name, start in recipe.frozen_from.items():
             training.model.get_parameter(name).requires_grad_(epoch < start)
         metrics = train_epoch(training, recipe, data, teacher, runtime, epoch)
         training.epochs.append(metrics)
         epoch_done(metrics)
+
+
+def best_epoch(epochs: Sequence[Mapping[str, Any]]) -> int:
+    """The number of the epoch with the best validation accuracy, counted from 1: the first of equals; 0 before any."""
+    accuracies = [epoch["validation_accuracy"] for epoch in epochs]
+    return accuracies.index(max(accuracies)) + 1 if accuracies else 0
 
 
 def train_epoch(

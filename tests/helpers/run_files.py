@@ -31,7 +31,7 @@ def content_of(path: Path) -> Any:
     if path.name == "checkpoint.pt":
         state = torch.load(path, weights_only=True)
         return comparable({**state, "epochs": [without_times(epoch) for epoch in state["epochs"]]})
-    if path.name == "student.safetensors":
+    if path.name in ("student.safetensors", "best.safetensors"):
         return (comparable(safetensors.torch.load_file(path)), read_student_header(path))
     if path.suffix == ".safetensors":
         return comparable(safetensors.torch.load_file(path))
