@@ -42,6 +42,7 @@ def main():
             if report := pruner.step():  # shrink
                 print(report)
     test(test_dataloader, model.eval())
+    kddp_ext.save_student("student.safetensors", model, pruner.history)  # shrink
 
 
 if __name__ == "__main__":

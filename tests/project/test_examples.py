@@ -1,11 +1,13 @@
-"""The examples: five lines are enough, and the student becomes smaller at about the same accuracy."""
+"""The examples: five lines are enough, and networks become smaller at about the same accuracy."""
 
 import re
+import runpy
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 
@@ -22,16 +24,96 @@ def accuracies(output):
     return [float(number) for number in re.findall(r"Accuracy: ([\d.]+)%", output)]
 
 
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("examples")
+
+
+@pytest.fixture(scope="module")
+def plain(folder):
+    """The accuracy of the model that quickstart.py trained and saved in the folder of all examples."""
+    program = [sys.executable, EXAMPLES / "quickstart.py"]
+    output = subprocess.run(program, cwd=folder, capture_output=True, text=True, check=True).stdout
+    assert accuracies(output)[-1] > 95
+    return accuracies(output)[-1]
+
+
+@pytest.fixture
+def run(plain, folder, monkeypatch, capsys):
+    """Run an example as a program in the folder where quickstart.py saved its model; returns what it printed."""
+
+    def run_example(name):
+        monkeypatch.chdir(folder)
+        monkeypatch.syspath_prepend(str(EXAMPLES))
+        monkeypatch.setattr(sys, "argv", [name])
+        threads = torch.get_num_threads()
+        torch.set_num_threads(1)
+        try:
+            runpy.run_path(str(EXAMPLES / name), run_name="__main__")
+        finally:
+            torch.set_num_threads(threads)
+        return capsys.readouterr().out
+
+    return run_example
+
+
 @pytest.mark.timeout(600)
-def test_the_student_is_smaller_and_at_most_one_point_worse(tmp_path):
-    outputs = [
-        subprocess.run(
-            [sys.executable, EXAMPLES / name], cwd=tmp_path, capture_output=True, text=True, check=True
-        ).stdout
-        for name in ("quickstart.py", "quickstart_kddp.py")
-    ]
-    plain, pruned = accuracies(outputs[0])[-1], accuracies(outputs[1])[-1]
-    assert plain > 95
-    assert pruned >= plain - 1
-    before, *_, after = [int(n.replace(",", "")) for n in re.findall(r"parameters ([\d,]+)", outputs[1])]
+def test_the_student_is_smaller_and_at_most_one_point_worse(run, plain):
+    output = run("quickstart_kddp.py")
+    assert accuracies(output)[-1] >= plain - 1
+    before, *_, after = [int(n.replace(",", "")) for n in re.findall(r"parameters ([\d,]+)", output)]
     assert after < before / 2
+
+
+def last_macs(output):
+    return int(re.findall(r"MACs [\d,]+ → ([\d,]+)", output)[-1].replace(",", ""))
+
+
+@pytest.mark.timeout(600)
+def test_a_tenth_of_the_network_is_at_most_one_and_a_half_points_worse(run, plain):
+    output = run("shrink.py")
+    first, last = accuracies(output)
+    assert first == plain
+    assert last >= plain - 1.5
+    assert last_macs(output) <= 0.1 * (64 * 512 + 512 * 512 + 512 * 10)
+    pytest.importorskip("onnxruntime")
+    pytest.importorskip("onnxscript")
+    assert accuracies(run("onnx_inference.py")) == [last, last]
+
+
+@pytest.mark.timeout(600)
+def test_images_in_folders(run):
+    output = run("folder_of_images.py")
+    teacher, student = accuracies(output)
+    assert min(teacher, student) > 90
+    first, second = map(int, re.search(r"DynamicPruner\(0 (\d+), 3 (\d+);", output).groups())
+    assert first * second < 16 * 32 / 2
+
+
+@pytest.mark.timeout(600)
+def test_a_residual_network(run):
+    output = run("resnet_shrink.py")
+    before, after = accuracies(output)
+    assert before > 95
+    assert after > before - 2
+    assert last_macs(output) < 0.3 * 64 * 24 * (1 + 4 * 24) * 9
+
+
+@pytest.mark.timeout(600)
+def test_a_vision_transformer(run):
+    pytest.importorskip("transformers")
+    output = run("vit_transformers.py")
+    before, after = accuracies(output)
+    assert before > 90
+    assert after > before - 3
+    assert "→" in output
+
+
+@pytest.mark.timeout(600)
+def test_a_lightning_module(run):
+    pytest.importorskip("lightning")
+    output = run("lightning_module.py")
+    teacher, student = accuracies(output)
+    assert student > teacher - 2
+    before, after = map(int, re.search(r"linear_relu_stack.0 (\d+)→(\d+)", output).groups())
+    assert after < before
