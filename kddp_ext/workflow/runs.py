@@ -38,15 +38,7 @@ from kddp_ext.workflow.runtime import Runtime
 from kddp_ext.workflow.saved_models import read_student
 from kddp_ext.workflow.teacher_logits import TeacherLogits
 from kddp_ext.workflow.tensorboard import require_tensorboard, write_events
-from kddp_ext.workflow.train import (
-    Recipe,
-    Training,
-    best_epoch,
-    compiled,
-    student_recipe,
-    teacher_recipe,
-    train,
-)
+from kddp_ext.workflow.train import Recipe, Training, best_epoch, compiled, student_recipe, teacher_recipe, train
 
 _WAIT = 2.0  # seconds between two looks for work while other processes train what is left
 _LINE_SECONDS = 10.0  # between two lines of a training where there is no terminal
