@@ -107,7 +107,7 @@ def test_a_vision_transformer(run):
     pytest.importorskip("transformers")
     output = run("vit_transformers.py")
     before, after = accuracies(output)
-    assert before > 90
+    assert before > 80
     assert after > before - 3
     assert "→" in output
 
