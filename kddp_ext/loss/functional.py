@@ -267,15 +267,11 @@ def choose_native(device: torch.device, backend: Backend) -> bool:
     if ops.is_native(device):
         return True
     if backend == "native":
-        raise ValueError(
-            "backend: expected 'auto' or 'reference', since this build of kddp_ext has no native kernels for "
-            f"{device.type!r} tensors, got 'native'{ops.how_to_build(device)}"
-        )
+        raise ValueError(f"backend: expected 'auto' or 'reference', got 'native', but {ops.why_not_native(device)}")
     if device.type not in _devices_warned_of:
         _devices_warned_of.add(device.type)
         warnings.warn(
-            f"kddp_ext has no native kernels for {device.type!r} in this build: the loss runs in plain PyTorch"
-            f"{ops.how_to_build(device)}",
+            f"the loss runs in plain PyTorch, because {ops.why_not_native(device)}",
             stacklevel=4,
         )
     return False

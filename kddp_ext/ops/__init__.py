@@ -8,7 +8,7 @@ torch.compile and torch.export.
 from kddp_ext.ops.gather_slices import gather_slices
 from kddp_ext.ops.gradient_products import gradient_products
 from kddp_ext.ops.kd_l1_loss import kd_l1_loss, kd_l1_loss_operator, native_derivatives, neuron_statistics
-from kddp_ext.ops.library import ELEMENT_TYPES, build_info, how_to_build, is_native, storage_key
+from kddp_ext.ops.library import ELEMENT_TYPES, build_info, is_native, storage_key, why_not_native
 from kddp_ext.ops.linear_kd_loss import linear_kd_loss
 
 __all__ = [
@@ -16,7 +16,6 @@ __all__ = [
     "build_info",
     "gather_slices",
     "gradient_products",
-    "how_to_build",
     "is_native",
     "kd_l1_loss",
     "kd_l1_loss_operator",
@@ -24,4 +23,5 @@ __all__ = [
     "native_derivatives",
     "neuron_statistics",
     "storage_key",
+    "why_not_native",
 ]

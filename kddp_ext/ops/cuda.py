@@ -16,6 +16,7 @@ from torch import Tensor
 
 _counters: dict[tuple[int, int], Tensor] = {}
 _lock = threading.Lock()
+_usable: set[int] = set()  # devices
 
 
 class CudaBuild(TypedDict):
@@ -71,9 +72,23 @@ def why_not(native: Any, device: int) -> str | None:
     return f"CUDA device {device} cannot be used: {error}" if error else None
 
 
-@functools.cache
-def _checked(device: int) -> str | None:
-    return why_not(_loaded(), device)
+def why_unusable(device: torch.device) -> str | None:
+    """The reason why no kernel of this build can run on a CUDA device, in one sentence; None if they can.
+
+    Only a success is remembered, because a failure may pass: a device that was in use, or memory that was short.
+    """
+    index = _index(device)
+    if index in _usable:
+        return None
+    reason = why_not(_loaded(), index) if is_built() else "this build has no CUDA kernels"
+    if reason is None:
+        _usable.add(index)
+    return reason
+
+
+# A constant for torch.compile, which cannot trace the module's functions. This is all that
+# torch.compiler.assume_constant_result does, except that calling it would import the compiler.
+why_unusable._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def module(device: torch.device) -> Any:
@@ -82,7 +97,7 @@ def module(device: torch.device) -> Any:
     Raises:
         RuntimeError: it cannot run there, with the reason.
     """
-    reason = _checked(_index(device))
+    reason = why_unusable(device)
     if reason is not None:
         raise RuntimeError(f"kddp_ext: {reason}")
     return _loaded()

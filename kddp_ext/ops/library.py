@@ -22,12 +22,12 @@ from kddp_ext.ops import cuda
 __all__ = [
     "ELEMENT_TYPES",
     "build_info",
-    "how_to_build",
     "is_native",
     "library",
     "native",
     "scales_natively",
     "storage_key",
+    "why_not_native",
 ]
 
 library = torch.library.Library("kddp", "DEF")
@@ -63,7 +63,7 @@ def stand_in(module: Any, place: Any) -> Iterator[None]:
 
 def scales_natively(device: torch.device) -> bool:
     """Whether a kernel scales gradients on `device`. On the CPU PyTorch does it equally well."""
-    return (device.type == "cuda" and cuda.is_built()) or _stand_in is not None
+    return (device.type == "cuda" and is_native(device)) or _stand_in is not None
 
 
 def overwrites_logits(tensor: Tensor) -> bool:
@@ -77,8 +77,8 @@ def workspace_on(device: torch.device) -> Callable[[int], Tensor]:
 
 
 def is_native(device: torch.device) -> bool:
-    """Whether this build has kernels for tensors on `device`. With ROCm, "cuda" devices count too, and raise later."""
-    return device.type == "cpu" or (device.type == "cuda" and cuda.is_built())
+    """Whether kernels of this build can run on `device`."""
+    return device.type == "cpu" or (device.type == "cuda" and cuda.why_unusable(device) is None)
 
 
 def needs_no_dispatcher(tensors: Iterable[Tensor | None]) -> bool:
@@ -101,9 +101,16 @@ def _is_plain(tensor: Tensor | None) -> bool:
     return tensor is None or (type(tensor) in _PLAIN_TYPES and tensor.is_cpu and not tensor.is_neg())
 
 
-def how_to_build(device: torch.device) -> str:
-    """The end of a message about missing kernels: how to build those for `device`, if there is a way."""
-    return "; to build CUDA kernels: pip install . -C cmake.define.KDDP_CUDA=ON" if device.type == "cuda" else ""
+def why_not_native(device: torch.device) -> str:
+    """Why `is_native` is false, and what helps, if anything does."""
+    if device.type != "cuda":
+        return f"this build of kddp_ext has no native kernels for {device.type!r} tensors"
+    if cuda.is_built():
+        return f"the CUDA kernels of kddp_ext cannot run: {cuda.why_unusable(device)}"
+    return (
+        "this build of kddp_ext has no native kernels for 'cuda' tensors; to build CUDA kernels: "
+        "pip install . -C cmake.define.KDDP_CUDA=ON"
+    )
 
 
 def storage_key(tensor: Tensor) -> tuple[torch.device, int]:

@@ -13,6 +13,7 @@ import pytest
 import torch
 
 import kddp_ext
+from kddp_ext.loss import functional
 from kddp_ext.ops import cuda, gather_slices, gradient_products, library
 from kddp_ext.ops.scale_gradients import scale_gradients
 
@@ -198,13 +199,48 @@ def test_the_reason_why_cuda_cannot_be_used_is_one_sentence(monkeypatch, module,
     assert (why is None) if reason is None else (reason in why and "\n" not in why)
 
 
-def test_that_reason_is_the_error_of_the_first_call(monkeypatch):
-    monkeypatch.setattr(cuda, "_loaded", lambda: native(driver=0))
+@pytest.fixture
+def built(monkeypatch):
+    """Pretends that this build has a CUDA module; the test sets `driver`, its version."""
+    module = SimpleNamespace(**vars(native()), driver=13000)
+    module.driver_version = lambda: module.driver
+    monkeypatch.setattr(cuda, "is_built", lambda: True)
+    monkeypatch.setattr(cuda, "_loaded", lambda: module)
+    monkeypatch.setattr(cuda, "_usable", set())
     monkeypatch.setattr(torch.version, "hip", None)
-    cuda._checked.cache_clear()
+    monkeypatch.setattr(functional, "_devices_warned_of", set())
+    return module
+
+
+GPU = torch.device("cuda", 0)
+
+
+def test_auto_falls_back_where_the_kernels_cannot_run(built):
+    built.driver = 0
+    with pytest.warns(
+        UserWarning, match="plain PyTorch, because the CUDA kernels .* cannot run: found no NVIDIA driver"
+    ):
+        assert not functional.choose_native(GPU, "auto")
+    assert not functional.choose_native(GPU, "auto"), "without a second warning"
+    with pytest.raises(ValueError, match=r"backend: .* got 'native', but .* found no NVIDIA driver"):
+        functional.choose_native(GPU, "native")
     with pytest.raises(RuntimeError, match="kddp_ext: found no NVIDIA driver"):
-        cuda.module(torch.device("cuda", 0))
-    cuda._checked.cache_clear()
+        cuda.module(GPU)
+
+
+def test_a_failure_that_passes_is_forgotten_and_a_success_is_remembered(built):
+    built.driver = 0
+    assert not library.is_native(GPU)
+    built.driver = 13000
+    assert functional.choose_native(GPU, "auto")
+    built.driver = 0
+    assert cuda.module(GPU) is built
+
+
+def test_a_compiler_takes_the_answer_for_a_constant(built):
+    torch._dynamo.reset()
+    compiled = torch.compile(lambda x: x + library.is_native(GPU), backend="eager", fullgraph=True)
+    assert compiled(torch.zeros(1)) == 1
 
 
 def test_build_info_without_cuda_kernels(monkeypatch):
