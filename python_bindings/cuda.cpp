@@ -1,4 +1,4 @@
-// The CUDA operations as the Python module _cuda. Each call runs on a device and stream, with the counters of both.
+// The CUDA operations as the Python module _cuda. Each call runs on a device and stream.
 #include <cuda_runtime.h>
 
 #include <stdexcept>
@@ -23,8 +23,8 @@ void check(cudaError_t error, const char* what) {
                              cudaGetErrorString(error));
 }
 
-// device, stream, counters, and the object that owns the counters
-using ContextArguments = std::tuple<int, Address, Address, py::object>;
+// device, stream
+using ContextArguments = std::tuple<int, Address>;
 
 // Makes a device current during its lifetime.
 class DeviceGuard {
@@ -55,8 +55,7 @@ class Cuda {
     using Context = ContextArguments;
 
     explicit Cuda(const ContextArguments& context)
-        : guard_(std::get<0>(context)),
-          context_{reinterpret_cast<cudaStream_t>(std::get<1>(context)), pointer<unsigned>(std::get<2>(context))} {
+        : guard_(std::get<0>(context)), context_{reinterpret_cast<cudaStream_t>(std::get<1>(context))} {
         check(guard_.error(), "choosing the device");
     }
 
@@ -128,7 +127,6 @@ PYBIND11_MODULE(KDDP_CUDA_MODULE, m) {
     m.def("device_error", &kddp_python::device_error);
     m.def("driver_version", [] { return kddp_python::version(cudaDriverGetVersion); });
     m.def("runtime_version", [] { return kddp_python::version(cudaRuntimeGetVersion); });
-    m.attr("counters_bytes") = kddp::counters_bytes;
     m.attr("compiler") = KDDP_CUDA_COMPILER;
     m.attr("architectures") = KDDP_CUDA_ARCHITECTURES;
 }

@@ -11,19 +11,17 @@
 
 namespace kddp {
 
-constexpr int64_t counters_bytes = 16384;
-
 // What a launch needs besides its job. The device is the current one.
 struct LaunchContext {
     cudaStream_t stream;
-    unsigned* counters;  // counters_bytes, all 0 between launches; used by this device and stream only
 };
 
 // Bytes of workspace that the loss needs on the current device. `threads` of a job is ignored here.
 int64_t cuda_kd_l1_loss_workspace(const KdL1Loss& job);
 
-// The fused loss: one launch for up to `layers_per_launch` layers of activations. Results are the same at every run on
-// the same kind of GPU. A label out of range makes the loss and the gradient of its row NaN.
+// The fused loss: sets its counters to 0, then one launch for up to `layers_per_launch` layers of activations. Results
+// are the same at every run on the same kind of GPU. A label out of range makes the loss and the gradient of its row
+// NaN.
 void cuda_kd_l1_loss(const KdL1Loss& job, const LaunchContext& context);
 
 // One launch for up to `blocks_per_launch` tensors. Indices must be in range. Needs no workspace.
@@ -54,8 +52,8 @@ cudaError_t find_kernels();
 // Dynamic shared memory that a block may use.
 int max_dynamic_shared_bytes();
 
-// Blocks of a kernel that the device runs at once, at least 1. Also raises the kernel's limit of shared memory. The
-// answers are cached.
+// Blocks of a kernel that the device runs at once, at least 1. Also raises the kernel's limit of shared memory. Answers
+// are cached. An error is not: it is left to cudaGetLastError.
 int resident_blocks(const void* kernel, int threads, int shared_bytes);
 
 }  // namespace kddp

@@ -43,21 +43,21 @@ KDDP_DEVICE void put_element(Words<count>& to, int i, T value) {
 }
 
 // Loads n contiguous elements. The address is aligned to their size together, or to 16 bytes if that is less.
-template <class T, ElementType type, int n>
+template <class T, ElementType type, int n, Input input = Input::read_only>
 KDDP_DEVICE void load_run(const char* from, T* to) {
     constexpr int bytes = n * static_cast<int>(size_of(type)), access_bytes = bytes < 16 ? bytes : 16;
     constexpr int access_elements = access_bytes / static_cast<int>(size_of(type));
 #pragma unroll
     for (int k = 0; k < bytes / access_bytes; ++k) {
-        const auto words = load_input<access_bytes>(from + k * access_bytes);
+        const auto words = load_input<access_bytes, input>(from + k * access_bytes);
 #pragma unroll
         for (int i = 0; i < access_elements; ++i) to[k * access_elements + i] = element_of<T, type>(words, i);
     }
 }
 
-template <class T, ElementType type>
+template <class T, ElementType type, Input input = Input::read_only>
 KDDP_DEVICE T load_element(const char* from) {
-    return element_of<T, type>(load_input<static_cast<int>(size_of(type))>(from), 0);
+    return element_of<T, type>(load_input<static_cast<int>(size_of(type)), input>(from), 0);
 }
 
 template <class T, ElementType type, int n>

@@ -105,10 +105,10 @@ class Launches {
         : job_(job), context_(context), plan_(plan_of(job)), workspace_(job.workspace) {
         launch_ = {};
         launch_.carried = workspace_.take<double>(2);
+        counters_ = workspace_.take<unsigned>(counter_count);
         launch_.slices = slices();
-        slice_groups_ = static_cast<int>(min(job.rows, max(plan_.resident / launch_.slices, 1)));
-        launch_.slices_workspace = reinterpret_cast<char*>(
-            workspace_.take<SliceRecord>(launch_.slices > 1 ? int64_t(slice_groups_) * 2 * launch_.slices : 0));
+        launch_.slices_workspace =
+            reinterpret_cast<char*>(workspace_.take<SliceRecord>(launch_.slices > 1 ? job.rows * launch_.slices : 0));
         launch_.block_terms = workspace_.take<RowTerms>(plan_.resident);
         fixed_bytes_ = workspace_.bytes();
     }
@@ -117,6 +117,7 @@ class Launches {
     // layers share a launch; more layers than fit into it have launches of their own before.
     int64_t run() {
         int64_t bytes = fixed_bytes_;
+        if (context_) cudaMemsetAsync(counters_, 0, counter_count * sizeof(unsigned), context_->stream);
         const int64_t layers = job_.activations.layer_count;
         const int64_t last = layers > 0 ? (layers - 1) / layers_per_launch * layers_per_launch : 0;
         for (int64_t first = 0; first <= last; first += layers_per_launch) {
@@ -132,8 +133,8 @@ class Launches {
     }
 
   private:
-    // Blocks that share a row, where there are too few rows for all blocks. The moments of standardized logits would
-    // need one more exchange between blocks.
+    // Blocks that share a row, where there are too few rows for all blocks: each of them has one row. The moments of
+    // standardized logits would need one more exchange between blocks.
     int slices() const {
         if (plan_.cached || !job_.student.data || job_.rows == 0 || job_.standardize_logits) return 1;
         const int64_t blocks = max(plan_.resident / job_.rows, 1);
@@ -171,9 +172,9 @@ class Launches {
         launch_.teacher_elements = extent(job_.teacher, job_.rows, job_.classes);
         launch_.soft_label_elements = extent(job_.soft_labels, job_.rows, job_.classes);
         launch_.count_labels = with_rows && job_.labels && job_.student.data;
-        launch_.label_counter = reinterpret_cast<unsigned long long*>(context_->counters);
-        launch_.done_counter = context_->counters + 2;
-        launch_.slice_counters = context_->counters + front_counters;
+        launch_.label_counter = reinterpret_cast<unsigned long long*>(counters_);
+        launch_.done_counter = counters_ + 2;
+        launch_.slice_counters = counters_ + front_counters;
         launch_.counters = launch_.slice_counters + slice_counter_count;
     }
 
@@ -183,7 +184,7 @@ class Launches {
             launch_.student.data ? divide_up(job_.rows, plan_.rows_per_block) * launch_.slices : 0;
         const int64_t unit_blocks = divide_up(launch_.units, plan_.threads / 32);
         int64_t blocks = min(max(max(row_blocks, unit_blocks), 1), plan_.resident);
-        if (launch_.slices > 1) blocks = slice_groups_ * launch_.slices;
+        if (launch_.slices > 1) blocks = job_.rows * launch_.slices;
         launch_.row_groups = static_cast<unsigned>(blocks / launch_.slices);
         const dim3 grid(static_cast<unsigned>(blocks)), block(static_cast<unsigned>(plan_.threads));
         if (launch_.count_labels || launch_.slices > 1)
@@ -197,7 +198,7 @@ class Launches {
     Plan plan_;
     Workspace workspace_;
     LossLaunch launch_;
-    int slice_groups_;
+    unsigned* counters_;
     int64_t fixed_bytes_;
 };
 

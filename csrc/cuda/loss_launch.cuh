@@ -62,7 +62,8 @@ constexpr int cached_labels = 64;  // labels of a block's first rows, in shared 
 
 constexpr int front_counters = 8;  // label_counter, done_counter
 constexpr int slice_counter_count = 1024;
-constexpr int part_counter_count = static_cast<int>(counters_bytes / 4) - front_counters - slice_counter_count;
+constexpr int part_counter_count = 3064;
+constexpr int counter_count = front_counters + slice_counter_count + part_counter_count;  // all 0 before a call
 
 // Counts the valid labels of this block's rows, or its share of them where blocks share rows, and adds them to a
 // counter. A block needs the total only when it finishes its first row. Also caches the labels of the block's first
@@ -146,8 +147,6 @@ KDDP_DEVICE void write_results(const LossLaunch& launch) {
         if (launch.layers[layer].l1_weight != 0) weighted += launch.layers[layer].l1_weight * sum;
     }
     if (threadIdx.x != 0) return;
-    store_global(launch.label_counter, 0ull);
-    for (unsigned i = 0; launch.slices > 1 && i < launch.row_groups; ++i) store_global(launch.slice_counters + i, 0u);
     if (!launch.is_last) {
         store_global(launch.carried, l1), store_global(launch.carried + 1, weighted);
         return;

@@ -35,11 +35,15 @@ using Access = std::conditional_t<
         bytes == 8, uint2,
         std::conditional_t<bytes == 4, unsigned, std::conditional_t<bytes == 2, unsigned short, unsigned char>>>>;
 
-// Loads an input, which no thread of the launch writes.
-template <int bytes>
+// How an input is loaded: in the usual way if the thread overwrites it later, or through the cache of what no thread of
+// the launch writes.
+enum class Input { overwritten, read_only };
+
+template <int bytes, Input input = Input::read_only>
 KDDP_DEVICE Words<(bytes + 3) / 4> load_input(const void* from KDDP_SITE) {
     KDDP_REPORT_GLOBAL(from, bytes, false);
-    const auto value = KDDP_LOAD_READ_ONLY(static_cast<const Access<bytes>*>(from));
+    const auto* const typed = static_cast<const Access<bytes>*>(from);
+    const auto value = input == Input::read_only ? KDDP_LOAD_READ_ONLY(typed) : *typed;
     Words<(bytes + 3) / 4> words{};
     memcpy(&words, &value, bytes);
     return words;

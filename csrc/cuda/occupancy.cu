@@ -40,21 +40,23 @@ int max_dynamic_shared_bytes() {
 int resident_blocks(const void* kernel, int threads, int shared_bytes) {
     static thread_local std::map<std::tuple<int, const void*, int, int>, int> cache;
     const int device = current_device();
-    const auto [entry, is_new] = cache.try_emplace({device, kernel, threads, shared_bytes});
-    if (!is_new) return entry->second;
+    const std::tuple key{device, kernel, threads, shared_bytes};
+    if (const auto known = cache.find(key); known != cache.end()) return known->second;
     if (shared_bytes > 0) {
         // The limit counts static shared memory too: setting more than the rest is an error.
         cudaFuncAttributes attributes{};
-        cudaFuncGetAttributes(&attributes, kernel);
+        if (cudaFuncGetAttributes(&attributes, kernel) != cudaSuccess) return 1;
         const int limit = attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
-        cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                             limit - static_cast<int>(attributes.sharedSizeBytes));
+        const cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                                       limit - static_cast<int>(attributes.sharedSizeBytes));
+        if (error != cudaSuccess) return 1;
     }
     int per_multiprocessor = 0;
-    cudaOccupancyMaxActiveBlocksPerMultiprocessor(&per_multiprocessor, kernel, threads,
-                                                  static_cast<size_t>(shared_bytes));
+    const cudaError_t error = cudaOccupancyMaxActiveBlocksPerMultiprocessor(&per_multiprocessor, kernel, threads,
+                                                                            static_cast<size_t>(shared_bytes));
     const int blocks = per_multiprocessor * attribute(cudaDevAttrMultiProcessorCount, device);
-    return entry->second = blocks > 0 ? blocks : 1;
+    if (error != cudaSuccess || blocks <= 0) return 1;
+    return cache[key] = blocks;
 }
 
 }  // namespace kddp

@@ -1,5 +1,6 @@
 // A row that several blocks share. Each block leaves the sums of its slice in the workspace and then adds up all slices
 // in order. The blocks of a row are neighbours, all blocks of the launch run at once, and they wait for one another.
+// Each block has one row of the call, so no block writes a record that another one may still read.
 #pragma once
 
 #include "cuda/loss_launch.cuh"
@@ -95,9 +96,6 @@ class Slices {
         }
     }
 
-    // There are two sets of records, because some blocks write the next row's while others still read this row's.
-    KDDP_DEVICE void next_row() { parity_ ^= 1; }
-
   private:
     // Structs of doubles.
     template <class Doubles>
@@ -115,7 +113,7 @@ class Slices {
 
     KDDP_DEVICE SliceRecord* record(int slice) const {
         SliceRecord* records = reinterpret_cast<SliceRecord*>(launch_.slices_workspace);
-        return records + (group() * 2 + parity_) * launch_.slices + slice;
+        return records + group() * launch_.slices + slice;
     }
 
     KDDP_DEVICE void wait() {
@@ -132,7 +130,6 @@ class Slices {
     }
 
     const LossLaunch& launch_;
-    int parity_ = 0;
     unsigned target_ = 0;
 };
 

@@ -83,7 +83,6 @@ class TeamRows {
             compute();
             if (launch_.logits_gradient) write();
         }
-        if constexpr (!cached) slices_.next_row();
     }
 
   private:

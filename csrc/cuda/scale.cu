@@ -31,14 +31,14 @@ KDDP_DEVICE void scale_run(const ScaledTensor& tensor, double scalar, int64_t fi
         const int64_t first = (first_vector + k) * n;
         T values[n];
         if (aligned && first + n <= tensor.count) {
-            load_run<T, type, n>(from + first * bytes, values);
+            load_run<T, type, n, Input::overwritten>(from + first * bytes, values);
 #pragma unroll
             for (int i = 0; i < n; ++i) values[i] *= scale;  // NOLINT(*-core.uninitialized.Assign): load_run set it
             store_run<T, type, n>(to + first * bytes, values);
             continue;
         }
         for (int64_t i = first; i < first + n && i < tensor.count; ++i)
-            store_element<T, type>(to + i * bytes, load_element<T, type>(from + i * bytes) * scale);
+            store_element<T, type>(to + i * bytes, load_element<T, type, Input::overwritten>(from + i * bytes) * scale);
     }
 }
 

@@ -8,14 +8,10 @@ from __future__ import annotations
 import functools
 import importlib
 import importlib.util
-import threading
 from typing import Any, TypedDict
 
 import torch
-from torch import Tensor
 
-_counters: dict[tuple[int, int], Tensor] = {}
-_lock = threading.Lock()
 _usable: set[int] = set()  # devices
 
 
@@ -103,33 +99,11 @@ def module(device: torch.device) -> Any:
     return _loaded()
 
 
-def place(device: torch.device) -> tuple[int, int, int, Tensor]:
-    """Arguments of a launch: device, current stream, address of the counters, and the tensor that owns these."""
+def place(device: torch.device) -> tuple[int, int]:
+    """The last argument of the module's functions: the device and its current stream."""
     index = _index(device)
-    stream = torch.cuda.current_stream(device).cuda_stream
-    counters = _counters_of(index, stream)
-    return index, stream, counters.data_ptr(), counters
+    return index, torch._C._cuda_getCurrentRawStream(index)
 
 
 def _index(device: torch.device) -> int:
     return torch.cuda.current_device() if device.index is None else device.index
-
-
-def _counters_of(device: int, stream: int) -> Tensor:
-    """Counters of finished blocks. Each launch leaves them at 0, so no launch needs a fill before it.
-
-    Streams do not share counters. A CUDA graph may run on any stream, so each captured call gets its own.
-    """
-    with torch.cuda.device(device):
-        is_capturing = torch.cuda.is_current_stream_capturing()
-    if is_capturing:
-        return _new_counters(device)
-    with _lock:
-        counters = _counters.get((device, stream))
-        if counters is None:
-            counters = _counters[device, stream] = _new_counters(device)
-        return counters
-
-
-def _new_counters(device: int) -> Tensor:
-    return torch.zeros(_loaded().counters_bytes, dtype=torch.uint8, device=torch.device("cuda", device))

@@ -46,21 +46,16 @@ class Emulated:
         self.module: ModuleType = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(self.module)
         self.emulator = Emulator(path)
-        self.counters = torch.zeros(self.module.counters_bytes, dtype=torch.uint8)
 
-    def place(self, device: int = 0, stream: int = 0) -> tuple[int, int, int, torch.Tensor]:
+    def place(self, device: int = 0, stream: int = 0) -> tuple[int, int]:
         """The last argument of the module's functions: where a call runs."""
-        return device, stream, self.counters.data_ptr(), self.counters
+        return device, stream
 
     @contextlib.contextmanager
     def serves(self) -> Iterator[None]:
-        """Runs calls for CPU tensors on the emulated kernels, and checks that every launch resets its counters."""
-        try:
-            with library.stand_in(self.module, self.place()):
-                yield
-            assert not self.counters.any(), "a launch left counters that are not 0"
-        finally:
-            self.counters.zero_()
+        """Runs calls for CPU tensors on the emulated kernels."""
+        with library.stand_in(self.module, self.place()):
+            yield
 
 
 def has_gpu() -> bool:

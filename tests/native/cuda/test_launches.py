@@ -4,9 +4,10 @@ A launch takes the given device and stream and leaves the caller's device as it 
 synchronizes, so that a CUDA graph can capture it.
 """
 
-import contextlib
 import re
+import sys
 from types import SimpleNamespace
+from unittest import mock
 
 import backends
 import pytest
@@ -16,6 +17,8 @@ import kddp_ext
 from kddp_ext.loss import functional
 from kddp_ext.ops import cuda, gather_slices, gradient_products, library
 from kddp_ext.ops.scale_gradients import scale_gradients
+
+kd_l1_loss = sys.modules["kddp_ext.ops.kd_l1_loss"]  # the function hides the module
 
 
 @pytest.fixture
@@ -70,7 +73,8 @@ def test_an_operation_is_one_launch_on_the_device_and_stream_of_its_tensors(
         emulated.emulator.clear()
         run(prepared)
     assert launches_of(emulated) == [(device, stream)]
-    assert {call["name"] for call in emulated.emulator.calls()} <= {"cudaSetDevice", "cudaFuncSetAttribute", "launch"}
+    allowed = {"cudaSetDevice", "cudaFuncSetAttribute", "cudaMemsetAsync", "launch"}
+    assert {call["name"] for call in emulated.emulator.calls()} <= allowed
     assert not any(call["error"] for call in emulated.emulator.calls())
     assert emulated.emulator.device == current
 
@@ -104,6 +108,34 @@ def test_a_missing_device_is_an_error_of_its_own_call_only(emulated):
         assert forward().isfinite()
 
 
+def test_a_call_needs_nothing_that_an_earlier_one_left(emulated):
+    """No memory outlives a call, so none lies in the pool of a CUDA graph, and calls may share it on any stream."""
+    with calls_go_to(emulated, 0, 0x51DE), mock.patch.object(kd_l1_loss, "workspace_on", full_of_ones):
+        assert forward().isfinite()
+    (fill,) = [call for call in emulated.emulator.calls() if call["name"] == "cudaMemsetAsync"]
+    assert (fill["device"], fill["stream"]) == (0, 0x51DE)
+
+
+def full_of_ones(device):
+    return lambda size: torch.full((size,), 0xFF, dtype=torch.uint8, device=device)
+
+
+def test_an_occupancy_that_was_asked_in_vain_is_asked_again(emulated):
+    """A device that nobody has used, and that is lost for a moment."""
+    gradients = [torch.ones(20000)]
+    emulated.emulator.set_devices(3)
+    emulated.emulator.device = 2
+    with calls_go_to(emulated, 2, 0):
+        emulated.emulator.set_devices(0)
+        with pytest.raises(RuntimeError, match="the launch of the backward failed with cudaErrorInvalidDevice"):
+            scale_gradients(gradients, torch.tensor(2.0))
+        emulated.emulator.set_devices(3)
+        emulated.emulator.clear()
+        scale_gradients(gradients, torch.tensor(2.0))
+    (launch,) = [call for call in emulated.emulator.calls() if call["name"] == "launch"]
+    assert launch["grid"] > 1
+
+
 def test_the_sources_call_no_other_functions_of_the_cuda_runtime():
     used = set()
     for path in [*backends.CUDA.iterdir(), backends.ROOT / "python_bindings" / "cuda.cpp"]:
@@ -111,63 +143,16 @@ def test_the_sources_call_no_other_functions_of_the_cuda_runtime():
     assert used == {
         "cudaDeviceGetAttribute", "cudaFuncGetAttributes", "cudaFuncSetAttribute", "cudaGetDevice", "cudaGetErrorName",
         "cudaGetErrorString", "cudaGetLastError", "cudaLaunchCooperativeKernel",
-        "cudaOccupancyMaxActiveBlocksPerMultiprocessor", "cudaSetDevice",
+        "cudaMemsetAsync", "cudaOccupancyMaxActiveBlocksPerMultiprocessor", "cudaSetDevice",
     }  # fmt: skip
 
 
-class FakeCuda:
-    """Replaces torch.cuda by two devices, whose current device and streams the test sets."""
-
-    def __init__(self, monkeypatch):
-        self.current, self.capturing = 0, False
-        self.streams = {0: 0x10, 1: 0x20}
-        monkeypatch.setattr(torch.cuda, "current_device", lambda: self.current)
-        monkeypatch.setattr(torch.cuda, "current_stream", self.stream)
-        monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: self.capturing and self.current == 1)
-        monkeypatch.setattr(torch.cuda, "device", self.device)
-        monkeypatch.setattr(cuda, "_counters", {})
-        monkeypatch.setattr(cuda, "_new_counters", lambda device: torch.zeros(64, dtype=torch.uint8))
-
-    def stream(self, device):
-        return SimpleNamespace(cuda_stream=self.streams[self.current if device.index is None else device.index])
-
-    @contextlib.contextmanager
-    def device(self, index):
-        before, self.current = self.current, index
-        yield
-        self.current = before
-
-
 def test_a_call_runs_on_the_current_stream_of_the_tensors_device(monkeypatch):
-    fake = FakeCuda(monkeypatch)
-    assert cuda.place(torch.device("cuda"))[:2] == (0, 0x10)
-    assert cuda.place(torch.device("cuda", 1))[:2] == (1, 0x20)
-    fake.current, fake.streams[1] = 1, 0x51DE
-    assert cuda.place(torch.device("cuda"))[:2] == (1, 0x51DE)
-    assert cuda.place(torch.device("cuda", 0))[:2] == (0, 0x10)
-
-
-def test_counters_belong_to_one_device_and_stream(monkeypatch):
-    fake = FakeCuda(monkeypatch)
-    first = cuda.place(torch.device("cuda", 0))
-    other_device = cuda.place(torch.device("cuda", 1))
-    fake.streams[0] = 0x11
-    other_stream = cuda.place(torch.device("cuda", 0))
-    fake.streams[0] = 0x10
-    assert cuda.place(torch.device("cuda", 0))[2] == first[2]
-    assert len({first[2], other_device[2], other_stream[2]}) == 3
-    assert first[3].data_ptr() == first[2]
-
-
-def test_every_captured_call_has_its_own_counters(monkeypatch):
-    """A graph may be replayed on any stream, and a captured fill has not run yet, so it must not enter the cache."""
-    fake = FakeCuda(monkeypatch)
-    fake.capturing = True
-    captured = [cuda.place(torch.device("cuda", 1)) for _ in range(2)]
-    assert captured[0][2] != captured[1][2]
-    assert not cuda._counters
-    fake.capturing = False
-    assert cuda.place(torch.device("cuda", 1))[2] not in {place[2] for place in captured}
+    streams = {0: 0x10, 1: 0x20}
+    monkeypatch.setattr(torch._C, "_cuda_getCurrentRawStream", streams.__getitem__, raising=False)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
+    assert cuda.place(torch.device("cuda", 0)) == (0, 0x10)
+    assert cuda.place(torch.device("cuda")) == cuda.place(torch.device("cuda", 1)) == (1, 0x20)
 
 
 def native(driver=13000, runtime=13000, error=""):

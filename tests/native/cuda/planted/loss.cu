@@ -1,4 +1,5 @@
 // The loss as a C function, for float32 and forward_kl only, which compiles fast.
+#include <cstring>
 #include <vector>
 
 #include "cuda/backend.h"
@@ -26,8 +27,7 @@ LossKernels loss_kernels<ElementType::float64>(GradientForm) {
 // statistics: (5, neurons). Returns the text of the error, or null.
 extern "C" const char* run_loss(int64_t rows, int64_t classes, const float* student, const float* teacher,
                                 const int64_t* labels, int64_t neurons, const float* activation, float* logits_gradient,
-                                float* activation_gradient, double* statistics, float* loss, float* terms,
-                                unsigned* counters) {
+                                float* activation_gradient, double* statistics, float* loss, float* terms) {
     using kddp::ElementType;
     const kddp::ActivationLayer layer{
         {activation, ElementType::float32, neurons}, rows, neurons, double(rows), 0.1, activation_gradient, statistics};
@@ -38,7 +38,8 @@ extern "C" const char* run_loss(int64_t rows, int64_t classes, const float* stud
     job.temperature = 4, job.alpha = 0.9, job.divergence = kddp::Divergence::forward_kl;
     job.logits_gradient = logits_gradient, job.result_type = ElementType::float32, job.loss = loss, job.terms = terms;
     std::vector<double> workspace(static_cast<size_t>(kddp::cuda_kd_l1_loss_workspace(job)) / 8 + 8);
+    std::memset(workspace.data(), 0xFF, workspace.size() * sizeof(double));
     job.workspace = workspace.data() + (64 - reinterpret_cast<uintptr_t>(workspace.data()) % 64) % 64 / 8;
     emulator::allow(workspace.data(), workspace.size() * 8, true, "the workspace");
-    return emulator::guarded([&] { kddp::cuda_kd_l1_loss(job, {nullptr, counters}); });
+    return emulator::guarded([&] { kddp::cuda_kd_l1_loss(job, {nullptr}); });
 }

@@ -4,6 +4,7 @@
 
 #include <algorithm>
 #include <cstdlib>
+#include <cstring>
 #include <deque>
 #include <map>
 #include <utility>
@@ -196,6 +197,10 @@ cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int dev
     if (device < 0 || device >= device_count) return keep_error(cudaErrorInvalidDevice);
     *value = attribute == cudaDevAttrMultiProcessorCount ? multiprocessors : max_shared;
     return cudaSuccess;
+}
+cudaError_t cudaMemsetAsync(void* memory, int value, size_t bytes, cudaStream_t stream) {
+    std::memset(memory, value, bytes);
+    return record({"cudaMemsetAsync", 0, reinterpret_cast<uintptr_t>(stream)}, cudaSuccess);
 }
 cudaError_t cudaFuncSetAttribute(const void* kernel, cudaFuncAttribute, int bytes) {
     if (bytes < 0 || bytes > max_shared) return record({"cudaFuncSetAttribute"}, cudaErrorInvalidValue);
