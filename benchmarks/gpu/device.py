@@ -42,11 +42,7 @@ def why_not() -> str | None:
             "This build of kddp_ext has no CUDA kernels, which --device cuda measures: build them with "
             "pip install . -C cmake.define.KDDP_CUDA=ON"
         )
-    try:
-        cuda.module(torch.device("cuda"))
-    except RuntimeError as error:
-        return str(error)
-    return None
+    return cuda.why_unusable(torch.device("cuda", 0))
 
 
 def gpu() -> Device:

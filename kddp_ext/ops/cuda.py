@@ -73,7 +73,7 @@ def why_unusable(device: torch.device) -> str | None:
 
     Only a success is remembered, because a failure may pass: a device that was in use, or memory that was short.
     """
-    index = _index(device)
+    index = torch.cuda.current_device() if device.index is None else device.index
     if index in _usable:
         return None
     reason = why_not(_loaded(), index) if is_built() else "this build has no CUDA kernels"
@@ -87,23 +87,14 @@ def why_unusable(device: torch.device) -> str | None:
 why_unusable._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
-def module(device: torch.device) -> Any:
-    """The CUDA module, after a check that it can run on `device`.
+def module_and_place(device: int) -> tuple[Any, tuple[int, int]]:
+    """The CUDA module, and the last argument of its functions: the device and its current stream.
 
     Raises:
-        RuntimeError: it cannot run there, with the reason.
+        RuntimeError: the module cannot run there, with the reason.
     """
-    reason = why_unusable(device)
-    if reason is not None:
-        raise RuntimeError(f"kddp_ext: {reason}")
-    return _loaded()
-
-
-def place(device: torch.device) -> tuple[int, int]:
-    """The last argument of the module's functions: the device and its current stream."""
-    index = _index(device)
-    return index, torch._C._cuda_getCurrentRawStream(index)
-
-
-def _index(device: torch.device) -> int:
-    return torch.cuda.current_device() if device.index is None else device.index
+    if device not in _usable:
+        reason = why_unusable(torch.device("cuda", device))
+        if reason is not None:
+            raise RuntimeError(f"kddp_ext: {reason}")
+    return _loaded(), (device, torch._C._cuda_getCurrentRawStream(device))

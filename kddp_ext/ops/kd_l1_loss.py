@@ -42,6 +42,7 @@ library.define(
 library.define("neuron_statistics(Tensor activation) -> Tensor")
 
 LossOutputs = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, list[Tensor]]
+_Outputs = tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None, list[Tensor]]  # None: not wanted
 _STATISTICS_ROWS = 5
 _TENSORS = 5  # inputs before the activations
 _ABSENT = (0, 0, 0)
@@ -78,11 +79,11 @@ def kd_l1_loss(
     constants: tuple[Any, ...],
     *,
     statistics: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Any, Any]:
     """The loss, its four terms, its terms by row and (5, columns) statistics of the activations.
 
-    The last two are empty unless they are wanted. Only the loss is differentiable. `native_derivatives` says when this
-    function must not be used.
+    The last two are empty tensors or None unless they are wanted. Only the loss is differentiable. `native_derivatives`
+    says when this function must not be used.
 
     Args:
         student_logits, teacher_logits: (N, C), already checked.
@@ -111,6 +112,7 @@ def kd_l1_loss(
         )
         return loss, terms, rows, sums
     inputs = (*tensors, *activations)
+    outputs: Any
     if needs_no_dispatcher(inputs):
         outputs = _compute(*tensors, activations, scalars, samples, constants, wanted)
     else:
@@ -156,7 +158,7 @@ def _kd_l1_loss(
     values = checked_values(scalars)
     constants, wanted = arguments[:-4], _Wanted(*arguments[-4:])
     tensors = (student_logits, teacher_logits, labels, class_weights, row_weights)
-    return _compute(*tensors, activations, values, samples, constants, wanted)
+    return _with_placeholders(_compute(*tensors, activations, values, samples, constants, wanted), student_logits)
 
 
 def checked_values(scalars: Tensor) -> list[float]:
@@ -209,7 +211,7 @@ def _compute(
     constants: tuple[Any, ...],
     wanted: _Wanted,
     logits_gradient: Tensor | None = None,
-) -> LossOutputs:
+) -> _Outputs:
     arguments = (
         student_logits,
         teacher_logits,
@@ -249,22 +251,22 @@ def _compute(
         _ABSENT if soft_labels is None else _matrix(soft_labels),
         0 if class_weights is None else class_weights.data_ptr(),
         0 if row_weights is None else row_weights.data_ptr(),
-        _layers(readable, l1_weights, divisors, activation_gradients, statistics if wanted.statistics else None),
-        statistics.shape[-1],
+        _layers(readable, l1_weights, divisors, activation_gradients, statistics),
+        0 if statistics is None else statistics.shape[-1],
         temperature,
         alpha,
         normalizer,
         *settings,
         wanted.scaled_gradients,
-        of_logits.data_ptr() if wanted.logits_gradient else 0,
+        0 if of_logits is None else of_logits.data_ptr(),
         ELEMENT_TYPES[loss.dtype],
         total.data_ptr(),
         terms.data_ptr(),
-        rows.data_ptr() if by_row else 0,
+        0 if rows is None else rows.data_ptr(),
         workspace_on(student.device),
         place,
     )
-    if by_row:
+    if rows is not None:
         kd, ce = rows
         # A term of weight 0 is left out, because it may be infinite.
         loss.copy_(ce if alpha == 0 else kd if alpha == 1 else alpha * kd + (1 - alpha) * ce)
@@ -279,8 +281,8 @@ def _loss_outputs(
     _row_weights: Tensor | None,
     activations: Sequence[Tensor],
     *arguments: Any,
-) -> LossOutputs:
-    """The outputs of the operator for its arguments, not filled yet. Optional outputs that are not wanted are empty."""
+) -> _Outputs:
+    """The outputs of the operator for its arguments, not filled yet."""
     by_row, with_logits_gradient, with_activation_gradients, _, with_statistics = arguments[-5:]
     is_double = torch.float64 in [x.dtype for x in (student_logits, teacher_logits, *activations) if x is not None]
     dtype, rows = torch.float64 if is_double else torch.float32, student_logits.shape[0]
@@ -288,13 +290,30 @@ def _loss_outputs(
     return (
         terms.new_empty((rows,) if by_row else ()),
         terms,
-        terms.new_zeros(2, rows) if by_row else terms.new_empty(0),  # ignored rows stay 0
+        terms.new_zeros(2, rows) if by_row else None,  # ignored rows stay 0
         terms.new_empty((_STATISTICS_ROWS, sum([a.shape[1] for a in activations])), dtype=torch.float64)
         if with_statistics
-        else terms.new_empty(0, dtype=torch.float64),
-        _gradient_of(student_logits) if with_logits_gradient else student_logits.new_empty(0),
+        else None,
+        _gradient_of(student_logits) if with_logits_gradient else None,
         [_gradient_of(activation) for activation in activations] if with_activation_gradients else [],
     )
+
+
+def _with_placeholders(outputs: _Outputs, student_logits: Tensor) -> LossOutputs:
+    """The outputs of the operator, which has to return a tensor in place of None."""
+    loss, terms, rows, statistics, logits_gradient, activation_gradients = outputs
+    return (
+        loss,
+        terms,
+        terms.new_empty(0) if rows is None else rows,
+        terms.new_empty(0, dtype=torch.float64) if statistics is None else statistics,
+        student_logits.new_empty(0) if logits_gradient is None else logits_gradient,
+        activation_gradients,
+    )
+
+
+def _fake_kd_l1_loss(student_logits: Tensor, *arguments: Any) -> LossOutputs:
+    return _with_placeholders(_loss_outputs(student_logits, *arguments), student_logits)
 
 
 def _gradient_of(tensor: Tensor) -> Tensor:
@@ -527,7 +546,7 @@ def _neuron_statistics_output(activation: Tensor) -> Tensor:
 for _device in ("CPU", "CUDA"):
     library.impl("kd_l1_loss", _kd_l1_loss, _device)
     library.impl("neuron_statistics", _neuron_statistics, _device)
-torch.library.register_fake("kddp::kd_l1_loss", _loss_outputs, lib=library)
+torch.library.register_fake("kddp::kd_l1_loss", _fake_kd_l1_loss, lib=library)
 torch.library.register_fake("kddp::neuron_statistics", _neuron_statistics_output, lib=library)
 torch.library.register_autograd("kddp::kd_l1_loss", _backward, setup_context=_set_up, lib=library)
 

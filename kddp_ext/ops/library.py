@@ -46,7 +46,7 @@ def native(tensor: Tensor) -> tuple[Any, Any]:
         RuntimeError: CUDA cannot be used, with the reason.
     """
     if tensor.is_cuda:
-        return cuda.module(tensor.device), cuda.place(tensor.device)
+        return cuda.module_and_place(tensor.get_device())
     return _stand_in or (_core, torch.get_num_threads())
 
 
@@ -82,7 +82,7 @@ def is_native(device: torch.device) -> bool:
 
 
 def needs_no_dispatcher(tensors: Iterable[Tensor | None]) -> bool:
-    """True for plain CPU tensors in eager mode, where no compiler, mode, transform or profiler would see the operator.
+    """True for plain CPU and CUDA tensors in eager mode, if no compiler, mode, transform or profiler sees the operator.
 
     PyTorch's dispatcher takes 10 µs, which is 15 to 25% of the loss of a small batch (128 × 10 logits, 128 × 1024
     activations).
@@ -98,7 +98,9 @@ def needs_no_dispatcher(tensors: Iterable[Tensor | None]) -> bool:
 
 def _is_plain(tensor: Tensor | None) -> bool:
     # The dispatcher resolves tensors whose memory holds the negative of their values, such as conj().imag.
-    return tensor is None or (type(tensor) in _PLAIN_TYPES and tensor.is_cpu and not tensor.is_neg())
+    return tensor is None or (
+        type(tensor) in _PLAIN_TYPES and (tensor.is_cpu or tensor.is_cuda) and not tensor.is_neg()
+    )
 
 
 def why_not_native(device: torch.device) -> str:

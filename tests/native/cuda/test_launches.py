@@ -147,14 +147,6 @@ def test_the_sources_call_no_other_functions_of_the_cuda_runtime():
     }  # fmt: skip
 
 
-def test_a_call_runs_on_the_current_stream_of_the_tensors_device(monkeypatch):
-    streams = {0: 0x10, 1: 0x20}
-    monkeypatch.setattr(torch._C, "_cuda_getCurrentRawStream", streams.__getitem__, raising=False)
-    monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
-    assert cuda.place(torch.device("cuda", 0)) == (0, 0x10)
-    assert cuda.place(torch.device("cuda")) == cuda.place(torch.device("cuda", 1)) == (1, 0x20)
-
-
 def native(driver=13000, runtime=13000, error=""):
     return SimpleNamespace(
         driver_version=lambda: driver, runtime_version=lambda: runtime, device_error=lambda _: error,
@@ -193,6 +185,7 @@ def built(monkeypatch):
     monkeypatch.setattr(cuda, "_loaded", lambda: module)
     monkeypatch.setattr(cuda, "_usable", set())
     monkeypatch.setattr(torch.version, "hip", None)
+    monkeypatch.setattr(torch._C, "_cuda_getCurrentRawStream", {0: 0x10, 1: 0x20}.__getitem__, raising=False)
     monkeypatch.setattr(functional, "_devices_warned_of", set())
     return module
 
@@ -210,7 +203,7 @@ def test_auto_falls_back_where_the_kernels_cannot_run(built):
     with pytest.raises(ValueError, match=r"backend: .* got 'native', but .* found no NVIDIA driver"):
         functional.choose_native(GPU, "native")
     with pytest.raises(RuntimeError, match="kddp_ext: found no NVIDIA driver"):
-        cuda.module(GPU)
+        cuda.module_and_place(0)
 
 
 def test_a_failure_that_passes_is_forgotten_and_a_success_is_remembered(built):
@@ -219,7 +212,23 @@ def test_a_failure_that_passes_is_forgotten_and_a_success_is_remembered(built):
     built.driver = 13000
     assert functional.choose_native(GPU, "auto")
     built.driver = 0
-    assert cuda.module(GPU) is built
+    assert cuda.module_and_place(0)[0] is built
+
+
+def test_a_call_runs_on_the_current_stream_of_the_tensors_device(built):
+    assert cuda.module_and_place(0) == (built, (0, 0x10))
+    assert cuda.module_and_place(1) == (built, (1, 0x20))
+
+
+def test_a_known_device_takes_little_python(built):
+    tensor = SimpleNamespace(is_cuda=True, get_device=lambda: 0)
+    library.native(tensor)
+    calls = []
+    sys.setprofile(lambda frame, event, _: event == "call" and calls.append(frame.f_code.co_name))
+    library.native(tensor)
+    library.is_native(GPU)
+    sys.setprofile(None)
+    assert [name for name in calls if name != "<lambda>"] == ["native", "module_and_place", "is_native", "why_unusable"]
 
 
 def test_a_compiler_takes_the_answer_for_a_constant(built):
