@@ -183,8 +183,8 @@ def loss_of_chunk(
     scalars: Sequence[float],
     constants: tuple[Any, ...],
     gradient: Tensor | None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """The loss, its terms and its terms by row, without autograd and activations.
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """The loss, its terms and, if they are wanted, its terms by row, without autograd and activations.
 
     Args:
         student_logits, teacher_logits, labels, class_weights, row_weights: as of `kd_l1_loss`.

@@ -136,7 +136,7 @@ def _linear_kd_loss(
         labels_of_rows = None if labels is None else labels[part]
         of_rows = labels_of_rows, class_weights, None if row_weights is None else row_weights[:, part]
         value, of_chunk, by_row = loss_of_chunk(student, teacher, *of_rows, values, constants, of_logits)
-        if constants[-1]:
+        if by_row is not None:
             loss[part] = value
             row_terms[:, part] = by_row
         totals[0] += value.sum()
