@@ -19,7 +19,6 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-import torch_pruning as tp
 from rich.console import Console
 from torch import nn
 
@@ -90,6 +89,8 @@ class TorchPruning:
 
 def torch_pruner(kind: str, model: nn.Module, data: ImageData) -> Any:
     """A pruner of Torch-Pruning over all layers, as its README advises."""
+    import torch_pruning as tp  # not needed for the other contenders
+
     importances: dict[str, Callable[[], object]] = {
         "GroupMagnitude": lambda: tp.importance.GroupMagnitudeImportance(p=2),
         "GroupTaylor": tp.importance.GroupTaylorImportance,

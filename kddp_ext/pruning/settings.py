@@ -73,7 +73,8 @@ class PruningSettings:
             object.__setattr__(self, name, whole_number(name, getattr(self, name), at_least=1))
         for name in ("target_parameters", "target_macs"):
             object.__setattr__(self, name, _target(name, getattr(self, name)))
-        if self.resource not in (None, *RESOURCES) and not callable(self.resource):
+        is_named = self.resource is None or (isinstance(self.resource, str) and self.resource in RESOURCES)
+        if not is_named and not callable(self.resource):
             raise ValueError(
                 f"resource: expected {', '.join(RESOURCES)}, a function of the widths by layer, or None, got "
                 f"{self.resource!r}"

@@ -38,9 +38,9 @@ def run_share(rank, path, config, *, resume=False, fails=None, steps=None, norm=
     console, weights, message = Console(file=io.StringIO(), width=120), {}, None
     measure = runs._measure
 
-    def keep_weights(run, job, training):
-        weights[job.name] = {name: value.clone() for name, value in training.model.state_dict().items()}
-        return measure(run, job, training)
+    def keep_weights(run, job, model, *others):
+        weights[job.name] = {name: value.clone() for name, value in model.state_dict().items()}
+        return measure(run, job, model, *others)
 
     with ExitStack() as patches:
         patches.callback(torch.set_default_dtype, torch.get_default_dtype())

@@ -112,6 +112,10 @@ def test_a_vision_transformer(run):
     assert "→" in output
 
 
+@pytest.mark.filterwarnings("ignore:The .*dataloader.* does not have many workers")
+@pytest.mark.filterwarnings("ignore:The number of training batches .* is smaller than the logging interval")
+@pytest.mark.filterwarnings("ignore:Found .* in eval mode at the start of training")
+@pytest.mark.filterwarnings("ignore:`isinstance.treespec, LeafSpec.` is deprecated")
 @pytest.mark.timeout(600)
 def test_a_lightning_module(run):
     pytest.importorskip("lightning")

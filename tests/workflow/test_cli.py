@@ -89,7 +89,9 @@ def test_the_package_lists_its_names_and_has_no_others() -> None:
 
 def test_an_unknown_command_and_option_end_with_code_2(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["train"]) == 2
-    assert "no command 'train'; use run, sweep, report, evaluate, predict, export, info" in capsys.readouterr().err
+    assert (
+        "no command 'train'; use run, sweep, shrink, report, evaluate, predict, export, info" in capsys.readouterr().err
+    )
     with pytest.raises(SystemExit) as end:
         main(["run", "--epochz", "3"])
     assert end.value.code == 2

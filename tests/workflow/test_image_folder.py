@@ -11,9 +11,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from drawn_images import CLASSES, draw_images
 from PIL import Image
 from rich.console import Console
-from shapes import CLASSES, draw_images
 
 from kddp_ext.workflow import image_folder
 from kddp_ext.workflow.cli import main

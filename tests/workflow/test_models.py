@@ -36,7 +36,7 @@ from kddp_ext.workflow.models import (
 VGG_CONVOLUTIONS = (0, 4, 8, 11, 15, 18, 22, 25)
 
 
-@pytest.mark.parametrize("dataset", get_args(Dataset))
+@pytest.mark.parametrize("dataset", sorted(INFO))
 @pytest.mark.parametrize("name", get_args(Preset))
 def test_every_preset_builds_networks_that_fit_its_images(dataset: Dataset, name: Preset) -> None:
     config, info = preset(dataset, name), INFO[dataset]
@@ -84,7 +84,7 @@ def test_resnets_have_the_published_numbers_of_parameters(depth: int, millions: 
     assert len(with_weights) == depth + 2  # the two shortcuts with weights are extra
 
 
-@pytest.mark.parametrize("dataset", get_args(Dataset))
+@pytest.mark.parametrize("dataset", sorted(INFO))
 @pytest.mark.parametrize("architecture", ["vgg11", "resnet20"])
 def test_every_student_learns_from_the_images_of_every_data_set(
     dataset: Dataset, architecture: StudentArchitecture

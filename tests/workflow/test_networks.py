@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 import safetensors.torch
 import torch
+from drawn_images import draw_images
 from rich.console import Console
-from shapes import draw_images
 from torch import nn
 
 import kddp_ext
