@@ -31,7 +31,7 @@ def digits(encode):
 
 # How the images become inputs, the epochs, the accuracy to be reached, and the groups.
 TRAININGS = {
-    "ResNet-20, option A": (images, 5, 0.9, GROUPS),
+    "ResNet-20, option A": (images, 8, 0.9, GROUPS),
     "ViT, transformers": (images, 9, 0.9, WITH_NORMS),
     "GPT-2, classifier": (tokens, 18, 0.8, WITH_NORMS),
 }
