@@ -13,8 +13,7 @@ const char* run_gather(int64_t columns, const int64_t* keep_rows, int64_t kept_r
 
 const char* run_scale(int64_t count, const float* source, float* target, const float* scalar) {
     const kddp::ScaledTensor tensor{source, target, count, kddp::ElementType::float32, 2.0};
-    return emulator::guarded(
-        [&] { kddp::cuda_scale(&tensor, 1, scalar, kddp::ElementType::float32, {nullptr}); });
+    return emulator::guarded([&] { kddp::cuda_scale(&tensor, 1, scalar, kddp::ElementType::float32, {nullptr}); });
 }
 
 const char* run_products(int64_t samples, int64_t entries, int64_t after, const float* activation,
