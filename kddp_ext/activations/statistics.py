@@ -355,7 +355,7 @@ class TrackedActivations(tuple[Tensor, ...]):
     Attributes:
         statistics: one for each tensor.
         axes: the dimension of the neurons in each tensor. Default 1. All others are samples and positions.
-        observer: is told when the statistics are updated and what the loss is. Default None.
+        observer: an object that is called when the statistics are complete, and with the loss. Default None.
     """
 
     statistics: tuple[NeuronStatistics, ...]

@@ -198,7 +198,7 @@ def compute_loss(
         loss, terms, rows = reference.kd_l1_loss(*tensors, scalars, samples, *constants)
         if tracked is not None:
             tracked.observe()
-    if tracked is not None and tracked.observer is not None:
+    if tracked is not None:
         record_loss(tracked, loss, terms, scalars, len(logits))
     by_row = settings.reduction == "none"
     if by_row:
@@ -211,7 +211,9 @@ def compute_loss(
 
 
 def record_loss(tracked: TrackedActivations, loss: Tensor, terms: Tensor, scalars: Sequence[Any], rows: int) -> None:
-    """Tell the pruner the loss, and the mean loss of a row without the penalty."""
+    """Tell the observer, if there is one, the loss and the mean loss of a row without the penalty."""
+    if tracked.observer is None:
+        return
     _, alpha, divisor, *_ = scalars
     per_row = 1.0 if isinstance(divisor, float) and divisor == 0 else divisor / max(rows, 1)
     kd, ce = terms[:2].detach()

@@ -416,7 +416,7 @@ def _budget(observation: Observation, settings: PruningSettings) -> float:
         share = DEFAULT_LOSS_BUDGET
     if loss is None or reference is None:
         raise RuntimeError(
-            "prune: the loss is not known, of which loss_budget is a share; compute it by fused_kd_l1_loss with "
+            "prune: loss_budget needs the loss, and the loss is not known; compute it by fused_kd_l1_loss with "
             "pruner.activations, or pass your own to pruner.activations.observe(loss)"
         )
     # The prediction is too low for large changes. A loss that has risen too far has to fall before more is removed.

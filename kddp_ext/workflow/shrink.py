@@ -125,9 +125,9 @@ def run_shrink(
             assert training.pruner is not None
             student, history = training.model, training.pruner.history
     seconds = time.monotonic() - started
-    rows = _measured(original, student, saved.path, folder.student(_STUDENT), data, runtime)
+    rows = _measured(original, student, data, runtime)
     on_rank_zero(lambda: _write(folder, config, saved, rows, history, seconds))
-    say(console, f"{Path(folder.report).read_text(encoding='utf-8')}\nThe report is {folder.report}")
+    say(console, f"{folder.report.read_text(encoding='utf-8')}\nThe report is {folder.report}")
 
 
 def with_slow_norms(model: nn.Module) -> nn.Module:
@@ -201,9 +201,7 @@ class _Figures:
     milliseconds: Mapping[str, float]  # for one batch, by what runs it and its size
 
 
-def _measured(
-    original: nn.Module, student: nn.Module, source: Path, result: Path, data: ImageData, runtime: Runtime
-) -> tuple[_Figures, _Figures]:
+def _measured(original: nn.Module, student: nn.Module, data: ImageData, runtime: Runtime) -> tuple[_Figures, _Figures]:
     """The figures before and after. Only this function looks at the test images."""
     found = []
     times = on_rank_zero(lambda: latencies([original, student], data.example(64)))  # alone, or they would wait

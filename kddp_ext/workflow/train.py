@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -250,13 +250,7 @@ def train_epoch(
             number = epoch * len(batches) + step + 1
             if recipe.probes and number % recipe.prune_steps == 0:
                 shown = [batches[(step + k) % len(batches)] for k in range(recipe.probes)]
-                _show(
-                    training,
-                    recipe,
-                    runtime,
-                    [data.training_images(each, view, recipe.shift) for each in shown],
-                    number,
-                )
+                _show(training, recipe, runtime, (data.training_images(e, view, recipe.shift) for e in shown), number)
             report = _prune(training, clock, lambda pruner: pruner.step()) or report
 
     distributed.average_buffers(training.model)
@@ -329,7 +323,7 @@ def compiled(model: nn.Module) -> Callable[[Tensor], Any]:
     return torch.compile(model, dynamic=False)
 
 
-def _show(training: Training, recipe: Recipe, runtime: Runtime, batches: list[Tensor], seed: int) -> None:
+def _show(training: Training, recipe: Recipe, runtime: Runtime, batches: Iterable[Tensor], seed: int) -> None:
     """Show the pruner the model, for a check: activations and what their change would do to the outputs."""
     if training.pruner is None or training.pruner.closed:
         return

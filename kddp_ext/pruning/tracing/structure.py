@@ -227,7 +227,7 @@ class PrunableNeurons:
     def count_after(self, count: NeuronCount, value: int | tuple[int, ...], keep: Tensor) -> int | tuple[int, ...]:
         """What the attribute `count` of a module, now `value`, becomes with the neurons `keep` alone.
 
-        A tuple is a shape, such as a `normalized_shape`, of which one dimension follows.
+        A tuple is a shape, such as a `normalized_shape`; one of its dimensions follows the neurons.
         """
         before = self.shapes[count.stored][count.axis]
         after = int(_stays(self.slices[count.stored][count.axis], keep).sum())
