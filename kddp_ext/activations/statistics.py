@@ -132,17 +132,18 @@ class NeuronStatistics:
                 f"sums: expected shape {(len(STATISTICS), outer * self.width * inner)} (statistics, entries of "
                 f"neurons), got {tuple(sums.shape)}"
             )
+        totals, largest = sums[_SUMS], sums[_MAX_ABS]
         if outer * inner > 1:
             entries = sums.view(len(STATISTICS), outer, self.width, inner)
+            totals, largest = entries[_SUMS].sum((1, 3)), entries[_MAX_ABS].amax((0, 2))
             if self.position_sums is not None:
                 self.position_sums += entries[1].movedim(1, 0).flatten(1)
-            sums = torch.cat([entries[_SUMS].sum((1, 3)), entries[_MAX_ABS:].amax((1, 3))])
         elif self.position_sums is not None:
-            self.position_sums += sums[1][:, None]
+            self.position_sums += totals[1][:, None]
         if self.ring is not None:
             self.ring.add(matrix)
-        self.values[_SUMS] += sums[_SUMS]
-        self.values[_MAX_ABS] = torch.maximum(self.values[_MAX_ABS], sums[_MAX_ABS])
+        self.values[_SUMS] += totals
+        self.max_abs.clamp_(min=largest)
         self.rows += matrix.samples
 
     def matrix(self, activation: Tensor, axis: int = 1) -> NeuronMatrix:
@@ -196,7 +197,7 @@ class NeuronStatistics:
         joined = copy.deepcopy(parts[0])
         for part in parts[1:]:
             joined.values[_SUMS] += part.values[_SUMS]
-            joined.values[_MAX_ABS] = torch.maximum(joined.values[_MAX_ABS], part.values[_MAX_ABS])
+            joined.max_abs.clamp_(min=part.max_abs)
             if joined.position_sums is not None and part.position_sums is not None:
                 joined.position_sums += part.position_sums
             joined.rows += part.rows
@@ -270,6 +271,7 @@ class SampleRing:
         with torch.inference_mode(False):  # later writes may happen outside inference mode
             self.values = torch.zeros(capacity, width, dtype=torch.float32, device=device)
             self.entries = torch.zeros(capacity, dtype=torch.int64, device=device)
+            self._numbers = torch.arange(-(-capacity // _BATCHES), dtype=torch.float64, device=device)
         self.taken = 0
 
     @property
@@ -285,22 +287,26 @@ class SampleRing:
     def add(self, matrix: NeuronMatrix) -> None:
         """Add some samples of `matrix`, spread evenly over it. The next call takes other positions."""
         capacity, width = self.values.shape
-        count = min(matrix.samples, -(-capacity // _BATCHES))
+        count = min(matrix.samples, len(self._numbers))
         if count == 0:
             return
-        outer, inner = matrix.layout.outer, matrix.layout.inner
-        entries = matrix.values.detach().unflatten(1, (outer, width, inner))
-        number = torch.arange(count, device=entries.device, dtype=torch.float64) + self.taken
+        values, layout = matrix.values.detach(), matrix.layout
+        number = self._numbers[:count] + self.taken
         sample = (number * _GOLDEN % 1 * matrix.samples).long()
-        row, position = sample // (outer * inner), sample % (outer * inner)
-        slots = (torch.arange(count, device=entries.device) + self.taken) % capacity
-        self.values[slots] = entries[row, position // inner, :, position % inner].float()
-        self.entries[slots] = position
+        slots = (number % capacity).long()
+        if layout.entries == 1:
+            self.values[slots] = values[sample].float()
+        else:
+            row, position = sample // layout.entries, sample % layout.entries
+            entries = values.unflatten(1, (layout.outer, width, layout.inner))
+            self.values[slots] = entries[row, position // layout.inner, :, position % layout.inner].float()
+            self.entries[slots] = position
         self.taken += count
 
     def to(self, device: torch.device) -> None:
         """Move the samples to `device`."""
         self.values, self.entries = self.values.to(device), self.entries.to(device)
+        self._numbers = self._numbers.to(device)
 
     def fill(self, samples: Tensor, entries: Tensor) -> None:
         """Replace the content by `samples`, (S, H), of `entries`, (S,); if they are too many, by evenly spread ones."""
