@@ -106,15 +106,15 @@ def kd_l1_loss(
         statistics=statistics,
     )
     tensors = (student_logits, teacher_logits, labels, class_weights, row_weights)
-    if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack():
-        loss, terms, rows, sums, *_ = kd_l1_loss_operator(
-            *tensors, list(activations), as_tensor(scalars), samples, *constants, *wanted
-        )
-        return loss, terms, rows, sums
     inputs = (*tensors, *activations)
     outputs: Any
     if needs_no_dispatcher(inputs):
         outputs = _compute(*tensors, activations, scalars, samples, constants, wanted)
+    elif torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack():
+        loss, terms, rows, sums, *_ = kd_l1_loss_operator(
+            *tensors, list(activations), as_tensor(scalars), samples, *constants, *wanted
+        )
+        return loss, terms, rows, sums
     else:
         with torch.no_grad():
             outputs = kd_l1_loss_operator(*tensors, list(activations), as_tensor(scalars), samples, *constants, *wanted)
@@ -212,19 +212,9 @@ def _compute(
     wanted: _Wanted,
     logits_gradient: Tensor | None = None,
 ) -> _Outputs:
-    arguments = (
-        student_logits,
-        teacher_logits,
-        labels,
-        class_weights,
-        row_weights,
-        activations,
-        scalars,
-        samples,
-        *constants,
-        *wanted._replace(logits_gradient=wanted.logits_gradient and logits_gradient is None),
-    )
-    outputs = _loss_outputs(*arguments)
+    *settings, by_row = constants
+    allocated = wanted if logits_gradient is None else wanted._replace(logits_gradient=False)
+    outputs = _loss_outputs(student_logits, teacher_logits, activations, by_row, allocated)
     loss, terms, rows, statistics, of_logits, activation_gradients = outputs
     of_logits = of_logits if logits_gradient is None else logits_gradient
     # These names keep copies alive while the kernel uses their addresses.
@@ -240,7 +230,6 @@ def _compute(
     readable = [_readable(activation) for activation in activations]
     temperature, alpha, normalizer, *l1_weights = scalars
     divisors = [float(reference.penalty_divisor(count, student.shape[0], normalizer)) for count in samples]
-    *settings, by_row = constants
     total = loss.new_empty(()) if by_row else loss
     module, place = native(student)
     module.kd_l1_loss(
@@ -276,14 +265,11 @@ def _compute(
 def _loss_outputs(
     student_logits: Tensor,
     teacher_logits: Tensor | None,
-    _labels: Tensor | None,
-    _class_weights: Tensor | None,
-    _row_weights: Tensor | None,
     activations: Sequence[Tensor],
-    *arguments: Any,
+    by_row: bool,
+    wanted: _Wanted,
 ) -> _Outputs:
     """The outputs of the operator for its arguments, not filled yet."""
-    by_row, with_logits_gradient, with_activation_gradients, _, with_statistics = arguments[-5:]
     is_double = torch.float64 in [x.dtype for x in (student_logits, teacher_logits, *activations) if x is not None]
     dtype, rows = torch.float64 if is_double else torch.float32, student_logits.shape[0]
     terms = student_logits.new_empty(4, dtype=dtype)
@@ -292,10 +278,10 @@ def _loss_outputs(
         terms,
         terms.new_zeros(2, rows) if by_row else None,  # ignored rows stay 0
         terms.new_empty((_STATISTICS_ROWS, sum([a.shape[1] for a in activations])), dtype=torch.float64)
-        if with_statistics
+        if wanted.statistics
         else None,
-        _gradient_of(student_logits) if with_logits_gradient else None,
-        [_gradient_of(activation) for activation in activations] if with_activation_gradients else [],
+        _gradient_of(student_logits) if wanted.logits_gradient else None,
+        [_gradient_of(activation) for activation in activations] if wanted.activation_gradients else [],
     )
 
 
@@ -312,8 +298,10 @@ def _with_placeholders(outputs: _Outputs, student_logits: Tensor) -> LossOutputs
     )
 
 
-def _fake_kd_l1_loss(student_logits: Tensor, *arguments: Any) -> LossOutputs:
-    return _with_placeholders(_loss_outputs(student_logits, *arguments), student_logits)
+def _fake_kd_l1_loss(student_logits: Tensor, teacher_logits: Tensor | None, *arguments: Any) -> LossOutputs:
+    activations, by_row, wanted = arguments[3], arguments[-5], _Wanted(*arguments[-4:])
+    outputs = _loss_outputs(student_logits, teacher_logits, activations, by_row, wanted)
+    return _with_placeholders(outputs, student_logits)
 
 
 def _gradient_of(tensor: Tensor) -> Tensor:
@@ -423,8 +411,8 @@ def take_gradients(
 
 def save(ctx: Any, *tensors: Tensor | None) -> None:
     """Save tensors for the backward. Autograd refuses inference tensors, which may be a teacher's: `ctx` keeps them."""
-    ctx.inference = {i: x for i, x in enumerate(tensors) if x is not None and x.is_inference()}
-    ctx.save_for_backward(*[None if i in ctx.inference else x for i, x in enumerate(tensors)])
+    ctx.inference = inference = {i: x for i, x in enumerate(tensors) if x is not None and x.is_inference()}
+    ctx.save_for_backward(*[None if i in inference else x for i, x in enumerate(tensors)] if inference else tensors)
 
 
 def saved_by(ctx: Any) -> list[Any]:
