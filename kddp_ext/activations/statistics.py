@@ -19,6 +19,8 @@ _BATCHES = 8  # each batch fills at most this part of the ring, so that the ring
 # Multiples of the golden ratio are spread evenly over samples and positions for every size (Weyl).
 _GOLDEN = 0.6180339887498949
 
+_Places = tuple[Tensor, Tensor]  # the samples that a ring takes, and the rows that it stores them in
+
 
 class NeuronStatistics:
     """Running sums over the activations of one layer, with one entry for each neuron.
@@ -124,8 +126,8 @@ class NeuronStatistics:
         """Fraction of the samples in which the neuron was not exactly zero, (H,); NaN before any sample."""
         return self.nonzero / self.rows if self.rows else torch.full_like(self.sum, torch.nan)
 
-    def update(self, sums: Tensor, matrix: NeuronMatrix) -> None:
-        """Add `sums`, (5, columns) float64, which the kernels computed from `matrix`."""
+    def update(self, sums: Tensor, matrix: NeuronMatrix, places: dict[Any, _Places] | None = None) -> None:
+        """Add `sums`, (5, columns) float64, which the kernels computed from `matrix`; `places` is for `SampleRing.add`."""
         outer, inner = matrix.layout.outer, matrix.layout.inner
         if sums.shape != (len(STATISTICS), outer * self.width * inner):
             raise ValueError(
@@ -141,8 +143,8 @@ class NeuronStatistics:
         elif self.position_sums is not None:
             self.position_sums += totals[1][:, None]
         if self.ring is not None:
-            self.ring.add(matrix)
-        self.values[_SUMS] += totals
+            self.ring.add(matrix, {} if places is None else places)
+        self.values[_SUMS].add_(totals)
         self.max_abs.clamp_(min=largest)
         self.rows += matrix.samples
 
@@ -196,7 +198,7 @@ class NeuronStatistics:
         """The statistics of the samples of all `parts`, in their order, for the same neurons on one device."""
         joined = copy.deepcopy(parts[0])
         for part in parts[1:]:
-            joined.values[_SUMS] += part.values[_SUMS]
+            joined.values[_SUMS].add_(part.values[_SUMS])
             joined.max_abs.clamp_(min=part.max_abs)
             if joined.position_sums is not None and part.position_sums is not None:
                 joined.position_sums += part.position_sums
@@ -284,16 +286,21 @@ class SampleRing:
         """(filled, H) float32, in no particular order."""
         return self.values[: self.filled]
 
-    def add(self, matrix: NeuronMatrix) -> None:
-        """Add some samples of `matrix`, spread evenly over it. The next call takes other positions."""
+    def add(self, matrix: NeuronMatrix, places: dict[Any, _Places]) -> None:
+        """Add some samples of `matrix`, spread evenly over it. The next call takes other positions.
+
+        Rings of the same capacity take the same ones, which `places` keeps for the other layers of a pass.
+        """
         capacity, width = self.values.shape
         count = min(matrix.samples, len(self._numbers))
         if count == 0:
             return
         values, layout = matrix.values.detach(), matrix.layout
-        number = self._numbers[:count] + self.taken
-        sample = (number * _GOLDEN % 1 * matrix.samples).long()
-        slots = (number % capacity).long()
+        key = values.device, capacity, self.taken, matrix.samples
+        if key not in places:
+            number = self._numbers[:count] + self.taken
+            places[key] = (number * _GOLDEN % 1 * matrix.samples).long(), (number % capacity).long()
+        sample, slots = places[key]
         if layout.entries == 1:
             self.values[slots] = values[sample].float()
         else:
@@ -397,10 +404,10 @@ class TrackedActivations(tuple[Tensor, ...]):
 
     def update(self, matrices: Sequence[NeuronMatrix], sums: Tensor) -> None:
         """Add `sums`, (5, columns of all) float64, which the kernels computed from `matrices`."""
-        column = 0
+        column, places = 0, dict[Any, _Places]()
         for matrix, statistics in zip(matrices, self.statistics, strict=True):
             width = matrix.values.shape[1]
-            statistics.update(sums[:, column : column + width], matrix)
+            statistics.update(sums[:, column : column + width], matrix, places)
             column += width
         if self.observer is not None:
             self.observer.of_statistics()
