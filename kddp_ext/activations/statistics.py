@@ -127,7 +127,7 @@ class NeuronStatistics:
         return self.nonzero / self.rows if self.rows else torch.full_like(self.sum, torch.nan)
 
     def update(self, sums: Tensor, matrix: NeuronMatrix, places: dict[Any, _Places] | None = None) -> None:
-        """Add `sums`, (5, columns) float64, which the kernels computed from `matrix`; `places` is for `SampleRing.add`."""
+        """Add `sums`, (5, columns) float64, computed from `matrix`; `places` as for `SampleRing.add`."""
         outer, inner = matrix.layout.outer, matrix.layout.inner
         if sums.shape != (len(STATISTICS), outer * self.width * inner):
             raise ValueError(
