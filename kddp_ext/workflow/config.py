@@ -196,6 +196,8 @@ class PruningConfig:
     """every-epoch skips the last epoch, because nothing trains after it; at-the-end prunes once, after the last."""
     steps: NaturalInt = 0
     """Steps between two checks. 0 checks after epochs, as `when` says."""
+    start: BelowOne = 0.0
+    """Share of the training before which nothing is removed."""
     until: PositiveShare = 1.0
     """Share of the training after which nothing is removed."""
     criterion: Criterion = "contribution"
@@ -299,6 +301,9 @@ class RunConfig(_Settings):
         self.distillation.loss()  # checks its settings
         if self.pruning.loss_budget and self.pruning.criterion != "saliency":
             raise OptionError("pruning.loss-budget", "0 with another criterion than saliency", self.pruning.loss_budget)
+        if self.pruning.start >= self.pruning.until:
+            expected = f"less than --pruning.until, which is {self.pruning.until:g}"
+            raise OptionError("pruning.start", expected, self.pruning.start)
         teacher = self.teacher.network or self.teacher.architecture
         if self.teacher.optimizer == "muon" and teacher != "fast":
             raise WorkflowError(f"--teacher.optimizer: muon needs --teacher.architecture fast, got {teacher}")

@@ -314,6 +314,7 @@ def start_training(
             reconstruction_samples=pruning.reconstruction_samples if pruning.compensate else 0,
             history=history,
             interval=pruning.steps or None,
+            start=recipe.first_step(steps),
         )
     network = compiled(model) if job.config.compile else model  # after the pruner has traced the model
     return Training(model, network, optimizer, pruner, epochs=[], compiled=job.config.compile)

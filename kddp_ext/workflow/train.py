@@ -44,6 +44,7 @@ class Recipe:
         views: number of views of the images that the epochs cycle through; 0 draws a new view in each.
         prune_when: prune after every epoch except the last, or once after the last.
         prune_steps: prune after this many steps instead; 0 prunes after epochs.
+        prune_start: position before which nothing is pruned.
         prune_until: position from which on nothing is pruned and no activations are read.
         probes: number of batches that show the pruner the model before each check, in evaluation mode and by
             `kddp_ext.fisher_loss`; the training steps then do not. 0: the training steps do. It needs `prune_steps`.
@@ -64,6 +65,7 @@ class Recipe:
     views: int = 0
     prune_when: PruningTime = "every-epoch"
     prune_steps: int = 0
+    prune_start: float = 0.0
     prune_until: float = 1.0
     probes: int = 0
     patience: int = 0
@@ -71,10 +73,21 @@ class Recipe:
     def checks(self, steps: int) -> int:
         """The number of prunes, where an epoch has this many steps."""
         if self.prune_steps:
-            return int(self.prune_until * self.epochs * steps) // self.prune_steps
+            last = int(self.prune_until * self.epochs * steps) // self.prune_steps
+            return last - max(0, -(-self.first_step(steps) // self.prune_steps) - 1)
+        return sum(self.prunes_after(epoch) for epoch in range(self.epochs))
+
+    def first_step(self, steps: int) -> int:
+        """The number of the step, counted from 1, from which on a step may prune, where an epoch has `steps`."""
+        return int(self.prune_start * self.epochs * steps)
+
+    def prunes_after(self, epoch: int) -> bool:
+        """Whether the end of this epoch is a check."""
+        is_last = epoch + 1 == self.epochs
         if self.prune_when == "at-the-end":
-            return 1
-        return min(self.epochs - 1, int(self.prune_until * self.epochs))
+            return is_last
+        # 'every-epoch' skips the last epoch, because nothing trains after it.
+        return not is_last and self.prune_start * self.epochs < epoch + 1 <= self.prune_until * self.epochs
 
     def l1_weight_at(self, position: float) -> float:
         """The penalty's weight by position in the training, from 0 (start) to 1 (end)."""
@@ -177,6 +190,7 @@ def student_recipe(config: RunConfig, stage: Stage) -> Recipe:
         views=student.views,
         prune_when=pruning.when,
         prune_steps=pruning.steps,
+        prune_start=pruning.start,
         prune_until=pruning.until,
         patience=student.patience,
     )
@@ -361,9 +375,7 @@ def _prune(
 
 def _check_after(pruner: kddp_ext.DynamicPruner, recipe: Recipe, epoch: int) -> kddp_ext.PruneReport | None:
     """Prune, if the end of this epoch is a check."""
-    is_last = epoch + 1 == recipe.epochs
-    # 'every-epoch' skips the last epoch, because nothing trains after it.
-    if is_last == (recipe.prune_when == "at-the-end") and (is_last or epoch + 1 <= recipe.prune_until * recipe.epochs):
+    if recipe.prunes_after(epoch):
         return pruner.prune()
     pruner.reset()  # a check uses only the statistics of the epoch before it
     return None

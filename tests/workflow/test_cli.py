@@ -133,6 +133,10 @@ def test_options_override_the_preset(started: Calls, tmp_path: Path) -> None:
         ("run --student.channels 4 0", "--student.channels: expected a positive number, got (4, 0)"),
         ("run --teacher.momentum 1", "--teacher.momentum: expected a number from 0 to below 1, got 1.0"),
         (
+            "run --pruning.start 0.6 --pruning.until 0.5",
+            "--pruning.start: expected less than --pruning.until, which is 0.5, got 0.6",
+        ),
+        (
             "run --seed 9999999999999999999",
             "--seed: expected a whole number of at most 63 bits, got 9999999999999999999",
         ),

@@ -29,6 +29,28 @@ def test_the_penalty_rises_stays_and_ends() -> None:
     assert [throughout.l1_weight_at(position) for position in (0.0, 0.5, 0.9999)] == [0.02] * 3
 
 
+@pytest.mark.parametrize(
+    ("pruning", "checks"),
+    [
+        ({}, [1, 2, 3, 4, 5, 6, 7]),
+        ({"start": 0.25, "until": 0.75}, [3, 4, 5, 6]),
+        ({"when": "at-the-end"}, [8]),
+    ],
+)
+def test_epochs_after_which_neurons_are_removed(pruning: dict[str, Any], checks: list[int]) -> None:
+    recipe = student_recipe(RunConfig(student=StudentConfig(epochs=8), pruning=PruningConfig(**pruning)), "kddp")
+    assert [epoch + 1 for epoch in range(8) if recipe.prunes_after(epoch)] == checks
+    assert recipe.checks(100) == len(checks)
+
+
+@pytest.mark.parametrize(("start", "until"), [(0.0, 1.0), (0.25, 0.5), (0.26, 0.49)])
+def test_steps_at_which_neurons_are_removed(start: float, until: float) -> None:
+    pruning = PruningConfig(steps=12, start=start, until=until)
+    recipe = student_recipe(RunConfig(student=StudentConfig(epochs=4), pruning=pruning), "kddp")
+    checks = [step for step in range(12, 401, 12) if start * 400 <= step <= until * 400]
+    assert recipe.checks(100) == len(checks)
+
+
 def test_epochs_take_the_views_in_turn() -> None:
     config = RunConfig(student=StudentConfig(views=3))
     recipe = student_recipe(config, "kd")

@@ -58,7 +58,7 @@ def test_saliency_prunes_all_layers_to_a_target(
     """Every group of channels and the hidden layer may become narrower, residual streams too."""
     student = dataclasses.replace(small.student, architecture=architecture, channels=channels, epochs=2)
     pruning = dataclasses.replace(
-        small.pruning, layers="all", criterion="saliency", target_macs=0.5, steps=4, until=0.8, l1_weight=0.0
+        small.pruning, layers="all", criterion="saliency", target_macs=0.5, steps=4, start=0.1, until=0.8, l1_weight=0.0
     )
     config = dataclasses.replace(small, student=student, pruning=pruning)
     run(tmp_path / architecture, config)
