@@ -48,6 +48,7 @@ class RunFolder:
         self.data = path / "data.json"
         self.report = path / "report.md"
         self.picture = path / "report.png"
+        self.page = path / "report.html"
         self.timing = path / "timing.md"
         # All runs beside this one share the teachers' logits and decoded images.
         self.teacher_logits = path.parent / "teacher_logits"

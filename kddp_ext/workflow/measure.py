@@ -21,26 +21,45 @@ from kddp_ext.workflow.data import ImageData, Split
 from kddp_ext.workflow.networks import logits_of
 from kddp_ext.workflow.runtime import Runtime
 
+# For each true class, the number of images by the predicted class's number; classes without images are left out.
+Confusion = list[dict[str, int]]
 _EVALUATION_BATCH = 1000
 ACTIVE_IMAGES = 5000  # enough images to find a neuron that is active for any
 
 
-@torch.inference_mode()
 def accuracy(model: nn.Module, data: ImageData, split: Split, runtime: Runtime, *, views: bool = False) -> float:
-    """The share of the images of `split` that `model` classifies correctly, 0 to 1. The processes share the images.
+    """The share of the images of `split` that `model` classifies correctly, 0 to 1; `views` is as for `confusion`."""
+    return share_correct(confusion(model, data, split, runtime, views=views))
 
-    `views` averages the logits of several views of each image: the image, and the image moved by one pixel along each
-    diagonal, each also mirrored if the data set allows flips, with the weights of Jordan (2024).
+
+def share_correct(counts: Tensor) -> float:
+    """The accuracy, 0 to 1, in what `confusion` counted."""
+    return int(counts.diagonal().sum()) / int(counts.sum())
+
+
+def nonzero_counts(counts: Tensor) -> Confusion:
+    """What `confusion` counted, in the form that JSON holds."""
+    return [{str(predicted): count for predicted, count in enumerate(row) if count} for row in counts.tolist()]
+
+
+@torch.inference_mode()
+def confusion(model: nn.Module, data: ImageData, split: Split, runtime: Runtime, *, views: bool = False) -> Tensor:
+    """How many images of each class `model` takes for which: int64 (classes, classes), a row for each true class.
+
+    The processes share the images. `views` averages the logits of several views of each image: the image, and the image
+    moved by one pixel along each diagonal, each also mirrored if the data set allows flips, with the weights of
+    Jordan (2024).
     """
     model.eval()
-    correct = torch.zeros((), dtype=torch.int64, device=runtime.device)
+    classes = data.info.classes
+    counts = torch.zeros(classes * classes, dtype=torch.int64, device=runtime.device)
     shares = (distributed.share(part).split(_EVALUATION_BATCH) for part in (split.images, split.labels))
     for images, labels in zip(*shares, strict=True):
         with runtime.autocast():
             normalised = data.normalise(images)
             logits = _logits_of_views(model, normalised, data.info.flips) if views else logits_of(model(normalised))
-        correct += (logits.argmax(1) == labels).sum()
-    return int(distributed.total(correct)) / len(split.labels)
+        counts += torch.bincount(labels * classes + logits.argmax(1), minlength=len(counts))
+    return distributed.total(counts).view(classes, classes).cpu()
 
 
 def _logits_of_views(model: nn.Module, images: Tensor, flips: bool) -> Tensor:

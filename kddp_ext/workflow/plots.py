@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 # Label, colour, marker and marker size of each kind of point. A small filled marker stays visible inside a large hollow
 # one, as networks of different kinds often coincide: scratch and kd have the same size, and so do kddp and kd at the
 # width that it found.
-_STYLES: dict[str, tuple[str, str, str, int]] = {
+STYLES: dict[str, tuple[str, str, str, int]] = {
     "teacher": ("teacher", "#8a8f98", "s", 8),
     "scratch": ("student alone", "#3b78b5", "o", 14),
     "kd": ("KD", "#e08a1e", "D", 6),
@@ -54,7 +54,7 @@ def draw(path: Path, measured: Sequence[Measured], title: str) -> None:
 
 def _accuracy_against_parameters(axes: Axes, measured: Sequence[Measured]) -> None:
     axes.set(title="Accuracy against size", xlabel="parameters (log scale)", ylabel="test accuracy (%)", xscale="log")
-    for kind, (label, color, marker, size) in _STYLES.items():
+    for kind, (label, color, marker, size) in STYLES.items():
         found = sorted((each for each in measured if each.point.kind == kind), key=lambda each: each.mean("parameters"))
         if found:
             axes.errorbar(
@@ -97,13 +97,13 @@ def _widths(axes: Axes, kddp: Sequence[Measured], kd: Sequence[Measured]) -> Non
             axes.plot(
                 [epoch["epoch"] for epoch in epochs],
                 [epoch["width"] for epoch in epochs],
-                color=_STYLES["kddp"][1],
+                color=STYLES["kddp"][1],
                 alpha=shade,
                 linewidth=1.8,
                 label=f"KDDP, l1-weight {weight:g}: {final:.0f}" if index == 0 else None,
             )
     if start and kddp and kddp[0].jobs[0].config.pruning.layers == "hidden":
-        axes.axhline(start, color=_STYLES["kd"][1], linewidth=1.5, linestyle="--", label=f"KD: {start:,}")
+        axes.axhline(start, color=STYLES["kd"][1], linewidth=1.5, linestyle="--", label=f"KD: {start:,}")
     axes.set_ylim(bottom=0)
 
 

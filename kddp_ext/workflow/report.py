@@ -1,9 +1,13 @@
-"""The report of a run or a sweep: report.md, timing.md and the terminal's table. plots.py draws the picture."""
+"""The report of a run or a sweep: its tables, report.md, timing.md and what the terminal shows.
+
+plots.py draws the picture, and html_report.py writes report.html.
+"""
 
 from __future__ import annotations
 
 import statistics
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -16,8 +20,9 @@ from kddp_ext.files import remove_leftovers, write_text
 from kddp_ext.workflow.config import SweepConfig
 from kddp_ext.workflow.datasets import DatasetInfo
 from kddp_ext.workflow.folder import RunFolder, locked
+from kddp_ext.workflow.html_report import curves_of, write_page
 from kddp_ext.workflow.jobs import Job, Point, label_at_found_width
-from kddp_ext.workflow.measure import ACTIVE_IMAGES
+from kddp_ext.workflow.measure import ACTIVE_IMAGES, Confusion
 from kddp_ext.workflow.plots import draw
 
 _MEANING = {
@@ -61,6 +66,10 @@ class Measured:
     def mean(self, key: str) -> float:
         """The mean of the figure `key` over the seeds."""
         return statistics.fmean(self.values(key))
+
+    def percent(self, key: str) -> str:
+        """Mean ± standard deviation of the figure `key` in percent."""
+        return percent(self.values(key))
 
     def by_seed(self, key: str) -> dict[int, float]:
         """The figure `key` by seed."""
@@ -122,15 +131,16 @@ def rebuild_report(path: Path, console: Console) -> None:
 
 
 def write_report(folder: RunFolder, sweep: SweepConfig, console: Console) -> None:
-    """Write report.md, report.png and timing.md, and print the table.
+    """Write report.md, report.html, report.png and timing.md, and print the table.
 
-    The first two depend on the trained weights alone: they are the same, byte for byte, however often a run was
+    All but the last depend on the trained weights alone: they are the same, byte for byte, however often a run was
     interrupted. All times are in timing.md.
     """
     measured, info = measure_points(folder, folder.points(sweep)), folder.read_info()
     with locked(folder.path):
         remove_leftovers(folder.path)
         draw(folder.picture, measured, title_of(info))
+        write_page(folder.page, title_of(info), _sections(sweep, info, measured))
         write_text(folder.timing, "\n".join(_timing_lines(measured)) + "\n")
         write_text(folder.report, "\n".join(_report_lines(folder, sweep, info, measured)) + "\n")
     print_results(console, info, measured)
@@ -184,8 +194,7 @@ def _report_lines(folder: RunFolder, sweep: SweepConfig, info: DatasetInfo, meas
     tables = sweep_tables(measured)
     for table in tables:
         lines += [*([f"## {table.name}", ""] if len(tables) > 1 else []), table.to_markdown(), ""]
-    kinds = dict.fromkeys(each.point.kind for each in measured if each.point.kind in _MEANING)
-    lines += [f"- **{kind}**: {_MEANING[kind]}." for kind in kinds]
+    lines += [f"- **{kind}**: {meaning}." for kind, meaning in _meanings(measured).items()]
     views = next((each.results[0].get("test_accuracy_with_views") for each in measured if each.point.jobs), None)
     if views is not None:
         lines += ["", f"With several views of each test image the teacher's accuracy is {views:.2%}."]
@@ -194,18 +203,76 @@ def _report_lines(folder: RunFolder, sweep: SweepConfig, info: DatasetInfo, meas
         "",
         f"![Accuracy against parameters, widths over the epochs]({folder.picture.name})",
         "",
+        *_explanation(sweep, measured),
+        "",
+        "## Settings",
+        "",
+        "```",
+        *_settings(sweep),
+        "```",
+    ]
+
+
+def _meanings(measured: Sequence[Measured]) -> dict[str, str]:
+    return {each.point.kind: _MEANING[each.point.kind] for each in measured if each.point.kind in _MEANING}
+
+
+def _explanation(sweep: SweepConfig, measured: Sequence[Measured]) -> list[str]:
+    return [
         f"Test accuracy is measured with the weights of {_epochs(sweep, measured)},",
         "on images that nothing else used; with several seeds it is the mean ± the standard deviation. A neuron of the",
         f"hidden layer is active if it fires for one of {ACTIVE_IMAGES:,} training images. MACs are the multiply-adds",
         "of the convolutions and linear layers for one image. The last two columns compare with KD at the full width:",
         "the difference in percentage points by seed, and how many times fewer parameters. Times are in timing.md.",
-        "",
-        "## Settings",
-        "",
-        "```",
-        *(f"{option} = {value}" for option, value in sweep.options().items()),
-        "```",
     ]
+
+
+def _settings(sweep: SweepConfig) -> list[str]:
+    return [f"{option} = {value}" for option, value in sweep.options().items()]
+
+
+def _sections(sweep: SweepConfig, info: DatasetInfo, measured: Sequence[Measured]) -> dict[str, list[Any]]:
+    """The content of report.html."""
+    counted = {
+        each.point.label: [result["confusion"] for result in each.results]
+        for each in _main(measured)
+        if all("confusion" in result for result in each.results)  # results of earlier versions have none
+    }
+    return {
+        "": [f"{classes_of(info)}.", *(f"Warning. {warning}" for warning in warnings_of(measured))],
+        **{table.name: [table] for table in sweep_tables(measured)},
+        "What the tables show": [
+            "; ".join(f"{kind}: {meaning}" for kind, meaning in _meanings(measured).items()) + ".",
+            " ".join(_explanation(sweep, measured)),
+        ],
+        "Curves": curves_of(measured),
+        "Accuracy of each class (%)": [class_table(info.class_names, counted)] if counted else [],
+        "Settings": [_settings(sweep)],
+    }
+
+
+def class_table(names: Sequence[str], counted: Mapping[str, Sequence[Confusion]]) -> Table:
+    """The accuracy of each class in percent, and the most frequent errors of the last network.
+
+    Args:
+        names: the names of the classes.
+        counted: what each network took the test images for, one list for each seed, by the network's label.
+    """
+    *_, last = counted
+    rows = []
+    for index, name in enumerate(names):
+        sums = [sum((Counter(each[index]) for each in seeds), Counter[str]()) for seeds in counted.values()]
+        images = sums[-1].total()
+        wrong = [(count, names[int(key)]) for key, count in sums[-1].most_common() if int(key) != index][:3]
+        rows.append(
+            [
+                name,
+                f"{images // len(counted[last]):,}",
+                *(f"{100 * each[str(index)] / each.total():.1f}" if images else "" for each in sums),
+                ", ".join(f"{other} ({100 * count / images:.1f})" for count, other in wrong),
+            ]
+        )
+    return Table("classes", ("class", "test images", *counted, f"{last}: taken for"), rows)
 
 
 def _epochs(sweep: SweepConfig, measured: Sequence[Measured]) -> str:
@@ -252,7 +319,7 @@ def _row(measured: Measured, kd: Measured | None) -> list[str]:
     row = [
         measured.point.label,
         str(len(measured.results)),
-        percent(measured.values("test_accuracy")),
+        measured.percent("test_accuracy"),
         _width(measured),
         _width(measured, "active"),
         f"{measured.mean('parameters'):,.0f}",
@@ -293,6 +360,6 @@ def _pairs(measured: Sequence[Measured]) -> list[list[str]]:
     for kddp in (each for each in measured if each.point.kind == "kddp"):
         kd = by_label.get(label_at_found_width(kddp.point))
         if kd is not None:
-            accuracies = [percent(each.values("test_accuracy")) for each in (kddp, kd)]
+            accuracies = [each.percent("test_accuracy") for each in (kddp, kd)]
             rows.append([kddp.point.label, _width(kddp), *accuracies, _difference(kddp, kd)])
     return rows

@@ -31,7 +31,15 @@ from kddp_ext.workflow.errors import OptionError, WorkflowError
 from kddp_ext.workflow.folder import RunFolder, load_checkpoint, locked, open_folder, save_checkpoint
 from kddp_ext.workflow.image_folder import read_image_folder
 from kddp_ext.workflow.jobs import TEACHER, Job, points
-from kddp_ext.workflow.measure import accuracy, count_active, count_macs, count_parameters
+from kddp_ext.workflow.measure import (
+    accuracy,
+    confusion,
+    count_active,
+    count_macs,
+    count_parameters,
+    nonzero_counts,
+    share_correct,
+)
 from kddp_ext.workflow.models import FastTeacher, build_student, build_teacher, check_networks, check_own_networks
 from kddp_ext.workflow.report import say, title_of, write_report
 from kddp_ext.workflow.runtime import Runtime
@@ -378,11 +386,11 @@ def _measure(
     student = run.folder.student(job.name)
     hidden = dict(model.named_modules()).get("hidden") if job.config.has_hidden_layer else None
     hidden = hidden if isinstance(hidden, nn.Linear) else None
-    validation = run.data.validation
+    validation, counts = run.data.validation, confusion(model, run.data, run.data.test, run.runtime)
     result: dict[str, Any] = {
         "stage": job.stage,
         "epoch": best_epoch(epochs) if _is_best_selected(job) else len(epochs),
-        "test_accuracy": accuracy(model, run.data, run.data.test, run.runtime),
+        "test_accuracy": share_correct(counts),
         "validation_accuracy": accuracy(model, run.data, validation, run.runtime) if len(validation) else None,
         "parameters": count_parameters(model),
         "linear_parameters": sum(count_parameters(each) for each in model.modules() if isinstance(each, nn.Linear)),
@@ -391,6 +399,7 @@ def _measure(
         "width": None if hidden is None else hidden.out_features,
         "active": None if hidden is None else count_active(model, hidden, run.data, run.runtime),
         "widths": history.widths,
+        "confusion": nonzero_counts(counts),
     }
     if job.stage == "teacher" and run.data.augment:
         result["test_accuracy_with_views"] = accuracy(model, run.data, run.data.test, run.runtime, views=True)

@@ -30,11 +30,20 @@ from kddp_ext.workflow.data import ImageData
 from kddp_ext.workflow.distributed import on_rank_zero
 from kddp_ext.workflow.errors import WorkflowError
 from kddp_ext.workflow.folder import RunFolder, locked
+from kddp_ext.workflow.html_report import curves_of_epochs, write_page
 from kddp_ext.workflow.inspect import read_images
 from kddp_ext.workflow.jobs import Job
-from kddp_ext.workflow.measure import accuracy, count_macs, count_parameters, latencies
+from kddp_ext.workflow.measure import (
+    Confusion,
+    confusion,
+    count_macs,
+    count_parameters,
+    latencies,
+    nonzero_counts,
+    share_correct,
+)
 from kddp_ext.workflow.networks import logits_of
-from kddp_ext.workflow.report import Table, say
+from kddp_ext.workflow.report import Table, class_table, say
 from kddp_ext.workflow.runs import Run, claimed, save_student, train_job
 from kddp_ext.workflow.runtime import Runtime
 from kddp_ext.workflow.saved_models import SavedModel, find_model
@@ -199,6 +208,7 @@ class _Figures:
     macs: int
     bytes: int
     milliseconds: Mapping[str, float]  # for one batch, by what runs it and its size
+    confusion: Confusion  # on the test images
 
 
 def _measured(original: nn.Module, student: nn.Module, data: ImageData, runtime: Runtime) -> tuple[_Figures, _Figures]:
@@ -206,13 +216,15 @@ def _measured(original: nn.Module, student: nn.Module, data: ImageData, runtime:
     found = []
     times = on_rank_zero(lambda: latencies([original, student], data.example(64)))  # alone, or they would wait
     for model, milliseconds in zip((original, student), times, strict=True):
+        counts = confusion(model, data, data.test, runtime)
         found.append(
             _Figures(
-                accuracy(model, data, data.test, runtime),
+                share_correct(counts),
                 count_parameters(model),
                 count_macs(model, data.example()),
                 _size_on_disk(model),
                 milliseconds,
+                nonzero_counts(counts),
             )
         )
     return found[0], found[1]
@@ -248,7 +260,11 @@ def _write(
     layers = Table(
         "layers", ("layer", "before", "after"), [(name, str(old), str(new)) for name, (old, new) in widths.items()]
     )
+    classes = class_table(saved.info.class_names, {"before": [before.confusion], "after": [after.confusion]})
+    epochs = [] if config.calibrate else folder.read_epochs(_STUDENT)
+    title = f"{saved.path}, shrunk"
     how = f"{config.calibrate} images, no training" if config.calibrate else f"{config.epochs} passes"
+    summary = f"{how}, {seconds:.0f} s. The student is {folder.student(_STUDENT)}."
     write_json(
         folder.result(_STUDENT),
         {
@@ -259,9 +275,19 @@ def _write(
         },
     )
     _draw(folder.picture, widths)
+    write_page(
+        folder.page,
+        title,
+        {
+            "": [summary, table],
+            "Curves": curves_of_epochs({"student": epochs}) if epochs else [],
+            "Neurons of each layer": [layers],
+            "Accuracy of each class (%)": [classes],
+        },
+    )
     write_text(
         folder.report,
-        f"# {saved.path}, shrunk\n\n{how}, {seconds:.0f} s. The student is {folder.student(_STUDENT)}.\n\n"
+        f"# {title}\n\n{summary}\n\n"
         f"{table.to_markdown()}\n\n## Neurons of each layer\n\n![Neurons of each layer](report.png)\n\n"
         f"{layers.to_markdown()}\n",
     )

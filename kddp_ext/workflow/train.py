@@ -288,7 +288,8 @@ def train_epoch(
         "parameters": count_parameters(training.model),
     }
     if training.pruner is not None:
-        metrics["width"] = sum(training.pruner.widths.values())
+        metrics["widths"] = training.pruner.widths
+        metrics["width"] = sum(metrics["widths"].values())
         if report is not None and report.collapsed:
             metrics["collapsed"] = list(report.collapsed)
     return {**metrics, "seconds": {"epoch": round(time.perf_counter() - started, 4), **clock.seconds()}}

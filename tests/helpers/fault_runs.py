@@ -22,7 +22,7 @@ import torch
 from torch import nn
 
 from kddp_ext import DynamicPruner
-from kddp_ext.files import atomic_write
+from kddp_ext.files import atomic_write, write_text
 from kddp_ext.workflow import report, runs
 from kddp_ext.workflow.cli import main
 from kddp_ext.workflow.datasets import read_dataset
@@ -154,6 +154,7 @@ def quicken() -> None:
     DynamicPruner(model, optimizer, example_inputs=(torch.zeros(2, 1, 8, 8),))
     with tempfile.TemporaryDirectory() as folder:
         report.draw(Path(folder) / "fonts.png", [], "")
+        report.write_page(Path(folder) / "script.html", "", {})
     raw = read_dataset("digits", None)
     runs.read_dataset = lambda name, folder: raw if name == "digits" else read_dataset(name, folder)
     gc.collect()
@@ -163,6 +164,7 @@ def quicken() -> None:
 def shorten() -> None:
     """Do not draw the picture, where only the files that a run writes matter."""
     report.draw = lambda path, *_: atomic_write(path, lambda file: file.write(b"a picture"))
+    report.write_page = lambda path, *_: write_text(path, "a page")
 
 
 def phase_of(runs_folder: Path) -> str:

@@ -139,7 +139,7 @@ def test_resuming_a_finished_run_prints_its_table_and_trains_nothing(
 
 
 def test_report_writes_the_same_files_again(finished_run: Path, quiet: Console) -> None:
-    paths = [finished_run / name for name in ("report.md", "report.png")]
+    paths = [finished_run / name for name in ("report.md", "report.html", "report.png")]
     before = [path.read_bytes() for path in paths]
     for path in paths:
         path.unlink()
