@@ -1,4 +1,4 @@
-"""Fills the tables and pictures of a study's page from the files of its trainings.
+"""Fills the tables of a study's page from the files of its trainings.
 
 python -m benchmarks.study FILE --sweep DIR [--beyond DIR] [--search FILE.json] [--latency] [--json FILE]
 """
@@ -8,7 +8,6 @@ from __future__ import annotations
 import argparse
 import json
 import re
-import shutil
 import sys
 from pathlib import Path
 from typing import Any
@@ -31,8 +30,6 @@ def main() -> int:
             trainings[section] = {each.point.label: _trainings(each) for each in measured}
             prefix = "" if section == "cnn5" else f"{section}-"
             tables += [_with_title(prefix, table) for table in report.sweep_tables(measured)]
-            picture = arguments.file.parent / "images" / f"cifar10-study-{section}.png"
-            shutil.copyfile(path / "report.png", picture)
     if arguments.latency:
         tables.append(_latencies(arguments.sweep))
     if arguments.search is not None:

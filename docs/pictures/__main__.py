@@ -1,4 +1,4 @@
-"""Draws the documentation's diagrams into docs/images: `python docs/pictures --run runs/digits`.
+"""Draws the documentation's pictures into docs/images: `python docs/pictures --run runs/digits`.
 
 Without --run, the picture of a run is not drawn again.
 """
@@ -9,11 +9,12 @@ import argparse
 from pathlib import Path
 
 import compaction
+import study
 import training_step
 import width
 from shapes import save
 
-IMAGES = Path(__file__).parent.parent / "images"
+DOCS = Path(__file__).parent.parent
 
 
 def main() -> None:
@@ -21,11 +22,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python docs/pictures", description=__doc__.splitlines()[0])
     parser.add_argument("--run", type=Path, metavar="DIR", help="the folder of a finished `kddp run`")
     parser.add_argument(
-        "--folder", type=Path, default=IMAGES, metavar="DIR", help="where to write (default docs/images)"
+        "--folder", type=Path, default=DOCS / "images", metavar="DIR", help="where to write (default docs/images)"
     )
     parser.add_argument("--format", choices=("svg", "png"), default="svg", help="default svg")
     arguments = parser.parse_args()
     pictures = {"training-step": training_step.draw(), "compaction": compaction.draw()}
+    pictures |= study.pictures(DOCS / "cifar10-study.json")
     if arguments.run is not None:
         pictures["width-over-epochs"] = width.draw(arguments.run)
     for name, figure in pictures.items():

@@ -105,6 +105,7 @@ def transformers() -> Names:
 # By page, or by page and heading.
 SETUPS: dict[str, Callable[[], Names]] = {
     "README.md": loop,
+    "docs/index.md": loop,
     "docs/your-loop.md": with_processes,
     "docs/losses.md": with_processes,
     "docs/pruning.md": pruning,

@@ -66,5 +66,19 @@ def test_the_command_draws_the_same_pictures_every_time(run: Path, tmp_path: Pat
         subprocess.run([sys.executable, PICTURES, "--run", run, "--folder", folder], check=True, cwd=ROOT)
         drawn.append({path.name: path.read_bytes() for path in folder.iterdir()})
     assert drawn[0] == drawn[1]
-    assert set(drawn[0]) == {"compaction.svg", "training-step.svg", "width-over-epochs.svg"}
+    study = {f"study-{name}.svg" for name in ("accuracy", "widths", "ablations")}
+    assert set(drawn[0]) == {"compaction.svg", "training-step.svg", "width-over-epochs.svg", *study}
     assert set(drawn[0]) <= {path.name for path in (ROOT / "docs" / "images").iterdir()}
+
+
+def test_the_pictures_of_the_study_show_its_trainings(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(PICTURES)
+    path = ROOT / "docs" / "cifar10-study.json"
+    figures = importlib.import_module("study").pictures(path)
+    trainings = json.loads(path.read_text())["cnn5"]
+    widths = [list(line.get_ydata()) for line in figures["study-widths"].axes[0].get_lines()]
+    found = [training["widths"] for name in trainings if name.startswith("kddp, l1") for training in trainings[name]]
+    assert widths == found
+    kddp, *_ = (list(lines[0].get_ydata()) for lines in figures["study-accuracy"].axes[0].containers)
+    assert kddp == pytest.approx([83.25, 84.41, 85.01, 84.91, 85.03], abs=0.005)  # of the page's table, by size
+    assert len(figures["study-ablations"].axes[0].get_yticklabels()) == 6
