@@ -35,8 +35,15 @@ class DynamicPruning(StudentPruning, Callback):
     test, predict); the student is pruned as before, and then its weights are loaded.
 
     Args:
-        example_inputs, every_n_epochs, settings: as for `StudentPruning`, which has also the attributes.
+        example_inputs: positional arguments for the student's forward, as a tuple; they are moved to its device.
+        every_n_epochs: how often to prune. Default 1. None, with an `interval` among the settings: by steps.
         student: the attribute of the LightningModule that is the student. Default None: the module itself.
+        **settings: `criterion`, `threshold`, `patience` and the other settings of `DynamicPruner`. Tensors of
+            `example_kwargs` are moved to the student's device, too.
+
+    Attributes:
+        pruner: the `DynamicPruner`; None before training starts.
+        report: what the latest prune did, a `PruneReport`; None before.
 
     Raises:
         ValueError: (when training starts) the strategy spawns or forks processes, or no optimizer holds the student's
