@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import io
 import textwrap
+from pathlib import Path
 from typing import Any
 
 from matplotlib.axes import Axes
@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, MultipleLocator, PercentFormatter
 
 from benchmarks.comparisons.loss import share_of_bandwidth
-from kddp_ext.files import atomic_write
+from kddp_ext.workflow.plots import save_picture
 
 _COLOURS = {"eager": "#3b78b5", "torch.compile": "#e08a1e", "kddp_ext": "#c0354a"}
 _THICKNESS = 0.36
@@ -39,9 +39,7 @@ def draw(path: str, by_heap: dict[str, dict[str, Any]], head: str) -> None:
         "and the C library's default heap. "
     )
     figure.supxlabel("\n".join(textwrap.wrap(note + head, 190)), fontsize=7, color=_GREY, x=0.01, ha="left")
-    picture = io.BytesIO()
-    figure.savefig(picture, format="png")
-    atomic_write(path, lambda file: file.write(picture.getbuffer()))
+    save_picture(figure, Path(path))
 
 
 def _speed_ups(axes: Axes, by_heap: dict[str, dict[str, Any]]) -> None:

@@ -28,9 +28,11 @@ from kddp_ext.files import write_json
 from kddp_ext.workflow.config import RunConfig, ShrinkConfig
 from kddp_ext.workflow.data import ImageData
 from kddp_ext.workflow.datasets import read_dataset
-from kddp_ext.workflow.folder import locked
+from kddp_ext.workflow.folder import RunFolder, locked
+from kddp_ext.workflow.jobs import Job
 from kddp_ext.workflow.measure import accuracy, count_macs, count_parameters
 from kddp_ext.workflow.models import FastTeacher, build_student
+from kddp_ext.workflow.runs import Run, start_training
 from kddp_ext.workflow.runtime import Runtime, prepare_process
 from kddp_ext.workflow.saved_models import SavedModel, find_model
 from kddp_ext.workflow.shrink import PROBES, settings_of, with_slow_norms
@@ -157,7 +159,8 @@ class Study:
         model = self.narrower(config, budget) if contender in NARROWER else self.network()
         training = Training(model, model, recipe.optimizer(model), None, [])
         if contender in OURS:
-            training.pruner = self.our_pruner(training, config, recipe)
+            run = Run(RunFolder(Path(self.arguments.folder)), self.data, self.runtime, Console(stderr=True))
+            training = start_training(run, Job(contender, "kddp", config), model, recipe, self.saved.history)
         elif contender in TORCH_PRUNING:
             pruner = TorchPruning(contender, training, self.data, recipe, budget)
             training.pruner = cast(kddp_ext.DynamicPruner, pruner)
@@ -174,24 +177,6 @@ class Study:
         seconds = time.perf_counter() - started, time.process_time() - processor
         widths = {name: each.out_channels for name, each in model.named_modules() if isinstance(each, nn.Conv2d)}
         return {**self.figures(model), "seconds": seconds[0], "processor_seconds": seconds[1], "widths": widths}
-
-    def our_pruner(self, training: Training, config: RunConfig, recipe: Recipe) -> kddp_ext.DynamicPruner:
-        """The pruner that `kddp shrink` makes."""
-        pruning, steps = config.pruning, len(self.data.train) // recipe.batch_size
-        return kddp_ext.DynamicPruner(
-            training.model,
-            training.optimizer,
-            example_inputs=(self.data.example(2),),
-            criterion=pruning.criterion,
-            threshold=pruning.threshold,
-            patience=pruning.patience,
-            target_macs=pruning.target_macs or None,
-            target_steps=recipe.checks(steps),
-            loss_budget=pruning.loss_budget or None,
-            reconstruction_samples=pruning.reconstruction_samples,
-            interval=pruning.steps,
-            history=self.saved.history,
-        )
 
     def narrower(self, config: RunConfig, budget: float) -> nn.Module:
         """A fresh network whose channels are all narrower by one factor, which meets the budget."""

@@ -47,6 +47,11 @@ def draw(path: Path, measured: Sequence[Measured], title: str) -> None:
         axes.set_axisbelow(True)
         if axes.get_legend_handles_labels()[0]:  # below the panel, where it covers nothing
             axes.legend(frameon=False, loc="upper center", bbox_to_anchor=(0.5, -0.16), ncol=2)
+    save_picture(figure, path)
+
+
+def save_picture(figure: Figure, path: Path) -> None:
+    """Write a PNG file."""
     picture = io.BytesIO()
     figure.savefig(picture, format="png")
     atomic_write(path, lambda file: file.write(picture.getbuffer()))

@@ -16,14 +16,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from rich.console import Console
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 import kddp_ext
 from kddp_ext.files import remove_leftovers, write_json
 from kddp_ext.workflow import distributed
-from kddp_ext.workflow.config import Device, SweepConfig
+from kddp_ext.workflow.config import Device, PruningConfig, SweepConfig
 from kddp_ext.workflow.data import ImageData
 from kddp_ext.workflow.datasets import INFO, DatasetInfo, RawDataset, read_dataset
 from kddp_ext.workflow.distributed import on_rank_zero
@@ -296,6 +297,30 @@ def _restore_or_start(
     return training
 
 
+def make_pruner(
+    model: nn.Module, optimizer: torch.optim.Optimizer | None, pruning: PruningConfig, images: Tensor, **options: Any
+) -> kddp_ext.DynamicPruner:
+    """A pruner by the settings of a run; `options` are other arguments of `DynamicPruner`."""
+    return kddp_ext.DynamicPruner(
+        model,
+        optimizer,
+        example_inputs=(images,),
+        layers=["hidden"] if pruning.layers == "hidden" else None,
+        criterion=pruning.criterion,
+        threshold=pruning.threshold,
+        patience=1 if pruning.when == "at-the-end" else pruning.patience,  # there is only one check
+        minimum_width=pruning.minimum_width,
+        round_to=pruning.round_to,
+        target_macs=pruning.target_macs or None,
+        target_parameters=pruning.target_parameters or None,
+        resource=pruning.resource if pruning.criterion == "saliency" else None,
+        loss_budget=pruning.loss_budget or None,
+        compensate=pruning.compensate,
+        reconstruction_samples=pruning.reconstruction_samples if pruning.compensate else 0,
+        **options,
+    )
+
+
 def start_training(
     run: Run, job: Job, model: nn.Module, recipe: Recipe, history: kddp_ext.PruningHistory | None = None
 ) -> Training:
@@ -303,23 +328,12 @@ def start_training(
     optimizer, pruning, pruner = recipe.optimizer(model), job.config.pruning, None
     if job.stage == "kddp":
         steps = max(1, len(run.data.train) // recipe.batch_size)
-        pruner = kddp_ext.DynamicPruner(
+        pruner = make_pruner(
             model,
             optimizer,
-            example_inputs=(run.data.example(2),),
-            layers=["hidden"] if pruning.layers == "hidden" else None,
-            criterion=pruning.criterion,
-            threshold=pruning.threshold,
-            patience=1 if pruning.when == "at-the-end" else pruning.patience,  # there is only one check
-            minimum_width=pruning.minimum_width,
-            round_to=pruning.round_to,
-            target_macs=pruning.target_macs or None,
-            target_parameters=pruning.target_parameters or None,
+            pruning,
+            run.data.example(2),
             target_steps=max(1, recipe.checks(steps)),
-            resource=pruning.resource if pruning.criterion == "saliency" else None,
-            loss_budget=pruning.loss_budget or None,
-            compensate=pruning.compensate,
-            reconstruction_samples=pruning.reconstruction_samples if pruning.compensate else 0,
             history=history,
             interval=pruning.steps or None,
             start=recipe.first_step(steps),

@@ -8,10 +8,10 @@ teacher at first, so saliency is measured by `fisher_loss` on some batches befor
 from __future__ import annotations
 
 import dataclasses
-import io
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -23,7 +23,7 @@ from rich.console import Console
 from torch import nn
 
 import kddp_ext
-from kddp_ext.files import atomic_write, parse_json, write_json, write_text
+from kddp_ext.files import parse_json, write_json, write_text
 from kddp_ext.workflow import distributed
 from kddp_ext.workflow.config import Device, PruningConfig, RunConfig, ShrinkConfig, StudentConfig
 from kddp_ext.workflow.data import ImageData
@@ -42,13 +42,13 @@ from kddp_ext.workflow.measure import (
     nonzero_counts,
     share_correct,
 )
-from kddp_ext.workflow.networks import logits_of
+from kddp_ext.workflow.plots import save_picture
 from kddp_ext.workflow.report import Table, class_table, say
-from kddp_ext.workflow.runs import Run, claimed, save_student, train_job
+from kddp_ext.workflow.runs import Run, claimed, make_pruner, save_student, train_job
 from kddp_ext.workflow.runtime import Runtime
 from kddp_ext.workflow.saved_models import SavedModel, find_model
 from kddp_ext.workflow.teacher_logits import TeacherLogits
-from kddp_ext.workflow.train import student_recipe
+from kddp_ext.workflow.train import measure_saliency, student_recipe
 
 _STUDENT = "student"  # the name of the training, and of its folder
 _CALIBRATION_BATCH = 250
@@ -125,7 +125,7 @@ def run_shrink(
     job = Job(_STUDENT, "kddp", run_config)
     with claimed(run, job, wait=True):
         if config.calibrate:
-            history = _calibrated(student, data, config, saved, runtime)
+            history = _calibrated(student, data, config.calibrate, run_config, saved, runtime)
             on_rank_zero(lambda: save_student(run, job, student, history))
         else:
             logits = TeacherLogits(original, data, config.shift, folder.teacher_logits, runtime)
@@ -169,28 +169,16 @@ def _open(folder: RunFolder, config: ShrinkConfig, saved: SavedModel, *, resume:
 
 
 def _calibrated(
-    model: nn.Module, data: ImageData, config: ShrinkConfig, saved: SavedModel, runtime: Runtime
+    model: nn.Module, data: ImageData, images: int, config: RunConfig, saved: SavedModel, runtime: Runtime
 ) -> kddp_ext.PruningHistory:
     """Prune `model` once; returns what was pruned from it in all. A loss budget refers to the cross entropy."""
-    generator = torch.Generator(runtime.device).manual_seed(config.seed)
-    pruner = kddp_ext.DynamicPruner(
-        model,
-        example_inputs=(data.example(2),),
-        criterion="saliency",
-        target_macs=config.target_macs or None,
-        target_parameters=config.target_parameters or None,
-        loss_budget=config.loss_budget or None,
-        reconstruction_samples=config.reconstruction_samples,
-        history=saved.history,
+    pruner = make_pruner(model, None, config.pruning, data.example(2), history=saved.history)
+    indices = torch.arange(min(images, len(data.train))).split(_CALIBRATION_BATCH)
+    batches = (
+        (data.normalise(data.train.images[each]), partial(F.cross_entropy, target=data.train.labels[each]))
+        for each in indices
     )
-    model.eval()
-    for indices in torch.arange(min(config.calibrate, len(data.train))).split(_CALIBRATION_BATCH):
-        images, labels = data.normalise(data.train.images[indices]), data.train.labels[indices]
-        with runtime.autocast():
-            logits = logits_of(model(images)).float()
-        loss = kddp_ext.fisher_loss(logits, temperature=config.temperature, alpha=config.alpha, generator=generator)
-        pruner.activations.observe(loss, F.cross_entropy(logits, labels))
-        loss.backward()
+    measure_saliency(pruner, batches, config.distillation.loss(), runtime, config.seed)
     model.zero_grad()
     pruner.prune()
     return pruner.history
@@ -303,6 +291,4 @@ def _draw(path: Path, widths: Mapping[str, tuple[int, int]]) -> None:
     axes.set(title="Neurons of each layer", xlabel="neurons")
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(frameon=False, loc="lower right")
-    picture = io.BytesIO()
-    figure.savefig(picture, format="png")
-    atomic_write(path, lambda file: file.write(picture.getbuffer()))
+    save_picture(figure, path)

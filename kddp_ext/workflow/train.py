@@ -339,23 +339,42 @@ def compiled(model: nn.Module) -> Callable[[Tensor], Any]:
 
 
 def _show(training: Training, recipe: Recipe, runtime: Runtime, batches: Iterable[Tensor], seed: int) -> None:
-    """Show the pruner the model, for a check: activations and what their change would do to the outputs."""
+    """Show the pruner the model, for a check."""
     if training.pruner is None or training.pruner.closed:
         return
-    generator = torch.Generator(runtime.device).manual_seed(seed)
-    temperature, alpha = float(recipe.loss.temperature), float(recipe.loss.alpha)
     loss = torch.stack(training.losses).mean()
     training.losses.clear()
     training.pruner.reset()  # the training steps' activations were not read
-    training.model.eval()
-    for images in batches:
-        with runtime.autocast():
-            logits = logits_of(training.model(images))
-        probe = kddp_ext.fisher_loss(logits.float(), temperature=temperature, alpha=alpha, generator=generator)
-        training.pruner.activations.observe(probe, loss)
-        probe.backward()
+    batches_and_losses = ((images, lambda _: loss) for images in batches)
+    measure_saliency(training.pruner, batches_and_losses, recipe.loss, runtime, seed)
     training.optimizer.zero_grad()
     training.model.train()
+
+
+def measure_saliency(
+    pruner: kddp_ext.DynamicPruner,
+    batches: Iterable[tuple[Tensor, Callable[[Tensor], Tensor]]],
+    settings: kddp_ext.LossSettings,
+    runtime: Runtime,
+    seed: int,
+) -> None:
+    """Show the pruner its model in evaluation mode: activations, and what their change would do to the outputs.
+
+    It leaves gradients of no use in the parameters.
+
+    Args:
+        batches: normalised images, and what gives the mean loss of a sample from their logits.
+        settings: its temperature and alpha are those of `kddp_ext.fisher_loss`.
+    """
+    generator = torch.Generator(runtime.device).manual_seed(seed)
+    temperature, alpha = float(settings.temperature), float(settings.alpha)
+    pruner.model.eval()
+    for images, mean_loss in batches:
+        with runtime.autocast():
+            logits = logits_of(pruner.model(images)).float()
+        probe = kddp_ext.fisher_loss(logits, temperature=temperature, alpha=alpha, generator=generator)
+        pruner.activations.observe(probe, mean_loss(logits))
+        probe.backward()
 
 
 def _prune(
