@@ -139,7 +139,8 @@ def _plan_module(model: nn.Module, removal: Removal, optimizers: Sequence[Optimi
     neurons, keep, changes = removal.neurons, removal.keep, list[Change]()
     tensors = neurons.tensors(model, role=role)
     changes += [assign(*change) for change in neurons.attributes_after(model, keep)]
-    readers = {reader.weight: reader for reader in neurons.readers if removal.means is not None}
+    compensated = [each for each in neurons.readers if removal.means is not None and not each.computed]
+    readers = {reader.weight: reader for reader in compensated}
     new: dict[StoredTensor, tuple[Tensor, Tensor | None]] = {}  # values and gradients
     shifts: list[tuple[StoredTensor, Tensor]] = []
     for stored, tensor in tensors.items():

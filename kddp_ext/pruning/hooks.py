@@ -37,19 +37,26 @@ class ActivationHooks:
             for name in value.dropouts:
                 module = model.get_submodule(name)
                 self._handles.append(module.register_forward_hook(_DropoutHook(), with_kwargs=True))
-            hook = self._hooks[value.module] = _ReaderHook(dropouts=len(value.dropouts))
+            hook = self._hooks[value.module] = _ReaderHook(value.calls, dropouts=len(value.dropouts))
             reader = model.get_submodule(value.module)
             self._handles.append(reader.register_forward_pre_hook(hook, with_kwargs=True))
 
-    def value(self, read: ReadValue, name: str) -> tuple[Tensor, int] | None:
-        """The latest activations of a value, which messages call `name`, and the dimension of its neurons.
+    def values(self, read: ReadValue, name: str) -> list[tuple[Tensor, int]]:
+        """The latest activations of a value, which messages call `name`, and the dimension of its neurons, by call.
 
         Where the neurons have several entries, the shape is (samples, outer, units, inner): all other dimensions are
-        samples.
+        samples. Empty before a forward pass.
         """
-        value, layout = self._hooks[read.module].read(name), read.layout
-        if value is None:
-            return None
+        values = self._hooks[read.module].read(name)
+        if values and len(values) != read.calls:
+            raise RuntimeError(
+                f"activations: {read.module} was called {len(values)} times in the latest forward pass, but "
+                f"{read.calls} times when it was traced"
+            )
+        return [self._along_neurons(read, value) for value in values]
+
+    def _along_neurons(self, read: ReadValue, value: Tensor) -> tuple[Tensor, int]:
+        layout = read.layout
         if value.dim() != read.dimensions or value.shape[layout.axis] != read.units * layout.entries:
             raise RuntimeError(
                 f"activations: {read.module} was traced with an input of {read.dimensions} dimensions and "
@@ -62,10 +69,8 @@ class ActivationHooks:
         return samples.unflatten(1, (layout.outer, read.units, layout.inner)), 2
 
     def latest(self, read: ReadValue) -> Tensor:
-        """The latest activations of a value in their own shape; there must have been a forward pass."""
-        value = self._hooks[read.module].value
-        assert value is not None
-        return value
+        """The latest activations of a value's first call in their own shape; there must have been a forward pass."""
+        return self._hooks[read.module].values[0]
 
     def clear(self) -> None:
         for hook in self._hooks.values():
@@ -87,10 +92,11 @@ class Hook:
 
 
 class _ReaderHook(Hook):
-    def __init__(self, dropouts: int) -> None:
-        self.value: Tensor | None = None
-        self._dropouts = dropouts
+    def __init__(self, calls: int, dropouts: int) -> None:
+        self.values: list[Tensor] = []  # of the calls of the latest pass
+        self._calls, self._dropouts = calls, dropouts
         self._is_unread = self._is_ambiguous = False
+        self._is_complete = True  # the next call begins another pass
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         value = first_argument(args, kwargs)
@@ -99,24 +105,27 @@ class _ReaderHook(Hook):
         for _ in range(self._dropouts):
             value = getattr(value, _BEFORE_DROPOUT, value)
         # Flags and not a counter: torch.compile would compile the model anew for each value of a counter.
-        self._is_ambiguous = self._is_unread
+        if self._is_complete:
+            self._is_ambiguous, self.values = self._is_unread, [value]
+        else:
+            self.values = [*self.values, value]
+        self._is_complete = len(self.values) == self._calls
         self._is_unread = torch.is_grad_enabled()
-        self.value = value
 
-    def read(self, name: str) -> Tensor | None:
-        """The value of the latest forward pass."""
-        self._is_unread = False
+    def read(self, name: str) -> list[Tensor]:
+        """The values of the latest forward pass."""
+        self._is_unread, self._is_complete = False, True
         if self._is_ambiguous:
             raise RuntimeError(
                 f"activations: more than one forward pass with gradients has reached {name} since they were last read, "
                 "and only the latest is known; read pruner.activations after each pass, run passes that need no loss "
                 "under torch.no_grad(), or join several views into one batch"
             )
-        return self.value
+        return self.values
 
     def clear(self) -> None:
-        self.value = None
-        self._is_unread = self._is_ambiguous = False
+        self.values = []
+        self._is_unread, self._is_ambiguous, self._is_complete = False, False, True
 
 
 class _DropoutHook(Hook):

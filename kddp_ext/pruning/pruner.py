@@ -270,7 +270,9 @@ class DynamicPruner:
             ]
         )
         mean = costs.mean()
-        of_values = [costs[value.neurons[value.neurons >= 0]].mean() for value in neurons.values]
+        of_values = [
+            costs[value.neurons[value.neurons >= 0]].mean() for value in neurons.values for _ in range(value.calls)
+        ]
         return [self.l1_weight * float(cost / mean) if mean > 0 else self.l1_weight for cost in of_values]
 
     @property
@@ -278,8 +280,9 @@ class DynamicPruner:
         """The neurons' activations in the latest forward pass: one value for each entry of `statistics`.
 
         They are the values that the next layers read, taken before a Dropout in front of it, and part of the autograd
-        graph. Shapes: (N, H) for a Linear layer, (..., H) where it is applied along a sequence, (N, C, *positions) for
-        a convolution. `axes` tells which dimension the neurons are. Positions count as samples.
+        graph; a layer that is called several times in a forward pass has a value for each call. Shapes: (N, H) for a
+        Linear layer, (..., H) where it is applied along a sequence, (N, C, *positions) for a convolution. `axes` tells
+        which dimension the neurons are. Positions count as samples.
         A pass under torch.no_grad() does not replace activations that were not read yet.
 
         Raises:
@@ -287,25 +290,26 @@ class DynamicPruner:
                 with gradients since the activations were last read, or the pruner is closed.
         """
         hooks, taps = self._open("activations")
-        values, axes = [], []
+        values, axes, of_values = list[Tensor](), list[int](), list[NeuronStatistics]()
         neurons = self._state.neurons
         for name, read, statistics in zip(neurons.value_names, neurons.values, self._state.statistics, strict=True):
-            seen = hooks.value(read, name)
-            if seen is None:
+            seen = hooks.values(read, name)
+            if not seen:
                 raise RuntimeError(
                     f"activations: no forward pass has reached {name} since the pruner was made or last pruned; "
                     "call the model first (a compiled model must not have been called before the pruner was made)"
                 )
-            value, axis = seen
-            statistics.to(value.device)  # the model may have been moved
-            values.append(value)
-            axes.append(axis)
+            statistics.to(seen[0][0].device)  # the model may have been moved
+            for value, axis in seen:
+                values.append(value)
+                axes.append(axis)
+                of_values.append(statistics)
         if self.settings.criterion != "saliency" or not torch.is_grad_enabled():
-            return TrackedActivations(values, self._state.statistics, axes)
+            return TrackedActivations(values, of_values, axes)
         if not torch.compiler.is_compiling():
             inputs = [hooks.latest(read) for read in neurons.values]
             taps.end_pass(inputs, self._state.statistics, compensate=self.settings.compensate)
-        return TrackedActivations(values, self._state.statistics, axes, observer=taps)
+        return TrackedActivations(values, of_values, axes, observer=taps)
 
     def prune(self) -> PruneReport:
         """Check every layer, and remove the neurons that were inactive at `patience` consecutive checks.
@@ -468,7 +472,7 @@ def _reconstructions(decision: Decision) -> tuple[Reconstruction | None, ...]:
         gone = decision.units_gone(value)
         reconstruction = None
         ring = statistics.ring
-        if ring is not None and bool(gone.any()) and all(reader.groups == 1 for reader in readers):
+        if ring is not None and bool(gone.any()) and all(each.groups == 1 and not each.computed for each in readers):
             reconstruction = reconstruct(
                 ring.samples,
                 (~gone).nonzero().flatten(),

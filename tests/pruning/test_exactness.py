@@ -76,6 +76,7 @@ VECTORS = {
         changed(recipe(lambda m, x: m.last(m.first(x).relu() + m.other(x)), other=other), tie), ["first", "other"]
     ),
     "called twice": (recipe(lambda m, x: m.last(m.first(x).relu() + m.first(x.square()))), ["first"]),
+    "read twice": (recipe(lambda m, x: m.last(m.second(m.second(m.first(x)).relu()))), ["first", "second"]),
     "a weight without a module": (
         recipe(lambda m, x: m.last(F.linear(x, m.bare)), bare=lambda: nn.Parameter(torch.randn(8, INPUTS))), ["bare"]
     ),

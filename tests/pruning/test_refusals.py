@@ -38,7 +38,6 @@ def overwrites(m, x):
 
 
 PLAIN = recipe(lambda m, x: m.last(m.first(x).relu()))
-TWICE = recipe(lambda m, x: m.last(m.second(m.second(m.first(x)).relu())))
 
 # A constructor, the layer that is refused, and a part of the reason.
 REFUSED = {
@@ -85,8 +84,14 @@ REFUSED = {
     "a view of another": (
         changed(PLAIN, share_memory), "first", "first.weight shares its memory with another parameter or buffer"
     ),
-    "called twice": (TWICE, "second", "second.weight reads them 2 times in one forward pass; use a separate module"),
-    "read by a layer called twice": (TWICE, "first", "second.weight reads them 2 times"),
+    "read twice in different shapes": (
+        recipe(lambda m, x: m.last(m.first(x)) + m.last(m.first(x).unsqueeze(1)).squeeze(1)),
+        "first", "last.weight reads them 2 times in one forward pass, which differ in shape or place, or by the mode",
+    ),
+    "read once more in training": (
+        recipe(lambda m, x: sum(m.last(m.first(x)) for _ in range(1 + m.training))),
+        "first", "last.weight reads them 2 times in one forward pass",
+    ),
     "weight read elsewhere": (
         recipe(lambda m, x: m.last(m.first(x).relu()) + m.first.weight.square().sum()),
         "first", "sum in .* computes with all of them",

@@ -47,7 +47,7 @@ class Multipliers:
     def replace(self, args, kwargs, index, takes_mean):
         x, value = first_argument(args, kwargs), self.neurons.values[index]
         axis, layout = value.layout.axis, value.layout
-        self.values[index] = x.detach().movedim(axis, -1).flatten(0, -2)
+        self.values.setdefault(index, []).append(x.detach().movedim(axis, -1).flatten(0, -2))
         ones = torch.where(value.neurons >= 0, self.ones[:, value.neurons.clamp(min=0)], 1.0)
         ones = ones[:, None, :, None].expand(-1, layout.outer, -1, layout.inner).flatten(1)
         ones = ones.repeat_interleave(len(x) // self.samples, 0)
@@ -63,6 +63,7 @@ class Multipliers:
 
     def end(self):
         for index, rows in self.values.items():
+            rows = torch.cat(rows)
             self.means[index] = self.means[index] + rows.sum(0)
             self.seen[index] += len(rows)
 
@@ -94,12 +95,19 @@ def expected(model, batches, pruner, *, compensate=True):
 
 NETWORKS = [
     "ResNet-20, option A", "SE-ResNet", "DenseNet", "ShuffleNetV2", "U-Net", "ViT, torch.nn", "Swin, timm",
-    "MobileNetV3", "Llama", "GPT-2, classifier", "kddp_ext's student", "video", "gated convolutions",
+    "MobileNetV3", "Llama", "ALBERT", "GPT-2, classifier", "kddp_ext's student", "video", "gated convolutions",
 ]  # fmt: skip
 
 
 @pytest.mark.parametrize(
-    ("name", "streams"), [*((name, "exact") for name in NETWORKS), ("ViT, torch.nn", "all"), ("Llama", "all")]
+    ("name", "streams"),
+    [
+        *((name, "exact") for name in NETWORKS),
+        ("ViT, torch.nn", "all"),
+        ("Llama", "all"),
+        ("NFNet", "all"),
+        ("PVT", "all"),
+    ],
 )
 def test_saliency_is_the_derivative_by_a_multiplier(name, streams):
     structure = STRUCTURES[name]

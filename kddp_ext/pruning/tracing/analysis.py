@@ -6,8 +6,9 @@ if a layer writes it, a layer reads it, and nothing freezes it. Neurons that a l
 
 from __future__ import annotations
 
-from collections import Counter, defaultdict
-from collections.abc import Hashable, Mapping, Sequence
+from collections import defaultdict
+from collections.abc import Hashable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from functools import cached_property
 
 import torch
@@ -32,6 +33,21 @@ _DROPOUTS = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d)
 _SHIFT_PASSES = ("max_pool", "adaptive_max_pool", "adaptive_avg_pool", "_adaptive_avg_pool")
 
 
+@dataclass(frozen=True, eq=False)
+class _Observed:
+    """A read and the module call whose first argument, in its present version, is what it reads.
+
+    The neurons lie in the argument as `layout` tells; `units` are the labels of the layout's units.
+    """
+
+    read: Read
+    call: ModuleCall
+    argument: Tensor
+    version: int
+    layout: Layout
+    units: Tensor
+
+
 class Analysis:
     """The neurons that the labels of some recordings tell, with one choice for each kind of ambiguous operation.
 
@@ -40,6 +56,7 @@ class Analysis:
         recordings: of its forward pass in training and in evaluation mode.
         choices: as `NeuronFlow` takes them.
         keep_norm_statistics: freeze neurons that are normalised together.
+        ties: pairs of labels of stored tensors that are equal, though no operation tells.
     """
 
     def __init__(
@@ -49,6 +66,7 @@ class Analysis:
         choices: dict[Hashable, int],
         *,
         keep_norm_statistics: bool,
+        ties: Sequence[tuple[Tensor, Tensor]] = (),
     ) -> None:
         self.model = model
         self.labels = Labels()
@@ -56,7 +74,9 @@ class Analysis:
         self.flows = [NeuronFlow(model, each, self.labels, choices, keep_norm_statistics) for each in recordings]
         for flow in self.flows:
             flow.run()
-        self._reads = self._resolved_reads()
+        for tie in ties:
+            self.labels.unite(*tie, "")
+        self._reads = self._observed_reads()
         self._classes, self._reasons = self.labels.classes()
 
     def _stored_labels(self, recordings: Sequence[Recording]) -> dict[StoredTensor, list[Tensor | None]]:
@@ -67,6 +87,8 @@ class Analysis:
                 stored = recording.stored[id(fake)]
                 if stored not in axes:
                     axes[stored] = [self.labels.new(size) for size in fake.shape]
+                    if isinstance(self.model.get_submodule(stored.module), nn.modules.conv._ConvNd):
+                        axes[stored][2:] = [None] * (fake.dim() - 2)  # a filter's positions cannot be removed
                     reason = _unsliceable(self.model, stored, self._holders)
                     if reason is not None:
                         for labels in axes[stored]:
@@ -86,32 +108,46 @@ class Analysis:
 
     # --- Who reads the neurons
 
-    def _resolved_reads(self) -> list[tuple[Read, ModuleCall, Tensor, int]]:
-        """The reads of the training pass whose values can be observed: with the call, the value and its dimension.
+    def _observed_reads(self) -> list[list[_Observed]]:
+        """For each weight that reads neurons in the training pass, its reads, whose values can all be observed.
 
-        What the others read is frozen.
+        What the other weights read is frozen.
         """
         training, evaluation = self.flows
-        times = Counter(read.weight for read in training.reads)
-        resolved = []
-        for read in training.reads:
-            found = self._observed(training, read)
-            if not isinstance(found, str) and times[read.weight] > 1:
-                found = (
-                    f"{read.weight.name} reads them {times[read.weight]} times in one forward pass; use a separate "
-                    "module for each"
+        reads, others = _by_weight(training.reads), _by_weight(evaluation.reads)
+        observed = []
+        for weight, of_weight in reads.items():
+            found = [self._observed(training, read) for read in of_weight]
+            reason = next((each for each in found if isinstance(each, str)), None)
+            seen = [each for each in found if not isinstance(each, str)]
+            if reason is None and not self._alike(seen, len(others.get(weight, of_weight))):
+                reason = (
+                    f"{weight.name} reads them {len(seen)} times in one forward pass, which differ in shape or place, "
+                    "or by the mode; use a separate module for each"
                 )
-            if isinstance(found, str):
-                self.labels.freeze(self.labels.of(read.value)[read.value_axis], found)
+            if reason is None:
+                observed.append(seen)
             else:
-                resolved.append((read, *found))
-        for read in evaluation.reads:
-            if read.weight not in times:
-                reason = f"{read.weight.name} reads them in evaluation mode only"
-                self.labels.freeze(self.labels.of(read.value)[read.value_axis], reason)
-        return resolved
+                self._freeze_reads(of_weight, reason)
+        for weight, of_weight in others.items():
+            if weight not in reads:
+                self._freeze_reads(of_weight, f"{weight.name} reads them in evaluation mode only")
+        return observed
 
-    def _observed(self, flow: NeuronFlow, read: Read) -> tuple[ModuleCall, Tensor, int] | str:
+    def _freeze_reads(self, reads: Sequence[Read], reason: str) -> None:
+        for read in reads:
+            self.labels.freeze(self.labels.of(read.value)[read.value_axis], reason)
+
+    def _alike(self, seen: Sequence[_Observed], in_evaluation: int) -> bool:
+        """Whether the reads of one weight are one, or as many as the calls of their module and in the same way."""
+        if len(seen) == 1:
+            return True
+        calls = [call for call in self.flows[0].recording.calls if call.module == seen[0].call.module]
+        shapes = {(each.layout, each.argument.dim(), len(each.argument)) for each in seen}
+        same_calls = list(map(id, calls)) == [id(each.call) for each in seen]
+        return in_evaluation == len(seen) and same_calls and len(shapes) == 1
+
+    def _observed(self, flow: NeuronFlow, read: Read) -> _Observed | str:
         """The module call whose first argument is the value, and that argument's dimension; or why there is none."""
         call = read.operation.call
         weight = read.weight.of(self.model)  # a tied weight has the name of its first module
@@ -127,7 +163,7 @@ class Analysis:
         labels = self.labels.of(read.value)[read.value_axis]
         for axis, each in enumerate([] if value is None else self.labels.of(value)):
             if each is not None and labels is not None and axis and torch.equal(each, labels):
-                return call, call.input[0], axis
+                return _Observed(read, call, call.input[0], call.input[1], *_layout(each, axis))
         if value is not None and value.dim() < 2:
             return f"{call.module} is called on a single sample without a batch dimension"
         return f"{call.module} computes with something else than its first argument"
@@ -147,10 +183,8 @@ class Analysis:
     def _numbered(self) -> tuple[tuple[NeuronGroup, ...], Tensor]:
         classes = self._classes
         read = torch.zeros(self.labels.number, dtype=torch.bool, device="cpu")
-        for each, *_ in self._reads:
-            labels = self.labels.of(each.value)[each.value_axis]
-            if labels is not None:
-                read[classes[labels]] = True
+        for each in self._reads:
+            read[classes[each[0].units]] = True
         open_ = read & torch.tensor([reason is None for reason in self._reasons], dtype=torch.bool, device="cpu")
         members: dict[int, tuple[list[str], list[int]]] = {}  # producers and classes of each group
         owner: dict[int, int] = {}  # by class, the key of its group; a new group takes the number of classes so far
@@ -193,24 +227,24 @@ class Analysis:
             NeuronCount(*size) for flow in self.flows for size in flow.sizes if size[3] in slices.get(size[2], {})
         }
         values: list[ReadValue] = []
-        indices: dict[tuple[int, int, int], int] = {}
+        indices: dict[tuple[object, ...], int] = {}
         readers = []
-        for read, call, argument, axis in self._reads:
-            assert call.input is not None  # else it would not have been resolved
-            value, version, dropouts = self._before_dropouts(argument, call.input[1])
-            labels = self.labels.of(read.value)[read.value_axis]
-            assert labels is not None
-            if self.numbers(labels) is None:
+        for reads in self._reads:
+            first, module, calls = reads[0], reads[0].call.module, len(reads)
+            if self.numbers(first.units) is None:
                 continue
-            key = (id(value), version, axis)
+            before = [self._before_dropouts(each.argument, each.version) for each in reads]
+            if any(names != before[0][2] for *_, names in before):
+                before = [(each.argument, each.version, ()) for each in reads]
+            key = (first.layout.axis, *((id(value), version) for value, version, _ in before))
             if key not in indices:
-                layout, units = _layout(labels, axis)
+                (value, _, dropouts), neurons = before[0], self._neuron_of[first.units]
                 indices[key] = len(values)
-                values.append(ReadValue(call.module, layout, value.dim(), self._neuron_of[units], dropouts, len(value)))
-            shift = self._shift(read, call.module)
-            readers.append(
-                Reader(call.module, read.weight, read.weight_axis, indices[key], shift, read.padded, read.groups)
-            )
+                values.append(ReadValue(module, first.layout, value.dim(), neurons, dropouts, len(value), calls))
+            read, shifts = first.read, {self._shift(each.read, module) for each in reads}
+            shift = shifts.pop() if len(shifts) == 1 else None
+            of_weight = read.weight, read.weight_axis, indices[key], shift, read.padded, read.groups, read.computed
+            readers.append(Reader(module, *of_weight))
         shapes = {stored: tuple(stored.of(self.model).shape) for stored in slices}
         order = sorted(counts, key=lambda each: (each.module, each.attribute))
         norms = {norm.weight: norm for flow in self.flows for norm in flow.norms.values() if norm.weight in slices}
@@ -249,6 +283,8 @@ class Analysis:
 
     def _shift(self, read: Read, module: str) -> StoredTensor | None:
         """The tensor that can absorb a constant added to the output of the reader `module`."""
+        if read.computed:  # how much the removed neurons contribute is not known
+            return None
         bias = read.weight.attribute.replace("weight", "bias")  # also in_proj_bias
         if self.model.get_submodule(module)._parameters.get(bias) is not None:
             shift = StoredTensor(module, bias)
@@ -288,6 +324,28 @@ class Analysis:
         if not keep.numel():
             return torch.zeros_like(self._neuron_of, dtype=torch.bool)
         return (self._neuron_of >= 0) & ~keep[self._neuron_of.clamp(min=0)]
+
+    def tie(self, wide: NeuronGroup, narrow: NeuronGroup) -> tuple[Tensor, Tensor]:
+        """Labels whose equality makes one neuron of each neuron of `narrow` and as many following ones of `wide`."""
+        neurons = self._neuron_of[: self.labels.stored]
+        held = (neurons >= 0).nonzero().flatten()
+        first = torch.full((self.neurons.number,), self.labels.stored, device="cpu")
+        first.scatter_reduce_(0, neurons[held], held, "amin")
+        return first[wide.numbers], first[narrow.numbers].repeat_interleave(wide.width // narrow.width)
+
+    def reaches(self, group: NeuronGroup, module: str) -> bool:
+        """Whether an operation in a module, or in what it calls, gets neurons of a group."""
+        mine = torch.zeros(self.neurons.number + 1, dtype=torch.bool, device="cpu")  # the last is for the number -1
+        mine[group.numbers] = True
+        return any(
+            bool(mine[self._neuron_of[labels]].any())
+            for flow in self.flows
+            for operation in flow.recording.operations
+            if operation.call is not None and any(call.module == module for call in operation.call.stack)
+            for tensor in operation.inputs
+            for labels in self.labels.of(tensor)
+            if labels is not None
+        )
 
     def followed(self, labels: Tensor) -> tuple[StoredTensor, int] | None:
         """A stored tensor's dimension that consists of the neurons with these labels."""
@@ -340,6 +398,14 @@ class Analysis:
                 left *= 1 - float(goes[numbers].float().mean()) / 2
             removed += stored.of(self.model).numel() * (1 - left)
         return removed
+
+
+def _by_weight(reads: Iterable[Read]) -> dict[StoredTensor, list[Read]]:
+    """The reads by the weight that reads, in their order."""
+    found: dict[StoredTensor, list[Read]] = defaultdict(list)
+    for read in reads:
+        found[read.weight].append(read)
+    return found
 
 
 def _is_global_mean(operation: Operation) -> bool:

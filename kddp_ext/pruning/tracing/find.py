@@ -7,14 +7,14 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from kddp_ext.pruning.attention import with_removable_heads
 from kddp_ext.pruning.settings import Streams
 from kddp_ext.pruning.tracing.analysis import Analysis
 from kddp_ext.pruning.tracing.recording import Recorder, tensors_in
 from kddp_ext.pruning.tracing.structure import NeuronGroup, PrunableNeurons, StoredTensor
-from kddp_ext.pruning.tracing.verify import verified
+from kddp_ext.pruning.tracing.verify import Failure, verified
 
 
 @dataclass(frozen=True)
@@ -60,11 +60,22 @@ def find_neurons(
         recorder = Recorder(model, example_inputs, example_kwargs or {})
         recordings = [recorder.record(training=mode) for mode in (True, False)]
 
+        ties: list[tuple[Tensor, Tensor]] = []
+
         def analyse(choices: dict[Hashable, int]) -> Analysis:
-            return Analysis(model, recordings, choices, keep_norm_statistics=streams == "exact")
+            return Analysis(model, recordings, choices, keep_norm_statistics=streams == "exact", ties=ties)
 
         analysis, choices = _best(analyse)
         best, proven = _Found(analysis, *verified(recorder, analysis)), [analysis.neurons]
+        ties += best.ties()
+        if ties:
+            analysis = analyse(choices)
+            proven.append(analysis.neurons)
+            tied = _Found(analysis, *verified(recorder, analysis))
+            if tied.removable > best.removable:
+                best = tied
+            else:
+                ties.clear()
         options = {kind: count for flow in analysis.flows for kind, count in flow.proof_options.items()}
         if best.refuted:
             options = {kind: count for flow in analysis.flows for kind, count in flow.options.items()} | options
@@ -89,7 +100,26 @@ def find_neurons(
 class _Found:
     analysis: Analysis
     neurons: PrunableNeurons
-    refuted: dict[str, str]
+    refuted: dict[str, Failure]
+
+    def ties(self) -> list[tuple[Tensor, Tensor]]:
+        """Pairs of labels that could be equal: of groups that fail alone, because the number of one follows the other.
+
+        Where attention reshapes its heads to the width of a stream, a head goes with its part of the stream.
+        """
+        alone = sorted((each for each in self.analysis.neurons.groups if each.name in self.refuted), key=_narrowness)
+        ties = []
+        while alone:
+            wide, *alone = alone
+            tied = [
+                group
+                for group in alone
+                if wide.width % group.width == 0
+                and self.analysis.reaches(wide, next(iter(self.refuted[group.name].modules), ""))
+            ]
+            ties += [self.analysis.tie(wide, group) for group in tied]
+            alone = [group for group in alone if group not in tied]
+        return ties
 
     @property
     def removable(self) -> float:
@@ -101,12 +131,16 @@ class _Found:
         refused = dict(self.analysis.refused)
         for group in self.analysis.neurons.groups:
             if group.name in self.refuted:
-                refused.update(dict.fromkeys(group.producers, self.refuted[group.name]))
+                refused.update(dict.fromkeys(group.producers, self.refuted[group.name].reason))
         for name, module in self.analysis.model.named_modules():  # depthwise convolutions produce none
             filtered = self.analysis.neurons.group_of(name) if isinstance(module, nn.modules.conv._ConvNd) else None
             if filtered is not None and filtered.name in self.refuted:
-                refused.setdefault(name, self.refuted[filtered.name])
+                refused.setdefault(name, self.refuted[filtered.name].reason)
         return refused
+
+
+def _narrowness(group: NeuronGroup) -> int:
+    return -group.width
 
 
 def _best(analyse: Callable[[dict[Hashable, int]], Analysis]) -> tuple[Analysis, dict[Hashable, int]]:

@@ -24,7 +24,10 @@ from kddp_ext.pruning.tracing.structure import RootMeanSquareNorm, StoredTensor
 
 @dataclass(frozen=True, eq=False)
 class Read:
-    """An operation that sums over the entries of one dimension of a value, weighted by a stored tensor."""
+    """An operation that sums over the entries of one dimension of a value, weighted by a stored tensor.
+
+    `computed`: weighted by what the forward pass computes from that tensor.
+    """
 
     operation: Operation
     value: Tensor
@@ -33,6 +36,7 @@ class Read:
     weight_axis: int
     groups: int = 1
     padded: bool = False
+    computed: bool = False
 
 
 @dataclass(eq=False)
@@ -46,7 +50,8 @@ class NeuronFlow:
         reads: operations that read neurons.
         writes: the name of each layer that writes neurons, and the labels of its outputs.
         applied: for each weight, at how many positions it is applied.
-        origins: by the id of a tensor, the stored tensor that it is a view or copy of.
+        origins: by the id of a tensor, the stored tensor that it is a view or copy of, or is computed from.
+        computed: the ids of those that are computed, channel by channel, such as a standardised weight.
         moved: by the id of a tensor, the tensor whose entries it has in another order or shape.
         sizes: module attributes that follow the size of a stored tensor's dimension.
         norms: by the id of the operation that adds ε, the norms that divide neurons by their root mean square.
@@ -64,6 +69,7 @@ class NeuronFlow:
     writes: list[tuple[str, Tensor]] = field(default_factory=list)
     applied: Counter[StoredTensor] = field(default_factory=Counter)
     origins: dict[int, StoredTensor] = field(default_factory=dict)
+    computed: set[int] = field(default_factory=set)
     moved: dict[int, Tensor] = field(default_factory=dict)
     sizes: set[tuple[str, str, StoredTensor, int]] = field(default_factory=set)
     norms: dict[int, RootMeanSquareNorm] = field(default_factory=dict)
@@ -119,7 +125,7 @@ class NeuronFlow:
         return self.choices.get(kind, 0)
 
     def stored(self, tensor: Any) -> StoredTensor | None:
-        """The stored tensor that `tensor` is a view or a copy of."""
+        """The stored tensor that `tensor` is a view or a copy of, or is computed from."""
         return self.origins.get(id(tensor))
 
     def move(self, source: Tensor, result: Tensor) -> None:
@@ -127,6 +133,8 @@ class NeuronFlow:
         self.moved[id(result)] = source
         if id(source) in self.origins:
             self.origins[id(result)] = self.origins[id(source)]
+        if id(source) in self.computed:
+            self.computed.add(id(result))
 
     def holder(self, operation: Operation, stored: StoredTensor) -> str:
         """The module that holds a stored tensor: that which runs `operation`, if it is among them."""
@@ -213,14 +221,19 @@ def _used(recording: Recording) -> list[bool]:
 
 def _movement(flow: NeuronFlow, operation: Operation) -> None:
     """view, permute, select and similar: run on the labels of each dimension."""
-    source = operation.args[0]
-    results = [_moved(flow, operation, axis) for axis, each in enumerate(flow.labels.of(source)) if each is not None]
+    source, of_source = operation.args[0], flow.labels.of(operation.args[0])
+    labelled = [axis for axis, each in enumerate(of_source) if each is not None]
+    labelled.sort(key=lambda axis: source.shape[axis] == 1)
+    results = [_moved(flow, operation, axis) for axis in labelled]
     for index, output in enumerate(operation.outputs):
         axes: Axes = [None] * output.dim()
-        for result in results:
+        for source_axis, result in zip(labelled, results, strict=True):
             for axis, labels in enumerate(result[index]):
                 if labels is not None and operation.name in SIZED:
                     flow.sites.append((operation, labels))
+                if labels is not None and axes[axis] is not None and source.shape[source_axis] == 1:
+                    flow.labels.freeze(labels, "a single entry is never removed")
+                    continue
                 if labels is not None and axes[axis] is not None:
                     for each in (axes[axis], labels):
                         flow.labels.freeze(each, flow.reason(operation, "merges two dimensions of neurons"))
@@ -593,6 +606,10 @@ def _batch_norm(flow: NeuronFlow, operation: Operation) -> None:
             flow.labels.freeze(others, flow.reason(operation, _MIXES))
     for output in operation.outputs:  # the others are the batch's statistics
         flow.labels.set(output, axes if output.dim() > 1 else [labels if output.numel() == source.shape[1] else None])
+    weight = flow.stored(source)
+    if weight is not None:  # weight standardisation (Qiao et al. 2019, arXiv:1903.10520)
+        flow.origins[id(operation.outputs[0])] = weight
+        flow.computed.add(id(operation.outputs[0]))
 
 
 def _layer_norm(flow: NeuronFlow, operation: Operation) -> None:
@@ -696,7 +713,8 @@ def _contract(flow: NeuronFlow, operation: Operation, a: Tensor, a_axis: int, b:
         if weight_axis is None or own is None or not torch.equal(labels, own):
             flow.labels.freeze(mine, flow.reason(operation, f"reads them through a rearranged {weight.name}"))
             return
-        flow.reads.append(Read(operation, value, value_axis, weight, weight_axis))
+        computed = id(tensor) in flow.computed
+        flow.reads.append(Read(operation, value, value_axis, weight, weight_axis, computed=computed))
         for attribute in ("in_features", "nx"):
             flow.set_size(attribute, weight, weight_axis)
 
@@ -747,7 +765,7 @@ def _convolution(flow: NeuronFlow, operation: Operation) -> None:
     flow.labels.set(output, [flow.labels.of(value)[0], out, *[None] * (output.dim() - 2)])
     if x is not None and w_in is not None:
         padded = not transposed and any(operation.args[4])
-        flow.reads.append(Read(operation, value, 1, stored, reads, groups, padded))
+        flow.reads.append(Read(operation, value, 1, stored, reads, groups, padded, id(weight) in flow.computed))
         flow.set_size("in_channels", stored, reads)
     shape = value.shape if transposed else output.shape
     flow.applied[stored] += shape[0] * math.prod(shape[2:])

@@ -97,7 +97,8 @@ class ReadValue:
 
     Its dimension `layout.axis` has outer · units · inner entries. A unit is a neuron, or a part of one where a neuron
     has several entries that do not follow a pattern. `neurons` are the numbers of the units' neurons, (units,) int64.
-    `rows` is the size of its first dimension in the trace.
+    `rows` is the size of its first dimension in the trace. A shared module has several `calls` in a forward pass, each
+    with a value of its own and this layout.
     """
 
     module: str
@@ -106,6 +107,7 @@ class ReadValue:
     neurons: Tensor
     dropouts: tuple[str, ...] = ()
     rows: int = 1
+    calls: int = 1
 
     @property
     def units(self) -> int:
@@ -122,7 +124,8 @@ class Reader:
     """A layer whose output is a weighted sum over the neurons of a value.
 
     `shift` can absorb the mean contribution of removed neurons: it is the layer's own bias, or the running mean of the
-    BatchNorm behind a layer without bias, or None where there is neither.
+    BatchNorm behind a layer without bias, or None where there is neither. `computed` tells that the layer's weight is
+    computed from `weight` in the forward pass, as by weight standardisation. So nothing can be added to the weight.
     """
 
     module: str
@@ -132,6 +135,7 @@ class Reader:
     shift: StoredTensor | None
     padded: bool = False  # True for a convolution with zero padding
     groups: int = 1  # of a convolution; each reads its own part of the value
+    computed: bool = False
 
 
 @dataclass(frozen=True, eq=False)

@@ -32,7 +32,7 @@ _LAYOUT_ONLY = ("view", "as_strided", "_unsafe_view", "reshape", "clone", "expan
 _DEPENDS = "so the model depends on the number of neurons"
 
 
-def verified(recorder: Recorder, analysis: Analysis) -> tuple[PrunableNeurons, dict[str, str]]:
+def verified(recorder: Recorder, analysis: Analysis) -> tuple[PrunableNeurons, dict[str, Failure]]:
     """The neurons whose groups are proven, and by the name of each other group why it is not."""
     proof = _Proof(recorder, analysis)
     refuted = proof.run()
@@ -40,7 +40,9 @@ def verified(recorder: Recorder, analysis: Analysis) -> tuple[PrunableNeurons, d
 
 
 @dataclass(frozen=True)
-class _Failure:
+class Failure:
+    """What changes in the forward pass with fewer neurons."""
+
     half: bool
     flow: NeuronFlow
     position: int  # among the operations that are compared
@@ -62,9 +64,9 @@ class _Proof:
         # The same code runs in both modes then, so each narrowing is tried in one of them.
         self._alike = all(starmap(_same_code, zip_longest(*map(_without_modes, self._compared))))
 
-    def run(self) -> dict[str, str]:
-        """Find all sizes that must follow, and refute what still fails: the reason by group name."""
-        remaining, refuted = list(self.neurons.groups), dict[str, str]()
+    def run(self) -> dict[str, Failure]:
+        """Find all sizes that must follow, and refute what still fails: the failure by group name."""
+        remaining, refuted = list(self.neurons.groups), dict[str, Failure]()
         candidates: list[list[NeuronCount]] | None = None
         vain: set[tuple[int, str]] = set()
         while remaining:
@@ -82,7 +84,7 @@ class _Proof:
             guilty = [
                 group for group in involved if len(involved) == 1 or self._fails_alone(group, failure)
             ] or involved
-            refuted.update((group.name, failure.reason) for group in guilty)
+            refuted.update((group.name, failure) for group in guilty)
             remaining = [group for group in remaining if group.name not in refuted]
         return refuted
 
@@ -90,7 +92,7 @@ class _Proof:
         self,
         candidates: list[list[NeuronCount]],
         groups: Sequence[NeuronGroup],
-        failure: _Failure,
+        failure: Failure,
         vain: set[tuple[int, str]],
     ) -> bool:
         """Let the first of `candidates` that lets the model run further follow, and take it out of the list.
@@ -115,17 +117,17 @@ class _Proof:
         self.neurons = before
         return False
 
-    def _failure(self, groups: Sequence[NeuronGroup]) -> _Failure | None:
+    def _failure(self, groups: Sequence[NeuronGroup]) -> Failure | None:
         """What changes in the forward pass with fewer neurons in each of `groups`; None where nothing does."""
         training, evaluation = self._analysis.flows
         attempts = [(False, training), (True, evaluation), (False, evaluation), (True, training)]
         failures = (self._failure_at(groups, *each) for each in attempts[: 2 if self._alike else 4])
         return next((failure for failure in failures if failure is not None), None)
 
-    def _fails_alone(self, group: NeuronGroup, failure: _Failure) -> bool:
+    def _fails_alone(self, group: NeuronGroup, failure: Failure) -> bool:
         return self._failure_at([group], failure.half, failure.flow) is not None
 
-    def _involved(self, failure: _Failure, groups: Sequence[NeuronGroup]) -> list[NeuronGroup]:
+    def _involved(self, failure: Failure, groups: Sequence[NeuronGroup]) -> list[NeuronGroup]:
         """The groups whose neurons the failing operation reads or returns."""
         compared = self._compared[self._analysis.flows.index(failure.flow)]
         operation = compared[min(failure.position, len(compared) - 1)]
@@ -137,7 +139,7 @@ class _Proof:
         involved = [group for group in groups if not found.isdisjoint(range(group.start, group.start + group.width))]
         return involved or list(groups)
 
-    def _failure_at(self, groups: Sequence[NeuronGroup], half: bool, flow: NeuronFlow) -> _Failure | None:
+    def _failure_at(self, groups: Sequence[NeuronGroup], half: bool, flow: NeuronFlow) -> Failure | None:
         """The same with one or a few neurons fewer, or about `half` of them, in the mode of one recording."""
         neurons, model = self.neurons, self._recorder.model
         keep = torch.ones(neurons.number, dtype=torch.bool, device="cpu")
@@ -162,7 +164,7 @@ class _Proof:
         except UnsupportedModelError as error:
             latest = self._recorder.latest
             position = len(_compared(latest))
-            return _Failure(half, flow, position, f"with {fewer}, {error}", _running(latest.unfinished))
+            return Failure(half, flow, position, f"with {fewer}, {error}", _running(latest.unfinished))
         finally:
             for (module, attribute, _), value in zip(changes, before, strict=True):
                 setattr(module, attribute, value)
@@ -173,7 +175,7 @@ class _Proof:
             reason = _difference(flow, old, new, gone, epsilon)
             if reason is not None:
                 calls = [each.call for each in self._compared[index][max(position - 1, 0) : position + 1][::-1]]
-                return _Failure(half, flow, position, f"with {fewer}, {reason}", _running(*calls))
+                return Failure(half, flow, position, f"with {fewer}, {reason}", _running(*calls))
         return None
 
     def _candidates(self) -> list[list[NeuronCount]]:

@@ -86,6 +86,7 @@ STRUCTURES: dict[str, Structure] = {
     "SE-ResNet": of_images(resnets.se_resnet),
     "RegNet": of_images(resnets.regnet, 24, 32),
     "RepVGG": of_images(resnets.repvgg, 24, 32),
+    "NFNet": of_images(resnets.nfnet),
     # concatenations
     "DenseNet": of_images(concatenations.DenseNet, 32, 40),
     "GoogLeNet": of_images(concatenations.googlenet, 24, 32),
@@ -108,9 +109,11 @@ STRUCTURES: dict[str, Structure] = {
     "Swin, torchvision": of_images(vit.swin, other=12),
     "Swin, timm": of_images(partial(vit.swin, inferred=True), other=12),
     "LeViT": of_images(vit.LeViT, other=16),
+    "PVT": of_images(vit.Pyramid, other=24),
     "Mixer": of_images(vit.Mixer, other=16),
     # attention over text
     "BERT": Structure(text.Bert, padded(2, 16), padded(3, 11)),
+    "ALBERT": of_text(text.Albert),
     "GPT-2": of_text(text.GPT2),
     "GPT-2, classifier": of_text(partial(text.GPT2, CLASSES)),
     "Llama": of_text(text.Llama),

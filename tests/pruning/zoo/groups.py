@@ -27,6 +27,7 @@ GROUPS = _table(
         2.branch.1.0 6x2, 2.branch.2.fc1 7, 3.branch.0.0 7, 3.branch.1.0 7x2, 3.branch.2.fc1 5,
         3.branch.3.0 32x2
     RepVGG: 0.rbr_dense.0 8x2, 1.rbr_dense.0 12x4, 3.rbr_dense.0 20x2
+    NFNet: 1.gate.fc1 5, 2.gate.fc1 5, 3 60
     DenseNet: features.0.0 8, features.2.0.0.2 10, features.2.0.1.2 6, features.2.1.0.2 10, features.2.1.1.2 6,
         features.2.2.0.2 10, features.2.2.1.2 6, features.3.2 13, features.5.0.0.2 9, features.5.0.1.2 5,
         features.5.1.0.2 9, features.5.1.1.2 5
@@ -61,9 +62,11 @@ GROUPS = _table(
     Swin, timm: 3.mlp.0 28, 4.mlp.0 36, 6.mlp.0 44, 7.mlp.0 52
     LeViT: stem.0.0 8, stem.2.0 20x3, stages.0.branch.qkv.0 4, stages.1.branch.0.0 36, stages.2.kv.0 5x2,
         stages.2.proj.1.0 28x4, stages.3.branch.0.0 44, stages.4.branch.qkv.0 4, stages.5.branch.0.0 52
+    PVT: blocks.0.mlp.0 40, blocks.1.mlp.0 36
     Mixer: blocks.0.mixer.0 10, blocks.0.mlp.0 36, blocks.1.mixer.0 12, blocks.1.mlp.0 44
     BERT: layers.0.attention.query 4x3, layers.0.intermediate 40, layers.1.attention.query 4x3,
         layers.1.intermediate 36, pooler 32
+    ALBERT: layer.attention.query 4x3, layer.intermediate 40, pooler 32
     GPT-2: h.0.c_attn 4, h.0.c_fc 40, h.1.c_attn 4, h.1.c_fc 36
     GPT-2, classifier: h.0.c_attn 4, h.0.c_fc 40, h.1.c_attn 4, h.1.c_fc 36
     Llama: embed_tokens 20x5, layers.0.1.q_proj 2x3, layers.0.3.gate_proj 36x2, layers.1.1.q_proj 2x3,
@@ -127,6 +130,10 @@ WITH_NORMS = _table(
     Mixer: stem 20x3, blocks.0.mixer.0 10, blocks.0.mlp.0 36, blocks.1.mixer.0 12, blocks.1.mlp.0 44
     BERT: word_embeddings 28x7, layers.0.attention.query 4x3, layers.0.intermediate 40,
         layers.1.attention.query 4x3, layers.1.intermediate 36, pooler 32
+    PVT: proj 4x11, blocks.0.mlp.0 40, blocks.1.mlp.0 36
+    NFNet: 0 8, 1.downsample.1 12x5, 1.conv1 3, 1.conv2 3, 1.gate.fc1 5, 2.conv1 4, 2.conv2 4, 2.gate.fc1 5, 3 60
+    ALBERT: position_embeddings 12x2, embedding_hidden_mapping_in 28x3, layer.attention.query 4x3,
+        layer.intermediate 40, pooler 32
     GPT-2: wte 24x6, h.0.c_attn 4, h.0.c_fc 40, h.1.c_attn 4, h.1.c_fc 36
     GPT-2, classifier: wte 24x6, h.0.c_attn 4, h.0.c_fc 40, h.1.c_attn 4, h.1.c_fc 36
     """

@@ -75,6 +75,23 @@ class Bert(nn.Module):
         return self.classifier(self.dropout(torch.tanh(self.pooler(x[:, 0]))))
 
 
+class Albert(nn.Module):
+    """Lan et al. 2019 (arXiv:1909.11942): one layer, called several times, behind embeddings of fewer channels."""
+
+    def __init__(self):
+        super().__init__()
+        self.word_embeddings, self.position_embeddings = nn.Embedding(VOCABULARY, 12), nn.Embedding(20, 12)
+        self.norm, self.embedding_hidden_mapping_in = nn.LayerNorm(12, 1e-12), nn.Linear(12, 28)
+        self.layer, self.pooler, self.classifier = BertLayer(28, 40), nn.Linear(28, 32), nn.Linear(32, CLASSES)
+
+    def forward(self, ids):
+        positions = self.position_embeddings(torch.arange(ids.shape[1]))
+        x = self.embedding_hidden_mapping_in(self.norm(self.word_embeddings(ids) + positions))
+        for _ in range(3):
+            x = self.layer(x, torch.zeros(()).to(x))
+        return self.classifier(torch.tanh(self.pooler(x[:, 0])))
+
+
 def gelu_new(x):
     """GELU of single operations."""
     return 0.5 * x * (1.0 + torch.tanh(math.sqrt(2.0 / math.pi) * (x + 0.044715 * torch.pow(x, 3.0))))

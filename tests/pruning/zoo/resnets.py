@@ -2,6 +2,7 @@
 
 from itertools import pairwise
 
+import torch
 import torch.nn.functional as F
 from torch import nn
 
@@ -134,6 +135,41 @@ def preactivation_resnet():
     blocks = (PreActivationBlock(*shape) for shape in ((8, 8, 1), (8, 12, 2), (12, 12, 1), (12, 20, 2)))
     head = nn.BatchNorm2d(20), nn.ReLU(), PoolBySize(20)
     return nn.Sequential(nn.Conv2d(3, 8, 3, 1, 1, bias=False), *blocks, *head)
+
+
+class StandardisedConv(nn.Conv2d):
+    """Scaled weight standardisation as in timm: a batch normalisation of the filters."""
+
+    def __init__(self, inputs, outputs, kernel=1, stride=1, groups=1):
+        super().__init__(inputs, outputs, kernel, stride, kernel // 2, groups=groups)
+        self.gain, self.scale = nn.Parameter(torch.ones(outputs, 1, 1, 1)), self.weight[0].numel() ** -0.5
+
+    def forward(self, x):
+        gain, filters = (self.gain * self.scale).view(-1), self.weight.reshape(1, self.out_channels, -1)
+        weight = F.batch_norm(filters, None, None, gain, training=True, momentum=0.0, eps=1e-6)
+        return F.conv2d(x, weight.reshape_as(self.weight), self.bias, self.stride, self.padding, 1, self.groups)
+
+
+class NormFreeBlock(nn.Module):
+    """A scaled activation in front of each convolution and of the projection, and a gate behind the last one."""
+
+    def __init__(self, inputs, hidden, outputs, stride):
+        super().__init__()
+        self.downsample = None if stride == 1 else nn.Sequential(nn.AvgPool2d(2), StandardisedConv(inputs, outputs))
+        self.conv1, self.conv2 = StandardisedConv(inputs, hidden), StandardisedConv(hidden, hidden, 3, stride, 2)
+        self.conv3, self.gate = StandardisedConv(hidden, outputs), SqueezeExcitation(outputs, 5, nn.SiLU)
+
+    def forward(self, x):
+        out = F.silu(x) * 1.8
+        shortcut = x if self.downsample is None else self.downsample(out)
+        out = self.conv3(F.silu(self.conv2(F.silu(self.conv1(out)))))
+        return 2.0 * self.gate(out) * 0.2 + shortcut
+
+
+def nfnet():
+    """Brock et al. 2021 (arXiv:2101.08692): no norm of activations; behind the stream, channels for the head."""
+    blocks = NormFreeBlock(8, 6, 12, 2), NormFreeBlock(12, 8, 12, 1)
+    return nn.Sequential(StandardisedConv(3, 8, 3, 2), *blocks, StandardisedConv(12, 60), nn.SiLU(), pooled_head(60))
 
 
 class RepVGGBlock(nn.Module):

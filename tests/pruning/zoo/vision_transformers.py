@@ -258,6 +258,38 @@ def swin(inferred=False):
     )
 
 
+class ReducedAttention(nn.Module):
+    """timm's for pyramids: keys and values of fewer positions; the heads are as wide together as the stream."""
+
+    def __init__(self, width, heads):
+        super().__init__()
+        self.num_heads, self.head_dim = heads, width // heads
+        self.q, self.kv, self.proj = nn.Linear(width, width), nn.Linear(width, 2 * width), nn.Linear(width, width)
+        self.sr, self.norm = nn.Conv2d(width, width, 2, 2), nn.LayerNorm(width)
+
+    def forward(self, x):
+        b, n, c = x.shape
+        side = int(n**0.5)
+        q = self.q(x).reshape(b, n, self.num_heads, -1).permute(0, 2, 1, 3)
+        x = self.sr(x.permute(0, 2, 1).reshape(b, c, side, side)).reshape(b, c, -1).permute(0, 2, 1)
+        kv = self.kv(self.norm(x)).reshape(b, -1, 2, self.num_heads, self.head_dim).permute(2, 0, 3, 1, 4)
+        x = F.scaled_dot_product_attention(q, *kv.unbind(0))
+        return self.proj(x.transpose(1, 2).reshape(b, n, c))
+
+
+class Pyramid(nn.Module):
+    """Wang et al. 2021 (arXiv:2106.13797), PVT v2, of one stage."""
+
+    def __init__(self):
+        super().__init__()
+        self.proj, self.norm, self.head = nn.Conv2d(3, 24, 4, 4), LayerNorm(24), nn.Linear(24, CLASSES)
+        self.blocks = nn.Sequential(*(Block(24, ReducedAttention(24, 4), hidden) for hidden in (40, 36)))
+
+    def forward(self, x):
+        x = self.blocks(self.proj(x).flatten(2).transpose(1, 2))
+        return self.head(self.norm(x).mean(dim=1))
+
+
 class LinearNorm(nn.Sequential):
     """BatchNorm1d over all tokens."""
 
