@@ -80,11 +80,7 @@ class _Proof:
                     continue
             if self._follow_one(candidates, remaining, failure, vain):
                 continue
-            involved = self._involved(failure, remaining)
-            guilty = [
-                group for group in involved if len(involved) == 1 or self._fails_alone(group, failure)
-            ] or involved
-            refuted.update((group.name, failure) for group in guilty)
+            refuted.update(self._guilty(failure, remaining))
             remaining = [group for group in remaining if group.name not in refuted]
         return refuted
 
@@ -124,8 +120,15 @@ class _Proof:
         failures = (self._failure_at(groups, *each) for each in attempts[: 2 if self._alike else 4])
         return next((failure for failure in failures if failure is not None), None)
 
-    def _fails_alone(self, group: NeuronGroup, failure: Failure) -> bool:
-        return self._failure_at([group], failure.half, failure.flow) is not None
+    def _guilty(self, failure: Failure, groups: Sequence[NeuronGroup]) -> dict[str, Failure]:
+        """The groups that cause a failure, by name: those that fail there alone, or all that are involved."""
+        involved = self._involved(failure, groups)
+        if len(involved) == 1:
+            return {involved[0].name: failure}
+        alone = {each.name: self._failure_at([each], failure.half, failure.flow) for each in involved}
+        # What fails behind is not the cause; a size may still be found that lets it follow.
+        causes = {name: each for name, each in alone.items() if each is not None and each.position <= failure.position}
+        return causes or {each.name: failure for each in involved}
 
     def _involved(self, failure: Failure, groups: Sequence[NeuronGroup]) -> list[NeuronGroup]:
         """The groups whose neurons the failing operation reads or returns."""
