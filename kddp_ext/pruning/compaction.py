@@ -292,6 +292,8 @@ def apply_reconstruction(new: Tensor, weight: Tensor, cut: _Cut, reconstruction:
     dtype = torch.float64 if weight.dtype == torch.float64 else torch.float32
     left, right = (factor.to(device, dtype) for factor in (reconstruction.left, reconstruction.right))
     rows = cut.kept.get(1 - reader.axis)
+    if prod(weight.shape[2:]) == 1:  # a 1×1 convolution is a matrix
+        weight, new = weight.view(weight.shape[:2]), new.view(new.shape[:2])
     weight, new = (each.transpose(0, 1) if reader.axis == 0 else each for each in (weight.detach(), new))
     gone = weight.index_select(1, cut.pruned(weight.shape[1]).to(device)).to(dtype)
     gone = gone if rows is None else gone.index_select(0, rows.to(device))

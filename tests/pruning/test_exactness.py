@@ -46,6 +46,17 @@ class Shaped(nn.Module):
         return x * self.scale.view(self.shape)
 
 
+class Functional(nn.Module):
+    """Calls a function with the weights of another module."""
+
+    def __init__(self):
+        super().__init__()
+        self.inner = nn.Linear(8, 8)
+
+    def forward(self, x):
+        return F.linear(x.unsqueeze(1), self.inner.weight, self.inner.bias).squeeze(1)
+
+
 # A constructor, and the layers that write the neurons of its group.
 VECTORS = {
     "residual sum": (recipe(lambda m, x: m.last((h := m.first(x)) + m.second(h.relu()))), ["first", "second"]),
@@ -76,6 +87,7 @@ VECTORS = {
         changed(recipe(lambda m, x: m.last(m.first(x).relu() + m.other(x)), other=other), tie), ["first", "other"]
     ),
     "called twice": (recipe(lambda m, x: m.last(m.first(x).relu() + m.first(x.square()))), ["first"]),
+    "read by a function": (recipe(lambda m, x: m.last(m.f(m.first(x)).relu()), f=Functional), ["first"]),
     "read twice": (recipe(lambda m, x: m.last(m.second(m.second(m.first(x)).relu()))), ["first", "second"]),
     "a weight without a module": (
         recipe(lambda m, x: m.last(F.linear(x, m.bare)), bare=lambda: nn.Parameter(torch.randn(8, INPUTS))), ["bare"]

@@ -150,11 +150,10 @@ class Analysis:
     def _observed(self, flow: NeuronFlow, read: Read) -> _Observed | str:
         """The module call whose first argument is the value, and that argument's dimension; or why there is none."""
         call = read.operation.call
-        weight = read.weight.of(self.model)  # a tied weight has the name of its first module
         if (
             call is None
             or call.input is None
-            or not any(each is weight for each in self.model.get_submodule(call.module)._parameters.values())
+            or not (self._holds(call.module, read.weight) or _is_only_use(flow, call, call.input[0], read.operation))
         ):
             return f"{flow.place(read.operation)} reads them by a function call with {read.weight.name}; use a module"
         value: Tensor | None = read.value
@@ -167,6 +166,11 @@ class Analysis:
         if value is not None and value.dim() < 2:
             return f"{call.module} is called on a single sample without a batch dimension"
         return f"{call.module} computes with something else than its first argument"
+
+    def _holds(self, module: str, weight: StoredTensor) -> bool:
+        """Whether a module holds a stored tensor; a tied one has the name of its first module."""
+        tensor = weight.of(self.model)
+        return any(each is tensor for each in self.model.get_submodule(module)._parameters.values())
 
     # --- The neurons
 
@@ -286,7 +290,7 @@ class Analysis:
         if read.computed:  # how much the removed neurons contribute is not known
             return None
         bias = read.weight.attribute.replace("weight", "bias")  # also in_proj_bias
-        if self.model.get_submodule(module)._parameters.get(bias) is not None:
+        if self._holds(module, read.weight) and self.model.get_submodule(module)._parameters.get(bias) is not None:
             shift = StoredTensor(module, bias)
         else:
             norm = self._norm_behind(read.operation)
@@ -398,6 +402,15 @@ class Analysis:
                 left *= 1 - float(goes[numbers].float().mean()) / 2
             removed += stored.of(self.model).numel() * (1 - left)
         return removed
+
+
+def _is_only_use(flow: NeuronFlow, call: ModuleCall, value: Tensor, operation: Operation) -> bool:
+    """Whether an operation alone uses a value in a module call, in another shape perhaps."""
+    users = [each for each in flow.users[id(value)] if each.call is not None and call in each.call.stack]
+    if len(users) != 1 or users[0] is operation:
+        return len(users) == 1
+    output = users[0].outputs[0]
+    return flow.moved.get(id(output)) is value and _is_only_use(flow, call, output, operation)
 
 
 def _by_weight(reads: Iterable[Read]) -> dict[StoredTensor, list[Read]]:

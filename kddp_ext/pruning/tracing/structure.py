@@ -18,6 +18,8 @@ from torch import Tensor, nn
 
 from kddp_ext.activations.layout import Layout
 
+_NO_UNITS = torch.empty(0, dtype=torch.int64, device="cpu")
+
 
 @dataclass(frozen=True)
 class StoredTensor:
@@ -165,19 +167,21 @@ class PrunableNeurons:
 
     def units_of(self, value: int, group: NeuronGroup) -> tuple[Tensor, Tensor]:
         """The units of a value, by its index, that belong to a group; and the indices of their neurons in the group."""
-        units = self._units[value].get(group.name, torch.empty(0, dtype=torch.int64, device="cpu"))
-        return units, self.values[value].neurons[units] - group.start
+        return self._units[value].get(group.name, (_NO_UNITS, _NO_UNITS))
 
     @cached_property
-    def _units(self) -> list[dict[str, Tensor]]:
-        """For each value the units of each group that it has neurons of, by the group's name."""
+    def _units(self) -> list[dict[str, tuple[Tensor, Tensor]]]:
+        """For each value what `units_of` returns for each group that it has neurons of, by the group's name."""
         widths = torch.tensor([group.width for group in self.groups], dtype=torch.int64, device="cpu")
         group_of_neuron = torch.arange(len(self.groups), device="cpu").repeat_interleave(widths)
-        found = []
+        found = list[dict[str, tuple[Tensor, Tensor]]]()
         for value in self.values:
             read = (value.neurons >= 0).nonzero().flatten()
             owners = group_of_neuron[value.neurons[read]]
-            found.append({self.groups[owner].name: read[owners == owner] for owner in owners.unique().tolist()})
+            found.append({})
+            for owner in owners.unique().tolist():
+                group, units = self.groups[owner], read[owners == owner]
+                found[-1][group.name] = units, value.neurons[units] - group.start
         return found
 
     @cached_property
@@ -309,7 +313,7 @@ class PrunableNeurons:
 
 def _stays(numbers: Tensor, keep: Tensor) -> Tensor:
     """A mask of the entries whose neuron stays or that belong to none."""
-    return keep.index_select(0, numbers.clamp(min=0)) | (numbers < 0) if keep.numel() else numbers < 0
+    return torch.cat([keep, keep.new_ones(1)])[numbers]  # the number -1 is the last
 
 
 def count_neurons(count: int) -> str:
