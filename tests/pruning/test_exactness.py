@@ -57,6 +57,17 @@ class Functional(nn.Module):
         return F.linear(x.unsqueeze(1), self.inner.weight, self.inner.bias).squeeze(1)
 
 
+class Halves(nn.Module):
+    """Computes the size of its parts from an attribute."""
+
+    def __init__(self):
+        super().__init__()
+        self.width = 8
+
+    def forward(self, x):
+        return torch.mul(*x.split(self.width // 2, 1))
+
+
 # A constructor, and the layers that write the neurons of its group.
 VECTORS = {
     "residual sum": (recipe(lambda m, x: m.last((h := m.first(x)) + m.second(h.relu()))), ["first", "second"]),
@@ -73,6 +84,9 @@ VECTORS = {
         recipe(
             lambda m, x: m.last(torch.mul(*m.first(x).sigmoid().chunk(2, 1))), last=lambda: nn.Linear(4, 3)
         ), ["first"],
+    ),
+    "split at half of an attribute": (
+        recipe(lambda m, x: m.last(m.halves(m.first(x))), halves=Halves, last=lambda: nn.Linear(4, 3)), ["first"]
     ),
     "scaled by a vector": (
         recipe(lambda m, x: m.last(m.first(x) * m.scale), scale=lambda: nn.Parameter(torch.randn(8))), ["first"]

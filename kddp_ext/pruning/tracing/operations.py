@@ -225,6 +225,8 @@ def _movement(flow: NeuronFlow, operation: Operation) -> None:
     labelled = [axis for axis, each in enumerate(of_source) if each is not None]
     labelled.sort(key=lambda axis: source.shape[axis] == 1)
     results = [_moved(flow, operation, axis) for axis in labelled]
+    if operation.name in _PARTS:  # the size of a part may be computed from that of the whole
+        flow.sites += [(operation, labels) for labels in of_source if labels is not None]
     for index, output in enumerate(operation.outputs):
         axes: Axes = [None] * output.dim()
         for source_axis, result in zip(labelled, results, strict=True):
