@@ -406,7 +406,11 @@ class Analysis:
 
 def _is_only_use(flow: NeuronFlow, call: ModuleCall, value: Tensor, operation: Operation) -> bool:
     """Whether an operation alone uses a value in a module call, in another shape perhaps."""
-    users = [each for each in flow.users[id(value)] if each.call is not None and call in each.call.stack]
+    users = [
+        user
+        for user in flow.users[id(value)]
+        if user.call is not None and any(each is call for each in user.call.stack)
+    ]
     if len(users) != 1 or users[0] is operation:
         return len(users) == 1
     output = users[0].outputs[0]

@@ -125,10 +125,11 @@ class _Proof:
         involved = self._involved(failure, groups)
         if len(involved) == 1:
             return {involved[0].name: failure}
-        alone = {each.name: self._failure_at([each], failure.half, failure.flow) for each in involved}
+        tried = {each.name: self._failure_at([each], failure.half, failure.flow) for each in involved}
+        alone = {name: each for name, each in tried.items() if each is not None}
         # What fails behind is not the cause; a size may still be found that lets it follow.
-        causes = {name: each for name, each in alone.items() if each is not None and each.position <= failure.position}
-        return causes or {each.name: failure for each in involved}
+        causes = {name: each for name, each in alone.items() if each.position <= failure.position}
+        return causes or alone or {each.name: failure for each in involved}
 
     def _involved(self, failure: Failure, groups: Sequence[NeuronGroup]) -> list[NeuronGroup]:
         """The groups whose neurons the failing operation reads or returns."""
