@@ -101,7 +101,12 @@ def _tools() -> dict[str, str]:
     return {**os.environ, "PATH": os.pathsep.join(folders)}
 
 
-def _cuobjdump(*arguments: str) -> str:
+def cuobjdump(*arguments: str) -> str:
+    """What cuobjdump prints.
+
+    Raises:
+        MissingError: cuobjdump or nvdisasm is missing.
+    """
     environment = _tools()
     for tool in ("cuobjdump", "nvdisasm"):
         if shutil.which(tool, path=environment["PATH"]) is None:
@@ -118,7 +123,7 @@ def kernels(module: Path) -> list[Kernel]:
     """
     found = []
     architecture = symbol = ""
-    for line in _cuobjdump("-res-usage", str(module)).splitlines():
+    for line in cuobjdump("-res-usage", str(module)).splitlines():
         if line.startswith("arch = "):
             architecture = line.removeprefix("arch = ").strip()
         elif "Function " in line:
@@ -131,14 +136,14 @@ def kernels(module: Path) -> list[Kernel]:
 
 def virtual_architectures(module: Path) -> list[str]:
     """The architectures of a module's PTX, which drivers can translate for newer GPUs."""
-    return re.findall(r"PTX file\s+\d+: \S*?(sm_\d+)\S*\.ptx", _cuobjdump("-lptx", str(module)))
+    return re.findall(r"PTX file\s+\d+: \S*?(sm_\d+)\S*\.ptx", cuobjdump("-lptx", str(module)))
 
 
 def instructions(module: Path, architecture: str) -> dict[str, Counter[str]]:
     """Counts the instructions of each kernel, by symbol, with modifiers: `LDG.E.128.CONSTANT`."""
     counted: dict[str, Counter[str]] = {}
     of: Counter[str] = Counter()
-    for line in _cuobjdump("-sass", "-arch", architecture, str(module)).splitlines():
+    for line in cuobjdump("-sass", "-arch", architecture, str(module)).splitlines():
         if "Function :" in line:
             of = counted.setdefault(line.split("Function :")[1].strip(), Counter())
         elif match := re.match(r"\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)", line):
