@@ -21,6 +21,11 @@ MOST_DEVICES = 64
 # them too; a row that is read twice computes them again for its gradient (RowPart::recompute).
 EXPONENTIALS_OF_CACHED_CLASS, EXPONENTIALS_OF_CLASS_READ_TWICE = 2, 4
 
+# Instructions that a thread executes for a class of that call on sm_90, by the bytes of a logit: bounds that
+# tests/native/cuda/test_instructions.py checks. What is executed once for a row, and activations, are not counted.
+INSTRUCTIONS_OF_CACHED_CLASS = {4: 44, 2: 42}
+INSTRUCTIONS_OF_CLASS_READ_TWICE = {4: 47, 2: 45}
+
 
 def build() -> Any:
     """The tests' emulated module (tests/helpers/backends.py), compiled if it has changed.
@@ -76,9 +81,13 @@ class Counter:
         first, (report,) = self._count_kernels(forward, fewer)
         scaled, in_place = (self._count_kernels(run, fewer)[0].plus(INCOMING) for run in (scaling, usual))
         cached = report["dynamic_shared"] > 0  # the kernel caches rows there
-        per_class = EXPONENTIALS_OF_CACHED_CLASS if cached else EXPONENTIALS_OF_CLASS_READ_TWICE
+        exponentials = EXPONENTIALS_OF_CACHED_CLASS if cached else EXPONENTIALS_OF_CLASS_READ_TWICE
+        instructions = INSTRUCTIONS_OF_CACHED_CLASS if cached else INSTRUCTIONS_OF_CLASS_READ_TWICE
+        elements = shape.rows * shape.classes
         first = first.times(factor)._replace(
-            needed_bytes=passes.forward_bytes(shape), exponentials=per_class * shape.rows * shape.classes
+            needed_bytes=passes.forward_bytes(shape),
+            exponentials=exponentials * elements,
+            instructions=instructions[shape.dtype.itemsize] * elements,
         )
         return first, scaled.times(factor)._replace(needed_bytes=passes.backward_bytes(shape)), in_place.times(factor)
 

@@ -26,10 +26,17 @@ class Gpu(NamedTuple):
         """Peak rate of 2^x in float32, per second."""
         return EXPONENTIALS_PER_CLOCK * self.multiprocessors * self.clock
 
+    @property
+    def instructions(self) -> float:
+        """Peak rate of instructions of threads, per second."""
+        return INSTRUCTIONS_PER_CLOCK * self.multiprocessors * self.clock
+
 
 # Per multiprocessor of compute capability 8.0 to 9.0: CUDA C++ Programming Guide, throughput of native arithmetic
 # instructions (reciprocal, base-2 logarithm, base-2 exponential, sine and cosine in float32).
 EXPONENTIALS_PER_CLOCK = 16
+# Four schedulers, each of which issues one instruction of a warp of 32 threads.
+INSTRUCTIONS_PER_CLOCK = 128
 
 # The data sheets of the H100 and the H200 give no clock: 67 TFLOPS of float32 are 2 operations per clock of 128 cores
 # of 132 multiprocessors at 1.98 GHz.

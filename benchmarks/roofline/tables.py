@@ -26,7 +26,7 @@ class Case(NamedTuple):
 
 def counts(cases: Sequence[Case], gpu: Gpu, scaled: dict[str, int]) -> Table:
     """The counts for one GPU."""
-    columns = ["", "kernels", "needed (MB)", "moved (MB)", "moved / needed", "exponentials (M)"]
+    columns = ["", "kernels", "needed (MB)", "moved (MB)", "moved / needed", "exponentials (M)", "instructions (M)"]
     columns += ["eager kernels", "eager moved (MB)"]
     rows = [
         [
@@ -36,6 +36,7 @@ def counts(cases: Sequence[Case], gpu: Gpu, scaled: dict[str, int]) -> Table:
             _megabytes(case.kernels.moved_bytes),
             f"{case.kernels.moved_bytes / case.kernels.needed_bytes:.2f}",
             f"{case.kernels.exponentials / 1e6:,.3g}",
+            f"{case.kernels.instructions / 1e6:,.3g}",
             f"{case.eager.launches:.0f}",
             _megabytes(case.eager.moved_bytes),
         ]

@@ -11,10 +11,11 @@ constexpr int64_t max(int64_t a, int64_t b) { return a > b ? a : b; }
 
 LossKernels kernels_for(const KdL1Loss& job) {
     const GradientForm form = job.teacher.data ? gradient_form(job.divergence) : GradientForm::difference;
-    if (computes_in_double(job)) return loss_kernels<ElementType::float64>(form);
-    if (job.student.type == ElementType::bfloat16) return loss_kernels<ElementType::bfloat16>(form);
-    if (job.student.type == ElementType::float16) return loss_kernels<ElementType::float16>(form);
-    return loss_kernels<ElementType::float32>(form);
+    const bool is_usual = traits_of(row_params(job)) == usual_call;
+    if (computes_in_double(job)) return loss_kernels<ElementType::float64>(form, is_usual);
+    if (job.student.type == ElementType::bfloat16) return loss_kernels<ElementType::bfloat16>(form, is_usual);
+    if (job.student.type == ElementType::float16) return loss_kernels<ElementType::float16>(form, is_usual);
+    return loss_kernels<ElementType::float32>(form, is_usual);
 }
 
 // Classes that a thread caches: with more there would be too few warps to hide the latency of memory.

@@ -63,7 +63,7 @@ __global__ void __launch_bounds__(max_threads<typename Types::T, lanes, cached>,
 
 using LossKernel = void (*)(LossLaunch);
 
-// The kernels for one type of the student's logits. float64 has no small_teams.
+// The kernels for one type of the student's logits, by the rows that they serve. float64 has no small_teams.
 struct LossKernels {
     LossKernel small_teams, warps, blocks, long_rows;
 };
@@ -76,8 +76,9 @@ LossKernels kernels_of() {
             kd_l1_loss_by_rows<Types, whole_block, false, form>};
 }
 
-// Defined by loss_kernels.cu for each type. That of float64 takes logits of any type and computes in double.
+// Defined by loss_kernels.cu for each type. That of float64 takes logits of any type and computes in double; it has no
+// kernels of its own for usual calls.
 template <ElementType type>
-LossKernels loss_kernels(GradientForm form);
+LossKernels loss_kernels(GradientForm form, bool is_usual);
 
 }  // namespace kddp

@@ -5,11 +5,13 @@
 namespace kddp {
 
 template <ElementType type>
-LossKernels loss_kernels(GradientForm form) {
+LossKernels loss_kernels(GradientForm form, bool is_usual) {
+    if constexpr (!RowTypes<type>::any)
+        if (is_usual) return kernels_of<RowTypes<type, true>, GradientForm::difference>();
     return form == GradientForm::weighted ? kernels_of<RowTypes<type>, GradientForm::weighted>()
                                           : kernels_of<RowTypes<type>, GradientForm::difference>();
 }
 
-template LossKernels loss_kernels<ElementType::KDDP_LOGITS>(GradientForm form);
+template LossKernels loss_kernels<ElementType::KDDP_LOGITS>(GradientForm form, bool is_usual);
 
 }  // namespace kddp

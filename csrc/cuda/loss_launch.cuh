@@ -33,6 +33,37 @@ struct Predictions {
 
 constexpr int layers_per_launch = 20;
 
+// What decides the arithmetic of a class.
+struct CallTraits {
+    bool with_teacher, with_labels, with_targets, standardize;
+    bool weighs_kd, weighs_ce;  // alpha is not 0, or not 1
+    bool same_type;             // the logits of both sides have one type
+    bool reuses_exponentials;   // e^s is a power of e^(s/T), see ExpReuse
+    Divergence divergence;
+
+    bool operator==(const CallTraits& other) const {
+        return with_teacher == other.with_teacher && with_labels == other.with_labels &&
+               with_targets == other.with_targets && standardize == other.standardize && weighs_kd == other.weighs_kd &&
+               weighs_ce == other.weighs_ce && same_type == other.same_type &&
+               reuses_exponentials == other.reuses_exponentials && divergence == other.divergence;
+    }
+};
+
+KDDP_INLINE CallTraits traits_of(const RowParams& call) {
+    return {call.with_teacher,
+            call.with_labels,
+            call.with_targets,
+            call.standardize,
+            call.alpha != 0,
+            call.alpha != 1,
+            call.teacher.type == call.student.type,
+            call.exp_reuse != ExpReuse::absent && call.exp_reuse != ExpReuse::separate,
+            call.divergence};
+}
+
+// The calls of most training steps. They have kernels for which these are constants.
+constexpr CallTraits usual_call{true, true, false, false, true, true, true, true, Divergence::forward_kl};
+
 // A call, and what the host has planned for one of its launches. Without rows, the student is absent.
 struct LossLaunch : RowParams {
     int slice_classes, slices;       // blocks that share a row take a slice each
@@ -54,6 +85,13 @@ struct LossLaunch : RowParams {
     unsigned* counters;  // of the statistics' row parts
     unsigned* slice_counters;
 };
+
+// What a kernel knows when it is compiled, or what the launch says.
+template <class Types>
+KDDP_DEVICE CallTraits traits_for(const LossLaunch& launch) {
+    if constexpr (Types::is_usual) return usual_call;
+    return traits_of(launch);
+}
 
 // Reloads `launch` through an opaque index so the compiler cannot keep derived values in registers.
 KDDP_DEVICE const LossLaunch& opaque(const LossLaunch& launch) { return (&launch)[opaque_zero()]; }

@@ -55,32 +55,33 @@ KDDP_DEVICE T product_or_zero(T x, T y) {
 }
 
 // e^s from e^(s/T). `margin` is s minus its reference.
-template <class T>
-KDDP_DEVICE T untempered_of(ExpReuse exp_reuse, T tempered, T margin, T unit) {
-    if (exp_reuse == ExpReuse::separate) return fast_exp2(margin * (unit * T(log2_e)));
+template <class Types, class T>
+KDDP_DEVICE T untempered_of(const LossLaunch& launch, T tempered, T margin, T unit) {
+    if (!Types::is_usual && launch.exp_reuse == ExpReuse::separate) return fast_exp2(margin * (unit * T(log2_e)));
     T power = tempered;
-    if (exp_reuse >= ExpReuse::square) power *= power;
-    if (exp_reuse >= ExpReuse::fourth) power *= power;
+    if (launch.exp_reuse >= ExpReuse::square) power *= power;
+    if (launch.exp_reuse >= ExpReuse::fourth) power *= power;
     return power;
 }
 
 // Computes the exponentials of a class and adds them to the sums.
-template <GradientForm form, class T>
+template <class Types, GradientForm form, class T>
 KDDP_DEVICE Element<T> add_element(const LossLaunch& launch, const LogitScale<T>& scale, T margin, T teacher_margin,
                                    ElementSums<T>& sums) {
+    const CallTraits traits = traits_for<Types>(launch);
     Element<T> e{fast_exp2(margin * scale.student_to_exponent), T(0)};
     sums.student += e.student;
-    if (launch.with_teacher) {
+    if (traits.with_teacher) {
         const T exp_teacher = fast_exp2(teacher_margin * scale.teacher_to_exponent);
         sums.teacher += exp_teacher;
         e.other = exp_teacher;
-        const bool moments = launch.standardize;
+        const bool moments = traits.standardize;
         const T delta = moments ? teacher_margin * scale.teacher_to_nats - margin * scale.student_to_nats
                                 : (teacher_margin - margin) * scale.student_to_nats;
         if constexpr (form == GradientForm::difference) {
             sums.dot += product_or_zero(exp_teacher, delta);
             if (moments) sums.other_moment += product_or_zero(exp_teacher, margin);
-        } else if (launch.divergence != Divergence::mixture) {
+        } else if (traits.divergence != Divergence::mixture) {
             const T weight = e.student == 0 ? T(0) : -delta;
             sums.dot += e.student * weight;
             if (moments) sums.other_moment += product_or_zero(e.student, weight * margin);
@@ -89,8 +90,8 @@ KDDP_DEVICE Element<T> add_element(const LossLaunch& launch, const LogitScale<T>
         }
         if (moments) sums.student_moment += product_or_zero(e.student, margin);
     }
-    if (launch.exp_reuse != ExpReuse::absent)
-        sums.untempered += untempered_of(launch.exp_reuse, e.student, margin, scale.unit);
+    if (Types::is_usual || launch.exp_reuse != ExpReuse::absent)
+        sums.untempered += untempered_of<Types>(launch, e.student, margin, scale.unit);
     return e;
 }
 
@@ -183,17 +184,18 @@ KDDP_DEVICE GradientScale<T> gradient_scale(const RowGradient& row, double refer
 }
 
 // d loss / d s. A term of weight 0 has no gradient, rather than 0 times one that may be infinite.
-template <GradientForm form, class T>
+template <class Types, GradientForm form, class T>
 KDDP_DEVICE T gradient_of(const LossLaunch& launch, const GradientScale<T>& scale, Element<T> e, T margin) {
+    const CallTraits traits = traits_for<Types>(launch);
     T gradient = 0;
-    if (launch.with_teacher && launch.alpha != 0) {
-        gradient = form == GradientForm::weighted && launch.divergence == Divergence::symmetric_kl
+    if (traits.with_teacher && traits.weighs_kd) {
+        gradient = form == GradientForm::weighted && traits.divergence == Divergence::symmetric_kl
                        ? divergence_gradient<GradientForm::difference>(e.student, e.other, scale.first, scale.second)
                        : divergence_gradient<form>(e.student, e.other, scale.first, scale.second);
-        if (launch.standardize) gradient -= scale.projection * (margin + scale.reference_less_mean);
+        if (traits.standardize) gradient -= scale.projection * (margin + scale.reference_less_mean);
     }
-    if (launch.with_labels && launch.alpha != 1)
-        gradient += scale.untempered * untempered_of(launch.exp_reuse, e.student, margin, scale.unit) - scale.constant;
+    if (traits.with_labels && traits.weighs_ce)
+        gradient += scale.untempered * untempered_of<Types>(launch, e.student, margin, scale.unit) - scale.constant;
     return gradient;
 }
 

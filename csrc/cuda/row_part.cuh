@@ -4,6 +4,8 @@
 // passes: the first takes its references from the first vectors, and is repeated if they turn out too far off.
 #pragma once
 
+#include <algorithm>
+
 #include "cuda/row_elements.cuh"
 #include "cuda/row_vectors.cuh"
 
@@ -27,6 +29,12 @@ struct alignas(16) TeamRecord {  // two doubles per access
     bool sliced, counts;  // its references differ from the row's; it adds to the terms
 };
 
+// The highest logits that a thread has read.
+template <class T>
+struct Highest {
+    T student = lowest_number<T>, teacher = lowest_number<T>;
+};
+
 template <class Types, int lanes, bool cached, GradientForm form>
 class RowPart {
   public:
@@ -34,6 +42,8 @@ class RowPart {
     static constexpr int n = Types::n;
     // A chunk is what a pass handles at once: m classes, a plane of a cached vector or a whole vector that is read.
     static constexpr int planes = cached ? CachedRow<T, n>::plane_count : 1, m = n / planes;
+    // Whether load() finds the references: nothing changes the logits afterwards.
+    static constexpr bool loads_references = cached && Types::is_usual;
 
     KDDP_DEVICE RowPart(const LossLaunch& launch, const TeamScratch<T>& scratch, SharedArray<uint4> memory,
                         int max_vectors)
@@ -48,16 +58,21 @@ class RowPart {
         count_ = count;
         vectors_ = count > 0 ? (head_ + count + n - 1) / n : 0;
         student_ = source_of<n>(launch_.student, launch_.student_elements, row, start, head_, vectors_);
-        if (launch_.with_teacher)
+        int last_inner = std::min((head_ + count) / n, student_.last_whole);
+        if (traits().with_teacher) {
             teacher_ = source_of<n>(launch_.teacher, launch_.teacher_elements, row, start, head_, vectors_);
+            last_inner = std::min(last_inner, teacher_.last_whole);
+        }
+        set_inner(last_inner);
         label_excluded_ = false;
         label_ = label >= start && label < start + count ? static_cast<int>(label - start) : -1;
         before_label_ = label < start ? 0 : label - start < count ? static_cast<int>(label - start) : count;
     }
 
     // Reads the part into the cache.
-    KDDP_DEVICE void load() {
-        if constexpr (!cached) return;
+    KDDP_DEVICE Highest<T> load() {
+        Highest<T> highest;
+        if constexpr (!cached) return highest;
         constexpr int unrolled = Team<lanes>::is_block || n != 4 ? 1 : 2;  // as registers allow
 #pragma unroll unrolled
         for (int v = rank(); v < vectors_; v += Team<lanes>::size()) {
@@ -66,9 +81,11 @@ class RowPart {
 #pragma unroll
             for (int p = 0; p < planes; ++p) {
                 student_cache_.store(p, v, s + p * m);
-                if (launch_.with_teacher) teacher_cache_.store(p, v, t + p * m);
+                if (traits().with_teacher) teacher_cache_.store(p, v, t + p * m);
             }
+            if (loads_references) raise(highest, s, t);
         }
+        return highest;
     }
 
     // Reads the logits in these units from now on (see Moments).
@@ -94,10 +111,10 @@ class RowPart {
     }
 
     KDDP_DEVICE bool excludes_label() const {
-        return form == GradientForm::difference && launch_.with_teacher && launch_.divergence == Divergence::dkd;
+        return form == GradientForm::difference && traits().with_teacher && traits().divergence == Divergence::dkd;
     }
     KDDP_DEVICE bool mixes() const {
-        return form == GradientForm::weighted && launch_.with_teacher && has_second_pass(launch_.divergence);
+        return form == GradientForm::weighted && traits().with_teacher && has_second_pass(traits().divergence);
     }
 
     // Of one side's logits, minus an origin, over the part's classes: the first, the sum, or the sum of squares. In
@@ -146,28 +163,27 @@ class RowPart {
         numbers(teacher_cache_).store(label_index(), lowest_number<T>);
     }
 
-    // The highest logits of a cached part, or of the first vectors of another, for every thread.
-    KDDP_DEVICE void find_references(LogitScale<T>& scale) {
-        T student = lowest_number<T>, teacher = lowest_number<T>;
+    // The highest logits of a cached part, or of the first vectors of another, for every thread. `highest`: what load()
+    // has returned.
+    KDDP_DEVICE void find_references(Highest<T> highest, LogitScale<T>& scale) {
         const int end = cached ? vectors_ : Team<lanes>::size();
-        for_each_chunk_until(end < vectors_ ? end : vectors_, [&](int, int, int, const T(&s)[m], const T(&t)[m]) {
-#pragma unroll
-            for (int i = 0; i < m; ++i) student = larger(student, s[i]), teacher = larger(teacher, t[i]);
-        });
-        maxima_of_team<lanes>(student, teacher, scratch_);
-        set_references(student, teacher, scale);
+        if (!loads_references)
+            for_each_chunk_until(end < vectors_ ? end : vectors_,
+                                 [&](int, int, int, const T(&s)[m], const T(&t)[m]) { raise(highest, s, t); });
+        maxima_of_team<lanes>(highest.student, highest.teacher, scratch_);
+        set_references(highest, scale);
     }
 
-    // The sums of the part relative to the references, for the team's first warp. The last one counts the threads that
-    // hold a class which ranks above the label.
-    KDDP_DEVICE void sum(LogitScale<T>& scale, T label_logit, double (&sums)[7], T& highest) {
-        T student = scale.student_reference, teacher = scale.teacher_reference;
+    // The sums of the part relative to the references, for the team's first warp, and the student's highest logit. The
+    // last sum counts the threads that hold a class which ranks above the label.
+    KDDP_DEVICE T sum(LogitScale<T>& scale, T label_logit, double (&sums)[7]) {
+        Highest<T> highest{scale.student_reference, scale.teacher_reference};
 #pragma unroll 1
-        while (!sum_once(scale, label_logit, sums, student, teacher)) {
+        while (!sum_once(scale, label_logit, sums, highest)) {
             Team<lanes>::sync();
-            set_references(student, teacher, scale);
+            set_references(highest, scale);
         }
-        highest = student;
+        return highest.student;
     }
 
     // The sums over the targets, for the team's first warp, and the predictions with classes counted from the part's
@@ -241,6 +257,7 @@ class RowPart {
     KDDP_DEVICE void write(const LogitScale<T>& scale, const GradientScale<T>& gradient, const MixtureScale<T>& mixture,
                            T label_margin, char* to) {
         const bool aligned = is_aligned<n>(to, launch_.student.type, head_);
+        set_inner(aligned ? (head_ + count_) / n : 0);
         const int end = rank() + (lanes < 32 ? student_cache_.vectors : vectors_);
 #pragma unroll 1
         for (int v = rank(); v < end; v += Team<lanes>::size()) {
@@ -258,7 +275,7 @@ class RowPart {
         head_ = static_cast<int>(element % n);
 #pragma unroll 1
         for (int v = rank(); first_of(v) < count; v += Team<lanes>::size())
-            write_gradient<Types>(to, launch_.student.type, true, first_of(v), count, values);
+            write_gradient<Types>(to, launch_.student.type, false, true, first_of(v), count, values);
     }
 
     static KDDP_DEVICE int rank() { return Team<lanes>::rank(); }
@@ -276,16 +293,16 @@ class RowPart {
             for (int i = 0; i < m; ++i) {
                 T margin;
                 const Element<T> e = recompute(scale, mixture, s[i], t[i], margin);
-                values[p * m + i] = gradient_of<form>(launch_, gradient, e, margin);
+                values[p * m + i] = gradient_of<Types, form>(launch_, gradient, e, margin);
             }
         }
-        if (label_ >= 0 && first_of(v) <= label_ && label_ < first_of(v) + n) {
+        if (static_cast<unsigned>(label_ - first_of(v)) < n) {
 #pragma unroll
             for (int i = 0; i < n; ++i)
                 if (first_of(v) + i == label_) values[i] = label_gradient(values[i], gradient, label_margin);
         }
-        if (launch_.with_targets) subtract_targets(v, values);
-        write_gradient<Types>(to, launch_.student.type, aligned, first_of(v), count_, values);
+        if (traits().with_targets) subtract_targets(v, values);
+        write_gradient<Types>(to, launch_.student.type, is_inner(v), aligned, first_of(v), count_, values);
     }
 
     // Subtracts the targets, times their coefficient. What that takes is worked out for each vector, because the
@@ -332,29 +349,45 @@ class RowPart {
         return label_ < 0 ? T(0) : numbers(row).load(label_index());
     }
 
+    KDDP_DEVICE CallTraits traits() const { return traits_for<Types>(launch_); }
+
     KDDP_DEVICE int first_of(int vector) const { return vector * n - head_; }
+    // Inner vectors are aligned and lie entirely in the row; `end` is behind the last of them, if there are any. Only
+    // the kernels of usual calls treat them in a way of their own: the others have no registers left for that.
+    KDDP_DEVICE void set_inner(int end) {
+        first_inner_ = (head_ + n - 1) / n;
+        inner_count_ = static_cast<unsigned>(std::max(end - first_inner_, 0));
+    }
+    KDDP_DEVICE bool is_inner(int vector) const {
+        return Types::is_usual && static_cast<unsigned>(vector - first_inner_) < inner_count_;
+    }
+    static KDDP_DEVICE void read_inner_vector(const RowSource& source, int vector, T (&to)[n]) {
+        load_run<T, Types::type, n>(source.data + static_cast<int64_t>(vector) * 16, to);
+    }
     KDDP_DEVICE bool is_class(int c) const { return c >= 0 && c < count_; }
     KDDP_DEVICE bool caches_exponentials() const {
-        return !launch_.standardize && launch_.exp_reuse != ExpReuse::separate;
+        return Types::is_usual || (!launch_.standardize && launch_.exp_reuse != ExpReuse::separate);
     }
 
     KDDP_DEVICE void read_vectors(int v, T (&s)[n], T (&t)[n]) const {
+        if constexpr (Types::is_usual)
+            if (is_inner(v)) return read_inner_vector(student_, v, s), read_inner_vector(teacher_, v, t);
         read_vector<Types, true>(student_, v, head_, count_, s);
-        if (launch_.with_teacher) {
+        if (traits().with_teacher) {
             read_vector<Types, false>(teacher_, v, head_, count_, t);
         } else {
 #pragma unroll
             for (int i = 0; i < n; ++i) t[i] = 0;
         }
         if constexpr (cached) return;
-        if (launch_.standardize) {
+        if (traits().standardize) {
 #pragma unroll
             for (int i = 0; i < n; ++i) {
                 if (!is_class(first_of(v) + i)) continue;  // padding stays the lowest number
                 s[i] *= student_factor_, t[i] *= teacher_factor_;
             }
         }
-        if (!label_excluded_) return;
+        if (!excludes_label() || !label_excluded_) return;
 #pragma unroll
         for (int i = 0; i < n; ++i)
             if (first_of(v) + i == label_) s[i] = t[i] = lowest_number<T>;
@@ -363,7 +396,7 @@ class RowPart {
     KDDP_DEVICE void load_chunk(int p, int v, T (&s)[m], T (&t)[m]) const {
         if constexpr (cached) {
             student_cache_.load(p, v, s);
-            if (launch_.with_teacher) {
+            if (traits().with_teacher) {
                 teacher_cache_.load(p, v, t);
             } else {
 #pragma unroll
@@ -399,45 +432,55 @@ class RowPart {
         for_each_chunk_until(vectors_, function);
     }
 
-    KDDP_DEVICE void set_references(T student, T teacher, LogitScale<T>& scale) const {
-        scale.student_reference = reference_of(student);
-        scale.teacher_reference = launch_.with_teacher ? reference_of(teacher) : T(0);
+    template <int count>
+    static KDDP_DEVICE void raise(Highest<T>& highest, const T (&student)[count], const T (&teacher)[count]) {
+#pragma unroll
+        for (int i = 0; i < count; ++i) {
+            highest.student = larger(highest.student, student[i]);
+            highest.teacher = larger(highest.teacher, teacher[i]);
+        }
+    }
+
+    KDDP_DEVICE void set_references(const Highest<T>& highest, LogitScale<T>& scale) const {
+        scale.student_reference = reference_of(highest.student);
+        scale.teacher_reference = traits().with_teacher ? reference_of(highest.teacher) : T(0);
     }
 
     // One pass of sum(). Returns false, and the highest logits, if the references are too far from them.
-    KDDP_DEVICE bool sum_once(const LogitScale<T>& scale, T label_logit, double (&sums)[7], T& student, T& teacher) {
+    KDDP_DEVICE bool sum_once(const LogitScale<T>& scale, T label_logit, double (&sums)[7], Highest<T>& highest) {
         ElementSums<T> thread;
         bool outranked = false;
         const bool mixture = mixes();
-        if (!cached) student = teacher = lowest_number<T>;
+        if (!cached) highest = {};
         for_each_chunk([&](int p, int v, int first, T(&s)[m], T(&t)[m]) {
             const int before = before_label_ - first;
+            if (!cached) raise(highest, s, t);
 #pragma unroll
             for (int i = 0; i < m; ++i) {
-                if (!cached) student = larger(student, s[i]), teacher = larger(teacher, t[i]);
                 outranked |= s[i] > label_logit || (s[i] == label_logit && i < before);
                 const T margin = s[i] - scale.student_reference;
-                const T teacher_margin = launch_.with_teacher ? t[i] - scale.teacher_reference : T(0);
-                const Element<T> e = add_element<form>(launch_, scale, margin, teacher_margin, thread);
+                const T teacher_margin = traits().with_teacher ? t[i] - scale.teacher_reference : T(0);
+                const Element<T> e = add_element<Types, form>(launch_, scale, margin, teacher_margin, thread);
                 s[i] = caches_exponentials() && !mixture ? e.student : margin;
                 t[i] = mixture ? teacher_margin : e.other;
             }
             if constexpr (cached) {
                 student_cache_.store(p, v, s);
-                if (launch_.with_teacher) teacher_cache_.store(p, v, t);
+                if (traits().with_teacher) teacher_cache_.store(p, v, t);
             }
         });
         const T values[] = {thread.student, thread.teacher,    thread.student_moment, thread.other_moment,
                             thread.dot,     thread.untempered, T(outranked ? 1 : 0)};
         if (!cached) {
             Team<lanes>::sync();
-            maxima_of_team<lanes>(student, teacher, scratch_);
-            if (!reference_ok(student, scale.student_reference, scale.student_to_nats, scale.unit) ||
-                (launch_.with_teacher && !reference_ok(teacher, scale.teacher_reference, scale.teacher_to_nats, T(1))))
+            maxima_of_team<lanes>(highest.student, highest.teacher, scratch_);
+            if (!reference_ok(highest.student, scale.student_reference, scale.student_to_nats, scale.unit) ||
+                (traits().with_teacher &&
+                 !reference_ok(highest.teacher, scale.teacher_reference, scale.teacher_to_nats, T(1))))
                 return false;
         }
         // Quotients of the first sums are later subtracted from one another, or from similar numbers.
-        const int cancelling = form == GradientForm::weighted ? 5 : launch_.standardize ? 4 : 0;
+        const int cancelling = form == GradientForm::weighted ? 5 : traits().standardize ? 4 : 0;
         sums_of_team<lanes>(values, sums, false, scratch_, cancelling);
         return true;
     }
@@ -457,13 +500,13 @@ class RowPart {
             return {caches_exponentials() ? s : fast_exp2(s * scale.student_to_exponent), t};
         } else {
             margin = s - scale.student_reference;
-            const T teacher_margin = launch_.with_teacher ? t - scale.teacher_reference : T(0);
+            const T teacher_margin = traits().with_teacher ? t - scale.teacher_reference : T(0);
             if (mixes()) {
                 MixtureSumsOf<T> unused;
                 return mix_element(mixture, scale, margin, teacher_margin, unused);
             }
             ElementSums<T> unused;
-            return add_element<form>(launch_, scale, margin, teacher_margin, unused);
+            return add_element<Types, form>(launch_, scale, margin, teacher_margin, unused);
         }
     }
 
@@ -471,9 +514,9 @@ class RowPart {
     KDDP_DEVICE T label_gradient(T gradient, const GradientScale<T>& scale, T label_margin) const {
         if (!excludes_label()) return gradient - scale.label;
         T own = 0;
-        if (launch_.standardize && launch_.alpha != 0)
+        if (traits().standardize && traits().weighs_kd)
             own = -scale.projection * (label_margin + scale.reference_less_mean);
-        if (launch_.alpha != 1) own -= scale.constant;
+        if (traits().weighs_ce) own -= scale.constant;
         return own - scale.label;
     }
 
@@ -482,6 +525,8 @@ class RowPart {
     const CachedRow<T, n> student_cache_, teacher_cache_;  // logits, later what the gradient is computed from
     RowSource student_, teacher_;
     int head_, count_, vectors_, label_, before_label_;
+    int first_inner_;
+    unsigned inner_count_;
     bool label_excluded_;
     T student_factor_ = 1, teacher_factor_ = 1;  // 1 / unit
 };

@@ -17,10 +17,13 @@ KDDP_DEVICE void store_term(const LossLaunch& launch, int64_t row, int term, dou
         store_global(static_cast<float*>(launch.row_terms) + place, float(value));
 }
 
-template <GradientForm form>
+template <class Types, GradientForm form>
 KDDP_DEVICE RowParams params_of_row(const LossLaunch& launch, const TeamRecord& record) {
     RowParams params = static_cast<const RowParams&>(launch);
-    const Divergence given = params.divergence;
+    const CallTraits traits = traits_for<Types>(launch);
+    params.with_teacher = traits.with_teacher, params.with_labels = traits.with_labels;
+    params.with_targets = traits.with_targets, params.standardize = traits.standardize;
+    const Divergence given = traits.divergence;
     if (form == GradientForm::weighted)
         params.divergence = has_second_pass(given) ? given : Divergence::reverse_kl;
     else
@@ -32,7 +35,7 @@ KDDP_DEVICE RowParams params_of_row(const LossLaunch& launch, const TeamRecord& 
 
 // Computes a row's terms and the coefficients of its gradient. One thread of the team calls it, and keeps nothing in
 // registers between the steps.
-template <GradientForm form>
+template <class Types, GradientForm form>
 KDDP_DEVICE void finish_record(const LossLaunch& launch, TeamRecord& record) {
     if (record.value_scale == 0) {
         RowParams params = static_cast<const RowParams&>(launch);
@@ -40,15 +43,15 @@ KDDP_DEVICE void finish_record(const LossLaunch& launch, TeamRecord& record) {
         record.value_scale = params.value_scale, record.gradient_scale = params.gradient_scale;
     }
     compiler_barrier();
-    const double kd =
-        finish_divergence(params_of_row<form>(opaque(launch), record), record.sums, record.mixture, record.student,
-                          record.target, record.label_logit, weight_of(launch, record.row, 0), record.gradient) *
-        record.value_scale;
+    const double kd = finish_divergence(params_of_row<Types, form>(opaque(launch), record), record.sums, record.mixture,
+                                        record.student, record.target, record.label_logit,
+                                        weight_of(launch, record.row, 0), record.gradient) *
+                      record.value_scale;
     if (record.counts) record.terms.kd += kd, store_term(opaque(launch), record.row, 0, kd);
     compiler_barrier();
-    const double ce = finish_cross_entropy(params_of_row<form>(opaque(launch), record), record.sums, record.targets,
-                                           record.student.unit, record.label_logit, weight_of(launch, record.row, 1),
-                                           record.gradient) *
+    const double ce = finish_cross_entropy(params_of_row<Types, form>(opaque(launch), record), record.sums,
+                                           record.targets, record.student.unit, record.label_logit,
+                                           weight_of(launch, record.row, 1), record.gradient) *
                       record.value_scale;
     if (record.counts) {
         record.terms.ce += ce, record.terms.correct += record.outranked ? 0 : 1;
@@ -59,7 +62,7 @@ KDDP_DEVICE void finish_record(const LossLaunch& launch, TeamRecord& record) {
     ChunkSums slice{};
     slice.student_reference = record.scale.student_reference, slice.teacher_reference = record.scale.teacher_reference;
     const Rebase by = rebase(slice, record.sums, record.scale.student_to_nats, record.scale.teacher_to_nats, 1);
-    rebase_gradient(params_of_row<form>(opaque(launch), record), by, record.gradient);
+    rebase_gradient(params_of_row<Types, form>(opaque(launch), record), by, record.gradient);
 }
 
 template <class Types, int lanes, bool cached, GradientForm form>
@@ -79,8 +82,7 @@ class TeamRows {
         const bool computed = kind == RowKind::computed;
         if (!computed) write_constant(row, kind);
         if (lanes >= 32 ? computed : __any_sync(all_lanes, computed)) {
-            read(row, computed, computed ? label : -1);
-            compute();
+            compute(read(row, computed, computed ? label : -1));
             if (launch_.logits_gradient) write();
         }
     }
@@ -106,11 +108,11 @@ class TeamRows {
         const TeamRecord& record = own_record();
         Part part(launch, scratch_, own_memory(launch), launch.side_vectors);
         part.locate(record.row, start(), record.count, record.label);
-        if (launch.standardize) part.set_units(record.student.unit, record.teacher.unit);
+        if (traits_for<Types>(launch).standardize) part.set_units(record.student.unit, record.teacher.unit);
         return part;
     }
 
-    KDDP_DEVICE void read(int64_t row, bool computed, int64_t label) {
+    KDDP_DEVICE Highest<T> read(int64_t row, bool computed, int64_t label) {
         const int64_t left = launch_.classes - start();
         const int count = left > launch_.slice_classes ? launch_.slice_classes : static_cast<int>(left);
         Team<lanes>::sync();
@@ -119,15 +121,19 @@ class TeamRows {
             record.row = computed ? row : 0, record.label = label, record.count = computed ? count : 0;
             record.computed = computed, record.student = record.teacher = Moments{};
         }
+        Highest<T> highest;
         if constexpr (cached) {
             Part part(launch_, scratch_, own_memory(launch_), launch_.side_vectors);
             part.locate(computed ? row : 0, 0, computed ? count : 0, label);
-            part.load();
+            highest = part.load();
         }
         Team<lanes>::sync();
+        return highest;
     }
 
-    KDDP_DEVICE void compute() {
+    KDDP_DEVICE CallTraits traits() const { return traits_for<Types>(launch_); }
+
+    KDDP_DEVICE void compute(const Highest<T>& highest) {
         TeamRecord& record = own_record();
         const bool leads = Part::rank() == 0;
         Part part = part_of_record();
@@ -143,8 +149,8 @@ class TeamRows {
             Team<lanes>::sync();
             part.exclude_label();
         }
-        part.find_references(scale);
-        if (cached && launch_.with_targets) compute_targets(part, scale.student_reference, student_logit);
+        part.find_references(highest, scale);
+        if (cached && traits().with_targets) compute_targets(part, scale.student_reference, student_logit);
         compute_sums(part, scale, student_logit, logits);
         if (leads) record.scale = scale.template as<double>();
         if (part.mixes()) compute_mixture(part, scale);
@@ -152,7 +158,7 @@ class TeamRows {
             record.target = {(record.label_logit - record.sums.student_reference) * record.scale.student_to_nats,
                              (record.target.teacher - record.sums.teacher_reference) * record.scale.teacher_to_nats};
             record.sliced = is_sliced() && !part.mixes(), record.counts = record.computed && slice() == 0;
-            finish_record<form>(opaque(launch_), record);
+            finish_record<Types, form>(opaque(launch_), record);
         }
     }
 
@@ -177,9 +183,8 @@ class TeamRows {
     KDDP_DEVICE void compute_sums(Part& part, LogitScale<T>& scale, T student_logit, double logits) {
         TeamRecord& record = own_record();
         double sums[7];
-        T highest;
-        part.sum(scale, student_logit, sums, highest);
-        if (!cached && launch_.with_targets) {
+        const T highest = part.sum(scale, student_logit, sums);
+        if (!cached && traits().with_targets) {
             Team<lanes>::sync();
             compute_targets(part, reference_of(highest), student_logit);
         }
@@ -190,7 +195,7 @@ class TeamRows {
                 student_reference, teacher_reference, double(highest), student, teacher, untempered, dot, logits,
                 student_moment,    other_moment};
             // A label whose logit is NaN is not the top class.
-            if (!launch_.soft_labels.data)  // NOLINTNEXTLINE(misc-redundant-expression)
+            if (Types::is_usual || !launch_.soft_labels.data)  // NOLINTNEXTLINE(misc-redundant-expression)
                 record.outranked = outranked != 0 || student_logit != student_logit || record.label < 0;
         }
         if constexpr (!cached)
@@ -217,7 +222,7 @@ class TeamRows {
     KDDP_DEVICE double compute_totals(Part& part, LogitScale<T>& scale) {
         double student_nats = 0, student_unit = 1, teacher_unit = 1;
 #pragma unroll 1
-        for (int side = 0; launch_.standardize && side < 2; ++side) {
+        for (int side = 0; traits().standardize && side < 2; ++side) {
             const Moments moments = moments_of(part, side == 0);
             const double nats = launch_.inverse_temperature / divisor_of(moments);
             if (side == 1) scale.set_nats(student_nats, nats);
@@ -228,7 +233,7 @@ class TeamRows {
         scale.unit = T(student_unit);
         part.set_units(student_unit, teacher_unit);
         part.rescale();
-        if (launch_.standardize) Team<lanes>::sync();  // every thread reads the label's logit
+        if (traits().standardize) Team<lanes>::sync();  // every thread reads the label's logit
         return logits;
     }
 

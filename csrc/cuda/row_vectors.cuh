@@ -11,10 +11,12 @@
 namespace kddp {
 
 // The types of a kernel. The student's logits are of `type` and computed in float; or, for float64 kernels, both sides'
-// logits are of `any` type, known at run time, and computed in double. The teacher's type may always differ.
-template <ElementType type_>
+// logits are of `any` type, known at run time, and computed in double. The teacher's type may differ, except in the
+// kernels of usual calls (see usual_call).
+template <ElementType type_, bool is_usual_ = false>
 struct RowTypes {
     static constexpr ElementType type = type_;
+    static constexpr bool is_usual = is_usual_;
     static constexpr bool any = type == ElementType::float64;
     using T = std::conditional_t<any, double, float>;
     static constexpr int n = 16 / static_cast<int>(size_of(type));  // elements per vector
@@ -70,7 +72,7 @@ KDDP_DEVICE T load_element_of(ElementType type, const char* from) {
 // Reads the n elements of a vector. Elements outside of the row's `classes` become the lowest number.
 template <class Types, bool is_student, class T, int n>
 KDDP_DEVICE void read_vector(const RowSource& row, int vector, int head, int classes, T (&to)[n]) {
-    constexpr bool is_known = is_student && !Types::any;  // the type, when compiling
+    constexpr bool is_known = !Types::any && (is_student || Types::is_usual);  // the type, when compiling
     const int bytes = static_cast<int>(is_known ? size_of(Types::type) : size_of(row.type));
     const char* from = row.data + static_cast<int64_t>(vector) * (n * bytes);
     const int first = vector * n - head;
@@ -143,11 +145,16 @@ KDDP_DEVICE void write_vector(char* row, bool aligned, int first, int classes, c
         if (first + i >= 0 && first + i < classes) store_element<T, type>(to + i * bytes, from[i]);
 }
 
+// `inner`: the vector is aligned and lies entirely in the row.
 template <class Types, class T>
-KDDP_DEVICE void write_gradient(char* row, ElementType type, bool aligned, int first, int classes, const T* from) {
+KDDP_DEVICE void write_gradient(char* row, ElementType type, bool inner, bool aligned, int first, int classes,
+                                const T* from) {
     if constexpr (Types::any)
         with_type<T>(type,
                      [&](auto type) { write_vector<T, type.value, Types::n>(row, aligned, first, classes, from); });
+    else if (inner)
+        store_run<T, Types::type, Types::n>(row + static_cast<int64_t>(first) * static_cast<int>(size_of(Types::type)),
+                                            from);
     else
         write_vector<T, Types::type, Types::n>(row, aligned, first, classes, from);
 }

@@ -29,12 +29,13 @@ def filled(values: Tensor) -> Tensor:
     return aligned(tuple(values.shape), values.dtype).copy_(values)
 
 
-def expected_gradient(student: Tensor, teacher: Tensor, labels: Tensor) -> Tensor:
+def expected_gradient(student: Tensor, teacher: Tensor, labels: Tensor, temperature: float = 4.0) -> Tensor:
     """The gradient of `loss_launch`'s default loss with respect to the student's logits, by PyTorch in float64."""
     ignored, valid = labels == -100, (labels >= 0) & (labels < student.shape[1])
     leaf = student.double().requires_grad_()
-    p = (teacher.double() / 4).softmax(1)
-    kd = 16 * torch.nn.functional.kl_div((leaf / 4).log_softmax(1), p, reduction="none").sum(1)[valid].sum()
+    p = (teacher.double() / temperature).softmax(1)
+    divergences = torch.nn.functional.kl_div((leaf / temperature).log_softmax(1), p, reduction="none").sum(1)
+    kd = temperature**2 * divergences[valid].sum()
     ce = torch.nn.functional.cross_entropy(leaf[valid], labels[valid], reduction="sum")
     (gradient,) = torch.autograd.grad((0.9 * kd + 0.1 * ce) / max(1, int((~ignored).sum())), leaf)
     gradient[~ignored & ~valid] = torch.nan

@@ -57,14 +57,15 @@ class Kernel:
 
     @property
     def name(self) -> str:
-        """A short name: `warps float32 difference` for a kernel of the loss, otherwise the function's."""
-        loss = re.search(r"ElementTypeE(\d)EEELi(\d+)ELb(\d)ELNS_12GradientFormE(\d)", self.symbol)
+        """A short name: `warps float32 difference` for a kernel of the loss, `warps float32 usual` for that of usual
+        calls, otherwise the function's."""
+        loss = re.search(r"ElementTypeE(\d)ELb(\d)EEELi(\d+)ELb(\d)ELNS_12GradientFormE(\d)", self.symbol)
         if loss is None:
             others = ("scale_gradients", "gather_layer", "sum_products", "probe")
             return next((k for k in others if k in self.symbol), self.symbol)
-        dtype, lanes, cached, form = loss.groups()
+        dtype, is_usual, lanes, cached, form = loss.groups()
         rows = {"8": "small_teams", "32": "warps", "1024": "blocks" if cached == "1" else "long_rows"}[lanes]
-        return f"{rows} {DTYPES[int(dtype)]} {('difference', 'weighted')[int(form)]}"
+        return f"{rows} {DTYPES[int(dtype)]} {'usual' if is_usual == '1' else ('difference', 'weighted')[int(form)]}"
 
     def occupancy(self, threads: int, dynamic_shared_bytes: int = 0) -> float:
         """The share of a multiprocessor's threads that blocks of `threads` fill, as NVIDIA's calculator computes it.

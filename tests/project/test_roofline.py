@@ -31,16 +31,20 @@ def test_needed_bytes_of_a_shape():
 def test_arithmetic_of_the_model():
     gpu = gpus.Gpu("made up", bandwidth=1e9, multiprocessors=10, clock=1e6, source="")
     assert gpu.exponentials == 16e7
+    assert gpu.instructions == 128e7
     traffic = model.Traffic(launches=3, needed_bytes=1e6, moved_bytes=2e6, exponentials=1.6e5)
     by_memory = model.modelled(traffic, gpu, 1e-6)
-    assert by_memory == pytest.approx((3e-6, 2e-3, 1e-3, 3e-6 + 2e-3, 1e-3))
+    assert by_memory == pytest.approx((3e-6, 2e-3, 1e-3, 0, 3e-6 + 2e-3, 1e-3))
     assert by_memory.bound == "memory"
     by_exponentials = model.modelled(traffic._replace(exponentials=8e5), gpu, 1e-6)
-    assert by_exponentials == pytest.approx((3e-6, 2e-3, 5e-3, 3e-6 + 5e-3, 1e-3))
+    assert by_exponentials == pytest.approx((3e-6, 2e-3, 5e-3, 0, 3e-6 + 5e-3, 1e-3))
     assert by_exponentials.bound == "exponentials"
+    by_instructions = model.modelled(traffic._replace(instructions=1.28e7), gpu, 1e-6)
+    assert by_instructions == pytest.approx((3e-6, 2e-3, 1e-3, 1e-2, 3e-6 + 1e-2, 1e-3))
+    assert by_instructions.bound == "instructions"
     assert model.modelled(traffic, gpu, 1e-2).bound == "launches"
-    assert traffic.times(2) == (3, 2e6, 4e6, 3.2e5)
-    assert traffic.plus(traffic) == (6, 2e6, 4e6, 3.2e5)
+    assert traffic.times(2) == (3, 2e6, 4e6, 3.2e5, 0)
+    assert traffic.plus(traffic) == (6, 2e6, 4e6, 3.2e5, 0)
 
 
 def count(run):
@@ -122,7 +126,7 @@ def test_counts_of_a_compaction(counter):
     assert counted.needed_bytes == passes.compaction_bytes(layer)
     assert counted.needed_bytes < counted.moved_bytes < 2.5 * counted.needed_bytes
     # For each of four tensors: 16 rows, then 32 of their columns, read and written, and the indices.
-    assert eager == (8, 0, 4 * (4 * 2 * (16 * 64 + 16 * 32) + 8 * (16 + 32)), 0)
+    assert eager == (8, 0, 4 * (4 * 2 * (16 * 64 + 16 * 32) + 8 * (16 + 32)), 0, 0)
 
 
 def test_tables_and_json(counter):

@@ -117,6 +117,14 @@ FAULTS = {
         "8 lanes per row",
         NEEDED,
     ),
+    # The kernel of usual calls computes e^s as the power of e^(s/T) that is right for them.
+    "a usual kernel for another call": Fault(
+        "kd_l1_loss.cu",
+        "traits_of(row_params(job)) == usual_call;",
+        "job.teacher.data && job.labels;",
+        "not a usual call",
+        "the logits' gradient is wrong",
+    ),
     # No check can know that the gradient belongs one class further.
     "gradient next to the label": Fault(
         "row_part.cuh",
@@ -141,7 +149,7 @@ def call(emulator, name, arguments, writable):
     return text
 
 
-def run_loss(emulator, rows, classes):
+def run_loss(emulator, rows, classes, temperature=4):
     generator = torch.Generator().manual_seed(classes)
     neurons = 37
     student, teacher = (filled(torch.randn(rows, classes, generator=generator)) for _ in range(2))
@@ -153,10 +161,13 @@ def run_loss(emulator, rows, classes):
         "statistics": aligned((5, neurons), torch.float64), "loss": aligned((), torch.float32),
         "terms": aligned((4,), torch.float32),
     }  # fmt: skip
-    inputs = {"rows": rows, "classes": classes, "student": student, "teacher": teacher, "labels": labels}
+    inputs = {
+        "rows": rows, "classes": classes, "temperature": temperature, "student": student, "teacher": teacher,
+        "labels": labels,
+    }  # fmt: skip
     error = call(emulator, "run_loss", {**inputs, "neurons": neurons, "activation": activation, **outputs}, outputs)
     if error is None and not torch.allclose(
-        gradient.double(), expected_gradient(student, teacher, labels), rtol=1e-4, atol=1e-8
+        gradient.double(), expected_gradient(student, teacher, labels, temperature), rtol=1e-4, atol=1e-8
     ):
         error = "the logits' gradient is wrong"
     return error
@@ -198,6 +209,7 @@ def run_products(emulator):
 # The sources, what runs them, and the kernel.
 RUNS = {
     "8 lanes per row": ("loss", lambda emulator: run_loss(emulator, 140, 11), "kd_l1_loss_by_rows<.*, 8, true, "),
+    "not a usual call": ("loss", lambda emulator: run_loss(emulator, 140, 11, 3), "RowTypes<.*, false>, 8, true, "),
     "a warp per row": ("loss", lambda emulator: run_loss(emulator, 20, 257), "kd_l1_loss_by_rows<.*, 32, true, "),
     "a block per row": ("loss", lambda emulator: run_loss(emulator, 3, 1001), "kd_l1_loss_by_rows<.*, 1024, true, "),
     "gather": ("moves", run_gather, "gather_layer"),
