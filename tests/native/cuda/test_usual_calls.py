@@ -17,8 +17,8 @@ USUAL = {
 OTHERS = {
     "float64": {"dtype": torch.float64},
     "a teacher of another type": {"teacher_dtype": torch.bfloat16},
-    "no teacher": {"teacher_dtype": None},
-    "no labels": {"labels": None},
+    "no teacher": {"teacher_dtype": None, "alpha": 0.0},
+    "no labels": {"labels": None, "alpha": 1.0},
     "soft labels": {"labels": "soft"},
     "class weights": {"class_weights": torch.ones(40)},
     "standardized logits": {"standardize_logits": True},
