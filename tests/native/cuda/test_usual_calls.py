@@ -20,7 +20,7 @@ OTHERS = {
     "no teacher": {"teacher_dtype": None, "alpha": 0.0},
     "no labels": {"labels": None, "alpha": 1.0},
     "soft labels": {"labels": "soft"},
-    "class weights": {"class_weights": torch.ones(40)},
+    "class weights and smoothing": {"class_weights": torch.ones(40), "label_smoothing": 0.1},
     "standardized logits": {"standardize_logits": True},
     "a temperature that is no power of two": {"temperature": 3.0},
     "a temperature whose powers are too high": {"temperature": 8.0},
