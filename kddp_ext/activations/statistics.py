@@ -126,8 +126,11 @@ class NeuronStatistics:
         """Fraction of the samples in which the neuron was not exactly zero, (H,); NaN before any sample."""
         return self.nonzero / self.rows if self.rows else torch.full_like(self.sum, torch.nan)
 
-    def update(self, sums: Tensor, matrix: NeuronMatrix, places: dict[Any, _Places] | None = None) -> None:
-        """Add `sums`, (5, columns) float64, computed from `matrix`; `places` as for `SampleRing.add`."""
+    def update(self, sums: Tensor, matrix: NeuronMatrix) -> None:
+        """Add `sums`, (5, columns) float64, which the kernels computed from `matrix`."""
+        self._update(sums, matrix, {})
+
+    def _update(self, sums: Tensor, matrix: NeuronMatrix, places: dict[Any, _Places]) -> None:
         outer, inner = matrix.layout.outer, matrix.layout.inner
         if sums.shape != (len(STATISTICS), outer * self.width * inner):
             raise ValueError(
@@ -143,7 +146,7 @@ class NeuronStatistics:
         elif self.position_sums is not None:
             self.position_sums += totals[1][:, None]
         if self.ring is not None:
-            self.ring.add(matrix, {} if places is None else places)
+            self.ring.add(matrix, places)
         self.values[_SUMS].add_(totals)
         self.max_abs.clamp_(min=largest)
         self.rows += matrix.samples
@@ -407,7 +410,7 @@ class TrackedActivations(tuple[Tensor, ...]):
         column, places = 0, dict[Any, _Places]()
         for matrix, statistics in zip(matrices, self.statistics, strict=True):
             width = matrix.values.shape[1]
-            statistics.update(sums[:, column : column + width], matrix, places)
+            statistics._update(sums[:, column : column + width], matrix, places)
             column += width
         if self.observer is not None:
             self.observer.of_statistics()
