@@ -40,7 +40,14 @@ from kddp_ext.workflow.teacher_logits import TeacherLogits
 from kddp_ext.workflow.train import Recipe, Training, student_recipe, train
 
 OURS = ("saliency", "contribution")
-TORCH_PRUNING = ("GroupMagnitude", "GroupTaylor", "GroupNorm")
+_EACH_LAYER = ", each layer"  # the same share of every layer, in place of a ranking over all layers
+TORCH_PRUNING = (
+    "GroupMagnitude",
+    "GroupTaylor",
+    "GroupNorm",
+    "GroupMagnitude" + _EACH_LAYER,
+    "GroupTaylor" + _EACH_LAYER,
+)
 NARROWER = ("narrower", "narrower, three times the passes")
 _FINEST = 400  # steps in which Torch-Pruning removes everything; it stops at the budget
 _PRUNES = 6  # of Torch-Pruning in a training, evenly spread over the part that prunes
@@ -90,7 +97,7 @@ class TorchPruning:
 
 
 def torch_pruner(kind: str, model: nn.Module, data: ImageData) -> Any:
-    """A pruner of Torch-Pruning over all layers, as its README advises."""
+    """A pruner of Torch-Pruning, as its README advises."""
     import torch_pruning as tp  # not needed for the other contenders
 
     importances: dict[str, Callable[[], object]] = {
@@ -98,13 +105,14 @@ def torch_pruner(kind: str, model: nn.Module, data: ImageData) -> Any:
         "GroupTaylor": tp.importance.GroupTaylorImportance,
         "GroupNorm": lambda: tp.importance.GroupMagnitudeImportance(p=2),
     }
-    pruner = tp.pruner.GroupNormPruner if kind == "GroupNorm" else tp.pruner.BasePruner
+    name = kind.removesuffix(_EACH_LAYER)
+    pruner = tp.pruner.GroupNormPruner if name == "GroupNorm" else tp.pruner.BasePruner
     frozen = [each for each in model.modules() if isinstance(each, nn.Conv2d) and not each.weight.requires_grad]
     return pruner(
         model,
         data.example(2),
-        importance=importances[kind](),
-        global_pruning=True,
+        importance=importances[name](),
+        global_pruning=name == kind,
         pruning_ratio=1.0,
         max_pruning_ratio=0.95,
         iterative_steps=_FINEST,
