@@ -81,6 +81,7 @@ def settings_of(shrink: ShrinkConfig, saved: SavedModel, images: int) -> RunConf
         target_macs=shrink.target_macs,
         target_parameters=shrink.target_parameters,
         loss_budget=shrink.loss_budget,
+        round_to=shrink.round_to,
         reconstruction_samples=shrink.reconstruction_samples,
     )
     distillation = dataclasses.replace(source.distillation, temperature=shrink.temperature, alpha=shrink.alpha)

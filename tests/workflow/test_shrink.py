@@ -77,6 +77,15 @@ def test_calibration_trains_nothing(finished_run: Path, quiet: Console, option: 
     assert "500 images, no training" in (path / "report.md").read_text()
 
 
+def test_widths_are_rounded(finished_run: Path, quiet: Console, tmp_path: Path) -> None:
+    run_shrink(
+        finished_run / "teacher", tmp_path / "r", ShrinkConfig(target_macs=0.7, calibrate=300, round_to=4), quiet
+    )
+    widths = result_of(tmp_path / "r")["widths"].values()  # type: ignore[attr-defined]
+    assert all(after % 4 == 0 or after == before for before, after in widths)
+    assert any(after < before for before, after in widths)
+
+
 def test_what_cannot_be_shrunk_is_named(finished_run: Path, quiet: Console, tmp_path: Path) -> None:
     with pytest.raises(WorkflowError, match="expected the folder of one training, such as"):
         run_shrink(finished_run, tmp_path / "a", SMALL, quiet)
