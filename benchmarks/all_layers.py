@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 from matplotlib.figure import Figure
+from matplotlib.ticker import EngFormatter, LogLocator, NullFormatter
 from rich.console import Console
 
 from benchmarks.recipe_search import changed
@@ -181,6 +182,9 @@ def draw(path: Path, points: dict[tuple[str, float], list[dict[str, Any]]]) -> N
                 x, [statistics.fmean(each) for each in scores], spread, fmt="o-", color=colour, label=kind.upper()
             )
         axes.set(xscale="log", xlabel=label)
+        axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axes.xaxis.set_major_formatter(EngFormatter(sep=""))
+        axes.xaxis.set_minor_formatter(NullFormatter())
         axes.grid(color="#e6e8eb", linewidth=0.8)
         axes.spines[["top", "right"]].set_visible(False)
     panels[0].set_ylabel("test accuracy (%)")
