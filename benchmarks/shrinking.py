@@ -230,7 +230,7 @@ class Study:
         }
 
 
-AT_ONCE = ("saliency", "saliency, without reconstruction", "GroupMagnitude", "GroupTaylor")
+AT_ONCE = ("saliency", "saliency, without reconstruction", *(each for each in TORCH_PRUNING if each != "GroupNorm"))
 
 
 def main() -> None:

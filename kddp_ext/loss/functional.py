@@ -238,10 +238,8 @@ def row_weights(
 
     Those of CE contain the class's weight, unless the kernels read the class weights themselves.
     """
-    if sample_weights is None and settings.class_weights is None:
-        return None
     hard = labels is not None and not labels.is_floating_point()
-    if sample_weights is None and not hard:
+    if sample_weights is None and (settings.class_weights is None or not hard):
         return None
     valid = torch.ones(len(logits), dtype=torch.float64, device=logits.device)
     if labels is not None and hard:

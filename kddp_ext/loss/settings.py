@@ -186,9 +186,7 @@ class LossSettings:
 
     def kernel_class_weights(self, labels: Tensor | None) -> Tensor | None:
         """`class_weights`, unless a row's weight of CE contains its class's, which is enough without smoothing."""
-        if self.class_weights is None or labels is None:
-            return None
-        if not (labels.is_floating_point() or self.label_smoothing != 0):
+        if labels is None or not (labels.is_floating_point() or self.label_smoothing != 0):
             return None
         return self.class_weights
 
