@@ -56,7 +56,7 @@ _PRUNES = 6  # of Torch-Pruning in a training, evenly spread over the part that 
 class TorchPruning:
     """Prunes by Torch-Pruning where the training loop expects a pruner of this package.
 
-    Parameters become new objects, so the optimizer starts afresh after each prune.
+    Parameters become new objects, so the optimizers start afresh after each prune.
     """
 
     activations: tuple[()] = ()
@@ -75,7 +75,7 @@ class TorchPruning:
     def _watch(self, kind: str) -> None:
         if kind == "GroupNorm":  # its sparsity training adds to the gradients
             regularize = self.pruner.regularize
-            self._training.optimizer.register_step_pre_hook(
+            self._training.optimizers[0].register_step_pre_hook(
                 lambda *_: None if self.closed else regularize(self._training.model)
             )
         self._kind = kind
@@ -88,7 +88,7 @@ class TorchPruning:
             prune_to(self.pruner, self._training.model, self._image, share * self._original)
             if self._kind == "GroupNorm":
                 self.pruner.update_regularizer()
-            self._training.optimizer = self._recipe.optimizer(self._training.model)
+            self._training.optimizers = self._recipe.optimizers(self._training.model)
             self._watch(self._kind)
 
     def close(self) -> None:
@@ -152,7 +152,8 @@ class Study:
     def settings(self, contender: str, budget: float, seed: int, **changes: Any) -> RunConfig:
         """The settings of a training; a budget above 1 is a loss budget in thousandths."""
         targets = {"target_macs": budget} if budget <= 1 else {"loss_budget": budget / 1000}
-        options = {"epochs": self.arguments.epochs, "learning_rate": self.arguments.learning_rate, "seed": seed}
+        names = ("epochs", "learning_rate", "muon_learning_rate")
+        options = {"seed": seed, **{name: getattr(self.arguments, name) for name in names}}
         config = settings_of(ShrinkConfig(**{**options, **targets, **changes}), self.saved, len(self.data.train))
         if contender == "contribution":
             pruning = replace(config.pruning, criterion="contribution", threshold=1.0, patience=1)
@@ -165,7 +166,7 @@ class Study:
         config = self.settings(contender, budget, seed, epochs=times * self.arguments.epochs)
         recipe = replace(student_recipe(config, "kddp"), probes=PROBES if contender in OURS else 0)
         model = self.narrower(config, budget) if contender in NARROWER else self.network()
-        training = Training(model, model, recipe.optimizer(model), None, [])
+        training = Training(model, model, recipe.optimizers(model), None, [])
         if contender in OURS:
             run = Run(RunFolder(Path(self.arguments.folder)), self.data, self.runtime, Console(stderr=True))
             training = start_training(run, Job(contender, "kddp", config), model, recipe, self.saved.history)
@@ -241,6 +242,7 @@ def main() -> None:
     parser.add_argument("--data-dir", type=Path)
     parser.add_argument("--epochs", type=int, default=6)
     parser.add_argument("--learning-rate", type=float, default=ShrinkConfig.learning_rate)
+    parser.add_argument("--muon-learning-rate", type=float, default=ShrinkConfig.muon_learning_rate)
     parser.add_argument("--validation", type=int, default=0, help="images to choose settings by, instead of the test's")
     parser.add_argument(
         "--budgets",

@@ -94,7 +94,7 @@ class TeacherConfig:
     batch_size: PositiveInt = 128
     """Images per step."""
     optimizer: TeacherOptimizer = "sgd"
-    """sgd uses Nesterov momentum; muon, for fast, makes the updates of the convolutions orthogonal (Jordan 2024);
+    """sgd has Nesterov momentum; muon takes orthogonal steps for the filters of convolutions (Jordan et al. 2024);
     adam trains most networks of your own."""
     learning_rate: PositiveFloat = 0.4
     """Peak learning rate. sgd and adam warm up over a quarter of the steps, muon starts at the peak; it decays to 0."""
@@ -140,6 +140,9 @@ class StudentConfig:
     """Images per step."""
     learning_rate: PositiveFloat = 3e-3
     """Adam's learning rate at the first step; a cosine schedule decays it to 0."""
+    muon_learning_rate: NaturalFloat = 0.0
+    """Learning rate at the first step of Muon (Jordan et al. 2024), which then trains the filters of convolutions by
+    orthogonal steps: about the share by which a step changes them. 0: Adam trains all parameters."""
     weight_decay: NaturalFloat = 0.0
     """Adam's L2 penalty."""
     select: Annotated[Selection, arg(aliases=("--select",), help_behavior_hint="")] = "last"
@@ -304,9 +307,6 @@ class RunConfig(_Settings):
         if self.pruning.start >= self.pruning.until:
             expected = f"less than --pruning.until, which is {self.pruning.until:g}"
             raise OptionError("pruning.start", expected, self.pruning.start)
-        teacher = self.teacher.network or self.teacher.architecture
-        if self.teacher.optimizer == "muon" and teacher != "fast":
-            raise WorkflowError(f"--teacher.optimizer: muon needs --teacher.architecture fast, got {teacher}")
         if bool(self.teacher.mean) != bool(self.teacher.std):
             raise WorkflowError("--teacher.mean, --teacher.std: expected both or none, got one")
         if self.student.network.count(":") > 1:
@@ -376,6 +376,8 @@ class ShrinkConfig:
     """Images per step. 0: as many as the students of the source's run."""
     learning_rate: PositiveFloat = 1e-3
     """Adam's learning rate at the first step; a cosine schedule decays it to 0."""
+    muon_learning_rate: NaturalFloat = 0.03
+    """The same of Muon, which trains the filters of convolutions; 0: Adam trains them, too."""
     temperature: PositiveFloat = 4.0
     """Divides the logits of both networks."""
     alpha: NaturalShare = 0.9

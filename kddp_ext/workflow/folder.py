@@ -21,8 +21,8 @@ from kddp_ext.workflow.datasets import DatasetInfo
 from kddp_ext.workflow.errors import WorkflowError
 from kddp_ext.workflow.jobs import TEACHER, Point, Stage, points
 
-CHECKPOINT_VERSION = 1
-_CHECKPOINT_FIELDS = {"version", "stage", "model", "optimizer", "pruner", "history", "epochs"}
+CHECKPOINT_VERSION = 2
+_CHECKPOINT_FIELDS = {"version", "stage", "model", "optimizers", "pruner", "history", "epochs"}
 FIGURES = ("test_accuracy", "parameters", "linear_parameters", "macs")  # of every result
 _NO_RUN = "exists and is not a run of kddp. Give another --name or --runs-dir."
 # The settings, besides all of `teacher`, that decide a teacher's weights.
@@ -59,7 +59,7 @@ class RunFolder:
         return self.path / job
 
     def checkpoint(self, job: str) -> Path:
-        """Model, optimizer and pruner after the training's latest epoch."""
+        """Model, optimizers and pruner after the training's latest epoch."""
         return self.job(job) / "checkpoint.pt"
 
     def student(self, job: str) -> Path:

@@ -1,38 +1,25 @@
-"""The fast teacher's optimizer: Muon for its filters, SGD for its biases and classifier (Jordan 2024)."""
+"""Muon, which trains the filters of convolutions (Jordan et al. 2024). Another optimizer trains what else there is."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-FILTER_MOMENTUM = 0.6  # Jordan's value for this family of networks
-
 
 class Muon(torch.optim.Optimizer):
-    """SGD with Nesterov momentum and, for groups with `orthogonalize`, orthogonal steps.
+    """Nesterov momentum with orthogonal steps.
 
     An orthogonal step of a filter bank (O, I, K, K), seen as a matrix of O rows, keeps the singular vectors of the
-    gradient and sets its singular values to about 1, so that rare directions count as much as common ones. The weight
-    is scaled to the norm sqrt(O) before each step, so that the learning rate alone determines the change of direction.
-    A normalisation must follow the layer. From Jordan, Jin, Boza, You, Cesista, Newhouse, Bernstein: "Muon: an
-    optimizer for hidden layers in neural networks" (2024).
-    Each group may override the settings.
+    gradient and sets its singular values to about 1, so that rare directions count as much as common ones. `lr` times
+    the filter bank's norm over sqrt(O) scales it, so that the learning rate alone determines the change of direction.
+    From Jordan, Jin, Boza, You, Cesista, Newhouse, Bernstein: "Muon: an optimizer for hidden layers in neural networks"
+    (2024), where the filter bank is scaled to the norm sqrt(O) instead. Both are alike where a normalisation follows.
     """
 
-    def __init__(
-        self,
-        groups: Iterable[dict[str, Any]],
-        *,
-        lr: float,
-        momentum: float = 0.0,
-        weight_decay: float = 0.0,
-        orthogonalize: bool = False,
-    ) -> None:
-        defaults = {"lr": lr, "momentum": momentum, "weight_decay": weight_decay, "orthogonalize": orthogonalize}
-        super().__init__(groups, defaults)
+    def __init__(self, filters: Iterable[nn.Parameter], *, lr: float, momentum: float) -> None:
+        super().__init__(filters, {"lr": lr, "momentum": momentum})
 
     @torch.no_grad()
     def step(self) -> None:  # type: ignore[override]  # without the closure, which nothing here needs
@@ -42,15 +29,12 @@ class Muon(torch.optim.Optimizer):
                 if parameter.grad is not None:
                     self._step(parameter, parameter.grad, group)
 
-    def _step(self, parameter: nn.Parameter, gradient: Tensor, group: dict[str, Any]) -> None:
-        gradient = gradient.add(parameter, alpha=group["weight_decay"])
+    def _step(self, parameter: nn.Parameter, gradient: Tensor, group: dict[str, float]) -> None:
         momentum = self.state[parameter].setdefault("momentum_buffer", torch.zeros_like(gradient))
         momentum.mul_(group["momentum"]).add_(gradient)
         update = gradient.add(momentum, alpha=group["momentum"])
-        if group["orthogonalize"]:
-            parameter.mul_(len(parameter) ** 0.5 / parameter.norm())
-            update = orthogonalized(update.flatten(1)).view_as(update)
-        parameter.sub_(update, alpha=group["lr"])
+        step = orthogonalized(update.flatten(1)).view_as(update)
+        parameter.sub_(step * (group["lr"] * len(parameter) ** -0.5 * parameter.norm()))
 
 
 def orthogonalized(matrix: Tensor) -> Tensor:

@@ -10,7 +10,7 @@ import dataclasses
 import json
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -286,7 +286,8 @@ def _restore_or_start(
             history.replay(model, (run.data.example(2),))
         model.load_state_dict(saved["model"])
         training = start_training(run, job, model, recipe, history)
-        training.optimizer.load_state_dict(saved["optimizer"])
+        for optimizer, state in zip(training.optimizers, saved["optimizers"], strict=True):
+            optimizer.load_state_dict(state)
         if training.pruner is not None:
             training.pruner.load_state_dict(saved["pruner"])
         training.epochs = saved["epochs"]
@@ -298,12 +299,16 @@ def _restore_or_start(
 
 
 def make_pruner(
-    model: nn.Module, optimizer: torch.optim.Optimizer | None, pruning: PruningConfig, images: Tensor, **options: Any
+    model: nn.Module,
+    optimizers: Sequence[torch.optim.Optimizer],
+    pruning: PruningConfig,
+    images: Tensor,
+    **options: Any,
 ) -> kddp_ext.DynamicPruner:
     """A pruner by the settings of a run; `options` are other arguments of `DynamicPruner`."""
     return kddp_ext.DynamicPruner(
         model,
-        optimizer,
+        optimizers,
         example_inputs=(images,),
         layers=["hidden"] if pruning.layers == "hidden" else None,
         criterion=pruning.criterion,
@@ -325,12 +330,12 @@ def start_training(
     run: Run, job: Job, model: nn.Module, recipe: Recipe, history: kddp_ext.PruningHistory | None = None
 ) -> Training:
     """The state in which a training of `model` begins; `history` is what was pruned from it before."""
-    optimizer, pruning, pruner = recipe.optimizer(model), job.config.pruning, None
+    optimizers, pruning, pruner = recipe.optimizers(model), job.config.pruning, None
     if job.stage == "kddp":
         steps = max(1, len(run.data.train) // recipe.batch_size)
         pruner = make_pruner(
             model,
-            optimizer,
+            optimizers,
             pruning,
             run.data.example(2),
             target_steps=max(1, recipe.checks(steps)),
@@ -339,7 +344,7 @@ def start_training(
             start=recipe.first_step(steps),
         )
     network = compiled(model) if job.config.compile else model  # after the pruner has traced the model
-    return Training(model, network, optimizer, pruner, epochs=[], compiled=job.config.compile)
+    return Training(model, network, optimizers, pruner, epochs=[], compiled=job.config.compile)
 
 
 def _save(run: Run, job: Job, training: Training, recipe: Recipe) -> None:
@@ -352,7 +357,7 @@ def _save(run: Run, job: Job, training: Training, recipe: Recipe) -> None:
         {
             "stage": job.stage,
             "model": training.model.state_dict(),
-            "optimizer": training.optimizer.state_dict(),
+            "optimizers": [each.state_dict() for each in training.optimizers],
             "pruner": None if pruner is None else pruner.state_dict(),
             "history": None if pruner is None else training.history.to_json(),
             "epochs": training.epochs,

@@ -71,6 +71,7 @@ def settings_of(shrink: ShrinkConfig, saved: SavedModel, images: int) -> RunConf
         shift=shrink.shift,
         batch_size=batch_size,
         learning_rate=shrink.learning_rate,
+        muon_learning_rate=shrink.muon_learning_rate,
     )
     pruning = PruningConfig(
         l1_weight=0.0,
@@ -173,7 +174,7 @@ def _calibrated(
     model: nn.Module, data: ImageData, images: int, config: RunConfig, saved: SavedModel, runtime: Runtime
 ) -> kddp_ext.PruningHistory:
     """Prune `model` once; returns what was pruned from it in all. A loss budget refers to the cross entropy."""
-    pruner = make_pruner(model, None, config.pruning, data.example(2), history=saved.history)
+    pruner = make_pruner(model, [], config.pruning, data.example(2), history=saved.history)
     indices = torch.arange(min(images, len(data.train))).split(_CALIBRATION_BATCH)
     batches = (
         (data.normalise(data.train.images[each]), partial(F.cross_entropy, target=data.train.labels[each]))

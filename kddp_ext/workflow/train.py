@@ -14,17 +14,19 @@ from torch import Tensor, nn
 
 import kddp_ext
 from kddp_ext.workflow import distributed
-from kddp_ext.workflow.config import PruningTime, RunConfig, TeacherConfig
+from kddp_ext.workflow.config import PruningTime, RunConfig, StudentConfig, TeacherConfig
 from kddp_ext.workflow.data import ImageData
 from kddp_ext.workflow.errors import WorkflowError
 from kddp_ext.workflow.jobs import Stage
 from kddp_ext.workflow.measure import accuracy, count_parameters
 from kddp_ext.workflow.models import FastTeacher
-from kddp_ext.workflow.muon import FILTER_MOMENTUM, Muon
+from kddp_ext.workflow.muon import Muon
 from kddp_ext.workflow.networks import logits_of
 from kddp_ext.workflow.runtime import PhaseClock, Runtime
 from kddp_ext.workflow.teacher_logits import TeacherLogits
 
+_TEACHER_MUON_MOMENTUM = 0.6  # Jordan's value for this family of networks and batches of 2000
+_STUDENT_MUON_MOMENTUM = 0.9
 _TERMS = ("loss", "kd", "cross_entropy", "l1", "correct")
 
 
@@ -56,7 +58,7 @@ class Recipe:
     epochs: int
     batch_size: int
     learning_rate: Callable[[float], float]
-    optimizer: Callable[[nn.Module], torch.optim.Optimizer]
+    optimizers: Callable[[nn.Module], list[torch.optim.Optimizer]]
     loss: kddp_ext.LossSettings
     l1_warmup: int = 0
     l1_until: float = 1.0
@@ -112,7 +114,7 @@ class Training:
 
     model: nn.Module
     network: Callable[[Tensor], Any]
-    optimizer: torch.optim.Optimizer
+    optimizers: list[torch.optim.Optimizer]
     pruner: kddp_ext.DynamicPruner | None
     epochs: list[dict[str, Any]]
     compiled: bool = False
@@ -134,42 +136,53 @@ def teacher_recipe(config: RunConfig) -> Recipe:
         epochs=0 if teacher.has_weights else teacher.epochs,
         batch_size=teacher.batch_size,
         learning_rate=lambda position: teacher.learning_rate * schedule(position),
-        optimizer=lambda model: _teacher_optimizer(model, teacher),
+        optimizers=lambda model: _teacher_optimizers(model, teacher),
         loss=kddp_ext.LossSettings(alpha=0.0, label_smoothing=teacher.label_smoothing),
         frozen_from=FastTeacher.frozen_from if teacher.architecture == "fast" and not teacher.network else {},
         shift=teacher.shift,
     )
 
 
-def _teacher_optimizer(model: nn.Module, teacher: TeacherConfig) -> torch.optim.Optimizer:
-    orthogonal = teacher.optimizer == "muon"
-    groups: dict[float, list[nn.Parameter]] = defaultdict(list)
-    filters = []
-    for name, parameter in model.named_parameters():
-        if not parameter.requires_grad:
-            continue
-        if orthogonal and parameter.ndim == 4:
-            filters.append(parameter)
-        elif name.endswith("bias"):
-            groups[teacher.bias_learning_rate].append(parameter)
+def _teacher_optimizers(model: nn.Module, teacher: TeacherConfig) -> list[torch.optim.Optimizer]:
+    muon, others = _split(model, teacher.learning_rate if teacher.optimizer == "muon" else 0.0, _TEACHER_MUON_MOMENTUM)
+    factors: dict[float, list[nn.Parameter]] = defaultdict(list)
+    for name, parameter in others:
+        if name.endswith("bias"):
+            factors[teacher.bias_learning_rate].append(parameter)
         else:
-            groups[teacher.classifier_learning_rate if name.startswith("classifier") else 1.0].append(parameter)
-    others = [  # the decay of a step does not depend on the group's factor
+            factors[teacher.classifier_learning_rate if name.startswith("classifier") else 1.0].append(parameter)
+    groups = [  # the decay of a step does not depend on the group's factor
         {"params": parameters, "scale": scale, "weight_decay": teacher.weight_decay / scale}
-        for scale, parameters in groups.items()
+        for scale, parameters in factors.items()
     ]
-    if orthogonal:
-        others.append({"params": filters, "orthogonalize": True, "momentum": FILTER_MOMENTUM})
-        return Muon(others, lr=teacher.learning_rate, momentum=teacher.momentum)
+    rate, momentum = teacher.learning_rate, teacher.momentum
     if teacher.optimizer == "adam":
-        return torch.optim.Adam(others, lr=teacher.learning_rate, betas=(teacher.momentum, 0.999), fused=True)
-    return torch.optim.SGD(
-        others, lr=teacher.learning_rate, momentum=teacher.momentum, nesterov=teacher.momentum > 0, fused=True
-    )
+        return [torch.optim.Adam(groups, lr=rate, betas=(momentum, 0.999), fused=True)]
+    return [*muon, torch.optim.SGD(groups, lr=rate, momentum=momentum, nesterov=momentum > 0, fused=True)]
+
+
+def _student_optimizers(model: nn.Module, student: StudentConfig) -> list[torch.optim.Optimizer]:
+    muon, others = _split(model, student.muon_learning_rate, _STUDENT_MUON_MOMENTUM)
+    for optimizer in muon:
+        optimizer.param_groups[0]["scale"] = student.muon_learning_rate / student.learning_rate
+    parameters, decay = [parameter for _, parameter in others], student.weight_decay
+    return [*muon, torch.optim.Adam(parameters, lr=student.learning_rate, weight_decay=decay, fused=True)]
+
+
+def _split(
+    model: nn.Module, muon_learning_rate: float, momentum: float
+) -> tuple[list[torch.optim.Optimizer], list[tuple[str, nn.Parameter]]]:
+    """Muon for the filters of `model`, unless its learning rate is 0 or all are filters, and the other parameters."""
+    trained = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
+    filters = [parameter for _, parameter in trained if muon_learning_rate and parameter.ndim == 4]
+    if not filters or len(filters) == len(trained):  # an optimizer needs parameters
+        return [], trained
+    others = [(name, parameter) for name, parameter in trained if parameter.ndim != 4]
+    return [Muon(filters, lr=muon_learning_rate, momentum=momentum)], others
 
 
 def student_recipe(config: RunConfig, stage: Stage) -> Recipe:
-    """Adam with a cosine schedule. The students' recipes differ only in the terms of the loss."""
+    """Adam and perhaps Muon, with a cosine schedule. The students' recipes differ only in the terms of the loss."""
     student, pruning = config.student, config.pruning
     return Recipe(
         stage=stage,
@@ -177,9 +190,7 @@ def student_recipe(config: RunConfig, stage: Stage) -> Recipe:
         epochs=student.epochs,
         batch_size=student.batch_size,
         learning_rate=lambda position: student.learning_rate * (1 + math.cos(math.pi * position)) / 2,
-        optimizer=lambda model: torch.optim.Adam(
-            model.parameters(), lr=student.learning_rate, weight_decay=student.weight_decay, fused=True
-        ),
+        optimizers=lambda model: _student_optimizers(model, student),
         loss=config.distillation.loss(
             alpha=0.0 if stage == "scratch" else config.distillation.alpha,
             l1_weight=pruning.l1_weight if stage == "kddp" else 0.0,
@@ -306,8 +317,9 @@ def _train_step(
     teacher_logits: Tensor | None,
 ) -> Tensor:
     """Make one step of the optimizer; returns the values of `_TERMS` on the device, without waiting for it."""
-    for group in training.optimizer.param_groups:
-        group["lr"] = recipe.learning_rate(position) * group.get("scale", 1.0)
+    for optimizer in training.optimizers:
+        for group in optimizer.param_groups:
+            group["lr"] = recipe.learning_rate(position) * group.get("scale", 1.0)
     with clock.phase("student"), runtime.autocast():
         logits = logits_of(training.network(images))
     with clock.phase("loss"):
@@ -320,9 +332,10 @@ def _train_step(
             **{**vars(recipe.loss), "l1_weight": recipe.l1_weight_at(position)},
         )
     with clock.phase("student"):
-        training.optimizer.zero_grad()
+        training.model.zero_grad()
         loss.backward()
-        training.optimizer.step()
+        for optimizer in training.optimizers:
+            optimizer.step()
     if recipe.probes:
         training.losses.append(loss.detach())
     return torch.stack([loss.detach(), terms.kd, terms.ce, terms.l1, terms.correct])
@@ -347,7 +360,7 @@ def _show(training: Training, recipe: Recipe, runtime: Runtime, batches: Iterabl
     training.pruner.reset()  # the training steps' activations were not read
     batches_and_losses = ((images, lambda _: loss) for images in batches)
     measure_saliency(training.pruner, batches_and_losses, recipe.loss, runtime, seed)
-    training.optimizer.zero_grad()
+    training.model.zero_grad()
     training.model.train()
 
 

@@ -141,10 +141,6 @@ def test_options_override_the_preset(started: Calls, tmp_path: Path) -> None:
             "--seed: expected a whole number of at most 63 bits, got 9999999999999999999",
         ),
         ("run --threads -2", "--threads: expected a number of at least 0, got -2"),
-        (
-            "run --teacher.optimizer muon --teacher.architecture resnet20",
-            "--teacher.optimizer: muon needs --teacher.architecture fast, got resnet20",
-        ),
         ("sweep --seeds 0 0", "--seeds: expected different values, got (0, 0)"),
         ("sweep --seeds", "--seeds: expected at least one seed, got none"),
         ("sweep --widths 0", "--widths: expected a positive number, got (0,)"),

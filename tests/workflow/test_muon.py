@@ -1,4 +1,4 @@
-"""Muon, compared with singular value decompositions and with torch's SGD."""
+"""Muon, compared with singular value decompositions, and what it trains."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from kddp_ext.workflow.config import RunConfig, TeacherConfig
+from kddp_ext.workflow.config import RunConfig, StudentConfig, TeacherConfig
 from kddp_ext.workflow.datasets import INFO
-from kddp_ext.workflow.models import build_teacher
-from kddp_ext.workflow.muon import FILTER_MOMENTUM, Muon, orthogonalized
-from kddp_ext.workflow.train import teacher_recipe
+from kddp_ext.workflow.models import build_student, build_teacher
+from kddp_ext.workflow.muon import Muon, orthogonalized
+from kddp_ext.workflow.train import student_recipe, teacher_recipe
 
 
 def normal(*shape: int, seed: int = 0) -> Tensor:
@@ -32,48 +32,48 @@ def test_orthogonalized_zeros_are_zeros() -> None:
     assert not orthogonalized(torch.zeros(3, 5)).any()
 
 
-def test_muon_without_orthogonal_steps_is_sgd() -> None:
-    start = normal(4, 3)
-    mine, reference = (nn.Parameter(start.clone()) for _ in range(2))
-    settings = {"lr": 0.1, "momentum": 0.8, "weight_decay": 0.05}
-    optimizers = (Muon([{"params": [mine]}], **settings), torch.optim.SGD([reference], nesterov=True, **settings))
-    for step in range(4):
-        for parameter in (mine, reference):
-            parameter.grad = normal(4, 3, seed=step)
-        for optimizer in optimizers:
-            optimizer.param_groups[0]["lr"] = 0.1 / (1 + step)
-            optimizer.step()
-    torch.testing.assert_close(mine, reference)
-
-
-def test_a_filter_bank_is_scaled_and_moves_by_an_orthogonal_step() -> None:
-    start, gradient = normal(6, 2, 3, 3), normal(6, 2, 3, 3, seed=1)
+@pytest.mark.parametrize("scale", [1e-3, 1.0, 1e3])
+def test_a_step_is_orthogonal_and_relative_to_the_filters(scale: float) -> None:
+    start, gradients = scale * normal(6, 2, 3, 3), [normal(6, 2, 3, 3, seed=seed) for seed in (1, 2)]
     weight = nn.Parameter(start.clone())
-    weight.grad = gradient.clone()
-    Muon([{"params": [weight], "orthogonalize": True}], lr=0.24, momentum=0.6).step()
-    moved = (start * 6**0.5 / start.norm() - weight) / 0.24
-    torch.testing.assert_close(moved.flatten(1), orthogonalized(gradient.flatten(1)))
+    optimizer = Muon([weight], lr=0.24, momentum=0.6)
+    momentum = torch.zeros_like(start)
+    for gradient in gradients:
+        before = weight.detach().clone()
+        weight.grad = gradient.clone()
+        optimizer.step()
+        momentum = 0.6 * momentum + gradient
+        moved = (before - weight) / before.norm() * 6**0.5 / 0.24
+        torch.testing.assert_close(moved.flatten(1), orthogonalized((gradient + 0.6 * momentum).flatten(1)))
 
 
 def test_training_continues_exactly_from_a_saved_state() -> None:
-    weights = [nn.Parameter(normal(6, 18).view(6, 2, 3, 3)), nn.Parameter(normal(5))]
-    groups = [{"params": weights[:1], "orthogonalize": True}, {"params": weights[1:], "weight_decay": 0.1}]
+    weight = nn.Parameter(normal(6, 2, 3, 3))
 
     def steps(optimizer: torch.optim.Optimizer, first: int, last: int) -> None:
         for step in range(first, last):
-            for parameter in optimizer.param_groups[0]["params"] + optimizer.param_groups[1]["params"]:
-                parameter.grad = normal(*parameter.shape, seed=step)
+            optimizer.param_groups[0]["params"][0].grad = normal(6, 2, 3, 3, seed=step)
             optimizer.step()
 
-    optimizer = Muon(groups, lr=0.1, momentum=0.9)
+    optimizer = Muon([weight], lr=0.1, momentum=0.9)
     steps(optimizer, 0, 2)
-    others = copy.deepcopy(weights)
-    other = Muon([{"params": others[:1]}, {"params": others[1:]}], lr=1.0)
+    resumed = copy.deepcopy(weight)
+    other = Muon([resumed], lr=1.0, momentum=0.0)
     other.load_state_dict(copy.deepcopy(optimizer.state_dict()))
     steps(optimizer, 2, 4)
     steps(other, 2, 4)
-    for mine, expected in zip(others, weights, strict=True):
-        assert torch.equal(mine, expected)
+    assert torch.equal(resumed, weight)
+
+
+def settings(model: nn.Module, optimizers: list[torch.optim.Optimizer]) -> dict[str, tuple[str, float, float]]:
+    """What trains each parameter: the optimizer, the factor on its learning rate and the weight decay."""
+    names = {parameter: name for name, parameter in model.named_parameters()}
+    return {
+        names[parameter]: (type(each).__name__, group.get("scale", 1.0), group.get("weight_decay", 0.0))
+        for each in optimizers
+        for group in each.param_groups
+        for parameter in group["params"]
+    }
 
 
 def test_every_parameter_of_the_teacher_has_its_own_learning_rate() -> None:
@@ -82,19 +82,32 @@ def test_every_parameter_of_the_teacher_has_its_own_learning_rate() -> None:
     )
     config = RunConfig(dataset="cifar10", teacher=teacher)
     model = build_teacher(config, INFO["cifar10"])
-    names = {parameter: name for name, parameter in model.named_parameters()}
-    found = {
-        names[parameter]: (group.get("scale", 1.0), group["weight_decay"], group["orthogonalize"], group["momentum"])
-        for group in teacher_recipe(config).optimizer(model).param_groups
-        for parameter in group["params"]
-    }
     expected = {
-        name: (1.0, 0.0, True, FILTER_MOMENTUM)
+        name: ("Muon", 1.0, 0.0)
         if parameter.ndim == 4
-        else (7.0, 0.02 / 7, False, 0.9)
+        else ("SGD", 7.0, 0.02 / 7)
         if name == "classifier.weight"
-        else (400.0, 0.02 / 400, False, 0.9)
+        else ("SGD", 400.0, 0.02 / 400)
         for name, parameter in model.named_parameters()
         if parameter.requires_grad
     }
-    assert found == expected
+    assert settings(model, teacher_recipe(config).optimizers(model)) == expected
+
+
+@pytest.mark.parametrize("rate", [0.0, 0.06])
+def test_muon_trains_a_students_filters_if_it_has_a_learning_rate(rate: float) -> None:
+    student = StudentConfig(learning_rate=0.003, muon_learning_rate=rate, weight_decay=0.1)
+    config = RunConfig(dataset="cifar10", student=student)
+    model = build_student(config, INFO["cifar10"])
+    expected = {
+        name: ("Muon", pytest.approx(20.0), 0.0) if rate and parameter.ndim == 4 else ("Adam", 1.0, 0.1)
+        for name, parameter in model.named_parameters()
+    }
+    assert settings(model, student_recipe(config, "kd").optimizers(model)) == expected
+
+
+def test_muon_leaves_a_network_without_filters_to_the_other_optimizer() -> None:
+    config = RunConfig(student=StudentConfig(muon_learning_rate=0.1), teacher=TeacherConfig(optimizer="muon"))
+    for recipe in (student_recipe(config, "kd"), teacher_recipe(config)):
+        (optimizer,) = recipe.optimizers(nn.Linear(4, 2))
+        assert not isinstance(optimizer, Muon)

@@ -77,7 +77,7 @@ def test_the_whitenings_bias_learns_in_three_epochs_and_the_filters_in_all(
         seen.append(tuple(model.get_parameter(name).detach().clone() for name in ("whitening.bias", filters)))
 
     filters = "blocks.0.layers.0.weight"
-    training = Training(model, model, recipe.optimizer(model), None, [])
+    training = Training(model, model, recipe.optimizers(model), None, [])
     train(training, recipe, data, None, Runtime(), epoch_done)
     moved = [(before[0] - after[0]).any() for before, after in pairwise(seen)]
     assert moved == [True, True, False, False]
@@ -87,7 +87,7 @@ def test_the_whitenings_bias_learns_in_three_epochs_and_the_filters_in_all(
 def test_a_teacher_of_the_users_own_is_trained_with_adam() -> None:
     config = for_own_networks(preset("digits", "default"), "networks:big", "")
     recipe = teacher_recipe(config)
-    optimizer = recipe.optimizer(nn.Linear(4, 2))
+    (optimizer,) = recipe.optimizers(nn.Linear(4, 2))
     assert isinstance(optimizer, torch.optim.Adam)
     assert (recipe.learning_rate(0.0), recipe.learning_rate(1.0)) == pytest.approx((2e-4, 0))
     assert recipe.frozen_from == {}

@@ -78,9 +78,9 @@ def unfinished(run: Path, stage: str) -> Path:
     [
         ({"pruner": "nonsense"}, "does not fit this run"),
         ({"history": "nonsense"}, "does not fit this run"),
-        ({"optimizer": "nonsense"}, "does not fit this run"),
+        ({"optimizers": ["nonsense"]}, "does not fit this run"),
         ({"stage": "scratch"}, "belongs to the stage scratch"),
-        ({"version": 0}, "has version 0; expected 1"),
+        ({"version": 0}, "has version 0; expected 2"),
         ({"model": {}}, "does not fit this run: .*Missing key"),
         (None, "is not a checkpoint of kddp"),
     ],
