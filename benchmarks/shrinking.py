@@ -49,6 +49,7 @@ TORCH_PRUNING = (
     "GroupTaylor" + _EACH_LAYER,
 )
 NARROWER = ("narrower", "narrower, three times the passes")
+UNPRUNED = "unpruned"  # shows what the same training costs and gains without pruning
 _FINEST = 400  # steps in which Torch-Pruning removes everything; it stops at the budget
 _PRUNES = 6  # of Torch-Pruning in a training, evenly spread over the part that prunes
 
@@ -251,8 +252,9 @@ def main() -> None:
         default=[0.7, 0.5, 0.25],
         help="shares of the MACs, or loss budgets in thousandths if above 1",
     )
-    parser.add_argument("--contenders", nargs="*", default=[*OURS, *TORCH_PRUNING, *NARROWER])
-    parser.add_argument("--at-once", nargs="*", default=[*AT_ONCE])
+    contenders = [*OURS, *TORCH_PRUNING, *NARROWER]
+    parser.add_argument("--contenders", nargs="*", default=contenders, choices=[*contenders, UNPRUNED])
+    parser.add_argument("--at-once", nargs="*", default=[*AT_ONCE], choices=AT_ONCE)
     parser.add_argument("--seeds", type=int, nargs="*", default=[0, 1, 2])
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--markdown", metavar="FILE", help="fill the tables of this page")
