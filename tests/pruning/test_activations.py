@@ -50,6 +50,38 @@ def test_two_passes_before_one_loss_are_an_error_from_which_the_next_step_recove
     torch.testing.assert_close(gradients(model, pruner, logits, pruner.activations), expected(model, pruner))
 
 
+class Twice(nn.Module):
+    """Calls its block twice. A batch of two rows is interrupted between the calls."""
+
+    def __init__(self):
+        super().__init__()
+        self.block = nn.Sequential(nn.Linear(4, 5), nn.ReLU(), nn.Linear(5, 4))
+
+    def forward(self, x):
+        first = self.block(x)
+        if len(x) == 2:
+            raise ValueError("interrupted")
+        return self.block(first)
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.enable_grad])
+def test_an_interrupted_pass_of_a_layer_that_is_called_twice_is_an_error_from_which_the_next_recovers(mode):
+    torch.manual_seed(0)
+    model, x = Twice(), torch.randn(6, 4)
+    pruner = kddp_ext.DynamicPruner(model, example_inputs=(x,))
+
+    def values():
+        model(x)
+        return [each.detach().clone() for each in pruner.activations]
+
+    wanted = values()
+    with pytest.raises(ValueError, match="interrupted"), mode():
+        model(x[:2])
+    with pytest.raises(RuntimeError, match="more than one forward pass with gradients"):
+        values()
+    torch.testing.assert_close(values(), wanted, rtol=0, atol=0)
+
+
 def test_passes_whose_activations_are_read_in_between_each_count():
     model = make_model()
     pruner = make_pruner(model)
