@@ -17,20 +17,23 @@ from benchmarks.settings import Settings
 # intermediate results to the inputs' dtype; a wrong formula differs by more.
 TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 5e-2}
 
+# The student's and the teacher's logit of the label in confident rows; those of other classes are normal.
+CONFIDENT_LOGITS = (12.0, 15.0)
+
 Loss = Callable[["Inputs"], Tensor]
 
 
 class Shape(NamedTuple):
     """N rows of C classes, (N, H) activations of one layer (H = 0 for none), and labels.
 
-    Of `labels` with padding, every other one is `ignore_index`.
+    Of `labels` with padding, every other one is `ignore_index`. Confident rows have one logit far above all others.
     """
 
     rows: int
     classes: int
     neurons: int
     dtype: torch.dtype = torch.float32
-    labels: Literal["classes", "probabilities", "padding"] = "classes"
+    labels: Literal["classes", "probabilities", "padding", "confident"] = "classes"
 
     def __str__(self) -> str:
         activations = f" with {self.rows}×{self.neurons}" if self.neurons else ""
@@ -75,6 +78,9 @@ def make_inputs(shape: Shape, device: str = "cpu") -> Inputs:
         labels[1::2] = -100
     elif shape.labels == "probabilities":
         labels = normal(shape.classes).softmax(1).to(device, shape.dtype)
+    elif shape.labels == "confident":
+        for logits, peak in zip((student, teacher), CONFIDENT_LOGITS, strict=True):
+            logits.scatter_(1, labels[:, None], peak)
     activations = []
     if shape.neurons:
         activation = torch.relu(normal(shape.neurons))

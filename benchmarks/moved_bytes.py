@@ -19,7 +19,7 @@ def needed_bytes(shape: Shape) -> int:
     of logits for labels that are probabilities. Logits of rows that are padding need not be read. Other labels are not
     counted, nor the lines that a processor reads before it overwrites them.
     """
-    arrays = {"classes": 3, "probabilities": 4, "padding": 2}[shape.labels]
+    arrays = {"classes": 3, "confident": 3, "probabilities": 4, "padding": 2}[shape.labels]
     return (arrays * shape.rows * shape.classes + 2 * shape.rows * shape.neurons) * shape.dtype.itemsize
 
 

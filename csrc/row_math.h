@@ -129,7 +129,7 @@ KDDP_INLINE double divisor_of(Moments moments) { return moments.deviation + 1e-7
 
 struct ChunkSums {
     double student_reference, teacher_reference;
-    double highest;                       // highest logit of the student
+    double highest;                       // highest logit of the student; 0 on a GPU
     double student, teacher;              // sum e^u, sum e^v
     double untempered;                    // sum e^(s - r_s)
     double dot;                           // sum e^v (v - u), in the weighted form sum e^u (u - v)

@@ -1,6 +1,6 @@
 // What is computed for each class of a row: exponentials, their sums, and the gradient.
 //
-// All threads that share a row use the same references, so their sums can be added without rescaling.
+// All threads that share a row use the same references in the end, so their sums can be added.
 #pragma once
 
 #include "cuda/elements.cuh"
@@ -93,6 +93,32 @@ KDDP_DEVICE Element<T> add_element(const LossLaunch& launch, const LogitScale<T>
     if (Types::is_usual || launch.exp_reuse != ExpReuse::absent)
         sums.untempered += untempered_of<Types>(launch, e.student, margin, scale.unit);
     return e;
+}
+
+// Converts a thread's sums to other references, as merge() in row_math.h does. A factor of 0 leaves out what may be
+// infinite.
+template <class Types, GradientForm form, class T>
+KDDP_DEVICE void rebase_sums(const LossLaunch& launch, const LogitScale<T>& from, const LogitScale<T>& to,
+                             ElementSums<T>& sums) {
+    const CallTraits traits = traits_for<Types>(launch);
+    const T shift = from.student_reference - to.student_reference, factor = fast_exp2(shift * to.student_to_exponent);
+    const T moment = sums.student_moment + shift * sums.student;
+    if (traits.with_teacher) {
+        const T teacher_shift = from.teacher_reference - to.teacher_reference;
+        const T teacher_factor = fast_exp2(teacher_shift * to.teacher_to_exponent);
+        const T delta = shift * to.student_to_nats - teacher_shift * to.teacher_to_nats;
+        if constexpr (form == GradientForm::difference) {
+            sums.dot = product_or_zero(teacher_factor, sums.dot - delta * sums.teacher);
+            sums.other_moment = product_or_zero(teacher_factor, sums.other_moment + shift * sums.teacher);
+        } else {
+            sums.other_moment = product_or_zero(factor, sums.other_moment + shift * sums.dot + delta * moment);
+            sums.dot = product_or_zero(factor, sums.dot + delta * sums.student);
+        }
+        sums.teacher *= teacher_factor;
+    }
+    sums.student_moment = product_or_zero(factor, moment);
+    sums.student *= factor;
+    sums.untempered *= untempered_of<Types>(launch, factor, shift, to.unit);
 }
 
 // What a second pass needs of the whole row. Probabilities are multiplied by the student's sum, which saves keeping one

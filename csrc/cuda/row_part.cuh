@@ -1,7 +1,8 @@
 // The passes over a row of logits, or over the part of it that a team works on.
 //
 // A cached part is read once and kept in shared memory. A part that is too long for that is read again in each of two
-// passes: the first takes its references from the first vectors, and is repeated if they turn out too far off.
+// passes. In the first one the references are not known yet: each thread has its own, which follow the logits that it
+// reads (Milakov and Gimelshein, "Online normalizer calculation for softmax", 2018).
 #pragma once
 
 #include <algorithm>
@@ -124,7 +125,7 @@ class RowPart {
         double values[1] = {0}, sums[1];
         const CachedRow<T, n> cache{{of_student ? student_cache_.memory.data : teacher_cache_.memory.data},
                                     student_cache_.vectors};
-        for_each_position(vectors_, [&](int p, int v, int first) {
+        for_each_position([&](int p, int v, int first) {
             T x[m];
             if constexpr (cached)
                 cache.load(p, v, x);
@@ -163,27 +164,52 @@ class RowPart {
         numbers(teacher_cache_).store(label_index(), lowest_number<T>);
     }
 
-    // The highest logits of a cached part, or of the first vectors of another, for every thread. `highest`: what load()
-    // has returned.
+    // Sets the references of a cached part to its highest logits. `highest`: what load() has returned.
     KDDP_DEVICE void find_references(Highest<T> highest, LogitScale<T>& scale) {
-        const int end = cached ? vectors_ : Team<lanes>::size();
+        if constexpr (!cached) return;
         if (!loads_references)
-            for_each_chunk_until(end < vectors_ ? end : vectors_,
-                                 [&](int, int, int, const T(&s)[m], const T(&t)[m]) { raise(highest, s, t); });
+            for_each_chunk([&](int, int, int, const T(&s)[m], const T(&t)[m]) { raise(highest, s, t); });
         maxima_of_team<lanes>(highest.student, highest.teacher, scratch_);
         set_references(highest, scale);
     }
 
-    // The sums of the part relative to the references, for the team's first warp, and the student's highest logit. The
-    // last sum counts the threads that hold a class which ranks above the label.
-    KDDP_DEVICE T sum(LogitScale<T>& scale, T label_logit, double (&sums)[7]) {
-        Highest<T> highest{scale.student_reference, scale.teacher_reference};
-#pragma unroll 1
-        while (!sum_once(scale, label_logit, sums, highest)) {
+    // The sums of the part relative to the references, for the team's first warp. The last sum counts the threads that
+    // hold a class which ranks above the label. Sets the references of a part that is not cached.
+    KDDP_DEVICE void sum(LogitScale<T>& scale, T label_logit, double (&sums)[7]) {
+        ElementSums<T> thread;
+        bool outranked = false;
+        const bool mixture = mixes();
+        if (!cached) set_references({}, scale);
+        LogitScale<T> own = scale;
+        for_each_chunk([&](int p, int v, int first, T(&s)[m], T(&t)[m]) {
+            const int before = before_label_ - first;
+            if (!cached) raise_references(s, t, own, thread);
+#pragma unroll
+            for (int i = 0; i < m; ++i) {
+                outranked |= s[i] > label_logit || (s[i] == label_logit && i < before);
+                const T margin = s[i] - own.student_reference;
+                const T teacher_margin = traits().with_teacher ? t[i] - own.teacher_reference : T(0);
+                const Element<T> e = add_element<Types, form>(launch_, own, margin, teacher_margin, thread);
+                s[i] = caches_exponentials() && !mixture ? e.student : margin;
+                t[i] = mixture ? teacher_margin : e.other;
+            }
+            if constexpr (cached) {
+                student_cache_.store(p, v, s);
+                if (traits().with_teacher) teacher_cache_.store(p, v, t);
+            }
+        });
+        if (!cached) {
+            Highest<T> highest{own.student_reference, own.teacher_reference};
             Team<lanes>::sync();
+            maxima_of_team<lanes>(highest.student, highest.teacher, scratch_);
             set_references(highest, scale);
+            rebase_sums<Types, form>(launch_, own, scale, thread);
         }
-        return highest.student;
+        const T values[] = {thread.student, thread.teacher,    thread.student_moment, thread.other_moment,
+                            thread.dot,     thread.untempered, T(outranked ? 1 : 0)};
+        // Quotients of the first sums are later subtracted from one another, or from similar numbers.
+        const int cancelling = form == GradientForm::weighted ? 5 : traits().standardize ? 4 : 0;
+        sums_of_team<lanes>(values, sums, false, scratch_, cancelling);
     }
 
     // The sums over the targets, for the team's first warp, and the predictions with classes counted from the part's
@@ -410,26 +436,22 @@ class RowPart {
     // Calls function(plane, vector, first class) for this thread's chunks. The lanes of a warp start each plane
     // together: lanes in different planes could meet in a bank.
     template <class Function>
-    KDDP_DEVICE void for_each_position(int end, Function function) const {
+    KDDP_DEVICE void for_each_position(Function function) const {
 #pragma unroll 1
         for (int p = 0; p < planes; ++p) {
             if (p > 0) __syncwarp();
 #pragma unroll 1
-            for (int v = rank(); v < end; v += Team<lanes>::size()) function(p, v, first_of(v) + p * m);
+            for (int v = rank(); v < vectors_; v += Team<lanes>::size()) function(p, v, first_of(v) + p * m);
         }
     }
     // Calls function(plane, vector, first class, student, teacher) with the values of each chunk.
     template <class Function>
-    KDDP_DEVICE void for_each_chunk_until(int end, Function function) const {
-        for_each_position(end, [&](int p, int v, int first) {
+    KDDP_DEVICE void for_each_chunk(Function function) const {
+        for_each_position([&](int p, int v, int first) {
             T s[m], t[m];
             load_chunk(p, v, s, t);
             function(p, v, first, s, t);
         });
-    }
-    template <class Function>
-    KDDP_DEVICE void for_each_chunk(Function function) const {
-        for_each_chunk_until(vectors_, function);
     }
 
     template <int count>
@@ -446,50 +468,28 @@ class RowPart {
         scale.teacher_reference = traits().with_teacher ? reference_of(highest.teacher) : T(0);
     }
 
-    // One pass of sum(). Returns false, and the highest logits, if the references are too far from them.
-    KDDP_DEVICE bool sum_once(const LogitScale<T>& scale, T label_logit, double (&sums)[7], Highest<T>& highest) {
-        ElementSums<T> thread;
-        bool outranked = false;
-        const bool mixture = mixes();
-        if (!cached) highest = {};
-        for_each_chunk([&](int p, int v, int first, T(&s)[m], T(&t)[m]) {
-            const int before = before_label_ - first;
-            if (!cached) raise(highest, s, t);
-#pragma unroll
-            for (int i = 0; i < m; ++i) {
-                outranked |= s[i] > label_logit || (s[i] == label_logit && i < before);
-                const T margin = s[i] - scale.student_reference;
-                const T teacher_margin = traits().with_teacher ? t[i] - scale.teacher_reference : T(0);
-                const Element<T> e = add_element<Types, form>(launch_, scale, margin, teacher_margin, thread);
-                s[i] = caches_exponentials() && !mixture ? e.student : margin;
-                t[i] = mixture ? teacher_margin : e.other;
-            }
-            if constexpr (cached) {
-                student_cache_.store(p, v, s);
-                if (traits().with_teacher) teacher_cache_.store(p, v, t);
-            }
-        });
-        const T values[] = {thread.student, thread.teacher,    thread.student_moment, thread.other_moment,
-                            thread.dot,     thread.untempered, T(outranked ? 1 : 0)};
-        if (!cached) {
-            Team<lanes>::sync();
-            maxima_of_team<lanes>(highest.student, highest.teacher, scratch_);
-            if (!reference_ok(highest.student, scale.student_reference, scale.student_to_nats, scale.unit) ||
-                (traits().with_teacher &&
-                 !reference_ok(highest.teacher, scale.teacher_reference, scale.teacher_to_nats, T(1))))
-                return false;
-        }
-        // Quotients of the first sums are later subtracted from one another, or from similar numbers.
-        const int cancelling = form == GradientForm::weighted ? 5 : traits().standardize ? 4 : 0;
-        sums_of_team<lanes>(values, sums, false, scratch_, cancelling);
-        return true;
+    // Raises a thread's references to the highest logits of a chunk that is too far above them, and converts its sums.
+    KDDP_DEVICE void raise_references(const T (&s)[m], const T (&t)[m], LogitScale<T>& own,
+                                      ElementSums<T>& sums) const {
+        Highest<T> highest;
+        raise(highest, s, t);
+        const bool is_far =
+            highest.student - own.student_reference > reach(own.student_to_nats, own.unit) ||
+            (traits().with_teacher && highest.teacher - own.teacher_reference > reach(own.teacher_to_nats, T(1)));
+        if (__builtin_expect(!is_far, 1)) return;
+        LogitScale<T> raised = own;
+        raised.student_reference = larger(highest.student, own.student_reference);
+        raised.teacher_reference = larger(highest.teacher, own.teacher_reference);
+        rebase_sums<Types, form>(launch_, own, raised, sums);
+        own = raised;
     }
 
-    // False if exponentials relative to this reference could overflow or lose accuracy. The weighted form allows less:
-    // its differences amplify what a distant reference rounds away.
-    static KDDP_DEVICE bool reference_ok(T highest, T reference, T to_nats, T unit) {
-        const T delta = magnitude(reference_of(highest) - reference), reach = form == GradientForm::weighted ? 1 : 8;
-        return !(delta * unit > reach || delta * to_nats > reach);
+    // How far logits may be above their reference: exponentials must not overflow, and what a distant reference rounds
+    // away is amplified by the differences of the weighted form.
+    static KDDP_DEVICE T reach(T to_nats, T unit) {
+        if constexpr (Types::is_usual) return 8;  // their temperatures are at least 1
+        constexpr T nats = form == GradientForm::weighted ? 1 : 8;
+        return std::min(8 / unit, nats / to_nats);
     }
 
     // The element of a class for the gradient, from the cached values or from the logits.

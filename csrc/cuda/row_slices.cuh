@@ -35,14 +35,13 @@ class Slices {
         }
         wait();
         if (threadIdx.x != 0) return;
-        sums = {-HUGE_VAL, -HUGE_VAL, -HUGE_VAL, 0, 0, 0, 0, 0, 0, 0};
+        sums = {-HUGE_VAL, -HUGE_VAL, 0, 0, 0, 0, 0, 0, 0, 0};
         double outranked_slices = 0;
 #pragma unroll 1
         for (int i = 0; i < launch_.slices; ++i) {
             const ChunkSums* other = &record(i)->sums;
             sums.student_reference = larger(sums.student_reference, load_workspace(&other->student_reference));
             sums.teacher_reference = larger(sums.teacher_reference, load_workspace(&other->teacher_reference));
-            sums.highest = larger(sums.highest, load_workspace(&other->highest));
             outranked_slices += load_workspace(&record(i)->outranked);
         }
 #pragma unroll 1

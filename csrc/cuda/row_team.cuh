@@ -183,17 +183,16 @@ class TeamRows {
     KDDP_DEVICE void compute_sums(Part& part, LogitScale<T>& scale, T student_logit, double logits) {
         TeamRecord& record = own_record();
         double sums[7];
-        const T highest = part.sum(scale, student_logit, sums);
+        part.sum(scale, student_logit, sums);
         if (!cached && traits().with_targets) {
             Team<lanes>::sync();
-            compute_targets(part, reference_of(highest), student_logit);
+            compute_targets(part, scale.student_reference, student_logit);
         }
         const auto& [student, teacher, student_moment, other_moment, dot, untempered, outranked] = sums;
         if (Part::rank() == 0) {
             const double student_reference = scale.student_reference, teacher_reference = scale.teacher_reference;
-            record.sums = {
-                student_reference, teacher_reference, double(highest), student, teacher, untempered, dot, logits,
-                student_moment,    other_moment};
+            record.sums = {student_reference, teacher_reference, 0, student, teacher, untempered, dot, logits,
+                           student_moment,    other_moment};
             // A label whose logit is NaN is not the top class.
             if (Types::is_usual || !launch_.soft_labels.data)  // NOLINTNEXTLINE(misc-redundant-expression)
                 record.outranked = outranked != 0 || student_logit != student_logit || record.label < 0;

@@ -124,7 +124,7 @@ def test_the_gpu_benchmark_runs_on_the_cpu_with_fakes(stand_in, liger, monkeypat
         assert f"<!-- table {place} -->\n" in text
     table = text.partition("gpu-loss -->")[2].partition("<!-- end")[0]
     lines = [line for line in table.splitlines() if line.startswith("|")]
-    assert len(lines) == 2 + 5
+    assert len(lines) == 2 + 6
     assert {line.count("|") for line in lines} == {12}
 
 
