@@ -51,7 +51,7 @@ Plan plan_of(const KdL1Loss& job) {
     }
     plan.rows_per_block = teams;
     if (job.classes > longest_cached_row * 4 / bytes || teams * team_vectors * 16 > max_dynamic_shared_bytes()) {
-        plan.kernel = kernels.long_rows, plan.threads = long_row_threads(bytes), plan.cached = false;
+        plan.kernel = kernels.long_rows, plan.threads = kernels.long_row_threads, plan.cached = false;
         plan.side_vectors = 0;
     } else if (job.student.data) {
         plan.team_vectors = static_cast<int>(team_vectors);

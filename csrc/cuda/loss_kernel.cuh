@@ -9,23 +9,26 @@ namespace kddp {
 
 constexpr int warp_team_threads = 256;
 
-// Of blocks whose rows are read twice, by the bytes of the type that is computed in.
-constexpr int long_row_threads(int64_t bytes) { return bytes == 4 ? 512 : 256; }
+// Of blocks whose rows are read twice. Two of them fit on a multiprocessor, so that one computes while the other waits:
+// 80 registers for a thread of a usual call, 128 of another, 168 in double.
+template <class Types>
+constexpr int long_row_threads = Types::is_usual ? 384
+                                 : Types::any    ? 192
+                                                 : 256;
 
-template <class T, int lanes, bool cached>
+template <class Types, int lanes, bool cached>
 constexpr int max_threads = lanes != whole_block ? warp_team_threads
-                            : !cached            ? long_row_threads(sizeof(T))
-                            : sizeof(T) == 4     ? 1024
-                                                 : 512;
+                            : !cached            ? long_row_threads<Types>
+                            : Types::any         ? 512
+                                                 : 1024;
 
 // 65536 registers are 64 for each of 1024 threads, half of what an A100 or H100 runs at once. Double arithmetic needs
-// 128 registers for each of 512 threads. Rows that are read twice keep more loads in flight and may use all registers.
-template <class T, int lanes, bool cached>
-constexpr int min_blocks = !cached ? 1 : (sizeof(T) == 4 ? 1024 : 512) / max_threads<T, lanes, cached>;
+// 128 registers for each of 512 threads.
+template <class Types, int lanes, bool cached>
+constexpr int min_blocks = !cached ? 2 : (Types::any ? 512 : 1024) / max_threads<Types, lanes, cached>;
 
 template <class Types, int lanes, bool cached, GradientForm form>
-__global__ void __launch_bounds__(max_threads<typename Types::T, lanes, cached>,
-                                  min_blocks<typename Types::T, lanes, cached>)
+__global__ void __launch_bounds__(max_threads<Types, lanes, cached>, min_blocks<Types, lanes, cached>)
     kd_l1_loss_by_rows(const __grid_constant__ LossLaunch launch) {
     using T = typename Types::T;
     constexpr int teams = lanes == whole_block ? 1 : warp_team_threads / lanes;
@@ -66,6 +69,7 @@ using LossKernel = void (*)(LossLaunch);
 // The kernels for one type of the student's logits, by the rows that they serve. float64 has no small_teams.
 struct LossKernels {
     LossKernel small_teams, warps, blocks, long_rows;
+    int long_row_threads;
 };
 
 template <class Types, GradientForm form>
@@ -73,7 +77,7 @@ LossKernels kernels_of() {
     LossKernel small_teams = nullptr;
     if constexpr (!Types::any) small_teams = kd_l1_loss_by_rows<Types, 8, true, form>;
     return {small_teams, kd_l1_loss_by_rows<Types, 32, true, form>, kd_l1_loss_by_rows<Types, whole_block, true, form>,
-            kd_l1_loss_by_rows<Types, whole_block, false, form>};
+            kd_l1_loss_by_rows<Types, whole_block, false, form>, long_row_threads<Types>};
 }
 
 // Defined by loss_kernels.cu for each type. That of float64 takes logits of any type and computes in double; it has no

@@ -2,6 +2,8 @@
 
 Skipped with the reason if kddp_ext was built without CUDA kernels."""
 
+import re
+
 import backends
 import pytest
 import torch
@@ -16,7 +18,7 @@ FLOATS = ("float32", "bfloat16", "float16")
 MOST_REGISTERS = {
     **{f"{rows} {dtype}": 64 for rows in ("small_teams", "warps", "blocks") for dtype in FLOATS},
     **{f"long_rows {dtype}": 128 for dtype in FLOATS},
-    "long_rows float64": 160,
+    "long_rows float64": 168,
     **{f"{rows} float64": 128 for rows in ("warps", "blocks")},
     "scale_gradients": 64,
     "gather_layer": 64,
@@ -97,11 +99,12 @@ def launch_of(request):
     """Threads and dynamic shared memory of the launch for a batch, as the emulator records it."""
     emulated = backends.emulated(request.config)
 
-    def launch(dtype, classes):
+    def launch(dtype, classes, is_usual=False):
         emulated.emulator.clear()
         with library.stand_in(emulated.module, emulated.place()):
-            logits = torch.randn(2, classes, dtype=dtype)
-            kddp_ext.fused_kd_l1_loss(logits, logits, None, [torch.randn(2, 64)], alpha=1.0, l1_weight=0.1)
+            logits, labels = torch.randn(2, classes, dtype=dtype), torch.zeros(2).long() if is_usual else None
+            alpha = 0.9 if is_usual else 1.0
+            kddp_ext.fused_kd_l1_loss(logits, logits, labels, [torch.randn(2, 64)], alpha=alpha, l1_weight=0.1)
         call = next(call for call in emulated.emulator.calls() if call["name"] == "launch")
         return call["block"], call["shared"]
 
@@ -116,6 +119,15 @@ def test_small_rows_have_an_occupancy_of_one_half(built, launch_of, rows, classe
     assert len(found) == 3 * len({kernel.architecture for kernel in built})
     for kernel in found:
         assert kernel.occupancy(threads, shared) >= 0.5, (kernel, threads, shared)
+
+
+@pytest.mark.parametrize(("calls", "threads"), [("usual", 384), ("difference|weighted", 256)])
+def test_two_blocks_of_long_rows_fit_on_a_multiprocessor(built, launch_of, calls, threads):
+    """While one of them waits for a reduction or for its row's last thread, the other one computes."""
+    assert launch_of(torch.float32, 20000, is_usual=calls == "usual") == (threads, 0)
+    found = [kernel for kernel in built if re.fullmatch(rf"long_rows (float32|.*16) ({calls})", kernel.name)]
+    assert len(found) == (3 if calls == "usual" else 6) * len({kernel.architecture for kernel in built})
+    assert [kernel for kernel in found if 2 * threads * kernel.registers > 65536] == []
 
 
 def test_occupancy_worked_out_by_hand():
