@@ -244,9 +244,21 @@ KDDP_INLINE void rebase_gradient(const RowParams& params, const Rebase& by, RowG
 // Clamps small negative values caused by rounding.
 KDDP_INLINE double not_negative(double divergence) { return divergence < 0 ? 0 : divergence; }
 
+// Quotients and logarithms of a row's sums. T is double, except for usual calls on a GPU (usual_call): in double each
+// of them takes 10 to 40 instructions, which are slow there, and sums of floats are no more exact than a float.
+template <class T>
+KDDP_INLINE T quotient(double x, double y) {
+    return T(x) / T(y);
+}
+template <class T>
+KDDP_INLINE T log_of(double x) {
+    return std::log(T(x));
+}
+
 // KL(p || q) of one row from dot and the normalizers of p and q.
+template <class T = double>
 KDDP_INLINE double kl_divergence(double dot, double sum_p, double sum_q) {
-    return not_negative(dot / sum_p + std::log(sum_q / sum_p));
+    return not_negative(quotient<T>(dot, sum_p) + std::log(quotient<T>(sum_q, sum_p)));
 }
 
 // Softmax over two classes whose logits differ by x = first - second: probabilities and their logarithms.
@@ -295,9 +307,10 @@ KDDP_INLINE double decoupled(const RowParams& params, const ChunkSums& row, Targ
     return divergence;
 }
 
+template <class T>
 KDDP_INLINE double divergence_of_row(const RowParams& params, const ChunkSums& row, const MixtureSums& mixture,
                                      TargetMargins target, double scale, RowGradient& gradient) {
-    gradient.first = scale / row.student;
+    gradient.first = quotient<T>(scale, row.student);
     double divergence;
     switch (params.divergence) {
         case Divergence::reverse_kl:
@@ -322,8 +335,8 @@ KDDP_INLINE double divergence_of_row(const RowParams& params, const ChunkSums& r
         case Divergence::dkd:
             return decoupled(params, row, target, scale, gradient);
         default:
-            gradient.second = scale / row.teacher;
-            return kl_divergence(row.dot, row.teacher, row.student);
+            gradient.second = quotient<T>(scale, row.teacher);
+            return kl_divergence<T>(row.dot, row.teacher, row.student);
     }
     if (divergence != divergence) gradient.first = divergence;  // NaN of the teacher may not appear in e_s
     return divergence;
@@ -361,20 +374,21 @@ KDDP_INLINE double cross_entropy_of_targets(const ChunkSums& row, const TargetSu
 
 // Cross entropy against (1 - smoothing) onehot(label) + smoothing / C, or the targets, and its coefficients of the
 // gradient. With dkd the sums exclude the label.
+template <class T>
 KDDP_INLINE double cross_entropy(const RowParams& params, const ChunkSums& row, const TargetSums& targets, double unit,
                                  double label_logit, double scale, RowGradient& gradient) {
     const double margin = (label_logit - row.student_reference) * unit;
-    double log_sum = std::log(row.untempered), at_label = 0;
+    double log_sum = log_of<T>(row.untempered), at_label = 0;
     if (params.divergence == Divergence::dkd && params.with_teacher) {
         const double higher = log_sum > margin ? log_sum : margin, lower = log_sum > margin ? margin : log_sum;
         if (higher == higher) log_sum = higher + std::log1p(std::exp(lower - higher));
         at_label = std::exp(margin - log_sum);
         gradient.untempered = scale * std::exp(-log_sum);
     } else {
-        gradient.untempered = scale / row.untempered;
+        gradient.untempered = quotient<T>(scale, row.untempered);
     }
     if (params.with_targets) return cross_entropy_of_targets(row, targets, unit, log_sum, at_label, scale, gradient);
-    gradient.constant = scale * params.label_smoothing / double(params.classes);
+    gradient.constant = quotient<T>(scale * params.label_smoothing, double(params.classes));
     gradient.label += scale * (1 - params.label_smoothing - at_label);
     const double nll = log_sum - margin;
     if (params.label_smoothing == 0) return nll;
@@ -384,13 +398,14 @@ KDDP_INLINE double cross_entropy(const RowParams& params, const ChunkSums& row, 
 
 // Terms and gradient of a row from its merged sums: the divergence sets the gradient, then the cross entropy adds to
 // it. A term of weight 0 contributes no gradient, even if its own gradient is infinite.
+template <class T = double>
 KDDP_INLINE double finish_divergence(const RowParams& params, const ChunkSums& row, const MixtureSums& mixture,
                                      const Moments& student, TargetMargins target, const double& label_logit,
                                      double weight, RowGradient& gradient) {
     gradient = {};
     if (!params.with_teacher || weight == 0) return 0;
     const double scale = params.alpha * params.temperature * params.gradient_scale * weight;
-    const double divergence = divergence_of_row(params, row, mixture, target, scale, gradient);
+    const double divergence = divergence_of_row<T>(params, row, mixture, target, scale, gradient);
     if (params.standardize) {
 #if defined(__CUDA_ARCH__)
         asm volatile("" ::: "memory");  // what is loaded earlier would be spilled
@@ -401,12 +416,13 @@ KDDP_INLINE double finish_divergence(const RowParams& params, const ChunkSums& r
     return divergence * params.temperature * params.temperature * params.value_scale * weight;
 }
 
+template <class T = double>
 KDDP_INLINE double finish_cross_entropy(const RowParams& params, const ChunkSums& row, const TargetSums& targets,
                                         double unit, double label_logit, double weight, RowGradient& gradient) {
     if (!params.with_labels || weight == 0) return 0;
     const double scale = (1 - params.alpha) * params.gradient_scale * weight;
     RowGradient of_labels{0, 0, 0, 0, gradient.label, 0, 0};
-    const double entropy = cross_entropy(params, row, targets, unit, label_logit, scale, of_labels);
+    const double entropy = cross_entropy<T>(params, row, targets, unit, label_logit, scale, of_labels);
     if (params.alpha != 1) {
         gradient.untempered = of_labels.untempered;
         gradient.constant = of_labels.constant;

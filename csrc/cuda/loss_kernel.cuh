@@ -35,12 +35,12 @@ __global__ void __launch_bounds__(max_threads<Types, lanes, cached>, min_blocks<
     constexpr int teams_per_warp = lanes < 32 ? 32 / lanes : 1;
     KDDP_SHARED(T, maxima, lanes == whole_block ? 2 * max_warps : 1);
     KDDP_SHARED(double, sums, lanes == whole_block ? max_sums * max_warps : 1);
-    KDDP_SHARED(TeamRecord, records, teams);
+    KDDP_SHARED(TeamRecord<T>, records, teams);
     static_assert(cached_labels % teams == 0, "the labels of whole batches are cached");
     KDDP_SHARED(int64_t, labels, cached_labels);
     count_labels<teams>(launch, labels);
     if (Team<lanes>::rank() == 0) {
-        TeamRecord& record = records.data[Team<lanes>::number()];
+        TeamRecord<T>& record = records.data[Team<lanes>::number()];
         record.terms = {0, 0, 0}, record.value_scale = 0;
     }
     if (launch.student.data) {

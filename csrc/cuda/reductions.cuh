@@ -71,6 +71,7 @@ struct Team {
     }
 };
 
+template <class T>
 struct TeamRecord;
 
 // Shared memory of a block's teams. Teams within a warp use their record only.
@@ -78,7 +79,7 @@ template <class T>
 struct TeamScratch {
     SharedArray<T> maxima;     // 2 per warp
     SharedArray<double> sums;  // max_sums per warp
-    TeamRecord* records;       // 1 per team
+    TeamRecord<T>* records;    // 1 per team
 };
 
 template <int lanes, class T>

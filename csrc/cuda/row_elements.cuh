@@ -20,16 +20,6 @@ struct LogitScale {
         student_to_nats = T(student), teacher_to_nats = T(teacher);
         student_to_exponent = T(student * log2_e), teacher_to_exponent = T(teacher * log2_e);
     }
-    template <class To>
-    KDDP_DEVICE LogitScale<To> as() const {
-        return {To(student_reference),
-                To(teacher_reference),
-                To(student_to_exponent),
-                To(teacher_to_exponent),
-                To(student_to_nats),
-                To(teacher_to_nats),
-                To(unit)};
-    }
 };
 
 // A finite reference: where every logit is -inf, their margins stay -inf. Padding is below it too.

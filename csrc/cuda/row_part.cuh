@@ -13,7 +13,9 @@
 namespace kddp {
 
 // The sums of a team's row, from which one thread computes its terms and the coefficients of its gradient. In shared
-// memory, because so many doubles do not fit in registers.
+// memory, because so many doubles do not fit in registers. What every thread of the team reads is in the type that the
+// row is computed in: to convert a double takes as long as eight other instructions and more.
+template <class T>
 struct alignas(16) TeamRecord {  // two doubles per access
     ChunkSums sums;
     MixtureSums mixture;
@@ -23,7 +25,8 @@ struct alignas(16) TeamRecord {  // two doubles per access
     double label_logit, value_scale, gradient_scale;
     RowGradient gradient;
     RowTerms terms;  // of all rows so far
-    LogitScale<double> scale;
+    LogitScale<T> scale;
+    GradientScale<T> of_threads;  // `gradient`, as the threads use it
     int64_t row, label;
     int count;
     bool computed, outranked;
@@ -335,8 +338,8 @@ class RowPart {
     // registers that would keep it are needed.
     KDDP_DEVICE void subtract_targets(int v, T (&values)[n]) const {
         const LossLaunch& launch = opaque(launch_);
-        const TeamRecord& record = scratch_.records[Team<lanes>::number() + opaque_zero()];
-        const T coefficient = T(record.gradient.targets);
+        const TeamRecord<T>& record = scratch_.records[Team<lanes>::number() + opaque_zero()];
+        const T coefficient = record.of_threads.targets;
         if (coefficient == 0) return;  // whatever the targets are
         const int64_t start = cached ? 0 : opaque_block() % launch.slices * int64_t(launch.slice_classes);
         T z[n];

@@ -18,7 +18,7 @@ KDDP_DEVICE void store_term(const LossLaunch& launch, int64_t row, int term, dou
 }
 
 template <class Types, GradientForm form>
-KDDP_DEVICE RowParams params_of_row(const LossLaunch& launch, const TeamRecord& record) {
+KDDP_DEVICE RowParams params_of_row(const LossLaunch& launch, const TeamRecord<typename Types::T>& record) {
     RowParams params = static_cast<const RowParams&>(launch);
     const CallTraits traits = traits_for<Types>(launch);
     params.with_teacher = traits.with_teacher, params.with_labels = traits.with_labels;
@@ -36,33 +36,39 @@ KDDP_DEVICE RowParams params_of_row(const LossLaunch& launch, const TeamRecord& 
 // Computes a row's terms and the coefficients of its gradient. One thread of the team calls it, and keeps nothing in
 // registers between the steps.
 template <class Types, GradientForm form>
-KDDP_DEVICE void finish_record(const LossLaunch& launch, TeamRecord& record) {
+KDDP_DEVICE void finish_record(const LossLaunch& launch, TeamRecord<typename Types::T>& record) {
+    using F = std::conditional_t<Types::is_usual, typename Types::T, double>;
     if (record.value_scale == 0) {
         RowParams params = static_cast<const RowParams&>(launch);
         set_scales(params, params.normalizer > 0 ? 0 : valid_rows(launch));
         record.value_scale = params.value_scale, record.gradient_scale = params.gradient_scale;
     }
     compiler_barrier();
-    const double kd = finish_divergence(params_of_row<Types, form>(opaque(launch), record), record.sums, record.mixture,
-                                        record.student, record.target, record.label_logit,
-                                        weight_of(launch, record.row, 0), record.gradient) *
+    const double kd = finish_divergence<F>(params_of_row<Types, form>(opaque(launch), record), record.sums,
+                                           record.mixture, record.student, record.target, record.label_logit,
+                                           weight_of(launch, record.row, 0), record.gradient) *
                       record.value_scale;
     if (record.counts) record.terms.kd += kd, store_term(opaque(launch), record.row, 0, kd);
     compiler_barrier();
-    const double ce = finish_cross_entropy(params_of_row<Types, form>(opaque(launch), record), record.sums,
-                                           record.targets, record.student.unit, record.label_logit,
-                                           weight_of(launch, record.row, 1), record.gradient) *
+    const double ce = finish_cross_entropy<F>(params_of_row<Types, form>(opaque(launch), record), record.sums,
+                                              record.targets, record.student.unit, record.label_logit,
+                                              weight_of(launch, record.row, 1), record.gradient) *
                       record.value_scale;
     if (record.counts) {
         record.terms.ce += ce, record.terms.correct += record.outranked ? 0 : 1;
         store_term(opaque(launch), record.row, 1, ce);
     }
     compiler_barrier();
-    if (!record.sliced) return;
-    ChunkSums slice{};
-    slice.student_reference = record.scale.student_reference, slice.teacher_reference = record.scale.teacher_reference;
-    const Rebase by = rebase(slice, record.sums, record.scale.student_to_nats, record.scale.teacher_to_nats, 1);
-    rebase_gradient(params_of_row<Types, form>(opaque(launch), record), by, record.gradient);
+    if (record.sliced) {
+        ChunkSums slice{};
+        slice.student_reference = record.scale.student_reference;
+        slice.teacher_reference = record.scale.teacher_reference;
+        const Rebase by = rebase(slice, record.sums, record.scale.student_to_nats, record.scale.teacher_to_nats, 1);
+        rebase_gradient(params_of_row<Types, form>(opaque(launch), record), by, record.gradient);
+    }
+    compiler_barrier();
+    record.of_threads =
+        gradient_scale<typename Types::T>(record.gradient, record.scale.student_reference, record.student);
 }
 
 template <class Types, int lanes, bool cached, GradientForm form>
@@ -92,7 +98,7 @@ class TeamRows {
     KDDP_DEVICE bool is_sliced() const { return !cached && launch_.slices > 1; }
     KDDP_DEVICE int64_t start() const { return slice() * int64_t(launch_.slice_classes); }
 
-    KDDP_DEVICE TeamRecord& own_record() const { return scratch_.records[Team<lanes>::number()]; }
+    KDDP_DEVICE TeamRecord<T>& own_record() const { return scratch_.records[Team<lanes>::number()]; }
 
     // The team's row cache.
     KDDP_DEVICE SharedArray<uint4> own_memory(const LossLaunch& launch) const {
@@ -105,7 +111,7 @@ class TeamRows {
     // arithmetic needs.
     KDDP_DEVICE Part part_of_record() const {
         const LossLaunch& launch = opaque(launch_);
-        const TeamRecord& record = own_record();
+        const TeamRecord<T>& record = own_record();
         Part part(launch, scratch_, own_memory(launch), launch.side_vectors);
         part.locate(record.row, start(), record.count, record.label);
         if (traits_for<Types>(launch).standardize) part.set_units(record.student.unit, record.teacher.unit);
@@ -117,7 +123,7 @@ class TeamRows {
         const int count = left > launch_.slice_classes ? launch_.slice_classes : static_cast<int>(left);
         Team<lanes>::sync();
         if (Part::rank() == 0) {
-            TeamRecord& record = own_record();
+            TeamRecord<T>& record = own_record();
             record.row = computed ? row : 0, record.label = label, record.count = computed ? count : 0;
             record.computed = computed, record.student = record.teacher = Moments{};
         }
@@ -134,7 +140,7 @@ class TeamRows {
     KDDP_DEVICE CallTraits traits() const { return traits_for<Types>(launch_); }
 
     KDDP_DEVICE void compute(const Highest<T>& highest) {
-        TeamRecord& record = own_record();
+        TeamRecord<T>& record = own_record();
         const bool leads = Part::rank() == 0;
         Part part = part_of_record();
         LogitScale<T> scale;
@@ -152,11 +158,12 @@ class TeamRows {
         part.find_references(highest, scale);
         if (cached && traits().with_targets) compute_targets(part, scale.student_reference, student_logit);
         compute_sums(part, scale, student_logit, logits);
-        if (leads) record.scale = scale.template as<double>();
+        if (leads) record.scale = scale;
         if (part.mixes()) compute_mixture(part, scale);
         if (leads) {
-            record.target = {(record.label_logit - record.sums.student_reference) * record.scale.student_to_nats,
-                             (record.target.teacher - record.sums.teacher_reference) * record.scale.teacher_to_nats};
+            const double student_to_nats = record.scale.student_to_nats, teacher_to_nats = record.scale.teacher_to_nats;
+            record.target = {(record.label_logit - record.sums.student_reference) * student_to_nats,
+                             (record.target.teacher - record.sums.teacher_reference) * teacher_to_nats};
             record.sliced = is_sliced() && !part.mixes(), record.counts = record.computed && slice() == 0;
             finish_record<Types, form>(opaque(launch_), record);
         }
@@ -164,7 +171,7 @@ class TeamRows {
 
     // Leaves the sums over the targets in the record, and whether the highest soft label is the prediction.
     KDDP_DEVICE void compute_targets(Part& part, T reference, T label_logit) {
-        TeamRecord& record = own_record();
+        TeamRecord<T>& record = own_record();
         if (record.label >= 0) reference = larger(reference, label_logit);
         Predictions predictions;
         TargetSums sums = part.sum_targets(record.row, start(), reference, label_logit, predictions);
@@ -181,7 +188,7 @@ class TeamRows {
 
     // Leaves the sums of the row in the record.
     KDDP_DEVICE void compute_sums(Part& part, LogitScale<T>& scale, T student_logit, double logits) {
-        TeamRecord& record = own_record();
+        TeamRecord<T>& record = own_record();
         double sums[7];
         part.sum(scale, student_logit, sums);
         if (!cached && traits().with_targets) {
@@ -204,15 +211,14 @@ class TeamRows {
 
     KDDP_DEVICE void write() {
         Team<lanes>::sync();
-        const TeamRecord& record = own_record();
+        const TeamRecord<T>& record = own_record();
         if (lanes >= 32 && !record.computed) return;  // in smaller teams such a row has no classes
         Part part = part_of_record();
         if (!cached && part.excludes_label()) part.exclude_label();
-        const LogitScale<T> scale = record.scale.as<T>();
+        const LogitScale<T> scale = record.scale;
         MixtureScale<T> mixture{};
         if (!cached && part.mixes()) mixture = mixture_scale<T>(launch_, record.sums);
-        const GradientScale<T> gradient =
-            gradient_scale<T>(record.gradient, record.scale.student_reference, record.student);
+        const GradientScale<T> gradient = record.of_threads;
         part.write(scale, gradient, mixture, T(record.label_logit) - scale.student_reference,
                    gradient_row(record.row, start()));
     }
@@ -248,15 +254,14 @@ class TeamRows {
 
     // The second pass, relative to the references of the row.
     KDDP_DEVICE void compute_mixture(Part& part, LogitScale<T>& scale) {
-        TeamRecord& record = own_record();
+        TeamRecord<T>& record = own_record();
         Team<lanes>::sync();
         scale.student_reference = T(record.sums.student_reference);
         scale.teacher_reference = T(record.sums.teacher_reference);
         const MixtureScale<T> mixture = mixture_scale<T>(launch_, record.sums);
         const MixtureSums sums = part.sum_mixture(scale, mixture);
         if (Part::rank() == 0) {
-            record.scale.student_reference = record.sums.student_reference;
-            record.scale.teacher_reference = record.sums.teacher_reference;
+            record.scale = scale;
             const double inverse = 1 / record.sums.student;
             record.mixture = {sums.kl_teacher * inverse * ln_2, sums.kl_student * inverse, sums.mean * inverse,
                               sums.weighted_moment * inverse};

@@ -153,6 +153,15 @@ def test_jsd_of_near_distributions_is_as_exact_as_pytorchs(standardize_logits, c
         assert ours <= theirs, f"{errors.__name__}: {ours:.3g} against {theirs:.3g}"
 
 
+@pytest.mark.parametrize("classes", [13, 400])
+def test_usual_calls_are_as_exact_as_pytorchs(classes):
+    """On a GPU the quotients and logarithms of their sums are computed in float."""
+    teacher, difference = torch.randn(2, 64, classes, generator=torch.Generator().manual_seed(0))
+    for errors in (errors_of_gradient, errors_of_term):
+        ours, theirs = errors(teacher + 0.3 * difference, teacher, temperature=4.0, alpha=0.9)
+        assert ours <= 2 * theirs, f"{errors.__name__}: {ours:.3g} against {theirs:.3g}"
+
+
 @pytest.mark.slow_on_the_emulator
 @settings(max_examples=40, deadline=None)
 @given(cases(dtypes=("float32",), rows=3, classes=70_000, largest_logit=30.0))
