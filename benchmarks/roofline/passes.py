@@ -86,9 +86,10 @@ def make_layer(layer: Layer, device: str = "cpu") -> LayerInputs:
 
 
 def compaction(inputs: LayerInputs) -> list[Tensor]:
-    """Gathers all tensors by this package, in one call."""
+    """Gathers all tensors by this package, in one call, as a prune does."""
     rows, columns = inputs.tensors[0].shape
-    return ops.gather_slices(inputs.tensors, inputs.keep_rows, inputs.keep_columns, rows=rows, columns=columns)[0]
+    keeps = inputs.keep_rows, inputs.keep_columns
+    return ops.gather_slices(inputs.tensors, *keeps, rows=rows, columns=columns, indices_in_range=True)[0]
 
 
 def eager_compaction(inputs: LayerInputs) -> list[Tensor]:

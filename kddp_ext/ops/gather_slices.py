@@ -12,7 +12,7 @@ from kddp_ext.ops.library import ELEMENT_TYPES, is_native, library, native, slic
 
 library.define(
     "gather_slices(Tensor[] tensors, Tensor? keep_rows, Tensor? keep_columns, int rows, int columns, "
-    "Tensor? pruned_columns, Tensor? pruned_means) -> (Tensor[], Tensor)"
+    "Tensor? pruned_columns, Tensor? pruned_means, bool indices_in_range=False) -> (Tensor[], Tensor)"
 )
 
 
@@ -24,6 +24,7 @@ def _sliced_outputs(
     columns: int,
     _pruned_columns: Tensor | None,
     _pruned_means: Tensor | None,
+    _indices_in_range: bool = False,
 ) -> tuple[list[Tensor], Tensor]:
     """The outputs of the operator, not filled yet; the shift is zero if no columns are pruned."""
     kept_rows = rows if keep_rows is None else keep_rows.shape[0]
@@ -41,8 +42,9 @@ def _gather_slices(
     columns: int,
     pruned_columns: Tensor | None,
     pruned_means: Tensor | None,
+    indices_in_range: bool = False,
 ) -> tuple[list[Tensor], Tensor]:
-    _check(tensors, keep_rows, keep_columns, rows, columns, pruned_columns, pruned_means)
+    _check(tensors, keep_rows, keep_columns, rows, columns, pruned_columns, pruned_means, indices_in_range)
     outputs = _sliced_outputs(tensors, keep_rows, keep_columns, rows, columns, pruned_columns, pruned_means)
     targets, shift = outputs
     # This name keeps copies alive while the kernel uses their addresses.
@@ -98,6 +100,7 @@ def gather_slices(
     columns: int,
     pruned_columns: Tensor | None = None,
     pruned_means: Tensor | None = None,
+    indices_in_range: bool = False,
 ) -> tuple[list[Tensor], Tensor]:
     """Copy the kept rows and columns of several tensors in one call: a parameter, its gradient, its moments.
 
@@ -113,6 +116,8 @@ def gather_slices(
         pruned_columns: (P,) int64, the columns whose mean contribution is summed. tensors[0] must then be float32,
             float64, bfloat16 or float16.
         pruned_means: (P,) float64, the mean of the values that those columns are multiplied by.
+        indices_in_range: the caller knows that all indices are. Default False: their range is checked, for which the
+            host waits for the GPU once for each index. True with an index out of range reads foreign memory.
 
     Returns:
         The smaller tensors, contiguous, with the same number of dimensions; and the shift, (kept rows,) float64:
@@ -125,13 +130,20 @@ def gather_slices(
             pruned_means are not as described.
     """
     if not tensors or not all(is_native(t.device) for t in tensors):
-        _check(tensors, keep_rows, keep_columns, rows, columns, pruned_columns, pruned_means)
+        _check(tensors, keep_rows, keep_columns, rows, columns, pruned_columns, pruned_means, indices_in_range)
         return reference.gather_slices(
             tensors, keep_rows, keep_columns, rows=rows, columns=columns,
             pruned_columns=pruned_columns, pruned_means=pruned_means,
         )  # fmt: skip
     gathered, shift = _gather_slices_operator(
-        [t.detach() for t in tensors], keep_rows, keep_columns, rows, columns, pruned_columns, pruned_means
+        [t.detach() for t in tensors],
+        keep_rows,
+        keep_columns,
+        rows,
+        columns,
+        pruned_columns,
+        pruned_means,
+        indices_in_range,
     )
     return list(gathered), shift
 
@@ -144,6 +156,7 @@ def _check(
     columns: int,
     pruned_columns: Tensor | None,
     pruned_means: Tensor | None,
+    indices_in_range: bool,
 ) -> None:
     for number, tensor in enumerate(tensors):
         _check_device(f"tensors[{number}]", tensor, tensors)
@@ -158,7 +171,9 @@ def _check(
         ("pruned_columns", pruned_columns, columns),
     ):
         if index is not None:
-            _check_index(name, index, size)
+            _check_index(name, index)
+            if not indices_in_range:
+                _check_range(name, index, size)
             _check_device(name, index, tensors)
     if pruned_columns is not None or pruned_means is not None:
         means = _checked_means(pruned_columns, pruned_means)
@@ -174,11 +189,14 @@ def _check_device(name: str, tensor: Tensor, tensors: Sequence[Tensor]) -> None:
         raise ValueError(f"{name}: expected device {tensors[0].device} as tensors[0], got {tensor.device}")
 
 
-def _check_index(name: str, index: Tensor, size: int) -> None:
+def _check_index(name: str, index: Tensor) -> None:
     if index.dtype != torch.int64 or index.dim() != 1 or not index.is_contiguous():
         raise ValueError(
             f"{name}: expected a contiguous vector of int64, got {index.dtype} of shape {tuple(index.shape)}"
         )
+
+
+def _check_range(name: str, index: Tensor, size: int) -> None:
     if index.is_meta:  # it has no values
         return
     lowest, highest = map(int, index.aminmax()) if index.numel() else (0, 0)

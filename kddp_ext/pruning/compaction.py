@@ -7,7 +7,7 @@ how to undo each step, so an error restores the previous state.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from math import prod
 from typing import Any
@@ -17,10 +17,12 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from kddp_ext import ops
+from kddp_ext.activations.layout import Layout
 from kddp_ext.pruning.attention import with_removable_heads
 from kddp_ext.pruning.reconstruction import Reconstruction
 from kddp_ext.pruning.tracing.recording import tensors_in, unwrapped
 from kddp_ext.pruning.tracing.structure import PrunableNeurons, Reader, ReadValue, RootMeanSquareNorm, StoredTensor
+from kddp_ext.pruning.transfers import copied_to
 
 
 @dataclass(frozen=True, eq=False)
@@ -40,11 +42,6 @@ class Removal:
     keep: Tensor
     means: tuple[Tensor, ...] | None = None
     reconstructions: tuple[Reconstruction | None, ...] = ()
-
-    def units(self, value: ReadValue) -> tuple[Tensor, Tensor]:
-        """The units of a value that stay and those that go, ascending indices."""
-        gone = units_gone(value, self.keep)
-        return (~gone).nonzero().flatten(), gone.nonzero().flatten()
 
     def entry_means(self, reader: Reader, units: Tensor) -> Tensor:
         """The means of the entries of some units of the value that `reader` reads, in the order of the entries."""
@@ -143,23 +140,19 @@ def _plan_module(model: nn.Module, removal: Removal, optimizers: Sequence[Optimi
     readers = {reader.weight: reader for reader in compensated}
     new: dict[StoredTensor, tuple[Tensor, Tensor | None]] = {}  # values and gradients
     shifts: list[tuple[StoredTensor, Tensor]] = []
-    for stored, tensor in tensors.items():
-        cut = _Cut(neurons.entries_kept(stored, keep), removal, readers.get(stored))
-        if not cut.kept:
-            continue
-        values, gradient, state_changes, shift = _plan_tensor(stored, tensor, cut, optimizers)
+    for stored, cut in _cuts(tensors, removal, readers).items():
+        values, gradient, state_changes, shift = _plan_tensor(stored, tensors[stored], cut, optimizers)
         new[stored] = values, gradient
         changes += state_changes
-        if cut.reader is not None and cut.reader.axis in cut.kept:
-            reconstruction = cut.reconstruction
-            if reconstruction is not None:
-                shift = shift - apply_reconstruction(values, tensor, cut, reconstruction)
-            if cut.reader.shift is not None:
-                shifts.append((cut.reader.shift, shift))
+        if cut.read is not None and cut.read.reconstruction is not None:
+            shift = shift - apply_reconstruction(values, tensors[stored], cut.kept, cut.read)
+        if cut.read is not None and cut.read.reader.shift is not None:
+            shifts.append((cut.read.reader.shift, shift))
     for target, shift in shifts:
         tensor = target.of(model)
         values, gradient = new.get(target, (tensor.data, tensor.grad))
-        new[target] = _shifted(target, values, shift, role=role), gradient
+        new[target] = _shifted(target, values, shift), gradient
+    _require_finite([(target, new[target][0]) for target, _ in shifts], role=role)
     for norm in neurons.norms:
         if norm.weight in new:
             _rescale(norm, *new[norm.weight], neurons.narrowing(norm, keep) ** 0.5)
@@ -178,25 +171,75 @@ def _rescale(norm: RootMeanSquareNorm, weight: Tensor, gradient: Tensor | None, 
 
 
 @dataclass(frozen=True)
-class _Cut:
-    """What is removed from a tensor: the kept entries by dimension, and its reader where it is compensated."""
+class _Read:
+    """What a reader loses, where that is compensated.
 
-    kept: Mapping[int, Tensor]
-    removal: Removal
-    reader: Reader | None = None
+    Attributes:
+        reader: it reads the removed entries along `reader.axis` of its weight.
+        layout: of the value that it reads.
+        pruned: the entries that go, int64.
+        means: of the entries that go, float64. If not `is_plain`, of all entries, with 0 for those that stay.
+        kept_means: of the entries that stay, float64.
+        reconstruction: of the removed units, or None.
+    """
+
+    reader: Reader
+    layout: Layout
+    pruned: Tensor
+    means: Tensor
+    kept_means: Tensor
+    reconstruction: Reconstruction | None
 
     @property
-    def reconstruction(self) -> Reconstruction | None:
-        if self.reader is None or not self.removal.reconstructions:
-            return None
-        return self.removal.reconstructions[self.reader.value]
+    def is_plain(self) -> bool:
+        """Whether the weight reads along its columns, so that the gather can sum what goes."""
+        return self.reader.axis == 1 and self.reader.groups == 1
 
-    def pruned(self, size: int) -> Tensor:
-        """The entries that go along the dimension that the reader reads, of `size` entries."""
-        assert self.reader is not None
-        gone = torch.ones(size, dtype=torch.bool, device="cpu")
-        gone[self.kept[self.reader.axis]] = False
-        return gone.nonzero().flatten()
+
+@dataclass(frozen=True)
+class _Cut:
+    """What is removed from a tensor: the kept entries by dimension, and what is compensated."""
+
+    kept: dict[int, Tensor]
+    read: _Read | None = None
+
+
+def _cuts(
+    tensors: Mapping[StoredTensor, Tensor], removal: Removal, readers: Mapping[StoredTensor, Reader]
+) -> dict[StoredTensor, _Cut]:
+    """What is removed from each tensor that loses something, on the tensor's device; one transfer for each device."""
+    cuts = dict[StoredTensor, _Cut]()
+    for stored, tensor in tensors.items():
+        kept, reader = removal.neurons.entries_kept(stored, removal.keep), readers.get(stored)
+        if kept and reader is not None and reader.axis in kept:
+            cuts[stored] = _Cut(kept, _read(reader, tensor.shape[reader.axis], kept, removal))
+        elif kept:
+            cuts[stored] = _Cut(kept)
+    for device in dict.fromkeys(tensors[stored].device for stored in cuts):
+        if device.type != "cpu":
+            cuts |= copied_to({stored: cut for stored, cut in cuts.items() if tensors[stored].device == device}, device)
+    return cuts
+
+
+def _read(reader: Reader, size: int, kept: Mapping[int, Tensor], removal: Removal) -> _Read:
+    """What a reader loses along a dimension of `size` entries."""
+    value = removal.neurons.values[reader.value]
+    gone = units_gone(value, removal.keep)
+    going = torch.ones(size, dtype=torch.bool, device="cpu")
+    going[kept[reader.axis]] = False
+    made = _Read(
+        reader,
+        value.layout,
+        going.nonzero().flatten(),
+        removal.entry_means(reader, gone.nonzero().flatten()),
+        removal.entry_means(reader, (~gone).nonzero().flatten()),
+        removal.reconstructions[reader.value] if removal.reconstructions else None,
+    )
+    if made.is_plain:
+        return made
+    means = removal.entry_means(reader, torch.arange(value.units, device="cpu"))
+    entries = gone.view(1, -1, 1).expand(value.layout.outer, -1, value.layout.inner).flatten()
+    return replace(made, means=torch.where(entries, means, 0))
 
 
 def _plan_tensor(
@@ -217,7 +260,7 @@ def _plan_tensor(
     sliced = [(state, key, value) for (state, key), value in zip(alike, rest, strict=True)]
     for state, key in others:
         present = {axis: kept for axis, kept in cut.kept.items() if state[key].shape[axis] != 1}
-        sliced.append((state, key, _gather([state[key]], _Cut(present, cut.removal))[0][0]))
+        sliced.append((state, key, _gather([state[key]], _Cut(present))[0][0]))
     changes: list[Change] = [
         (partial(state.update, {key: value}), partial(state.update, {key: state[key]})) for state, key, value in sliced
     ]
@@ -226,29 +269,26 @@ def _plan_tensor(
 
 def _gather(tensors: list[Tensor], cut: _Cut) -> tuple[list[Tensor], Tensor]:
     """The kept entries of tensors of one shape, and the mean contribution of what the reader loses with them."""
-    first, device = tensors[0], tensors[0].device
-    keep = {axis: kept.to(device) for axis, kept in cut.kept.items()}
-    reads = cut.reader is not None and cut.reader.axis in keep
-    fused = reads and cut.reader is not None and cut.reader.axis == 1 and cut.reader.groups == 1
-    pruned = means = None
-    if fused and cut.reader is not None:
-        pruned = cut.pruned(first.shape[1])
-        means = cut.removal.entry_means(cut.reader, cut.removal.units(cut.removal.neurons.values[cut.reader.value])[1])
+    first, read = tensors[0], cut.read
+    keep = {axis: kept.to(first.device) for axis, kept in cut.kept.items()}  # state may be on another device
+    summed = read if read is not None and read.is_plain else None
     gathered, shift = ops.gather_slices(
         tensors,
         keep.get(0),
         keep.get(1),
         rows=first.shape[0],
         columns=first.shape[1] if first.dim() > 1 else 1,
-        pruned_columns=None if pruned is None else pruned.to(device),
-        pruned_means=None if means is None else means.to(device),
+        pruned_columns=None if summed is None else summed.pruned,
+        pruned_means=None if summed is None else summed.means,
+        indices_in_range=True,
     )
-    if reads and not fused and cut.reader is not None:
-        shift = _mean_contribution(first, cut, cut.reader)
+    if read is not None and summed is None:
+        shift = _mean_contribution(first, cut.kept, read)
     for axis in keep:
         if axis > 1:  # as columns of a matrix whose rows are all dimensions before
             flat = [each.contiguous().view(prod(each.shape[:axis]), each.shape[axis], -1) for each in gathered]
-            narrow, _ = ops.gather_slices(flat, None, keep[axis], rows=flat[0].shape[0], columns=flat[0].shape[1])
+            rows, columns = flat[0].shape[:2]
+            narrow, _ = ops.gather_slices(flat, None, keep[axis], rows=rows, columns=columns, indices_in_range=True)
             gathered = [
                 new.reshape(*old.shape[:axis], -1, *old.shape[axis + 1 :])
                 for old, new in zip(gathered, narrow, strict=True)
@@ -258,20 +298,14 @@ def _gather(tensors: list[Tensor], cut: _Cut) -> tuple[list[Tensor], Tensor]:
     ], shift
 
 
-def _mean_contribution(weight: Tensor, cut: _Cut, reader: Reader) -> Tensor:
+def _mean_contribution(weight: Tensor, kept: Mapping[int, Tensor], read: _Read) -> Tensor:
     """W2[:, p] · E[h_p] of the outputs that stay, float64, for a transposed weight or one with groups."""
-    value, device = cut.removal.neurons.values[reader.value], weight.device
-    means = cut.removal.entry_means(reader, torch.arange(value.units, device="cpu"))
-    gone = torch.ones(value.units, dtype=torch.bool, device="cpu")
-    gone[cut.removal.units(value)[0]] = False
-    present = cut.removal.neurons.values[reader.value].layout
-    entries = gone.view(1, -1, 1).expand(present.outer, -1, present.inner).flatten()
-    means = torch.where(entries, means, 0).to(device).view(reader.groups, -1)  # of each group's entries
-    taps = weight.detach().transpose(0, 1) if reader.axis == 0 else weight.detach()
-    taps = taps.double().reshape(reader.groups, -1, means.shape[1], prod(weight.shape[2:])).sum(3)
+    axis, groups = read.reader.axis, read.reader.groups
+    means = read.means.view(groups, -1)  # of each group's entries
+    taps = weight.detach().transpose(0, 1) if axis == 0 else weight.detach()
+    taps = taps.double().reshape(groups, -1, means.shape[1], prod(weight.shape[2:])).sum(3)
     shift = (taps @ means[:, :, None]).flatten()
-    kept = cut.kept.get(1 - reader.axis)
-    return shift if kept is None else shift[kept.to(device)]
+    return shift if 1 - axis not in kept else shift[kept[1 - axis]]
 
 
 def _memory_format(tensor: Tensor) -> torch.memory_format:
@@ -283,38 +317,41 @@ def _memory_format(tensor: Tensor) -> torch.memory_format:
     return torch.contiguous_format
 
 
-def apply_reconstruction(new: Tensor, weight: Tensor, cut: _Cut, reconstruction: Reconstruction) -> Tensor:
+def apply_reconstruction(new: Tensor, weight: Tensor, kept: Mapping[int, Tensor], read: _Read) -> Tensor:
     """Add W2[:, p] A to `new`, the sliced `weight`; return what this adds to the mean output, (kept outputs,)."""
-    reader, removal, device = cut.reader, cut.removal, weight.device
-    assert reader is not None
-    value = removal.neurons.values[reader.value]
-    means = removal.entry_means(reader, removal.units(value)[0])
+    assert read.reconstruction is not None
+    reader, layout, means = read.reader, read.layout, read.kept_means
     dtype = torch.float64 if weight.dtype == torch.float64 else torch.float32
-    left, right = (factor.to(device, dtype) for factor in (reconstruction.left, reconstruction.right))
-    rows = cut.kept.get(1 - reader.axis)
+    left, right = (factor.to(dtype) for factor in (read.reconstruction.left, read.reconstruction.right))
+    rows = kept.get(1 - reader.axis)
     if prod(weight.shape[2:]) == 1:  # a 1×1 convolution is a matrix
         weight, new = weight.view(weight.shape[:2]), new.view(new.shape[:2])
     weight, new = (each.transpose(0, 1) if reader.axis == 0 else each for each in (weight.detach(), new))
-    gone = weight.index_select(1, cut.pruned(weight.shape[1]).to(device)).to(dtype)
-    gone = gone if rows is None else gone.index_select(0, rows.to(device))
-    if new.dim() == 2 and value.layout.entries == 1 and new.dtype == dtype:
+    gone = weight.index_select(1, read.pruned).to(dtype)
+    gone = gone if rows is None else gone.index_select(0, rows)
+    if new.dim() == 2 and layout.entries == 1 and new.dtype == dtype:
         projected = gone @ left
         new.addmm_(projected, right)
-        return projected.double() @ (reconstruction.right.to(device) @ means.to(device))
+        return projected.double() @ (read.reconstruction.right @ means)
     # (outputs, outer, units, inner · filter): all entries of a unit and all taps of its filter change alike.
-    gone = gone.reshape(len(gone), value.layout.outer, left.shape[0], -1).transpose(2, 3)
+    gone = gone.reshape(len(gone), layout.outer, left.shape[0], -1).transpose(2, 3)
     change = ((gone @ left) @ right).transpose(2, 3)
     new.copy_((new.to(dtype) + change.reshape(new.shape)).to(new.dtype))
-    return change.double().reshape(len(gone), means.numel(), -1).sum(2) @ means.to(device)
+    return change.double().reshape(len(gone), means.numel(), -1).sum(2) @ means
 
 
-def _shifted(target: StoredTensor, values: Tensor, shift: Tensor, *, role: str) -> Tensor:
+def _shifted(target: StoredTensor, values: Tensor, shift: Tensor) -> Tensor:
     """Add the shift to a bias, or subtract it from a running mean, which is itself subtracted."""
     sign = -1 if target.attribute == "running_mean" else 1
-    shifted = (values.double() + sign * shift.to(values.device)).to(values.dtype)
-    if not bool(shifted.isfinite().all()):
-        raise ValueError(f"{role}: compensating for removed neurons makes {target.name} infinite or NaN")
-    return shifted
+    return (values.double() + sign * shift.to(values.device)).to(values.dtype)
+
+
+def _require_finite(shifted: Sequence[tuple[StoredTensor, Tensor]], *, role: str) -> None:
+    """Raise where a compensated bias or running mean is not finite; the host waits once for all of a device."""
+    are_finite = copied_to([values.isfinite().all() for _, values in shifted], "cpu")
+    for (target, _), is_finite in zip(shifted, are_finite, strict=True):
+        if not bool(is_finite):
+            raise ValueError(f"{role}: compensating for removed neurons makes {target.name} infinite or NaN")
 
 
 # --- Optimizers

@@ -96,13 +96,17 @@ class Observation:
         return torch.stack(norms).square().sum(0).sqrt()
 
 
-def check_statistics(statistics: NeuronStatistics, layer: str, caller: str) -> None:
-    """Raise where a layer's statistics are missing or not finite; the message names `caller`, a public method."""
+def check_observed(statistics: NeuronStatistics, layer: str, caller: str) -> None:
+    """Raise where a layer's statistics are missing; the message names `caller`, a public method."""
     if statistics.rows == 0:
         raise RuntimeError(
             f"{caller}: there are no statistics of {layer} since the last check; pass pruner.activations to "
             "fused_kd_l1_loss at each step, or call pruner.activations.observe()"
         )
+
+
+def check_finite(statistics: NeuronStatistics, layer: str, caller: str) -> None:
+    """Raise where a layer's statistics, on the CPU, are not finite; the message names `caller`, a public method."""
     if not bool(statistics.values.isfinite().all()):
         raise ValueError(
             f"{caller}: some activations of {layer} were infinite or NaN since the last check; pruner.reset() discards "
@@ -110,13 +114,16 @@ def check_statistics(statistics: NeuronStatistics, layer: str, caller: str) -> N
         )
 
 
-def norms_of_reader(model: nn.Module, neurons: PrunableNeurons, reader: Reader, caller: str) -> Tensor:
-    """One of the `outgoing` of an `Observation`; a ValueError where a weight is not finite."""
-    norms = outgoing_norms(_columns(reader.weight.of(model).detach(), reader, neurons.values[reader.value]))
+def norms_of_reader(model: nn.Module, neurons: PrunableNeurons, reader: Reader) -> Tensor:
+    """One of the `outgoing` of an `Observation`, on the weight's device."""
+    return outgoing_norms(_columns(reader.weight.of(model).detach(), reader, neurons.values[reader.value]))
+
+
+def check_norms(norms: Tensor, neurons: PrunableNeurons, reader: Reader, caller: str) -> None:
+    """Raise where the norms of a reader, on the CPU, are not finite; the message names `caller`, a public method."""
     if not bool(norms.isfinite().all()):
         names = " and ".join(group.name for group in neurons.groups if reader in neurons.readers_of(group))
         raise ValueError(f"{caller}: the weights that read {names} are infinite or NaN")
-    return norms
 
 
 def _columns(weight: Tensor, reader: Reader, value: ReadValue) -> Tensor:
@@ -131,9 +138,9 @@ def _columns(weight: Tensor, reader: Reader, value: ReadValue) -> Tensor:
 
 
 def outgoing_norms(weight: Tensor) -> Tensor:
-    """‖W2[:,j]‖₂ of an (outputs, H) weight, (H,) float64 on the CPU."""
+    """‖W2[:,j]‖₂ of an (outputs, H) weight, (H,) float64."""
     # In blocks of a few rows: torch converts and sums a large matrix along its rows an order of magnitude slower.
-    return torch.stack([rows.double().square().sum(0) for rows in weight.split(64)]).sum(0).sqrt().cpu()
+    return torch.stack([rows.double().square().sum(0) for rows in weight.split(64)]).sum(0).sqrt()
 
 
 # --- How active each neuron is

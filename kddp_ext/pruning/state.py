@@ -13,9 +13,17 @@ from torch import Tensor, nn
 from kddp_ext.activations.statistics import NeuronStatistics
 from kddp_ext.pruning.history import PruningHistory
 from kddp_ext.pruning.saliency import Saliency
-from kddp_ext.pruning.selection import Decision, Observation, check_statistics, norms_of_reader
+from kddp_ext.pruning.selection import (
+    Decision,
+    Observation,
+    check_finite,
+    check_norms,
+    check_observed,
+    norms_of_reader,
+)
 from kddp_ext.pruning.settings import PruningSettings, Streams
 from kddp_ext.pruning.tracing.structure import PrunableNeurons, ReadValue, count_neurons
+from kddp_ext.pruning.transfers import copied_to
 
 STATE_VERSION = 4
 
@@ -68,20 +76,24 @@ class PrunerState:
 
     def observe(self, model: nn.Module, *, caller: str) -> Observation:
         """Observe everything that a decision depends on, for the public method `caller`; it is copied to the CPU."""
-        neurons, statistics = self.neurons, []
+        neurons = self.neurons
         for name, each in zip(neurons.value_names, self.statistics, strict=True):
-            check_statistics(each, name, caller)
-            statistics.append(copy.deepcopy(each))
-            statistics[-1].to(torch.device("cpu"))
+            check_observed(each, name, caller)
         neurons.tensors(model)  # raises where one has another shape
+        outgoing = tuple(norms_of_reader(model, neurons, reader) for reader in neurons.readers)
+        statistics, outgoing, saliency = copied_to((self.statistics, outgoing, self.saliency), "cpu")
+        for name, each in zip(neurons.value_names, statistics, strict=True):
+            check_finite(each, name, caller)
+        for reader, norms in zip(neurons.readers, outgoing, strict=True):
+            check_norms(norms, neurons, reader, caller)
         return Observation(
             neurons,
-            tuple(statistics),
-            tuple(norms_of_reader(model, neurons, reader, caller) for reader in neurons.readers),
+            statistics,
+            outgoing,
             self.inactive_checks,
             tuple(torch.tensor(self.history.kept(group.name), device="cpu") for group in neurons.groups),
             self.first_scales,
-            self.saliency.on_cpu(),
+            saliency,
             self.original_size,
             self.checks,
             self.predicted,

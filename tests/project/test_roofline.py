@@ -123,6 +123,7 @@ def test_counts_of_a_compaction(counter):
     layer = passes.Layer(32, 64)
     counted = counter.compaction(layer, 4)
     eager = command.eager_compaction(layer)
+    assert counted.launches == 2, "the gather, and its sums set to 0"
     assert counted.needed_bytes == passes.compaction_bytes(layer)
     assert counted.needed_bytes < counted.moved_bytes < 2.5 * counted.needed_bytes
     # For each of four tensors: 16 rows, then 32 of their columns, read and written, and the indices.
