@@ -107,7 +107,7 @@ class Launches {
         launch_ = {};
         launch_.carried = workspace_.take<double>(2);
         counters_ = workspace_.take<unsigned>(counter_count);
-        launch_.slices = slices();
+        set_slices();
         launch_.slices_workspace =
             reinterpret_cast<char*>(workspace_.take<SliceRecord>(launch_.slices > 1 ? job.rows * launch_.slices : 0));
         launch_.block_terms = workspace_.take<RowTerms>(plan_.resident);
@@ -142,6 +142,11 @@ class Launches {
         return static_cast<int>(min(min(blocks, max(job_.classes / shortest_slice, 1)), max_slices));
     }
 
+    void set_slices() {
+        launch_.slices = slices();
+        launch_.slice_classes = static_cast<int>(divide_up(divide_up(job_.classes, launch_.slices), 64) * 64);
+    }
+
     void set_layers(int64_t first, Workspace& workspace) {
         launch_.layer_count = static_cast<int>(min(job_.activations.layer_count - first, layers_per_launch));
         launch_.units = 0;
@@ -167,7 +172,6 @@ class Launches {
         static_cast<RowParams&>(launch_) = row_params(job_);
         if (!with_rows) launch_.student.data = nullptr;
         launch_.inverse_temperature = 1 / job_.temperature;
-        launch_.slice_classes = static_cast<int>(divide_up(divide_up(job_.classes, launch_.slices), 64) * 64);
         launch_.side_vectors = plan_.side_vectors, launch_.team_vectors = plan_.team_vectors;
         launch_.student_elements = extent(job_.student, job_.rows, job_.classes);
         launch_.teacher_elements = extent(job_.teacher, job_.rows, job_.classes);
@@ -179,19 +183,32 @@ class Launches {
         launch_.counters = launch_.slice_counters + slice_counter_count;
     }
 
-    // Launches as many blocks as run at once, or fewer if there is less work.
+    // Launches as many blocks as run at once, or fewer if there is less work. A context may have only some of the
+    // device's multiprocessors (MPS, green contexts). Their number is not known: a launch that is too large for them is
+    // repeated with half of its blocks.
     void start() {
-        const int64_t row_blocks =
-            launch_.student.data ? divide_up(job_.rows, plan_.rows_per_block) * launch_.slices : 0;
+        while (true) {
+            const int64_t blocks = blocks_to_launch();
+            launch_.row_groups = static_cast<unsigned>(blocks / launch_.slices);
+            const dim3 grid(static_cast<unsigned>(blocks)), block(static_cast<unsigned>(plan_.threads));
+            if (!launch_.count_labels && launch_.slices == 1) {
+                KDDP_LAUNCH(plan_.kernel, grid, block, plan_.shared_bytes, context_->stream, launch_);
+                return;
+            }
+            const cudaError_t error =
+                KDDP_LAUNCH_COOPERATIVE(plan_.kernel, grid, block, plan_.shared_bytes, context_->stream, launch_);
+            if (error != cudaErrorCooperativeLaunchTooLarge || blocks == 1) return;
+            cudaGetLastError();  // clears it
+            plan_.resident = static_cast<int>(blocks / 2);
+            set_slices();
+        }
+    }
+
+    int64_t blocks_to_launch() const {
+        if (launch_.slices > 1) return job_.rows * launch_.slices;
+        const int64_t row_blocks = launch_.student.data ? divide_up(job_.rows, plan_.rows_per_block) : 0;
         const int64_t unit_blocks = divide_up(launch_.units, plan_.threads / 32);
-        int64_t blocks = min(max(max(row_blocks, unit_blocks), 1), plan_.resident);
-        if (launch_.slices > 1) blocks = job_.rows * launch_.slices;
-        launch_.row_groups = static_cast<unsigned>(blocks / launch_.slices);
-        const dim3 grid(static_cast<unsigned>(blocks)), block(static_cast<unsigned>(plan_.threads));
-        if (launch_.count_labels || launch_.slices > 1)
-            KDDP_LAUNCH_COOPERATIVE(plan_.kernel, grid, block, plan_.shared_bytes, context_->stream, launch_);
-        else
-            KDDP_LAUNCH(plan_.kernel, grid, block, plan_.shared_bytes, context_->stream, launch_);
+        return min(max(max(row_blocks, unit_blocks), 1), plan_.resident);
     }
 
     const KdL1Loss& job_;

@@ -40,15 +40,16 @@ inline void back_off() { emulator::yield(); }
 // Errors are checked once, after the launch.
 #define KDDP_LAUNCH(kernel, grid, block, dynamic_shared_bytes, stream, argument) \
     (kernel)<<<grid, block, dynamic_shared_bytes, stream>>>(argument)
-// All blocks run at once, so that they may wait for one another.
+// All blocks run at once, so that they may wait for one another. Returns the launch's error.
 #define KDDP_LAUNCH_COOPERATIVE(kernel, grid, block, dynamic_shared_bytes, stream, argument) \
     ::kddp::launch_cooperative(kernel, grid, block, dynamic_shared_bytes, stream, argument)
 
 template <class Argument>
-void launch_cooperative(void (*kernel)(Argument), dim3 grid, dim3 block, int shared_bytes, cudaStream_t stream,
-                        const Argument& argument) {
+cudaError_t launch_cooperative(void (*kernel)(Argument), dim3 grid, dim3 block, int shared_bytes, cudaStream_t stream,
+                               const Argument& argument) {
     void* arguments[] = {const_cast<Argument*>(&argument)};
-    cudaLaunchCooperativeKernel(reinterpret_cast<const void*>(kernel), grid, block, arguments, shared_bytes, stream);
+    return cudaLaunchCooperativeKernel(reinterpret_cast<const void*>(kernel), grid, block, arguments, shared_bytes,
+                                       stream);
 }
 
 // 2^x in one instruction: at most two roundings off; results below 2^-126 become 0.

@@ -217,9 +217,9 @@ class Emulator:
         """Calls cudaGetLastError(), which also resets the error."""
         return self.library.emulator_last_error()
 
-    def set_devices(self, count: int = 2, multiprocessors: int = 4) -> None:
-        """Sets the number of devices and of multiprocessors of each."""
-        self.library.emulator_set_devices(count, multiprocessors)
+    def set_devices(self, count: int = 2, multiprocessors: int = 4, usable: int | None = None) -> None:
+        """Sets the number of devices and of multiprocessors of each, and how many of these the context has (all)."""
+        self.library.emulator_set_devices(count, multiprocessors, multiprocessors if usable is None else usable)
 
     def allow(self, memory: Any, *, writable: bool, name: str = "", size: int | None = None) -> None:
         """Lets kernels access a tensor or array, or `size` bytes of it.

@@ -18,6 +18,7 @@ from kddp_ext.loss import functional
 from kddp_ext.ops import cuda, gather_slices, gradient_products, library
 from kddp_ext.ops.scale_gradients import scale_gradients
 
+TOO_LARGE = 720  # cudaErrorCooperativeLaunchTooLarge
 kd_l1_loss = sys.modules["kddp_ext.ops.kd_l1_loss"]  # the function hides the module
 
 
@@ -28,6 +29,7 @@ def emulated(request):
     emulated.emulator.device = 0
     emulated.emulator.clear()
     yield emulated
+    emulated.emulator.set_devices()
     emulated.emulator.device = 0
 
 
@@ -134,6 +136,27 @@ def test_an_occupancy_that_was_asked_in_vain_is_asked_again(emulated):
         scale_gradients(gradients, torch.tensor(2.0))
     (launch,) = [call for call in emulated.emulator.calls() if call["name"] == "launch"]
     assert launch["grid"] > 1
+
+
+@pytest.mark.parametrize(("rows", "classes"), [(512, 40), (2, 40000)])  # blocks wait for labels, or for others' slices
+def test_a_launch_that_is_too_large_for_the_context_is_repeated_with_half_of_its_blocks(emulated, rows, classes):
+    student, teacher = torch.randn(2, rows, classes).unbind()
+    labels = torch.arange(rows) % classes
+
+    def loss_and_gradient():
+        logits = student.clone().requires_grad_()
+        loss = kddp_ext.fused_kd_l1_loss(logits, teacher, labels, ignore_index=0)
+        loss.backward()
+        return loss.detach(), logits.grad
+
+    emulated.emulator.set_devices(usable=1)
+    with calls_go_to(emulated, 0, 0):
+        computed = loss_and_gradient()
+    launches = [(call["grid"], call["error"]) for call in emulated.emulator.calls() if call["name"] == "launch"]
+    *refused, (grid, error), _backward = launches
+    assert [*refused, (grid, error)] == [*((grid << n, TOO_LARGE) for n in range(len(refused), 0, -1)), (grid, 0)]
+    assert refused
+    torch.testing.assert_close(computed, loss_and_gradient())
 
 
 def test_the_sources_call_no_other_functions_of_the_cuda_runtime():

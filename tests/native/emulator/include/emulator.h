@@ -32,9 +32,10 @@ struct Kernel {
 };
 
 // Runs `body` once for every thread of a one-dimensional grid; in a cooperative launch all blocks run at once. What the
-// hardware would refuse, such as too many threads, is left for cudaGetLastError(). A fault of the kernel is an Error.
-void launch(const Kernel& kernel, dim3 grid, dim3 block, size_t dynamic_shared_bytes, cudaStream_t stream,
-            bool cooperative, const std::function<void()>& body);
+// hardware would refuse, such as too many threads, is returned, and left for cudaGetLastError(). A fault of the kernel
+// is an Error.
+cudaError_t launch(const Kernel& kernel, dim3 grid, dim3 block, size_t dynamic_shared_bytes, cudaStream_t stream,
+                   bool cooperative, const std::function<void()>& body);
 
 // Lets other threads run. Loops that wait for another thread must call it.
 void yield();
@@ -95,11 +96,11 @@ void end_atomic(bool changed);
 
 // Launches a function with a copy of its arguments, as <<<>>> does.
 template <class... Parameters, class... Arguments>
-void launch_kernel(bool cooperative, const char* name, void (*kernel)(Parameters...), dim3 grid, dim3 block,
-                   size_t bytes, cudaStream_t stream, Arguments&&... arguments) {
+cudaError_t launch_kernel(bool cooperative, const char* name, void (*kernel)(Parameters...), dim3 grid, dim3 block,
+                          size_t bytes, cudaStream_t stream, Arguments&&... arguments) {
     const std::tuple<std::decay_t<Parameters>...> copy(std::forward<Arguments>(arguments)...);
-    launch({name, reinterpret_cast<const void*>(kernel)}, grid, block, bytes, stream, cooperative,
-           [&] { std::apply(kernel, copy); });
+    return launch({name, reinterpret_cast<const void*>(kernel)}, grid, block, bytes, stream, cooperative,
+                  [&] { std::apply(kernel, copy); });
 }
 
 }  // namespace emulator

@@ -23,8 +23,8 @@ constexpr int multiprocessor_registers = 65536, thread_registers = 64;
 constexpr size_t max_calls = 100000;
 
 std::deque<Call> calls;
-std::map<const void*, int> dynamic_limits;  // set by cudaFuncSetAttribute
-int device_count = 2, multiprocessors = 4;
+std::map<const void*, int> dynamic_limits;                              // set by cudaFuncSetAttribute
+int device_count = 2, multiprocessors = 4, usable_multiprocessors = 4;  // usable in the present context, as with MPS
 thread_local int current_device = 0;
 thread_local cudaError_t last_error = cudaSuccess;
 
@@ -78,7 +78,7 @@ cudaError_t error_of_launch(const Kernel& kernel, dim3 grid, dim3 block, size_t 
     if (!is_1d || block.x == 0 || block.x > 1024 || grid.x == 0 || grid.x > 0x7fffffffu)
         return cudaErrorInvalidConfiguration;
     if (bytes > size_t(dynamic_limit(kernel.address))) return cudaErrorInvalidValue;
-    if (cooperative && grid.x > unsigned(blocks_that_fit(block.x, bytes) * multiprocessors))
+    if (cooperative && grid.x > unsigned(blocks_that_fit(block.x, bytes) * usable_multiprocessors))
         return cudaErrorCooperativeLaunchTooLarge;
     return cudaSuccess;
 }
@@ -217,8 +217,8 @@ cudaError_t cudaOccupancyMaxActiveBlocksPerMultiprocessor(int* blocks, const voi
 extern "C" {
 void emulator_set_seed(uint64_t seed) { set_seed(seed); }
 uint64_t emulator_seed() { return seed(); }
-void emulator_set_devices(int count, int multiprocessors_each) {
-    device_count = count, multiprocessors = multiprocessors_each;
+void emulator_set_devices(int count, int multiprocessors_each, int usable) {
+    device_count = count, multiprocessors = multiprocessors_each, usable_multiprocessors = usable;
 }
 int emulator_set_device(int device) { return cudaSetDevice(device); }
 int emulator_device() { return current_device; }

@@ -200,8 +200,8 @@ void run_launch(Launch& launch, size_t max_blocks) {
 
 }  // namespace
 
-void launch(const Kernel& kernel, dim3 grid, dim3 block, size_t bytes, cudaStream_t stream, bool cooperative,
-            const std::function<void()>& body) {
+cudaError_t launch(const Kernel& kernel, dim3 grid, dim3 block, size_t bytes, cudaStream_t stream, bool cooperative,
+                   const std::function<void()>& body) {
     const std::scoped_lock lock(one_launch);
     if (now >= 1u << 31) {  // before the clock overflows
         for (auto& known : all_blocks) known->arena.bytes.clear();
@@ -210,7 +210,8 @@ void launch(const Kernel& kernel, dim3 grid, dim3 block, size_t bytes, cudaStrea
     Launch launch;
     launch.body = &body;
     take_needs(launch);
-    if (check_launch(kernel, launch, grid, block, bytes, stream, cooperative) != cudaSuccess) return;
+    const cudaError_t refused = check_launch(kernel, launch, grid, block, bytes, stream, cooperative);
+    if (refused != cudaSuccess) return refused;
     launch.random = seed_ * 0x2545f4914f6cdd1du + 1;
     // Some faults need lanes that are far apart, others lanes that run side by side: each launch draws which it has.
     static const unsigned stays[] = {0, 192, 250, 255}, preempts[] = {0, 0, 16, 64};
@@ -230,6 +231,7 @@ void launch(const Kernel& kernel, dim3 grid, dim3 block, size_t bytes, cudaStrea
     launching = nullptr;
     if (!launch.error.empty()) throw Error(launch.error);
     keep_report(launch);
+    return cudaSuccess;
 }
 
 void set_seed(uint64_t seed) { seed_ = seed; }
