@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from kddp_ext import ops
-from kddp_ext.activations.layout import NeuronMatrix, as_matrix
+from kddp_ext.activations.layout import Layout, NeuronMatrix, as_matrix
 
 # The rows of a statistics tensor, in the order of the kernels.
 STATISTICS = ("sum_abs", "sum", "sum_squares", "nonzero", "max_abs")
@@ -18,8 +18,6 @@ _SUMS, _MAX_ABS = slice(0, 4), 4
 _BATCHES = 8  # each batch fills at most this part of the ring, so that the ring spans several batches
 # Multiples of the golden ratio are spread evenly over samples and positions for every size (Weyl).
 _GOLDEN = 0.6180339887498949
-
-_Places = tuple[Tensor, Tensor]  # the samples that a ring takes, and the rows that it stores them in
 
 
 class NeuronStatistics:
@@ -128,28 +126,9 @@ class NeuronStatistics:
 
     def update(self, sums: Tensor, matrix: NeuronMatrix) -> None:
         """Add `sums`, (5, columns) float64, which the kernels computed from `matrix`."""
-        self._update(sums, matrix, {})
-
-    def _update(self, sums: Tensor, matrix: NeuronMatrix, places: dict[Any, _Places]) -> None:
-        outer, inner = matrix.layout.outer, matrix.layout.inner
-        if sums.shape != (len(STATISTICS), outer * self.width * inner):
-            raise ValueError(
-                f"sums: expected shape {(len(STATISTICS), outer * self.width * inner)} (statistics, entries of "
-                f"neurons), got {tuple(sums.shape)}"
-            )
-        totals, largest = sums[_SUMS], sums[_MAX_ABS]
-        if outer * inner > 1:
-            entries = sums.view(len(STATISTICS), outer, self.width, inner)
-            totals, largest = entries[_SUMS].sum((1, 3)), entries[_MAX_ABS].amax((0, 2))
-            if self.position_sums is not None:
-                self.position_sums += entries[1].movedim(1, 0).flatten(1)
-        elif self.position_sums is not None:
-            self.position_sums += totals[1][:, None]
-        if self.ring is not None:
-            self.ring.add(matrix, places)
-        self.values[_SUMS].add_(totals)
-        self.max_abs.clamp_(min=largest)
-        self.rows += matrix.samples
+        updates = _Updates()
+        updates.collect(self, sums, matrix)
+        updates.make()
 
     def matrix(self, activation: Tensor, axis: int = 1) -> NeuronMatrix:
         """`activation`, with the neurons along `axis`, as the matrix whose sums `update` takes."""
@@ -166,6 +145,11 @@ class NeuronStatistics:
         Raises:
             TypeError, ValueError: the dtype or shape is not as described; nothing is added.
         """
+        matrix = self._checked_matrix(activation, axis)
+        self.update(ops.neuron_statistics(matrix.values), matrix)
+
+    def _checked_matrix(self, activation: Tensor, axis: int) -> NeuronMatrix:
+        """The matrix of an activation without its graph, with the errors of `observe`."""
         if activation.dtype not in ops.ELEMENT_TYPES:
             raise TypeError(f"activation: expected dtype float32, float64, bfloat16 or float16, got {activation.dtype}")
         dimensions = activation.dim()
@@ -174,8 +158,7 @@ class NeuronStatistics:
                 f"activation: expected at least 2 dimensions, and {self.width} neurons along dimension {axis}, got "
                 f"shape {tuple(activation.shape)}"
             )
-        matrix = self.matrix(activation.detach(), axis)
-        self.update(ops.neuron_statistics(matrix.values), matrix)
+        return self.matrix(activation.detach(), axis)
 
     @torch.inference_mode(False)
     def to(self, device: torch.device) -> None:
@@ -258,6 +241,94 @@ class NeuronStatistics:
         self.rows = rows
 
 
+def position_means(statistics: Sequence[NeuronStatistics]) -> list[Tensor]:
+    """The `position_mean` of each, computed together; all have samples."""
+    sums = [each.sum[:, None] if each.position_sums is None else each.position_sums for each in statistics]
+    if not sums:
+        return []
+    products = torch._foreach_mul(sums, [float(each.shape[1]) for each in sums])
+    return list(torch._foreach_div(products, [float(each.rows) for each in statistics]))
+
+
+class _Pairs:
+    """Arguments of an operation in place on many tensors."""
+
+    def __init__(self) -> None:
+        self.targets, self.sources = list[Tensor](), list[Tensor]()
+
+    def add(self, target: Tensor, source: Tensor) -> None:
+        self.targets.append(target)
+        self.sources.append(source)
+
+
+class _Updates:
+    """What the layers of a pass add to their statistics. Each kind of update is one operation for all layers.
+
+    On a GPU that is one launch for about a hundred tensors, if each is contiguous: the rows of a layer's sums are, the
+    sums together are not.
+    """
+
+    def __init__(self) -> None:
+        self._known: set[int] = set()
+        self._places: dict[tuple[object, ...], Tensor] = {}
+        self._begin()
+
+    def _begin(self) -> None:
+        self._sums, self._largest, self.samples, self.entries = _Pairs(), _Pairs(), _Pairs(), _Pairs()
+
+    def collect(self, statistics: NeuronStatistics, sums: Tensor, matrix: NeuronMatrix) -> None:
+        """Add `sums`, (5, columns) float64, which the kernels computed from `matrix`."""
+        outer, inner = matrix.layout.outer, matrix.layout.inner
+        if sums.shape != (len(STATISTICS), outer * statistics.width * inner):
+            raise ValueError(
+                f"sums: expected shape {(len(STATISTICS), outer * statistics.width * inner)} (statistics, entries of "
+                f"neurons), got {tuple(sums.shape)}"
+            )
+        if id(statistics) in self._known:  # a layer that is called twice; an operation may take a tensor once
+            self.make()
+            self._begin()
+        self._known.add(id(statistics))
+        totals, largest = sums[_SUMS], sums[_MAX_ABS]
+        if outer * inner > 1:
+            entries = sums.unflatten(1, (outer, statistics.width, inner))
+            totals, largest = entries[_SUMS].sum((1, 3)), entries[_MAX_ABS].amax((0, 2))
+            if statistics.position_sums is not None:
+                self._sums.add(statistics.position_sums, entries[1].movedim(1, 0).flatten(1).contiguous())
+        elif statistics.position_sums is not None:
+            statistics.position_sums += totals[1][:, None]
+        if statistics.ring is not None:
+            statistics.ring.add(matrix, self)
+        if totals.is_cuda and not totals.is_contiguous():
+            for row, total in zip(statistics.values[_SUMS].unbind(), totals.unbind(), strict=True):
+                self._sums.add(row, total)
+        else:
+            self._sums.add(statistics.values[_SUMS], totals)
+        self._largest.add(statistics.max_abs, largest)
+        statistics.rows += matrix.samples
+
+    def make(self) -> None:
+        """Make the updates that were collected."""
+        for operation, pairs in (
+            (torch._foreach_add_, self._sums),
+            (torch._foreach_maximum_, self._largest),
+            (torch._foreach_copy_, self.samples),
+            (torch._foreach_copy_, self.entries),
+        ):
+            if pairs.targets:
+                operation(pairs.targets, pairs.sources)
+
+    def place(self, key: tuple[object, ...], compute: Callable[[], Tensor]) -> Tensor:
+        """The result of `compute`, which layers with the same `key` share."""
+        if key not in self._places:
+            self._places[key] = compute()
+        return self._places[key]
+
+    def row_and_entry(self, sample: Tensor, entries: int) -> tuple[Tensor, Tensor]:
+        """The rows of samples where each row has this many, and which of its row's each sample is."""
+        row = self.place((id(sample), entries, "row"), lambda: sample // entries)
+        return row, self.place((id(sample), entries, "entry"), lambda: sample % entries)
+
+
 class SampleRing:
     """Up to `capacity` samples of H neurons; new samples replace the oldest.
 
@@ -289,29 +360,45 @@ class SampleRing:
         """(filled, H) float32, in no particular order."""
         return self.values[: self.filled]
 
-    def add(self, matrix: NeuronMatrix, places: dict[Any, _Places]) -> None:
-        """Add some samples of `matrix`, spread evenly over it. The next call takes other positions.
+    def add(self, matrix: NeuronMatrix, updates: _Updates) -> None:
+        """Add some samples of `matrix`, spread evenly over it, to `updates`. The next call takes other positions.
 
-        Rings of the same capacity take the same ones, which `places` keeps for the other layers of a pass.
+        Rings of the same capacity take the same ones.
         """
-        capacity, width = self.values.shape
-        count = min(matrix.samples, len(self._numbers))
+        capacity, count = self.values.shape[0], min(matrix.samples, self._numbers.shape[0])
         if count == 0:
             return
-        values, layout = matrix.values.detach(), matrix.layout
-        key = values.device, capacity, self.taken, matrix.samples
-        if key not in places:
-            number = self._numbers[:count] + self.taken
-            places[key] = (number * _GOLDEN % 1 * matrix.samples).long(), (number % capacity).long()
-        sample, slots = places[key]
-        if layout.entries == 1:
-            self.values[slots] = values[sample].float()
-        else:
-            row, position = sample // layout.entries, sample % layout.entries
-            entries = values.unflatten(1, (layout.outer, width, layout.inner))
-            self.values[slots] = entries[row, position // layout.inner, :, position % layout.inner].float()
-            self.entries[slots] = position
+        start, values = self.taken % capacity, matrix.values.detach()
+        sample = updates.place(
+            (values.device, capacity, self.taken, matrix.samples),
+            lambda: ((self._numbers[:count] + self.taken) * _GOLDEN % 1 * matrix.samples).long(),
+        )
+        self._store(updates.samples, self.values, self._picked(values, matrix.layout, sample, updates).float(), start)
+        if matrix.layout.entries > 1:
+            self._store(updates.entries, self.entries, updates.row_and_entry(sample, matrix.layout.entries)[1], start)
         self.taken += count
+
+    def _picked(self, values: Tensor, layout: Layout, sample: Tensor, updates: _Updates) -> Tensor:
+        """The (count, H) activations of some samples, which are numbered by row, then by entry."""
+        if layout.entries == 1:
+            return values[sample]
+        row, entry = updates.row_and_entry(sample, layout.entries)
+        entries: Tensor = values.unflatten(1, (layout.outer, -1, layout.inner))
+        if layout.outer == 1:
+            return entries[row, 0, :, entry]
+        if layout.inner == 1:
+            return entries[row, entry, :, 0]
+        return entries[row, entry // layout.inner, :, entry % layout.inner]
+
+    @staticmethod
+    def _store(copies: _Pairs, target: Tensor, source: Tensor, start: int) -> None:
+        """Collect the copies of `source` to the rows of `target` from `start` on, and behind its end from 0 on."""
+        count, end = source.shape[0], target.shape[0]
+        if start + count <= end:
+            copies.add(target[start : start + count], source)
+        else:
+            copies.add(target[start:], source[: end - start])
+            copies.add(target[: start + count - end], source[end - start :])
 
     def to(self, device: torch.device) -> None:
         """Move the samples to `device`."""
@@ -407,11 +494,11 @@ class TrackedActivations(tuple[Tensor, ...]):
 
     def update(self, matrices: Sequence[NeuronMatrix], sums: Tensor) -> None:
         """Add `sums`, (5, columns of all) float64, which the kernels computed from `matrices`."""
-        column, places = 0, dict[Any, _Places]()
-        for matrix, statistics in zip(matrices, self.statistics, strict=True):
-            width = matrix.values.shape[1]
-            statistics._update(sums[:, column : column + width], matrix, places)
-            column += width
+        updates = _Updates()
+        of_layers = sums.split([matrix.values.shape[1] for matrix in matrices], 1)
+        for matrix, statistics, own in zip(matrices, self.statistics, of_layers, strict=True):
+            updates.collect(statistics, own, matrix)
+        updates.make()
         if self.observer is not None:
             self.observer.of_statistics()
 
@@ -425,8 +512,14 @@ class TrackedActivations(tuple[Tensor, ...]):
             mean: the value that a `loss_budget` refers to, 0-dim, where that is not the value of `loss`, as with
                 `fisher_loss`. Default None: the loss.
         """
-        for activation, statistics, axis in zip(self, self.statistics, self.axes, strict=True):
-            statistics.observe(activation, axis)
+        matrices = [
+            statistics._checked_matrix(activation, axis)
+            for activation, statistics, axis in zip(self, self.statistics, self.axes, strict=True)
+        ]
+        updates = _Updates()
+        for matrix, statistics in zip(matrices, self.statistics, strict=True):
+            updates.collect(statistics, ops.neuron_statistics(matrix.values), matrix)
+        updates.make()
         if self.observer is not None:
             self.observer.of_statistics()
         if loss is not None:

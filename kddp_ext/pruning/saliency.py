@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from kddp_ext import ops
 from kddp_ext.activations.layout import Layout
-from kddp_ext.activations.statistics import NeuronStatistics
+from kddp_ext.activations.statistics import NeuronStatistics, position_means
 from kddp_ext.pruning.hooks import Hook, is_fake
 from kddp_ext.pruning.tracing.recording import first_argument
 from kddp_ext.pruning.tracing.structure import PrunableNeurons
@@ -63,10 +63,10 @@ class Saliency:
             scale: what makes them the products of a sample's own loss.
         """
         self._to(products.device)
-        squares = (products.double() * scale).square().sum(0)
-        finite = squares.isfinite().all()
+        squares = (products.double() * scale).square_().sum(0)
+        finite = squares.amax() < torch.inf
         self.squares += torch.where(finite, squares, 0.0)
-        self.samples += finite * len(products)
+        self.samples.add_(finite, alpha=len(products))
 
     def add_loss(self, loss: Tensor) -> None:
         """Add the mean loss of one step, 0-dim."""
@@ -139,7 +139,7 @@ class _Pass:
     def add_to(self, sums: Saliency) -> None:
         """Add the products to `sums`."""
         products = torch.cat([torch.zeros_like(e) if e.grad is None else e.grad for e in self.leaves], 1)
-        seed = torch.stack(self.seeds).sum() if self.seeds else 1.0
+        seed = (self.seeds[0] if len(self.seeds) == 1 else torch.stack(self.seeds).sum()) if self.seeds else 1.0
         sums.add_products(products, self.samples * self.per_sample / seed)
 
 
@@ -210,12 +210,16 @@ class GradientTaps:
         """The next pass is measured, if these statistics have samples; their means are taken out."""
         self._means = None
         if all(each.rows for each in statistics):
-            self._means = [tap.mean_in(statistics[tap.value]) if compensate else None for tap in self.taps]
+            values = list(dict.fromkeys(tap.value for tap in self.taps if compensate and tap.takes_mean))
+            means = dict(zip(values, position_means([statistics[value] for value in values]), strict=True))
+            self._means = [tap.mean_in(means[tap.value]) if tap.value in means else None for tap in self.taps]
 
     def begin(self, samples: int, dtype: torch.dtype, device: torch.device) -> None:
         """Begin a pass of this many samples, if it is to be measured."""
         if self._means is not None:
-            base = torch.zeros(1, 1, dtype=dtype, device=device)
+            for tap in self.taps:
+                tap.to(device)
+            base = torch.empty(1, 1, dtype=dtype, device=device)  # the leaves' values are never read
             self._set(_Pass(samples, [base.expand(samples, w).requires_grad_() for w in self._widths], self._means))
 
     def _set(self, current: _Pass) -> None:
@@ -274,12 +278,22 @@ class _Tap(Hook):
         self._leaves: list[Tensor] = []
         self._mean: Tensor | None = None
 
-    def mean_in(self, statistics: NeuronStatistics) -> Tensor | None:
+    def to(self, device: torch.device) -> None:
+        """Move the indices of the neurons to `device`, so that no backward has to wait for their copies."""
+        for part in self._place.parts:
+            part.to(device)
+
+    @property
+    def takes_mean(self) -> bool:
+        """Whether the layer's bias can absorb the mean."""
+        return self._place.has_bias
+
+    def mean_in(self, position_mean: Tensor) -> Tensor | None:
         """The mean of each entry; None where the layer's bias cannot absorb it."""
-        if not self._place.has_bias or not statistics.rows:
+        if not self.takes_mean:
             return None
         layout = self._place.layout
-        means = statistics.position_mean.expand(-1, layout.entries)
+        means = position_mean.expand(-1, layout.entries)
         shape = (self._place.units, layout.outer, layout.inner)
         return means.reshape(shape).transpose(0, 1).flatten()
 
@@ -355,6 +369,11 @@ class _Part:
         self.members: Tensor | None = members
         if torch.equal(members, torch.arange(width, device="cpu")):
             self.members = None
+
+    def to(self, device: torch.device) -> None:
+        """Move the indices to `device`."""
+        self.units = None if self.units is None else self.units.to(device)
+        self.members = None if self.members is None else self.members.to(device)
 
     def products(self, of_units: Tensor, number: int) -> Tensor:
         """(samples, width): the products of the group's neurons, from those of all units."""

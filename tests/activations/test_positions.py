@@ -9,7 +9,7 @@ from loss_cases import DTYPES
 
 import kddp_ext
 from kddp_ext.activations.layout import as_matrix
-from kddp_ext.activations.statistics import NeuronStatistics, SampleRing, TrackedActivations
+from kddp_ext.activations.statistics import NeuronStatistics, SampleRing, TrackedActivations, _Updates
 
 SHAPES = {
     "channels": ((6, 5, 4, 3), 1),
@@ -112,16 +112,22 @@ def test_sums_of_positions():
         NeuronStatistics(5).load_state_dict(statistics.state_dict())
 
 
+def add(ring, matrix):
+    updates = _Updates()
+    ring.add(matrix, updates)
+    updates.make()
+
+
 def test_a_ring_keeps_the_latest():
     ring = SampleRing(16, 3)
     for batch in range(20):
-        ring.add(as_matrix(torch.full((10, 3), float(batch))), {})
+        add(ring, as_matrix(torch.full((10, 3), float(batch))))
     assert ring.filled == 16
     assert sorted(set(ring.samples[:, 0].tolist())) == [float(batch) for batch in range(12, 20)]
     other = SampleRing(16, 3)
     other.load_state_dict(ring.state_dict())
-    ring.add(as_matrix(torch.ones(10, 3)), {})
-    other.add(as_matrix(torch.ones(10, 3)), {})
+    add(ring, as_matrix(torch.ones(10, 3)))
+    add(other, as_matrix(torch.ones(10, 3)))
     assert torch.equal(ring.values, other.values)
     with pytest.raises(ValueError, match="at most 16 samples of 4 neurons, got a tensor of shape"):
         SampleRing(16, 4).load_state_dict(ring.state_dict())
@@ -131,11 +137,12 @@ def test_layers_of_a_pass_share_the_places_of_samples():
     layers = [as_matrix(torch.randn(10, width, generator=torch.Generator().manual_seed(width))) for width in (3, 5)]
     shared, alone = ([SampleRing(16, 3), SampleRing(16, 5)] for _ in range(2))
     for _ in range(3):
-        places = {}
+        updates = _Updates()
         for layer, together, apart in zip(layers, shared, alone, strict=True):
-            together.add(layer, places)
-            apart.add(layer, {})
-        assert len(places) == 1
+            together.add(layer, updates)
+            add(apart, layer)
+        assert len(updates._places) == 1
+        updates.make()
     for together, apart in zip(shared, alone, strict=True):
         assert torch.equal(together.values, apart.values)
 
@@ -146,7 +153,7 @@ def test_a_ring_takes_whole_samples(memory_format):
     images = torch.arange(5 * 4 * 3 * 3.0).view(5, 4, 3, 3).contiguous(memory_format=memory_format)
     ring = SampleRing(64, 4)
     for _ in range(30):
-        ring.add(as_matrix(images), {})
+        add(ring, as_matrix(images))
     positions = {tuple(row) for row in images.movedim(1, -1).flatten(0, -2).tolist()}
     assert {tuple(row) for row in ring.samples.tolist()} <= positions
     assert len({tuple(row) for row in ring.samples.tolist()}) > 20  # and not always the same ones

@@ -1,6 +1,7 @@
 """Criterion "saliency": the sums equal what autograd gives for a multiplier of each sample and neuron."""
 
 import copy
+from collections import Counter
 
 import pytest
 import torch
@@ -8,6 +9,7 @@ import torch.nn.functional as F
 from pruner_cases import INPUTS, example, make_model
 from pruning.zoo import STRUCTURES, randomise_
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 import kddp_ext
@@ -281,6 +283,56 @@ def test_nothing_of_the_size_of_activations_is_kept():
 
 
 # --- pruning
+
+
+class Operations(TorchDispatchMode):
+    """Counts operations by name, without views."""
+
+    def __init__(self):
+        super().__init__()
+        self.counts = Counter()
+
+    def __torch_dispatch__(self, func, _types, args=(), kwargs=None):
+        if not any(each.alias_info and not each.alias_info.is_write for each in func._schema.returns):
+            self.counts[func.overloadpacket.__name__] += 1
+        return func(*args, **(kwargs or {}))
+
+
+def operations_of_a_step(layers, convolutions, criterion):
+    """With `criterion` None, those of the same step without a pruner."""
+    if convolutions:
+        hidden = [module for _ in range(layers) for module in (nn.Conv2d(4, 4, 3, padding=1), nn.ReLU())]
+        model, x = nn.Sequential(*hidden, nn.Flatten(), nn.Linear(36, 3)), torch.randn(16, 4, 3, 3)
+    else:
+        hidden = [module for _ in range(layers) for module in (nn.Linear(4, 4), nn.ReLU())]
+        model, x = nn.Sequential(*hidden, nn.Linear(4, 3)), torch.randn(16, 4)
+    labels, pruner, activations = torch.arange(16) % 3, None, []
+    if criterion is not None:
+        pruner = DynamicPruner(model, example_inputs=(x,), criterion=criterion)
+    for module in model[:-1]:
+        if isinstance(module, nn.ReLU):
+            module.register_forward_hook(lambda _module, _inputs, output: activations.append(output))
+    for _ in range(3):
+        activations.clear()
+        with Operations() as operations:
+            logits = model(x)
+            read = activations if pruner is None else pruner.activations
+            kddp_ext.fused_kd_l1_loss(logits, None, labels, read, alpha=0.0, l1_weight=0.1).backward()
+    return operations.counts
+
+
+@pytest.mark.parametrize("convolutions", [False, True])
+def test_a_layer_adds_few_operations_to_a_step(convolutions):
+    """Its samples are picked and its products computed; the entries of channels are added up. All else is shared."""
+
+    def added_by_a_layer(criterion):
+        few, many = (operations_of_a_step(layers, convolutions, criterion) for layers in (2, 4))
+        return Counter({name: (many[name] - few[name]) / 2 for name in many if many[name] != few[name]})
+
+    added = added_by_a_layer("saliency")
+    added.subtract(added_by_a_layer(None))
+    expected = {"index": 1, "gradient_products": 1} | ({"sum": 1, "amax": 1} if convolutions else {})
+    assert {name: count for name, count in added.items() if count} == expected
 
 
 def test_dead_neurons_go_first_and_a_target_ends_it():
