@@ -176,7 +176,7 @@ class Launches {
         launch_.student_elements = extent(job_.student, job_.rows, job_.classes);
         launch_.teacher_elements = extent(job_.teacher, job_.rows, job_.classes);
         launch_.soft_label_elements = extent(job_.soft_labels, job_.rows, job_.classes);
-        launch_.count_labels = with_rows && job_.labels && job_.student.data;
+        launch_.count_labels = with_rows && job_.labels && job_.student.data && job_.normalizer == 0;
         launch_.label_counter = reinterpret_cast<unsigned long long*>(counters_);
         launch_.done_counter = counters_ + 2;
         launch_.slice_counters = counters_ + front_counters;
@@ -191,13 +191,14 @@ class Launches {
             const int64_t blocks = blocks_to_launch();
             launch_.row_groups = static_cast<unsigned>(blocks / launch_.slices);
             const dim3 grid(static_cast<unsigned>(blocks)), block(static_cast<unsigned>(plan_.threads));
-            if (!launch_.count_labels && launch_.slices == 1) {
+            const bool blocks_wait = blocks > 1 && (launch_.count_labels || launch_.slices > 1);
+            if (!blocks_wait) {
                 KDDP_LAUNCH(plan_.kernel, grid, block, plan_.shared_bytes, context_->stream, launch_);
                 return;
             }
             const cudaError_t error =
                 KDDP_LAUNCH_COOPERATIVE(plan_.kernel, grid, block, plan_.shared_bytes, context_->stream, launch_);
-            if (error != cudaErrorCooperativeLaunchTooLarge || blocks == 1) return;
+            if (error != cudaErrorCooperativeLaunchTooLarge) return;
             cudaGetLastError();  // clears it
             plan_.resident = static_cast<int>(blocks / 2);
             set_slices();

@@ -54,7 +54,7 @@ __global__ void __launch_bounds__(max_threads<Types, lanes, cached>, min_blocks<
             const int64_t batch = (cached ? opaque_block() : slices.group()) + int64_t(turn) * now.row_groups;
             const int64_t first = batch * teams + team / teams_per_warp * teams_per_warp;
             if (first >= now.rows) break;
-            const bool label_is_cached = now.slices == 1 && local_row < cached_labels;
+            const bool label_is_cached = now.count_labels && now.slices == 1 && local_row < cached_labels;
             TeamRows<Types, lanes, cached, form>(now, scratch, slices)
                 .run(first + team % teams_per_warp, label_is_cached ? labels.data + local_row : nullptr);
         }

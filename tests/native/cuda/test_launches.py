@@ -159,6 +159,19 @@ def test_a_launch_that_is_too_large_for_the_context_is_repeated_with_half_of_its
     torch.testing.assert_close(computed, loss_and_gradient())
 
 
+@pytest.mark.parametrize(
+    ("rows", "normalizer", "cooperative"),
+    [(64, None, True), (64, 50.0, False), (32, None, False)],  # two blocks count labels; no count; one block
+)
+def test_only_blocks_that_wait_for_others_need_a_cooperative_launch(emulated, rows, normalizer, cooperative):
+    logits, labels = torch.randn(rows, 40), torch.arange(rows) % 40
+    with calls_go_to(emulated, 0, 0):
+        loss = kddp_ext.fused_kd_l1_loss(logits, None, labels, alpha=0.0, normalizer=normalizer)
+    (report,) = emulated.emulator.reports()
+    assert report["cooperative"] == cooperative
+    torch.testing.assert_close(loss, kddp_ext.fused_kd_l1_loss(logits, None, labels, alpha=0.0, normalizer=normalizer))
+
+
 def test_the_sources_call_no_other_functions_of_the_cuda_runtime():
     used = set()
     for path in [*backends.CUDA.iterdir(), backends.ROOT / "python_bindings" / "cuda.cpp"]:
