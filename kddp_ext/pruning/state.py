@@ -118,7 +118,7 @@ class PrunerState:
             checks,
             history,
             scales[:, keep],
-            Saliency(neurons.number),
+            Saliency(neurons.number, self.saliency.squares.device),
             self.original_size,
             self.checks + 1,
             None if loss is None or predicted is None else (loss, predicted),
