@@ -39,7 +39,7 @@ class OurLoop:
     ) -> None:
         self._recipe = student_recipe(config, "kd")
         self._teacher, self._student = runtime.place(teacher), runtime.place(student)
-        self._optimizer = self._recipe.optimizer(student)
+        (self._optimizer,) = self._recipe.optimizers(student)  # Adam alone
         self._data, self._logits, self._runtime = data, logits, runtime
         self._epoch = 0
 

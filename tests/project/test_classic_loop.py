@@ -55,7 +55,7 @@ def test_our_loop_trains_as_the_workflow_does(pair, cached, tmp_path):
 
     other = runtime.place(make(pair)[3])
     recipe = student_recipe(config, "kd")
-    training = Training(other, other, recipe.optimizer(other), None, epochs=[])
+    training = Training(other, other, recipe.optimizers(other), None, epochs=[])
     cache = SimpleNamespace(view=lambda view: answers)
     metrics = train_epoch(training, recipe, data, cache, runtime, 0)
     assert loss == pytest.approx(metrics["loss"], rel=1e-6)

@@ -66,7 +66,7 @@ def flip_bits(path: Path, read: Read, step: int) -> tuple[int, int]:
 
 
 def small_checkpoint(path: Path) -> Path:
-    fields = {"model": {"w": torch.arange(300.0)}, "optimizer": {"lr": 0.1}}
+    fields = {"model": {"w": torch.arange(300.0)}, "optimizers": [{"lr": 0.1}]}
     save_checkpoint(path, {"stage": "kd", **fields, "pruner": None, "history": None, "epochs": [{"loss": 0.5}]})
     return path
 

@@ -165,7 +165,7 @@ def students() -> list[bytes]:
 
 @cache
 def checkpoints() -> list[bytes]:
-    state = {"stage": "kd", "model": {"w": torch.zeros(2)}, "optimizer": {}}
+    state = {"stage": "kd", "model": {"w": torch.zeros(2)}, "optimizers": [{}]}
     return _written(lambda path: save_checkpoint(path, state | {"pruner": None, "history": "", "epochs": []}))
 
 
