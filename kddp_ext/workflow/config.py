@@ -142,7 +142,7 @@ class StudentConfig:
     """Adam's learning rate at the first step; a cosine schedule decays it to 0."""
     muon_learning_rate: NaturalFloat = 0.0
     """Learning rate at the first step of Muon (Jordan et al. 2024), which then trains the filters of convolutions by
-    orthogonal steps: about the share by which a step changes them. 0: Adam trains all parameters."""
+    orthogonal steps, except depthwise ones: about the share by which a step changes them. 0: Adam trains everything."""
     weight_decay: NaturalFloat = 0.0
     """Adam's L2 penalty."""
     select: Annotated[Selection, arg(aliases=("--select",), help_behavior_hint="")] = "last"

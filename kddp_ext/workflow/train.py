@@ -172,13 +172,14 @@ def _student_optimizers(model: nn.Module, student: StudentConfig) -> list[torch.
 def _split(
     model: nn.Module, muon_learning_rate: float, momentum: float
 ) -> tuple[list[torch.optim.Optimizer], list[tuple[str, nn.Parameter]]]:
-    """Muon for the filters of `model`, unless its learning rate is 0 or all are filters, and the other parameters."""
+    """Muon for the filters of `model`, unless its learning rate is 0 or all are filters, and all other parameters."""
     trained = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
-    filters = [parameter for _, parameter in trained if muon_learning_rate and parameter.ndim == 4]
-    if not filters or len(filters) == len(trained):  # an optimizer needs parameters
+    # Not depthwise ones: their channels are independent, and orthogonal steps would mix them.
+    filters = {name: parameter for name, parameter in trained if parameter.ndim == 4 and parameter.shape[1] > 1}
+    if not muon_learning_rate or not 0 < len(filters) < len(trained):  # an optimizer needs parameters
         return [], trained
-    others = [(name, parameter) for name, parameter in trained if parameter.ndim != 4]
-    return [Muon(filters, lr=muon_learning_rate, momentum=momentum)], others
+    others = [(name, parameter) for name, parameter in trained if name not in filters]
+    return [Muon(filters.values(), lr=muon_learning_rate, momentum=momentum)], others
 
 
 def student_recipe(config: RunConfig, stage: Stage) -> Recipe:

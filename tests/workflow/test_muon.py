@@ -106,8 +106,11 @@ def test_muon_trains_a_students_filters_if_it_has_a_learning_rate(rate: float) -
     assert settings(model, student_recipe(config, "kd").optimizers(model)) == expected
 
 
-def test_muon_leaves_a_network_without_filters_to_the_other_optimizer() -> None:
+@pytest.mark.parametrize("model", [nn.Linear(4, 2), nn.Conv2d(6, 6, 3, groups=6), nn.Conv2d(3, 6, 3, bias=False)])
+def test_muon_leaves_a_network_without_suitable_filters_or_with_nothing_else_to_the_other_optimizer(
+    model: nn.Module,
+) -> None:
     config = RunConfig(student=StudentConfig(muon_learning_rate=0.1), teacher=TeacherConfig(optimizer="muon"))
     for recipe in (student_recipe(config, "kd"), teacher_recipe(config)):
-        (optimizer,) = recipe.optimizers(nn.Linear(4, 2))
+        (optimizer,) = recipe.optimizers(model)
         assert not isinstance(optimizer, Muon)
