@@ -377,7 +377,8 @@ class ShrinkConfig:
     learning_rate: PositiveFloat = 1e-3
     """Adam's learning rate at the first step; a cosine schedule decays it to 0."""
     muon_learning_rate: NaturalFloat = 0.03
-    """The same of Muon, which trains the filters of convolutions; 0: Adam trains them, too."""
+    """The same of Muon, which trains the filters of convolutions; 0: Adam trains them, too, as it does where a loss
+    budget is to be kept, because Muon's first steps raise the loss."""
     temperature: PositiveFloat = 4.0
     """Divides the logits of both networks."""
     alpha: NaturalShare = 0.9

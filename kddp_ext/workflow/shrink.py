@@ -62,6 +62,7 @@ def settings_of(shrink: ShrinkConfig, saved: SavedModel, images: int) -> RunConf
     source = saved.config
     batch_size = shrink.batch_size or source.student.batch_size
     network: Any = source.teacher if saved.stage == "teacher" else source.student
+    keeps_a_budget = bool(shrink.loss_budget) or not (shrink.target_macs or shrink.target_parameters)
     student = StudentConfig(
         architecture=network.architecture,
         channels=network.channels,
@@ -71,7 +72,7 @@ def settings_of(shrink: ShrinkConfig, saved: SavedModel, images: int) -> RunConf
         shift=shrink.shift,
         batch_size=batch_size,
         learning_rate=shrink.learning_rate,
-        muon_learning_rate=shrink.muon_learning_rate,
+        muon_learning_rate=0.0 if keeps_a_budget else shrink.muon_learning_rate,
     )
     pruning = PruningConfig(
         l1_weight=0.0,

@@ -15,7 +15,8 @@ from kddp_ext.workflow import train
 from kddp_ext.workflow.cli import main
 from kddp_ext.workflow.config import ShrinkConfig
 from kddp_ext.workflow.errors import WorkflowError
-from kddp_ext.workflow.shrink import run_shrink
+from kddp_ext.workflow.saved_models import find_model
+from kddp_ext.workflow.shrink import run_shrink, settings_of
 
 SMALL = ShrinkConfig(target_macs=0.5, epochs=3, checks=2, shift=1, learning_rate=5e-3)
 
@@ -46,6 +47,18 @@ def test_a_teacher_and_then_its_student_are_shrunk(finished_run: Path, quiet: Co
     assert history.original_widths == {layer: widths[0] for layer, widths in result["widths"].items()}  # type: ignore[attr-defined]
     assert main(["evaluate", str(student)]) == 0
     assert main(["info", str(second / "student" / "student.safetensors")]) == 0
+
+
+@pytest.mark.parametrize(
+    ("options", "rate"),
+    [({"target_macs": 0.5}, 0.03), ({"target_parameters": 0.5}, 0.03), ({}, 0.0),
+     ({"target_macs": 0.5, "loss_budget": 0.1}, 0.0)],
+)  # fmt: skip
+def test_muon_does_not_raise_a_loss_that_has_a_budget(
+    finished_run: Path, options: dict[str, float], rate: float
+) -> None:
+    saved = find_model(finished_run / "teacher")
+    assert settings_of(ShrinkConfig(**options), saved, 200).student.muon_learning_rate == rate  # type: ignore[arg-type]
 
 
 def test_killed_again_and_again_it_ends_as_without(
