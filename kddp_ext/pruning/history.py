@@ -107,6 +107,14 @@ class PruningHistory:
         other._lost = {layer: set(lost) for layer, lost in self._lost.items()}
         return other
 
+    def extended(self, widths: Mapping[str, int]) -> PruningHistory:
+        """An independent history that also has the layers of `widths` that this one lacks, with nothing pruned."""
+        other = self.copy()
+        for layer, width in PruningHistory(widths).original_widths.items():
+            if layer not in other.original_widths:
+                other.original_widths[layer], other._lost[layer] = width, set()
+        return other
+
     def to_json(self) -> str:
         """The history as JSON text, with its format and version."""
         content = {"format": FORMAT, "version": VERSION, "original_widths": self.original_widths, "steps": self.steps}

@@ -108,7 +108,7 @@ class DynamicPruner:
         copies: modules of the model's structure that are pruned with it, such as a moving average of its weights
             (torch.optim.swa_utils.AveragedModel, or a plain copy). Default: none.
         history: what was pruned from the model before, such as the history of a loaded student. The history of this
-            pruner continues it. Default None: nothing.
+            pruner continues it; layers that it lacks were not pruned. Default None: nothing.
         process_group: the processes that prune together, each with its share of the samples; all must call `prune()`.
             Default None: those of the model's DistributedDataParallel, or all of torch.distributed where it is
             initialised. False: this process prunes by itself.

@@ -62,13 +62,13 @@ class PrunerState:
         widths = {group.name: group.width for group in neurons.groups}
         if history is None:
             history = PruningHistory(widths, streams=streams)
-        elif (history.widths, history.streams) != (widths, streams):
+        elif history.streams != streams or not history.widths.items() <= widths.items():
             raise ValueError(
                 f"history: it ends with widths {history.widths} and streams={history.streams!r}, but the pruner has "
                 f"{widths} and {streams!r}"
             )
         checks = torch.zeros(neurons.number, dtype=torch.int64, device="cpu")
-        return cls(neurons, statistics, checks, history.copy(), None, Saliency(neurons.number), size)
+        return cls(neurons, statistics, checks, history.extended(widths), None, Saliency(neurons.number), size)
 
     @property
     def widths(self) -> dict[str, int]:

@@ -434,6 +434,24 @@ def test_a_pruner_continues_the_history_of_a_pruned_model():
     assert set(first.history.pruned("0")) < set(second.history.pruned("0"))
 
 
+@pytest.mark.parametrize("layers", [[], ["0"]])
+def test_a_history_may_lack_layers_that_were_not_pruned_before(layers):
+    model = nn.Sequential(nn.Linear(5, 8), nn.ReLU(), nn.Linear(8, 6), nn.ReLU(), nn.Linear(6, 3))
+    history = kddp_ext.PruningHistory(dict.fromkeys(layers, 8))
+    pruner = measured(model, batches_of(), target_macs=0.5, history=history)
+    pruner.prune()
+    assert pruner.history.original_widths == {"0": 8, "2": 6}
+    assert pruner.history.widths == pruner.widths
+    assert history.original_widths == dict.fromkeys(layers, 8)
+
+
+@pytest.mark.parametrize("widths", [{"0": 7}, {"0": 8, "2": 6, "9": 4}])
+def test_a_history_of_another_model_is_refused(widths):
+    model = nn.Sequential(nn.Linear(5, 8), nn.ReLU(), nn.Linear(8, 6), nn.ReLU(), nn.Linear(6, 3))
+    with pytest.raises(ValueError, match=r"history: it ends with widths .* but the pruner has"):
+        DynamicPruner(model, example_inputs=(example(),), history=kddp_ext.PruningHistory(widths))
+
+
 def test_the_penalty_is_proportional_to_the_cost_of_a_neuron():
     model = nn.Sequential(nn.Linear(5, 8), nn.ReLU(), nn.Linear(8, 4), nn.ReLU(), nn.Linear(4, 3))
     pruner = DynamicPruner(model, example_inputs=(example(),), l1_weight=0.1)

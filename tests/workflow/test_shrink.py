@@ -49,6 +49,16 @@ def test_a_teacher_and_then_its_student_are_shrunk(finished_run: Path, quiet: Co
     assert main(["info", str(second / "student" / "student.safetensors")]) == 0
 
 
+@pytest.mark.parametrize("stage", ["kd", "kddp"])
+def test_a_student_of_which_other_layers_or_none_were_pruned_is_shrunk(
+    finished_run: Path, quiet: Console, tmp_path: Path, stage: str
+) -> None:
+    for source in (finished_run / stage, finished_run / stage / "student.safetensors"):
+        path = tmp_path / source.name
+        run_shrink(source, path, ShrinkConfig(target_macs=0.5, calibrate=300), quiet)
+        assert main(["evaluate", str(path / "student" / "student.safetensors")]) == 0
+
+
 @pytest.mark.parametrize(
     ("options", "rate"),
     [({"target_macs": 0.5}, 0.03), ({"target_parameters": 0.5}, 0.03), ({}, 0.0),
