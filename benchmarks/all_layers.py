@@ -23,7 +23,7 @@ from matplotlib.ticker import EngFormatter, LogLocator, NullFormatter
 from rich.console import Console
 
 from benchmarks.recipe_search import changed
-from benchmarks.shrinking import finished
+from benchmarks.shrinking import finished, mean_accuracy
 from benchmarks.table import Table, write_markdown
 from kddp_ext.workflow.config import PruningConfig, RunConfig, preset
 from kddp_ext.workflow.data import ImageData
@@ -157,12 +157,10 @@ def table_of(points: dict[tuple[str, float], list[dict[str, Any]]]) -> Table:
     """A row for each point: means over the seeds."""
     rows = []
     for (kind, size), results in points.items():
-        scores = [100 * each["accuracy"] for each in results]
-        spread = f" ± {statistics.stdev(scores):.2f}" if len(scores) > 1 else ""
         name = f"KD, {size:g} times the standard width" if kind == "kd" else f"KDDP to {size:.0%} of the standard size"
         mean = {key: statistics.fmean(each[key] for each in results) for key in ("macs", "parameters")}
         seconds = statistics.fmean(each["processor_seconds"] for each in results)
-        rows.append([name, str(len(results)), f"{statistics.fmean(scores):.2f}{spread}", f"{mean['macs'] / 1e6:.2f}",
+        rows.append([name, str(len(results)), mean_accuracy(results), f"{mean['macs'] / 1e6:.2f}",
                      f"{mean['parameters']:,.0f}", f"{seconds:.0f}"])  # fmt: skip
     columns = ["student", "seeds", "test accuracy (%)", "MACs (million)", "parameters", "processor s"]
     return Table("all-layers", "cnn5: mean ± standard deviation over the seeds", columns, rows)

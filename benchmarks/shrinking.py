@@ -300,6 +300,13 @@ def finished(folder: Path, name: str, run: Callable[[], dict[str, Any]]) -> None
             print(name, result, flush=True)
 
 
+def mean_accuracy(results: list[dict[str, Any]]) -> str:
+    """The accuracy in percent: mean ± standard deviation, or one result."""
+    scores = [100 * each["accuracy"] for each in results]
+    spread = f" ± {statistics.stdev(scores):.2f}" if len(scores) > 1 else ""
+    return f"{statistics.fmean(scores):.2f}{spread}"
+
+
 def tables(folder: Path, macs: int) -> list[Table]:
     """The figures over the seeds, and those without training."""
     runs: dict[tuple[str, float], list[dict[str, Any]]] = {}
@@ -316,8 +323,6 @@ def tables(folder: Path, macs: int) -> list[Table]:
     for (contender, budget), results in sorted(
         runs.items(), key=lambda each: (-each[0][1] if each[0][1] <= 1 else each[0][1], each[0][0])
     ):
-        scores = [100 * each["accuracy"] for each in results]
-        spread = f" ± {statistics.stdev(scores):.2f}" if len(scores) > 1 else ""
         asked = f"{budget:.0%} of MACs" if budget <= 1 else f"loss budget {budget / 1000:g}"
         share = statistics.fmean(each["macs"] for each in results) / macs
         parameters = statistics.fmean(each["parameters"] for each in results)
@@ -326,8 +331,8 @@ def tables(folder: Path, macs: int) -> list[Table]:
             [
                 asked,
                 contender,
-                str(len(scores)),
-                f"{statistics.fmean(scores):.2f}{spread}",
+                str(len(results)),
+                mean_accuracy(results),
                 f"{share:.1%}",
                 f"{parameters:,.0f}",
                 f"{seconds:.0f}",
