@@ -45,12 +45,13 @@ function(list_supported_architectures nvcc result)
   set(${result} "${listed}" PARENT_SCOPE)
 endfunction()
 
-# The project's architectures that nvcc supports: machine code for each, and PTX of the newest, which drivers translate
-# for newer GPUs. The kernels use no feature of a single architecture, so that one compilation serves several.
+# The project's architectures that nvcc supports: machine code for each, which serves later minor versions too (that of
+# 80 serves 86 and 89), and PTX, which drivers translate for newer GPUs. The kernels use no feature that is newer than
+# 80, so one PTX serves several architectures.
 function(choose_architectures supported result_options result_names)
   set(options)
   set(names)
-  foreach(group "75" "80;86;89;90" "100;120")
+  foreach(group "75" "80;90;100;120")
     list(GET group 0 virtual)
     set(code)
     foreach(architecture ${group})
@@ -66,7 +67,7 @@ function(choose_architectures supported result_options result_names)
     endif()
   endforeach()
   if(NOT options)
-    message(FATAL_ERROR "KDDP_CUDA=ON: nvcc lists none of the architectures 75, 80 and 100 (nvcc --list-gpu-code); "
+    message(FATAL_ERROR "KDDP_CUDA=ON: nvcc lists neither 75 nor 80 among its architectures (nvcc --list-gpu-code); "
                         "set CMAKE_CUDA_ARCHITECTURES")
   endif()
   list(APPEND options "SHELL:-gencode arch=compute_${newest},code=compute_${newest}")

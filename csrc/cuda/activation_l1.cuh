@@ -66,6 +66,8 @@ KDDP_DEVICE double sum_of_unit(const LayerLaunch& layer, const Unit& unit) {
     int rows = static_cast<int>(unit.last_row - unit.first_row);
     const char* from = layer.data + (unit.first_row * layer.row_stride + unit.first_column) * bytes;
     char* to = layer.gradient ? layer.gradient + (unit.first_row * layer.columns + unit.first_column) * bytes : nullptr;
+    const int64_t row_bytes = layer.row_stride * bytes, gradient_row_bytes = layer.columns * bytes;
+    const T scale = T(layer.scale);
     double total = 0;
 #pragma unroll 1
     for (; rows > 0; --rows) {
@@ -75,7 +77,7 @@ KDDP_DEVICE double sum_of_unit(const LayerLaunch& layer, const Unit& unit) {
         for (int column = step == 1 ? lane * n : lane; column < width; column += 32 * n) {
             T values[n];
             read_activations<T, type, n>(from + int64_t(column) * bytes, to ? to + int64_t(column) * bytes : nullptr,
-                                         step, width - column, T(layer.scale), values);
+                                         step, width - column, scale, values);
             T vector_sum = 0;
 #pragma unroll
             for (int i = 0; i < n; ++i) vector_sum += magnitude(values[i]);
@@ -85,8 +87,8 @@ KDDP_DEVICE double sum_of_unit(const LayerLaunch& layer, const Unit& unit) {
             sum = 0, run = 0;
         }
         total += double(sum);
-        from += layer.row_stride * bytes;
-        if (to) to += layer.columns * bytes;
+        from += row_bytes;
+        if (to) to += gradient_row_bytes;
         __syncwarp();  // lanes in different rows would touch more sectors
     }
     return total;
@@ -126,8 +128,10 @@ KDDP_DEVICE void combine_parts(const LossLaunch& launch, const LayerLaunch& laye
     if (static_cast<int>(ticket) != layer.row_parts - 1) return;
     __threadfence();
     for (int64_t column = unit.first_column + threadIdx.x % 32; column < unit.last_column; column += 32) {
+#pragma unroll 1
         for (int k = 0; k < statistic_count; ++k) {
             double value = 0;
+#pragma unroll 1
             for (int part = 0; part < layer.row_parts; ++part) {
                 const double other =
                     load_workspace(statistic(layer.partial, layer.columns, part * statistic_count + k, column));
@@ -147,22 +151,24 @@ KDDP_DEVICE void read_column_sums(const LayerLaunch& layer, const Unit& unit, in
     const int64_t first = unit.first_column + column;
     const char* from = layer.data + (unit.first_row * layer.row_stride + first) * bytes;
     char* to = layer.gradient ? layer.gradient + (unit.first_row * layer.columns + first) * bytes : nullptr;
+    const int64_t row_bytes = layer.row_stride * bytes, gradient_row_bytes = layer.columns * bytes;
+    const T scale = T(layer.scale);
+    const ElementType layer_type = layer.type;
 #pragma unroll 1
     for (int rows = static_cast<int>(unit.last_row - unit.first_row); rows > 0; --rows) {
         T values[n];
-        const T scale = T(layer.scale);
         if constexpr (sizeof(T) == 8)
             read_activations<T, ElementType::float64, n>(from, to, step, left, scale, values);
         else
-            with_type<T>(layer.type,
+            with_type<T>(layer_type,
                          [&](auto type) { read_activations<T, type.value, n>(from, to, step, left, scale, values); });
 #pragma unroll
         for (int i = 0; i < n; ++i) {
             sums[i].add(values[i]);
             if (rows % rows_per_run == 1) sums[i].end_run();
         }
-        from += layer.row_stride * bytes;
-        if (to) to += layer.columns * bytes;
+        from += row_bytes;
+        if (to) to += gradient_row_bytes;
         __syncwarp();  // as in sum_of_unit
     }
 }
@@ -233,7 +239,7 @@ KDDP_DEVICE double run_unit(const LossLaunch& launch, int index, int64_t number)
 }
 
 // The warps of the launch take units in turn.
-KDDP_DEVICE void run_activations(const LossLaunch& launch) {
+KDDP_DEVICE_CALL void run_activations(const LossLaunch& launch) {
     const int64_t warps = blockDim.x / 32;
     int index = 0;
 #pragma unroll 1

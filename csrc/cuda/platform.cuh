@@ -13,6 +13,9 @@
 #endif
 
 #define KDDP_DEVICE __device__ __forceinline__
+// For what a kernel does once: compiled as a function of its own, because nvcc takes much longer for one large function
+// than for two small ones.
+#define KDDP_DEVICE_CALL inline __device__ __noinline__
 
 namespace kddp {
 

@@ -12,6 +12,7 @@
 #define __host__
 #define __grid_constant__
 #define __forceinline__ inline
+#define __noinline__
 #define __launch_bounds__(...)
 
 struct uint3 {
