@@ -1,10 +1,9 @@
 """Trains cnn5 with KD at several widths of all its layers, and with KDDP in all layers from 1.41 times its channels.
 
-python -m benchmarks.all_layers TEACHER --folder DIR --data-dir DIR [--validation N] [CHANGE ...]
+python -m benchmarks.all_layers SOURCE --folder DIR --data-dir DIR [--validation N] [CHANGE ...]
 
-TEACHER is the folder of a finished teacher of `kddp run --dataset cifar10`. Each CHANGE is a setting of KDDP, such as
-"pruning.until=0.6". A training that is finished is not repeated, and processes that are started with the same folder
-share the work.
+SOURCE is the folder of a finished teacher of `kddp run --dataset cifar10`. Each CHANGE is a setting of KDDP, such as
+"pruning.until=0.6". A training that is finished is not repeated.
 """
 
 from __future__ import annotations
@@ -12,59 +11,44 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
-import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import torch
 from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter, LogLocator, NullFormatter
 from rich.console import Console
 
 from benchmarks.recipe_search import changed
-from benchmarks.shrinking import finished, mean_accuracy
 from benchmarks.table import Table, write_markdown
+from benchmarks.trainings import Study, mean_accuracy, study_parser
 from kddp_ext.workflow.config import PruningConfig, RunConfig, preset
-from kddp_ext.workflow.data import ImageData
-from kddp_ext.workflow.datasets import read_dataset
-from kddp_ext.workflow.folder import RunFolder
 from kddp_ext.workflow.jobs import Job, Stage
-from kddp_ext.workflow.measure import accuracy, count_macs, count_parameters
+from kddp_ext.workflow.measure import count_macs, count_parameters
 from kddp_ext.workflow.models import build_student
 from kddp_ext.workflow.plots import save_picture
-from kddp_ext.workflow.runs import Run, start_training
-from kddp_ext.workflow.runtime import Runtime, prepare_process
-from kddp_ext.workflow.saved_models import find_model
-from kddp_ext.workflow.teacher_logits import TeacherLogits
-from kddp_ext.workflow.train import student_recipe, train
+from kddp_ext.workflow.runs import start_training
+from kddp_ext.workflow.train import student_recipe
 
 _START = 1.41  # times the standard channels, where KDDP begins: twice the multiply-accumulates
 _STEPS = 24  # between two checks: eight checks in a pass of 195 steps
 
 
-class AllLayers:
-    """What all trainings share: the data, the teacher's logits, and the size of the standard network."""
+class AllLayers(Study):
+    """The trainings, and the size of the standard network."""
 
     def __init__(self, arguments: argparse.Namespace) -> None:
-        saved = find_model(arguments.teacher)
+        super().__init__(arguments)
         own = preset("cifar10", "default")
-        self.config = replace(saved.config, validation=arguments.validation, student=own.student, pruning=own.pruning)
+        self.config = replace(self.config, student=own.student, pruning=own.pruning)
         self.changes = ",".join(arguments.changes)
-        self.runtime = Runtime("auto", self.config.precision)
-        raw = read_dataset(self.config.dataset, arguments.data_dir)
-        self.data = ImageData(raw, saved.info, self.config, self.runtime.device)
-        self.run = Run(RunFolder(arguments.folder), self.data, self.runtime, Console(stderr=True))
-        teacher = self.runtime.place(saved.load())
-        folder = arguments.folder / "teacher_logits"
-        self.logits = TeacherLogits(teacher, self.data, self.config.student.shift, folder, self.runtime)
-        self.split = self.data.validation if arguments.validation else self.data.test
+        self.teacher = self.runtime.place(self.saved.load())
         standard = self.runtime.place(build_student(self.config, self.data.info))
         self.macs, self.parameters = count_macs(standard, self.data.example()), count_parameters(standard)
 
     def kd(self, factor: float, seed: int) -> dict[str, Any]:
         """KD with `factor` times the channels and hidden neurons."""
-        return self.train("kd", self.scaled(factor, seed))
+        return self.student("kd", self.scaled(factor, seed))
 
     def kddp(self, share: float, seed: int) -> dict[str, Any]:
         """KDDP down to this share of the standard network's multiply-accumulates and parameters."""
@@ -80,7 +64,7 @@ class AllLayers:
             target_macs=share * self.macs / count_macs(start, self.data.example().cpu()),
             target_parameters=share * self.parameters / count_parameters(start),
         )
-        return self.train("kddp", changed(replace(config, pruning=pruning), self.changes))
+        return self.student("kddp", changed(replace(config, pruning=pruning), self.changes))
 
     def scaled(self, factor: float, seed: int) -> RunConfig:
         """The settings with `factor` times the channels and hidden neurons of the standard network."""
@@ -90,51 +74,27 @@ class AllLayers:
             self.config, seed=seed, student=replace(student, channels=channels, width=round(student.width * factor))
         )
 
-    def train(self, stage: Stage, config: RunConfig) -> dict[str, Any]:
-        """Train a student; returns its figures. Only this function looks at the test images, once."""
+    def student(self, stage: Stage, config: RunConfig) -> dict[str, Any]:
+        """Train a student; returns its figures."""
         recipe = student_recipe(config, stage)
         model = self.runtime.place(build_student(config, self.data.info))
         training = start_training(self.run, Job(stage, stage, config), model, recipe)
-        for view in range(config.student.views):
-            self.logits.view(view)  # not a part of the seconds
-        started = time.process_time()
-
-        def say(metrics: dict[str, Any]) -> None:
-            print(f"{stage}: {metrics}", flush=True)
-
-        train(training, recipe, self.data, self.logits, self.runtime, say)
-        return {
-            "processor_seconds": time.process_time() - started,
-            "accuracy": accuracy(model, self.data, self.split, self.runtime),
-            "macs": count_macs(model, self.data.example()),
-            "parameters": count_parameters(model),
-            "widths": training.history.widths,
-        }
+        return {**self.train(stage, training, recipe, self.teacher), "widths": training.history.widths}
 
 
 def main() -> None:
     """Run everything that is not finished, then write the table and the picture."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("teacher", type=Path, help="folder of a finished teacher")
-    parser.add_argument("--folder", type=Path, required=True, help="where results are kept")
-    parser.add_argument("--data-dir", type=Path)
-    parser.add_argument("--validation", type=int, default=0, help="images to choose settings by, instead of the test's")
+    parser = study_parser(__doc__)
     parser.add_argument("--factors", type=float, nargs="*", default=[1.0, 0.5, 0.71, 1.41], help="widths of KD")
     parser.add_argument("--shares", type=float, nargs="*", default=[0.97, 0.5], help="targets of KDDP")
-    parser.add_argument("--seeds", type=int, nargs="*", default=[0, 1, 2])
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--markdown", metavar="FILE", help="fill the table of this page")
     parser.add_argument("--plot", type=Path, metavar="FILE", help="draw accuracy against size into this PNG file")
     parser.add_argument("changes", nargs="*", metavar="CHANGE")
     arguments = parser.parse_args()
-    torch.set_num_threads(arguments.threads)
-    prepare_process()
-    arguments.folder.mkdir(parents=True, exist_ok=True)
     study = AllLayers(arguments)
     for seed in arguments.seeds:
         for kind, run, sizes in (("kddp", study.kddp, arguments.shares), ("kd", study.kd, arguments.factors)):
             for size in sizes:
-                finished(arguments.folder, f"{kind}, {size:g}, seed {seed}", lambda r=run, x=size, s=seed: r(x, s))
+                study.finish(f"{kind}, {size:g}, seed {seed}", lambda r=run, x=size, s=seed: r(x, s))
     points = read_points(arguments.folder)
     table = table_of(points)
     if arguments.markdown:

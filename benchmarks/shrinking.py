@@ -3,7 +3,7 @@
 python -m benchmarks.shrinking SOURCE --folder DIR --data-dir DIR [--budgets 0.5 ...] [--contenders NAME ...]
 
 Every contender has the same passes over the images, the same distillation loss, batches, augmentation and learning
-rate. A training that is finished is not repeated, and processes that are started with the same folder share the work.
+rate. A training that is finished is not repeated.
 """
 
 from __future__ import annotations
@@ -12,7 +12,6 @@ import argparse
 import json
 import math
 import statistics
-import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -24,20 +23,15 @@ from torch import nn
 
 import kddp_ext
 from benchmarks.table import Table, write_markdown
-from kddp_ext.files import write_json
+from benchmarks.trainings import Study, mean_accuracy, study_parser
 from kddp_ext.workflow.config import RunConfig, ShrinkConfig
 from kddp_ext.workflow.data import ImageData
-from kddp_ext.workflow.datasets import read_dataset
-from kddp_ext.workflow.folder import RunFolder, locked
 from kddp_ext.workflow.jobs import Job
-from kddp_ext.workflow.measure import accuracy, count_macs, count_parameters
+from kddp_ext.workflow.measure import count_macs
 from kddp_ext.workflow.models import FastTeacher, build_student
-from kddp_ext.workflow.runs import Run, start_training
-from kddp_ext.workflow.runtime import Runtime, prepare_process
-from kddp_ext.workflow.saved_models import SavedModel, find_model
+from kddp_ext.workflow.runs import start_training
 from kddp_ext.workflow.shrink import PROBES, settings_of, with_slow_norms
-from kddp_ext.workflow.teacher_logits import TeacherLogits
-from kddp_ext.workflow.train import Recipe, Training, student_recipe, train
+from kddp_ext.workflow.train import Recipe, Training, student_recipe
 
 OURS = ("saliency", "contribution")
 _EACH_LAYER = ", each layer"  # the same share of every layer, in place of a ranking over all layers
@@ -131,20 +125,14 @@ def prune_to(pruner: Any, model: nn.Module, image: torch.Tensor, macs: float) ->
     model.train(training)
 
 
-class Study:
-    """What all contenders share."""
+class Shrinking(Study):
+    """The trainings, and the network that they shrink."""
 
     def __init__(self, arguments: argparse.Namespace) -> None:
+        super().__init__(arguments)
         self.arguments = arguments
-        self.saved: SavedModel = find_model(arguments.source)
-        config = replace(self.saved.config, validation=arguments.validation)
-        self.runtime = Runtime("auto", config.precision)
-        self.data = ImageData(
-            read_dataset(config.dataset, arguments.data_dir), self.saved.info, config, self.runtime.device
-        )
         self.original = self.network().eval()
         self.macs = count_macs(self.original, self.data.example())
-        self.split = self.data.validation if arguments.validation else self.data.test
 
     def network(self) -> nn.Module:
         """The trained network."""
@@ -161,7 +149,7 @@ class Study:
             config = replace(config, pruning=pruning)
         return config
 
-    def train(self, contender: str, budget: float, seed: int) -> dict[str, Any]:
+    def contend(self, contender: str, budget: float, seed: int) -> dict[str, Any]:
         """Train a contender; returns its figures."""
         times = 3 if contender == NARROWER[1] else 1
         config = self.settings(contender, budget, seed, epochs=times * self.arguments.epochs)
@@ -169,24 +157,13 @@ class Study:
         model = self.narrower(config, budget) if contender in NARROWER else self.network()
         training = Training(model, model, recipe.optimizers(model), None, [])
         if contender in OURS:
-            run = Run(RunFolder(Path(self.arguments.folder)), self.data, self.runtime, Console(stderr=True))
-            training = start_training(run, Job(contender, "kddp", config), model, recipe, self.saved.history)
+            training = start_training(self.run, Job(contender, "kddp", config), model, recipe, self.saved.history)
         elif contender in TORCH_PRUNING:
             pruner = TorchPruning(contender, training, self.data, recipe, budget)
             training.pruner = cast(kddp_ext.DynamicPruner, pruner)
-        folder = Path(self.arguments.folder) / "teacher_logits"
-        logits = TeacherLogits(self.original, self.data, config.student.shift, folder, self.runtime)
-        for view in range(recipe.epochs):
-            logits.view(view)  # not a part of the seconds
-        started, processor = time.perf_counter(), time.process_time()
-
-        def say(metrics: dict[str, Any]) -> None:
-            print(f"{contender} {budget:g} {seed}: {metrics}", flush=True)
-
-        train(training, recipe, self.data, logits, self.runtime, say)
-        seconds = time.perf_counter() - started, time.process_time() - processor
+        figures = self.train(f"{contender} {budget:g} {seed}", training, recipe, self.original)
         widths = {name: each.out_channels for name, each in model.named_modules() if isinstance(each, nn.Conv2d)}
-        return {**self.figures(model), "seconds": seconds[0], "processor_seconds": seconds[1], "widths": widths}
+        return {**figures, "widths": widths}
 
     def narrower(self, config: RunConfig, budget: float) -> nn.Module:
         """A fresh network whose channels are all narrower by one factor, which meets the budget."""
@@ -223,28 +200,16 @@ class Study:
             prune_to(torch_kind, model, self.data.example(), budget * self.macs)
         return self.figures(model)
 
-    def figures(self, model: nn.Module) -> dict[str, Any]:
-        """What is measured of a network; only this function looks at the test images."""
-        return {
-            "accuracy": accuracy(model, self.data, self.split, self.runtime),
-            "macs": count_macs(model, self.data.example()),
-            "parameters": count_parameters(model),
-        }
-
 
 AT_ONCE = ("saliency", "saliency, without reconstruction", *(each for each in TORCH_PRUNING if each != "GroupNorm"))
 
 
 def main() -> None:
     """Run everything that is not finished, then write the tables."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("source", type=Path, help="folder of a finished training, or a student file")
-    parser.add_argument("--folder", type=Path, required=True, help="where results are kept")
-    parser.add_argument("--data-dir", type=Path)
+    parser = study_parser(__doc__)
     parser.add_argument("--epochs", type=int, default=6)
     parser.add_argument("--learning-rate", type=float, default=ShrinkConfig.learning_rate)
     parser.add_argument("--muon-learning-rate", type=float, default=ShrinkConfig.muon_learning_rate)
-    parser.add_argument("--validation", type=int, default=0, help="images to choose settings by, instead of the test's")
     parser.add_argument(
         "--budgets",
         type=float,
@@ -255,56 +220,26 @@ def main() -> None:
     contenders = [*OURS, *TORCH_PRUNING, *NARROWER]
     parser.add_argument("--contenders", nargs="*", default=contenders, choices=[*contenders, UNPRUNED])
     parser.add_argument("--at-once", nargs="*", default=[*AT_ONCE], choices=AT_ONCE)
-    parser.add_argument("--seeds", type=int, nargs="*", default=[0, 1, 2])
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--markdown", metavar="FILE", help="fill the tables of this page")
     arguments = parser.parse_args()
-    torch.set_num_threads(arguments.threads)
-    prepare_process()
-    arguments.folder.mkdir(parents=True, exist_ok=True)
-    study = Study(arguments)
+    study = Shrinking(arguments)
+    shares = [budget for budget in arguments.budgets if budget <= 1]
     for contender in arguments.at_once:
-        for budget in arguments.budgets:
-            if budget <= 1:
-                finished(
-                    arguments.folder,
-                    f"at once, {contender}, {budget:g}",
-                    lambda c=contender, b=budget: study.at_once(c, b),
-                )
+        for budget in shares:
+            study.finish(f"at once, {contender}, {budget:g}", lambda c=contender, b=budget: study.at_once(c, b))
     for seed in arguments.seeds:
         for budget in arguments.budgets:
             for contender in arguments.contenders:
-                if budget <= 1 or contender == "saliency":
-                    finished(
-                        arguments.folder,
+                if budget in shares or contender == "saliency":
+                    study.finish(
                         f"{contender}, {budget:g}, seed {seed}",
-                        lambda c=contender, b=budget, s=seed: study.train(c, b, s),
+                        lambda c=contender, b=budget, s=seed: study.contend(c, b, s),
                     )
-    finished(arguments.folder, "original", lambda: study.figures(study.original))
+    study.finish("original", lambda: study.figures(study.original))
     found = tables(arguments.folder, study.macs)
     if arguments.markdown:
         write_markdown(arguments.markdown, None, found)
     for table in found:
         Console().print(table.for_terminal())
-
-
-def finished(folder: Path, name: str, run: Callable[[], dict[str, Any]]) -> None:
-    """Make sure that there is a result of this name, unless another process is making it."""
-    path = folder / f"{name}.json"
-    work = folder / name
-    work.mkdir(exist_ok=True)
-    with locked(work, wait=False) as held:
-        if held and not path.exists():
-            result = run()
-            write_json(path, result)
-            print(name, result, flush=True)
-
-
-def mean_accuracy(results: list[dict[str, Any]]) -> str:
-    """The accuracy in percent: mean ± standard deviation, or one result."""
-    scores = [100 * each["accuracy"] for each in results]
-    spread = f" ± {statistics.stdev(scores):.2f}" if len(scores) > 1 else ""
-    return f"{statistics.fmean(scores):.2f}{spread}"
 
 
 def tables(folder: Path, macs: int) -> list[Table]:
