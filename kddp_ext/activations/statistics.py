@@ -91,20 +91,19 @@ class NeuronStatistics:
     @property
     def mean(self) -> Tensor:
         """Mean activation, (H,); NaN before any sample."""
-        return self.sum / self.rows if self.rows else torch.full_like(self.sum, torch.nan)
+        return self.sum / (self.rows or torch.nan)
 
     @property
     def position_mean(self) -> Tensor:
         """Mean of each entry of a neuron, (H, positions), or (H, 1) without positions; NaN before any sample."""
         if self.position_sums is None:
             return self.mean[:, None]
-        positions = self.position_sums.shape[1]
-        return self.position_sums * positions / self.rows if self.rows else self.position_sums * torch.nan
+        return self.position_sums * self.position_sums.shape[1] / (self.rows or torch.nan)
 
     @property
     def mean_abs(self) -> Tensor:
         """Mean absolute activation, (H,); NaN before any sample."""
-        return self.sum_abs / self.rows if self.rows else torch.full_like(self.sum, torch.nan)
+        return self.sum_abs / (self.rows or torch.nan)
 
     @property
     def std(self) -> Tensor:
@@ -112,17 +111,16 @@ class NeuronStatistics:
 
         With `positions`, each entry of a neuron varies about its own mean.
         """
-        if not self.rows:
-            return torch.full_like(self.sum, torch.nan)
-        variance = self.sum_squares / self.rows - self.position_mean.square().mean(1)
+        mean_square = self.sum_squares / (self.rows or torch.nan)
+        variance = mean_square - self.position_mean.square().mean(1)
         # The variance of a constant neuron is a difference of two equal numbers; its rounding noise counts as 0.
-        noise = self.sum_squares / self.rows * 1e-14
+        noise = mean_square * 1e-14
         return torch.where(variance > noise, variance, variance * 0).sqrt()
 
     @property
     def active_fraction(self) -> Tensor:
         """Fraction of the samples in which the neuron was not exactly zero, (H,); NaN before any sample."""
-        return self.nonzero / self.rows if self.rows else torch.full_like(self.sum, torch.nan)
+        return self.nonzero / (self.rows or torch.nan)
 
     def update(self, sums: Tensor, matrix: NeuronMatrix) -> None:
         """Add `sums`, (5, columns) float64, which the kernels computed from `matrix`."""
@@ -250,15 +248,8 @@ def position_means(statistics: Sequence[NeuronStatistics]) -> list[Tensor]:
     return list(torch._foreach_div(products, [float(each.rows) for each in statistics]))
 
 
-class _Pairs:
-    """Arguments of an operation in place on many tensors."""
-
-    def __init__(self) -> None:
-        self.targets, self.sources = list[Tensor](), list[Tensor]()
-
-    def add(self, target: Tensor, source: Tensor) -> None:
-        self.targets.append(target)
-        self.sources.append(source)
+_Pairs = list[tuple[Tensor, Tensor]]
+"""Targets and sources of an operation in place on many tensors."""
 
 
 class _Updates:
@@ -274,7 +265,7 @@ class _Updates:
         self._begin()
 
     def _begin(self) -> None:
-        self._sums, self._largest, self.samples, self.entries = _Pairs(), _Pairs(), _Pairs(), _Pairs()
+        self._sums, self._largest, self.samples, self.entries = (_Pairs() for _ in range(4))
 
     def collect(self, statistics: NeuronStatistics, sums: Tensor, matrix: NeuronMatrix) -> None:
         """Add `sums`, (5, columns) float64, which the kernels computed from `matrix`."""
@@ -293,17 +284,16 @@ class _Updates:
             entries = sums.unflatten(1, (outer, statistics.width, inner))
             totals, largest = entries[_SUMS].sum((1, 3)), entries[_MAX_ABS].amax((0, 2))
             if statistics.position_sums is not None:
-                self._sums.add(statistics.position_sums, entries[1].movedim(1, 0).flatten(1).contiguous())
+                self._sums.append((statistics.position_sums, entries[1].movedim(1, 0).flatten(1).contiguous()))
         elif statistics.position_sums is not None:
             statistics.position_sums += totals[1][:, None]
         if statistics.ring is not None:
             statistics.ring.add(matrix, self)
         if totals.is_cuda and not totals.is_contiguous():
-            for row, total in zip(statistics.values[_SUMS].unbind(), totals.unbind(), strict=True):
-                self._sums.add(row, total)
+            self._sums += zip(statistics.values[_SUMS].unbind(), totals.unbind(), strict=True)
         else:
-            self._sums.add(statistics.values[_SUMS], totals)
-        self._largest.add(statistics.max_abs, largest)
+            self._sums.append((statistics.values[_SUMS], totals))
+        self._largest.append((statistics.max_abs, largest))
         statistics.rows += matrix.samples
 
     def make(self) -> None:
@@ -314,8 +304,8 @@ class _Updates:
             (torch._foreach_copy_, self.samples),
             (torch._foreach_copy_, self.entries),
         ):
-            if pairs.targets:
-                operation(pairs.targets, pairs.sources)
+            if pairs:
+                operation([target for target, _ in pairs], [source for _, source in pairs])
 
     def place(self, key: tuple[object, ...], compute: Callable[[], Tensor]) -> Tensor:
         """The result of `compute`, which layers with the same `key` share."""
@@ -395,10 +385,10 @@ class SampleRing:
         """Collect the copies of `source` to the rows of `target` from `start` on, and behind its end from 0 on."""
         count, end = source.shape[0], target.shape[0]
         if start + count <= end:
-            copies.add(target[start : start + count], source)
+            copies.append((target[start : start + count], source))
         else:
-            copies.add(target[start:], source[: end - start])
-            copies.add(target[: start + count - end], source[end - start :])
+            copies.append((target[start:], source[: end - start]))
+            copies.append((target[: start + count - end], source[end - start :]))
 
     def to(self, device: torch.device) -> None:
         """Move the samples to `device`."""
@@ -494,10 +484,12 @@ class TrackedActivations(tuple[Tensor, ...]):
 
     def update(self, matrices: Sequence[NeuronMatrix], sums: Tensor) -> None:
         """Add `sums`, (5, columns of all) float64, which the kernels computed from `matrices`."""
+        self._update(matrices, sums.split([matrix.values.shape[1] for matrix in matrices], 1))
+
+    def _update(self, matrices: Sequence[NeuronMatrix], of_layers: Sequence[Tensor]) -> None:
         updates = _Updates()
-        of_layers = sums.split([matrix.values.shape[1] for matrix in matrices], 1)
-        for matrix, statistics, own in zip(matrices, self.statistics, of_layers, strict=True):
-            updates.collect(statistics, own, matrix)
+        for statistics, sums, matrix in zip(self.statistics, of_layers, matrices, strict=True):
+            updates.collect(statistics, sums, matrix)
         updates.make()
         if self.observer is not None:
             self.observer.of_statistics()
@@ -516,12 +508,7 @@ class TrackedActivations(tuple[Tensor, ...]):
             statistics._checked_matrix(activation, axis)
             for activation, statistics, axis in zip(self, self.statistics, self.axes, strict=True)
         ]
-        updates = _Updates()
-        for matrix, statistics in zip(matrices, self.statistics, strict=True):
-            updates.collect(statistics, ops.neuron_statistics(matrix.values), matrix)
-        updates.make()
-        if self.observer is not None:
-            self.observer.of_statistics()
+        self._update(matrices, [ops.neuron_statistics(matrix.values) for matrix in matrices])
         if loss is not None:
             self.record(loss, loss if mean is None else mean, 1.0)
 

@@ -25,7 +25,7 @@ def check_tensors(
     scalars: Sequence[Any],
 ) -> None:
     """Raise unless the tensors are as `fused_kd_l1_loss` describes them."""
-    _check_values("student_logits", student_logits, student_logits)
+    check_values("student_logits", student_logits, student_logits)
     class_dim, dimensions = settings.class_dim, student_logits.dim()
     if dimensions == 0:
         raise ValueError("student_logits: expected at least 1 dimension, got shape ()")
@@ -37,7 +37,7 @@ def check_tensors(
     if student_logits.shape[class_dim] < 1:
         raise ValueError(f"student_logits: expected at least one class, got shape {tuple(student_logits.shape)}")
     if teacher_logits is not None:
-        _check_values("teacher_logits", teacher_logits, student_logits)
+        check_values("teacher_logits", teacher_logits, student_logits)
         if teacher_logits.shape != student_logits.shape:
             expected, got = tuple(student_logits.shape), tuple(teacher_logits.shape)
             raise ValueError(f"teacher_logits: expected the student's shape {expected}, got {got}")
@@ -62,7 +62,7 @@ def check_tensors(
 
 
 def _check_weights(name: str, weights: Tensor, shape: tuple[int, ...], student_logits: Tensor) -> None:
-    _check_values(name, weights, student_logits)
+    check_values(name, weights, student_logits)
     if weights.shape != shape:
         raise ValueError(f"{name}: expected shape {tuple(shape)}, got {tuple(weights.shape)}")
     tracing = torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
@@ -122,7 +122,7 @@ def _check_activations(activations: Sequence[Tensor], student_logits: Tensor, ro
     axes = activations.axes if isinstance(activations, TrackedActivations) else None
     for index, activation in enumerate(activations):
         name = f"activations[{index}]"
-        _check_values(name, activation, student_logits)
+        check_values(name, activation, student_logits)
         shape = activation.shape
         if len(shape) < 2:
             expected = "(rows, neurons) or (rows, channels, *positions)"
@@ -148,11 +148,12 @@ def check_tracked(activations: TrackedActivations, l1_weights: Sequence[Any], st
             )
 
 
-def _check_values(name: str, tensor: Tensor, student_logits: Tensor) -> None:
+def check_values(name: str, tensor: Tensor, first: Tensor, first_name: str = "student_logits") -> None:
+    """Raise unless `tensor` is a dense tensor of a dtype that the kernels read, on the device of the `first` one."""
     _check_dense(name, tensor)
     if tensor.dtype not in ops.ELEMENT_TYPES:
         raise TypeError(f"{name}: expected dtype float32, float64, bfloat16 or float16, got {tensor.dtype}")
-    _check_device(name, tensor, student_logits)
+    _check_device(name, tensor, first, first_name)
 
 
 def _check_dense(name: str, tensor: Any) -> None:
@@ -163,9 +164,9 @@ def _check_dense(name: str, tensor: Any) -> None:
         raise TypeError(f"{name}: expected a dense tensor, got layout {layout}")
 
 
-def _check_device(name: str, tensor: Tensor, student_logits: Tensor) -> None:
-    if tensor.device != student_logits.device:
-        raise ValueError(f"{name}: expected device {student_logits.device} as student_logits, got {tensor.device}")
+def _check_device(name: str, tensor: Tensor, first: Tensor, first_name: str = "student_logits") -> None:
+    if tensor.device != first.device:
+        raise ValueError(f"{name}: expected device {first.device} as {first_name}, got {tensor.device}")
 
 
 def check_label_values(labels: Tensor, classes: int, ignore_index: int) -> None:

@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor
 
-from kddp_ext.loss.settings import check_number
+from kddp_ext.loss.settings import check_fraction, check_positive
 
 
 def fisher_loss(
@@ -40,12 +40,8 @@ def fisher_loss(
     """
     if logits.dim() != 2 or not logits.is_floating_point():
         raise ValueError(f"logits: expected (N, C) floating point, got {logits.dtype} of shape {tuple(logits.shape)}")
-    for name, value in (("temperature", temperature), ("alpha", alpha)):
-        check_number(name, value)
-    if not 0 < temperature < math.inf:
-        raise ValueError(f"temperature: expected a finite number above 0, got {temperature}")
-    if not 0 <= alpha <= 1:
-        raise ValueError(f"alpha: expected a number from 0 to 1, got {alpha}")
+    check_positive("temperature", temperature)
+    check_fraction("alpha", alpha)
     logits = logits.double() if logits.dtype == torch.float64 else logits.float()
     coefficients = torch.zeros_like(logits)
     for share, divisor in ((alpha, temperature), (1 - alpha, 1.0)):

@@ -166,10 +166,9 @@ def compute_loss(
     scalars = settings.scalars(len(activations))
     check_tensors(student_logits, teacher_logits, labels, activations, sample_weights, settings, scalars)
     native = choose_native(student_logits.device, backend)
-    if native:
-        refuse_jit_trace("fused_kd_l1_loss")
     tracing = torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
     if native:
+        refuse_jit_trace("fused_kd_l1_loss")
         require_constants(labels, scalars, settings.class_weights, sample_weights)
     if not tracing and any(isinstance(scalar, Tensor) for scalar in scalars):
         numbers = settings.read().scalars(len(activations))  # also checks the values

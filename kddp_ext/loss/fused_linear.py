@@ -17,6 +17,7 @@ from kddp_ext.loss.checks import (
     check_label_values,
     check_tensors,
     check_tracked,
+    check_values,
     require_constants,
 )
 from kddp_ext.loss.functional import (
@@ -306,17 +307,9 @@ def _check_layer(side: str, layer: _Layer, student_hidden: Any) -> None:
     for name, tensor in zip(names, layer, strict=True):
         if tensor is None and name.endswith("bias"):
             continue
-        if not isinstance(tensor, Tensor):
-            raise TypeError(f"{name}: expected a tensor, got {type(tensor).__name__}")
-        if tensor.layout is not torch.strided or tensor.is_nested:
-            layout = "nested" if tensor.is_nested else tensor.layout
-            raise TypeError(f"{name}: expected a dense tensor, got layout {layout}")
-        if tensor.dtype not in ops.ELEMENT_TYPES:
-            raise TypeError(f"{name}: expected dtype float32, float64, bfloat16 or float16, got {tensor.dtype}")
+        check_values(name, tensor, student_hidden, "student_hidden")
         if tensor.dtype != layer[0].dtype:
             raise TypeError(f"{name}: expected dtype {layer[0].dtype} as {names[0]}, got {tensor.dtype}")
-        if tensor.device != student_hidden.device:
-            raise ValueError(f"{name}: expected device {student_hidden.device} as student_hidden, got {tensor.device}")
     hidden, weight, bias = layer
     if hidden.dim() == 0:
         raise ValueError(f"{names[0]}: expected at least 1 dimension, got shape ()")

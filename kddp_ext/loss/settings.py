@@ -108,13 +108,11 @@ class LossSettings:
 
     def __post_init__(self) -> None:
         if not _is_scalar_tensor("temperature", self.temperature):
-            check_number("temperature", self.temperature)
-            if not 0 < self.temperature < math.inf:
-                raise ValueError(f"temperature: expected a finite number above 0, got {self.temperature}")
+            check_positive("temperature", self.temperature)
         if not _is_scalar_tensor("alpha", self.alpha):
-            _check_fraction("alpha", self.alpha)
+            check_fraction("alpha", self.alpha)
         _check_weights(self.l1_weight)
-        _check_fraction("label_smoothing", self.label_smoothing)
+        check_fraction("label_smoothing", self.label_smoothing)
         _check_ignore_index(self.ignore_index)
         if not isinstance(self.divergence, str) or self.divergence not in DIVERGENCES:
             raise ValueError(f"divergence: expected one of {', '.join(DIVERGENCES)}, got {self.divergence!r}")
@@ -130,8 +128,8 @@ class LossSettings:
                 "skew: expected a number between 0 and 1 (use 'forward_kl' or 'reverse_kl' instead of 0; the "
                 f"divergence is 0 with 1), got {self.skew}"
             )
-        _check_weight("dkd_target_weight", self.dkd_target_weight)
-        _check_weight("dkd_non_target_weight", self.dkd_non_target_weight)
+        check_weight("dkd_target_weight", self.dkd_target_weight)
+        check_weight("dkd_non_target_weight", self.dkd_non_target_weight)
         if not isinstance(self.standardize_logits, bool):
             raise TypeError(f"standardize_logits: expected a bool, got {type(self.standardize_logits).__name__}")
         if not isinstance(self.class_dim, int):
@@ -145,9 +143,7 @@ class LossSettings:
             raise ValueError(f"reduction: expected one of {', '.join(REDUCTIONS)}, got {self.reduction!r}")
         if self.normalizer is None or _is_scalar_tensor("normalizer", self.normalizer):
             return
-        check_number("normalizer", self.normalizer)
-        if not 0 < self.normalizer < math.inf:
-            raise ValueError(f"normalizer: expected a finite number above 0, got {self.normalizer}")
+        check_positive("normalizer", self.normalizer)
         if self.reduction != "mean":
             raise ValueError(f"normalizer: expected None with reduction {self.reduction!r}, got {self.normalizer}")
 
@@ -216,13 +212,19 @@ def check_number(name: str, value: Any) -> None:
         raise ValueError(f"{name}: expected a number that a float can hold, got a larger one") from error
 
 
-def _check_fraction(name: str, value: Any) -> None:
+def check_positive(name: str, value: Any) -> None:
+    check_number(name, value)
+    if not 0 < value < math.inf:
+        raise ValueError(f"{name}: expected a finite number above 0, got {value}")
+
+
+def check_fraction(name: str, value: Any) -> None:
     check_number(name, value)
     if not 0 <= value <= 1:
         raise ValueError(f"{name}: expected a number from 0 to 1, got {value}")
 
 
-def _check_weight(name: str, value: Any) -> None:
+def check_weight(name: str, value: Any) -> None:
     check_number(name, value)
     if not 0 <= value < math.inf:
         raise ValueError(f"{name}: expected a finite number of at least 0, got {value}")
@@ -231,7 +233,7 @@ def _check_weight(name: str, value: Any) -> None:
 def _check_weights(l1_weight: Any) -> None:
     for weight in l1_weight if _is_sequence(l1_weight) else (l1_weight,):
         if not _is_scalar_tensor("l1_weight", weight):
-            _check_weight("l1_weight", weight)
+            check_weight("l1_weight", weight)
 
 
 def _is_sequence(value: Any) -> TypeGuard[Sequence[Any]]:

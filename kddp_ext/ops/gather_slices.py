@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from kddp_ext.ops import reference
-from kddp_ext.ops.library import ELEMENT_TYPES, is_native, library, native, sliced_shape
+from kddp_ext.ops.library import ELEMENT_TYPES, is_native, library, native, register, sliced_shape
 
 library.define(
     "gather_slices(Tensor[] tensors, Tensor? keep_rows, Tensor? keep_columns, int rows, int columns, "
@@ -16,17 +17,22 @@ library.define(
 )
 
 
-def _sliced_outputs(
-    tensors: Sequence[Tensor],
-    keep_rows: Tensor | None,
-    keep_columns: Tensor | None,
-    rows: int,
-    columns: int,
-    _pruned_columns: Tensor | None,
-    _pruned_means: Tensor | None,
-    _indices_in_range: bool = False,
-) -> tuple[list[Tensor], Tensor]:
+class _Gather(NamedTuple):
+    """The arguments of the operator, which `gather_slices` describes."""
+
+    tensors: Sequence[Tensor]
+    keep_rows: Tensor | None
+    keep_columns: Tensor | None
+    rows: int
+    columns: int
+    pruned_columns: Tensor | None
+    pruned_means: Tensor | None
+    indices_in_range: bool = False
+
+
+def _sliced_outputs(*arguments: Any) -> tuple[list[Tensor], Tensor]:
     """The outputs of the operator, not filled yet; the shift is zero if no columns are pruned."""
+    tensors, keep_rows, keep_columns, rows, columns, *_ = _Gather(*arguments)
     kept_rows = rows if keep_rows is None else keep_rows.shape[0]
     kept_columns = columns if keep_columns is None else keep_columns.shape[0]
     shift = tensors[0].new_zeros(kept_rows, dtype=torch.float64)
@@ -34,18 +40,11 @@ def _sliced_outputs(
     return [t.new_empty(shape) for t, shape in zip(tensors, shapes, strict=True)], shift
 
 
-def _gather_slices(
-    tensors: Sequence[Tensor],
-    keep_rows: Tensor | None,
-    keep_columns: Tensor | None,
-    rows: int,
-    columns: int,
-    pruned_columns: Tensor | None,
-    pruned_means: Tensor | None,
-    indices_in_range: bool = False,
-) -> tuple[list[Tensor], Tensor]:
-    _check(tensors, keep_rows, keep_columns, rows, columns, pruned_columns, pruned_means, indices_in_range)
-    outputs = _sliced_outputs(tensors, keep_rows, keep_columns, rows, columns, pruned_columns, pruned_means)
+def _gather_slices(*arguments: Any) -> tuple[list[Tensor], Tensor]:
+    call = _Gather(*arguments)
+    _check(call)
+    tensors, keep_rows, keep_columns, rows, columns, pruned_columns, pruned_means, _ = call
+    outputs = _sliced_outputs(*call)
     targets, shift = outputs
     # This name keeps copies alive while the kernel uses their addresses.
     sources = [_readable(t, rows) for t in tensors]
@@ -54,6 +53,10 @@ def _gather_slices(
         column_bytes = source.numel() // (rows * columns) * source.element_size()
         row_stride = columns * column_bytes if source.is_contiguous() else source.stride(0) * source.element_size()
         blocks.append((source.data_ptr(), row_stride, column_bytes, target.data_ptr()))
+    compensation = (0, 0, 0, 0, 0)
+    if pruned_columns is not None and pruned_means is not None:
+        pruned = (pruned_columns.data_ptr(), pruned_columns.shape[0], pruned_means.data_ptr())
+        compensation = (ELEMENT_TYPES[sources[0].dtype], *pruned, shift.data_ptr())
     module, place = native(tensors[0])
     module.gather_slices(
         blocks,
@@ -62,7 +65,7 @@ def _gather_slices(
         shift.shape[0],
         0 if keep_columns is None else keep_columns.data_ptr(),
         columns if keep_columns is None else keep_columns.shape[0],
-        _compensation(sources[0], pruned_columns, pruned_means, shift),
+        compensation,
         place,
     )
     return outputs
@@ -75,20 +78,7 @@ def _readable(tensor: Tensor, rows: int) -> Tensor:
     return tensor.contiguous()
 
 
-def _compensation(
-    weight: Tensor, pruned_columns: Tensor | None, pruned_means: Tensor | None, shift: Tensor
-) -> tuple[int, int, int, int, int]:
-    if pruned_columns is None or pruned_means is None:
-        return (0, 0, 0, 0, 0)
-    pruned = (pruned_columns.data_ptr(), pruned_columns.shape[0])
-    return (ELEMENT_TYPES[weight.dtype], *pruned, pruned_means.data_ptr(), shift.data_ptr())
-
-
-library.impl("gather_slices", _gather_slices, "CPU")
-library.impl("gather_slices", _gather_slices, "CUDA")
-torch.library.register_fake("kddp::gather_slices", _sliced_outputs, lib=library)
-
-_gather_slices_operator = torch.ops.kddp.gather_slices.default
+_gather_slices_operator = register("gather_slices", _gather_slices, _sliced_outputs)
 
 
 def gather_slices(
@@ -129,35 +119,20 @@ def gather_slices(
         ValueError: an index is out of range, a tensor has another number of elements or another device, or
             pruned_means are not as described.
     """
+    detached = [t.detach() for t in tensors]
+    call = _Gather(detached, keep_rows, keep_columns, rows, columns, pruned_columns, pruned_means, indices_in_range)
     if not tensors or not all(is_native(t.device) for t in tensors):
-        _check(tensors, keep_rows, keep_columns, rows, columns, pruned_columns, pruned_means, indices_in_range)
+        _check(call)
         return reference.gather_slices(
             tensors, keep_rows, keep_columns, rows=rows, columns=columns,
             pruned_columns=pruned_columns, pruned_means=pruned_means,
         )  # fmt: skip
-    gathered, shift = _gather_slices_operator(
-        [t.detach() for t in tensors],
-        keep_rows,
-        keep_columns,
-        rows,
-        columns,
-        pruned_columns,
-        pruned_means,
-        indices_in_range,
-    )
+    gathered, shift = _gather_slices_operator(*call)
     return list(gathered), shift
 
 
-def _check(
-    tensors: Sequence[Tensor],
-    keep_rows: Tensor | None,
-    keep_columns: Tensor | None,
-    rows: int,
-    columns: int,
-    pruned_columns: Tensor | None,
-    pruned_means: Tensor | None,
-    indices_in_range: bool,
-) -> None:
+def _check(call: _Gather) -> None:
+    tensors, rows, columns = call.tensors, call.rows, call.columns
     for number, tensor in enumerate(tensors):
         _check_device(f"tensors[{number}]", tensor, tensors)
         if rows * columns == 0 or tensor.numel() % (rows * columns):
@@ -166,18 +141,22 @@ def _check(
                 f"{tuple(tensor.shape)}"
             )
     for name, index, size in (
-        ("keep_rows", keep_rows, rows),
-        ("keep_columns", keep_columns, columns),
-        ("pruned_columns", pruned_columns, columns),
+        ("keep_rows", call.keep_rows, rows),
+        ("keep_columns", call.keep_columns, columns),
+        ("pruned_columns", call.pruned_columns, columns),
     ):
         if index is not None:
-            _check_index(name, index)
-            if not indices_in_range:
-                _check_range(name, index, size)
+            _check_vector(name, index, torch.int64)
+            if not call.indices_in_range and not index.is_meta:  # a meta tensor has no values
+                lowest, highest = map(int, index.aminmax()) if index.numel() else (0, 0)
+                if lowest < 0 or highest >= size:
+                    raise ValueError(f"{name}: expected indices from 0 to {size - 1}, got {lowest} to {highest}")
             _check_device(name, index, tensors)
-    if pruned_columns is not None or pruned_means is not None:
-        means = _checked_means(pruned_columns, pruned_means)
-        _check_device("pruned_means", means, tensors)
+    if (call.pruned_columns is None) != (call.pruned_means is None):
+        raise ValueError("pruned_columns, pruned_means: expected both or neither")
+    if call.pruned_columns is not None and call.pruned_means is not None:
+        _check_vector("pruned_means", call.pruned_means, torch.float64, call.pruned_columns.shape)
+        _check_device("pruned_means", call.pruned_means, tensors)
         if tensors and tensors[0].dtype not in ELEMENT_TYPES:
             names = ", ".join(str(dtype) for dtype in ELEMENT_TYPES)
             raise ValueError(f"tensors[0]: expected one of {names} with pruned_means, got {tensors[0].dtype}")
@@ -189,27 +168,11 @@ def _check_device(name: str, tensor: Tensor, tensors: Sequence[Tensor]) -> None:
         raise ValueError(f"{name}: expected device {tensors[0].device} as tensors[0], got {tensor.device}")
 
 
-def _check_index(name: str, index: Tensor) -> None:
-    if index.dtype != torch.int64 or index.dim() != 1 or not index.is_contiguous():
+def _check_vector(name: str, vector: Tensor, dtype: torch.dtype, shape: tuple[int, ...] | None = None) -> None:
+    wrong_shape = vector.dim() != 1 if shape is None else vector.shape != shape
+    if vector.dtype != dtype or wrong_shape or not vector.is_contiguous():
+        length = "" if shape is None else f"{shape[0]} "
         raise ValueError(
-            f"{name}: expected a contiguous vector of int64, got {index.dtype} of shape {tuple(index.shape)}"
+            f"{name}: expected a contiguous vector of {length}{str(dtype).removeprefix('torch.')}, got {vector.dtype} "
+            f"of shape {tuple(vector.shape)}"
         )
-
-
-def _check_range(name: str, index: Tensor, size: int) -> None:
-    if index.is_meta:  # it has no values
-        return
-    lowest, highest = map(int, index.aminmax()) if index.numel() else (0, 0)
-    if lowest < 0 or highest >= size:
-        raise ValueError(f"{name}: expected indices from 0 to {size - 1}, got {lowest} to {highest}")
-
-
-def _checked_means(columns: Tensor | None, means: Tensor | None) -> Tensor:
-    if columns is None or means is None:
-        raise ValueError("pruned_columns, pruned_means: expected both or neither")
-    if means.dtype != torch.float64 or means.shape != columns.shape or not means.is_contiguous():
-        raise ValueError(
-            f"pruned_means: expected a contiguous vector of {columns.shape[0]} float64, got {means.dtype} of shape "
-            f"{tuple(means.shape)}"
-        )
-    return means

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from kddp_ext.ops import reference
-from kddp_ext.ops.library import ELEMENT_TYPES, is_native, library, native, needs_no_dispatcher
+from kddp_ext.ops.library import ELEMENT_TYPES, is_native, library, native, needs_no_dispatcher, register
 
 library.define(
     "gradient_products(Tensor activation, Tensor gradient, Tensor? mean, int axis, SymInt samples) -> Tensor"
@@ -46,11 +46,7 @@ def _gradient_products(activation: Tensor, gradient: Tensor, mean: Tensor | None
     return products
 
 
-library.impl("gradient_products", _gradient_products, "CPU")
-library.impl("gradient_products", _gradient_products, "CUDA")
-torch.library.register_fake("kddp::gradient_products", _empty_products, lib=library)
-
-_gradient_products_operator = torch.ops.kddp.gradient_products.default
+_gradient_products_operator = register("gradient_products", _gradient_products, _empty_products)
 
 
 def gradient_products(

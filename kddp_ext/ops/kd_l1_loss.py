@@ -21,7 +21,7 @@ from kddp_ext.ops.library import (
     library,
     native,
     needs_no_dispatcher,
-    scales_natively,
+    register,
     workspace_on,
 )
 from kddp_ext.ops.scale_gradients import is_batched, scale_gradients
@@ -43,6 +43,8 @@ library.define("neuron_statistics(Tensor activation) -> Tensor")
 
 LossOutputs = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, list[Tensor]]
 _Outputs = tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None, list[Tensor]]  # None: not wanted
+# The inputs by row, as `kd_l1_loss` names them: logits of student and teacher, labels, weights of classes and of rows.
+RowInputs = tuple[Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor | None]
 _STATISTICS_ROWS = 5
 _TENSORS = 5  # inputs before the activations
 _ABSENT = (0, 0, 0)
@@ -106,22 +108,21 @@ def kd_l1_loss(
         statistics=statistics,
     )
     tensors = (student_logits, teacher_logits, labels, class_weights, row_weights)
-    inputs = (*tensors, *activations)
+    inputs, call = (*tensors, *activations), _Call(scalars, samples, constants, wanted)
     outputs: Any
     if needs_no_dispatcher(inputs):
-        outputs = _compute(*tensors, activations, scalars, samples, constants, wanted)
-    elif torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack():
-        loss, terms, rows, sums, *_ = kd_l1_loss_operator(
-            *tensors, list(activations), as_tensor(scalars), samples, *constants, *wanted
-        )
-        return loss, terms, rows, sums
+        outputs = _compute(tensors, activations, call)
     else:
+        arguments = (*tensors, list(activations), as_tensor(scalars), samples, *constants, *wanted)
+        if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack():
+            loss, terms, rows, sums, *_ = kd_l1_loss_operator(*arguments)
+            return loss, terms, rows, sums
         with torch.no_grad():
-            outputs = kd_l1_loss_operator(*tensors, list(activations), as_tensor(scalars), samples, *constants, *wanted)
+            outputs = kd_l1_loss_operator(*arguments)
     loss, terms, rows, sums, logits_gradient, activation_gradients = outputs
     if wanted.logits_gradient or wanted.activation_gradients:
         gradients = [*[logits_gradient][: wanted.logits_gradient], *activation_gradients]
-        loss = _attach(loss, gradients, _Call(scalars, samples, constants, wanted), *inputs)
+        loss = _attach(loss, gradients, call, *inputs)
     return loss, terms, rows, sums
 
 
@@ -144,21 +145,23 @@ def as_tensor(scalars: Sequence[Any]) -> Tensor:
 # ------------------------------------------------------------------------------------------------ the computation
 
 
-def _kd_l1_loss(
-    student_logits: Tensor,
-    teacher_logits: Tensor | None,
-    labels: Tensor | None,
-    class_weights: Tensor | None,
-    row_weights: Tensor | None,
-    activations: Sequence[Tensor],
-    scalars: Tensor,
-    samples: Sequence[int],
-    *arguments: Any,
-) -> LossOutputs:
-    values = checked_values(scalars)
-    constants, wanted = arguments[:-4], _Wanted(*arguments[-4:])
-    tensors = (student_logits, teacher_logits, labels, class_weights, row_weights)
-    return _with_placeholders(_compute(*tensors, activations, values, samples, constants, wanted), student_logits)
+def _kd_l1_loss(*arguments: Any) -> LossOutputs:
+    tensors, activations, call = _split(arguments)
+    outputs = _compute(tensors, activations, call._replace(scalars=checked_values(arguments[_TENSORS + 1])))
+    return _with_placeholders(outputs, tensors[0])
+
+
+def _fake_kd_l1_loss(*arguments: Any) -> LossOutputs:
+    (student_logits, teacher_logits, *_), activations, call = _split(arguments)
+    outputs = _loss_outputs(student_logits, teacher_logits, activations, call.constants[-1], call.wanted)
+    return _with_placeholders(outputs, student_logits)
+
+
+def _split(arguments: tuple[Any, ...]) -> tuple[RowInputs, list[Tensor], _Call]:
+    """The operator's arguments: those by row, the activations, and all others."""
+    (activations, scalars, samples), others = arguments[_TENSORS:][:3], arguments[_TENSORS + 3 :]
+    call = _Call(scalars, samples, others[:-4], _Wanted(*others[-4:]))
+    return arguments[:_TENSORS], activations, call
 
 
 def checked_values(scalars: Tensor) -> list[float]:
@@ -175,43 +178,27 @@ def checked_values(scalars: Tensor) -> list[float]:
 
 
 def loss_of_chunk(
-    student_logits: Tensor,
-    teacher_logits: Tensor | None,
-    labels: Tensor | None,
-    class_weights: Tensor | None,
-    row_weights: Tensor | None,
-    scalars: Sequence[float],
-    constants: tuple[Any, ...],
-    gradient: Tensor | None,
+    tensors: RowInputs, scalars: Sequence[float], constants: tuple[Any, ...], gradient: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """The loss, its terms and, if they are wanted, its terms by row, without autograd and activations.
 
     Args:
-        student_logits, teacher_logits, labels, class_weights, row_weights: as of `kd_l1_loss`.
+        tensors: the first arguments of `kd_l1_loss`.
         scalars: temperature, alpha and normalizer.
         constants: `LossSettings.constants()`.
         gradient: contiguous, of the shape and dtype of the student's logits; receives their gradient. On the CPU it may
             be `student_logits` itself, because the kernel has read a block of classes when it overwrites it.
     """
-    wanted = _Wanted(gradient is not None, False, student_logits.dtype == torch.float16, False)
-    tensors = (student_logits, teacher_logits, labels, class_weights, row_weights)
-    loss, terms, rows, *_ = _compute(*tensors, [], scalars, [], constants, wanted, gradient)
+    wanted = _Wanted(gradient is not None, False, tensors[0].dtype == torch.float16, False)
+    loss, terms, rows, *_ = _compute(tensors, [], _Call(scalars, [], constants, wanted), gradient)
     return loss, terms, rows
 
 
 def _compute(
-    student_logits: Tensor,
-    teacher_logits: Tensor | None,
-    labels: Tensor | None,
-    class_weights: Tensor | None,
-    row_weights: Tensor | None,
-    activations: Sequence[Tensor],
-    scalars: Sequence[float],
-    samples: Sequence[int],
-    constants: tuple[Any, ...],
-    wanted: _Wanted,
-    logits_gradient: Tensor | None = None,
+    tensors: RowInputs, activations: Sequence[Tensor], call: _Call, logits_gradient: Tensor | None = None
 ) -> _Outputs:
+    student_logits, teacher_logits, labels, class_weights, row_weights = tensors
+    scalars, samples, constants, wanted = call
     *settings, by_row = constants
     allocated = wanted if logits_gradient is None else wanted._replace(logits_gradient=False)
     outputs = _loss_outputs(student_logits, teacher_logits, activations, by_row, allocated)
@@ -298,12 +285,6 @@ def _with_placeholders(outputs: _Outputs, student_logits: Tensor) -> LossOutputs
     )
 
 
-def _fake_kd_l1_loss(student_logits: Tensor, teacher_logits: Tensor | None, *arguments: Any) -> LossOutputs:
-    activations, by_row, wanted = arguments[3], arguments[-5], _Wanted(*arguments[-4:])
-    outputs = _loss_outputs(student_logits, teacher_logits, activations, by_row, wanted)
-    return _with_placeholders(outputs, student_logits)
-
-
 def _gradient_of(tensor: Tensor) -> Tensor:
     return torch.empty_like(tensor, memory_format=torch.contiguous_format)
 
@@ -352,7 +333,7 @@ def _layers(
 # ------------------------------------------------------------------------------------------------ the derivatives
 
 
-class _LossNode(torch.autograd.Function):
+class GradientNode(torch.autograd.Function):
     """Attaches gradients that are known already to the loss, which costs half of a node with a whole forward.
 
     The gradients belong to this node alone. They are handed out once, by a backward after which the graph is freed;
@@ -361,11 +342,16 @@ class _LossNode(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, loss: Tensor, gradients: list[Tensor], call: _Call, *inputs: Tensor | None) -> Tensor:
+    def forward(ctx: Any, loss: Tensor, gradients: list[Tensor], call: Any, *inputs: Tensor | None) -> Tensor:
         ctx.call = call
-        keep_gradients(ctx, gradients, inputs)
+        ctx.packed = torch._C._autograd._top_saved_tensors_default_hooks(False) is not None
+        # Hooks on saved tensors may move the gradients elsewhere, or recompute them (checkpointing).
+        ctx.gradients = None if ctx.packed else gradients
+        save(ctx, *inputs, *(gradients if ctx.packed else ()))
         return loss
 
+
+class _LossNode(GradientNode):
     @staticmethod
     def backward(ctx: Any, grad_loss: Tensor | None) -> tuple[Tensor | None, ...]:
         inputs = len(ctx.needs_input_grad) - 3
@@ -380,14 +366,6 @@ class _LossNode(torch.autograd.Function):
 
 # Function.apply would inspect the forward's signature for torch.func's transforms, none of which is active here.
 _attach: Any = super(torch.autograd.Function, _LossNode).apply
-
-
-def keep_gradients(ctx: Any, gradients: list[Tensor], inputs: Sequence[Tensor | None]) -> None:
-    """Let the node own `gradients`, and save its inputs."""
-    ctx.packed = torch._C._autograd._top_saved_tensors_default_hooks(False) is not None
-    # Hooks on saved tensors may move the gradients elsewhere, or recompute them (checkpointing).
-    ctx.gradients = None if ctx.packed else gradients
-    save(ctx, *inputs, *(gradients if ctx.packed else ()))
 
 
 def take_gradients(
@@ -422,15 +400,12 @@ def saved_by(ctx: Any) -> list[Any]:
 
 def _set_up(ctx: Any, inputs: tuple[Any, ...], output: LossOutputs) -> None:
     """The operator's own node, for compilers and dispatch modes."""
-    tensors, (activations, scalars, samples) = inputs[:_TENSORS], inputs[_TENSORS:][:3]
-    arguments = inputs[_TENSORS + 3 :]
+    tensors, activations, ctx.call = _split(inputs)
     _, terms, rows, statistics, logits_gradient, activation_gradients = output
-    wanted = _Wanted(*arguments[-4:])
-    ctx.call = _Call(scalars, samples, tuple(arguments[:-4]), wanted)
     ctx.layers = len(activations)
     ctx.mark_non_differentiable(terms, rows, statistics, logits_gradient, *activation_gradients)
-    gradients = [*[logits_gradient][: wanted.logits_gradient], *activation_gradients]
-    save(ctx, scalars, *tensors, *activations, *gradients)
+    gradients = [*[logits_gradient][: ctx.call.wanted.logits_gradient], *activation_gradients]
+    save(ctx, ctx.call.scalars, *tensors, *activations, *gradients)
 
 
 def _backward(ctx: Any, grad_loss: Tensor, *_: Any) -> tuple[Any, ...]:
@@ -449,15 +424,10 @@ def _backward(ctx: Any, grad_loss: Tensor, *_: Any) -> tuple[Any, ...]:
 
 def _scaled(call: _Call, gradients: Sequence[Tensor], grad_loss: Tensor, owned: bool) -> Sequence[Tensor]:
     """The gradients times `grad_loss`; overwritten if they are `owned`, and new tensors otherwise."""
-    owned = owned and not is_batched(grad_loss)  # is_grads_batched gives many values
     if call.constants[-1]:  # by row, of logits alone
         by_row = grad_loss[..., None].to(gradients[0].dtype)
-        return [gradients[0].mul_(by_row) if owned else gradients[0] * by_row]
+        return [gradients[0].mul_(by_row) if owned and not is_batched(grad_loss) else gradients[0] * by_row]
     factors = _factors(call, len(gradients[0])) if call.wanted.scaled_gradients else None
-    # The usual `loss.backward()` scales by 1. On the CPU the value can be read, which saves a pass over memory.
-    readable = owned and factors is None and grad_loss.is_cpu and not scales_natively(grad_loss.device)
-    if readable and grad_loss.item() == 1:
-        return gradients
     return scale_gradients(gradients, grad_loss, factors, in_place=owned)
 
 
@@ -531,13 +501,6 @@ def _neuron_statistics_output(activation: Tensor) -> Tensor:
     return activation.new_empty((_STATISTICS_ROWS, activation.shape[1]), dtype=torch.float64)
 
 
-for _device in ("CPU", "CUDA"):
-    library.impl("kd_l1_loss", _kd_l1_loss, _device)
-    library.impl("neuron_statistics", _neuron_statistics, _device)
-torch.library.register_fake("kddp::kd_l1_loss", _fake_kd_l1_loss, lib=library)
-torch.library.register_fake("kddp::neuron_statistics", _neuron_statistics_output, lib=library)
+kd_l1_loss_operator = register("kd_l1_loss", _kd_l1_loss, _fake_kd_l1_loss)
+_neuron_statistics_operator = register("neuron_statistics", _neuron_statistics, _neuron_statistics_output)
 torch.library.register_autograd("kddp::kd_l1_loss", _backward, setup_context=_set_up, lib=library)
-
-# Looking an operator up by its name at each call would take longer than the loss of a small batch.
-kd_l1_loss_operator = torch.ops.kddp.kd_l1_loss.default
-_neuron_statistics_operator = torch.ops.kddp.neuron_statistics.default

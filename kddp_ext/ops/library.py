@@ -19,17 +19,6 @@ except ImportError as error:
 
 from kddp_ext.ops import cuda
 
-__all__ = [
-    "ELEMENT_TYPES",
-    "build_info",
-    "is_native",
-    "library",
-    "native",
-    "scales_natively",
-    "storage_key",
-    "why_not_native",
-]
-
 library = torch.library.Library("kddp", "DEF")
 
 # The codes of csrc/include/kddp/types.h.
@@ -37,6 +26,17 @@ ELEMENT_TYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.fl
 
 _PLAIN_TYPES = (Tensor, torch.nn.Parameter)
 _stand_in: tuple[Any, Any] | None = None  # set by `stand_in`
+
+
+def register(name: str, compute: Callable[..., Any], fake: Callable[..., Any]) -> Any:
+    """Register what computes an operator, and what makes its outputs for fake tensors; returns the operator.
+
+    Looking an operator up by its name at each call would take longer than the loss of a small batch.
+    """
+    for device in ("CPU", "CUDA"):
+        library.impl(name, compute, device)
+    torch.library.register_fake(f"kddp::{name}", fake, lib=library)
+    return getattr(torch.ops.kddp, name).default
 
 
 def native(tensor: Tensor) -> tuple[Any, Any]:

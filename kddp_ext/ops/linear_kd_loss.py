@@ -16,15 +16,15 @@ from torch import Tensor
 
 from kddp_ext.ops import reference
 from kddp_ext.ops.kd_l1_loss import (
+    GradientNode,
     as_tensor,
     checked_values,
-    keep_gradients,
     loss_of_chunk,
     save,
     saved_by,
     take_gradients,
 )
-from kddp_ext.ops.library import library, overwrites_logits, scales_natively
+from kddp_ext.ops.library import library, overwrites_logits, register
 from kddp_ext.ops.scale_gradients import is_batched, scale_gradients
 
 # `scalars` holds temperature, alpha and the normalizer. From `label_smoothing` to `by_row` the order is that of
@@ -96,46 +96,30 @@ def _in_forward(call: _Call) -> _Wanted:
 # ------------------------------------------------------------------------------------------------ the computation
 
 
-def _linear_kd_loss(
-    student_hidden: Tensor,
-    student_weight: Tensor,
-    student_bias: Tensor | None,
-    teacher_hidden: Tensor | None,
-    teacher_weight: Tensor | None,
-    teacher_bias: Tensor | None,
-    labels: Tensor | None,
-    class_weights: Tensor | None,
-    row_weights: Tensor | None,
-    scalars: Tensor,
-    chunk_rows: int,
-    *arguments: Any,
-) -> tuple[Tensor, ...]:
-    values, constants, wanted = checked_values(scalars), arguments[:-3], _Wanted(*arguments[-3:])
-    outputs = _outputs(
-        *(student_hidden, student_weight, student_bias, teacher_hidden, teacher_weight, teacher_bias, labels),
-        *(class_weights, row_weights, scalars, chunk_rows, *arguments),
-    )
+def _linear_kd_loss(*arguments: Any) -> tuple[Tensor, ...]:
+    student, teacher, (labels, class_weights, row_weights) = arguments[:3], arguments[3:6], arguments[6:_INPUTS]
+    (scalars, chunk_rows, *constants), wanted = arguments[_INPUTS:-3], _Wanted(*arguments[-3:])
+    values, outputs = checked_values(scalars), _outputs(*arguments)
     loss, terms, row_terms, hidden_gradient, weight_gradient, bias_gradient = outputs
     for sum_of_chunks in (loss, terms, row_terms, weight_gradient, bias_gradient):
         sum_of_chunks.zero_()
-    rows, classes = len(student_hidden), len(student_weight)
+    hidden, weight, _ = student
+    rows, classes = len(hidden), len(weight)
     chunk_rows = -(-rows // -(-rows // chunk_rows)) if rows else 0  # chunks of nearly equal sizes
-    student_buffer = student_hidden.new_empty(chunk_rows, classes)
-    teacher_buffer = None if teacher_hidden is None else teacher_hidden.new_empty(chunk_rows, classes)
-    in_place = overwrites_logits(student_hidden)
-    gradient_buffer = student_buffer if in_place or not any(wanted) else torch.empty_like(student_buffer)
+    buffers: list[Any] = [
+        None if layer[0] is None else layer[0].new_empty(chunk_rows, classes) for layer in (student, teacher)
+    ]
+    in_place = overwrites_logits(hidden)
+    gradient_buffer = buffers[0] if in_place or not any(wanted) else torch.empty_like(buffers[0])
     totals = torch.zeros(5, dtype=torch.float64, device=loss.device)  # the loss and its terms
     for start in range(0, rows, chunk_rows or 1):
-        part = slice(start, min(start + chunk_rows, rows))
-        hidden, count = student_hidden[part], min(start + chunk_rows, rows) - start
-        student = _linear(hidden, student_weight, student_bias, student_buffer[:count])
-        teacher = None
-        if teacher_hidden is not None and teacher_weight is not None and teacher_buffer is not None:
-            teacher = _linear(teacher_hidden[part], teacher_weight, teacher_bias, teacher_buffer[:count])
+        count = min(chunk_rows, rows - start)
+        part = slice(start, start + count)
+        logits = [_logits(*each, part) for each in zip((student, teacher), buffers, strict=True)]
         of_logits = gradient_buffer[:count] if any(wanted) else None
         labels_of_rows = None if labels is None else labels[part]
-        of_rows = labels_of_rows, class_weights, None if row_weights is None else row_weights[:, part]
-        value, of_chunk, by_row = loss_of_chunk(student, teacher, *of_rows, values, constants, of_logits)
+        inputs: Any = (*logits, labels_of_rows, class_weights, None if row_weights is None else row_weights[:, part])
+        value, of_chunk, by_row = loss_of_chunk(inputs, values, tuple(constants), of_logits)
         if by_row is not None:
             loss[part] = value
             row_terms[:, part] = by_row
@@ -144,9 +128,9 @@ def _linear_kd_loss(
         if of_logits is None:
             continue
         if wanted.hidden:
-            torch.mm(of_logits, student_weight, out=hidden_gradient[part])
+            torch.mm(of_logits, weight, out=hidden_gradient[part])
         if wanted.weight:
-            _add_product(weight_gradient, of_logits.t(), hidden)
+            _add_product(weight_gradient, of_logits.t(), hidden[part])
         if wanted.bias:
             bias_gradient += of_logits.sum(0, dtype=bias_gradient.dtype)
     if not constants[-1]:
@@ -181,10 +165,14 @@ def _outputs(
     )
 
 
-def _linear(hidden: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) -> Tensor:
-    if bias is None:
-        return torch.mm(hidden, weight.t(), out=out)
-    return torch.addmm(bias, hidden, weight.t(), out=out)
+def _logits(layer: tuple[Any, ...], buffer: Tensor | None, part: slice) -> Tensor | None:
+    """A layer's outputs for some rows, in `buffer`; None without a layer."""
+    hidden, weight, bias = layer
+    if buffer is None:
+        return None
+    rows = hidden[part]
+    out = buffer[: len(rows)]
+    return torch.mm(rows, weight.t(), out=out) if bias is None else torch.addmm(bias, rows, weight.t(), out=out)
 
 
 def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
@@ -200,15 +188,7 @@ def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
 # ------------------------------------------------------------------------------------------------ the derivatives
 
 
-class _LinearLossNode(torch.autograd.Function):
-    """Attaches the gradients to the loss. They are handed out once, otherwise as copies: see `kd_l1_loss._LossNode`."""
-
-    @staticmethod
-    def forward(ctx: Any, loss: Tensor, gradients: list[Tensor], call: _Call, *inputs: Tensor | None) -> Tensor:
-        ctx.call = call
-        keep_gradients(ctx, gradients, inputs)
-        return loss
-
+class _LinearLossNode(GradientNode):
     @staticmethod
     def backward(ctx: Any, grad_loss: Tensor | None) -> tuple[Tensor | None, ...]:
         if grad_loss is None:
@@ -262,14 +242,10 @@ def _by_input(
 
 def _scaled(call: _Call, gradients: Sequence[Tensor], grad_loss: Tensor, owned: bool) -> Sequence[Tensor]:
     """The gradients times `grad_loss`; overwritten if they are `owned`, and new tensors otherwise."""
-    owned = owned and not is_batched(grad_loss)
     factors: list[Any] | None = None
     if call.dtype == torch.float16:  # the kernel has not divided the logits' gradient by the normalizer
         factor = 1 / call.scalars[2]
         factors = [factor if torch.compiler.is_compiling() else factor.item()] * len(gradients)
-    readable = owned and factors is None and grad_loss.is_cpu and not scales_natively(grad_loss.device)
-    if readable and grad_loss.item() == 1:
-        return gradients
     return scale_gradients(gradients, grad_loss, factors, in_place=owned)
 
 
@@ -300,9 +276,5 @@ def _differentiable_gradients(call: _Call, inputs: Sequence[Any], grad_loss: Ten
     return (*of_student, *(None,) * (_INPUTS - len(of_student)))
 
 
-for _device in ("CPU", "CUDA"):
-    library.impl("linear_kd_loss", _linear_kd_loss, _device)
-torch.library.register_fake("kddp::linear_kd_loss", _outputs, lib=library)
+_operator = register("linear_kd_loss", _linear_kd_loss, _outputs)
 torch.library.register_autograd("kddp::linear_kd_loss", _backward, setup_context=_set_up, lib=library)
-
-_operator = torch.ops.kddp.linear_kd_loss.default

@@ -20,13 +20,19 @@ def scale_gradients(
         gradients: contiguous, as `kd_l1_loss` returns them.
         grad_loss: a 0-dim tensor on their device; a GPU's value is not read by the host.
         factors: one for each gradient; None stands for 1.
-        in_place: overwrite the gradients and return them; a GPU then skips those that are scaled by 1.
+        in_place: overwrite the gradients and return them, unless `grad_loss` has many values (is_grads_batched); those
+            that are scaled by 1 are skipped.
 
     Returns:
         One tensor for each gradient, of its shape and dtype.
     """
-    intercepted = torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() or is_batched(grad_loss)
+    batched = is_batched(grad_loss)
+    in_place = in_place and not batched
+    intercepted = torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() or batched
     if intercepted or not scales_natively(grad_loss.device):
+        # The usual `loss.backward()` scales by 1. On the CPU the value can be read, which saves a pass over memory.
+        if in_place and factors is None and grad_loss.is_cpu and grad_loss.item() == 1:
+            return gradients
         scales = [grad_loss] * len(gradients) if factors is None else [grad_loss * factor for factor in factors]
         if in_place:
             return [gradient.mul_(scale) for gradient, scale in zip(gradients, scales, strict=True)]

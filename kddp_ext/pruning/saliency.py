@@ -361,24 +361,21 @@ class _Place(NamedTuple):
 
 
 class _Part:
-    """The units of a value that belong to one group; `units` and `members` are None where they are all, in order."""
+    """The units of a value that belong to one group; `members` is None where they are all its neurons, in order."""
 
     def __init__(self, group: int, width: int, units: Tensor, members: Tensor) -> None:
-        self.group, self.width = group, width
-        self.units: Tensor | None = units
-        self.members: Tensor | None = members
-        if torch.equal(members, torch.arange(width, device="cpu")):
-            self.members = None
+        self.group, self.width, self.units = group, width, units
+        self.members = None if torch.equal(members, torch.arange(width, device="cpu")) else members
 
     def to(self, device: torch.device) -> None:
         """Move the indices to `device`."""
-        self.units = None if self.units is None else self.units.to(device)
+        self.units = self.units.to(device)
         self.members = None if self.members is None else self.members.to(device)
 
     def products(self, of_units: Tensor, number: int) -> Tensor:
         """(samples, width): the products of the group's neurons, from those of all units."""
         own = of_units
-        if self.units is not None and self.units.numel() != number:
+        if self.units.numel() != number:
             own = of_units.index_select(1, self.units.to(of_units.device))
         if self.members is None:
             return own

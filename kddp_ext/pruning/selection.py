@@ -96,34 +96,9 @@ class Observation:
         return torch.stack(norms).square().sum(0).sqrt()
 
 
-def check_observed(statistics: NeuronStatistics, layer: str, caller: str) -> None:
-    """Raise where a layer's statistics are missing; the message names `caller`, a public method."""
-    if statistics.rows == 0:
-        raise RuntimeError(
-            f"{caller}: there are no statistics of {layer} since the last check; pass pruner.activations to "
-            "fused_kd_l1_loss at each step, or call pruner.activations.observe()"
-        )
-
-
-def check_finite(statistics: NeuronStatistics, layer: str, caller: str) -> None:
-    """Raise where a layer's statistics, on the CPU, are not finite; the message names `caller`, a public method."""
-    if not bool(statistics.values.isfinite().all()):
-        raise ValueError(
-            f"{caller}: some activations of {layer} were infinite or NaN since the last check; pruner.reset() discards "
-            "these statistics"
-        )
-
-
 def norms_of_reader(model: nn.Module, neurons: PrunableNeurons, reader: Reader) -> Tensor:
     """One of the `outgoing` of an `Observation`, on the weight's device."""
     return outgoing_norms(_columns(reader.weight.of(model).detach(), reader, neurons.values[reader.value]))
-
-
-def check_norms(norms: Tensor, neurons: PrunableNeurons, reader: Reader, caller: str) -> None:
-    """Raise where the norms of a reader, on the CPU, are not finite; the message names `caller`, a public method."""
-    if not bool(norms.isfinite().all()):
-        names = " and ".join(group.name for group in neurons.groups if reader in neurons.readers_of(group))
-        raise ValueError(f"{caller}: the weights that read {names} are infinite or NaN")
 
 
 def _columns(weight: Tensor, reader: Reader, value: ReadValue) -> Tensor:

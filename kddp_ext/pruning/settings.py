@@ -5,14 +5,13 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
-from math import inf
 from numbers import Integral
 from typing import Literal, get_args
 
 from torch import Tensor
 
 from kddp_ext.activations.statistics import NeuronStatistics
-from kddp_ext.loss.settings import check_number
+from kddp_ext.loss.settings import check_number, check_weight
 from kddp_ext.pruning.ranking import Resource
 
 CRITERIA = ("contribution", "mean_activation", "apoz", "dead", "saliency")
@@ -105,9 +104,7 @@ class Schedule:
         if self.interval is not None:
             object.__setattr__(self, "interval", whole_number("interval", self.interval, at_least=1))
         object.__setattr__(self, "start", whole_number("start", self.start, at_least=0))
-        check_number("l1_weight", self.l1_weight)
-        if not 0 <= self.l1_weight < inf:
-            raise ValueError(f"l1_weight: expected a finite number of at least 0, got {self.l1_weight}")
+        check_weight("l1_weight", self.l1_weight)
         object.__setattr__(self, "l1_warmup", whole_number("l1_warmup", self.l1_warmup, at_least=0))
         if self.start and self.interval is None:
             raise ValueError(f"start: {self.start} delays the checks that step() makes, but interval is None")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -13,14 +13,7 @@ from torch import Tensor, nn
 from kddp_ext.activations.statistics import NeuronStatistics
 from kddp_ext.pruning.history import PruningHistory
 from kddp_ext.pruning.saliency import Saliency
-from kddp_ext.pruning.selection import (
-    Decision,
-    Observation,
-    check_finite,
-    check_norms,
-    check_observed,
-    norms_of_reader,
-)
+from kddp_ext.pruning.selection import Decision, Observation, norms_of_reader
 from kddp_ext.pruning.settings import PruningSettings, Streams
 from kddp_ext.pruning.tracing.structure import PrunableNeurons, ReadValue, count_neurons
 from kddp_ext.pruning.transfers import copied_to
@@ -78,14 +71,24 @@ class PrunerState:
         """Observe everything that a decision depends on, for the public method `caller`; it is copied to the CPU."""
         neurons = self.neurons
         for name, each in zip(neurons.value_names, self.statistics, strict=True):
-            check_observed(each, name, caller)
+            if each.rows == 0:
+                raise RuntimeError(
+                    f"{caller}: there are no statistics of {name} since the last check; pass pruner.activations to "
+                    "fused_kd_l1_loss at each step, or call pruner.activations.observe()"
+                )
         neurons.tensors(model)  # raises where one has another shape
         outgoing = tuple(norms_of_reader(model, neurons, reader) for reader in neurons.readers)
         statistics, outgoing, saliency = copied_to((self.statistics, outgoing, self.saliency), "cpu")
         for name, each in zip(neurons.value_names, statistics, strict=True):
-            check_finite(each, name, caller)
+            if not bool(each.values.isfinite().all()):
+                raise ValueError(
+                    f"{caller}: some activations of {name} were infinite or NaN since the last check; pruner.reset() "
+                    "discards these statistics"
+                )
         for reader, norms in zip(neurons.readers, outgoing, strict=True):
-            check_norms(norms, neurons, reader, caller)
+            if not bool(norms.isfinite().all()):
+                names = " and ".join(group.name for group in neurons.groups if reader in neurons.readers_of(group))
+                raise ValueError(f"{caller}: the weights that read {names} are infinite or NaN")
         return Observation(
             neurons,
             statistics,
@@ -112,18 +115,17 @@ class PrunerState:
         )
         checks = torch.cat([layer.inactive_checks for layer in decision.layers])[keep]
         loss, predicted = observation.saliency.mean_loss, decision.predicted_increase
-        return PrunerState(
-            neurons,
-            statistics,
-            checks,
-            history,
-            scales[:, keep],
-            Saliency(neurons.number, self.saliency.squares.device),
-            self.original_size,
-            self.checks + 1,
-            None if loss is None or predicted is None else (loss, predicted),
-            observation.reference_loss,
-            self.steps,
+        return replace(
+            self,
+            neurons=neurons,
+            statistics=statistics,
+            inactive_checks=checks,
+            history=history,
+            first_scales=scales[:, keep],
+            saliency=Saliency(neurons.number, self.saliency.squares.device),
+            checks=self.checks + 1,
+            predicted=None if loss is None or predicted is None else (loss, predicted),
+            lowest_loss=observation.reference_loss,
         )
 
     def to_dict(self) -> dict[str, Any]:
@@ -178,18 +180,16 @@ class PrunerState:
             statistics.append(copy.deepcopy(each))
             statistics[-1].load_state_dict(state["statistics"][name])
         parameters, macs = state["original_size"]
-        return PrunerState(
-            self.neurons,
-            tuple(statistics),
-            torch.cat(checks).to("cpu", torch.int64, copy=True),
-            history,
-            scales,
-            self.saliency.restored(state["saliency"]),
-            (int(parameters), int(macs)),
-            state["checks"],
-            None if state["predicted"] is None else tuple(state["predicted"]),
-            state["lowest_loss"],
-            state["steps"],
+        return replace(
+            self,
+            statistics=tuple(statistics),
+            inactive_checks=torch.cat(checks).to("cpu", torch.int64, copy=True),
+            history=history,
+            first_scales=scales,
+            saliency=self.saliency.restored(state["saliency"]),
+            original_size=(int(parameters), int(macs)),
+            predicted=None if state["predicted"] is None else tuple(state["predicted"]),
+            **{name: state[name] for name in ("checks", "lowest_loss", "steps")},
         )
 
     @staticmethod

@@ -28,12 +28,6 @@ class StoredTensor:
     module: str
     attribute: str
 
-    @classmethod
-    def named(cls, name: str) -> StoredTensor:
-        """The tensor of this name in the model's state_dict."""
-        module, _, attribute = name.rpartition(".")
-        return cls(module, attribute)
-
     @property
     def name(self) -> str:
         """Its name in the model's state_dict."""
