@@ -82,10 +82,6 @@ class RemainingSize:
                     if bool(own.any()):
                         entries.setdefault(index, {})[axis] = [0, *own[order].cumsum(0).tolist()]
 
-    def name(self, group: int) -> str:
-        """The name of a group."""
-        return self._names[group]
-
     @property
     def widths(self) -> dict[str, int]:
         """Present number of neurons by layer."""

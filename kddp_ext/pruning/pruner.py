@@ -41,7 +41,7 @@ from kddp_ext.pruning.selection import Decision, Observation, curve, decide
 from kddp_ext.pruning.settings import Criterion, PruningSettings, Schedule, Streams, check_streams
 from kddp_ext.pruning.state import PrunerState
 from kddp_ext.pruning.tracing.find import TracedNeurons, find_neurons
-from kddp_ext.pruning.tracing.recording import TracedModules, UnsupportedModelError, unwrapped
+from kddp_ext.pruning.tracing.recording import TracedModules, UnsupportedModelError, check_example_inputs, unwrapped
 from kddp_ext.pruning.tracing.structure import PrunableNeurons
 
 if TYPE_CHECKING:
@@ -161,14 +161,9 @@ class DynamicPruner:
         l1_weight: float = 0.0,
         l1_warmup: int = 0,
     ) -> None:
-        _check_model(model)
-        model = unwrapped(model)
+        model = _checked_model(model)
         self._optimizers = _checked_optimizers(optimizer, model)
-        if not isinstance(example_inputs, tuple):
-            raise TypeError(
-                "example_inputs: expected a tuple of the forward's positional arguments, such as (images[:2],), got "
-                f"{type(example_inputs).__name__}"
-            )
+        check_example_inputs(example_inputs)
         self.model = model
         self.optimizer = optimizer
         self._copies = checked_copies(model, copies)
@@ -500,9 +495,9 @@ def _removal(decision: Decision) -> Removal:
 # --- Arguments
 
 
-def _check_model(model: nn.Module) -> None:
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
+def _checked_model(model: nn.Module) -> nn.Module:
+    """The model without its wrappers."""
+    inner = unwrapped(model)
     if isinstance(model, nn.DataParallel):
         raise UnsupportedModelError(
             "model: DataParallel computes in replicas that cannot be observed; use DistributedDataParallel"
@@ -511,6 +506,7 @@ def _check_model(model: nn.Module) -> None:
         raise UnsupportedModelError("model: a scripted module cannot be changed; pass the module it was made from")
     if any(nn.parameter.is_lazy(each) for each in (*model.parameters(), *model.buffers())):
         raise UnsupportedModelError("model: its lazy modules have no parameters yet; call it on a batch first")
+    return inner
 
 
 def _checked_optimizers(optimizer: Optimizer | Sequence[Optimizer] | None, model: nn.Module) -> tuple[Optimizer, ...]:

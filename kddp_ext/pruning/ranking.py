@@ -108,7 +108,8 @@ class _Steps:
 def saving(remaining: RemainingSize, group: int, count: int, resource: str | Resource) -> float:
     """What the next neurons of a group save, until `count` are gone."""
     if callable(resource):
-        widths, name = remaining.widths, remaining.name(group)
+        widths = remaining.widths
+        name = [*widths][group]
         return resource(widths) - resource({**widths, name: widths[name] - count + remaining.gone[group]})
     parameters, macs = remaining.saved(group, count)
     return macs if resource == "macs" else parameters

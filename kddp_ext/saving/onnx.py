@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from kddp_ext.files import atomic_write
-from kddp_ext.pruning.tracing.recording import unchanged_modules, unwrapped
+from kddp_ext.pruning.tracing.recording import check_example_inputs, unchanged_modules, unwrapped
 
 LARGEST_FILE = 2**31 - 1  # bytes: an ONNX file is one protobuf message
 
@@ -46,11 +46,7 @@ def export_onnx(
             f"export_onnx: {' and '.join(missing)} missing; install with: pip install 'kddp_ext[onnx]'", name=missing[0]
         )
     model = unwrapped(model)
-    if not isinstance(example_inputs, tuple):
-        raise TypeError(
-            "example_inputs: expected a tuple of the forward's positional arguments, such as (images[:2],), got "
-            f"{type(example_inputs).__name__}"
-        )
+    check_example_inputs(example_inputs)
     size = sum(tensor.nbytes for tensor in [*model.parameters(), *model.buffers()])
     if size > LARGEST_FILE:
         raise ValueError(f"model: its tensors take {size:,} bytes, but an ONNX file holds at most {LARGEST_FILE:,}")

@@ -78,6 +78,7 @@ class Analysis:
             self.labels.unite(*tie, "")
         self._reads = self._observed_reads()
         self._classes, self._reasons = self.labels.classes()
+        self._groups, self._neuron_of = self._numbered()
 
     def _stored_labels(self, recordings: Sequence[Recording]) -> dict[StoredTensor, list[Tensor | None]]:
         """Labels of the dimensions of all stored tensors, which both recordings share."""
@@ -150,10 +151,8 @@ class Analysis:
     def _observed(self, flow: NeuronFlow, read: Read) -> _Observed | str:
         """The module call whose first argument is the value, and that argument's dimension; or why there is none."""
         call = read.operation.call
-        if (
-            call is None
-            or call.input is None
-            or not (self._holds(call.module, read.weight) or _is_only_use(flow, call, call.input[0], read.operation))
+        if call.input is None or not (
+            self._holds(call.module, read.weight) or _is_only_use(flow, call, call.input[0], read.operation)
         ):
             return f"{flow.place(read.operation)} reads them by a function call with {read.weight.name}; use a module"
         value: Tensor | None = read.value
@@ -174,17 +173,8 @@ class Analysis:
 
     # --- The neurons
 
-    @cached_property
-    def _neuron_of(self) -> Tensor:
-        """The number of each label's neuron, (labels,) int64, or -1; set together with `_groups`."""
-        return self._numbered[1]
-
-    @cached_property
-    def _groups(self) -> tuple[NeuronGroup, ...]:
-        return self._numbered[0]
-
-    @cached_property
     def _numbered(self) -> tuple[tuple[NeuronGroup, ...], Tensor]:
+        """The groups, and the number of each label's neuron, (labels,) int64, or -1."""
         classes = self._classes
         read = torch.zeros(self.labels.number, dtype=torch.bool, device="cpu")
         for each in self._reads:
@@ -304,22 +294,15 @@ class Analysis:
         """The BatchNorm that is the only user of the output of a reader, directly or through pooling."""
         while True:
             value = operation.outputs[0]
-            users = self._users.get(id(value), [])
+            users = self.flows[0].users.get(id(value), [])
             if len(users) != 1 or users[0].args[0] is not value:
                 return None
             (operation,) = users
             if "batch_norm" in operation.name and isinstance(operation.args[3], Tensor):
                 return operation
-            if not operation.name.startswith(_SHIFT_PASSES) and not _is_global_mean(operation):
+            is_global_mean = operation.name == "mean" and operation.args[0].dim() > 2
+            if not operation.name.startswith(_SHIFT_PASSES) and not is_global_mean:
                 return None
-
-    @cached_property
-    def _users(self) -> dict[int, list[Operation]]:
-        users: dict[int, list[Operation]] = defaultdict(list)
-        for operation in self.flows[0].recording.operations:
-            for tensor in {id(each): each for each in operation.inputs}:
-                users[tensor].append(operation)
-        return users
 
     # --- For the proof
 
@@ -345,7 +328,7 @@ class Analysis:
             bool(mine[self._neuron_of[labels]].any())
             for flow in self.flows
             for operation in flow.recording.operations
-            if operation.call is not None and any(call.module == module for call in operation.call.stack)
+            if any(call.module == module for call in operation.call.stack)
             for tensor in operation.inputs
             for labels in self.labels.of(tensor)
             if labels is not None
@@ -372,9 +355,7 @@ class Analysis:
         producers = {name for group in self._groups for name in group.producers}
         for flow in self.flows:
             for name, labels in flow.writes:
-                found = [self._reasons[c] for c in self._classes[labels].tolist()]
-                reason = next((each for each in found if each is not None), "nothing reads its neurons")
-                reasons.setdefault(name, reason)
+                reasons.setdefault(name, self._reason(labels, "nothing reads its neurons"))
         for name, module in self.model.named_modules():
             if isinstance(module, nn.Linear | nn.modules.conv._ConvNd) and self.neurons.group_of(name) is None:
                 reasons.setdefault(name, self._why_unwritten(name, module))
@@ -385,10 +366,13 @@ class Analysis:
         if module._parameters.get("weight") is None:  # parametrizations, and the masks of torch.nn.utils.prune
             return "its weight is computed in the forward pass, so it cannot be sliced"
         labels = next(iter(self.axes.get(StoredTensor(name, "weight"), [])), None)
-        found = [] if labels is None else [self._reasons[c] for c in self._classes[labels].tolist()]
         kind = "Linear layer" if isinstance(module, nn.Linear) else "convolution"
-        unreached = f"the forward pass does not reach it as a {kind}"
-        return next((each for each in found if each is not None), unreached)
+        return self._reason(labels, f"the forward pass does not reach it as a {kind}")
+
+    def _reason(self, labels: Tensor | None, default: str) -> str:
+        """The first reason why some of the labels are frozen."""
+        found = [] if labels is None else [self._reasons[c] for c in self._classes[labels].tolist()]
+        return next((each for each in found if each is not None), default)
 
     def removable(self, neurons: PrunableNeurons) -> float:
         """The number of parameters that go with half of the neurons of every group."""
@@ -406,11 +390,7 @@ class Analysis:
 
 def _is_only_use(flow: NeuronFlow, call: ModuleCall, value: Tensor, operation: Operation) -> bool:
     """Whether an operation alone uses a value in a module call, in another shape perhaps."""
-    users = [
-        user
-        for user in flow.users[id(value)]
-        if user.call is not None and any(each is call for each in user.call.stack)
-    ]
+    users = [user for user in flow.users[id(value)] if any(each is call for each in user.call.stack)]
     if len(users) != 1 or users[0] is operation:
         return len(users) == 1
     output = users[0].outputs[0]
@@ -423,10 +403,6 @@ def _by_weight(reads: Iterable[Read]) -> dict[StoredTensor, list[Read]]:
     for read in reads:
         found[read.weight].append(read)
     return found
-
-
-def _is_global_mean(operation: Operation) -> bool:
-    return operation.name == "mean" and operation.args[0].dim() > 2
 
 
 def _layout(labels: Tensor, axis: int) -> tuple[Layout, Tensor]:

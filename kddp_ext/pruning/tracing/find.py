@@ -65,13 +65,18 @@ def find_neurons(
         def analyse(choices: dict[Hashable, int]) -> Analysis:
             return Analysis(model, recordings, choices, keep_norm_statistics=streams == "exact", ties=ties)
 
+        proven: list[PrunableNeurons] = []
+
+        def prove(analysis: Analysis) -> _Found:
+            proven.append(analysis.neurons)
+            return _Found(analysis, *verified(recorder, analysis))
+
         analysis, choices = _best(analyse)
-        best, proven = _Found(analysis, *verified(recorder, analysis)), [analysis.neurons]
+        best = prove(analysis)
         ties += best.ties()
         if ties:
             analysis = analyse(choices)
-            proven.append(analysis.neurons)
-            tied = _Found(analysis, *verified(recorder, analysis))
+            tied = prove(analysis)
             if tied.removable > best.removable:
                 best = tied
             else:
@@ -86,8 +91,7 @@ def find_neurons(
                 analysis = analyse({**choices, kind: option})
                 if analysis.removable(analysis.neurons) <= best.removable or any(map(analysis.neurons.same, proven)):
                     continue
-                proven.append(analysis.neurons)
-                other = _Found(analysis, *verified(recorder, analysis))
+                other = prove(analysis)
                 if other.removable > best.removable:
                     best, choices = other, {**choices, kind: option}
         samples = next((each.shape[0] for each in tensors_in((example_inputs, example_kwargs)) if each.dim()), 1)
@@ -107,7 +111,8 @@ class _Found:
 
         Where attention reshapes its heads to the width of a stream, a head goes with its part of the stream.
         """
-        alone = sorted((each for each in self.analysis.neurons.groups if each.name in self.refuted), key=_narrowness)
+        alone = [group for group in self.analysis.neurons.groups if group.name in self.refuted]
+        alone.sort(key=lambda group: -group.width)
         ties = []
         while alone:
             wide, *alone = alone
@@ -137,10 +142,6 @@ class _Found:
             if filtered is not None and filtered.name in self.refuted:
                 refused.setdefault(name, self.refuted[filtered.name].reason)
         return refused
-
-
-def _narrowness(group: NeuronGroup) -> int:
-    return -group.width
 
 
 def _best(analyse: Callable[[dict[Hashable, int]], Analysis]) -> tuple[Analysis, dict[Hashable, int]]:

@@ -7,6 +7,7 @@ others have a handler each; an operation without one freezes everything that it 
 from __future__ import annotations
 
 import math
+import re
 from collections import Counter, defaultdict
 from collections.abc import Callable, Hashable, Iterable
 from dataclasses import dataclass, field
@@ -105,9 +106,12 @@ class NeuronFlow:
 
     def place(self, operation: Operation) -> str:
         """The module that runs an operation, for messages: "act (GELU)"."""
-        name = "" if operation.call is None else operation.call.module
-        kind = type(self.model.get_submodule(name)).__name__
+        name, kind = operation.call.module, self.kind(operation)
         return f"{name} ({kind})" if name else f"the forward of {kind}"
+
+    def kind(self, operation: Operation) -> str:
+        """The name of the class of the innermost module that runs an operation."""
+        return type(self.model.get_submodule(operation.call.module)).__name__
 
     def reason(self, operation: Operation, effect: str) -> str:
         """The reason of a refusal: what `operation` does to the neurons."""
@@ -119,8 +123,7 @@ class NeuronFlow:
         """Which of several ways to keep neurons is tried at `operation`; alike operations choose alike."""
         if labels is not None and int(labels.min()) >= self.labels.stored:
             return 0  # the forward pass makes the tensor, such as a mask
-        caller = "" if operation.call is None else type(self.model.get_submodule(operation.call.module)).__name__
-        kind = (operation.name, caller, what)
+        kind = (operation.name, self.kind(operation), what)
         (self.proof_options if by_proof else self.options)[kind] = options
         return self.choices.get(kind, 0)
 
@@ -138,20 +141,22 @@ class NeuronFlow:
 
     def holder(self, operation: Operation, stored: StoredTensor) -> str:
         """The module that holds a stored tensor: that which runs `operation`, if it is among them."""
-        name = "" if operation.call is None else operation.call.module
+        name = operation.call.module
         return name if name in self._modules[id(stored.of(self.model))] else stored.module
 
-    def write(self, operation: Operation, stored: StoredTensor, axis: int, labels: Tensor) -> None:
+    def write(self, operation: Operation, stored: StoredTensor, labels: Tensor) -> None:
         """Note that `operation` writes neurons with the weight `stored`."""
         holder = self.holder(operation, stored)
         producer = holder if stored.attribute == "weight" else f"{holder}.{stored.attribute}" if holder else stored.name
         self.writes.append((producer, labels))
 
-    def set_size(self, attribute: str, stored: StoredTensor, axis: int) -> None:
-        """Note that an attribute of the modules that hold `stored` follows its dimension."""
+    def set_size(self, stored: StoredTensor | None, axis: int, *attributes: str) -> None:
+        """Note that these attributes, where the modules that hold `stored` have them, follow its dimension."""
+        if stored is None:
+            return
         for module in self._modules[id(stored.of(self.model))]:
-            if hasattr(self.model.get_submodule(module), attribute):
-                self.sizes.add((module, attribute, stored, axis))
+            held = self.model.get_submodule(module)
+            self.sizes.update((module, each, stored, axis) for each in attributes if hasattr(held, each))
 
     @cached_property
     def users(self) -> dict[int, list[Operation]]:
@@ -467,9 +472,8 @@ def _pointwise(flow: NeuronFlow, operation: Operation) -> None:
             axes.append(label)
         flow.labels.set(output, axes)
     for each in operation.inputs:  # nn.RMSNorm scales by its weight in an elementwise product
-        stored = flow.stored(each)
-        if stored is not None and each.dim() == 1:
-            flow.set_size("normalized_shape", stored, 0)
+        if each.dim() == 1:
+            flow.set_size(flow.stored(each), 0, "normalized_shape")
     if operation.name in ("clone", "_to_copy", "detach", "alias", "lift_fresh"):
         flow.move(operation.args[0], operation.outputs[0])
 
@@ -485,7 +489,7 @@ def _foreign_operand(flow: NeuronFlow, operation: Operation) -> str:
 def _pool(flow: NeuronFlow, operation: Operation) -> None:
     """Pooling, interpolation and padding by reflection: over the last dimensions, for each channel separately."""
     source, name = operation.args[0], operation.name
-    dimensions = next(int(name[at - 1]) for at in range(1, len(name)) if name[at] == "d" and name[at - 1].isdigit())
+    dimensions = int(re.findall(r"(\d)d", name)[0])
     axes = _without(flow, operation, range(source.dim() - dimensions, source.dim()), "pools over them")
     for output in operation.outputs:
         flow.labels.set(output, axes)
@@ -508,7 +512,7 @@ def _reduction(flow: NeuronFlow, operation: Operation) -> None:
 def _mix(flow: NeuronFlow, operation: Operation, dims: list[int], *, kept: bool) -> None:
     source = operation.args[0]
     over = {dim % source.dim() for dim in dims} if source.dim() else set()
-    in_norm = _in_norm(flow, operation)
+    in_norm = "norm" in flow.kind(operation).lower()
     accepted = _divides_by_root_mean_square(flow, operation, over) or (in_norm and not flow.keep_norm_statistics)
     axes = _without(flow, operation, over, None if accepted else _MIXES if in_norm else "computes with all of them")
     for output in operation.outputs:
@@ -527,26 +531,27 @@ def _divides_by_root_mean_square(flow: NeuronFlow, mean: Operation, over: set[in
     source = flow.makers.get(id(square))
     if source is None or source.name != "pow" or source.args[1] != 2:
         return False
-    shifted = _only_user(flow, mean.outputs[0], "add", mean)
-    root = None if shifted is None else _only_user(flow, shifted.outputs[0], "rsqrt", shifted)
-    scaled = None if root is None else _only_user(flow, root.outputs[0], "mul", root)
-    weighted = None if scaled is None else _only_user(flow, scaled.outputs[0], "mul", scaled)
-    if shifted is None or root is None or scaled is None or weighted is None or mean.call is None:
-        return False
+    chain = [mean]
+    for name in ("add", "rsqrt", "mul", "mul"):
+        user = _only_user(flow, chain[-1], name)
+        if user is None:
+            return False
+        chain.append(user)
+    _, shifted, root, scaled, weighted = chain
     x = next((each for each in scaled.inputs if each is not root.outputs[0]), None)
     if x is not source.args[0] or len(shifted.inputs) != 1:
         return False
     return _note_norm(flow, shifted, weighted, mean.call.module)
 
 
-def _only_user(flow: NeuronFlow, value: Tensor, name: str, maker: Operation) -> Operation | None:
+def _only_user(flow: NeuronFlow, maker: Operation, name: str) -> Operation | None:
     """The operation `name` that alone reads what `maker` returned, directly or as another dtype."""
-    users = flow.users.get(id(value), [])
+    users = flow.users.get(id(maker.outputs[0]), [])
     users = users[users.index(maker) + 1 :] if maker in users else users  # an operation in place returns its argument
     if users and users[0].target._schema.is_mutable:
         users = users[:1]
     if len(users) == 1 and users[0].name == "_to_copy":
-        return _only_user(flow, users[0].outputs[0], name, users[0])
+        return _only_user(flow, users[0], name)
     return users[0] if len(users) == 1 and users[0].name == name else None
 
 
@@ -581,15 +586,6 @@ def _stored_or_cast(flow: NeuronFlow, tensor: Tensor) -> StoredTensor | None:
     return flow.stored(maker.args[0] if maker is not None and maker.name == "_to_copy" else tensor)
 
 
-def _in_norm(flow: NeuronFlow, operation: Operation) -> bool:
-    return "norm" in type(_caller(flow, operation)).__name__.lower()
-
-
-def _caller(flow: NeuronFlow, operation: Operation) -> nn.Module:
-    """The innermost module that runs an operation."""
-    return flow.model.get_submodule("" if operation.call is None else operation.call.module)
-
-
 # --- Normalisation
 
 
@@ -599,9 +595,7 @@ def _batch_norm(flow: NeuronFlow, operation: Operation) -> None:
     labels = flow.labels.of(source)[1]
     for tensor in tensors:
         labels = flow.labels.unite(labels, flow.labels.of(tensor)[0], flow.reason(operation, "normalises them"))
-        stored = flow.stored(tensor)
-        if stored is not None:
-            flow.set_size("num_features", stored, 0)
+        flow.set_size(flow.stored(tensor), 0, "num_features")
     axes = [*flow.labels.of(source)[:1], labels, *flow.labels.of(source)[2:]]
     if flow.keep_norm_statistics:
         for others in (axes[0], *axes[2:]):  # statistics of a batch are over all other dimensions
@@ -622,9 +616,8 @@ def _layer_norm(flow: NeuronFlow, operation: Operation) -> None:
         for tensor in (each for each in operation.args[2:4] if isinstance(each, Tensor)):
             part = flow.labels.of(tensor)[-back]
             axes[-back] = flow.labels.unite(axes[-back], part, flow.reason(operation, "scales them"))
-            stored = flow.stored(tensor)
-            if stored is not None and len(shape) == 1:
-                flow.set_size("normalized_shape", stored, 0)
+            if len(shape) == 1:
+                flow.set_size(flow.stored(tensor), 0, "normalized_shape")
         if flow.keep_norm_statistics:
             flow.labels.freeze(axes[-back], flow.reason(operation, _MIXES))
     statistics = [*axes[: -len(shape)], *[None] * len(shape)]
@@ -639,11 +632,7 @@ def _group_norm(flow: NeuronFlow, operation: Operation) -> None:
     labels = axes[1]
     for tensor in (each for each in (weight, bias) if isinstance(each, Tensor)):
         labels = flow.labels.unite(labels, flow.labels.of(tensor)[0], flow.reason(operation, "scales them"))
-        stored = flow.stored(tensor)
-        if stored is not None:
-            flow.set_size("num_channels", stored, 0)
-            if groups > 1:
-                flow.set_size("num_groups", stored, 0)
+        flow.set_size(flow.stored(tensor), 0, "num_channels", *(["num_groups"] if groups > 1 else []))
     statistics = None
     if labels is not None and groups > 1:
         statistics = flow.labels.unite_rows(labels.view(groups, -1).T)
@@ -661,32 +650,27 @@ _MIXES = "computes each neuron from all of them, so removing one would change th
 
 
 def _product(flow: NeuronFlow, operation: Operation) -> None:
-    """mm, bmm, addmm and baddbmm."""
-    *bias, a, b = operation.args[: 3 if operation.name in ("addmm", "baddbmm") else 2]
-    batch: Axes = []
-    if a.dim() == 3:
-        batch = [flow.labels.unite(flow.labels.of(a)[0], flow.labels.of(b)[0], _foreign_operand(flow, operation))]
-    _contract(flow, operation, a, a.dim() - 1, b, b.dim() - 2)
-    axes = [*batch, flow.labels.of(a)[-2], flow.labels.of(b)[-1]]
+    """mm, bmm, addmm and baddbmm; and linear, whose weight is transposed."""
+    if operation.name == "linear":
+        a, b, *bias = (each for each in operation.args if each is not None)
+        sums, writes = 1, 0  # the dimensions of the weight
+    else:
+        *bias, a, b = operation.args[: 3 if operation.name in ("addmm", "baddbmm") else 2]
+        sums, writes = b.dim() - 2, b.dim() - 1
+    axes = [*flow.labels.of(a)[:-1], flow.labels.of(b)[writes]]
+    if b.dim() == 3:
+        axes[0] = flow.labels.unite(axes[0], flow.labels.of(b)[0], _foreign_operand(flow, operation))
+    _contract(flow, operation, a, a.dim() - 1, b, sums)
     for each in bias:
         _add_bias(flow, operation, axes, each)
     flow.labels.set(operation.outputs[0], axes)
-    weight = flow.stored(b)
-    if weight is not None:
-        rows = math.prod(operation.outputs[0].shape[:-1])
-        _write(flow, operation, weight, b, b.dim() - 1, rows)
-
-
-def _linear(flow: NeuronFlow, operation: Operation) -> None:
-    value, weight = operation.args[:2]
-    _contract(flow, operation, value, value.dim() - 1, weight, 1)
-    axes = [*flow.labels.of(value)[:-1], flow.labels.of(weight)[0]]
-    if len(operation.args) > 2 and operation.args[2] is not None:
-        _add_bias(flow, operation, axes, operation.args[2])
-    flow.labels.set(operation.outputs[0], axes)
-    stored = flow.stored(weight)
+    stored, labels = flow.stored(b), flow.labels.of(b)[writes]
     if stored is not None:
-        _write(flow, operation, stored, weight, 0, math.prod(value.shape[:-1]))
+        flow.applied[stored] += math.prod(operation.outputs[0].shape[:-1])
+        axis = _stored_axis(flow, stored, labels)
+        if labels is not None and axis is not None:
+            flow.write(operation, stored, labels)
+            flow.set_size(stored, axis, "out_features", "nf")
 
 
 def _add_bias(flow: NeuronFlow, operation: Operation, axes: Axes, bias: Tensor) -> None:
@@ -717,8 +701,7 @@ def _contract(flow: NeuronFlow, operation: Operation, a: Tensor, a_axis: int, b:
             return
         computed = id(tensor) in flow.computed
         flow.reads.append(Read(operation, value, value_axis, weight, weight_axis, computed=computed))
-        for attribute in ("in_features", "nx"):
-            flow.set_size(attribute, weight, weight_axis)
+        flow.set_size(weight, weight_axis, "in_features", "nx")  # nx is that of transformers' Conv1D
 
 
 def _stored_axis(flow: NeuronFlow, stored: StoredTensor, labels: Tensor | None) -> int | None:
@@ -727,19 +710,6 @@ def _stored_axis(flow: NeuronFlow, stored: StoredTensor, labels: Tensor | None) 
         if own is not None and labels is not None and bool(((labels >= own[0]) & (labels <= own[-1])).all()):
             return axis
     return None
-
-
-def _write(
-    flow: NeuronFlow, operation: Operation, stored: StoredTensor, tensor: Tensor, axis: int, positions: int
-) -> None:
-    """Note that a layer with the weight `stored` writes neurons."""
-    flow.applied[stored] += positions
-    labels = flow.labels.of(tensor)[axis]
-    stored_axis = _stored_axis(flow, stored, labels)
-    if labels is not None and stored_axis is not None:
-        flow.write(operation, stored, stored_axis, labels)
-        for attribute in ("out_features", "nf"):  # nf is that of transformers' Conv1D
-            flow.set_size(attribute, stored, stored_axis)
 
 
 def _convolution(flow: NeuronFlow, operation: Operation) -> None:
@@ -768,12 +738,12 @@ def _convolution(flow: NeuronFlow, operation: Operation) -> None:
     if x is not None and w_in is not None:
         padded = not transposed and any(operation.args[4])
         flow.reads.append(Read(operation, value, 1, stored, reads, groups, padded, id(weight) in flow.computed))
-        flow.set_size("in_channels", stored, reads)
+        flow.set_size(stored, reads, "in_channels")
     shape = value.shape if transposed else output.shape
     flow.applied[stored] += shape[0] * math.prod(shape[2:])
     if out is not None and not (groups > 1 and value.shape[1] == groups):  # a depthwise convolution computes none
-        flow.write(operation, stored, writes, out)
-        flow.set_size("out_channels", stored, writes)
+        flow.write(operation, stored, out)
+        flow.set_size(stored, writes, "out_channels")
 
 
 def _grouped(
@@ -807,9 +777,7 @@ def _grouped(
     flow.labels.unite(
         flow.labels.unite_rows(x.view(groups, -1).T), flow.labels.unite_rows(w_out.view(groups, -1).T), reason
     )
-    for attribute in ("in_channels", "groups"):
-        flow.set_size(attribute, stored, 0)
-    flow.set_size("out_channels", stored, 0)
+    flow.set_size(stored, 0, "in_channels", "groups", "out_channels")
     return None, w_out
 
 
@@ -831,8 +799,8 @@ def _embedding(flow: NeuronFlow, operation: Operation) -> None:
     flow.labels.set(output, [None] * (output.dim() - 1) + [columns])
     stored = flow.stored(weight)
     if stored is not None and columns is not None:
-        flow.write(operation, stored, 1, columns)
-        flow.set_size("embedding_dim", stored, 1)
+        flow.write(operation, stored, columns)
+        flow.set_size(stored, 1, "embedding_dim")
 
 
 def _attention(flow: NeuronFlow, operation: Operation) -> None:
@@ -915,7 +883,7 @@ HANDLERS: dict[str, Handler] = {
     **dict.fromkeys(["_softmax", "_log_softmax", "_safe_softmax", "cumsum", "cumprod", "sort", "topk"], _one_dimension),
     **dict.fromkeys(["mean", "sum", "amax", "amin", "var", "var_mean", "std", "std_mean", "logsumexp", "prod", "all",
                      "any", "max", "min", "linalg_vector_norm", "argmax", "argmin"], _reduction),
-    **dict.fromkeys(["mm", "addmm", "bmm", "baddbmm"], _product),
+    **dict.fromkeys(["mm", "addmm", "bmm", "baddbmm", "linear"], _product),
     "as_strided": _strided,
     "channel_shuffle": _channel_shuffle,
     "native_channel_shuffle": _channel_shuffle,
@@ -929,7 +897,6 @@ HANDLERS: dict[str, Handler] = {
     "glu": _glu,
     "index": _index,
     "index_select": _index_select,
-    "linear": _linear,
     "native_group_norm": _group_norm,
     "native_layer_norm": _layer_norm,
 }  # fmt: skip

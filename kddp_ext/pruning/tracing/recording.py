@@ -56,7 +56,7 @@ class Operation:
     kwargs: dict[str, Any]
     inputs: list[Tensor]  # the tensors among the arguments
     outputs: list[Tensor]
-    call: ModuleCall | None  # of the innermost module
+    call: ModuleCall  # of the innermost module
 
     @property
     def name(self) -> str:
@@ -174,10 +174,10 @@ class _RecordingMode(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         result = _batch_norm(*args) if func is torch.ops.aten.native_batch_norm.default else func(*args, **kwargs)
-        call = self._recording.calls[-1] if self._recording.calls else None
         outputs = tensors_in(result)
         if outputs:  # others ask for a property of a tensor
             inputs = tensors_in((args, kwargs))
+            call = self._recording.calls[-1]  # the innermost open one, see `_recorded_calls`
             self._recording.operations.append(Operation(func, args, kwargs, inputs, outputs, call))
         return result
 
@@ -226,6 +226,15 @@ def first_argument(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
     """What a layer reads: its first argument, or the one of these names that is passed by name; None without one."""
     names = ("input", "query", "hidden_states", "x")
     return args[0] if args else next((kwargs[name] for name in names if name in kwargs), None)
+
+
+def check_example_inputs(example_inputs: object) -> None:
+    """Raise a TypeError unless they are a tuple."""
+    if not isinstance(example_inputs, tuple):
+        raise TypeError(
+            "example_inputs: expected a tuple of the forward's positional arguments, such as (images[:2],), got "
+            f"{type(example_inputs).__name__}"
+        )
 
 
 def tensors_in(value: Any) -> list[Tensor]:

@@ -193,7 +193,7 @@ class _Proof:
         for flow in self._analysis.flows:
             for operation, labels in flow.sites:
                 followed = self._analysis.followed(labels)
-                if followed is None or operation.call is None:
+                if followed is None:
                     continue
                 for call in operation.call.stack:
                     module = self._analysis.model.get_submodule(call.module)
@@ -235,13 +235,9 @@ def _without_modes(operations: Sequence[Operation]) -> list[Operation]:
     ]  # fmt: skip
 
 
-def _module(operation: Operation) -> str:
-    return "" if operation.call is None else operation.call.module
-
-
 def _same_code(training: Operation | None, evaluation: Operation | None) -> bool:
     """Whether two operations are the same, with the same numbers, apart from the statistics that a BatchNorm uses."""
-    if training is None or evaluation is None or _module(training) != _module(evaluation):
+    if training is None or evaluation is None or training.call.module != evaluation.call.module:
         return False
     if "batch_norm" in training.name and "batch_norm" in evaluation.name:
         return True
