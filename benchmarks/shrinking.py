@@ -62,7 +62,7 @@ class TorchPruning:
         self._training, self._recipe, self._image = training, recipe, data.example()
         self._original, self._target = count_macs(training.model, self._image), target
         steps = len(data.train) // recipe.batch_size
-        self._interval = int(recipe.epochs * steps * recipe.prune_until) // _PRUNES
+        self._interval = int(recipe.epochs * steps * recipe.pruning.until) // _PRUNES
         self._count = 0
         self.pruner = torch_pruner(kind, training.model, data)
         self._watch(kind)

@@ -7,8 +7,8 @@ import os
 import shlex
 import signal
 import sys
-from collections.abc import Callable, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -58,6 +58,12 @@ DataDir = Annotated[Path | None, tyro.conf.arg(metavar="DIR", help=_DATA_HELP, h
 OutputFile = Annotated[Path | None, tyro.conf.arg(metavar="FILE", help_behavior_hint="")]
 OwnNetwork = Annotated[str, tyro.conf.arg(metavar="MODULE:FUNCTION", help_behavior_hint="")]
 
+# Of the commands that train.
+Name = Annotated[str, tyro.conf.arg(metavar="NAME", help_behavior_hint="")]
+RunsDir = Annotated[Path, tyro.conf.arg(metavar="DIR")]
+Flag = Annotated[bool, tyro.conf.arg(help_behavior_hint="")]
+Threads = Annotated[int, tyro.conf.arg(metavar="N")]
+
 
 @dataclass(frozen=True)
 class TrainCommand(Generic[Config]):
@@ -66,20 +72,20 @@ class TrainCommand(Generic[Config]):
     config: Annotated[Config, tyro.conf.arg(name="")]
     settings_file: Annotated[Path | None, tyro.conf.arg(name="config", metavar="FILE", help_behavior_hint="")] = None
     """Settings from a file: a run's config.json, or your own .toml, .yaml or .json. Other options override it."""
-    name: Annotated[str, tyro.conf.arg(metavar="NAME", help_behavior_hint="")] = ""
+    name: Name = ""
     """Name of the run and of its folder. Default: the data set, and the preset or "sweep"; with --config, the name of
     the file, or that of the run that wrote it with "-again"."""
-    runs_dir: Annotated[Path, tyro.conf.arg(metavar="DIR")] = Path("runs")
+    runs_dir: RunsDir = Path("runs")
     """Folder that contains the runs' folders."""
     teacher_from: Annotated[Path | None, tyro.conf.arg(metavar="DIR", help_behavior_hint="")] = None
     """Folder of a run whose finished teacher is used. Its teacher's settings must be the same."""
-    resume: Annotated[bool, tyro.conf.arg(help_behavior_hint="")] = False
+    resume: Flag = False
     """Continue an interrupted run with the settings it was started with, or help another process with it."""
     device: Device = "auto"
     """auto uses a GPU if there is one."""
-    threads: Annotated[int, tyro.conf.arg(metavar="N")] = 0
+    threads: Threads = 0
     """CPU threads. 0 uses one for digits, where more do not help, and PyTorch's default otherwise."""
-    tensorboard: Annotated[bool, tyro.conf.arg(help_behavior_hint="")] = False
+    tensorboard: Flag = False
     """Also write the metrics as TensorBoard event files, into runs/NAME/TRAINING/tensorboard."""
 
 
@@ -141,8 +147,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _dispatch(arguments: list[str]) -> int:
     """Run the command that the arguments name; returns the exit code."""
     name, *options = arguments or [""]
-    if name in ("run", "sweep", "shrink"):
-        {"run": _run, "sweep": _sweep, "shrink": _shrink}[name](options)
+    if name in ("run", "sweep"):
+        {"run": _run, "sweep": _sweep}[name](options)
     elif name in _COMMANDS:
         action = tyro.cli(_COMMANDS[name], args=options, prog=f"kddp {name}", config=_TYRO)
         action()
@@ -154,7 +160,7 @@ def _dispatch(arguments: list[str]) -> int:
 
         print(f"kddp {__version__}")
     else:
-        _print_error(f"kddp: there is no command {name!r}; use run, sweep, shrink, {', '.join(_COMMANDS)}")
+        _print_error(f"kddp: there is no command {name!r}; use run, sweep, {', '.join(_COMMANDS)}")
         return _USAGE_ERROR
     return 0
 
@@ -169,10 +175,6 @@ _SWEEP = (
     "with KD, with KDDP, and with KD at the widths that KDDP found. An interrupted sweep continues with --resume; "
     "processes started with --resume while it runs share the work. report.md in its folder has the tables and a "
     "picture."
-)
-_SHRINK = (
-    "Make a trained network smaller: remove the neurons of all layers whose removal costs the loss least for what it "
-    "saves, and train the rest with the logits of what the network was. The result is runs/NAME/student."
 )
 
 
@@ -214,19 +216,9 @@ def _default_name(config: RunConfig, settings_file: Path | None, suffix: str) ->
 
 
 def _train(command: TrainCommand[Any], sweep: SweepConfig, suffix: str) -> None:
-    if command.threads < 0:
-        raise OptionError("threads", "a number of at least 0", command.threads)
-    # Torch and matplotlib load here, so that --help and a mistyped option do not wait for them.
-    import torch
+    with _training(command.device, command.threads or (1 if sweep.run.dataset == "digits" else 0)):
+        from kddp_ext.workflow.runs import run_sweep
 
-    from kddp_ext.workflow.distributed import process_group
-    from kddp_ext.workflow.runs import run_sweep
-    from kddp_ext.workflow.runtime import prepare_process
-
-    if threads := command.threads or (1 if sweep.run.dataset == "digits" else 0):
-        torch.set_num_threads(threads)
-    prepare_process()
-    with process_group(use_gpus=command.device != "cpu"):
         run_sweep(
             command.runs_dir / (command.name or _default_name(sweep.run, command.settings_file, suffix)),
             sweep,
@@ -238,56 +230,62 @@ def _train(command: TrainCommand[Any], sweep: SweepConfig, suffix: str) -> None:
         )
 
 
-@dataclass(frozen=True)
-class ShrinkCommand:
-    """The options of `kddp shrink`."""
-
-    source: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="MODEL")]
-    """Folder of a finished training, such as runs/first/teacher, or a student.safetensors file."""
-    config: Annotated[ShrinkConfig, tyro.conf.arg(name="")]
-    name: Annotated[str, tyro.conf.arg(metavar="NAME", help_behavior_hint="")] = ""
-    """Name of the folder of the result. Default: that of the run and of the training, and "shrunk"."""
-    runs_dir: Annotated[Path, tyro.conf.arg(metavar="DIR")] = Path("runs")
-    """Folder that contains the runs' folders."""
-    data_dir: DataDir = None
-    teacher: OwnNetwork = ""
-    """The --teacher that the run was trained with, if any."""
-    student: OwnNetwork = ""
-    """The --student that the run was trained with, if any."""
-    resume: Annotated[bool, tyro.conf.arg(help_behavior_hint="")] = False
-    """Continue after the last finished pass."""
-    device: Device = "auto"
-    """auto uses a GPU if there is one."""
-    threads: Annotated[int, tyro.conf.arg(metavar="N")] = 0
-    """CPU threads. 0 uses PyTorch's default."""
-
-
-def _shrink(arguments: list[str]) -> None:
-    command = tyro.cli(ShrinkCommand, prog="kddp shrink", description=_SHRINK, args=arguments, config=_TYRO)
-    if command.threads < 0:
-        raise OptionError("threads", "a number of at least 0", command.threads)
+@contextmanager
+def _training(device: Device, threads: int) -> Iterator[None]:
+    """Prepare this process for a training, with PyTorch's number of threads if `threads` is 0, and join the others."""
+    if threads < 0:
+        raise OptionError("threads", "a number of at least 0", threads)
+    # Torch and matplotlib load here and inside, so that --help and a mistyped option do not wait for them.
     import torch
 
     from kddp_ext.workflow.distributed import process_group
     from kddp_ext.workflow.runtime import prepare_process
-    from kddp_ext.workflow.shrink import run_shrink
 
-    if command.threads:
-        torch.set_num_threads(command.threads)
+    if threads:
+        torch.set_num_threads(threads)
     prepare_process()
-    training = command.source.parent if command.source.is_file() else command.source
-    name = command.name or f"{training.parent.name}-{training.name}-shrunk"
-    with process_group(use_gpus=command.device != "cpu"):
-        run_shrink(
-            command.source,
-            command.runs_dir / name,
-            command.config,
-            Output(),
-            data_dir=command.data_dir,
-            resume=command.resume,
-            device=command.device,
-            own={"teacher": command.teacher, "student": command.student},
-        )
+    with process_group(use_gpus=device != "cpu"):
+        yield
+
+
+def _shrink(
+    source: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="MODEL")],
+    config: Annotated[ShrinkConfig, tyro.conf.arg(name="")],
+    name: Name = "",
+    runs_dir: RunsDir = Path("runs"),
+    data_dir: DataDir = None,
+    teacher: OwnNetwork = "",
+    student: OwnNetwork = "",
+    resume: Flag = False,
+    device: Device = "auto",
+    threads: Threads = 0,
+) -> Callable[[], None]:
+    """Make a trained network smaller.
+
+    It removes the neurons of all layers whose removal costs the loss least for what it saves, and trains the rest with
+    the logits of what the network was. The result is runs/NAME/student.
+
+    Args:
+        source: Folder of a finished training, such as runs/first/teacher, or a student.safetensors file.
+        name: Name of the folder of the result. Default: that of the run and of the training, and "shrunk".
+        runs_dir: Folder that contains the runs' folders.
+        teacher: The --teacher that the run was trained with, if any.
+        student: The --student that the run was trained with, if any.
+        resume: Continue after the last finished pass.
+        device: auto uses a GPU if there is one.
+        threads: CPU threads. 0 uses PyTorch's default.
+    """
+    training = source.parent if source.is_file() else source
+    path = runs_dir / (name or f"{training.parent.name}-{training.name}-shrunk")
+
+    def shrink() -> None:
+        with _training(device, threads):
+            from kddp_ext.workflow.shrink import run_shrink
+
+            own = {"teacher": teacher, "student": student}
+            run_shrink(source, path, config, Output(), data_dir=data_dir, resume=resume, device=device, own=own)
+
+    return shrink
 
 
 def _report(path: tyro.conf.Positional[Path]) -> Callable[[], None]:
@@ -378,6 +376,7 @@ def _export(
 
 
 _COMMANDS: dict[str, Callable[..., Callable[[], None]]] = {
+    "shrink": _shrink,
     "report": _report,
     "evaluate": _evaluate,
     "predict": _predict,

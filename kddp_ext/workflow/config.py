@@ -6,7 +6,7 @@ import dataclasses
 import functools
 import math
 import reprlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple, TypeVar, get_args, get_origin, get_type_hints
@@ -228,14 +228,14 @@ class PruningConfig:
 
 
 class _Settings:
-    """What both configs can do: check themselves, and become JSON and options."""
+    """What all configs can do: check themselves, and become JSON and options."""
 
     def __post_init__(self) -> None:
         _check(self)
 
     def options(self) -> dict[str, Any]:
         """Every setting by the name of its field, such as "student.width"."""
-        return _flatten(dataclasses.asdict(self))  # type: ignore[call-overload]
+        return flattened(dataclasses.asdict(self))  # type: ignore[call-overload]
 
     def to_json(self) -> dict[str, Any]:
         """The settings as values that JSON can hold, with the format's version."""
@@ -361,7 +361,7 @@ class SweepConfig(_Settings):
 
 
 @dataclass(frozen=True)
-class ShrinkConfig:
+class ShrinkConfig(_Settings):
     """How a trained network is made smaller."""
 
     target_macs: NaturalShare = 0.0
@@ -399,20 +399,16 @@ class ShrinkConfig:
     calibrate: NaturalInt = 0
     """Train nothing: one prune, with what N training images tell. For those who have no time."""
 
-    def __post_init__(self) -> None:
-        _check(self)
 
-
-def differences(saved: RunConfig, wanted: RunConfig) -> list[str]:
-    """The fields in which two configs differ, such as "student.width: 256 was saved, 512 is wanted".
+def differences(saved: Mapping[str, Any], wanted: Mapping[str, Any]) -> list[str]:
+    """The options in which two configs differ, such as "student.width: 256 was saved, 512 is wanted".
 
     The place of the data does not count.
     """
-    old, new = saved.options(), wanted.options()
     return [
-        f"{key}: {old[key]} was saved, {new[key]} is wanted"
-        for key in old
-        if old[key] != new[key] and key != "data_dir"
+        f"{key}: {saved.get(key)} was saved, {value} is wanted"
+        for key, value in wanted.items()
+        if saved.get(key) != value and key != "data_dir"
     ]
 
 
@@ -494,19 +490,15 @@ def _presets() -> dict[tuple[Dataset, Preset], RunConfig]:
         weight_decay=1 / 60,
     )
     cifar10_student = StudentConfig(channels=(32, 64, 128), width=1024, epochs=12, batch_size=256, views=8)
+    digits = RunConfig(
+        precision="float32",  # a network this small gains nothing from bfloat16
+        teacher=TeacherConfig(channels=(64, 128)),
+        student=StudentConfig(channels=(4, 8), batch_size=32, learning_rate=6e-3),
+        pruning=PruningConfig(l1_weight=0.01, l1_until=0.5),
+    )
     return {
-        ("digits", "default"): RunConfig(
-            precision="float32",  # a network this small gains nothing from bfloat16
-            teacher=TeacherConfig(channels=(64, 128)),
-            student=StudentConfig(channels=(4, 8), batch_size=32, learning_rate=6e-3),
-            pruning=PruningConfig(l1_weight=0.01, l1_until=0.5),
-        ),
-        ("digits", "quick"): RunConfig(
-            precision="float32",
-            teacher=TeacherConfig(channels=(64, 128)),
-            student=StudentConfig(channels=(4, 8), epochs=12, batch_size=32, learning_rate=6e-3),
-            pruning=PruningConfig(l1_weight=0.01, l1_until=0.5),
-        ),
+        ("digits", "default"): digits,
+        ("digits", "quick"): dataclasses.replace(digits, student=dataclasses.replace(digits.student, epochs=12)),
         ("fashion-mnist", "default"): RunConfig(
             validation=5000,
             teacher=TeacherConfig(channels=(32, 64, 128), epochs=10, batch_size=256, learning_rate=0.3),
@@ -586,8 +578,10 @@ def _build(kind: type[Config], values: dict[str, Any], prefix: str = "") -> Conf
     return kind(**fields)
 
 
-def _flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+def flattened(values: Mapping[Any, Any], prefix: str = "") -> dict[str, Any]:
+    """The values by dotted names with underscores."""
     flat: dict[str, Any] = {}
     for key, value in values.items():
-        flat.update(_flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value})
+        name = prefix + str(key).replace("-", "_")
+        flat.update(flattened(value, f"{name}.") if isinstance(value, dict) else {name: value})
     return flat

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from kddp_ext.files import parse_json
-from kddp_ext.workflow.config import CONFIG_VERSION, RunConfig, SweepConfig
+from kddp_ext.workflow.config import CONFIG_VERSION, RunConfig, SweepConfig, flattened
 from kddp_ext.workflow.errors import WorkflowError
 
 if sys.version_info >= (3, 11):
@@ -41,7 +40,7 @@ def read_settings(path: Path) -> dict[str, Any]:
     if values.pop("version", CONFIG_VERSION) != CONFIG_VERSION:
         raise WorkflowError(f"--config: {path} was written by another version of kddp_ext")
     settings: dict[str, Any] = {"run": {}}
-    for key, value in _flat(values).items():
+    for key, value in flattened(values).items():
         name = key.removeprefix("run.")
         section, *names = [name] if name in _LISTS else ["run", *name.split(".")]
         place = settings
@@ -64,15 +63,6 @@ def _parse(text: str, suffix: str) -> Any:
         return yaml.safe_load(text)
     except yaml.YAMLError as error:
         raise ValueError(str(error)) from error
-
-
-def _flat(values: Mapping[Any, Any], prefix: str = "") -> dict[str, Any]:
-    """The values by dotted names with underscores."""
-    flat: dict[str, Any] = {}
-    for key, value in values.items():
-        name = prefix + str(key).replace("-", "_")
-        flat.update(_flat(value, f"{name}.") if isinstance(value, dict) else {name: value})
-    return flat
 
 
 def sweep_with_settings(config: SweepConfig, settings: dict[str, Any], path: Path) -> SweepConfig:

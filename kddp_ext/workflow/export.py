@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import logging
 import os
 import tempfile
-import warnings
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -19,6 +16,7 @@ from torch import Tensor, nn
 
 import kddp_ext
 from kddp_ext.workflow.errors import WorkflowError
+from kddp_ext.workflow.measure import silent_exporters
 from kddp_ext.workflow.networks import logits_of
 from kddp_ext.workflow.report import classes_of, input_of, say
 from kddp_ext.workflow.saved_models import read_student
@@ -73,18 +71,6 @@ def export(
     say(console, f"Output: logits of {classes_of(info)}")
 
 
-@contextmanager
-def _silent_exporters() -> Iterator[None]:
-    """Keep the warnings of torch's exporters, which are about themselves, off the terminal."""
-    logging.disable(logging.WARNING)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logging.disable(logging.NOTSET)
-
-
 def _with_plain_logits(model: nn.Module, images: Tensor) -> nn.Module:
     return model if isinstance(model(images), Tensor) else _Logits(model)
 
@@ -98,7 +84,7 @@ def _checked(
     with tempfile.TemporaryDirectory(prefix=f".{file.name}.", suffix=".partial", dir=file.parent) as folder:
         temporary = Path(folder, file.name)
         try:
-            with _silent_exporters():
+            with silent_exporters():
                 compute = write(model, temporary, images)
         except OSError:
             raise

@@ -148,7 +148,7 @@ def open_folder(
         if folder.config.is_file() and any(each.is_dir() and each.name[0] != "." for each in path.iterdir()):
             if not resume:
                 raise WorkflowError(f"{path} holds a run already. Continue it with --resume, or give another --name.")
-            changed = differences(folder.read_config().run, sweep.run)
+            changed = differences(folder.read_config().run.options(), sweep.run.options())
             if changed:
                 raise WorkflowError(
                     f"{path} was started with other settings: {'; '.join(changed)}. "
@@ -190,7 +190,7 @@ def take_teacher(folder: RunFolder, source: Path, sweep: SweepConfig) -> None:
     other = RunFolder(source)
     if other.read_result(TEACHER) is None:
         raise WorkflowError(f"--teacher-from: expected a run with a finished teacher, got {source}")
-    changed = differences(other.read_config().run, sweep.run)
+    changed = differences(other.read_config().run.options(), sweep.run.options())
     changed = [each for each in changed if each.startswith(("teacher.", *_TEACHER_SETTINGS))]
     if not changed and other.read_info() != folder.read_info():
         changed = ["other images"]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
@@ -87,6 +87,14 @@ def decode(path: Path, size: int, channels: int) -> NDArray[np.uint8]:
     except Exception as error:  # a damaged image can raise any kind of exception
         reason = error.strerror if isinstance(error, OSError) and error.strerror else "damaged, or of another format"
         raise WorkflowError(f"{path}: expected a PNG, JPEG or WebP image: {reason}") from error
+
+
+def decoded_or_reason(path: Path, size: int, channels: int) -> NDArray[np.uint8] | str:
+    """The same, but the message of the error instead of raising it."""
+    try:
+        return decode(path, size, channels)
+    except WorkflowError as error:
+        return str(error)
 
 
 # Listing
@@ -210,22 +218,16 @@ def _write_decoded(file: BinaryIO, files: list[Path], size: int, channels: int, 
     with ThreadPoolExecutor(os.cpu_count()) as threads:  # Pillow decodes without the interpreter's lock
         for start in range(0, len(files), _CHUNK):
             chunk = files[start : start + _CHUNK]
-            for row, image in enumerate(threads.map(lambda path: _decode_or_none(path, size, channels), chunk), start):
-                if image is None:
+            read = partial(decoded_or_reason, size=size, channels=channels)
+            for row, image in enumerate(threads.map(read, chunk), start):
+                if isinstance(image, str):
                     broken[str(files[row])] = row
-                file.write((black if image is None else image).tobytes())
+                file.write((black if isinstance(image, str) else image).tobytes())
     if len(broken) > MOST_BROKEN * len(files):
         raise WorkflowError(
             f"{len(broken):,} of {_count(len(files))} cannot be read, more than {MOST_BROKEN:.0%}: {_named(broken)}; "
             "remove or replace them"
         )
-
-
-def _decode_or_none(path: Path, size: int, channels: int) -> NDArray[np.uint8] | None:
-    try:
-        return decode(path, size, channels)
-    except WorkflowError:
-        return None
 
 
 def _is_grey(path: Path) -> bool:
@@ -248,15 +250,12 @@ def _count(images: int) -> str:
 
 def _moments(images: NDArray[np.uint8], rows: NDArray[np.int64]) -> tuple[tuple[float, ...], tuple[float, ...]]:
     """Mean and standard deviation of each channel of some images, on the scale 0 to 255."""
-    counts = sum(_histograms(images, rows), np.zeros((images.shape[3], 256), np.int64))
+    counts = np.zeros((images.shape[3], 256), np.int64)
+    for start in range(0, len(rows), _CHUNK):
+        pixels_by_channel = images[rows[start : start + _CHUNK]].reshape(-1, images.shape[3]).T
+        counts += [np.bincount(channel, minlength=256) for channel in pixels_by_channel]
     values = np.arange(256)
     pixels = counts.sum(axis=1)
     mean = counts @ values / pixels
     std = np.sqrt(counts @ values**2 / pixels - mean**2)
     return tuple(mean.tolist()), tuple(np.maximum(std, 1.0).tolist())  # a constant channel is only shifted
-
-
-def _histograms(images: NDArray[np.uint8], rows: NDArray[np.int64]) -> Iterator[NDArray[np.int64]]:
-    for start in range(0, len(rows), _CHUNK):
-        channels = images[rows[start : start + _CHUNK]].reshape(-1, images.shape[3]).T
-        yield np.stack([np.bincount(channel, minlength=256) for channel in channels])

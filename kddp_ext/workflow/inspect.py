@@ -30,20 +30,24 @@ def evaluate(
 ) -> None:
     """Print the test accuracy of each finished network in `path`; `own` is as for `SavedModel.load`."""
     models = find_models(path)
-    config, info = models[0].config, models[0].info
-    if data_dir is not None:
-        config = dataclasses.replace(config, data_dir=str(data_dir))
-    runtime = Runtime(device, config.precision)
-    data = ImageData(read_images(path, config, info, console), info, config, runtime.device)
+    runtime = Runtime(device, models[0].config.precision)
+    data = data_of(models[0], path, data_dir, runtime, console)
     for saved in models:
         model = runtime.place(saved.load(own))
         correct = accuracy(model, data, data.test, runtime)
         say(console, f"{saved.name:<8} {correct:.2%} of {len(data.test):,} test images  ({saved.path})")
-    say(console, classes_of(info))
+    say(console, classes_of(data.info))
 
 
-def read_images(path: Path, config: RunConfig, info: DatasetInfo, console: Console) -> RawDataset:
-    """The data set that the networks in `path` were trained for."""
+def data_of(saved: SavedModel, path: Path, data_dir: Path | None, runtime: Runtime, console: Console) -> ImageData:
+    """The data set that the networks in `path`, among them `saved`, were trained for; it may be in `data_dir` now."""
+    config = saved.config
+    if data_dir is not None:
+        config = dataclasses.replace(config, data_dir=str(data_dir))
+    return ImageData(_read_images(path, config, saved.info, console), saved.info, config, runtime.device)
+
+
+def _read_images(path: Path, config: RunConfig, info: DatasetInfo, console: Console) -> RawDataset:
     if config.dataset != "folder":
         return read_dataset(config.dataset, config.data_path)
     if path.is_file():  # the new images may be other ones

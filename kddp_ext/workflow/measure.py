@@ -7,7 +7,8 @@ import statistics
 import tempfile
 import time
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -115,6 +116,18 @@ def latencies(models: Sequence[nn.Module], images: Tensor) -> list[dict[str, flo
     return [{name: times[number] for name, times in found.items()} for number in range(len(models))]
 
 
+@contextmanager
+def silent_exporters() -> Iterator[None]:
+    """Keep the warnings of torch's exporters, which are about themselves, off the terminal."""
+    logging.disable(logging.WARNING)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(logging.NOTSET)
+
+
 def _engines(model: nn.Module, batch: Tensor, file: Path) -> list[tuple[str, Callable[[], object]]]:
     def in_torch() -> object:
         with torch.inference_mode():
@@ -125,9 +138,7 @@ def _engines(model: nn.Module, batch: Tensor, file: Path) -> list[tuple[str, Cal
         import onnxruntime
 
         if not file.exists():
-            logging.getLogger("torch.onnx").setLevel(logging.ERROR)  # it warns that torchvision is not installed
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore", FutureWarning)  # torch warns of its own calls
+            with silent_exporters():
                 export_onnx(model, file, (batch,))
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = torch.get_num_threads()

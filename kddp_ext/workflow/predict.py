@@ -7,17 +7,18 @@ import os
 import sys
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 
 from kddp_ext.workflow.config import Device
 from kddp_ext.workflow.data import normalise, scale_and_shift
 from kddp_ext.workflow.errors import WorkflowError
 from kddp_ext.workflow.image_files import find_images
-from kddp_ext.workflow.image_folder import decode
+from kddp_ext.workflow.image_folder import decoded_or_reason
 from kddp_ext.workflow.networks import logits_of
 from kddp_ext.workflow.runtime import Runtime
 from kddp_ext.workflow.saved_models import read_student
@@ -43,23 +44,18 @@ def predict(path: Path, images: Sequence[str], device: Device, student: str = ""
     scale, shift = scale_and_shift(info, runtime.device)
     failed: list[str] = []
 
-    def read(file: Path) -> NDArray[np.uint8] | str:
-        try:
-            return decode(file, info.size, info.channels)
-        except WorkflowError as error:
-            return str(error)
-
+    read = partial(decoded_or_reason, size=info.size, channels=info.channels)
+    files = _files(images)
     with ThreadPoolExecutor(os.cpu_count()) as threads:
-        for files in _batches(_files(images)):
-            decoded = [*threads.map(read, files)]
-            failed += [each for each in decoded if isinstance(each, str)]
-            pixels = [each for each in decoded if not isinstance(each, str)]
-            if not pixels:
+        while chunk := list(islice(files, _BATCH)):
+            decoded = list(zip(chunk, threads.map(read, chunk), strict=True))
+            failed += [each for _, each in decoded if isinstance(each, str)]
+            readable = [(file, each) for file, each in decoded if not isinstance(each, str)]
+            if not readable:
                 continue
-            batch = torch.from_numpy(np.stack(pixels)).to(runtime.device)
+            batch = torch.from_numpy(np.stack([pixels for _, pixels in readable])).to(runtime.device)
             highest = logits_of(model(normalise(batch, scale, shift))).float().softmax(1).max(1)
-            read_files = [file for file, each in zip(files, decoded, strict=True) if not isinstance(each, str)]
-            for file, probability, label in zip(read_files, *(each.tolist() for each in highest), strict=True):
+            for (file, _), probability, label in zip(readable, *(each.tolist() for each in highest), strict=True):
                 name = info.class_names[label]
                 values = {"path": str(file), "class": name, "probability": round(probability, 4)}
                 # Rich would replace the tabs by spaces.
@@ -80,14 +76,3 @@ def _files(images: Sequence[str]) -> Iterator[Path]:
             yield from found
         else:
             yield Path(name)
-
-
-def _batches(files: Iterator[Path]) -> Iterator[list[Path]]:
-    batch: list[Path] = []
-    for file in files:
-        batch.append(file)
-        if len(batch) == _BATCH:
-            yield batch
-            batch = []
-    if batch:
-        yield batch

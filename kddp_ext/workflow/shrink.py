@@ -25,13 +25,13 @@ from torch import nn
 import kddp_ext
 from kddp_ext.files import parse_json, write_json, write_text
 from kddp_ext.workflow import distributed
-from kddp_ext.workflow.config import Device, PruningConfig, RunConfig, ShrinkConfig, StudentConfig
+from kddp_ext.workflow.config import Device, PruningConfig, RunConfig, ShrinkConfig, StudentConfig, differences
 from kddp_ext.workflow.data import ImageData
 from kddp_ext.workflow.distributed import on_rank_zero
 from kddp_ext.workflow.errors import WorkflowError
 from kddp_ext.workflow.folder import RunFolder, locked
 from kddp_ext.workflow.html_report import curves_of_epochs, write_page
-from kddp_ext.workflow.inspect import read_images
+from kddp_ext.workflow.inspect import data_of
 from kddp_ext.workflow.jobs import Job
 from kddp_ext.workflow.measure import (
     Confusion,
@@ -112,12 +112,8 @@ def run_shrink(
     if distributed.rank() > 0:
         console = Console(quiet=True, force_terminal=False)
     saved = find_model(source)
-    source_config = saved.config
-    if data_dir is not None:
-        source_config = dataclasses.replace(source_config, data_dir=str(data_dir))
-    runtime, folder = Runtime(device, source_config.precision), RunFolder(path)
-    place = source.parent if source.is_dir() else source
-    data = ImageData(read_images(place, source_config, saved.info, console), saved.info, source_config, runtime.device)
+    runtime, folder = Runtime(device, saved.config.precision), RunFolder(path)
+    data = data_of(saved, source.parent if source.is_dir() else source, data_dir, runtime, console)
     on_rank_zero(lambda: _open(folder, config, saved, resume=resume))
     run_config = settings_of(config, saved, len(data.train))
     run = Run(folder, data, runtime, console)
@@ -164,9 +160,7 @@ def _open(folder: RunFolder, config: ShrinkConfig, saved: SavedModel, *, resume:
                 raise WorkflowError(f"{folder.path} holds something else; give another --name")
             if not resume:
                 raise WorkflowError(f"{folder.path} exists; continue it with --resume, or give another --name")
-            changed = [f"{key}: {found.get(key)} was saved, {settings[key]} is wanted"
-                       for key in settings if found.get(key) != settings[key]]  # fmt: skip
-            if changed:
+            if changed := differences(found, settings):
                 raise WorkflowError(f"{folder.path} was started with other settings: {'; '.join(changed)}")
         write_json(folder.config, settings)
 

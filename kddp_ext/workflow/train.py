@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 import kddp_ext
 from kddp_ext.workflow import distributed
-from kddp_ext.workflow.config import PruningTime, RunConfig, StudentConfig, TeacherConfig
+from kddp_ext.workflow.config import PruningConfig, RunConfig, StudentConfig, TeacherConfig
 from kddp_ext.workflow.data import ImageData
 from kddp_ext.workflow.errors import WorkflowError
 from kddp_ext.workflow.jobs import Stage
@@ -39,17 +39,12 @@ class Recipe:
         batch_size: images per step, summed over all processes.
         learning_rate: the learning rate by position in the training, from 0 (start) to 1 (end).
         loss: settings of the loss. An alpha of 0 trains without the teacher; l1_weight is the highest weight.
-        l1_warmup: epochs over which the weight rises linearly from 0.
-        l1_until: position from which on the weight is 0.
         frozen_from: epoch, counted from 0, from which a parameter is no longer trained, by the parameter's name.
         shift: largest shift of augmented images in pixels.
         views: number of views of the images that the epochs cycle through; 0 draws a new view in each.
-        prune_when: prune after every epoch except the last, or once after the last.
-        prune_steps: prune after this many steps instead; 0 prunes after epochs.
-        prune_start: position before which nothing is pruned.
-        prune_until: position from which on nothing is pruned and no activations are read.
+        pruning: when the penalty acts and when the pruner checks. After `until` no activations are read.
         probes: number of batches that show the pruner the model before each check, in evaluation mode and by
-            `kddp_ext.fisher_loss`; the training steps then do not. 0: the training steps do. It needs `prune_steps`.
+            `kddp_ext.fisher_loss`; the training steps then do not. 0: the training steps do. It needs `pruning.steps`.
         patience: the training ends after this many epochs without a better validation accuracy; 0: never.
     """
 
@@ -60,44 +55,38 @@ class Recipe:
     learning_rate: Callable[[float], float]
     optimizers: Callable[[nn.Module], list[torch.optim.Optimizer]]
     loss: kddp_ext.LossSettings
-    l1_warmup: int = 0
-    l1_until: float = 1.0
     frozen_from: Mapping[str, int] = field(default_factory=dict)
     shift: int = 0
     views: int = 0
-    prune_when: PruningTime = "every-epoch"
-    prune_steps: int = 0
-    prune_start: float = 0.0
-    prune_until: float = 1.0
+    pruning: PruningConfig = field(default_factory=PruningConfig)
     probes: int = 0
     patience: int = 0
 
     def checks(self, steps: int) -> int:
         """The number of prunes, where an epoch has this many steps."""
-        if self.prune_steps:
-            last = int(self.prune_until * self.epochs * steps) // self.prune_steps
-            return last - max(0, -(-self.first_step(steps) // self.prune_steps) - 1)
+        if every := self.pruning.steps:
+            last = int(self.pruning.until * self.epochs * steps) // every
+            return last - max(0, -(-self.first_step(steps) // every) - 1)
         return sum(self.prunes_after(epoch) for epoch in range(self.epochs))
 
     def first_step(self, steps: int) -> int:
         """The number of the step, counted from 1, from which on a step may prune, where an epoch has `steps`."""
-        return int(self.prune_start * self.epochs * steps)
+        return int(self.pruning.start * self.epochs * steps)
 
     def prunes_after(self, epoch: int) -> bool:
         """Whether the end of this epoch is a check."""
         is_last = epoch + 1 == self.epochs
-        if self.prune_when == "at-the-end":
+        if self.pruning.when == "at-the-end":
             return is_last
         # 'every-epoch' skips the last epoch, because nothing trains after it.
-        return not is_last and self.prune_start * self.epochs < epoch + 1 <= self.prune_until * self.epochs
+        return not is_last and self.pruning.start * self.epochs < epoch + 1 <= self.pruning.until * self.epochs
 
     def l1_weight_at(self, position: float) -> float:
         """The penalty's weight by position in the training, from 0 (start) to 1 (end)."""
-        if position >= self.l1_until:
+        if position >= self.pruning.l1_until:
             return 0.0
-        return float(self.loss.scalars(1)[-1]) * min(
-            1.0, position * self.epochs / self.l1_warmup if self.l1_warmup else 1.0
-        )
+        warmup = self.pruning.l1_warmup
+        return float(self.loss.scalars(1)[-1]) * min(1.0, position * self.epochs / warmup if warmup else 1.0)
 
     def view(self, epoch: int) -> int:
         """Number of the view that `epoch` trains on."""
@@ -196,14 +185,9 @@ def student_recipe(config: RunConfig, stage: Stage) -> Recipe:
             alpha=0.0 if stage == "scratch" else config.distillation.alpha,
             l1_weight=pruning.l1_weight if stage == "kddp" else 0.0,
         ),
-        l1_warmup=pruning.l1_warmup,
-        l1_until=pruning.l1_until,
         shift=student.shift,
         views=student.views,
-        prune_when=pruning.when,
-        prune_steps=pruning.steps,
-        prune_start=pruning.start,
-        prune_until=pruning.until,
+        pruning=pruning,
         patience=student.patience,
     )
 
@@ -266,15 +250,15 @@ def train_epoch(
     report = None
     for step, indices in enumerate(batches):
         position = (epoch + step / len(batches)) / recipe.epochs
-        if training.pruner is not None and position >= recipe.prune_until:
+        if training.pruner is not None and position >= recipe.pruning.until:
             training.pruner.close()  # from here on no activations are read
         with clock.phase("data"):
             images, labels = data.training_images(indices, view, recipe.shift), data.train.labels[indices]
             targets = None if teacher_logits is None else teacher_logits[indices]
         totals += _train_step(training, recipe, runtime, clock, position, images, labels, targets)
-        if recipe.prune_steps:
+        if recipe.pruning.steps:
             number = epoch * len(batches) + step + 1
-            if recipe.probes and number % recipe.prune_steps == 0:
+            if recipe.probes and number % recipe.pruning.steps == 0:
                 shown = [batches[(step + k) % len(batches)] for k in range(recipe.probes)]
                 _show(training, recipe, runtime, (data.training_images(e, view, recipe.shift) for e in shown), number)
             report = _prune(training, clock, lambda pruner: pruner.step()) or report
@@ -288,7 +272,7 @@ def train_epoch(
             f"{recipe.stage}: the training diverged: the loss is {means['loss']} after epoch {epoch + 1}. "
             "Try a smaller learning rate."
         )
-    if not recipe.prune_steps:
+    if not recipe.pruning.steps:
         report = _prune(training, clock, lambda pruner: _check_after(pruner, recipe, epoch))
     with clock.phase("validation"):
         validation = accuracy(training.model, data, data.validation, runtime) if len(data.validation) else None

@@ -112,7 +112,7 @@ def test_options_override_the_preset(started: Calls, tmp_path: Path) -> None:
     assert path == tmp_path / "cifar10-quick"
     assert options["resume"]
     assert sweep.run.student.epochs == preset("cifar10", "quick").student.epochs
-    assert differences(preset("cifar10", "quick"), sweep.run) == [
+    assert differences(preset("cifar10", "quick").options(), sweep.run.options()) == [
         "student.width: 1024 was saved, 77 is wanted",
         "pruning.compensate: True was saved, False is wanted",
     ]

@@ -39,7 +39,7 @@ def test_a_runs_config_repeats_the_run(
     assert started[0] == (Path("runs/finished-again"), expected)
     path, sweep = started[1]
     assert (path, sweep.seeds) == (Path("runs/x"), (4,))
-    assert differences(expected.run, sweep.run) == ["seed: 0 was saved, 4 is wanted"]
+    assert differences(expected.run.options(), sweep.run.options()) == ["seed: 0 was saved, 4 is wanted"]
 
 
 def test_a_sweeps_config_repeats_the_sweep(
@@ -68,7 +68,7 @@ def test_a_file_overrides_the_preset_that_it_names(
     assert main(["run", "--config", str(tmp_path / f"mine.{suffix}")]) == 0
     path, sweep = started[0]
     assert path == Path("runs/mine")
-    assert differences(preset("fashion-mnist", "quick"), sweep.run) == [
+    assert differences(preset("fashion-mnist", "quick").options(), sweep.run.options()) == [
         "student.width: 256 was saved, 96 is wanted",
         "pruning.l1_weight: 0.002 was saved, 0.5 is wanted",
     ]
