@@ -19,6 +19,7 @@ from kddp_ext.pruning.compaction import (
     assign,
     checked_copies,
     plan_compaction,
+    units_gone,
     with_inner_optimizers,
 )
 from kddp_ext.pruning.distributed import (
@@ -464,7 +465,7 @@ def _reconstructions(decision: Decision) -> tuple[Reconstruction | None, ...]:
     observation, found = decision.observation, []
     for index, (value, statistics) in enumerate(zip(observation.neurons.values, observation.statistics, strict=True)):
         readers = [reader for reader in observation.neurons.readers if reader.value == index]
-        gone = decision.units_gone(value)
+        gone = units_gone(value, decision.keep)
         reconstruction = None
         ring = statistics.ring
         if ring is not None and bool(gone.any()) and all(each.groups == 1 and not each.computed for each in readers):

@@ -14,7 +14,6 @@ import torch
 from torch import Tensor, nn
 
 from kddp_ext.activations.statistics import NeuronStatistics
-from kddp_ext.pruning.compaction import units_gone
 from kddp_ext.pruning.model_size import ModelSize, RemainingSize
 from kddp_ext.pruning.ranking import RankedStep, rank
 from kddp_ext.pruning.reconstruction import Reconstruction
@@ -26,20 +25,26 @@ from kddp_ext.pruning.tracing.structure import NeuronGroup, PrunableNeurons, Rea
 
 
 @dataclass(frozen=True, eq=False)
-class Observation:
-    """Everything that a decision depends on. All tensors are on the CPU; N is the number of all neurons."""
+class NeuronRecord:
+    """What a pruner knows of its model's neurons between and at checks; N is the number of all neurons."""
 
     neurons: PrunableNeurons
     statistics: tuple[NeuronStatistics, ...]  # of each value since the last check
-    outgoing: tuple[Tensor, ...]  # of each reader: ‖W2[:,j]‖₂ for each unit of the value that it reads, float64
-    inactive_checks: Tensor  # (N,) int64, consecutive checks before this one at which the neuron was inactive
-    original: tuple[Tensor, ...]  # of each group: its neurons' indices before any pruning, int64
-    first_scales: Tensor | None  # (2, N) float64, `scales` at the first check; None at that check
-    saliency: Saliency  # since the last check
+    inactive_checks: Tensor  # (N,) int64, the number of consecutive checks at which the neuron was inactive
+    first_scales: Tensor | None  # (2, N) float64, `Observation.scales` at the first check; None before it
+    saliency: Saliency  # of all neurons since the last check
     original_size: tuple[int, int]  # parameters and multiply-accumulates before any pruning
-    checks: int  # the number of checks before this one
-    predicted: tuple[float, float] | None  # the loss before the latest prune, and the increase predicted for it
-    lowest_loss: float | None  # of the checks before this one
+    checks: int = 0  # the number of prunes, those that removed nothing included
+    predicted: tuple[float, float] | None = None  # the loss before the latest prune, and the predicted increase
+    lowest_loss: float | None = None  # of all checks; None where no loss was seen
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Observation(NeuronRecord):
+    """Everything that a decision depends on: the record before a check. All tensors are on the CPU."""
+
+    outgoing: tuple[Tensor, ...]  # of each reader: ‖W2[:,j]‖₂ for each unit of the value that it reads, float64
+    original: tuple[Tensor, ...]  # of each group: its neurons' indices before any pruning, int64
 
     @property
     def reference_loss(self) -> float | None:
@@ -310,17 +315,10 @@ class Decision:
         """max|h_j| since the last check, (N,) float64."""
         return self.observation.largest([each.max_abs for each in self.observation.statistics])
 
-    def units_gone(self, value: ReadValue) -> Tensor:
-        """A mask of the units of a value that are removed."""
-        return units_gone(value, self.keep)
-
 
 def decide(observation: Observation, settings: PruningSettings, size: ModelSize) -> Decision:
     """Decide about each layer."""
-    activity = activities(settings.criterion, observation)
-    alone = [
-        _decide_alone(group, activity[group.numbers], observation, settings) for group in observation.neurons.groups
-    ]
+    alone = _decide_alone(observation, settings)
     orders = [weakest_first for _, weakest_first in alone]
     counts, predicted = [len(each) for each in orders], None
     is_saliency = settings.criterion == "saliency"
@@ -344,10 +342,7 @@ def decide(observation: Observation, settings: PruningSettings, size: ModelSize)
 
 def curve(observation: Observation, settings: PruningSettings, size: ModelSize) -> list[RankedStep]:
     """What is left, and the predicted increase of the loss, along the whole ranking."""
-    activity = activities(settings.criterion, observation)
-    alone = [
-        _decide_alone(group, activity[group.numbers], observation, settings) for group in observation.neurons.groups
-    ]
+    alone = _decide_alone(observation, settings)
     return _ranked(alone, size.removing([order for _, order in alone]), settings)
 
 
@@ -405,18 +400,20 @@ def _budget(observation: Observation, settings: PruningSettings) -> float:
     return max(0.0, reference * (1 + share) - loss)
 
 
-def _decide_alone(
-    group: NeuronGroup, activity: Tensor, observation: Observation, settings: PruningSettings
-) -> tuple[LayerDecision, Tensor]:
-    """The decision about one layer without a ranking over all layers, and the neurons that may go, weakest first."""
+def _decide_alone(observation: Observation, settings: PruningSettings) -> list[tuple[LayerDecision, Tensor]]:
+    """The decision about each layer without a ranking over all layers, and the neurons that may go, weakest first."""
+    activity = activities(settings.criterion, observation)
     if settings.criterion == "saliency":  # any neuron may go; the ranking decides
-        inactive = torch.ones_like(activity, dtype=torch.bool)
-        inactive_checks = torch.zeros_like(observation.inactive_checks[group.numbers])
-        marked = inactive
+        inactive = marked = torch.ones_like(activity, dtype=torch.bool)
+        inactive_checks = torch.zeros_like(observation.inactive_checks)
     else:
         inactive = activity < (1.0 if settings.criterion == "dead" else settings.threshold)
-        inactive_checks = torch.where(inactive, observation.inactive_checks[group.numbers] + 1, 0)
+        inactive_checks = torch.where(inactive, observation.inactive_checks + 1, 0)
         marked = inactive_checks >= settings.patience
     limits = {name: getattr(settings, name) for name in ("minimum_width", "maximum_share", "round_to")}
-    weakest_first, kept_by = removable(marked, activity, **limits)
-    return LayerDecision(group, activity, inactive, marked, inactive_checks, weakest_first, kept_by), weakest_first
+    decisions = []
+    for group in observation.neurons.groups:
+        own, idle, due, checks = (each[group.numbers] for each in (activity, inactive, marked, inactive_checks))
+        weakest_first, kept_by = removable(due, own, **limits)
+        decisions.append((LayerDecision(group, own, idle, due, checks, weakest_first, kept_by), weakest_first))
+    return decisions

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import torch
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from kddp_ext.activations.statistics import NeuronStatistics
 from kddp_ext.pruning.history import PruningHistory
 from kddp_ext.pruning.saliency import Saliency
-from kddp_ext.pruning.selection import Decision, Observation, norms_of_reader
+from kddp_ext.pruning.selection import Decision, NeuronRecord, Observation, norms_of_reader
 from kddp_ext.pruning.settings import PruningSettings, Streams
 from kddp_ext.pruning.tracing.structure import PrunableNeurons, ReadValue, count_neurons
 from kddp_ext.pruning.transfers import copied_to
@@ -21,20 +21,11 @@ from kddp_ext.pruning.transfers import copied_to
 STATE_VERSION = 4
 
 
-@dataclass(frozen=True, eq=False)
-class PrunerState:
-    """Everything in the pruner that a prune changes; N is the number of all neurons."""
+@dataclass(frozen=True, eq=False, kw_only=True)
+class PrunerState(NeuronRecord):
+    """Everything in the pruner that a prune changes. The statistics are on the device of the activations."""
 
-    neurons: PrunableNeurons
-    statistics: tuple[NeuronStatistics, ...]  # of each value since the last check, on the device of the activations
-    inactive_checks: Tensor  # (N,) int64, the number of consecutive checks at which the neuron was inactive
     history: PruningHistory
-    first_scales: Tensor | None  # (2, N) float64, `Observation.scales` at the first check; None before it
-    saliency: Saliency  # of all neurons since the last check
-    original_size: tuple[int, int]  # parameters and multiply-accumulates before any pruning
-    checks: int = 0  # the number of prunes, those that removed nothing included
-    predicted: tuple[float, float] | None = None  # the loss before the latest prune, and the predicted increase
-    lowest_loss: float | None = None  # of all checks; None where no loss was seen
     steps: int = 0  # the number of calls of `step()`
 
     @classmethod
@@ -61,7 +52,8 @@ class PrunerState:
                 f"{widths} and {streams!r}"
             )
         checks = torch.zeros(neurons.number, dtype=torch.int64, device="cpu")
-        return cls(neurons, statistics, checks, history.extended(widths), None, Saliency(neurons.number), size)
+        history = history.extended(widths)
+        return cls(neurons, statistics, checks, None, Saliency(neurons.number), size, history=history)
 
     @property
     def widths(self) -> dict[str, int]:
@@ -89,19 +81,10 @@ class PrunerState:
             if not bool(norms.isfinite().all()):
                 names = " and ".join(group.name for group in neurons.groups if reader in neurons.readers_of(group))
                 raise ValueError(f"{caller}: the weights that read {names} are infinite or NaN")
-        return Observation(
-            neurons,
-            statistics,
-            outgoing,
-            self.inactive_checks,
-            tuple(torch.tensor(self.history.kept(group.name), device="cpu") for group in neurons.groups),
-            self.first_scales,
-            saliency,
-            self.original_size,
-            self.checks,
-            self.predicted,
-            self.lowest_loss,
-        )
+        original = tuple(torch.tensor(self.history.kept(group.name), device="cpu") for group in neurons.groups)
+        record = {field.name: getattr(self, field.name) for field in fields(NeuronRecord)}
+        record.update(statistics=statistics, saliency=saliency)
+        return Observation(**record, outgoing=outgoing, original=original)
 
     def after(self, decision: Decision, settings: PruningSettings) -> PrunerState:
         """The state after `decision` is applied, with fresh statistics."""

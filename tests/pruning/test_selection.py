@@ -40,8 +40,8 @@ def observation(*values):
         (NeuronGroup("0", ("0",), 0, width),), {}, values=tuple(read), readers=tuple(readers)
     )  # fmt: skip
     checks, original = torch.zeros(width, dtype=torch.int64), (torch.arange(width),)
-    rest = None, Saliency(width), (0, 0), 0, None, None
-    return Observation(neurons, tuple(statistics), tuple(outgoing), checks, original, *rest)
+    record = neurons, tuple(statistics), checks, None, Saliency(width), (0, 0)
+    return Observation(*record, outgoing=tuple(outgoing), original=original)
 
 
 def test_criteria_follow_their_formulas():

@@ -296,14 +296,11 @@ def _parts(flow: NeuronFlow, operation: Operation, axis: int, labels: Tensor) ->
     if operation.name in ("select", "unbind"):
         flow.labels.freeze(labels, flow.reason(operation, "takes single entries of them"))
     elif operation.name == "slice":
-        start, end = operation.argument("start") or 0, operation.argument("end")
-        start, end = (
-            min(max(each + size if each < 0 else each, 0), size) for each in (start, size if end is None else end)
-        )
-        if (start, end, operation.argument("step", 1)) == (0, size, 1):
+        start, end, step = slice(*(operation.argument(name) for name in ("start", "end", "step"))).indices(size)
+        if (start, end, step) == (0, size, 1):
             others[0][dim] = labels
             return others
-        step, equal = operation.argument("step", 1), sizes[0] and size % sizes[0] == 0 and start % sizes[0] == 0
+        equal = sizes[0] and size % sizes[0] == 0 and start % sizes[0] == 0
         way = flow.choose(operation, labels, "bounds", 3, by_proof=True)
         if step == 1 and equal and way == 0:  # one of several parts that keep equal sizes
             others[0][dim] = flow.labels.unite_rows(labels.view(-1, sizes[0]))

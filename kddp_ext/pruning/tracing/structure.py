@@ -11,6 +11,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -260,12 +261,9 @@ class PrunableNeurons:
     def only(self, groups: Sequence[NeuronGroup]) -> PrunableNeurons:
         """The same with some of the groups alone; the neurons of the others stay."""
         chosen = torch.zeros(self.number, dtype=torch.bool, device="cpu")
-        start, renumbered = 0, []
         for group in groups:
             chosen[group.numbers] = True
-            renumbered.append(replace(group, start=start))
-            start += group.width
-        part = self._renumbered(tuple(renumbered), chosen, torch.ones_like(chosen))
+        part = self._renumbered(groups, chosen, torch.ones_like(chosen))
         slices = {stored: {axis: each for axis, each in by_axis.items() if bool((each >= 0).any())}
                   for stored, by_axis in part.slices.items()}  # fmt: skip
         slices = {stored: by_axis for stored, by_axis in slices.items() if by_axis}
@@ -282,15 +280,13 @@ class PrunableNeurons:
 
     def after(self, keep: Tensor) -> PrunableNeurons:
         """What remains when the neurons `keep`, a (number,) mask, stay."""
-        start, groups = 0, []
-        for group in self.groups:
-            width = int(keep[group.numbers].sum())
-            groups.append(replace(group, start=start, width=width))
-            start += width
-        return self._renumbered(tuple(groups), keep, keep)
+        groups = [replace(group, width=int(keep[group.numbers].sum())) for group in self.groups]
+        return self._renumbered(groups, keep, keep)
 
-    def _renumbered(self, groups: tuple[NeuronGroup, ...], prunable: Tensor, keep: Tensor) -> PrunableNeurons:
-        """Number the `prunable` neurons anew, and drop the entries of the neurons that are not in `keep`."""
+    def _renumbered(self, groups: Sequence[NeuronGroup], prunable: Tensor, keep: Tensor) -> PrunableNeurons:
+        """Number the `prunable` neurons, those of `groups`, anew, and drop the entries of those not in `keep`."""
+        starts = accumulate((group.width for group in groups), initial=0)
+        groups = tuple(replace(group, start=start) for group, start in zip(groups, starts, strict=False))
         numbers = torch.where(prunable, prunable.cumsum(0) - 1, -1)
 
         def renumber(old: Tensor) -> Tensor:
