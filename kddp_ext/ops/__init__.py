@@ -7,7 +7,7 @@ torch.compile and torch.export.
 
 from kddp_ext.ops.gather_slices import gather_slices
 from kddp_ext.ops.gradient_products import gradient_products
-from kddp_ext.ops.kd_l1_loss import kd_l1_loss, kd_l1_loss_operator, native_derivatives, neuron_statistics
+from kddp_ext.ops.kd_l1_loss import kd_l1_loss, native_derivatives, neuron_statistics
 from kddp_ext.ops.library import ELEMENT_TYPES, build_info, is_native, storage_key, why_not_native
 from kddp_ext.ops.linear_kd_loss import linear_kd_loss
 
@@ -18,7 +18,6 @@ __all__ = [
     "gradient_products",
     "is_native",
     "kd_l1_loss",
-    "kd_l1_loss_operator",
     "linear_kd_loss",
     "native_derivatives",
     "neuron_statistics",

@@ -115,10 +115,10 @@ def kd_l1_loss(
     else:
         arguments = (*tensors, list(activations), as_tensor(scalars), samples, *constants, *wanted)
         if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack():
-            loss, terms, rows, sums, *_ = kd_l1_loss_operator(*arguments)
+            loss, terms, rows, sums, *_ = _operator(*arguments)
             return loss, terms, rows, sums
         with torch.no_grad():
-            outputs = kd_l1_loss_operator(*arguments)
+            outputs = _operator(*arguments)
     loss, terms, rows, sums, logits_gradient, activation_gradients = outputs
     if wanted.logits_gradient or wanted.activation_gradients:
         gradients = [*[logits_gradient][: wanted.logits_gradient], *activation_gradients]
@@ -207,12 +207,14 @@ def _compute(
     # These names keep copies alive while the kernel uses their addresses.
     student = _readable(student_logits)
     teacher = None if teacher_logits is None else _readable(teacher_logits)
+    in_double = torch.float64 in (student.dtype, student.dtype if teacher is None else teacher.dtype)
     soft_labels = None
     if labels is not None and labels.is_floating_point():
-        soft_labels, labels = _readable(_narrowed(labels, student, teacher)), None
+        too_wide = labels.dtype == torch.float64 and not in_double
+        soft_labels, labels = _readable(labels.to(torch.float32) if too_wide else labels), None
     labels = None if labels is None else labels.contiguous()
     if class_weights is not None:
-        class_weights = class_weights.to(torch.float64 if _in_double(student, teacher) else torch.float32).contiguous()
+        class_weights = class_weights.to(torch.float64 if in_double else torch.float32).contiguous()
     row_weights = None if row_weights is None else row_weights.contiguous()
     readable = [_readable(activation) for activation in activations]
     temperature, alpha, normalizer, *l1_weights = scalars
@@ -292,16 +294,6 @@ def _gradient_of(tensor: Tensor) -> Tensor:
 def _readable(matrix: Tensor) -> Tensor:
     """The matrix itself if its rows are contiguous, whatever their stride, else a contiguous copy."""
     return matrix if matrix.stride(1) == 1 or matrix.shape[1] <= 1 else matrix.contiguous()
-
-
-def _narrowed(labels: Tensor, student: Tensor, teacher: Tensor | None) -> Tensor:
-    """float64 labels in float32, unless the kernels compute in float64."""
-    is_wider = labels.dtype == torch.float64 and not _in_double(student, teacher)
-    return labels.to(torch.float32) if is_wider else labels
-
-
-def _in_double(student: Tensor, teacher: Tensor | None) -> bool:
-    return torch.float64 in (student.dtype, student.dtype if teacher is None else teacher.dtype)
 
 
 def _matrix(matrix: Tensor) -> tuple[int, int, int]:
@@ -501,6 +493,6 @@ def _neuron_statistics_output(activation: Tensor) -> Tensor:
     return activation.new_empty((_STATISTICS_ROWS, activation.shape[1]), dtype=torch.float64)
 
 
-kd_l1_loss_operator = register("kd_l1_loss", _kd_l1_loss, _fake_kd_l1_loss)
+_operator = register("kd_l1_loss", _kd_l1_loss, _fake_kd_l1_loss)
 _neuron_statistics_operator = register("neuron_statistics", _neuron_statistics, _neuron_statistics_output)
 torch.library.register_autograd("kddp::kd_l1_loss", _backward, setup_context=_set_up, lib=library)

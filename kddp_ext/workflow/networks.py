@@ -53,15 +53,14 @@ def _find_function(option: str, module_name: str, function_name: str) -> Callabl
         sys.path.insert(0, os.getcwd())
     try:
         module = importlib.import_module(module_name)
-    except ModuleNotFoundError as error:
-        if error.name is None or not f"{module_name}.".startswith(f"{error.name}."):
+    except Exception as error:  # the user's module can raise anything
+        missing = error.name if isinstance(error, ModuleNotFoundError) else None
+        if missing is None or not f"{module_name}.".startswith(f"{missing}."):
             _refuse(f"{option}: importing {module_name} fails", error)
         raise WorkflowError(
             f"{option}: there is no module {module_name} in {os.getcwd()} or among the installed packages; "
             "give it as Python's import does, without .py"
         ) from error
-    except Exception as error:  # the user's module can raise anything
-        _refuse(f"{option}: importing {module_name} fails", error)
     function = getattr(module, function_name, None)
     if not callable(function):
         raise WorkflowError(f"{option}: there is no function {function_name} in {module.__file__ or module_name}")
@@ -96,12 +95,10 @@ def _check_output(network: str, model: nn.Module, info: DatasetInfo) -> None:
         output = logits_of(model.eval()(images))
         found = f"shape {tuple(output.shape)}" if isinstance(output, Tensor) else f"a {type(output).__name__}"
         fits = isinstance(output, Tensor) and output.shape == (2, info.classes)
-    except AttributeError as error:
-        if error.name != "logits":
+    except Exception as error:  # the user's network can raise anything
+        if not isinstance(error, AttributeError) or error.name != "logits":
             _refuse(f"{network}: it fails for images of shape {tuple(images.shape)}", error)
         found, fits = f"a {type(error.obj).__name__}", False
-    except Exception as error:  # the user's network can raise anything
-        _refuse(f"{network}: it fails for images of shape {tuple(images.shape)}", error)
     if not fits:
         raise WorkflowError(
             f"{network}: expected logits of shape (2, {info.classes}), for 2 images and {info.classes} classes, "

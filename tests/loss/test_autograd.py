@@ -6,7 +6,6 @@ from loss_cases import each_divergence, each_form, loss_and_gradient
 from torch.library import opcheck
 
 import kddp_ext
-from kddp_ext import ops
 
 
 @pytest.fixture
@@ -63,7 +62,7 @@ def test_opcheck_of_the_loss(batch, flags):
     constants = kddp_ext.LossSettings(label_smoothing=0.1).constants()
     scalars = torch.tensor([3.0, 0.6, 0.0, 0.01], dtype=torch.float64)
     layers = ([activation], scalars, [9])
-    opcheck(ops.kd_l1_loss_operator, (student, teacher, labels, None, None, *layers, *constants, *flags))
+    opcheck(torch.ops.kddp.kd_l1_loss.default, (student, teacher, labels, None, None, *layers, *constants, *flags))
     by_row, weights = (*constants[:-1], True), torch.rand(2, 9, dtype=torch.float64)
     for alpha, *sides in [
         (0.0, None, labels, None),
@@ -71,7 +70,7 @@ def test_opcheck_of_the_loss(batch, flags):
         (0.5, teacher, teacher.softmax(1), torch.rand(21)),
     ]:
         scalars = torch.tensor([3.0, alpha, 20.0], dtype=torch.float64)
-        opcheck(ops.kd_l1_loss_operator, (student, *sides, weights, [], scalars, [], *by_row, *flags))
+        opcheck(torch.ops.kddp.kd_l1_loss.default, (student, *sides, weights, [], scalars, [], *by_row, *flags))
 
 
 def test_opcheck_of_statistics_and_gather_slices(batch):
