@@ -41,6 +41,11 @@ class Layout:
         inner = torch.arange(self.inner, device=neurons.device)
         return ((outer + neurons.view(-1, 1)) * self.inner + inner).flatten()
 
+    def in_order(self, of_units: Tensor) -> Tensor:
+        """Values of units, (units,) or (units, entries), in the order of the dimension's entries."""
+        by_entry = of_units.view(len(of_units), -1).expand(-1, self.entries)
+        return by_entry.reshape(len(of_units), self.outer, self.inner).transpose(0, 1).flatten()
+
     def reshaped(self, before: Sequence[int], after: Sequence[int]) -> Layout | None:
         """The layout after a reshape from `before` to `after`; None where one dimension cannot describe it."""
         width = before[self.axis] // self.entries

@@ -224,10 +224,8 @@ class NeuronStatistics:
                 f"state: expected statistics of {self.width} neurons, got a tensor of shape {tuple(values.shape)}"
             )
         sums = state.get("position_sums")
-        if (sums is None) != (self.position_sums is None) or (
-            sums is not None and self.position_sums is not None and sums.shape != self.position_sums.shape
-        ):
-            shapes = [None if each is None else tuple(each.shape) for each in (self.position_sums, sums)]
+        shapes = [None if each is None else tuple(each.shape) for each in (self.position_sums, sums)]
+        if shapes[0] != shapes[1]:
             raise ValueError(f"state: expected position_sums of shape {shapes[0]}, got {shapes[1]}")
         if self.ring is not None and "ring" in state:
             self.ring.load_state_dict(state["ring"])

@@ -184,17 +184,17 @@ def compute_loss(
         check_tracked(tracked, scalars[3:], student_logits)
     matrices = as_matrices(activations)
     weights = settings.kernel_class_weights(labels), row_weights(logits, labels, sample_weights, settings)
-    tensors = (logits, targets, labels, *weights, [matrix.values for matrix in matrices])
+    tensors, values = (logits, targets, labels, *weights), [matrix.values for matrix in matrices]
     samples, constants = [matrix.samples for matrix in matrices], settings.constants()
     if native and ops.native_derivatives():
         is_tracked = tracked is not None
-        loss, terms, rows, sums = ops.kd_l1_loss(*tensors, scalars, samples, constants, statistics=is_tracked)
+        loss, terms, rows, sums = ops.kd_l1_loss(tensors, values, scalars, samples, constants, statistics=is_tracked)
         if tracked is not None:
             tracked.update(matrices, sums)
     else:
         if type(labels) is Tensor and labels.is_cpu and not labels.is_floating_point() and not tracing:
             check_label_values(labels, logits.shape[1], settings.ignore_index)
-        loss, terms, rows = reference.kd_l1_loss(*tensors, scalars, samples, *constants)
+        loss, terms, rows = reference.kd_l1_loss(*tensors, values, scalars, samples, *constants)
         if tracked is not None:
             tracked.observe()
     if tracked is not None:

@@ -220,7 +220,8 @@ def _compute(
     if matrices:
         share = 1.0 if _divides_by_rows(settings) else rows / normalizer
         penalty, of_penalty, _, sums = ops.kd_l1_loss(
-            *(logits.new_empty(0, classes), None, None, None, None, [matrix.values for matrix in matrices]),
+            (logits.new_empty(0, classes), None, None, None, None),
+            [matrix.values for matrix in matrices],
             [1.0, 0.0, 0.0, *[weight * share for weight in l1_weights]],
             [matrix.samples for matrix in matrices],
             (*settings.constants()[:-1], False),

@@ -123,10 +123,7 @@ def gather_slices(
     call = _Gather(detached, keep_rows, keep_columns, rows, columns, pruned_columns, pruned_means, indices_in_range)
     if not tensors or not all(is_native(t.device) for t in tensors):
         _check(call)
-        return reference.gather_slices(
-            tensors, keep_rows, keep_columns, rows=rows, columns=columns,
-            pruned_columns=pruned_columns, pruned_means=pruned_means,
-        )  # fmt: skip
+        return reference.gather_slices(*call[:-1])
     gathered, shift = _gather_slices_operator(*call)
     return list(gathered), shift
 

@@ -43,7 +43,7 @@ library.define("neuron_statistics(Tensor activation) -> Tensor")
 
 LossOutputs = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, list[Tensor]]
 _Outputs = tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None, list[Tensor]]  # None: not wanted
-# The inputs by row, as `kd_l1_loss` names them: logits of student and teacher, labels, weights of classes and of rows.
+# Logits of student and teacher, labels, weights of the classes and of the rows, as `kd_l1_loss` describes them.
 RowInputs = tuple[Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor | None]
 _STATISTICS_ROWS = 5
 _TENSORS = 5  # inputs before the activations
@@ -70,11 +70,7 @@ class _Call(NamedTuple):
 
 
 def kd_l1_loss(
-    student_logits: Tensor,
-    teacher_logits: Tensor | None,
-    labels: Tensor | None,
-    class_weights: Tensor | None,
-    row_weights: Tensor | None,
+    tensors: RowInputs,
     activations: Sequence[Tensor],
     scalars: Sequence[Any],
     samples: Sequence[int],
@@ -88,10 +84,10 @@ def kd_l1_loss(
     says when this function must not be used.
 
     Args:
-        student_logits, teacher_logits: (N, C), already checked.
-        labels: (N,) int64, or (N, C) probabilities.
-        class_weights: (C,), the weight of each class in ce, of a floating dtype; `LossSettings.kernel_class_weights`.
-        row_weights: (2, N) float64, factors of each row's kd and ce; a row with two factors of 0 is ignored.
+        tensors: the logits of student and teacher, (N, C), already checked; the labels, (N,) int64, or (N, C)
+            probabilities; class_weights, (C,), the weight of each class in ce, of a floating dtype, as of
+            `LossSettings.kernel_class_weights`; and row_weights, (2, N) float64, factors of each row's kd and ce; a row
+            with two factors of 0 is ignored.
         activations: one matrix for each layer.
         scalars: temperature, alpha, normalizer, and the weight of each matrix; 0-dim tensors only under a compiler.
         samples: the number of samples in each matrix.
@@ -100,6 +96,7 @@ def kd_l1_loss(
     """
     grad_enabled = torch.is_grad_enabled()
     penalised = grad_enabled and any(isinstance(weight, Tensor) or weight != 0 for weight in scalars[3:])
+    student_logits = tensors[0]
     wanted = _Wanted(
         logits_gradient=grad_enabled and student_logits.requires_grad,
         activation_gradients=penalised and any(a.requires_grad for a in activations),
@@ -107,7 +104,6 @@ def kd_l1_loss(
         scaled_gradients=student_logits.dtype == torch.float16 or torch.float16 in [a.dtype for a in activations],
         statistics=statistics,
     )
-    tensors = (student_logits, teacher_logits, labels, class_weights, row_weights)
     inputs, call = (*tensors, *activations), _Call(scalars, samples, constants, wanted)
     outputs: Any
     if needs_no_dispatcher(inputs):
@@ -183,7 +179,7 @@ def loss_of_chunk(
     """The loss, its terms and, if they are wanted, its terms by row, without autograd and activations.
 
     Args:
-        tensors: the first arguments of `kd_l1_loss`.
+        tensors: as of `kd_l1_loss`.
         scalars: temperature, alpha and normalizer.
         constants: `LossSettings.constants()`.
         gradient: contiguous, of the shape and dtype of the student's logits; receives their gradient. On the CPU it may

@@ -139,14 +139,9 @@ def _linear_kd_loss(*arguments: Any) -> tuple[Tensor, ...]:
     return outputs
 
 
-def _outputs(
-    student_hidden: Tensor,
-    student_weight: Tensor,
-    _student_bias: Tensor | None,
-    teacher_hidden: Tensor | None,
-    *arguments: Any,
-) -> tuple[Tensor, ...]:
+def _outputs(*arguments: Any) -> tuple[Tensor, ...]:
     """The outputs of the operator for its arguments, not filled yet. Gradients that are not wanted are empty."""
+    student_hidden, student_weight, _, teacher_hidden = arguments[:4]
     by_row, with_hidden, with_weight, with_bias = arguments[-4:]
     is_double = any(x is not None and x.dtype == torch.float64 for x in (student_hidden, teacher_hidden))
     dtype, rows = torch.float64 if is_double else torch.float32, student_hidden.shape[0]

@@ -212,7 +212,6 @@ def gather_slices(
     tensors: Sequence[Tensor],
     keep_rows: Tensor | None,
     keep_columns: Tensor | None,
-    *,
     rows: int,
     columns: int,
     pruned_columns: Tensor | None = None,

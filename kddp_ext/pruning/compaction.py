@@ -46,9 +46,7 @@ class Removal:
     def entry_means(self, reader: Reader, units: Tensor) -> Tensor:
         """The means of the entries of some units of the value that `reader` reads, in the order of the entries."""
         assert self.means is not None
-        layout, means = self.neurons.values[reader.value].layout, self.means[reader.value][units]
-        entries = means.view(len(means), -1).expand(-1, layout.entries)
-        return entries.reshape(len(means), layout.outer, layout.inner).transpose(0, 1).flatten()
+        return self.neurons.values[reader.value].layout.in_order(self.means[reader.value][units])
 
 
 def units_gone(value: ReadValue, keep: Tensor) -> Tensor:
@@ -238,8 +236,7 @@ def _read(reader: Reader, size: int, kept: Mapping[int, Tensor], removal: Remova
     if made.is_plain:
         return made
     means = removal.entry_means(reader, torch.arange(value.units, device="cpu"))
-    entries = gone.view(1, -1, 1).expand(value.layout.outer, -1, value.layout.inner).flatten()
-    return replace(made, means=torch.where(entries, means, 0))
+    return replace(made, means=torch.where(value.layout.in_order(gone), means, 0))
 
 
 def _plan_tensor(

@@ -270,7 +270,7 @@ class _Tap(Hook):
             units, members = neurons.units_of(self.value, group)
             if units.numel():
                 parts.append(_Part(index, group.width, units, members))
-        return _Place(value.layout, value.units, all(each.shift is not None for each in readers), parts)
+        return _Place(value.layout, all(each.shift is not None for each in readers), parts)
 
     def reset(self, place: _Place) -> None:
         self._place = place
@@ -290,12 +290,7 @@ class _Tap(Hook):
 
     def mean_in(self, position_mean: Tensor) -> Tensor | None:
         """The mean of each entry; None where the layer's bias cannot absorb it."""
-        if not self.takes_mean:
-            return None
-        layout = self._place.layout
-        means = position_mean.expand(-1, layout.entries)
-        shape = (self._place.units, layout.outer, layout.inner)
-        return means.reshape(shape).transpose(0, 1).flatten()
+        return self._place.layout.in_order(position_mean) if self.takes_mean else None
 
     def set_pass(self, current: _Pass) -> None:
         self._leaves, self._mean = self._of(current)
@@ -355,7 +350,6 @@ class _Place(NamedTuple):
     """Where the neurons lie in what a layer reads; `has_bias`: the layer can absorb a constant."""
 
     layout: Layout
-    units: int
     has_bias: bool
     parts: list[_Part]
 
