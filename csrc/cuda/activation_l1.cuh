@@ -151,7 +151,6 @@ KDDP_DEVICE void read_column_sums(const LayerLaunch& layer, const Unit& unit, in
     const int64_t first = unit.first_column + column;
     const char* from = layer.data + (unit.first_row * layer.row_stride + first) * bytes;
     char* to = layer.gradient ? layer.gradient + (unit.first_row * layer.columns + first) * bytes : nullptr;
-    const int64_t row_bytes = layer.row_stride * bytes, gradient_row_bytes = layer.columns * bytes;
     const T scale = T(layer.scale);
     const ElementType layer_type = layer.type;
 #pragma unroll 1
@@ -167,8 +166,8 @@ KDDP_DEVICE void read_column_sums(const LayerLaunch& layer, const Unit& unit, in
             sums[i].add(values[i]);
             if (rows % rows_per_run == 1) sums[i].end_run();
         }
-        from += row_bytes;
-        if (to) to += gradient_row_bytes;
+        from += layer.row_stride * bytes;
+        if (to) to += layer.columns * bytes;
         __syncwarp();  // as in sum_of_unit
     }
 }

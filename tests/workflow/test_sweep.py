@@ -89,7 +89,7 @@ def test_a_run_is_a_sweep_of_one_seed(small: RunConfig) -> None:
 def test_every_ablation_changes_one_thing(small: RunConfig) -> None:
     sweep = SweepConfig(small, ablations=get_args(Ablation))
     ablations = [point for point in points(sweep, {}) if point.kind == "ablation"]
-    changes = [differences(small, point.jobs[0].config) for point in ablations]
+    changes = [differences(small.options(), point.jobs[0].config.options()) for point in ablations]
     assert all(len(change) == 1 for change in changes)
     assert len({change[0] for change in changes}) == len(get_args(Ablation))
 
