@@ -66,8 +66,6 @@ KDDP_DEVICE double sum_of_unit(const LayerLaunch& layer, const Unit& unit) {
     int rows = static_cast<int>(unit.last_row - unit.first_row);
     const char* from = layer.data + (unit.first_row * layer.row_stride + unit.first_column) * bytes;
     char* to = layer.gradient ? layer.gradient + (unit.first_row * layer.columns + unit.first_column) * bytes : nullptr;
-    const int64_t row_bytes = layer.row_stride * bytes, gradient_row_bytes = layer.columns * bytes;
-    const T scale = T(layer.scale);
     double total = 0;
 #pragma unroll 1
     for (; rows > 0; --rows) {
@@ -77,7 +75,7 @@ KDDP_DEVICE double sum_of_unit(const LayerLaunch& layer, const Unit& unit) {
         for (int column = step == 1 ? lane * n : lane; column < width; column += 32 * n) {
             T values[n];
             read_activations<T, type, n>(from + int64_t(column) * bytes, to ? to + int64_t(column) * bytes : nullptr,
-                                         step, width - column, scale, values);
+                                         step, width - column, T(layer.scale), values);
             T vector_sum = 0;
 #pragma unroll
             for (int i = 0; i < n; ++i) vector_sum += magnitude(values[i]);
@@ -87,8 +85,8 @@ KDDP_DEVICE double sum_of_unit(const LayerLaunch& layer, const Unit& unit) {
             sum = 0, run = 0;
         }
         total += double(sum);
-        from += row_bytes;
-        if (to) to += gradient_row_bytes;
+        from += layer.row_stride * bytes;
+        if (to) to += layer.columns * bytes;
         __syncwarp();  // lanes in different rows would touch more sectors
     }
     return total;
@@ -151,15 +149,14 @@ KDDP_DEVICE void read_column_sums(const LayerLaunch& layer, const Unit& unit, in
     const int64_t first = unit.first_column + column;
     const char* from = layer.data + (unit.first_row * layer.row_stride + first) * bytes;
     char* to = layer.gradient ? layer.gradient + (unit.first_row * layer.columns + first) * bytes : nullptr;
-    const T scale = T(layer.scale);
-    const ElementType layer_type = layer.type;
 #pragma unroll 1
     for (int rows = static_cast<int>(unit.last_row - unit.first_row); rows > 0; --rows) {
         T values[n];
+        const T scale = T(layer.scale);
         if constexpr (sizeof(T) == 8)
             read_activations<T, ElementType::float64, n>(from, to, step, left, scale, values);
         else
-            with_type<T>(layer_type,
+            with_type<T>(layer.type,
                          [&](auto type) { read_activations<T, type.value, n>(from, to, step, left, scale, values); });
 #pragma unroll
         for (int i = 0; i < n; ++i) {
