@@ -1,6 +1,6 @@
 """Trains cnn5 with KD at several widths of all its layers, and with KDDP in all layers from 1.41 times its channels.
 
-python -m benchmarks.all_layers SOURCE --folder DIR --data-dir DIR [--validation N] [CHANGE ...]
+python -m benchmarks.all_layers SOURCE [CHANGE ...] --folder DIR --data-dir DIR [--validation N]
 
 SOURCE is the folder of a finished teacher of `kddp run --dataset cifar10`. Each CHANGE is a setting of KDDP, such as
 "pruning.until=0.6". A training that is finished is not repeated.
