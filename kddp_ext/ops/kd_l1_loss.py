@@ -155,8 +155,8 @@ def _fake_kd_l1_loss(*arguments: Any) -> LossOutputs:
 
 def _split(arguments: tuple[Any, ...]) -> tuple[RowInputs, list[Tensor], _Call]:
     """The operator's arguments: those by row, the activations, and all others."""
-    (activations, scalars, samples), others = arguments[_TENSORS:][:3], arguments[_TENSORS + 3 :]
-    call = _Call(scalars, samples, others[:-4], _Wanted(*others[-4:]))
+    activations, scalars, samples, *others = arguments[_TENSORS:]
+    call = _Call(scalars, samples, tuple(others[:-4]), _Wanted(*others[-4:]))
     return arguments[:_TENSORS], activations, call
 
 

@@ -66,13 +66,12 @@ class PruningSettings:
             raise TypeError(f"compensate: expected True or False, got {self.compensate!r}")
         # The activities of a user's function need not be relative to anything.
         highest = 1.0 if isinstance(self.criterion, str) else sys.float_info.max
-        values = vars(self)  # which can be set though the class is frozen
-        values["threshold"] = _positive("threshold", self.threshold, at_most=highest)
-        values["maximum_share"] = _positive("maximum_share", self.maximum_share, at_most=1.0)
+        object.__setattr__(self, "threshold", _positive("threshold", self.threshold, at_most=highest))
+        object.__setattr__(self, "maximum_share", _positive("maximum_share", self.maximum_share, at_most=1.0))
         for name in ("patience", "minimum_width", "round_to", "target_steps"):
-            values[name] = whole_number(name, values[name], at_least=1)
+            object.__setattr__(self, name, whole_number(name, getattr(self, name), at_least=1))
         for name in ("target_parameters", "target_macs"):
-            values[name] = _target(name, values[name])
+            object.__setattr__(self, name, _target(name, getattr(self, name)))
         is_named = self.resource is None or (isinstance(self.resource, str) and self.resource in RESOURCES)
         if not is_named and not callable(self.resource):
             raise ValueError(
@@ -85,9 +84,11 @@ class PruningSettings:
                     f"loss_budget: expected None with criterion {self.criterion!r}, since only 'saliency' predicts the "
                     f"loss, got {self.loss_budget!r}"
                 )
-            values["loss_budget"] = _positive("loss_budget", self.loss_budget, at_most=sys.float_info.max)
+            object.__setattr__(
+                self, "loss_budget", _positive("loss_budget", self.loss_budget, at_most=sys.float_info.max)
+            )
         samples = whole_number("reconstruction_samples", self.reconstruction_samples, at_least=0)
-        values["reconstruction_samples"] = samples
+        object.__setattr__(self, "reconstruction_samples", samples)
 
 
 @dataclass(frozen=True)
