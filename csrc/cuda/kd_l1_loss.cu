@@ -100,6 +100,28 @@ LayerLaunch layer_of(const KdL1Loss& job, const ActivationLayer& layer) {
     return cut;
 }
 
+// What precedes the launches of a call.
+struct Preparation {
+    unsigned* counters;     // become 0
+    const int64_t* labels;  // are counted unless they have the ignored index; or null
+    int64_t rows, ignore_index;
+    double* counts;  // one for each block
+};
+
+constexpr int preparing_threads = 512, labels_per_block = 8 * preparing_threads, max_label_parts = 16;
+
+__global__ void __launch_bounds__(preparing_threads) prepare_loss(const __grid_constant__ Preparation call) {
+    KDDP_SHARED(double, scratch, 32);
+    const int64_t first = int64_t(blockIdx.x) * blockDim.x + threadIdx.x, step = int64_t(gridDim.x) * blockDim.x;
+    for (int64_t i = first; i < counter_count; i += step) store_global(call.counters + i, 0u);
+    if (!call.labels) return;
+    double count = 0;
+    for (int64_t row = first; row < call.rows; row += step)
+        count += load_global(call.labels + row) != call.ignore_index;
+    count = sum_of_block(count, scratch);
+    if (threadIdx.x == 0) store_global(call.counts + blockIdx.x, count);
+}
+
 class Launches {
   public:
     Launches(const KdL1Loss& job, const LaunchContext* context)
@@ -107,6 +129,7 @@ class Launches {
         launch_ = {};
         launch_.carried = workspace_.take<double>(2);
         counters_ = workspace_.take<unsigned>(counter_count);
+        label_counts_ = workspace_.take<double>(max_label_parts);
         set_slices();
         launch_.slices_workspace =
             reinterpret_cast<char*>(workspace_.take<SliceRecord>(launch_.slices > 1 ? job.rows * launch_.slices : 0));
@@ -118,7 +141,7 @@ class Launches {
     // layers share a launch; more layers than fit into it have launches of their own before.
     int64_t run() {
         int64_t bytes = fixed_bytes_;
-        if (context_) cudaMemsetAsync(counters_, 0, counter_count * sizeof(unsigned), context_->stream);
+        if (context_) prepare();
         const int64_t layers = job_.activations.layer_count;
         const int64_t last = layers > 0 ? (layers - 1) / layers_per_launch * layers_per_launch : 0;
         for (int64_t first = 0; first <= last; first += layers_per_launch) {
@@ -134,6 +157,20 @@ class Launches {
     }
 
   private:
+    // Blocks that count labels, or 0 if another number than theirs divides the loss.
+    int label_parts() const {
+        if (!job_.labels || !job_.student.data || job_.normalizer != 0) return 0;
+        return static_cast<int>(max(min(divide_up(job_.rows, labels_per_block), max_label_parts), 1));
+    }
+
+    void prepare() {
+        const int parts = label_parts();
+        const Preparation call{counters_, parts > 0 ? job_.labels : nullptr, job_.rows, job_.ignore_index,
+                               label_counts_};
+        const dim3 grid(static_cast<unsigned>(max(parts, 1)));
+        KDDP_LAUNCH(prepare_loss, grid, dim3(preparing_threads), 0, context_->stream, call);
+    }
+
     // Blocks that share a row, where there are too few rows for all blocks: each of them has one row. The moments of
     // standardized logits would need one more exchange between blocks.
     int slices() const {
@@ -176,9 +213,9 @@ class Launches {
         launch_.student_elements = extent(job_.student, job_.rows, job_.classes);
         launch_.teacher_elements = extent(job_.teacher, job_.rows, job_.classes);
         launch_.soft_label_elements = extent(job_.soft_labels, job_.rows, job_.classes);
-        launch_.count_labels = with_rows && job_.labels && job_.student.data && job_.normalizer == 0;
-        launch_.label_counter = reinterpret_cast<unsigned long long*>(counters_);
-        launch_.done_counter = counters_ + 2;
+        launch_.label_counts = label_counts_, launch_.label_count_parts = label_parts();
+        launch_.cached_labels = job_.labels && launch_.slices == 1 ? max_cached_labels : 0;
+        launch_.done_counter = counters_;
         launch_.slice_counters = counters_ + front_counters;
         launch_.counters = launch_.slice_counters + slice_counter_count;
     }
@@ -191,8 +228,7 @@ class Launches {
             const int64_t blocks = blocks_to_launch();
             launch_.row_groups = static_cast<unsigned>(blocks / launch_.slices);
             const dim3 grid(static_cast<unsigned>(blocks)), block(static_cast<unsigned>(plan_.threads));
-            const bool blocks_wait = blocks > 1 && (launch_.count_labels || launch_.slices > 1);
-            if (!blocks_wait) {
+            if (launch_.slices == 1) {
                 KDDP_LAUNCH(plan_.kernel, grid, block, plan_.shared_bytes, context_->stream, launch_);
                 return;
             }
@@ -218,6 +254,7 @@ class Launches {
     Workspace workspace_;
     LossLaunch launch_;
     unsigned* counters_;
+    double* label_counts_;
     int64_t fixed_bytes_;
 };
 

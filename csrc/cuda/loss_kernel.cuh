@@ -36,12 +36,14 @@ __global__ void __launch_bounds__(max_threads<Types, lanes, cached>, min_blocks<
     KDDP_SHARED(T, maxima, lanes == whole_block ? 2 * max_warps : 1);
     KDDP_SHARED(double, sums, lanes == whole_block ? max_sums * max_warps : 1);
     KDDP_SHARED(TeamRecord<T>, records, teams);
-    static_assert(cached_labels % teams == 0, "the labels of whole batches are cached");
-    KDDP_SHARED(int64_t, labels, cached_labels);
-    count_labels<teams>(launch, labels);
+    static_assert(max_cached_labels % teams == 0, "the labels of whole batches are cached");
+    KDDP_SHARED(int64_t, labels, max_cached_labels);
+    KDDP_SHARED(double, valid, 1);
+    if (launch.student.data) load_labels<teams>(launch, valid, labels);
     if (Team<lanes>::rank() == 0) {
         TeamRecord<T>& record = records.data[Team<lanes>::number()];
         record.terms = {0, 0, 0}, record.value_scale = 0;
+        if (launch.student.data) record.valid_rows = valid.load(0);
     }
     if (launch.student.data) {
         const TeamScratch<T> scratch{maxima, sums, records.data};
@@ -54,7 +56,7 @@ __global__ void __launch_bounds__(max_threads<Types, lanes, cached>, min_blocks<
             const int64_t batch = (cached ? opaque_block() : slices.group()) + int64_t(turn) * now.row_groups;
             const int64_t first = batch * teams + team / teams_per_warp * teams_per_warp;
             if (first >= now.rows) break;
-            const bool label_is_cached = now.count_labels && now.slices == 1 && local_row < cached_labels;
+            const bool label_is_cached = local_row < now.cached_labels;
             TeamRows<Types, lanes, cached, form>(now, scratch, slices)
                 .run(first + team % teams_per_warp, label_is_cached ? labels.data + local_row : nullptr);
         }

@@ -70,7 +70,6 @@ struct LossLaunch : RowParams {
     unsigned row_groups;             // blocks, or groups of blocks that share a row, that take rows in turn
     int side_vectors, team_vectors;  // of 16 bytes, in shared memory
     int64_t student_elements, teacher_elements, soft_label_elements;  // from the first of the matrix to behind its last
-    bool count_labels;
     double inverse_temperature;
     LayerLaunch layers[layers_per_launch];
     int layer_count;
@@ -80,7 +79,9 @@ struct LossLaunch : RowParams {
     double* carried;        // l1 and its weighted sum, from earlier launches of the call
     bool carries, is_last;  // whether there were any, and whether this launch is the call's last
     char* slices_workspace;
-    unsigned long long* label_counter;  // blocks that have counted << 40 | valid labels
+    const double* label_counts;  // of labels that are not ignored, in parts
+    int label_count_parts;       // 0: the rows are not counted by their labels
+    int cached_labels;           // of a block's first rows, in shared memory
     unsigned* done_counter;
     unsigned* counters;  // of the statistics' row parts
     unsigned* slice_counters;
@@ -96,50 +97,30 @@ KDDP_DEVICE CallTraits traits_for(const LossLaunch& launch) {
 // Reloads `launch` through an opaque index so the compiler cannot keep derived values in registers.
 KDDP_DEVICE const LossLaunch& opaque(const LossLaunch& launch) { return (&launch)[opaque_zero()]; }
 
-constexpr int cached_labels = 64;  // labels of a block's first rows, in shared memory
+constexpr int max_cached_labels = 64;
 
-constexpr int front_counters = 8;  // label_counter, done_counter
+constexpr int front_counters = 8;  // done_counter, and what aligns the others
 constexpr int slice_counter_count = 1024;
 constexpr int part_counter_count = 3064;
 constexpr int counter_count = front_counters + slice_counter_count + part_counter_count;  // all 0 before a call
 
-// Counts the valid labels of this block's rows, or its share of them where blocks share rows, and adds them to a
-// counter. A block needs the total only when it finishes its first row. Also caches the labels of the block's first
-// rows, unless blocks share rows; every thread may read them afterwards.
-template <int teams>
-KDDP_DEVICE void count_labels(const LossLaunch& launch, SharedArray<int64_t> cache) {
-    if (!launch.count_labels) return;
-    KDDP_SHARED(unsigned, counts, 32);
-    const int lane = static_cast<int>(threadIdx.x % 32), warp = static_cast<int>(threadIdx.x / 32);
-    unsigned count = 0;
-#pragma unroll 1
-    for (int64_t i = threadIdx.x;; i += blockDim.x) {
-        const int64_t row = (blockIdx.x + i / teams * gridDim.x) * teams + i % teams;
-        if (row >= launch.rows) break;
-        const int64_t label = load_global(launch.labels + row);
-        if (i < cached_labels) cache.store(static_cast<int>(i), label);
-        count += label != launch.ignore_index;
-    }
-    count = sum_of_lanes<32>(count);
-    if (lane == 0) counts.store(warp, count);
-    __syncthreads();
-    if (warp != 0) return;
-    count = sum_of_lanes<32>(lane < static_cast<int>(blockDim.x / 32) ? counts.load(lane) : 0u);
-    if (lane == 0) atomicAdd(launch.label_counter, (1ull << 40) + count);
+// Rows whose label is not ignored.
+KDDP_DEVICE double valid_rows(const LossLaunch& launch) {
+    if (launch.label_count_parts == 0) return double(launch.rows);
+    double count = 0;
+    for (int i = 0; i < launch.label_count_parts; ++i) count += load_workspace(launch.label_counts + i);
+    return count;
 }
 
-// Rows whose label is not ignored, at least 1. Waits until all blocks have counted.
-KDDP_DEVICE double valid_rows(const LossLaunch& launch) {
-    double count = double(launch.rows);
-    if (launch.count_labels) {
-        unsigned long long counted = load_acquire(launch.label_counter);
-        while ((counted >> 40) < gridDim.x) {
-            back_off();
-            counted = load_acquire(launch.label_counter);
-        }
-        count = static_cast<double>(counted & ((1ull << 40) - 1));
+// Stores the number of valid rows and the labels of the block's first rows. Every thread may read them afterwards.
+template <int teams>
+KDDP_DEVICE void load_labels(const LossLaunch& launch, SharedArray<double> valid, SharedArray<int64_t> cache) {
+    if (threadIdx.x == 0) valid.store(0, valid_rows(launch));
+    for (int i = static_cast<int>(threadIdx.x); i < launch.cached_labels; i += static_cast<int>(blockDim.x)) {
+        const int64_t row = (int64_t(blockIdx.x) + int64_t(i / teams) * gridDim.x) * teams + i % teams;
+        if (row < launch.rows) cache.store(i, load_global(launch.labels + row));
     }
-    return count > 0 ? count : 1;
+    __syncthreads();
 }
 
 // Whether this block is the last one of the launch to come here. All threads call it.

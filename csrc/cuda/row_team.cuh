@@ -17,6 +17,13 @@ KDDP_DEVICE void store_term(const LossLaunch& launch, int64_t row, int term, dou
         store_global(static_cast<float*>(launch.row_terms) + place, float(value));
 }
 
+template <class T>
+KDDP_DEVICE void set_scales(const LossLaunch& launch, double valid_rows, TeamRecord<T>& record) {
+    RowParams params = static_cast<const RowParams&>(launch);
+    set_scales(params, valid_rows);
+    record.value_scale = params.value_scale, record.gradient_scale = params.gradient_scale;
+}
+
 template <class Types, GradientForm form>
 KDDP_DEVICE RowParams params_of_row(const LossLaunch& launch, const TeamRecord<typename Types::T>& record) {
     RowParams params = static_cast<const RowParams&>(launch);
@@ -38,11 +45,7 @@ KDDP_DEVICE RowParams params_of_row(const LossLaunch& launch, const TeamRecord<t
 template <class Types, GradientForm form>
 KDDP_DEVICE void finish_record(const LossLaunch& launch, TeamRecord<typename Types::T>& record) {
     using F = std::conditional_t<Types::is_usual, typename Types::T, double>;
-    if (record.value_scale == 0) {
-        RowParams params = static_cast<const RowParams&>(launch);
-        set_scales(params, params.normalizer > 0 ? 0 : valid_rows(launch));
-        record.value_scale = params.value_scale, record.gradient_scale = params.gradient_scale;
-    }
+    if (record.value_scale == 0) set_scales(launch, record.valid_rows, record);
     compiler_barrier();
     const double kd = finish_divergence<F>(params_of_row<Types, form>(opaque(launch), record), record.sums,
                                            record.mixture, record.student, record.target, record.label_logit,
@@ -225,14 +228,18 @@ class TeamRows {
 
     // Returns the sum of the student's logits if label smoothing needs it, and sets the scale of standardized logits.
     KDDP_DEVICE double compute_totals(Part& part, LogitScale<T>& scale) {
-        double student_nats = 0, student_unit = 1, teacher_unit = 1;
+        TeamRecord<T>& record = own_record();
+        double student_unit = 1, teacher_unit = 1;
 #pragma unroll 1
         for (int side = 0; traits().standardize && side < 2; ++side) {
             const Moments moments = moments_of(part, side == 0);
-            const double nats = launch_.inverse_temperature / divisor_of(moments);
-            if (side == 1) scale.set_nats(student_nats, nats);
-            if (Part::rank() == 0) (side == 0 ? own_record().student : own_record().teacher) = moments;
-            student_nats = nats, student_unit = side == 0 ? moments.unit : student_unit, teacher_unit = moments.unit;
+            if (Part::rank() == 0) (side == 0 ? record.student : record.teacher) = moments;
+        }
+        if (traits().standardize) {
+            Team<lanes>::sync();
+            scale.set_nats(launch_.inverse_temperature / divisor_of(record.student),
+                           launch_.inverse_temperature / divisor_of(record.teacher));
+            student_unit = record.student.unit, teacher_unit = record.teacher.unit;
         }
         const double logits = launch_.label_smoothing != 0 ? part.total(true, Part::Total::sum, 0) / student_unit : 0;
         scale.unit = T(student_unit);

@@ -234,10 +234,12 @@ class Emulator:
         """Revokes all calls of `allow`."""
         self.library.emulator_allow_everything()
 
-    def needs(self, memory: Any, *, is_store: bool) -> None:
-        """Declares that the next launch has to read or write every byte of `memory`; otherwise it fails."""
+    def needs(self, memory: Any, *, is_store: bool, kernel: str = "") -> None:
+        """Declares that the next launch, or the next of a kernel whose name contains this, has to read or write every
+        byte of `memory`; otherwise it fails.
+        """
         address, total = address_and_bytes(memory)
-        self.library.emulator_needs(address, ctypes.c_size_t(total), is_store)
+        self.library.emulator_needs(address, ctypes.c_size_t(total), is_store, kernel.encode())
 
     def reports(self) -> list[dict[str, Any]]:
         """What each launch since `clear` did, as `emulator::Report` describes it."""

@@ -53,29 +53,29 @@ def gather():
     gather_slices([torch.randn(9, 8), torch.randn(9, 8)], keep_rows, keep_columns, rows=9, columns=8)
 
 
-# What is prepared, and the operation.
+# What is prepared, the operation, and its launches.
 OPERATIONS = {
-    "forward": (lambda: None, lambda _: forward()),
-    "backward": (forward, lambda loss: loss.backward(torch.tensor(3.0))),
-    "gather": (lambda: None, lambda _: gather()),
-    "products": (lambda: torch.randn(9, 8), lambda a: gradient_products(a, a, axis=1, samples=9)),
+    "forward": (lambda: None, lambda _: forward(), 2),
+    "backward": (forward, lambda loss: loss.backward(torch.tensor(3.0)), 1),
+    "gather": (lambda: None, lambda _: gather(), 1),
+    "products": (lambda: torch.randn(9, 8), lambda a: gradient_products(a, a, axis=1, samples=9), 1),
 }
 
 
 @pytest.mark.parametrize("operation", OPERATIONS)
 @pytest.mark.parametrize("current", [0, 1])
 @pytest.mark.parametrize(("device", "stream"), [(0, 0), (1, 0), (0, 0x51DE), (1, 0x51DE)])
-def test_an_operation_is_one_launch_on_the_device_and_stream_of_its_tensors(
+def test_an_operation_is_launched_on_the_device_and_stream_of_its_tensors(
     emulated, operation, current, device, stream
 ):
-    prepare, run = OPERATIONS[operation]
+    prepare, run, launches = OPERATIONS[operation]
     with calls_go_to(emulated, device, stream):
         prepared = prepare()
         emulated.emulator.device = current
         emulated.emulator.clear()
         run(prepared)
-    assert launches_of(emulated) == [(device, stream)]
-    allowed = {"cudaSetDevice", "cudaFuncSetAttribute", "cudaMemsetAsync", "launch"}
+    assert launches_of(emulated) == [(device, stream)] * launches
+    allowed = {"cudaSetDevice", "cudaFuncSetAttribute", "launch"}
     assert {call["name"] for call in emulated.emulator.calls()} <= allowed
     assert not any(call["error"] for call in emulated.emulator.calls())
     assert emulated.emulator.device == current
@@ -93,12 +93,12 @@ def test_a_backward_with_a_gradient_of_1_moves_nothing(emulated, scale, in_place
     assert (scaled[0].data_ptr() == gradients[0].data_ptr()) is in_place
 
 
-def test_45_layers_take_three_launches(emulated):
+def test_45_layers_take_three_launches_after_the_one_that_prepares(emulated):
     with calls_go_to(emulated, 1, 0x51DE):
         layers = [torch.randn(4, 10) for _ in range(45)]
         loss = kddp_ext.fused_kd_l1_loss(torch.randn(4, 10), None, torch.zeros(4, dtype=torch.int64), layers, alpha=0.0)
     assert loss.isfinite()
-    assert launches_of(emulated) == [(1, 0x51DE)] * 3
+    assert launches_of(emulated) == [(1, 0x51DE)] * 4
 
 
 def test_a_missing_device_is_an_error_of_its_own_call_only(emulated):
@@ -114,8 +114,6 @@ def test_a_call_needs_nothing_that_an_earlier_one_left(emulated):
     """No memory outlives a call, so none lies in the pool of a CUDA graph, and calls may share it on any stream."""
     with calls_go_to(emulated, 0, 0x51DE), mock.patch.object(kd_l1_loss, "workspace_on", full_of_ones):
         assert forward().isfinite()
-    (fill,) = [call for call in emulated.emulator.calls() if call["name"] == "cudaMemsetAsync"]
-    assert (fill["device"], fill["stream"]) == (0, 0x51DE)
 
 
 def full_of_ones(device):
@@ -138,10 +136,9 @@ def test_an_occupancy_that_was_asked_in_vain_is_asked_again(emulated):
     assert launch["grid"] > 1
 
 
-@pytest.mark.parametrize(("rows", "classes"), [(512, 40), (2, 40000)])  # blocks wait for labels, or for others' slices
-def test_a_launch_that_is_too_large_for_the_context_is_repeated_with_half_of_its_blocks(emulated, rows, classes):
-    student, teacher = torch.randn(2, rows, classes).unbind()
-    labels = torch.arange(rows) % classes
+def test_a_launch_that_is_too_large_for_the_context_is_repeated_with_half_of_its_blocks(emulated):
+    student, teacher = torch.randn(2, 2, 40000).unbind()  # blocks wait for others' slices
+    labels = torch.arange(2)
 
     def loss_and_gradient():
         logits = student.clone().requires_grad_()
@@ -153,23 +150,34 @@ def test_a_launch_that_is_too_large_for_the_context_is_repeated_with_half_of_its
     with calls_go_to(emulated, 0, 0):
         computed = loss_and_gradient()
     launches = [(call["grid"], call["error"]) for call in emulated.emulator.calls() if call["name"] == "launch"]
-    *refused, (grid, error), _backward = launches
+    _prepares, *refused, (grid, error), _backward = launches
     assert [*refused, (grid, error)] == [*((grid << n, TOO_LARGE) for n in range(len(refused), 0, -1)), (grid, 0)]
     assert refused
     torch.testing.assert_close(computed, loss_and_gradient())
 
 
 @pytest.mark.parametrize(
-    ("rows", "normalizer", "cooperative"),
-    [(64, None, True), (64, 50.0, False), (32, None, False)],  # two blocks count labels; no count; one block
+    ("rows", "classes", "cooperative"),
+    [(64, 40, False), (64, 20000, False), (2, 20000, True)],  # only in the last do blocks share a row
 )
-def test_only_blocks_that_wait_for_others_need_a_cooperative_launch(emulated, rows, normalizer, cooperative):
-    logits, labels = torch.randn(rows, 40), torch.arange(rows) % 40
+def test_only_blocks_that_share_a_row_need_a_cooperative_launch(emulated, rows, classes, cooperative):
+    logits, labels = torch.randn(rows, classes), torch.arange(rows) % 40
     with calls_go_to(emulated, 0, 0):
-        loss = kddp_ext.fused_kd_l1_loss(logits, None, labels, alpha=0.0, normalizer=normalizer)
-    (report,) = emulated.emulator.reports()
-    assert report["cooperative"] == cooperative
-    torch.testing.assert_close(loss, kddp_ext.fused_kd_l1_loss(logits, None, labels, alpha=0.0, normalizer=normalizer))
+        loss = kddp_ext.fused_kd_l1_loss(logits, None, labels, alpha=0.0, ignore_index=1)
+    prepares, report = emulated.emulator.reports()
+    assert (prepares["cooperative"], report["cooperative"]) == (False, cooperative)
+    torch.testing.assert_close(loss, kddp_ext.fused_kd_l1_loss(logits, None, labels, alpha=0.0, ignore_index=1))
+
+
+@pytest.mark.parametrize("rows", [1, 4096, 4097, 100_000])  # 1, 1, 2 and 16 blocks count
+@pytest.mark.parametrize("normalizer", [None, 50.0])
+def test_ignored_labels_do_not_count(emulated, rows, normalizer):
+    logits = torch.randn(rows, 3)
+    labels = torch.randint(-1, 3, (rows,))
+    settings = {"alpha": 0.0, "ignore_index": -1, "normalizer": normalizer}
+    with calls_go_to(emulated, 0, 0):
+        loss = kddp_ext.fused_kd_l1_loss(logits, None, labels, **settings)
+    torch.testing.assert_close(loss, kddp_ext.fused_kd_l1_loss(logits, None, labels, **settings))
 
 
 def test_the_sources_call_no_other_functions_of_the_cuda_runtime():
@@ -179,7 +187,7 @@ def test_the_sources_call_no_other_functions_of_the_cuda_runtime():
     assert used == {
         "cudaDeviceGetAttribute", "cudaFuncGetAttributes", "cudaFuncSetAttribute", "cudaGetDevice", "cudaGetErrorName",
         "cudaGetErrorString", "cudaGetLastError", "cudaLaunchCooperativeKernel",
-        "cudaMemsetAsync", "cudaOccupancyMaxActiveBlocksPerMultiprocessor", "cudaSetDevice",
+        "cudaOccupancyMaxActiveBlocksPerMultiprocessor", "cudaSetDevice",
     }  # fmt: skip
 
 

@@ -155,11 +155,18 @@ void allow(const void* address, size_t bytes, bool writable, const char* name) {
 
 void allow_everything() { allowed.clear(); }
 
-void needs(const void* address, size_t bytes, bool is_store) {
-    next_needs.push_back({number_of(address), number_of(address) + bytes, is_store, std::vector<bool>(bytes)});
+void needs(const void* address, size_t bytes, bool is_store, const std::string& kernel) {
+    next_needs.push_back({number_of(address), number_of(address) + bytes, is_store, kernel, std::vector<bool>(bytes)});
 }
 
-void take_needs(Launch& launch) { launch.needs.swap(next_needs); }
+void take_needs(Launch& launch) {
+    const auto of_others = [&](const Need& need) {
+        return launch.report.kernel.find(need.kernel) == std::string::npos;
+    };
+    const auto own = std::stable_partition(next_needs.begin(), next_needs.end(), of_others);
+    launch.needs.assign(own, next_needs.end());
+    next_needs.erase(own, next_needs.end());
+}
 
 void check_needs(Launch& launch) {
     for (const Need& need : launch.needs) {

@@ -4,7 +4,6 @@
 
 #include <algorithm>
 #include <cstdlib>
-#include <cstring>
 #include <deque>
 #include <map>
 #include <utility>
@@ -198,10 +197,6 @@ cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int dev
     *value = attribute == cudaDevAttrMultiProcessorCount ? multiprocessors : max_shared;
     return cudaSuccess;
 }
-cudaError_t cudaMemsetAsync(void* memory, int value, size_t bytes, cudaStream_t stream) {
-    std::memset(memory, value, bytes);
-    return record({"cudaMemsetAsync", 0, reinterpret_cast<uintptr_t>(stream)}, cudaSuccess);
-}
 cudaError_t cudaFuncSetAttribute(const void* kernel, cudaFuncAttribute, int bytes) {
     if (bytes < 0 || bytes > max_shared) return record({"cudaFuncSetAttribute"}, cudaErrorInvalidValue);
     dynamic_limits[kernel] = bytes;
@@ -227,7 +222,9 @@ void emulator_allow(const void* address, size_t bytes, int writable, const char*
     allow(address, bytes, writable != 0, name);
 }
 void emulator_allow_everything() { allow_everything(); }
-void emulator_needs(const void* address, size_t bytes, int is_store) { needs(address, bytes, is_store != 0); }
+void emulator_needs(const void* address, size_t bytes, int is_store, const char* kernel) {
+    needs(address, bytes, is_store != 0, kernel);
+}
 void emulator_clear() { reports.clear(), calls.clear(); }
 const char* emulator_reports() {
     static std::string text;

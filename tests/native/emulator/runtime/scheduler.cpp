@@ -209,8 +209,8 @@ cudaError_t launch(const Kernel& kernel, dim3 grid, dim3 block, size_t bytes, cu
     }
     Launch launch;
     launch.body = &body;
-    take_needs(launch);
     const cudaError_t refused = check_launch(kernel, launch, grid, block, bytes, stream, cooperative);
+    take_needs(launch);
     if (refused != cudaSuccess) return refused;
     launch.random = seed_ * 0x2545f4914f6cdd1du + 1;
     // Some faults need lanes that are far apart, others lanes that run side by side: each launch draws which it has.

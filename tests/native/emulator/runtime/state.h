@@ -111,6 +111,7 @@ struct Block {
 struct Need {
     uint64_t first, end;
     bool is_store;
+    std::string kernel;  // a part of its name
     std::vector<bool> touched;
 };
 
@@ -193,7 +194,7 @@ void touch_shared(const Thread& thread, const void* address, size_t bytes, bool 
 // global_memory.cpp
 void forget_writes();
 void keep_released(const Block& block);
-void needs(const void* address, size_t bytes, bool is_store);
+void needs(const void* address, size_t bytes, bool is_store, const std::string& kernel);
 void take_needs(Launch& launch);
 void check_needs(Launch& launch);
 
