@@ -78,7 +78,7 @@ class Counter:
         smaller, factor = self._shrunk(shape, max(shape.classes, shape.neurons))
         forward, scaling, usual = passes.loss_passes(make_inputs(smaller))
         fewer = -(-multiprocessors // factor)
-        first, (report,) = self._count_kernels(forward, fewer)
+        first, (*_, report) = self._count_kernels(forward, fewer)
         scaled, in_place = (self._count_kernels(run, fewer)[0].plus(INCOMING) for run in (scaling, usual))
         cached = report["dynamic_shared"] > 0  # the kernel caches rows there
         exponentials = EXPONENTIALS_OF_CACHED_CLASS if cached else EXPONENTIALS_OF_CLASS_READ_TWICE

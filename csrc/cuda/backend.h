@@ -19,9 +19,9 @@ struct LaunchContext {
 // Bytes of workspace that the loss needs on the current device. `threads` of a job is ignored here.
 int64_t cuda_kd_l1_loss_workspace(const KdL1Loss& job);
 
-// The fused loss: sets its counters to 0, then one launch for up to `layers_per_launch` layers of activations. Results
-// are the same at every run on the same kind of GPU, and as large a share of it. A label out of range makes the loss
-// and the gradient of its row NaN.
+// The fused loss: a launch that counts the valid labels, then one for up to `layers_per_launch` layers of activations.
+// Results are the same at every run on the same kind of GPU, and as large a share of it. A label out of range makes the
+// loss and the gradient of its row NaN.
 void cuda_kd_l1_loss(const KdL1Loss& job, const LaunchContext& context);
 
 // One launch for up to `blocks_per_launch` tensors. Indices must be in range. Needs no workspace.

@@ -1,4 +1,5 @@
-// The host side of the loss: which kernel serves a call, how its work is cut, and its launches.
+// The host side of the loss: which kernel serves a call, how its work is cut, and its launches. The first is a small
+// kernel that counts the valid labels.
 #include "cuda/backend.h"
 #include "cuda/loss_kernel.cuh"
 #include "workspace.h"

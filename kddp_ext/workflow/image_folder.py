@@ -171,7 +171,11 @@ def _decoded(
     root: Path, files: list[Path], config: RunConfig, cache: Path, console: Console
 ) -> tuple[NDArray[np.uint8], int, dict[str, int]]:
     """The decoded images, mapped into memory, their number of channels, and the rows of the broken ones by name."""
-    listing = [[str(file.relative_to(root)), (state := file.stat()).st_size, state.st_mtime_ns] for file in files]
+    states = [file.stat() for file in files]
+    listing = [
+        [str(file.relative_to(root)), state.st_size, state.st_mtime_ns]
+        for file, state in zip(files, states, strict=True)
+    ]
     options = {"version": _VERSION, "size": config.size, "channels": config.channels}
     key = hash_json({**options, "listing": listing})[:32]
     array, about = cache / f"{key}.npy", cache / f"{key}.json"

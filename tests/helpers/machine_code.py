@@ -61,7 +61,7 @@ class Kernel:
         calls, otherwise the function's."""
         loss = re.search(r"ElementTypeE(\d)ELb(\d)EEELi(\d+)ELb(\d)ELNS_12GradientFormE(\d)", self.symbol)
         if loss is None:
-            others = ("scale_gradients", "gather_layer", "sum_products", "probe")
+            others = ("scale_gradients", "gather_layer", "sum_products", "prepare_loss", "probe")
             return next((k for k in others if k in self.symbol), self.symbol)
         dtype, is_usual, lanes, cached, form = loss.groups()
         rows = {"8": "small_teams", "32": "warps", "1024": "blocks" if cached == "1" else "long_rows"}[lanes]

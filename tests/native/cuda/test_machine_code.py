@@ -23,6 +23,7 @@ MOST_REGISTERS = {
     "scale_gradients": 64,
     "gather_layer": 64,
     "sum_products": 64,
+    "prepare_loss": 32,
     "probe": 16,
 }
 
@@ -83,7 +84,8 @@ def test_kernels_access_16_bytes_at_once_and_no_local_memory(module, built):
     for architecture in sorted({kernel.architecture for kernel in built}):
         counted = instructions(module, architecture)
         for kernel in built:
-            if kernel.architecture != architecture or kernel.name == "probe":
+            # A batch has few labels and counters.
+            if kernel.architecture != architecture or kernel.name in ("prepare_loss", "probe"):
                 continue
             found = counted[kernel.symbol]
             assert any(name.startswith("LDG") and ".128" in name for name in found), kernel
@@ -105,7 +107,7 @@ def launch_of(request):
             logits, labels = torch.randn(2, classes, dtype=dtype), torch.zeros(2).long() if is_usual else None
             alpha = 0.9 if is_usual else 1.0
             kddp_ext.fused_kd_l1_loss(logits, logits, labels, [torch.randn(2, 64)], alpha=alpha, l1_weight=0.1)
-        call = next(call for call in emulated.emulator.calls() if call["name"] == "launch")
+        *_, call = [call for call in emulated.emulator.calls() if call["name"] == "launch"]
         return call["block"], call["shared"]
 
     return launch
