@@ -23,7 +23,7 @@ LossKernels kernels_for(const KdL1Loss& job) {
 constexpr int64_t classes_per_thread = 16, longest_cached_row = 16384;
 // The longest rows for teams of 8 lanes and of a warp: up to these, shared memory has room for half of the threads that
 // a multiprocessor of any supported architecture runs at once.
-constexpr int64_t longest_small_row = 64, longest_warp_row = 432;
+constexpr int64_t longest_small_row = 64, longest_small_row_16_bit = 56, longest_warp_row = 432;
 constexpr int64_t shortest_slice = 8192;  // classes
 constexpr int max_slices = 64;
 
@@ -44,7 +44,8 @@ Plan plan_of(const KdL1Loss& job) {
     Plan plan{kernels.small_teams, warp_team_threads};
     plan.side_vectors = static_cast<int>(side_vectors);
     int teams = warp_team_threads / 8;
-    if (!plan.kernel || job.classes > longest_small_row) plan.kernel = kernels.warps, teams = warp_team_threads / 32;
+    const int64_t longest_of_8_lanes = n == 8 ? longest_small_row_16_bit : longest_small_row;
+    if (!plan.kernel || job.classes > longest_of_8_lanes) plan.kernel = kernels.warps, teams = warp_team_threads / 32;
     if (job.classes > longest_warp_row * 4 / bytes) {
         plan.kernel = kernels.blocks, teams = 1;
         const int64_t threads = divide_up(divide_up(job.classes, classes_per_thread * 4 / bytes), 32) * 32;

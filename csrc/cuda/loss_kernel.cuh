@@ -43,10 +43,9 @@ __global__ void __launch_bounds__(max_threads<Types, lanes, cached>, min_blocks<
     if (Team<lanes>::rank() == 0) {
         TeamRecord<T>& record = records.data[Team<lanes>::number()];
         record.terms = {0, 0, 0}, record.value_scale = 0;
-        if (launch.student.data) record.valid_rows = valid.load(0);
     }
     if (launch.student.data) {
-        const TeamScratch<T> scratch{maxima, sums, records.data};
+        const TeamScratch<T> scratch{maxima, sums, valid, records.data};
         Slices slices(launch);
         // All teams of a warp continue as long as one of them has a row.
 #pragma unroll 1

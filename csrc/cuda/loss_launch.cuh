@@ -144,8 +144,7 @@ KDDP_DEVICE void store_results(const LossLaunch& launch, double loss, const doub
 }
 
 // Run by the last block: adds up the sums of all blocks and units. A term of weight 0 is left out.
-KDDP_DEVICE void write_results(const LossLaunch& launch) {
-    KDDP_SHARED(double, scratch, 32);
+KDDP_DEVICE void write_results(const LossLaunch& launch, SharedArray<double> scratch) {
     // Neighbouring threads read neighbouring numbers; a thread always reads the same of a block's three terms.
     const unsigned readers = blockDim.x / 3 * 3, which = threadIdx.x % 3;
     double term = 0;
@@ -189,7 +188,7 @@ KDDP_DEVICE void finish_launch(const LossLaunch& launch, const RowTerms& terms) 
         store_global(&launch.block_terms[blockIdx.x].kd + threadIdx.x, threadIdx.x == 0   ? kd
                                                                        : threadIdx.x == 1 ? ce
                                                                                           : correct);
-    if (is_last_block(launch.done_counter)) write_results(launch);
+    if (is_last_block(launch.done_counter)) write_results(launch, scratch);
 }
 
 }  // namespace kddp

@@ -79,7 +79,8 @@ template <class T>
 struct TeamScratch {
     SharedArray<T> maxima;     // 2 per warp
     SharedArray<double> sums;  // max_sums per warp
-    TeamRecord<T>* records;    // 1 per team
+    SharedArray<double> valid_rows;
+    TeamRecord<T>* records;  // 1 per team
 };
 
 template <int lanes, class T>

@@ -22,7 +22,7 @@ struct alignas(16) TeamRecord {  // two doubles per access
     TargetSums targets;
     Moments student, teacher;
     TargetMargins target;
-    double label_logit, valid_rows, value_scale, gradient_scale;
+    double label_logit, value_scale, gradient_scale;
     RowGradient gradient;
     RowTerms terms;  // of all rows so far
     LogitScale<T> scale;

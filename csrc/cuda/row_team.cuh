@@ -43,9 +43,11 @@ KDDP_DEVICE RowParams params_of_row(const LossLaunch& launch, const TeamRecord<t
 // Computes a row's terms and the coefficients of its gradient. One thread of the team calls it, and keeps nothing in
 // registers between the steps.
 template <class Types, GradientForm form>
-KDDP_DEVICE void finish_record(const LossLaunch& launch, TeamRecord<typename Types::T>& record) {
+KDDP_DEVICE void finish_record(const LossLaunch& launch, SharedArray<double> valid_rows,
+                               TeamRecord<typename Types::T>& record) {
     using F = std::conditional_t<Types::is_usual, typename Types::T, double>;
-    if (record.value_scale == 0) set_scales(launch, record.valid_rows, record);
+    // Before the first row is finished.
+    if (record.value_scale == 0) set_scales(launch, valid_rows.load(0), record);
     compiler_barrier();
     const double kd = finish_divergence<F>(params_of_row<Types, form>(opaque(launch), record), record.sums,
                                            record.mixture, record.student, record.target, record.label_logit,
@@ -168,7 +170,7 @@ class TeamRows {
             record.target = {(record.label_logit - record.sums.student_reference) * student_to_nats,
                              (record.target.teacher - record.sums.teacher_reference) * teacher_to_nats};
             record.sliced = is_sliced() && !part.mixes(), record.counts = record.computed && slice() == 0;
-            finish_record<Types, form>(opaque(launch_), record);
+            finish_record<Types, form>(opaque(launch_), scratch_.valid_rows, record);
         }
     }
 

@@ -65,9 +65,7 @@ OPERATIONS = {
 @pytest.mark.parametrize("operation", OPERATIONS)
 @pytest.mark.parametrize("current", [0, 1])
 @pytest.mark.parametrize(("device", "stream"), [(0, 0), (1, 0), (0, 0x51DE), (1, 0x51DE)])
-def test_an_operation_is_launched_on_the_device_and_stream_of_its_tensors(
-    emulated, operation, current, device, stream
-):
+def test_an_operation_is_launched_on_the_device_and_stream_of_its_tensors(emulated, operation, current, device, stream):
     prepare, run, launches = OPERATIONS[operation]
     with calls_go_to(emulated, device, stream):
         prepared = prepare()
