@@ -21,7 +21,7 @@ def at_offset(matrix, offset):
 @pytest.mark.parametrize("seed", range(3))
 @pytest.mark.parametrize("offset", [0, 1, 4])
 @pytest.mark.parametrize("dtypes", [(F32, F32), (BF16, BF16), (F32, BF16), (BF16, F32), (F64, F32)], ids=str)
-@pytest.mark.parametrize(("rows", "classes"), [(3, 10), (9, 1), (70, 11), (34, 37), (6, 61)])
+@pytest.mark.parametrize(("rows", "classes"), [(3, 10), (9, 1), (70, 11), (34, 37), (6, 53)])
 def test_every_row_has_its_own_gradient(emulated, rows, classes, dtypes, offset, seed):
     emulated.emulator.seed = seed
     generator = torch.Generator().manual_seed(rows + seed)
