@@ -78,7 +78,8 @@ class Counter:
         smaller, factor = self._shrunk(shape, max(shape.classes, shape.neurons))
         forward, scaling, usual = passes.loss_passes(make_inputs(smaller))
         fewer = -(-multiprocessors // factor)
-        first, (*_, report) = self._count_kernels(forward, fewer)
+        first, (preparation, report) = self._count_kernels(forward, fewer)
+        once = SECTOR_BYTES * (preparation["sectors_read"] + preparation["sectors_written"])  # for any number of rows
         scaled, in_place = (self._count_kernels(run, fewer)[0].plus(INCOMING) for run in (scaling, usual))
         cached = report["dynamic_shared"] > 0  # the kernel caches rows there
         exponentials = EXPONENTIALS_OF_CACHED_CLASS if cached else EXPONENTIALS_OF_CLASS_READ_TWICE
@@ -86,6 +87,7 @@ class Counter:
         elements = shape.rows * shape.classes
         first = first.times(factor)._replace(
             needed_bytes=passes.forward_bytes(shape),
+            moved_bytes=factor * (first.moved_bytes - once) + once,
             exponentials=exponentials * elements,
             instructions=instructions[shape.dtype.itemsize] * elements,
         )

@@ -10,6 +10,7 @@ import io
 import os
 import re
 import textwrap
+import typing
 from pathlib import Path
 from unittest import mock
 
@@ -70,7 +71,7 @@ def described(name, value):
     """The text for a public name, with indented members."""
     if inspect.isfunction(value):
         return signature(name, value)
-    if not isinstance(value, type):
+    if not isinstance(value, type) or typing.get_origin(value):  # Python 3.10 takes an alias for a class
         kind = type(value) if type(value).__module__.startswith("kddp_ext") else None
         text = re.sub(r"\bkddp_ext(\.\w+)*\.(?=[A-Z])", "", str(value))  # names are public, their modules are not
         return f"{name} = {text}" if kind is None else indented(f"{name}: {kind.__name__}", members(kind))

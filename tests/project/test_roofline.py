@@ -99,10 +99,11 @@ def test_the_emulated_loss_moves_little_more_than_needed(counter, rows, classes,
     forward, backward, usual = counter.loss(shape, 4)
     # Reading both sides twice moves 5 arrays instead of 3.
     least = forward.needed_bytes * (1 if exponentials == 2 else 5 / 3)
-    assert least - 8 * rows <= forward.moved_bytes <= 1.3 * least
+    counters = 4 * 4096  # which a small kernel sets to 0
+    assert least - 8 * rows <= forward.moved_bytes - counters <= 1.3 * least
     assert forward.exponentials == exponentials * rows * classes
     assert backward.needed_bytes <= backward.moved_bytes <= 1.1 * backward.needed_bytes
-    assert forward.launches == 1
+    assert forward.launches == 2  # the labels' count, and the loss
     assert backward.launches == usual.launches == 2  # the incoming gradient, and the scaling
     assert usual.moved_bytes < backward.moved_bytes / 20  # scaling by 1 only reads the scalar
 

@@ -17,7 +17,7 @@ INTEGRATIONS = ("kddp_ext.integrations.lightning", "kddp_ext.integrations.transf
 # Names that are neither classes nor functions; a string after the assignment documents them.
 ASSIGNED = {"Criterion", "Resource"}
 PUBLIC = {name: getattr(kddp_ext, name) for name in kddp_ext.__all__}
-CLASSES = [value for name, value in PUBLIC.items() if inspect.isclass(value)]
+CLASSES = [value for name, value in PUBLIC.items() if inspect.isclass(value) and name not in ASSIGNED]
 FUNCTIONS = [value for value in PUBLIC.values() if inspect.isfunction(value)]
 
 
