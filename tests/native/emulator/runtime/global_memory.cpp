@@ -163,7 +163,7 @@ void take_needs(Launch& launch) {
     const auto of_others = [&](const Need& need) {
         return launch.report.kernel.find(need.kernel) == std::string::npos;
     };
-    const auto own = std::stable_partition(next_needs.begin(), next_needs.end(), of_others);
+    const auto own = std::partition(next_needs.begin(), next_needs.end(), of_others);
     launch.needs.assign(own, next_needs.end());
     next_needs.erase(own, next_needs.end());
 }
