@@ -112,6 +112,7 @@ def test_a_call_needs_nothing_that_an_earlier_one_left(emulated):
     """No memory outlives a call, so none lies in the pool of a CUDA graph, and calls may share it on any stream."""
     with calls_go_to(emulated, 0, 0x51DE), mock.patch.object(kd_l1_loss, "workspace_on", full_of_ones):
         assert forward().isfinite()
+    assert launches_of(emulated) == [(0, 0x51DE)] * 2  # the first sets the counters to 0
 
 
 def full_of_ones(device):

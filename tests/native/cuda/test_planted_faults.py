@@ -253,7 +253,7 @@ def test_the_unchanged_source_passes(unchanged, run, seed):
 @pytest.mark.parametrize("name", FAULTS)
 def test_a_planted_fault_is_found(folder, name):
     fault = FAULTS[name]
-    kind, execute, _ = RUNS[fault.run]
+    kind, execute, kernel = RUNS[fault.run]
     source = folder / "planted" / name.replace(" ", "_") / "cuda" / fault.source
     twin(CUDA / fault.source, fault.replace, fault.by, source)
     emulator = built(folder, kind, source)
@@ -264,7 +264,7 @@ def test_a_planted_fault_is_found(folder, name):
         assert re.search(fault.error, text), text
         if fault.line is None:
             continue
-        position = re.match(r"kernel .*, block \d+, thread \d+, (\w+\.cuh?):(\d+): ", text)
+        position = re.match(rf"kernel .*(?:{kernel}|prepare_loss).*, block \d+, thread \d+, (\w+\.cuh?):(\d+): ", text)
         assert position, text
         path = source if position[1] == fault.source else CUDA / position[1]
         assert fault.line in path.read_text().splitlines()[int(position[2]) - 1], text

@@ -81,6 +81,7 @@ VARIANTS = {
 def test_the_kernel_depends_on_the_classes(measure, rows, classes, variant):
     _, report = measure(f"{variant}, {rows} rows of {classes}", logits_launch(rows, classes, F32))
     assert re.search(VARIANTS[variant], report["kernel"])
+    assert report["cooperative"] == (rows == 2)
     if rows == 2:
         assert report["grid"] > rows, "several blocks share a row"
     if variant == "long rows" and rows > 2:
