@@ -28,10 +28,7 @@ inline float fast_exp2(float x) {
     const float result = exp2f(x);
     return result < 1.17549435e-38f ? 0.0f : result;
 }
-template <class V>
-V load_acquire(V* counter) {
-    return atomicAdd(counter, V(0));
-}
+inline unsigned load_acquire(unsigned* counter) { return atomicAdd(counter, 0u); }
 inline int opaque_thread() { return static_cast<int>(threadIdx.x); }
 inline int opaque_block() { return static_cast<int>(blockIdx.x); }
 inline unsigned opaque_zero() { return 0; }
@@ -63,13 +60,9 @@ KDDP_DEVICE float fast_exp2(float x) {
 }
 
 // Reads, with acquire order, a counter that other blocks may be changing.
-template <class V>
-KDDP_DEVICE V load_acquire(V* counter) {
-    V value;
-    if constexpr (sizeof(V) == 4)
-        asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(value) : "l"(counter) : "memory");
-    else
-        asm volatile("ld.acquire.gpu.global.u64 %0, [%1];" : "=l"(value) : "l"(counter) : "memory");
+KDDP_DEVICE unsigned load_acquire(unsigned* counter) {
+    unsigned value;
+    asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(value) : "l"(counter) : "memory");
     return value;
 }
 
