@@ -179,29 +179,42 @@ class Shrinking(Study):
         return with_slow_norms(self.runtime.place(model))
 
     def at_once(self, contender: str, budget: float) -> dict[str, Any]:
-        """Prune once, without any training, by the gradients of 2000 training images."""
-        model = self.network()
-        model.eval()
+        """Prune without any training, by the gradients of 2000 training images, in one step or in eight."""
+        model, image = self.network().eval(), self.data.example()
         images, labels = self.data.normalise(self.data.train.images[:2000]), self.data.train.labels[:2000]
-        if contender.startswith("saliency"):
-            pruner = kddp_ext.DynamicPruner(
-                model, example_inputs=(images[:2],), criterion="saliency", target_macs=budget,
-                reconstruction_samples=0 if "without" in contender else 1024,
+        kind = contender.removesuffix(_EIGHT_PRUNES)
+        prunes = 1 if kind == contender else 8
+        ours = theirs = None
+        if kind.startswith("saliency"):
+            samples = 0 if "without" in kind else ShrinkConfig.reconstruction_samples
+            ours = kddp_ext.DynamicPruner(
+                model, example_inputs=(image,), criterion="saliency", target_macs=budget, target_steps=prunes,
+                reconstruction_samples=samples,
             )  # fmt: skip
+        else:
+            theirs = torch_pruner(kind, model, self.data)
+        for count in range(1, prunes + 1):
+            model.zero_grad()
             for some, their in zip(images.split(250), labels.split(250), strict=True):
                 loss = nn.functional.cross_entropy(model(some), their)
-                pruner.activations.observe(loss)
+                if ours is not None:
+                    ours.activations.observe(loss)
                 loss.backward()
-            pruner.prune()
-        else:
-            torch_kind = torch_pruner(contender, model, self.data)
-            for some, their in zip(images.split(250), labels.split(250), strict=True):
-                nn.functional.cross_entropy(model(some), their).backward()
-            prune_to(torch_kind, model, self.data.example(), budget * self.macs)
+            if ours is not None:
+                ours.prune()
+            else:
+                prune_to(theirs, model, image, budget ** (count / prunes) * self.macs)
         return self.figures(model)
 
 
-AT_ONCE = ("saliency", "saliency, without reconstruction", *(each for each in TORCH_PRUNING if each != "GroupNorm"))
+_EIGHT_PRUNES = ", eight prunes"
+AT_ONCE = (
+    "saliency",
+    "saliency" + _EIGHT_PRUNES,
+    "saliency, without reconstruction",
+    *(each for each in TORCH_PRUNING if each != "GroupNorm"),
+    "GroupTaylor" + _EACH_LAYER + _EIGHT_PRUNES,
+)
 
 
 def main() -> None:

@@ -67,8 +67,9 @@ class DynamicPruner:
         criterion: how active a neuron is. "contribution" (default) measures how much the next layer's input varies with
             the neuron; it ignores constant neurons and is invariant to rescaling between layers. "saliency" predicts
             the increase of the loss without the neuron from the gradients of the training, and is the one that compares
-            neurons of different layers; it needs neither `threshold` nor `patience`. The others are "mean_activation",
-            "apoz", "dead", or a `kddp_ext.Criterion`, a function that depends on its arguments only.
+            neurons of different layers; it needs neither `threshold` nor `patience`. Where removed neurons are
+            reconstructed, the increase is that of what the remaining ones cannot express. The others are
+            "mean_activation", "apoz", "dead", or a `kddp_ext.Criterion`, a function that depends on its arguments only.
         threshold: a neuron is inactive at a check when its activity is below this, in (0, 1]. It is relative to the
             layer's most active neuron for "contribution" and "mean_activation", a share of the samples for "apoz",
             unused by "dead", and any positive number for a function. Default 0.01.
@@ -99,7 +100,8 @@ class DynamicPruner:
             layer without bias. Default True.
         reconstruction_samples: the number of recent values of each neuron from which a ridge regression expresses
             removed neurons through the remaining ones; the result is added to the next layer's weights. Default 256,
-            which are a few batches' worth. 0 compensates only the mean.
+            which are a few batches' worth. 0 compensates only the mean. "saliency" gains from more, because it ranks
+            layers with more neurons than samples as if nothing were reconstructed.
         layers: names of the layers to prune. A layer that writes the same neurons as others, as in a residual stream,
             stands for all of them. Default: all prunable layers.
         streams: "exact" (default) prunes only what can be removed without changing the other neurons. "all" also
@@ -233,7 +235,7 @@ class DynamicPruner:
 
     @property
     def saliency(self) -> dict[str, Tensor]:
-        """The predicted increase of the loss if a neuron is replaced by its mean, (H,) float64 by layer.
+        """The predicted increase of the loss if only this neuron is replaced by its mean, (H,) float64 by layer.
 
         It is that of the passes since the last check, with criterion "saliency"; NaN before there is one.
         """
@@ -463,18 +465,16 @@ def _remove_all(hooks: ActivationHooks, taps: GradientTaps) -> None:
 def _reconstructions(decision: Decision) -> tuple[Reconstruction | None, ...]:
     """For each value, the reconstruction of its removed units; None where their mean is as good."""
     observation, found = decision.observation, []
-    for index, (value, statistics) in enumerate(zip(observation.neurons.values, observation.statistics, strict=True)):
-        readers = [reader for reader in observation.neurons.readers if reader.value == index]
-        gone = units_gone(value, decision.keep)
+    for index, value in enumerate(observation.neurons.values):
+        gone, readers = units_gone(value, decision.keep), observation.readers_of(index)
         reconstruction = None
-        ring = statistics.ring
-        if ring is not None and bool(gone.any()) and all(each.groups == 1 and not each.computed for each in readers):
+        if bool(gone.any()) and (samples := observation.samples_of(index)) is not None:
             reconstruction = reconstruct(
-                ring.samples,
+                samples[0],
                 (~gone).nonzero().flatten(),
                 gone.nonzero().flatten(),
                 observation.outgoing_of(index),
-                means=None if value.positions is None else statistics.position_mean[:, ring.entries[: ring.filled]].T,
+                means=samples[1],
                 constant=all(reader.shift is not None for reader in readers),
                 padded=any(reader.padded for reader in readers),
             )

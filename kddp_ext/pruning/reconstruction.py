@@ -58,7 +58,7 @@ def reconstruct(
         padded: whether the next layer reads zeros beyond a border. The fit is then also h_p ≈ A h_k, and the constant
             is the mean of the residual, because a larger constant would be wrong at the border.
     """
-    if not len(pruned) or len(samples) < _FEWEST_SAMPLES or not bool(samples.isfinite().all()):
+    if not len(pruned) or not are_usable(samples):
         return None
     values = samples.double()
     centred = values - (values.mean(0) if means is None else means)
@@ -82,6 +82,11 @@ def reconstruct(
         return None
     whitened = vectors / (eigenvalues + RIDGES[best] * highest).sqrt()
     return Reconstruction(gone.T @ whitened, whitened.T @ kept, errors[best] / error_of_mean)
+
+
+def are_usable(samples: Tensor) -> bool:
+    """Whether the samples (S, H) are enough, and finite."""
+    return len(samples) >= _FEWEST_SAMPLES and bool(samples.isfinite().all())
 
 
 def _principal_components(matrix: Tensor) -> tuple[Tensor, Tensor]:

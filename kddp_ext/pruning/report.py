@@ -102,8 +102,8 @@ class PruneReport:
         macs_after: multiply-accumulates after it.
         loss: the mean loss of a sample since the last check, without the penalty; None where no loss was seen, which
             only criterion "saliency" looks at.
-        predicted_increase: the increase of this loss that the saliency of the removed neurons predicts, before any
-            further training; None with another criterion.
+        predicted_increase: the increase of this loss that the saliency of the removed neurons predicts, after their
+            reconstruction and before any further training; None with another criterion.
         latest_predicted: the increase that was predicted at the latest check before this one, or None.
         latest_measured: by how much the loss has changed since that check, or None. The training in between lowers it.
     """

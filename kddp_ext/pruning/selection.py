@@ -14,9 +14,10 @@ import torch
 from torch import Tensor, nn
 
 from kddp_ext.activations.statistics import NeuronStatistics
+from kddp_ext.pruning.elimination import eliminate, shrunk_correlation
 from kddp_ext.pruning.model_size import ModelSize, RemainingSize
 from kddp_ext.pruning.ranking import RankedStep, rank
-from kddp_ext.pruning.reconstruction import Reconstruction
+from kddp_ext.pruning.reconstruction import Reconstruction, are_usable
 from kddp_ext.pruning.saliency import Saliency
 from kddp_ext.pruning.settings import DEFAULT_LOSS_BUDGET, Criterion, PruningSettings
 from kddp_ext.pruning.tracing.structure import NeuronGroup, PrunableNeurons, Reader, ReadValue, count_neurons
@@ -94,6 +95,33 @@ class Observation(NeuronRecord):
             for reader, norms in zip(self.neurons.readers, self.outgoing, strict=True)
         ]
         return self.root_of_squares(products)
+
+    def samples_of(self, value: int) -> tuple[Tensor, Tensor | None] | None:
+        """The latest values of a value's units, (S, units), and their means where these depend on the entry.
+
+        None where the layers that read them cannot take over what removed units did.
+        """
+        ring = self.statistics[value].ring
+        readers = self.readers_of(value)
+        if ring is None or any(reader.groups > 1 or reader.computed for reader in readers):
+            return None
+        if self.neurons.values[value].positions is None:
+            return ring.samples, None
+        return ring.samples, self.statistics[value].position_mean[:, ring.entries[: ring.filled]].T
+
+    def deviations(self, value: int) -> Tensor | None:
+        """The latest values of a value's units less what a constant replaces, (S, units) float64; None as above."""
+        samples = self.samples_of(value)
+        if samples is None or not are_usable(samples[0]):
+            return None
+        values, means = samples[0].double(), samples[1]
+        if any(reader.shift is None for reader in self.readers_of(value)):
+            return values
+        return values - (values.mean(0) if means is None else means)
+
+    def readers_of(self, value: int) -> list[Reader]:
+        """The layers that read a value."""
+        return [reader for reader in self.neurons.readers if reader.value == value]
 
     def outgoing_of(self, value: int) -> Tensor:
         """‖W2[:,j]‖₂ for each unit of a value, over all layers that read it, float64."""
@@ -402,8 +430,10 @@ def _budget(observation: Observation, settings: PruningSettings) -> float:
 
 def _decide_alone(observation: Observation, settings: PruningSettings) -> list[tuple[LayerDecision, Tensor]]:
     """The decision about each layer without a ranking over all layers, and the neurons that may go, weakest first."""
-    activity = activities(settings.criterion, observation)
+    activity = order = activities(settings.criterion, observation)
     if settings.criterion == "saliency":  # any neuron may go; the ranking decides
+        if settings.compensate and settings.reconstruction_samples:
+            activity, order = _with_reconstruction(observation, activity)
         inactive = marked = torch.ones_like(activity, dtype=torch.bool)
         inactive_checks = torch.zeros_like(observation.inactive_checks)
     else:
@@ -414,6 +444,39 @@ def _decide_alone(observation: Observation, settings: PruningSettings) -> list[t
     decisions = []
     for group in observation.neurons.groups:
         own, idle, due, checks = (each[group.numbers] for each in (activity, inactive, marked, inactive_checks))
-        weakest_first, kept_by = removable(due, own, **limits)
+        weakest_first, kept_by = removable(due, order[group.numbers], **limits)
         decisions.append((LayerDecision(group, own, idle, due, checks, weakest_first, kept_by), weakest_first))
     return decisions
+
+
+def _with_reconstruction(observation: Observation, increases: Tensor) -> tuple[Tensor, Tensor]:
+    """What each neuron costs the loss when it goes, and when in its group it goes; both (N,) float64."""
+    costs, order = increases.clone(), increases.clone()
+    for group in observation.neurons.groups:
+        correlation = _correlation(observation, group)
+        if correlation is not None:
+            gone, costs[group.numbers] = eliminate(correlation, increases[group.numbers])
+            order[group.numbers] = gone.argsort().double()
+    return costs, order
+
+
+def _correlation(observation: Observation, group: NeuronGroup) -> Tensor | None:
+    """The correlation matrix of a group's neurons, (width, width); None where no neuron can express another.
+
+    It is averaged over the values that have the neurons. They correlate with nothing in a value that cannot be
+    reconstructed, or that has fewer samples than the group has neurons, which would not show much.
+    """
+    neurons, found = observation.neurons, list[Tensor | None]()
+    for index in range(len(neurons.values)):
+        units, owners = neurons.units_of(index, group)
+        if len(units):
+            samples = observation.deviations(index) if len(units) == len(owners.unique()) else None
+            if samples is not None and len(samples) >= group.width:
+                found.append(shrunk_correlation(samples[:, units[owners.argsort()]]))
+            else:
+                found.append(None)
+    known = [each for each in found if each is not None]
+    if not known:
+        return None
+    identity = torch.eye(group.width, dtype=torch.float64, device="cpu")
+    return (torch.stack(known).sum(0) + (len(found) - len(known)) * identity) / len(found)

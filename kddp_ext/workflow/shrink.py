@@ -52,6 +52,8 @@ from kddp_ext.workflow.train import measure_saliency, student_recipe
 
 _STUDENT = "student"  # the name of the training, and of its folder
 _CALIBRATION_BATCH = 250
+_CALIBRATION_BATCHES = 8  # at least: so many fill the samples of the reconstruction
+_CALIBRATION_PRUNES = 8  # each with what the prunes before it left
 PROBES = 4  # batches: the first of them measures only means
 _NORM_MOMENTUM = 0.1  # PyTorch's default
 _FEWEST_STEPS = 4  # between two checks, so that the loss between them is a mean
@@ -168,16 +170,23 @@ def _open(folder: RunFolder, config: ShrinkConfig, saved: SavedModel, *, resume:
 def _calibrated(
     model: nn.Module, data: ImageData, images: int, config: RunConfig, saved: SavedModel, runtime: Runtime
 ) -> kddp_ext.PruningHistory:
-    """Prune `model` once; returns what was pruned from it in all. A loss budget refers to the cross entropy."""
-    pruner = make_pruner(model, [], config.pruning, data.example(2), history=saved.history)
-    indices = torch.arange(min(images, len(data.train))).split(_CALIBRATION_BATCH)
-    batches = (
-        (data.normalise(data.train.images[each]), partial(F.cross_entropy, target=data.train.labels[each]))
-        for each in indices
+    """Prune `model` step by step without training; returns what was pruned from it in all.
+
+    A loss budget refers to the cross entropy.
+    """
+    pruner = make_pruner(
+        model, [], config.pruning, data.example(2), history=saved.history, target_steps=_CALIBRATION_PRUNES
     )
-    measure_saliency(pruner, batches, config.distillation.loss(), runtime, config.seed)
-    model.zero_grad()
-    pruner.prune()
+    images = min(images, len(data.train))
+    indices = torch.arange(images).split(max(1, min(_CALIBRATION_BATCH, images // _CALIBRATION_BATCHES)))
+    for prune in range(_CALIBRATION_PRUNES):
+        batches = (
+            (data.normalise(data.train.images[each]), partial(F.cross_entropy, target=data.train.labels[each]))
+            for each in indices
+        )
+        measure_saliency(pruner, batches, config.distillation.loss(), runtime, config.seed + prune)
+        model.zero_grad()
+        pruner.prune()
     return pruner.history
 
 
