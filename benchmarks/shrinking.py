@@ -24,6 +24,7 @@ from torch import nn
 import kddp_ext
 from benchmarks.table import Table, write_markdown
 from benchmarks.trainings import Study, mean_accuracy, study_parser
+from kddp_ext.files import write_json
 from kddp_ext.workflow.config import RunConfig, ShrinkConfig
 from kddp_ext.workflow.data import ImageData
 from kddp_ext.workflow.jobs import Job
@@ -233,6 +234,7 @@ def main() -> None:
     contenders = [*OURS, *TORCH_PRUNING, *NARROWER]
     parser.add_argument("--contenders", nargs="*", default=contenders, choices=[*contenders, UNPRUNED])
     parser.add_argument("--at-once", nargs="*", default=[*AT_ONCE], choices=AT_ONCE)
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures of every training")
     arguments = parser.parse_args()
     study = Shrinking(arguments)
     shares = [budget for budget in arguments.budgets if budget <= 1]
@@ -248,19 +250,21 @@ def main() -> None:
                         lambda c=contender, b=budget, s=seed: study.contend(c, b, s),
                     )
     study.finish("original", lambda: study.figures(study.original))
-    found = tables(arguments.folder, study.macs)
+    results = {path.stem: json.loads(path.read_text()) for path in sorted(arguments.folder.glob("*.json"))}
+    if arguments.json:
+        write_json(arguments.json, results)
+    found = tables(results, study.macs)
     if arguments.markdown:
         write_markdown(arguments.markdown, None, found)
     for table in found:
         Console().print(table.for_terminal())
 
 
-def tables(folder: Path, macs: int) -> list[Table]:
-    """The figures over the seeds, and those without training."""
+def tables(found: dict[str, dict[str, Any]], macs: int) -> list[Table]:
+    """The figures over the seeds, and those without training, from all results by name."""
     runs: dict[tuple[str, float], list[dict[str, Any]]] = {}
     once: dict[tuple[str, float], dict[str, Any]] = {}
-    for path in sorted(folder.glob("*.json")):
-        result, name = json.loads(path.read_text()), path.stem
+    for name, result in found.items():
         if name.startswith("at once, "):
             contender, budget = name.removeprefix("at once, ").rsplit(", ", 1)
             once[contender, float(budget)] = result

@@ -453,14 +453,14 @@ def _with_reconstruction(observation: Observation, increases: Tensor) -> tuple[T
     """What each neuron costs the loss when it goes, and when in its group it goes; both (N,) float64."""
     costs, order = increases.clone(), increases.clone()
     for group in observation.neurons.groups:
-        correlation = _correlation(observation, group)
+        correlation = correlation_of(observation, group)
         if correlation is not None:
             gone, costs[group.numbers] = eliminate(correlation, increases[group.numbers])
             order[group.numbers] = gone.argsort().double()
     return costs, order
 
 
-def _correlation(observation: Observation, group: NeuronGroup) -> Tensor | None:
+def correlation_of(observation: Observation, group: NeuronGroup) -> Tensor | None:
     """The correlation matrix of a group's neurons, (width, width); None where no neuron can express another.
 
     It is averaged over the values that have the neurons. They correlate with nothing in a value that cannot be

@@ -5,9 +5,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from pruner_cases import make_pruner
+from pruning.zoo.resnets import StandardisedConv
 from torch import nn
 
 from kddp_ext.pruning.elimination import eliminate, shrunk_correlation
+from kddp_ext.pruning.selection import correlation_of
 
 
 def drawn(width, samples, seed):
@@ -120,3 +122,38 @@ def test_saliency_alone_decides_where_nothing_is_reconstructed(options):
     pruner = measured_pruner(*twins(), **options)
     weakest = sorted(pruner.saliency["0"].argsort()[:2].tolist())
     assert sorted(pruner.prune().layers[0].pruned) == weakest
+
+
+class TwoReaders(nn.Module):
+    """A layer whose neurons are read at two places."""
+
+    def __init__(self, second):
+        super().__init__()
+        self.hidden, self.first, self.second = nn.Conv2d(2, 4, 1), nn.Conv2d(4, 3, 1), second(4, 3, 1)
+
+    def forward(self, x):
+        hidden = self.hidden(x)
+        return (self.first(hidden.relu()) + self.second(hidden.tanh())).flatten(1)
+
+
+@pytest.mark.parametrize("second", [nn.Conv2d, StandardisedConv])
+def test_neurons_that_are_read_at_two_places_have_the_mean_of_both_correlations(second):
+    """A weight that is computed cannot take over what removed neurons did, so there nothing correlates."""
+    torch.manual_seed(0)
+    model, x = TwoReaders(second), torch.randn(64, 2, 1, 1)
+    observation = measured_pruner(model, x, streams="all", reconstruction_samples=64)._state.observe(
+        model, caller="prune"
+    )
+    samples = [statistics.ring.samples.double() for statistics in observation.statistics]
+    parts = [shrunk_correlation(each - each.mean(0)) for each in samples]
+    if second is StandardisedConv:
+        parts[1] = torch.eye(4, dtype=torch.float64)
+    found = correlation_of(observation, observation.neurons.groups[0])
+    torch.testing.assert_close(found, (parts[0] + parts[1]) / 2)
+
+
+def test_fewer_samples_than_neurons_show_nothing():
+    model, x = twins()
+    pruner = measured_pruner(model, x[:2], reconstruction_samples=64)  # 2 samples of each of 3 passes
+    observation = pruner._state.observe(model, caller="prune")
+    assert correlation_of(observation, observation.neurons.groups[0]) is None
