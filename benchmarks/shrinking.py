@@ -47,6 +47,7 @@ NARROWER = ("narrower", "narrower, three times the passes")
 UNPRUNED = "unpruned"  # shows what the same training costs and gains without pruning
 _FINEST = 400  # steps in which Torch-Pruning removes everything; it stops at the budget
 _PRUNES = 6  # of Torch-Pruning in a training, evenly spread over the part that prunes
+_PRUNES_UNTIL = 0.25  # of the training: it recovers between two prunes
 
 
 class TorchPruning:
@@ -153,7 +154,8 @@ class Shrinking(Study):
     def contend(self, contender: str, budget: float, seed: int) -> dict[str, Any]:
         """Train a contender; returns its figures."""
         times = 3 if contender == NARROWER[1] else 1
-        config = self.settings(contender, budget, seed, epochs=times * self.arguments.epochs)
+        until = _PRUNES_UNTIL if contender in TORCH_PRUNING else ShrinkConfig.until
+        config = self.settings(contender, budget, seed, epochs=times * self.arguments.epochs, until=until)
         recipe = replace(student_recipe(config, "kddp"), probes=PROBES if contender in OURS else 0)
         model = self.narrower(config, budget) if contender in NARROWER else self.network()
         training = Training(model, model, recipe.optimizers(model), None, [])

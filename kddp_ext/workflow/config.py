@@ -376,7 +376,7 @@ class ShrinkConfig(_Settings):
     """Images per step. 0: as many as the students of the source's run."""
     learning_rate: PositiveFloat = 1e-3
     """Adam's learning rate at the first step; a cosine schedule decays it to 0."""
-    muon_learning_rate: NaturalFloat = 0.03
+    muon_learning_rate: NaturalFloat = 0.015
     """The same of Muon, which trains the filters of convolutions; 0: Adam trains them, too, as it does where a loss
     budget is to be kept, because Muon's first steps raise the loss."""
     temperature: PositiveFloat = 4.0
@@ -385,10 +385,12 @@ class ShrinkConfig(_Settings):
     """Weight of the distillation; the rest is the cross entropy with the labels."""
     shift: NaturalInt = 2
     """Largest shift of augmented images, in pixels."""
-    checks: PositiveInt = 8
-    """Checks in each pass at which neurons may be removed; fewer where that would leave less than four steps each."""
-    until: PositiveShare = 0.25
-    """Share of the training after which nothing is removed."""
+    checks: NaturalInt = 0
+    """Checks in each pass at which neurons may be removed. 0: 40, or 8 where a loss budget decides, with at least four
+    steps between them, because the loss has to fall again."""
+    until: NaturalShare = 0.0
+    """Share of the training after which nothing is removed. 0: 0.05, so that what is left is trained for long, or 0.25
+    where a loss budget decides."""
     round_to: PositiveInt = 1
     """Round widths up to a multiple of this. 8 makes convolutions much faster in ONNX Runtime; a layer with fewer
     neurons stays as it is."""

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -56,7 +56,20 @@ _CALIBRATION_BATCHES = 8  # at least: so many fill the samples of the reconstruc
 _CALIBRATION_PRUNES = 8  # each with what the prunes before it left
 PROBES = 4  # batches: the first of them measures only means
 _NORM_MOMENTUM = 0.1  # PyTorch's default
-_FEWEST_STEPS = 4  # between two checks, so that the loss between them is a mean
+_FEWEST_CHECKS = 4  # so that one of them does not remove everything
+
+
+class _Schedule(NamedTuple):
+    """When neurons are removed, by default."""
+
+    checks: int  # in each pass
+    fewest_steps: int  # between two checks
+    until: float  # share of the training
+
+
+_TO_A_TARGET = _Schedule(checks=40, fewest_steps=1, until=0.05)
+# Each check waits until the loss has fallen, which the steps between them show.
+_WITH_BUDGET = _Schedule(checks=8, fewest_steps=4, until=0.25)
 
 
 def settings_of(shrink: ShrinkConfig, saved: SavedModel, images: int) -> RunConfig:
@@ -65,6 +78,7 @@ def settings_of(shrink: ShrinkConfig, saved: SavedModel, images: int) -> RunConf
     batch_size = shrink.batch_size or source.student.batch_size
     network: Any = source.teacher if saved.stage == "teacher" else source.student
     keeps_a_budget = bool(shrink.loss_budget) or not (shrink.target_macs or shrink.target_parameters)
+    schedule = _WITH_BUDGET if keeps_a_budget else _TO_A_TARGET
     student = StudentConfig(
         architecture=network.architecture,
         channels=network.channels,
@@ -76,11 +90,14 @@ def settings_of(shrink: ShrinkConfig, saved: SavedModel, images: int) -> RunConf
         learning_rate=shrink.learning_rate,
         muon_learning_rate=0.0 if keeps_a_budget else shrink.muon_learning_rate,
     )
+    steps = max(1, images // batch_size)  # of a pass
+    interval = max(schedule.fewest_steps, steps // (shrink.checks or schedule.checks))
+    few = min(1.0, _FEWEST_CHECKS * interval / (shrink.epochs * steps))  # where there are few images
     pruning = PruningConfig(
         l1_weight=0.0,
         layers="all",
-        steps=max(_FEWEST_STEPS, images // batch_size // shrink.checks),
-        until=shrink.until,
+        steps=interval,
+        until=shrink.until or max(schedule.until, few),
         criterion="saliency",
         target_macs=shrink.target_macs,
         target_parameters=shrink.target_parameters,
