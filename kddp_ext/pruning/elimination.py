@@ -16,6 +16,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+WIDEST = 2048  # neurons: the work grows with the cube of their number, and takes some 3 s for so many on one thread
 _BLOCK = 128  # removals between two updates of the matrices, which then are products of matrices
 
 

@@ -100,8 +100,8 @@ class DynamicPruner:
             layer without bias. Default True.
         reconstruction_samples: the number of recent values of each neuron from which a ridge regression expresses
             removed neurons through the remaining ones; the result is added to the next layer's weights. Default 256,
-            which are a few batches' worth. 0 compensates only the mean. "saliency" gains from more, because it ranks
-            layers with more neurons than samples as if nothing were reconstructed.
+            which are a few batches' worth. 0 compensates only the mean. "saliency" gains from several times the width,
+            because it looks at what the samples show of the neurons' correlations.
         layers: names of the layers to prune. A layer that writes the same neurons as others, as in a residual stream,
             stands for all of them. Default: all prunable layers.
         streams: "exact" (default) prunes only what can be removed without changing the other neurons. "all" also

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from kddp_ext.activations.statistics import NeuronStatistics
-from kddp_ext.pruning.elimination import eliminate, shrunk_correlation
+from kddp_ext.pruning.elimination import WIDEST, eliminate, shrunk_correlation
 from kddp_ext.pruning.model_size import ModelSize, RemainingSize
 from kddp_ext.pruning.ranking import RankedStep, rank
 from kddp_ext.pruning.reconstruction import Reconstruction, are_usable
@@ -464,17 +464,16 @@ def correlation_of(observation: Observation, group: NeuronGroup) -> Tensor | Non
     """The correlation matrix of a group's neurons, (width, width); None where no neuron can express another.
 
     It is averaged over the values that have the neurons. They correlate with nothing in a value that cannot be
-    reconstructed, or that has fewer samples than the group has neurons, which would not show much.
+    reconstructed. None also where the group is wider than `WIDEST`.
     """
     neurons, found = observation.neurons, list[Tensor | None]()
+    if group.width > WIDEST:
+        return None
     for index in range(len(neurons.values)):
         units, owners = neurons.units_of(index, group)
         if len(units):
             samples = observation.deviations(index) if len(units) == len(owners.unique()) else None
-            if samples is not None and len(samples) >= group.width:
-                found.append(shrunk_correlation(samples[:, units[owners.argsort()]]))
-            else:
-                found.append(None)
+            found.append(None if samples is None else shrunk_correlation(samples[:, units[owners.argsort()]]))
     known = [each for each in found if each is not None]
     if not known:
         return None

@@ -396,7 +396,7 @@ class ShrinkConfig(_Settings):
     neurons stays as it is."""
     reconstruction_samples: NaturalInt = 4096
     """Number of recent samples from which least squares redistributes removed neurons' outputs. A batch gives at most
-    an eighth of them; layers with more neurons than samples gain less."""
+    an eighth of them."""
     seed: NaturalInt = 0
     """Seed of the order of the images."""
     calibrate: NaturalInt = 0

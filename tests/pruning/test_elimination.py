@@ -152,8 +152,14 @@ def test_neurons_that_are_read_at_two_places_have_the_mean_of_both_correlations(
     torch.testing.assert_close(found, (parts[0] + parts[1]) / 2)
 
 
-def test_fewer_samples_than_neurons_show_nothing():
+@pytest.mark.parametrize(("widest", "rows"), [(7, 400), (8, 5)])
+def test_very_wide_layers_and_few_samples_are_left_alone(monkeypatch, widest, rows):
+    monkeypatch.setattr("kddp_ext.pruning.selection.WIDEST", widest)
     model, x = twins()
-    pruner = measured_pruner(model, x[:2], reconstruction_samples=64)  # 2 samples of each of 3 passes
+    pruner = measured_pruner(model, x[:rows])  # 15 samples are one too few
     observation = pruner._state.observe(model, caller="prune")
     assert correlation_of(observation, observation.neurons.groups[0]) is None
+    monkeypatch.undo()
+    pruner = measured_pruner(model, x)
+    observation = pruner._state.observe(model, caller="prune")
+    assert correlation_of(observation, observation.neurons.groups[0]) is not None
