@@ -301,7 +301,7 @@ def tables(found: dict[str, dict[str, Any]], macs: int) -> list[Table]:
         Table("trained", "Shrunk and trained: mean ± standard deviation over the seeds", columns, rows),
         Table(
             "at-once",
-            "Pruned once, without training",
+            "Pruned without training",
             ["asked", "contender", "test accuracy (%)", "MACs left"],
             without,
         ),
