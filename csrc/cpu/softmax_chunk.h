@@ -92,15 +92,6 @@ T highest_of(const void* logits, Chunk chunk, int64_t places) {
     return maximum_of_lanes<T>(maximum<T>(even, odd));
 }
 
-// Sum of f(value) over a chunk, where f(fill) = 0.
-template <class T, class F>
-double sum_of_chunk(const T* values, Chunk chunk, T fill, F f) {
-    Vector<T> sum{};
-    for_each_vector<T>(chunk, [&](int64_t i, int64_t first, int64_t last)
-                                  KDDP_ALWAYS_INLINE { sum += f(load_lanes<T>(values + i, first, last, fill)); });
-    return sum_of_lanes<T>(sum);
-}
-
 // A sum over many vectors: every few of them in T, then in double, so that rounding does not grow with the count.
 template <class T>
 struct LongSum {
@@ -112,6 +103,19 @@ struct LongSum {
     void flush() { all += few, few = Vector<T>{}; }
     double of_lanes() { return flush(), all.of_lanes(); }
 };
+
+// Sum of f(value) over a chunk, where f(fill) = 0. It is long, because the squares of numbers on a coarse grid, such as
+// deviations of logits near 10^4, would all be rounded in the same direction.
+template <class T, class F>
+double sum_of_chunk(const T* values, Chunk chunk, T fill, F f) {
+    LongSum<T> sum;
+    unsigned vectors = 0;
+    for_each_vector<T>(chunk, [&](int64_t i, int64_t first, int64_t last) KDDP_ALWAYS_INLINE {
+        sum += f(load_lanes<T>(values + i, first, last, fill));
+        if (++vectors % LongSum<T>::vectors_at_once == 0) sum.flush();
+    });
+    return sum.of_lanes();
+}
 
 // The sums of a chunk's targets, and the first class with the highest soft label.
 struct ChunkTargets {

@@ -289,6 +289,19 @@ def test_standardized_logits_with_a_common_offset_are_as_exact_as_pytorchs(offse
         assert largest_error(value, true) <= 2 * largest_error(other, true) + 4 * eps * float(true.abs().max())
 
 
+def test_squares_of_deviations_on_a_coarse_grid_are_not_all_rounded_down():
+    """Logits near 1e4 are multiples of 2^-10. A long sum has too few bits for their squares, and n² mod 8 is 0, 1 or 4."""
+    largest = {"ours": 0.0, "theirs": 0.0}
+    for seed in range(10):
+        student, teacher = torch.randn(2, 4, 1000, generator=torch.Generator().manual_seed(seed)) + 1e4
+        options = {"divergence": "jsd", "standardize_logits": True, "alpha": 1.0, "temperature": 2.0, "l1_weight": 0.0}
+        case = Case(student, teacher, torch.arange(4), [torch.zeros(4, 1)], {**options, "label_smoothing": 0.0})
+        true = evaluate(case, reference, torch.float64).loss
+        for name, loss in (("ours", fused), ("theirs", composite)):
+            largest[name] = max(largest[name], largest_error(evaluate(case, loss).loss, true))
+    assert largest["ours"] <= 2 * largest["theirs"]
+
+
 def test_a_teacher_without_a_softmax_is_nan_everywhere(logits):
     """Not infinite, as the weights of the reverse divergence are."""
     logits[1, 1] = -INFINITY
