@@ -290,7 +290,7 @@ def test_standardized_logits_with_a_common_offset_are_as_exact_as_pytorchs(offse
 
 
 def test_squares_of_deviations_on_a_coarse_grid_are_not_all_rounded_down():
-    """Logits near 1e4 are multiples of 2^-10. A long sum has too few bits for their squares, and n² mod 8 is 0, 1 or 4."""
+    """Near 1e4 deviations are multiples of 2^-10. A long sum has too few bits for n², and n² mod 8 is 0, 1 or 4."""
     largest = {"ours": 0.0, "theirs": 0.0}
     for seed in range(10):
         student, teacher = torch.randn(2, 4, 1000, generator=torch.Generator().manual_seed(seed)) + 1e4
