@@ -96,6 +96,17 @@ class Observation(NeuronRecord):
         ]
         return self.root_of_squares(products)
 
+    @cached_property
+    def elimination(self) -> tuple[Tensor, Tensor]:
+        """By saliency: what each neuron costs the loss when it goes, and when in its group it goes; (N,) float64."""
+        costs, order = self.saliency.increase.clone(), self.saliency.increase.clone()
+        for group in self.neurons.groups:
+            correlation = correlation_of(self, group)
+            if correlation is not None:
+                gone, costs[group.numbers] = eliminate(correlation, costs[group.numbers])
+                order[group.numbers] = gone.argsort().double()
+        return costs, order
+
     def samples_of(self, value: int) -> tuple[Tensor, Tensor | None] | None:
         """The latest values of a value's units, (S, units), and their means where these depend on the entry.
 
@@ -433,7 +444,7 @@ def _decide_alone(observation: Observation, settings: PruningSettings) -> list[t
     activity = order = activities(settings.criterion, observation)
     if settings.criterion == "saliency":  # any neuron may go; the ranking decides
         if settings.compensate and settings.reconstruction_samples:
-            activity, order = _with_reconstruction(observation, activity)
+            activity, order = observation.elimination
         inactive = marked = torch.ones_like(activity, dtype=torch.bool)
         inactive_checks = torch.zeros_like(observation.inactive_checks)
     else:
@@ -447,17 +458,6 @@ def _decide_alone(observation: Observation, settings: PruningSettings) -> list[t
         weakest_first, kept_by = removable(due, order[group.numbers], **limits)
         decisions.append((LayerDecision(group, own, idle, due, checks, weakest_first, kept_by), weakest_first))
     return decisions
-
-
-def _with_reconstruction(observation: Observation, increases: Tensor) -> tuple[Tensor, Tensor]:
-    """What each neuron costs the loss when it goes, and when in its group it goes; both (N,) float64."""
-    costs, order = increases.clone(), increases.clone()
-    for group in observation.neurons.groups:
-        correlation = correlation_of(observation, group)
-        if correlation is not None:
-            gone, costs[group.numbers] = eliminate(correlation, increases[group.numbers])
-            order[group.numbers] = gone.argsort().double()
-    return costs, order
 
 
 def correlation_of(observation: Observation, group: NeuronGroup) -> Tensor | None:
@@ -474,8 +474,7 @@ def correlation_of(observation: Observation, group: NeuronGroup) -> Tensor | Non
         if len(units):
             samples = observation.deviations(index) if len(units) == len(owners.unique()) else None
             found.append(None if samples is None else shrunk_correlation(samples[:, units[owners.argsort()]]))
-    known = [each for each in found if each is not None]
-    if not known:
+    if all(each is None for each in found):
         return None
     identity = torch.eye(group.width, dtype=torch.float64, device="cpu")
-    return (torch.stack(known).sum(0) + (len(found) - len(known)) * identity) / len(found)
+    return torch.stack([identity if each is None else each for each in found]).mean(0)

@@ -253,12 +253,12 @@ class PreActivationBlock(nn.Module):
         self.conv2 = nn.Conv2d(outputs, outputs, 3, padding=1, bias=False)
         changes = stride != 1 or inputs != outputs
         self.shortcut = nn.Conv2d(inputs, outputs, 1, bias=False) if changes else None
-        self._stride = stride
 
     def forward(self, features: Tensor) -> Tensor:
         rectified = torch.relu(self.norm1(features))
         residual = features
         if self.shortcut is not None:
-            residual = self.shortcut(rectified[:, :, :: self._stride, :: self._stride])
+            down, right = self.conv1.stride
+            residual = self.shortcut(rectified[:, :, ::down, ::right])
         output: Tensor = residual + self.conv2(torch.relu(self.norm2(self.conv1(rectified))))
         return output
