@@ -466,18 +466,10 @@ def _reconstructions(decision: Decision) -> tuple[Reconstruction | None, ...]:
     """For each value, the reconstruction of its removed units; None where their mean is as good."""
     observation, found = decision.observation, []
     for index, value in enumerate(observation.neurons.values):
-        gone, readers = units_gone(value, decision.keep), observation.readers_of(index)
-        reconstruction = None
+        gone, reconstruction = units_gone(value, decision.keep), None
         if bool(gone.any()) and (samples := observation.samples_of(index)) is not None:
-            reconstruction = reconstruct(
-                samples[0],
-                (~gone).nonzero().flatten(),
-                gone.nonzero().flatten(),
-                observation.outgoing_of(index),
-                means=samples[1],
-                constant=all(reader.shift is not None for reader in readers),
-                padded=any(reader.padded for reader in readers),
-            )
+            left, removed = (~gone).nonzero().flatten(), gone.nonzero().flatten()
+            reconstruction = reconstruct(samples, left, removed, observation.outgoing_of(index))
         found.append(reconstruction)
     return tuple(found)
 

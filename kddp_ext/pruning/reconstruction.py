@@ -21,6 +21,37 @@ _MIXTURES = 32
 _FEWEST_SAMPLES = 16
 
 
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Samples:
+    """The latest values of neurons that are read at one place.
+
+    Attributes:
+        values: (S, H).
+        means: (S, H), what the mean alone predicts for each sample, where that depends on the entry. Default None: the
+            mean of the samples.
+        constant: whether all layers that read the values can absorb a constant.
+        padded: whether a layer that reads them reads zeros beyond a border.
+    """
+
+    values: Tensor
+    means: Tensor | None = None
+    constant: bool = True
+    padded: bool = False
+
+    @property
+    def are_usable(self) -> bool:
+        """Whether they are enough, and finite."""
+        return len(self.values) >= _FEWEST_SAMPLES and bool(self.values.isfinite().all())
+
+    @property
+    def deviations(self) -> Tensor:
+        """The values less what a constant replaces, (S, H) float64."""
+        values = self.values.double()
+        if not self.constant:
+            return values
+        return values - (values.mean(0) if self.means is None else self.means)
+
+
 @dataclass(frozen=True)
 class Reconstruction:
     """The matrix A = left @ right, (P, K), for P removed and K remaining neurons.
@@ -34,35 +65,23 @@ class Reconstruction:
     error: float
 
 
-def reconstruct(
-    samples: Tensor,
-    keep: Tensor,
-    pruned: Tensor,
-    outgoing: Tensor,
-    *,
-    means: Tensor | None = None,
-    constant: bool = True,
-    padded: bool = False,
-) -> Reconstruction | None:
+def reconstruct(samples: Samples, keep: Tensor, pruned: Tensor, outgoing: Tensor) -> Reconstruction | None:
     """Fit the removed neurons to the remaining ones, by an eigendecomposition; None where their mean is as good.
 
+    Where no constant can be absorbed the fit is h_p ≈ A h_k, so that the remaining neurons also replace the mean. Where
+    zeros are read beyond a border it is the same, and the constant is the mean of the residual, because a larger
+    constant would be wrong at the border.
+
     Args:
-        samples: (S, H), values of the layer's neurons.
+        samples: of the layer's H neurons.
         keep: (K,) int64, the neurons that remain.
         pruned: (P,) int64, the neurons to be removed.
         outgoing: (H,) float64, ‖W2[:,j]‖₂, the weight of each neuron's error.
-        means: (S, H), what the mean alone predicts for each sample, where that depends on the entry. Default None: the
-            mean of the samples.
-        constant: whether the next layer can absorb a constant. Otherwise the fit is h_p ≈ A h_k, so that the remaining
-            neurons also replace the mean.
-        padded: whether the next layer reads zeros beyond a border. The fit is then also h_p ≈ A h_k, and the constant
-            is the mean of the residual, because a larger constant would be wrong at the border.
     """
-    if not len(pruned) or not are_usable(samples):
+    if not len(pruned) or not samples.are_usable:
         return None
-    values = samples.double()
-    centred = values - (values.mean(0) if means is None else means)
-    fitted = centred if constant and not padded else values
+    number, deviations = len(samples.values), samples.deviations
+    fitted = samples.values.double() if samples.padded else deviations
     kept, gone = fitted[:, keep], fitted[:, pruned]
     eigenvalues, vectors = _principal_components(kept)
     if not len(eigenvalues):
@@ -72,21 +91,16 @@ def reconstruct(
     mixtures = torch.randn(len(pruned), _MIXTURES, generator=generator, dtype=torch.float64, device="cpu")
     weighted = outgoing[pruned, None] * mixtures
     # The leave-one-out error of a mean is the deviation times S / (S - 1).
-    without = (centred[:, pruned] * (len(samples) / (len(samples) - 1)) if constant else gone) @ weighted
-    error_of_mean = float(without.square().sum())
+    of_mean = number / (number - 1) if samples.constant else 1.0
+    error_of_mean = float((of_mean * deviations[:, pruned] @ weighted).square().sum())
     target = gone @ weighted
-    mean_leverage = 1 / len(samples) if fitted is centred else 0.0
+    mean_leverage = 1 / number if samples.constant and not samples.padded else 0.0
     errors = [_left_out_error(target, eigenvalues, vectors, ridge * highest, mean_leverage) for ridge in RIDGES]
     best = min(range(len(RIDGES)), key=errors.__getitem__)
     if not errors[best] < _WORTHWHILE * error_of_mean:
         return None
     whitened = vectors / (eigenvalues + RIDGES[best] * highest).sqrt()
     return Reconstruction(gone.T @ whitened, whitened.T @ kept, errors[best] / error_of_mean)
-
-
-def are_usable(samples: Tensor) -> bool:
-    """Whether the samples (S, H) are enough, and finite."""
-    return len(samples) >= _FEWEST_SAMPLES and bool(samples.isfinite().all())
 
 
 def _principal_components(matrix: Tensor) -> tuple[Tensor, Tensor]:

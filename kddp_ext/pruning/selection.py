@@ -17,7 +17,7 @@ from kddp_ext.activations.statistics import NeuronStatistics
 from kddp_ext.pruning.elimination import WIDEST, eliminate, shrunk_correlation
 from kddp_ext.pruning.model_size import ModelSize, RemainingSize
 from kddp_ext.pruning.ranking import RankedStep, rank
-from kddp_ext.pruning.reconstruction import Reconstruction, are_usable
+from kddp_ext.pruning.reconstruction import Reconstruction, Samples
 from kddp_ext.pruning.saliency import Saliency
 from kddp_ext.pruning.settings import DEFAULT_LOSS_BUDGET, Criterion, PruningSettings
 from kddp_ext.pruning.tracing.structure import NeuronGroup, PrunableNeurons, Reader, ReadValue, count_neurons
@@ -107,28 +107,20 @@ class Observation(NeuronRecord):
                 order[group.numbers] = gone.argsort().double()
         return costs, order
 
-    def samples_of(self, value: int) -> tuple[Tensor, Tensor | None] | None:
-        """The latest values of a value's units, (S, units), and their means where these depend on the entry.
-
-        None where the layers that read them cannot take over what removed units did.
-        """
-        ring = self.statistics[value].ring
-        readers = self.readers_of(value)
+    def samples_of(self, value: int) -> Samples | None:
+        """The latest values of a value's units; None where the layers that read them take over nothing."""
+        statistics, readers = self.statistics[value], self.readers_of(value)
+        ring, means = statistics.ring, None
         if ring is None or any(reader.groups > 1 or reader.computed for reader in readers):
             return None
-        if self.neurons.values[value].positions is None:
-            return ring.samples, None
-        return ring.samples, self.statistics[value].position_mean[:, ring.entries[: ring.filled]].T
-
-    def deviations(self, value: int) -> Tensor | None:
-        """The latest values of a value's units less what a constant replaces, (S, units) float64; None as above."""
-        samples = self.samples_of(value)
-        if samples is None or not are_usable(samples[0]):
-            return None
-        values, means = samples[0].double(), samples[1]
-        if any(reader.shift is None for reader in self.readers_of(value)):
-            return values
-        return values - (values.mean(0) if means is None else means)
+        if self.neurons.values[value].positions is not None:
+            means = statistics.position_mean[:, ring.entries[: ring.filled]].T
+        return Samples(
+            values=ring.samples,
+            means=means,
+            constant=all(reader.shift is not None for reader in readers),
+            padded=any(reader.padded for reader in readers),
+        )
 
     def readers_of(self, value: int) -> list[Reader]:
         """The layers that read a value."""
@@ -471,9 +463,13 @@ def correlation_of(observation: Observation, group: NeuronGroup) -> Tensor | Non
         return None
     for index in range(len(neurons.values)):
         units, owners = neurons.units_of(index, group)
-        if len(units):
-            samples = observation.deviations(index) if len(units) == len(owners.unique()) else None
-            found.append(None if samples is None else shrunk_correlation(samples[:, units[owners.argsort()]]))
+        if not len(units):
+            continue
+        samples = observation.samples_of(index) if len(units) == len(owners.unique()) else None
+        if samples is None or not samples.are_usable:
+            found.append(None)
+        else:
+            found.append(shrunk_correlation(samples.deviations[:, units[owners.argsort()]]))
     if all(each is None for each in found):
         return None
     identity = torch.eye(group.width, dtype=torch.float64, device="cpu")

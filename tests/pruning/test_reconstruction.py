@@ -9,18 +9,18 @@ from pruner_cases import observed_pruner
 from torch import nn
 
 from kddp_ext.pruning.pruner import DynamicPruner
-from kddp_ext.pruning.reconstruction import reconstruct
+from kddp_ext.pruning.reconstruction import Samples, reconstruct
 
 
-def samples(count=200, rank=6, width=12, noise=0.0):
+def dependent(count=200, rank=6, width=12, noise=0.0):
     generator = torch.Generator().manual_seed(0)
     hidden = torch.randn(count, rank, generator=generator) @ torch.randn(rank, width, generator=generator)
     return hidden + 3 + noise * torch.randn(count, width, generator=generator)
 
 
 def test_linearly_dependent_neurons_are_reconstructed():
-    values, keep, pruned = samples(), torch.arange(8), torch.arange(8, 12)
-    found = reconstruct(values, keep, pruned, torch.ones(12, dtype=torch.float64))
+    values, keep, pruned = dependent(), torch.arange(8), torch.arange(8, 12)
+    found = reconstruct(Samples(values=values), keep, pruned, torch.ones(12, dtype=torch.float64))
     centred = values.double() - values.double().mean(0)
     torch.testing.assert_close(centred[:, keep] @ (found.left @ found.right).T, centred[:, pruned], rtol=0, atol=1e-3)
     assert found.error < 1e-6
@@ -30,21 +30,27 @@ def test_linearly_dependent_neurons_are_reconstructed():
 @pytest.mark.parametrize("seed", range(5))
 def test_noise_is_not_fitted(seed):
     generator = torch.Generator().manual_seed(seed)
-    noise = torch.randn(64, 400, generator=generator)  # more neurons than samples
+    noise = Samples(values=torch.randn(64, 400, generator=generator))  # more neurons than samples
     assert reconstruct(noise, torch.arange(390), torch.arange(390, 400), torch.ones(400, dtype=torch.float64)) is None
 
 
 def test_too_few_constant_or_infinite_samples_give_no_reconstruction():
-    keep, pruned, ones = torch.arange(8), torch.arange(8, 12), torch.ones(12, dtype=torch.float64)
-    assert reconstruct(samples(15), keep, pruned, ones) is None
-    assert reconstruct(torch.ones(64, 12), keep, pruned, ones) is None
-    broken = samples()
+    def found(values, pruned=range(8, 12)):
+        keep = torch.tensor([index for index in range(12) if index not in pruned])
+        return reconstruct(
+            Samples(values=values), keep, torch.tensor(pruned, dtype=torch.int64), torch.ones(12, dtype=torch.float64)
+        )
+
+    assert found(dependent()) is not None
+    assert found(dependent(15)) is None
+    assert found(torch.ones(64, 12)) is None
+    broken = dependent()
     broken[3, 2] = torch.inf
-    assert reconstruct(broken, keep, pruned, ones) is None
-    assert reconstruct(samples(), torch.arange(12), torch.arange(0), ones) is None
-    dead = samples()
+    assert found(broken) is None
+    assert found(dependent(), pruned=[]) is None
+    dead = dependent()
     dead[:, 8:] = 0
-    assert reconstruct(dead, keep, pruned, ones) is None
+    assert found(dead) is None
 
 
 class Residual(nn.Module):
