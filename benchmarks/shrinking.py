@@ -191,9 +191,13 @@ class Shrinking(Study):
         if kind.startswith("saliency"):
             samples = 0 if "without" in kind else ShrinkConfig.reconstruction_samples
             ours = kddp_ext.DynamicPruner(
-                model, example_inputs=(image,), criterion="saliency", target_macs=budget, target_steps=prunes,
+                model,
+                example_inputs=(self.data.example(2),),
+                criterion="saliency",
+                target_macs=budget,
+                target_steps=prunes,
                 reconstruction_samples=samples,
-            )  # fmt: skip
+            )
         else:
             theirs = torch_pruner(kind, model, self.data)
         for count in range(1, prunes + 1):
