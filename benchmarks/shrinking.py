@@ -226,22 +226,7 @@ AT_ONCE = (
 
 def main() -> None:
     """Run everything that is not finished, then write the tables."""
-    parser = study_parser(__doc__)
-    parser.add_argument("--epochs", type=int, default=6)
-    parser.add_argument("--learning-rate", type=float, default=ShrinkConfig.learning_rate)
-    parser.add_argument("--muon-learning-rate", type=float, default=ShrinkConfig.muon_learning_rate)
-    parser.add_argument(
-        "--budgets",
-        type=float,
-        nargs="*",
-        default=[0.7, 0.5, 0.25],
-        help="shares of the MACs, or loss budgets in thousandths if above 1",
-    )
-    contenders = [*OURS, *TORCH_PRUNING, *NARROWER]
-    parser.add_argument("--contenders", nargs="*", default=contenders, choices=[*contenders, UNPRUNED])
-    parser.add_argument("--at-once", nargs="*", default=[*AT_ONCE], choices=AT_ONCE)
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures of every training")
-    arguments = parser.parse_args()
+    arguments = _parse()
     study = Shrinking(arguments)
     shares = [budget for budget in arguments.budgets if budget <= 1]
     for contender in arguments.at_once:
@@ -257,17 +242,39 @@ def main() -> None:
                     )
     study.finish("original", lambda: study.figures(study.original))
     results = {path.stem: json.loads(path.read_text()) for path in sorted(arguments.folder.glob("*.json"))}
+    network = arguments.source.resolve().parent.name
     if arguments.json:
-        write_json(arguments.json, results)
-    found = tables(results, study.macs)
+        others = json.loads(arguments.json.read_text()) if arguments.json.exists() else {}
+        write_json(arguments.json, {**others, network: results})
+    found = tables(network, results, study.macs)
     if arguments.markdown:
         write_markdown(arguments.markdown, None, found)
     for table in found:
         Console().print(table.for_terminal())
 
 
-def tables(found: dict[str, dict[str, Any]], macs: int) -> list[Table]:
-    """The figures over the seeds, and those without training, from all results by name."""
+def _parse() -> argparse.Namespace:
+    """The command line."""
+    parser = study_parser(__doc__)
+    parser.add_argument("--epochs", type=int, default=6)
+    parser.add_argument("--learning-rate", type=float, default=ShrinkConfig.learning_rate)
+    parser.add_argument("--muon-learning-rate", type=float, default=ShrinkConfig.muon_learning_rate)
+    parser.add_argument(
+        "--budgets",
+        type=float,
+        nargs="*",
+        default=[0.7, 0.5, 0.25],
+        help="shares of the MACs, or loss budgets in thousandths if above 1",
+    )
+    contenders = [*OURS, *TORCH_PRUNING, *NARROWER]
+    parser.add_argument("--contenders", nargs="*", default=contenders, choices=[*contenders, UNPRUNED])
+    parser.add_argument("--at-once", nargs="*", default=[*AT_ONCE], choices=AT_ONCE)
+    parser.add_argument("--json", type=Path, metavar="FILE", help="add the figures of every training to this file")
+    return parser.parse_args()
+
+
+def tables(network: str, found: dict[str, dict[str, Any]], macs: int) -> list[Table]:
+    """The figures over the seeds, and those without training, from all results of a network by name."""
     runs: dict[tuple[str, float], list[dict[str, Any]]] = {}
     once: dict[tuple[str, float], dict[str, Any]] = {}
     for name, result in found.items():
@@ -302,10 +309,15 @@ def tables(found: dict[str, dict[str, Any]], macs: int) -> list[Table]:
         share = result["macs"] / macs
         without.append([f"{budget:.0%} of MACs", contender, f"{100 * result['accuracy']:.2f}", f"{share:.1%}"])
     return [
-        Table("trained", "Shrunk and trained: mean ± standard deviation over the seeds", columns, rows),
         Table(
-            "at-once",
-            "Pruned without training",
+            f"{network}, trained",
+            f"{network}, shrunk and trained: mean ± standard deviation over the seeds",
+            columns,
+            rows,
+        ),
+        Table(
+            f"{network}, at once",
+            f"{network}, pruned without training",
             ["asked", "contender", "test accuracy (%)", "MACs left"],
             without,
         ),
