@@ -11,7 +11,7 @@ from run_files import differences, ending
 from workflow_ranks import KilledError, dies_after
 
 import kddp_ext
-from kddp_ext.workflow import train
+from kddp_ext.workflow import shrink, train
 from kddp_ext.workflow.cli import main
 from kddp_ext.workflow.config import ShrinkConfig
 from kddp_ext.workflow.errors import WorkflowError
@@ -19,6 +19,12 @@ from kddp_ext.workflow.saved_models import find_model
 from kddp_ext.workflow.shrink import run_shrink, settings_of
 
 SMALL = ShrinkConfig(target_macs=0.5, epochs=3, checks=2, shift=1, learning_rate=5e-3)
+
+
+@pytest.fixture
+def without_latencies(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The report lacks latencies, which cost two exports to ONNX."""
+    monkeypatch.setattr(shrink, "latencies", lambda models, images: [{} for _ in models])
 
 
 def result_of(path: Path) -> dict[str, object]:
@@ -49,6 +55,7 @@ def test_a_teacher_and_then_its_student_are_shrunk(finished_run: Path, quiet: Co
     assert main(["info", str(second / "student" / "student.safetensors")]) == 0
 
 
+@pytest.mark.usefixtures("without_latencies")
 @pytest.mark.parametrize("stage", ["kd", "kddp"])
 def test_a_student_of_which_other_layers_or_none_were_pruned_is_shrunk(
     finished_run: Path, quiet: Console, tmp_path: Path, stage: str
@@ -71,6 +78,7 @@ def test_muon_does_not_raise_a_loss_that_has_a_budget(
     assert settings_of(ShrinkConfig(**options), saved, 200).student.muon_learning_rate == rate  # type: ignore[arg-type]
 
 
+@pytest.mark.usefixtures("without_latencies")
 def test_killed_again_and_again_it_ends_as_without(
     finished_run: Path, quiet: Console, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -89,6 +97,7 @@ def test_killed_again_and_again_it_ends_as_without(
     assert not differences(*ends)
 
 
+@pytest.mark.usefixtures("without_latencies")
 @pytest.mark.parametrize("option", ["target_macs", "target_parameters"])
 def test_calibration_trains_nothing(finished_run: Path, quiet: Console, option: str) -> None:
     path = finished_run.parent / f"calibrated-{option}"
@@ -100,6 +109,7 @@ def test_calibration_trains_nothing(finished_run: Path, quiet: Console, option: 
     assert "500 images, no training" in (path / "report.md").read_text()
 
 
+@pytest.mark.usefixtures("without_latencies")
 def test_widths_are_rounded(finished_run: Path, quiet: Console, tmp_path: Path) -> None:
     run_shrink(
         finished_run / "teacher", tmp_path / "r", ShrinkConfig(target_macs=0.7, calibrate=300, round_to=4), quiet
@@ -109,6 +119,7 @@ def test_widths_are_rounded(finished_run: Path, quiet: Console, tmp_path: Path) 
     assert any(after < before for before, after in widths)
 
 
+@pytest.mark.usefixtures("without_latencies")
 def test_what_cannot_be_shrunk_is_named(finished_run: Path, quiet: Console, tmp_path: Path) -> None:
     with pytest.raises(WorkflowError, match="expected the folder of one training, such as"):
         run_shrink(finished_run, tmp_path / "a", SMALL, quiet)
