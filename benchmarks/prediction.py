@@ -112,11 +112,11 @@ class Prediction(Study):
 
     def losses(self, unchanged: list[Tensor]) -> dict[str, float]:
         """The mean losses of the model as it is, next to the unchanged network's logits."""
-        sums = dict.fromkeys(LOSSES, 0.0)
+        sums, number = dict.fromkeys(LOSSES, 0.0), sum(len(labels) for _, labels in self.batches)
         for (images, labels), teacher_logits in zip(self.batches, unchanged, strict=True):
             logits = logits_of(self.model(images))
             for name, loss in LOSSES.items():
-                sums[name] += float(loss(logits, teacher_logits, labels)) / len(self.batches)
+                sums[name] += float(loss(logits, teacher_logits, labels)) * len(labels) / number
         return sums
 
     def means(self) -> dict[Reader, Tensor]:
@@ -125,11 +125,12 @@ class Prediction(Study):
         That is the mean, or 0 where the layer can absorb no constant.
         """
         sums: dict[Reader, Tensor] = {}
+        counts = dict.fromkeys(self.neurons.readers, 0)
 
         def add(reader: Reader, value: Tensor) -> None:
             axis = self.neurons.values[reader.value].layout.axis
-            mean = value.double().mean([each for each in range(value.dim()) if each != axis])
-            sums[reader] = sums.get(reader, 0) + mean * (reader.shift is not None) / len(self.batches)
+            sums[reader] = sums.get(reader, 0) + value.double().sum([d for d in range(value.dim()) if d != axis])
+            counts[reader] += value.numel() // value.shape[axis]
 
         with ExitStack() as hooks:
             for reader in self.neurons.readers:
@@ -138,7 +139,7 @@ class Prediction(Study):
                 hooks.callback(hook.remove)
             for images, _ in self.batches:
                 self.model(images)
-        return sums
+        return {reader: total / counts[reader] * (reader.shift is not None) for reader, total in sums.items()}
 
 
 @contextmanager
