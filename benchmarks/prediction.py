@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Any
@@ -101,8 +101,13 @@ class Prediction(Study):
     @torch.no_grad()
     def true_increases(self) -> list[dict[str, float]]:
         """By loss, what each chosen neuron's mean in place of its values adds."""
-        logits = [logits_of(self.model(images)) for images, _ in self.batches]
-        before, means = self.losses(logits), self.means()
+        pruner, logits = self.pruner(), list[Tensor]()
+        for images, _ in self.batches:
+            logits.append(logits_of(self.model(images)))
+            pruner.activations.observe()
+        means = [each.position_mean for each in pruner.statistics.values()]
+        pruner.close()
+        before = self.losses(logits)
         found = []
         for neuron in self.chosen:
             with at_mean(self.model, self.neurons, means, neuron):
@@ -119,39 +124,21 @@ class Prediction(Study):
                 sums[name] += float(loss(logits, teacher_logits, labels)) * len(labels) / number
         return sums
 
-    def means(self) -> dict[Reader, Tensor]:
-        """What takes a neuron's place in front of each layer, (entries of the read dimension,).
-
-        That is the mean, or 0 where the layer can absorb no constant.
-        """
-        sums: dict[Reader, Tensor] = {}
-        counts = dict.fromkeys(self.neurons.readers, 0)
-
-        def add(reader: Reader, value: Tensor) -> None:
-            axis = self.neurons.values[reader.value].layout.axis
-            sums[reader] = sums.get(reader, 0) + value.double().sum([d for d in range(value.dim()) if d != axis])
-            counts[reader] += value.numel() // value.shape[axis]
-
-        with ExitStack() as hooks:
-            for reader in self.neurons.readers:
-                module = self.model.get_submodule(reader.module)
-                hook = module.register_forward_pre_hook(lambda _, args, each=reader: add(each, args[0]))
-                hooks.callback(hook.remove)
-            for images, _ in self.batches:
-                self.model(images)
-        return {reader: total / counts[reader] * (reader.shift is not None) for reader, total in sums.items()}
-
 
 @contextmanager
-def at_mean(model: nn.Module, neurons: PrunableNeurons, means: dict[Reader, Tensor], neuron: int) -> Iterator[None]:
-    """The model with one neuron replaced by its `means` wherever it is read."""
+def at_mean(model: nn.Module, neurons: PrunableNeurons, means: Sequence[Tensor], neuron: int) -> Iterator[None]:
+    """The model with one neuron replaced wherever it is read: by its mean, or by 0 if the layer can absorb no constant.
+
+    `means` are the `position_mean` of the values.
+    """
 
     def replaced(reader: Reader, value: Tensor) -> Tensor:
         read = neurons.values[reader.value]
         shape = [1] * value.dim()
         shape[read.layout.axis] = -1
-        is_neuron = read.layout.in_order(read.neurons == neuron).view(shape)
-        return torch.where(is_neuron.to(value.device), means[reader].to(value).view(shape), value)
+        is_neuron = read.layout.in_order(read.neurons == neuron).to(value.device).view(shape)
+        mean = read.layout.in_order(means[reader.value]).to(value).view(shape)
+        return torch.where(is_neuron, mean if reader.shift is not None else 0.0, value)
 
     with ExitStack() as hooks:
         for reader in neurons.readers:
