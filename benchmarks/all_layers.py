@@ -1,6 +1,6 @@
 """Trains cnn5 with KD at several widths of all its layers, and with KDDP in all layers from 1.41 times its channels.
 
-python -m benchmarks.all_layers SOURCE [CHANGE ...] --folder DIR --data-dir DIR [--validation N]
+python -m benchmarks.all_layers SOURCE --folder DIR --data-dir DIR [--validation N] [--changes CHANGE ...]
 
 SOURCE is the folder of a finished teacher of `kddp run --dataset cifar10`. Each CHANGE is a setting of KDDP, such as
 "pruning.until=0.6". A training that is finished is not repeated.
@@ -19,16 +19,12 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter, LogLocator, NullFormatter
 from rich.console import Console
 
-from benchmarks.recipe_search import changed
 from benchmarks.table import Table, write_markdown
-from benchmarks.trainings import Study, mean_accuracy, study_parser
+from benchmarks.trainings import Study, changed, mean_accuracy, study_parser
 from kddp_ext.workflow.config import PruningConfig, RunConfig, preset
-from kddp_ext.workflow.jobs import Job, Stage
 from kddp_ext.workflow.measure import count_macs, count_parameters
 from kddp_ext.workflow.models import build_student
 from kddp_ext.workflow.plots import save_picture
-from kddp_ext.workflow.runs import start_training
-from kddp_ext.workflow.train import student_recipe
 
 _START = 1.41  # times the standard channels, where KDDP begins: twice the multiply-accumulates
 _STEPS = 24  # between two checks: eight checks in a pass of 195 steps
@@ -42,7 +38,6 @@ class AllLayers(Study):
         own = preset("cifar10", "default")
         self.config = replace(self.config, student=own.student, pruning=own.pruning)
         self.changes = ",".join(arguments.changes)
-        self.teacher = self.runtime.place(self.saved.load())
         standard = self.runtime.place(build_student(self.config, self.data.info))
         self.macs, self.parameters = count_macs(standard, self.data.example()), count_parameters(standard)
 
@@ -74,13 +69,6 @@ class AllLayers(Study):
             self.config, seed=seed, student=replace(student, channels=channels, width=round(student.width * factor))
         )
 
-    def student(self, stage: Stage, config: RunConfig) -> dict[str, Any]:
-        """Train a student; returns its figures."""
-        recipe = student_recipe(config, stage)
-        model = self.runtime.place(build_student(config, self.data.info))
-        training = start_training(self.run, Job(stage, stage, config), model, recipe)
-        return {**self.train(stage, training, recipe, self.teacher), "widths": training.history.widths}
-
 
 def main() -> None:
     """Run everything that is not finished, then write the table and the picture."""
@@ -88,7 +76,7 @@ def main() -> None:
     parser.add_argument("--factors", type=float, nargs="*", default=[1.0, 0.5, 0.71, 1.41], help="widths of KD")
     parser.add_argument("--shares", type=float, nargs="*", default=[0.97, 0.5], help="targets of KDDP")
     parser.add_argument("--plot", type=Path, metavar="FILE", help="draw accuracy against size into this PNG file")
-    parser.add_argument("changes", nargs="*", metavar="CHANGE")
+    parser.add_argument("--changes", nargs="*", metavar="CHANGE", default=[])
     arguments = parser.parse_args()
     study = AllLayers(arguments)
     for seed in arguments.seeds:

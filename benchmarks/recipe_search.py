@@ -1,100 +1,57 @@
-"""Trains students with other settings and prints their validation accuracy. It never uses the test images.
+"""Trains students with other settings and compares their validation accuracy. It never uses the test images.
 
-python -m benchmarks.recipe_search --run DIR --data-dir DIR [--stage kd] [--json FILE] CHANGE [CHANGE ...]
+python -m benchmarks.recipe_search SOURCE --folder DIR --data-dir DIR --validation N --changes CHANGE ... [--stage kddp]
 
-DIR is the folder of a `kddp run` whose teacher is finished. Each CHANGE is one training: options and values, joined by
-commas, such as "student.learning_rate=0.002,distillation.alpha=0.7". Results that FILE has already are not trained
-again.
+SOURCE is the folder of a finished teacher. Each CHANGE is one training: options and values, joined by commas, such as
+"student.learning_rate=0.002,distillation.alpha=0.7". A training that is finished is not repeated.
 """
 
 from __future__ import annotations
 
-import argparse
-import dataclasses
 import json
-import sys
+import re
+import statistics
 from pathlib import Path
 from typing import Any
 
-import torch
 from rich.console import Console
 
-from kddp_ext.files import write_json
-from kddp_ext.workflow.config import RunConfig
-from kddp_ext.workflow.data import ImageData
-from kddp_ext.workflow.datasets import INFO, read_dataset
-from kddp_ext.workflow.folder import RunFolder
-from kddp_ext.workflow.jobs import Job
-from kddp_ext.workflow.models import build_student
-from kddp_ext.workflow.runs import Run, start_training, train_teacher
-from kddp_ext.workflow.runtime import Runtime, prepare_process
-from kddp_ext.workflow.teacher_logits import TeacherLogits
-from kddp_ext.workflow.train import student_recipe, train
+from benchmarks.table import Table, write_markdown
+from benchmarks.trainings import Study, changed, mean_accuracy, study_parser
 
 
-def main() -> int:
-    arguments = _parse()
-    if arguments.threads:
-        torch.set_num_threads(arguments.threads)
-    prepare_process()
-    folder = RunFolder(arguments.run)
-    config = folder.read_config().run
-    if not config.validation:
-        raise SystemExit(f"{arguments.run} has no validation split")
-    runtime = Runtime("cpu", config.precision)
-    data = ImageData(read_dataset(config.dataset, arguments.data_dir), INFO[config.dataset], config, runtime.device)
-    run = Run(folder, data, runtime, Console(stderr=True))
-    teacher = train_teacher(run, Job("teacher", "teacher", config))
-    logits = TeacherLogits(teacher, data, config.student.shift, folder.teacher_logits, runtime)
-    for change in arguments.changes:
-        known = _read(arguments.json)
-        name = f"{arguments.stage} {change}"
-        if name not in known:
-            metrics = _train(run, changed(config, change), arguments.stage, logits)
-            write_json(arguments.json, {**_read(arguments.json), name: metrics})
-        metrics = _read(arguments.json)[name]
-        print(f"{100 * metrics['validation_accuracy']:.2f} width {metrics.get('width', '')} {name}", flush=True)
-    return 0
-
-
-def changed(config: RunConfig, change: str) -> RunConfig:
-    """`config` with the settings of `change` replaced. Values other than numbers and texts are JSON: true, [8, 16]."""
-    for setting in filter(None, change.split(",")):
-        option, value = setting.split("=")
-        section, _, field = option.rpartition(".")
-        part = getattr(config, section) if section else config
-        old = getattr(part, field)
-        plain = isinstance(old, int | float | str) and not isinstance(old, bool)
-        new = type(old)(value) if plain else json.loads(value)
-        part = dataclasses.replace(part, **{field: new})
-        config = dataclasses.replace(config, **{section: part}) if section else part
-    return config
-
-
-def _train(run: Run, config: RunConfig, stage: str, logits: TeacherLogits) -> dict[str, Any]:
-    recipe = student_recipe(config, stage)
-    model = run.runtime.place(build_student(config, run.data.info))
-    training = start_training(run, Job(stage, stage, config), model, recipe)
-    guidance = logits if recipe.loss.alpha > 0 else None
-    train(training, recipe, run.data, guidance, run.runtime, lambda _: None)
-    widths = [epoch["width"] for epoch in training.epochs if "width" in epoch]
-    return {**training.epochs[-1], "widths": widths}
-
-
-def _read(path: Path) -> dict[str, Any]:
-    return dict(json.loads(path.read_text(encoding="utf-8"))) if path.is_file() else {}
-
-
-def _parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.recipe_search", description=__doc__.splitlines()[0])
-    parser.add_argument("--run", type=Path, required=True, help="folder of a run with a finished teacher")
-    parser.add_argument("--data-dir", type=Path)
+def main() -> None:
+    """Run everything that is not finished, then write the table."""
+    parser = study_parser(__doc__)
+    parser.add_argument("--changes", nargs="+", metavar="CHANGE", default=[""])
     parser.add_argument("--stage", choices=("scratch", "kd", "kddp"), default="kd")
-    parser.add_argument("--threads", type=int, default=0)
-    parser.add_argument("--json", type=Path, default=Path("recipe_search.json"), help="the file for the results")
-    parser.add_argument("changes", nargs="+", metavar="CHANGE")
-    return parser.parse_args()
+    parser.set_defaults(seeds=[0])
+    arguments = parser.parse_args()
+    if not arguments.validation:
+        parser.error("--validation: expected the number of images to choose settings by, got 0")
+    study, stage = Study(arguments), arguments.stage
+    for seed in arguments.seeds:
+        for change in arguments.changes:
+            config = changed(study.config, f"seed={seed},{change}")
+            study.finish(f"{stage} {change}, seed {seed}", lambda c=config: study.student(stage, c))
+    table = _table(arguments.folder)
+    if arguments.markdown:
+        write_markdown(arguments.markdown, None, [table])
+    Console().print(table.for_terminal())
+
+
+def _table(folder: Path) -> Table:
+    found: dict[str, list[dict[str, Any]]] = {}
+    for path in sorted(folder.glob("*, seed *.json")):
+        found.setdefault(path.stem.rpartition(", seed ")[0], []).append(json.loads(path.read_text()))
+    rows = []
+    for name, results in found.items():
+        stage, _, change = name.partition(" ")
+        settings = re.sub(r"(student|pruning|distillation)\.", "", change).replace(",", ", ")
+        width = f"{statistics.fmean(sum(each['widths'].values()) for each in results):.0f}" if stage == "kddp" else ""
+        rows.append([stage, settings, mean_accuracy(results), width])
+    return Table("search", "Validation accuracy", ["training", "settings", "accuracy", "width"], rows)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

@@ -1,13 +1,11 @@
 """Fills the tables of a study's page from the files of its trainings.
 
-python -m benchmarks.study FILE --sweep DIR [--beyond DIR] [--search FILE.json] [--latency] [--json FILE]
+python -m benchmarks.study FILE --sweep DIR [--beyond DIR] [--latency] [--json FILE]
 """
 
 from __future__ import annotations
 
 import argparse
-import json
-import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -32,8 +30,6 @@ def main() -> int:
             tables += [_with_title(prefix, table) for table in report.sweep_tables(measured)]
     if arguments.latency:
         tables.append(_latencies(arguments.sweep))
-    if arguments.search is not None:
-        tables.append(_searched(json.loads(arguments.search.read_text())))
     write_markdown(str(arguments.file), None, tables)
     if arguments.json is not None:
         write_json(arguments.json, trainings)
@@ -90,22 +86,11 @@ def _cells(figures: dict[str, Any]) -> list[str]:
     return [*(f"{time:.3f}" for time in times), *(f"{size / 1024:,.0f}" for size in sizes)]
 
 
-def _searched(search: dict[str, dict[str, Any]]) -> Table:
-    rows = []
-    for name, metrics in search.items():
-        stage, _, change = name.partition(" ")
-        settings = re.sub(r"(student|pruning|distillation)\.", "", change).replace(",", ", ")
-        width = str(metrics.get("width", ""))
-        rows.append([stage, settings, f"{100 * metrics['validation_accuracy']:.2f}", width])
-    return Table("search", "Validation accuracy, one seed", ["training", "settings", "accuracy", "width"], rows)
-
-
 def _parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.study", description=__doc__.splitlines()[0])
     parser.add_argument("file", type=Path, help="the page, with a marker for each table")
     parser.add_argument("--sweep", type=Path, required=True, help="folder of the sweep with cnn5")
     parser.add_argument("--beyond", type=Path, help="folder of the sweep with another student")
-    parser.add_argument("--search", type=Path, help="the JSON file of python -m benchmarks.recipe_search")
     parser.add_argument("--json", type=Path, help="write the figures of every training to this file")
     parser.add_argument("--latency", action="store_true", help="measure latencies; the machine must be quiet")
     return parser.parse_args()

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
+import json
 import statistics
 import time
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,15 +16,18 @@ from rich.console import Console
 from torch import nn
 
 from kddp_ext.files import write_json
+from kddp_ext.workflow.config import RunConfig
 from kddp_ext.workflow.data import ImageData
 from kddp_ext.workflow.datasets import read_dataset
 from kddp_ext.workflow.folder import RunFolder, locked
+from kddp_ext.workflow.jobs import Job, Stage
 from kddp_ext.workflow.measure import accuracy, count_macs, count_parameters
-from kddp_ext.workflow.runs import Run
+from kddp_ext.workflow.models import build_student
+from kddp_ext.workflow.runs import Run, start_training
 from kddp_ext.workflow.runtime import Runtime, prepare_process
 from kddp_ext.workflow.saved_models import find_model
 from kddp_ext.workflow.teacher_logits import TeacherLogits
-from kddp_ext.workflow.train import Recipe, Training, train
+from kddp_ext.workflow.train import Recipe, Training, student_recipe, train
 
 
 def study_parser(description: str | None) -> argparse.ArgumentParser:
@@ -51,17 +55,27 @@ class Study:
         self.folder: Path = arguments.folder
         self.folder.mkdir(parents=True, exist_ok=True)
         self.saved = find_model(arguments.source)
-        self.config = replace(self.saved.config, validation=arguments.validation)
+        self.config = dataclasses.replace(self.saved.config, validation=arguments.validation)
         self.runtime = Runtime("auto", self.config.precision)
         raw = read_dataset(self.config.dataset, arguments.data_dir)
         self.data = ImageData(raw, self.saved.info, self.config, self.runtime.device)
         self.run = Run(RunFolder(self.folder), self.data, self.runtime, Console(stderr=True))
 
+    def student(self, stage: Stage, config: RunConfig) -> dict[str, Any]:
+        """Train a fresh student under the guidance of the trained network; returns its figures."""
+        recipe = student_recipe(config, stage)
+        model = self.runtime.place(build_student(config, self.data.info))
+        training = start_training(self.run, Job(stage, stage, config), model, recipe)
+        figures = self.train(stage, training, recipe, self.runtime.place(self.saved.load()))
+        return {**figures, "widths": training.history.widths}
+
     def train(self, name: str, training: Training, recipe: Recipe, teacher: nn.Module) -> dict[str, Any]:
-        """Train under the guidance of `teacher`; returns the figures."""
-        logits = TeacherLogits(teacher, self.data, recipe.shift, self.folder / "teacher_logits", self.runtime)
-        for view in range(min(recipe.views or recipe.epochs, recipe.epochs)):
-            logits.view(view)  # not a part of the seconds
+        """Train under the guidance of `teacher`, if the loss has a term for it; returns the figures."""
+        logits = None
+        if recipe.loss.alpha > 0:
+            logits = TeacherLogits(teacher, self.data, recipe.shift, self.folder / "teacher_logits", self.runtime)
+            for view in range(min(recipe.views or recipe.epochs, recipe.epochs)):
+                logits.view(view)  # not a part of the seconds
         started, processor = time.perf_counter(), time.process_time()
 
         def say(metrics: dict[str, Any]) -> None:
@@ -88,6 +102,23 @@ class Study:
                 result = run()
                 write_json(path, result)
                 print(name, result, flush=True)
+
+
+def changed(config: RunConfig, change: str) -> RunConfig:
+    """`config` with other settings: options and values, joined by commas, "student.width=64,distillation.alpha=0.7".
+
+    Values other than numbers and texts are JSON: true, [8, 16].
+    """
+    for setting in filter(None, change.split(",")):
+        option, value = setting.split("=")
+        section, _, field = option.rpartition(".")
+        part = getattr(config, section) if section else config
+        old = getattr(part, field)
+        plain = isinstance(old, int | float | str) and not isinstance(old, bool)
+        new = type(old)(value) if plain else json.loads(value)
+        part = dataclasses.replace(part, **{field: new})
+        config = dataclasses.replace(config, **{section: part}) if section else part
+    return config
 
 
 def mean_accuracy(results: list[dict[str, Any]]) -> str:

@@ -1,4 +1,4 @@
-"""The studies of shrinking, in small: `benchmarks.prediction` and `benchmarks.shrinking`."""
+"""The studies that train or measure networks, in small."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from benchmarks import prediction, shrinking
+from benchmarks import prediction, recipe_search, shrinking
 
 
 @pytest.fixture
@@ -49,3 +49,19 @@ def test_contenders_meet_the_budget_and_are_not_trained_again(results: Any, caps
     capsys.readouterr()
     assert results(shrinking, *options)[1] == page
     assert "processor_seconds" not in capsys.readouterr().out
+
+
+def test_settings_are_compared_on_held_out_images(results: Any) -> None:
+    changes = ["student.epochs=1,student.width=16", "student.epochs=1,distillation.alpha=0.5"]
+    found, page = results(recipe_search, "--validation", "300", "--stage", "kddp", "--changes", *changes)
+    assert found.keys() == {f"kddp {change}, seed 0" for change in changes}
+    narrow, standard = (found[f"kddp {change}, seed 0"] for change in changes)
+    assert narrow["parameters"] < standard["parameters"]
+    assert 300 * narrow["accuracy"] == pytest.approx(round(300 * narrow["accuracy"]))  # of 300 images
+    assert f"| kddp | epochs=1, width=16 | {100 * narrow['accuracy']:.2f} |" in page
+
+
+def test_a_search_without_held_out_images_is_refused(results: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        results(recipe_search)
+    assert "--validation: expected" in capsys.readouterr().err
