@@ -16,8 +16,9 @@ from torch import Tensor, nn
 
 from kddp_ext import ops
 from kddp_ext.activations.layout import Layout
+from kddp_ext.pruning.tracing.flow import NeuronFlow, Read
 from kddp_ext.pruning.tracing.labels import Labels
-from kddp_ext.pruning.tracing.operations import NeuronFlow, Read
+from kddp_ext.pruning.tracing.operations.table import follow
 from kddp_ext.pruning.tracing.recording import ModuleCall, Operation, Recording
 from kddp_ext.pruning.tracing.structure import (
     NeuronCount,
@@ -73,7 +74,7 @@ class Analysis:
         self.axes = self._stored_labels(recordings)
         self.flows = [NeuronFlow(model, each, self.labels, choices, keep_norm_statistics) for each in recordings]
         for flow in self.flows:
-            flow.run()
+            follow(flow)
         for tie in ties:
             self.labels.unite(*tie, "")
         self._reads = self._observed_reads()

@@ -22,7 +22,10 @@ import torch
 from torch import Tensor
 
 from kddp_ext.pruning.tracing.analysis import Analysis
-from kddp_ext.pruning.tracing.operations import FACTORIES, SIZED, NeuronFlow, same_epsilon
+from kddp_ext.pruning.tracing.flow import NeuronFlow
+from kddp_ext.pruning.tracing.operations.movements import SIZED
+from kddp_ext.pruning.tracing.operations.normalisation import same_epsilon
+from kddp_ext.pruning.tracing.operations.table import FACTORIES
 from kddp_ext.pruning.tracing.recording import ModuleCall, Operation, Recorder, Recording, UnsupportedModelError
 from kddp_ext.pruning.tracing.structure import NeuronCount, NeuronGroup, PrunableNeurons
 

@@ -1,0 +1,1 @@
+"""What the operations of a forward pass do to the labels of neurons."""
