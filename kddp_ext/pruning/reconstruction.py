@@ -43,13 +43,12 @@ class Samples:
         """Whether they are enough, and finite."""
         return len(self.values) >= _FEWEST_SAMPLES and bool(self.values.isfinite().all())
 
-    @property
-    def deviations(self) -> Tensor:
-        """The values less what a constant replaces, (S, H) float64."""
-        values = self.values.double()
+    def deviations(self, neurons: Tensor) -> Tensor:
+        """The values of these neurons less what a constant replaces, (S, number) float64."""
+        values = self.values[:, neurons].double()
         if not self.constant:
             return values
-        return values - (values.mean(0) if self.means is None else self.means)
+        return values - (values.mean(0) if self.means is None else self.means[:, neurons])
 
 
 @dataclass(frozen=True)
@@ -80,9 +79,11 @@ def reconstruct(samples: Samples, keep: Tensor, pruned: Tensor, outgoing: Tensor
     """
     if not len(pruned) or not samples.are_usable:
         return None
-    number, deviations = len(samples.values), samples.deviations
-    fitted = samples.values.double() if samples.padded else deviations
-    kept, gone = fitted[:, keep], fitted[:, pruned]
+    number, removed = len(samples.values), samples.deviations(pruned)
+    if samples.padded:
+        kept, gone = (samples.values[:, each].double() for each in (keep, pruned))
+    else:
+        kept, gone = samples.deviations(keep), removed
     eigenvalues, vectors = _principal_components(kept)
     if not len(eigenvalues):
         return None
@@ -92,7 +93,7 @@ def reconstruct(samples: Samples, keep: Tensor, pruned: Tensor, outgoing: Tensor
     weighted = outgoing[pruned, None] * mixtures
     # The leave-one-out error of a mean is the deviation times S / (S - 1).
     of_mean = number / (number - 1) if samples.constant else 1.0
-    error_of_mean = float((of_mean * deviations[:, pruned] @ weighted).square().sum())
+    error_of_mean = float((of_mean * removed @ weighted).square().sum())
     target = gone @ weighted
     mean_leverage = 1 / number if samples.constant and not samples.padded else 0.0
     errors = [_left_out_error(target, eigenvalues, vectors, ridge * highest, mean_leverage) for ridge in RIDGES]

@@ -469,7 +469,7 @@ def correlation_of(observation: Observation, group: NeuronGroup) -> Tensor | Non
         if samples is None or not samples.are_usable:
             found.append(None)
         else:
-            found.append(shrunk_correlation(samples.deviations[:, units[owners.argsort()]]))
+            found.append(shrunk_correlation(samples.deviations(units[owners.argsort()])))
     if all(each is None for each in found):
         return None
     identity = torch.eye(group.width, dtype=torch.float64, device="cpu")
