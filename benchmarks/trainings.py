@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import re
 import statistics
 import time
 from collections.abc import Callable
@@ -109,13 +110,13 @@ def changed(config: RunConfig, change: str) -> RunConfig:
 
     Values other than numbers and texts are JSON: true, [8, 16].
     """
-    for setting in filter(None, change.split(",")):
+    for setting in filter(None, re.split(r",(?![^[]*])", change)):  # not within a list
         option, value = setting.split("=")
         section, _, field = option.rpartition(".")
         part = getattr(config, section) if section else config
         old = getattr(part, field)
         plain = isinstance(old, int | float | str) and not isinstance(old, bool)
-        new = type(old)(value) if plain else json.loads(value)
+        new = type(old)(value if plain else json.loads(value))
         part = dataclasses.replace(part, **{field: new})
         config = dataclasses.replace(config, **{section: part}) if section else part
     return config

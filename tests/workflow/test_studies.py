@@ -11,6 +11,8 @@ from typing import Any
 import pytest
 
 from benchmarks import prediction, recipe_search, shrinking
+from benchmarks.trainings import changed
+from kddp_ext.workflow.config import preset
 
 
 @pytest.fixture
@@ -65,3 +67,11 @@ def test_a_search_without_held_out_images_is_refused(results: Any, capsys: pytes
     with pytest.raises(SystemExit):
         results(recipe_search)
     assert "--validation: expected" in capsys.readouterr().err
+
+
+def test_a_change_may_hold_numbers_texts_flags_and_lists() -> None:
+    standard = preset("cifar10", "default")
+    new = changed(standard, "seed=3,student.channels=[8, 16],compile=true,distillation.alpha=0.5,student.select=best")
+    assert (new.seed, new.student.channels, new.compile) == (3, (8, 16), True)
+    assert (new.distillation.alpha, new.student.select) == (0.5, "best")
+    assert changed(standard, "") == standard
