@@ -60,7 +60,8 @@ def test_settings_are_compared_on_held_out_images(results: Any) -> None:
     narrow, standard = (found[f"kddp {change}, seed 0"] for change in changes)
     assert narrow["parameters"] < standard["parameters"]
     assert 300 * narrow["accuracy"] == pytest.approx(round(300 * narrow["accuracy"]))  # of 300 images
-    assert f"| kddp | epochs=1, width=16 | {100 * narrow['accuracy']:.2f} |" in page
+    width = sum(narrow["widths"].values())
+    assert f"| kddp | epochs=1, width=16 | {100 * narrow['accuracy']:.2f} | {width} |" in page
 
 
 def test_a_search_without_held_out_images_is_refused(results: Any, capsys: pytest.CaptureFixture[str]) -> None:

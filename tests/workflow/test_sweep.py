@@ -125,19 +125,16 @@ def test_a_page_takes_the_tables_of_sweeps(
     from benchmarks import study
 
     page, figures = tmp_path / "page.md", tmp_path / "figures.json"
-    marks = ("students", "same-width", "ablations", "beyond-students", "search")
+    marks = ("students", "same-width", "ablations", "beyond-students")
     page.write_text("Above.\n" + "".join(f"<!-- table {name} -->\n<!-- end -->\n" for name in marks) + "Below.\n")
-    search = tmp_path / "search.json"
-    search.write_text(json.dumps({"kddp pruning.l1_weight=0.02": {"validation_accuracy": 0.5, "width": 7}}))
     sweep = str(finished_sweep)
-    arguments = ["study", str(page), "--sweep", sweep, "--beyond", sweep, "--search", str(search)]
-    monkeypatch.setattr(sys, "argv", [*arguments, "--json", str(figures)])
+    arguments = ["study", str(page), "--sweep", sweep, "--beyond", sweep, "--json", str(figures)]
+    monkeypatch.setattr(sys, "argv", arguments)
     assert study.main() == 0
 
     text = page.read_text()
     assert (text[:7], text[-7:]) == ("Above.\n", "Below.\n")
     assert text.count("| kddp, l1-weight 0.05 | 2 |") == 3  # in both tables of students, and the base of the ablations
-    assert "| kddp | l1_weight=0.02 | 50.00 | 7 |" in text
     trainings = json.loads(figures.read_text())["cnn5"]["kddp, l1-weight 0.02"]
     assert [training["seed"] for training in trainings] == [0, 1]
     assert all(training["widths"][-1] == training["width"] for training in trainings)
