@@ -9,7 +9,6 @@ SOURCE is the folder of a finished teacher of `kddp run --dataset cifar10`. Each
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 from dataclasses import replace
 from pathlib import Path
@@ -17,10 +16,9 @@ from typing import Any
 
 from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter, LogLocator, NullFormatter
-from rich.console import Console
 
-from benchmarks.table import Table, write_markdown
-from benchmarks.trainings import Study, changed, mean_accuracy, study_parser
+from benchmarks.table import Table
+from benchmarks.trainings import Study, changed, mean_accuracy, over_seeds, show, study_parser
 from kddp_ext.workflow.config import PruningConfig, RunConfig, preset
 from kddp_ext.workflow.measure import count_macs, count_parameters
 from kddp_ext.workflow.models import build_student
@@ -84,20 +82,17 @@ def main() -> None:
             for size in sizes:
                 study.finish(f"{kind}, {size:g}, seed {seed}", lambda r=run, x=size, s=seed: r(x, s))
     points = read_points(arguments.folder)
-    table = table_of(points)
-    if arguments.markdown:
-        write_markdown(arguments.markdown, None, [table])
     if arguments.plot:
         draw(arguments.plot, points)
-    Console().print(table.for_terminal())
+    show([table_of(points)], arguments.markdown)
 
 
 def read_points(folder: Path) -> dict[tuple[str, float], list[dict[str, Any]]]:
     """The results of all seeds by "kd" or "kddp" and by size, the smallest first."""
     points: dict[tuple[str, float], list[dict[str, Any]]] = {}
-    for path in folder.glob("kd*, seed *.json"):
-        kind, size, _ = path.stem.split(", ")
-        points.setdefault((kind, float(size)), []).append(json.loads(path.read_text()))
+    for name, results in over_seeds(folder).items():
+        kind, size = name.split(", ")
+        points[kind, float(size)] = results
     return dict(sorted(points.items()))
 
 

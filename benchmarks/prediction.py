@@ -17,12 +17,11 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from rich.console import Console
 from torch import Tensor, nn
 
 import kddp_ext
-from benchmarks.table import Table, write_markdown
-from benchmarks.trainings import Study, study_parser
+from benchmarks.table import Table
+from benchmarks.trainings import Study, show, study_parser
 from kddp_ext.pruning.tracing.find import find_neurons
 from kddp_ext.pruning.tracing.structure import PrunableNeurons, Reader
 from kddp_ext.workflow.config import ShrinkConfig
@@ -171,9 +170,7 @@ def main() -> None:
             rows.append([path.stem, loss, str(len(true)), f"{correlation:.2f}", f"{sum(predicted) / sum(true):.2f}"])
     columns = ["network", "loss", "neurons", "rank correlation", "sum of predicted / sum of true"]
     table = Table("prediction", "One neuron at its mean: predicted and true increase of the loss", columns, rows)
-    if arguments.markdown:
-        write_markdown(arguments.markdown, None, [table])
-    Console().print(table.for_terminal())
+    show([table], arguments.markdown)
 
 
 if __name__ == "__main__":

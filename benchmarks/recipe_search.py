@@ -8,16 +8,12 @@ SOURCE is the folder of a finished teacher. Each CHANGE is one training: options
 
 from __future__ import annotations
 
-import json
 import re
 import statistics
 from pathlib import Path
-from typing import Any
 
-from rich.console import Console
-
-from benchmarks.table import Table, write_markdown
-from benchmarks.trainings import Study, changed, mean_accuracy, study_parser
+from benchmarks.table import Table
+from benchmarks.trainings import Study, changed, mean_accuracy, over_seeds, show, study_parser
 
 
 def main() -> None:
@@ -34,18 +30,12 @@ def main() -> None:
         for change in arguments.changes:
             config = changed(study.config, f"seed={seed},{change}")
             study.finish(f"{stage} {change}, seed {seed}", lambda c=config: study.student(stage, c))
-    table = _table(arguments.folder)
-    if arguments.markdown:
-        write_markdown(arguments.markdown, None, [table])
-    Console().print(table.for_terminal())
+    show([_table(arguments.folder)], arguments.markdown)
 
 
 def _table(folder: Path) -> Table:
-    found: dict[str, list[dict[str, Any]]] = {}
-    for path in sorted(folder.glob("*, seed *.json")):
-        found.setdefault(path.stem.rpartition(", seed ")[0], []).append(json.loads(path.read_text()))
     rows = []
-    for name, results in found.items():
+    for name, results in over_seeds(folder).items():
         stage, _, change = name.partition(" ")
         settings = re.sub(r"(student|pruning|distillation)\.", "", change).replace(",", ", ")
         width = f"{statistics.fmean(sum(each['widths'].values()) for each in results):.0f}" if stage == "kddp" else ""

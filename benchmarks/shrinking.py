@@ -18,12 +18,11 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-from rich.console import Console
 from torch import nn
 
 import kddp_ext
-from benchmarks.table import Table, write_markdown
-from benchmarks.trainings import Study, mean_accuracy, study_parser
+from benchmarks.table import Table
+from benchmarks.trainings import Study, mean_accuracy, show, study_parser
 from kddp_ext.files import write_json
 from kddp_ext.workflow.config import RunConfig, ShrinkConfig
 from kddp_ext.workflow.data import ImageData
@@ -246,11 +245,7 @@ def main() -> None:
     if arguments.json:
         others = json.loads(arguments.json.read_text()) if arguments.json.exists() else {}
         write_json(arguments.json, {**others, network: results})
-    found = tables(network, results, study.macs)
-    if arguments.markdown:
-        write_markdown(arguments.markdown, None, found)
-    for table in found:
-        Console().print(table.for_terminal())
+    show(tables(network, results, study.macs), arguments.markdown)
 
 
 def _parse() -> argparse.Namespace:

@@ -8,7 +8,8 @@ import json
 import re
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ import torch
 from rich.console import Console
 from torch import nn
 
+from benchmarks.table import Table, write_markdown
 from kddp_ext.files import write_json
 from kddp_ext.workflow.config import RunConfig
 from kddp_ext.workflow.data import ImageData
@@ -62,13 +64,17 @@ class Study:
         self.data = ImageData(raw, self.saved.info, self.config, self.runtime.device)
         self.run = Run(RunFolder(self.folder), self.data, self.runtime, Console(stderr=True))
 
+    @cached_property
+    def teacher(self) -> nn.Module:
+        """The trained network, which guides students."""
+        return self.runtime.place(self.saved.load())
+
     def student(self, stage: Stage, config: RunConfig) -> dict[str, Any]:
-        """Train a fresh student under the guidance of the trained network; returns its figures."""
+        """Train a fresh student; returns its figures."""
         recipe = student_recipe(config, stage)
         model = self.runtime.place(build_student(config, self.data.info))
         training = start_training(self.run, Job(stage, stage, config), model, recipe)
-        figures = self.train(stage, training, recipe, self.runtime.place(self.saved.load()))
-        return {**figures, "widths": training.history.widths}
+        return {**self.train(stage, training, recipe, self.teacher), "widths": training.history.widths}
 
     def train(self, name: str, training: Training, recipe: Recipe, teacher: nn.Module) -> dict[str, Any]:
         """Train under the guidance of `teacher`, if the loss has a term for it; returns the figures."""
@@ -120,6 +126,22 @@ def changed(config: RunConfig, change: str) -> RunConfig:
         part = dataclasses.replace(part, **{field: new})
         config = dataclasses.replace(config, **{section: part}) if section else part
     return config
+
+
+def over_seeds(folder: Path) -> dict[str, list[dict[str, Any]]]:
+    """The results whose name ends with a seed, by the rest of their name."""
+    found: dict[str, list[dict[str, Any]]] = {}
+    for path in sorted(folder.glob("*, seed *.json")):
+        found.setdefault(path.stem.rpartition(", seed ")[0], []).append(json.loads(path.read_text()))
+    return found
+
+
+def show(tables: Sequence[Table], markdown: str | None) -> None:
+    """Print the tables of a study, and fill their places in the Markdown file if there is one."""
+    if markdown:
+        write_markdown(markdown, None, tables)
+    for table in tables:
+        Console().print(table.for_terminal())
 
 
 def mean_accuracy(results: list[dict[str, Any]]) -> str:
